@@ -1,0 +1,1 @@
+"""The engine spec, recipes, build, profile and manifest."""

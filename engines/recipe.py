@@ -1,0 +1,116 @@
+"""Recipes: how a preset's linears, cache and attention are stored and computed for one target, and the gate."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longtake.plugins.spec import CACHE_FORMATS
+from longtake.runtime.errors import LongtakeError
+from longtake.training.presets import Preset, preset_named
+
+RECIPES = Path(__file__).parent / "recipes"
+PRECISIONS = ("nvfp4", "w4a16", "bf16")
+MODES = ("fused", "segmented")
+
+
+def reject_unknown_keys(given: dict[str, Any], known: list[str], where: str) -> None:
+    """Raise LongtakeError naming the nearest known key for the first unknown one."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise LongtakeError(
+                f"unknown key in {where}",
+                got=repr(key),
+                expected="one of " + ", ".join(known),
+                fix=f"did you mean {near[0]!r}?" if near else f"remove {key!r}",
+            )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Accuracy gate against the PyTorch model of the same recipe: relative L2 errors, and SSIM of frames."""
+
+    dit: float
+    vae: float
+    text_encoder: float
+    context: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One file in engines/recipes, named model_precision_target.
+
+    precision: "nvfp4" (native W4A4), "w4a16" (4-bit weights, bf16 arithmetic) or "bf16".
+    cache: "nvfp4" or "bf16". compute_capability: such as "12.0". mode: "fused" or "segmented".
+    """
+
+    name: str
+    preset: str
+    precision: str
+    cache: str
+    compute_capability: str
+    mode: str
+    gate: Gate
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES)):
+            if getattr(self, key) not in allowed:
+                raise LongtakeError(
+                    f"recipe {self.name}: bad {key}", got=getattr(self, key), expected=" | ".join(allowed)
+                )
+        preset_named(self.preset)
+
+    @property
+    def model(self) -> Preset:
+        return preset_named(self.preset)
+
+    @property
+    def onnx_name(self) -> str:
+        """Export depends on preset, precision and cache only; targets share the ONNX files."""
+        return f"{self.preset}_{self.precision}"
+
+
+def recipe_from_file(path: Path) -> Recipe:
+    """Load and validate one recipe file. Unknown or missing keys are errors that name the nearest known key."""
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LongtakeError(f"recipe {path} is not valid YAML", got=str(error), fix="see engines/recipes") from None
+    if not isinstance(given, dict):
+        raise LongtakeError(f"recipe {path} is not a mapping", got=type(given).__name__, expected="key: value lines")
+    known = [f.name for f in fields(Recipe) if f.name != "name"]
+    reject_unknown_keys(given, known, f"recipe {path.name}")
+    gate = given.get("gate") or {}
+    gate_keys = [f.name for f in fields(Gate)]
+    reject_unknown_keys(gate, gate_keys, f"gate of recipe {path.name}")
+    for where, have, want in ((path.name, given, known), (f"gate of {path.name}", gate, gate_keys)):
+        missing = [key for key in want if key not in have]
+        if missing:
+            raise LongtakeError(f"recipe {where} lacks keys", got=sorted(have), expected=f"also {missing}")
+    values = {**given, "compute_capability": str(given["compute_capability"]), "gate": Gate(**gate)}
+    return Recipe(name=path.stem, **values)
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_named(name: str) -> Recipe:
+    """A shipped recipe by name, or any recipe file by path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        raise LongtakeError(
+            "unknown recipe",
+            got=name,
+            expected="one of " + ", ".join(recipe_names()) + ", or a path to a .yaml file",
+            fix=f"did you mean {near[0]!r}?" if near else None,
+        )
+    return recipe_from_file(path)

@@ -1,0 +1,1 @@
+"""PyTorch to ONNX: custom ops, NVFP4 lowering, function bodies, parity report."""

@@ -1,0 +1,1 @@
+"""The kv_cache_write op: reference, kernel, plugin."""

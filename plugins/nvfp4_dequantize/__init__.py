@@ -1,0 +1,1 @@
+"""The nvfp4_dequantize op: reference, kernel, plugin."""

@@ -1,0 +1,1 @@
+"""The sink_attention op: reference, kernel, plugin."""

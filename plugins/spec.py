@@ -1,0 +1,95 @@
+"""What an op looks like, written once: torch op, ONNX schema, plugin and kernel launcher all read it.
+
+Legend: S slots, L tokens of a block, H heads, D head_dim, W window length, N out features, K in features.
+Packed bytes are typed INT8 everywhere: the runtimes that must carry them have no common 4-bit or FP8 type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOMAIN = "longtake"
+PLUGIN_NAMESPACE = "longtake"
+PLUGIN_VERSION = "1"
+
+CACHE_FORMATS = ("nvfp4", "bf16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of an op. `dtype` is "compute" (the activation dtype), "int8", "int32" or "fp32".
+
+    `shape` names dimensions by letter or gives a formula in them, such as "D/2".
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op of the `longtake` domain.
+
+    name: torch op name (`longtake::<name>`), also the ONNX op type and the plugin name.
+    aliases: output index -> input index that it is written over, in place.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    aliases: tuple[tuple[int, int], ...] = ()
+
+
+def cache_tensors(fmt: str) -> tuple[TensorSpec, ...]:
+    """The tensors that hold one layer's K/V slots in cache format `fmt` ("nvfp4" or "bf16")."""
+    if fmt == "bf16":
+        return (TensorSpec("cache", "compute", ("S", "2", "L", "H", "D")),)
+    return (
+        TensorSpec("values", "int8", ("S", "2", "L", "H", "D/2")),
+        TensorSpec("scales", "int8", ("S", "2", "L", "H", "D/16")),
+        TensorSpec("amax", "fp32", ("S", "2")),
+    )
+
+
+def _block(name: str) -> TensorSpec:
+    return TensorSpec(name, "compute", ("L", "H", "D"))
+
+
+def kv_cache_write(fmt: str) -> OpSpec:
+    """Quantize one block's K and V into slot `write_slot` ([1] int32; -1 writes nothing), in place."""
+    cache = cache_tensors(fmt)
+    return OpSpec(
+        f"kv_cache_write_{fmt}",
+        inputs=(_block("k"), _block("v"), *cache, TensorSpec("write_slot", "int32", ("1",))),
+        outputs=cache,
+        aliases=tuple((i, 2 + i) for i in range(len(cache))),
+    )
+
+
+def sink_attention(fmt: str) -> OpSpec:
+    """Attention of one block's queries over the slots in `table` ([W] int32, 1 <= W; -1 is the fresh k, v)."""
+    return OpSpec(
+        f"sink_attention_{fmt}",
+        inputs=(_block("q"), _block("k"), _block("v"), *cache_tensors(fmt), TensorSpec("table", "int32", ("W",))),
+        outputs=(_block("out"),),
+    )
+
+
+def nvfp4_dequantize() -> OpSpec:
+    """E2M1 value x E4M3 block scale, exact in bf16; the per-tensor scale is applied to the product's output."""
+    return OpSpec(
+        "nvfp4_dequantize",
+        inputs=(TensorSpec("values", "int8", ("N", "K/2")), TensorSpec("scales", "int8", ("N", "K/16"))),
+        outputs=(TensorSpec("weight", "compute", ("N", "K")),),
+    )
+
+
+OPS: dict[str, OpSpec] = {
+    spec.name: spec
+    for spec in (
+        *(kv_cache_write(fmt) for fmt in CACHE_FORMATS),
+        *(sink_attention(fmt) for fmt in CACHE_FORMATS),
+        nvfp4_dequantize(),
+    )
+}

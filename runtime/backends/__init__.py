@@ -1,0 +1,1 @@
+"""Where networks run: TensorRT fused, TensorRT segmented, ONNX Runtime on the CPU."""

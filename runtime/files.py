@@ -1,0 +1,84 @@
+"""Files that are either whole or absent: atomic writes, digests, disk space."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from longtake.runtime.errors import IntegrityError, LongtakeError
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, else deleted.
+
+    Any exception, Ctrl-C included, leaves whatever stood under `path` before untouched.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.stem}.", suffix=f".tmp{final.suffix}")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, final)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        LongtakeError: the file is missing.
+        IntegrityError: it is not UTF-8 or not JSON.
+    """
+    source = Path(path)
+    try:
+        return json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LongtakeError(f"{source} does not exist", fix="check the path") from None
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{source} is not UTF-8 text", got=str(error), expected="a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise IntegrityError(f"{source} is not valid JSON", got=str(error), expected="a JSON file") from None
+
+
+def sha256(path: Path | str) -> str:
+    """Hex SHA-256 digest of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as source:
+        while piece := source.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def require_disk(folder: Path | str, needed_bytes: int) -> None:
+    """Raise LongtakeError unless the disk that holds `folder` has `needed_bytes` free."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise LongtakeError(
+            f"not enough disk space for {folder}",
+            got=f"{free / 1e9:.2f} GB free",
+            expected=f"at least {needed_bytes / 1e9:.2f} GB",
+            fix="free some space or choose another folder",
+        )

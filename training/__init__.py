@@ -1,0 +1,1 @@
+"""The PyTorch side: model, VAE, text encoder, data, teacher forcing, quantization, checkpoints."""

@@ -1,0 +1,1 @@
+"""Training data: the multi-shot digits and folders of clips."""

@@ -1,0 +1,1 @@
+"""Training stages: each knows its modules, its loss and its evaluation."""
