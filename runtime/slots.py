@@ -1,0 +1,98 @@
+"""The slot table: which cached blocks a chunk sees, and where its own K/V go. Nothing is ever moved.
+
+A slot holds one block (a chunk's K and V, all layers). The window is four blocks: the global sink (block 0 of the
+video), the shot sink (first block of the current shot), the previous block and the current one. Rolling, pinning
+and rebinding change this table only. The rules are LongLive 2.0's:
+
+* a block is dropped before the new block is generated, so its slot is free for the new block's K/V: the victim is dead
+  for every pass of the chunk, and for any retry of it;
+* the dropped block is the oldest one that is not protected. Block 0 always is; the shot sink is once everything
+  between block 0 and it has been dropped;
+* a cut binds the shot sink to the cut's own block, after that block was generated. The old shot sink loses its
+  protection there and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CURRENT = -1  # table entry: the current block's fresh K/V
+
+
+@dataclass(frozen=True)
+class SlotTable:
+    """Cached blocks, oldest first, and their slots; `shot` is the shot sink's block. Immutable: a plan carries the next.
+
+    blocks: indices of the cached blocks. slots: the slot of each. count: blocks generated so far.
+    """
+
+    capacity: int = 4
+    blocks: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
+    shot: int | None = None
+    count: int = 0
+
+    def _protected(self) -> int:
+        """How many leading blocks may not be dropped."""
+        return 2 if self.shot is not None and self.blocks[1:2] == (self.shot,) else 1
+
+    def plan(self, cut: bool) -> Plan:
+        """What the next block reads and writes; `cut` says it is the first of a new shot (ignored for block 0)."""
+        blocks, slots = list(self.blocks), list(self.slots)
+        if len(blocks) == self.capacity:
+            victim = self._protected()
+            del blocks[victim]
+            write_slot = slots.pop(victim)
+        else:
+            write_slot = len(blocks)
+        after = SlotTable(
+            self.capacity,
+            (*blocks, self.count),
+            (*slots, write_slot),
+            self.count if cut and self.count else self.shot,
+            self.count + 1,
+        )
+        return Plan((*slots, CURRENT), write_slot, (*blocks, self.count), after)
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-ready description, read back by `slots_from_json`."""
+        return {
+            "capacity": self.capacity,
+            "blocks": list(self.blocks),
+            "slots": list(self.slots),
+            "shot": self.shot,
+            "count": self.count,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One block's use of the cache.
+
+    table: slots to read, CURRENT for the block itself. write_slot: where its clean pass writes, read by no pass of it.
+    visible: the block indices that `table` stands for. after: the table once the block is committed.
+    """
+
+    table: tuple[int, ...]
+    write_slot: int
+    visible: tuple[int, ...]
+    after: SlotTable
+
+
+def slots_from_json(given: dict[str, Any]) -> SlotTable:
+    """Read `SlotTable.as_json` back."""
+    return SlotTable(
+        given["capacity"], tuple(given["blocks"]), tuple(given["slots"]), given["shot"], given["count"]
+    )
+
+
+def visible_blocks(cuts: Sequence[bool], capacity: int = 4) -> list[tuple[int, ...]]:
+    """For each block, the blocks it attends to (itself last), given which blocks start a shot."""
+    table, seen = SlotTable(capacity), []
+    for cut in cuts:
+        plan = table.plan(cut)
+        seen.append(plan.visible)
+        table = plan.after
+    return seen
