@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-RTX ?= $(shell $(PYTHON) engines/pick_rtx.py 2>/dev/null || echo rtx)
+RTX ?= $(shell $(PYTHON) engines/pick_extra_cli.py)
 RECIPE ?= tiny_nvfp4_sm120
 STORY ?= docs/stories/demo.yaml
 OUT ?= runs
