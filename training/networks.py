@@ -1,0 +1,208 @@
+"""The networks that become engines: flat, positional modules around the models, one a name in engines/spec.py.
+
+Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, E text length, W window length.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from longtake.plugins.spec import cache_tensors
+from longtake.runtime.errors import LongtakeError
+from longtake.training.dit import CausalDiT, dense_cross_attention
+from longtake.training.presets import Preset
+from longtake.training.text_encoder import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+Amax = dict[str, dict[str, float]]
+
+
+@dataclass
+class Models:
+    """A preset's three models with their weights.
+
+    amax: linear name -> {"input": amax of its input, "weight": amax of its weight}; empty when never calibrated.
+    precision: what `apply_precision` made of them; "bf16" means untouched weights.
+    """
+
+    preset: Preset
+    dit: CausalDiT
+    vae: nn.Module
+    text: TextEncoder
+    amax: Amax = field(default_factory=dict)
+    precision: str = "bf16"
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The text encoder's words, in token order."""
+        return self.text.vocabulary
+
+
+class TextStep(nn.Module):
+    """tokens int32 [1, E] -> embeddings fp32 [1, E, text_dim]."""
+
+    def __init__(self, text: TextEncoder) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        return (self.text(tokens),)
+
+
+class ContextStep(nn.Module):
+    """embeddings fp32 [1, E, text_dim] -> each layer's cross-attention K and V, [2, E, H, D] in compute dtype."""
+
+    def __init__(self, dit: CausalDiT) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.dit.context(embeddings[0]))
+
+
+class DiTStep(nn.Module):
+    """One pass over one chunk through the cache ops; inputs and outputs as in `engines.spec.dit_spec`."""
+
+    def __init__(self, dit: CausalDiT, cache: str) -> None:
+        super().__init__()
+        import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
+
+        self.dit = dit
+        self.cache = cache
+        self.per_layer = len(cache_tensors(cache))
+        self.write = getattr(torch.ops.longtake, f"kv_cache_write_{cache}")
+        self.read = getattr(torch.ops.longtake, f"sink_attention_{cache}")
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep_sinusoid: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        table: Tensor,
+        write_slot: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """`tensors`: each layer's context, then each layer's cache tensors. Returns velocity, then the caches."""
+        layers = len(self.dit.blocks)
+        context, caches = list(tensors[:layers]), list(tensors[layers:])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            own = slice(layer * self.per_layer, (layer + 1) * self.per_layer)
+            out = self.read(q, k, v, *caches[own], table)
+            written = self.write(k, v, *caches[own], write_slot)
+            caches[own] = [written] if isinstance(written, Tensor) else list(written)
+            return out
+
+        velocity = self.dit(
+            latents[0], timestep_sinusoid, (rope_cos, rope_sin), context, attend, cross=dense_cross_attention
+        )
+        return (velocity[None], *caches)
+
+
+def network_module(models: Models, name: str, cache: str = "nvfp4") -> nn.Module:
+    """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
+
+    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it.
+    """
+    if name == "text_encoder":
+        return TextStep(models.text).eval()
+    if name == "context":
+        return ContextStep(models.dit).eval()
+    if name == "dit":
+        return DiTStep(models.dit, cache).eval()
+    if name in ("vae_first", "vae_steady"):
+        from longtake.training.vae import DecoderFirst, DecoderSteady
+
+        return (DecoderFirst if name == "vae_first" else DecoderSteady)(models.vae).eval()
+    raise LongtakeError("unknown network", got=name, expected="text_encoder, context, dit, vae_first or vae_steady")
+
+
+def quantized_linears(dit: nn.Module) -> list[str]:
+    """Names of the linears that recipes quantize: blocks.N.{self_attn,cross_attn}.{q,k,v,o}, blocks.N.ffn.{0,2}."""
+    layers = len(dit.blocks)  # type: ignore[arg-type]
+    own = [f"{a}.{p}" for a in ("self_attn", "cross_attn") for p in "qkvo"] + ["ffn.0", "ffn.2"]
+    return [f"blocks.{i}.{name}" for i in range(layers) for name in own]
+
+
+def weight_amax(dit: nn.Module, name: str) -> float:
+    """max |W| of one linear."""
+    return float(dit.get_submodule(name).weight.detach().abs().amax())  # type: ignore[union-attr, operator]
+
+
+def random_models(preset: Preset, seed: int = 0) -> Models:
+    """Untrained models whose outputs are not degenerate, with plausible amax: for tests and dry runs."""
+    from longtake.training.vae import CausalVAE
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dit = CausalDiT(preset.dit)
+        nn.init.xavier_uniform_(dit.head.head.weight)
+        models = Models(preset, dit.eval(), CausalVAE(preset.vae).eval(), TextEncoder(preset.text).eval())
+    models.amax = {n: {"input": 5.0, "weight": weight_amax(dit, n)} for n in quantized_linears(dit)}
+    return models
+
+
+def load_models(preset: Preset, folder: Path | None = None) -> Models:
+    """Load vae, text_encoder and dit of `preset` from `folder` (the shipped checkpoints if None), in eval mode.
+
+    Raises:
+        LongtakeError: a file is missing, or its keys or shapes don't fit the preset.
+        IntegrityError: a file is damaged or is not safetensors.
+    """
+    from longtake.training.checkpoint import load_into
+    from longtake.training.vae import CausalVAE
+
+    folder = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints
+    text_meta = load_meta(folder / "text_encoder.safetensors", "text_encoder", preset)
+    text = TextEncoder(preset.text, text_meta["vocabulary"])
+    dit, vae = CausalDiT(preset.dit), CausalVAE(preset.vae)
+    metas = {
+        name: load_into(module, folder / f"{name}.safetensors", kind=name, preset=preset.name)
+        for name, module in (("text_encoder", text), ("vae", vae), ("dit", dit))
+    }
+    return Models(preset, dit.eval(), vae.eval(), text.eval(), metas["dit"].get("amax") or {})
+
+
+def load_meta(path: Path, kind: str, preset: Preset) -> dict:
+    """The checked JSON side file of a checkpoint."""
+    from longtake.training.checkpoint import read_side_file
+
+    return read_side_file(path, kind=kind, preset=preset.name)
+
+
+def apply_precision(models: Models, precision: str) -> Models:
+    """A copy of `models` that computes as a recipe of `precision` does.
+
+    "bf16": weights as they are. "w4a16": the listed linears' weights replaced by what their NVFP4 form decodes to
+    (weight amax = max |W|). "nvfp4": ModelOpt fake-quant of weights and activations with the stored amax, the
+    accuracy oracle of native W4A4.
+    """
+    if precision not in ("bf16", "w4a16", "nvfp4"):
+        raise LongtakeError("unknown precision", got=precision, expected="bf16, w4a16 or nvfp4")
+    dit = copy.deepcopy(models.dit)
+    if precision == "w4a16":
+        fold_weights(dit)
+    elif precision == "nvfp4":
+        from longtake.training.quantize import restore_quantizers
+
+        dit = restore_quantizers(dit, models.amax)
+    return replace(models, dit=dit, precision=precision)
+
+
+@torch.no_grad()
+def fold_weights(dit: CausalDiT) -> None:
+    """Replace each listed linear's weight by its NVFP4 round trip (static_6, ModelOpt's order), in place."""
+    from longtake.plugins.nvfp4.reference import fake_quantize
+
+    for name in quantized_linears(dit):
+        linear = dit.get_submodule(name)
+        linear.weight.copy_(fake_quantize(linear.weight, rule="static_6", order="modelopt"))  # type: ignore
