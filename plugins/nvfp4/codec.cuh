@@ -1,0 +1,86 @@
+// NVFP4 on the device: E2M1 codes, E4M3 block scales, and the four-over-six choice.
+// Bit-equal to plugins/nvfp4/reference.py (rule "mse", order "longlive"): every rounding step is an explicit
+// __f*_rn, which the compiler may neither fuse nor reorder. LIMIT_E2M1 and LIMIT_E4M3 come from that file as macros.
+#pragma once
+
+// 2^126 and 2^120 move the tiny exponent fields of E2M1 and E4M3 to fp32's; fp32 subnormals are kept, so the
+// formats' own subnormals come out exact.
+__device__ __forceinline__ float float_from_e2m1(unsigned int code) {
+  const float magnitude = __uint_as_float((code & 7u) << 22) * 0x1p126f;
+  return code & 8u ? -magnitude : magnitude;
+}
+
+__device__ __forceinline__ float float_from_e4m3(unsigned int code) {
+  if ((code & 0x7fu) == 0x7fu) return __uint_as_float(0x7fc00000u);
+  const float magnitude = __uint_as_float((code & 0x7fu) << 20) * 0x1p120f;
+  return code & 0x80u ? -magnitude : magnitude;
+}
+
+// Code of `magnitude` >= 0 in a format with `mantissa` bits whose smallest normal is 2^lowest, half to even.
+// In units of the local step the value is n; codes are consecutive across binades, so a carry needs no care.
+__device__ __forceinline__ unsigned int minifloat_code(float magnitude, int mantissa, int lowest) {
+  const int exponent = max((int)(__float_as_uint(magnitude) >> 23) - 127, lowest);
+  const float per_step = __uint_as_float((unsigned int)(127 + mantissa - exponent) << 23);
+  const int n = (int)rintf(__fmul_rn(magnitude, per_step));
+  return (unsigned int)(((exponent - lowest) << mantissa) + n);
+}
+
+// Saturates at 6. The sign of a value that rounds to zero is kept.
+__device__ __forceinline__ unsigned int e2m1_from_float(float x) {
+  const unsigned int sign = __float_as_uint(x) >> 31 << 3;
+  return minifloat_code(fminf(fabsf(x), 6.0f), 1, 0) | sign;
+}
+
+// For x >= 0 (a block scale); saturates at 448.
+__device__ __forceinline__ unsigned int e4m3_from_scale(float x) { return minifloat_code(fminf(x, 448.0f), 3, -6); }
+
+// Sixteen codes, element i in bits 4i: byte-wise the low nibble is the even index.
+struct Packed16 {
+  unsigned int low, high, scale;
+};
+
+__device__ __forceinline__ void unpack16(unsigned int low, unsigned int high, float (&q)[16]) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    q[i] = float_from_e2m1(low >> (4 * i));
+    q[8 + i] = float_from_e2m1(high >> (4 * i));
+  }
+}
+
+// Quantize with block scale `code`; returns the sum of squared errors, added up pairwise by halves (8, 4, 2, 1).
+__device__ __forceinline__ float pack16_with_scale(
+    const float (&x)[16], unsigned int code, float decode, float amax, Packed16& packed) {
+  const float scale = float_from_e4m3(code);
+  const float inverse = scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, __fmul_rn(decode, scale));
+  float error[16];
+  packed.low = packed.high = 0, packed.scale = code;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const unsigned int e2m1 = scale == 0.0f ? 0u : e2m1_from_float(__fmul_rn(x[i], inverse));
+    (i < 8 ? packed.low : packed.high) |= e2m1 << (4 * (i & 7));
+    const float product = __fmul_rn(__fmul_rn(float_from_e2m1(e2m1), scale), amax);
+    const float difference = __fsub_rn(__fdiv_rn(product, LIMIT_E2M1 * LIMIT_E4M3), x[i]);
+    error[i] = __fmul_rn(difference, difference);
+  }
+#pragma unroll
+  for (int half = 8; half > 0; half >>= 1) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) error[i] = __fadd_rn(error[i], error[i + half]);
+  }
+  return error[0];
+}
+
+// Four over six: the block maximum goes to 6 or to 4, whichever errs less; a tie goes to 6.
+__device__ __forceinline__ Packed16 pack16_mse(const float (&x)[16], float amax) {
+  Packed16 six = {0u, 0u, 0u}, four;
+  if (amax == 0.0f) return six;
+  float block_max = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) block_max = fmaxf(block_max, fabsf(x[i]));
+  const float encode = __fdiv_rn(LIMIT_E2M1 * LIMIT_E4M3, amax);
+  const float decode = __fdiv_rn(1.0f, encode);
+  const float base = __fmul_rn(__fdiv_rn(block_max, LIMIT_E2M1), encode);
+  const float error_six = pack16_with_scale(x, e4m3_from_scale(base), decode, amax, six);
+  const float error_four = pack16_with_scale(x, e4m3_from_scale(__fmul_rn(base, 1.5f)), decode, amax, four);
+  return error_four < error_six ? four : six;
+}

@@ -1,0 +1,76 @@
+// Sixteen elements at a time between global memory and fp32 registers. No CUDA header is needed: the bf16
+// conversions are written out, so the same text also compiles as host C++ (tests/plugins/host_cuda.h).
+#pragma once
+
+#if COMPUTE_BF16
+typedef unsigned short compute_t;
+#else
+typedef float compute_t;
+#endif
+
+__device__ __forceinline__ float float_from_bf16(unsigned int bits) { return __uint_as_float(bits << 16); }
+
+// Round half to even; any NaN becomes the quiet NaN 0x7fff.
+__device__ __forceinline__ unsigned short bf16_from_float(float x) {
+  const unsigned int bits = __float_as_uint(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+__device__ __forceinline__ unsigned int bf16_pair(float low, float high) {
+  return (unsigned int)bf16_from_float(low) | ((unsigned int)bf16_from_float(high) << 16);
+}
+
+// `p` is aligned to 16 bytes.
+__device__ __forceinline__ void load16(const unsigned short* p, float (&x)[16]) {
+  const uint4* words = reinterpret_cast<const uint4*>(p);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint4 w = words[i];
+    const unsigned int pairs[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      x[8 * i + 2 * j] = float_from_bf16(pairs[j] & 0xffffu);
+      x[8 * i + 2 * j + 1] = float_from_bf16(pairs[j] >> 16);
+    }
+  }
+}
+
+__device__ __forceinline__ void load16(const float* p, float (&x)[16]) {
+  const float4* words = reinterpret_cast<const float4*>(p);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float4 w = words[i];
+    x[4 * i] = w.x, x[4 * i + 1] = w.y, x[4 * i + 2] = w.z, x[4 * i + 3] = w.w;
+  }
+}
+
+__device__ __forceinline__ void store16(unsigned short* p, const float (&x)[16]) {
+  uint4* words = reinterpret_cast<uint4*>(p);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float* y = x + 8 * i;
+    words[i] = make_uint4(bf16_pair(y[0], y[1]), bf16_pair(y[2], y[3]), bf16_pair(y[4], y[5]), bf16_pair(y[6], y[7]));
+  }
+}
+
+__device__ __forceinline__ void store16(float* p, const float (&x)[16]) {
+  float4* words = reinterpret_cast<float4*>(p);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+}
+
+__device__ __forceinline__ void store1(unsigned short* p, float x) { *p = bf16_from_float(x); }
+__device__ __forceinline__ void store1(float* p, float x) { *p = x; }
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask >>= 1) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
