@@ -1,0 +1,46 @@
+"""Write one block's K and V into a slot of the cache: the plain PyTorch truth. Exports to ONNX as it stands.
+
+Functional: new tensors come out, and a `write_slot` of -1 changes nothing. Legend: S slots, L tokens, H heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longtake.plugins.nvfp4.formats import encode_e2m1, encode_e4m3
+from longtake.plugins.nvfp4.layout import bytes_to_int8, pack_nibbles
+from longtake.plugins.nvfp4.reference import BLOCK, scale_blocks
+
+RULE, ORDER = "mse", "longlive"
+
+
+def kv_cache_write_nvfp4(
+    k: Tensor, v: Tensor, values: Tensor, scales: Tensor, amax: Tensor, write_slot: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v [L,H,D]; values int8 [S,2,L,H,D/2]; scales int8 [S,2,L,H,D/16]; amax fp32 [S,2]; write_slot int32 [1].
+
+    Blocks of 16 along D, one amax for K and one for V; rule mse, order longlive; the low nibble is the even index.
+    """
+    new_values, new_scales, new_amax = quantize_kv(torch.stack((k, v)).to(torch.float32))
+    chosen = torch.arange(amax.shape[0], dtype=torch.int32, device=amax.device) == write_slot
+    wide = chosen.view(-1, 1, 1, 1, 1)
+    return (
+        torch.where(wide, new_values, values),
+        torch.where(wide, new_scales, scales),
+        torch.where(chosen.view(-1, 1), new_amax, amax),
+    )
+
+
+def quantize_kv(kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 [2,L,H,D] to (values int8 [2,L,H,D/2], scales int8 [2,L,H,D/16], amax fp32 [2])."""
+    amax = kv.abs().amax(dim=(1, 2, 3))
+    scaled, scale = scale_blocks(kv.unflatten(-1, (-1, BLOCK)), amax.view(-1, 1, 1, 1), RULE, ORDER)
+    packed = pack_nibbles(encode_e2m1(scaled).flatten(-2))
+    return bytes_to_int8(packed), encode_e4m3(scale).to(torch.int8), amax
+
+
+def kv_cache_write_bf16(k: Tensor, v: Tensor, cache: Tensor, write_slot: Tensor) -> Tensor:
+    """k, v [L,H,D]; cache [S,2,L,H,D] in the compute dtype; write_slot int32 [1]."""
+    chosen = torch.arange(cache.shape[0], dtype=torch.int32, device=cache.device) == write_slot
+    return torch.where(chosen.view(-1, 1, 1, 1, 1), torch.stack((k, v)).to(cache.dtype), cache)

@@ -1,0 +1,64 @@
+"""The ops of plugins/spec.py as torch operators `longtake::<name>`, registered when this module is imported.
+
+On every device they are the references; kernels run them elsewhere (engines, segmented backend).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.plugins.kv_cache_write.reference import kv_cache_write_bf16, kv_cache_write_nvfp4
+from longtake.plugins.nvfp4_dequantize.reference import nvfp4_dequantize
+from longtake.plugins.sink_attention.reference import sink_attention_bf16, sink_attention_nvfp4
+from longtake.plugins.spec import DOMAIN, OPS, OpSpec
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "kv_cache_write_nvfp4": kv_cache_write_nvfp4,
+    "kv_cache_write_bf16": kv_cache_write_bf16,
+    "sink_attention_nvfp4": sink_attention_nvfp4,
+    "sink_attention_bf16": sink_attention_bf16,
+    "nvfp4_dequantize": nvfp4_dequantize,
+}
+
+
+def torch_schema(spec: OpSpec) -> str:
+    """The torch operator schema of an op, for example "(Tensor values, Tensor scales) -> Tensor"."""
+    inputs = ", ".join(f"Tensor {t.name}" for t in spec.inputs)
+    outputs = ", ".join("Tensor" for _ in spec.outputs)
+    return f"({inputs}) -> {outputs if len(spec.outputs) == 1 else f'({outputs})'}"
+
+
+def torch_op(name: str) -> Any:
+    """The operator overload `torch.ops.longtake.<name>.default`."""
+    return getattr(getattr(torch.ops, DOMAIN), name).default
+
+
+def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
+    """Outputs like the tensors they are written over; attention like q; a weight [N,K] from its bytes."""
+
+    def fake(*inputs: Tensor) -> Any:
+        if spec.aliases:
+            outputs = tuple(torch.empty_like(inputs[i]) for _, i in spec.aliases)
+            return outputs if len(outputs) > 1 else outputs[0]
+        if spec.name == "nvfp4_dequantize":
+            rows, columns = inputs[0].shape
+            return inputs[0].new_empty((rows, columns * 2), dtype=torch.bfloat16)
+        return torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+
+    return fake
+
+
+def _register(spec: OpSpec) -> None:
+    name = f"{DOMAIN}::{spec.name}"
+    torch.library.define(name, torch_schema(spec))
+    torch.library.impl(name, ("cpu", "cuda"), REFERENCES[spec.name])
+    torch.library.register_fake(name, _shapes_only(spec))
+
+
+for _spec in OPS.values():
+    if not hasattr(getattr(torch.ops, DOMAIN), _spec.name):  # a module reload must not define them twice
+        _register(_spec)
