@@ -1,0 +1,194 @@
+"""Lowering of a plain bf16 ONNX graph to a precision: which nodes a quantized Linear becomes.
+
+The plain graph has one `Gemm(x, W, b, transB=1)` a Linear, W named by its state-dict key. After lowering:
+
+w4a16   y = Cast_bf16( Cast_f32( Gemm(x, nvfp4_dequantize(values, scales)) ) * g + b )
+        values, scales INT8 (two E2M1 codes a byte, one E4M3 byte a block of 16); the product E2M1 x E4M3 is exact in bf16
+nvfp4   y = Gemm( DQ(DQ(TRT_FP4DynamicQuantize(x))), DQ(DQ(W)), b )
+        W as FLOAT4E2M1 and FLOAT8E4M3FN initializers; x quantized with its *calibrated* amax, block scales at run time
+
+g = amax / (6 * 448). Codes and scales come from the codec (rule static_6, order modelopt), so they equal ModelOpt's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS, Packed, quantize
+from longtake.plugins.spec import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from longtake.runtime.errors import LongtakeError
+
+RULE = "static_6"
+ACTIVATION_DOMAIN = "trt"
+ACTIVATION_OP = "TRT_FP4DynamicQuantize"
+WEIGHT_OP = "nvfp4_dequantize"
+
+
+class Lowering(Protocol):
+    """Replaces one Gemm. `graph` gathers initializers; the returned nodes take the Gemm's place."""
+
+    def __call__(self, graph: Rewriter, gemm: NodeProto, packed: Packed, input_amax: float) -> None: ...
+
+
+class Rewriter:
+    """Rebuilds a graph's node list while keeping its topological order."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.nodes: list[NodeProto] = []
+        self.shared: dict[tuple[str, float], str] = {}
+
+    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
+        """Append a node with one output named `output`, and return that name."""
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", domain=domain, **attributes))
+        return output
+
+    def scalar(self, name: str, value: float) -> str:
+        """An fp32 scalar initializer."""
+        return self.tensor(numpy_helper.from_array(np.float32(value), name))
+
+    def tensor(self, tensor: TensorProto) -> str:
+        """Add an initializer unless one of its name is there; return the name."""
+        if tensor.name not in self.initializers:
+            self.initializers[tensor.name] = tensor
+        return tensor.name
+
+    def finish(self) -> None:
+        """Write nodes and initializers back; initializers nothing reads any more are dropped."""
+        del self.graph.node[:], self.graph.initializer[:]
+        self.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input} | {o.name for o in self.graph.output}
+        self.graph.initializer.extend(t for name, t in self.initializers.items() if name in used)
+
+
+def tensor_scale(amax: float) -> float:
+    """g = amax / (6 * 448), rounded to fp32 as the codec does."""
+    m2, m3 = RULE_LIMITS[RULE]
+    return float(np.float32(amax) / np.float32(m2 * m3))
+
+
+def linear_name(gemm: NodeProto) -> str:
+    """The state-dict prefix of the Linear that `gemm` is: "blocks.0.ffn.2" for weight "blocks.0.ffn.2.weight"."""
+    return gemm.input[1].removesuffix(".weight") if len(gemm.input) > 1 else ""
+
+
+def lower(model: onnx.ModelProto, precision: str, amax: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Lower, in place, every Linear of `model` named in `amax`; return the names lowered. "bf16" changes nothing.
+
+    Args:
+        model: plain bf16 export; weights named by state-dict key.
+        precision: "bf16", "w4a16" or "nvfp4".
+        amax: linear name -> {"input": calibrated activation amax, "weight": the weight's amax under training}.
+
+    Raises:
+        LongtakeError: a Linear to be quantized is not a Gemm with a transposed weight.
+    """
+    if precision == "bf16":
+        return []
+    lowering: Lowering = {"w4a16": _weight_only, "nvfp4": _weight_and_activation}[precision]
+    rewriter, lowered = Rewriter(model), []
+    for node in model.graph.node:
+        name = linear_name(node)
+        if name not in amax:
+            rewriter.nodes.append(node)
+            continue
+        _require_linear(node, name)
+        weight = tensor_from_initializer(rewriter.initializers[f"{name}.weight"])
+        packed = quantize(weight, rule=RULE, order="modelopt", amax=amax[name]["weight"])
+        lowering(rewriter, node, packed, amax[name]["input"])
+        lowered.append(name)
+    rewriter.finish()
+    _import_domains(model, precision)
+    return lowered
+
+
+def tensor_from_initializer(tensor: TensorProto) -> torch.Tensor:
+    """An fp32 torch tensor with the values of a float initializer (bf16 included)."""
+    return torch.from_numpy(np.array(numpy_helper.to_array(tensor), dtype=np.float32))
+
+
+def _require_linear(node: NodeProto, name: str) -> None:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+    if node.op_type != "Gemm" or attributes.get("transB") != 1 or attributes.get("transA", 0) or not plain:
+        raise LongtakeError(
+            f"cannot lower {name}",
+            got=f"{node.op_type} {attributes}",
+            expected="Gemm with transB=1: a Linear applied to a 2-D activation",
+            fix="flatten the activation to [tokens, features] before this Linear",
+        )
+
+
+def _packed_initializers(rewriter: Rewriter, name: str, packed: Packed, fp4: bool) -> tuple[str, str]:
+    """Add the packed weight as (FLOAT4E2M1 [N,K], FLOAT8E4M3FN) or as (INT8 [N,K/2], INT8) initializers."""
+    values = packed.values.contiguous().numpy()
+    scales = packed.scales.view(torch.uint8).contiguous().numpy()
+    rows, half = values.shape
+    types = (TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN) if fp4 else (TensorProto.INT8, TensorProto.INT8)
+    shape = [rows, half * 2] if fp4 else [rows, half]
+    return (
+        rewriter.tensor(helper.make_tensor(f"{name}.values", types[0], shape, values.tobytes(), raw=True)),
+        rewriter.tensor(helper.make_tensor(f"{name}.scales", types[1], list(scales.shape), scales.tobytes(), raw=True)),
+    )
+
+
+def _weight_only(rewriter: Rewriter, gemm: NodeProto, packed: Packed, input_amax: float) -> None:
+    name, out = gemm.input[1], gemm.output[0]
+    plugin = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
+    inputs = list(_packed_initializers(rewriter, name, packed, fp4=False))
+    weight = rewriter.node(WEIGHT_OP, inputs, f"{name}.dequantized", domain=DOMAIN, **plugin)
+    product = rewriter.node("Gemm", [gemm.input[0], weight], f"{out}.unscaled", transB=1)
+    wide = rewriter.node("Cast", [product], f"{out}.unscaled_f32", to=TensorProto.FLOAT)
+    scale = rewriter.scalar(f"{name}.scale", tensor_scale(float(packed.amax)))
+    total = rewriter.node("Mul", [wide, scale], f"{out}.scaled")
+    if len(gemm.input) > 2:
+        bias = rewriter.node("Cast", [gemm.input[2]], f"{gemm.input[2]}.f32", to=TensorProto.FLOAT)
+        total = rewriter.node("Add", [total, bias], f"{out}.biased")
+    rewriter.node("Cast", [total], out, to=TensorProto.BFLOAT16)
+
+
+def _weight_and_activation(rewriter: Rewriter, gemm: NodeProto, packed: Packed, input_amax: float) -> None:
+    name, out = gemm.input[1], gemm.output[0]
+    values, scales = _packed_initializers(rewriter, name, packed, fp4=True)
+    scale = rewriter.scalar(f"{name}.scale", tensor_scale(float(packed.amax)))
+    weight = _dequantize(rewriter, values, scales, scale, name)
+    activation = _quantized_activation(rewriter, gemm.input[0], input_amax)
+    rewriter.node("Gemm", [activation, weight, *gemm.input[2:]], out, transB=1)
+
+
+def _quantized_activation(rewriter: Rewriter, x: str, amax: float) -> str:
+    """Quantize and dequantize activation `x`; linears that share x and its amax (q, k, v) share the nodes."""
+    if (x, amax) in rewriter.shared:
+        return rewriter.shared[x, amax]
+    base = f"{x}.q{sum(tensor == x for tensor, _ in rewriter.shared)}"
+    scale = rewriter.scalar(f"{base}.scale", tensor_scale(amax))
+    outputs = [f"{base}.values", f"{base}.scales"]
+    attributes = {"axis": -1, "block_size": BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
+    rewriter.nodes.append(
+        helper.make_node(
+            ACTIVATION_OP, [x, scale], outputs, name=f"{base}/{ACTIVATION_OP}", domain=ACTIVATION_DOMAIN, **attributes
+        )
+    )
+    rewriter.shared[x, amax] = _dequantize(rewriter, *outputs, scale, base)
+    return rewriter.shared[x, amax]
+
+
+def _dequantize(rewriter: Rewriter, values: str, scales: str, scale: str, base: str) -> str:
+    """DQ(scales) -> fp32, DQ(values) -> fp32, Cast -> bf16: the types TensorRT fuses into its FP4 kernels."""
+    wide = rewriter.node("DequantizeLinear", [scales, scale], f"{base}.scales_f32")
+    dense = rewriter.node("DequantizeLinear", [values, wide], f"{base}.f32", axis=-1, block_size=BLOCK)
+    return rewriter.node("Cast", [dense], f"{base}.bf16", to=TensorProto.BFLOAT16)
+
+
+def _import_domains(model: onnx.ModelProto, precision: str) -> None:
+    domain = {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}[precision]
+    if domain not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(domain, 1))
