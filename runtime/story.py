@@ -1,0 +1,192 @@
+"""Stories: YAML files that say what happens in a video, shot by shot, checked against runtime/schema/story.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from longtake.engines.recipe import reject_unknown_keys
+from longtake.runtime.errors import LongtakeError
+from longtake.training.presets import Preset
+
+SCHEMA = Path(__file__).parent / "schema" / "story.json"
+MAX_PROMPT = 4096  # characters; the schema says the same, a test compares
+MAX_FILE = 1 << 20  # bytes; no story is this long, so something else was passed
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A prompt and how many chunks it lasts; `cut` says that it begins with a scene cut."""
+
+    prompt: str
+    chunks: int = 1
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Story:
+    """A checked story. None stands for "as the preset says"."""
+
+    name: str
+    segments: tuple[Segment, ...]
+    preset: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: int | None = None
+    seconds: float | None = None
+
+    @property
+    def chunks(self) -> int:
+        return sum(segment.chunks for segment in self.segments)
+
+
+def frame_count(preset: Preset, chunks: int) -> int:
+    """Video frames of `chunks` chunks: the first latent makes one frame, each later one `stride` frames."""
+    return 1 + preset.vae.stride[0] * (chunks * preset.chunk_latents - 1)
+
+
+def checked_prompt(text: object, where: str) -> str:
+    """`text` if it is a prompt. Raises LongtakeError if it is empty, huge, or cannot be encoded as UTF-8."""
+    fix = "write what is to be seen, such as 'a green seven drifts left over a dark blue background, soft light'"
+    if not isinstance(text, str):
+        raise LongtakeError(f"{where} is not text", got=repr(text), expected="a string", fix="put it in quotes")
+    if not text.strip():
+        raise LongtakeError(f"{where} is empty", got=repr(text), expected="at least one word", fix=fix)
+    if len(text) > MAX_PROMPT:
+        raise LongtakeError(
+            f"{where} is too long", got=f"{len(text)} characters", expected=f"at most {MAX_PROMPT}", fix="shorten it"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LongtakeError(
+            f"{where} is not UTF-8 text", got=str(error), expected="UTF-8", fix="check the terminal's encoding"
+        ) from None
+    return text
+
+
+def story_from_prompt(prompt: str, chunks: int) -> Story:
+    """A story of one shot with one prompt."""
+    if chunks < 1:
+        raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass --chunks 2")
+    return Story("prompt", (Segment(checked_prompt(prompt, "the prompt"), chunks),))
+
+
+def story_from_file(path: Path | str) -> Story:
+    """Read and check a story. Raises LongtakeError that says where in the file what is wrong."""
+    source = Path(path)
+    given = _parse(source, _read(source))
+    _validate(given, source.name)
+    shots = [(shot, i > 0) for i, shot in enumerate(given["shots"])]
+    segments = []
+    for i, (shot, cut) in enumerate(shots):
+        for j, part in enumerate((shot, *shot.get("then", ()))):
+            where = f"{source.name}: shots[{i}]" + (f".then[{j - 1}]" if j else "") + ".prompt"
+            segments.append(Segment(checked_prompt(part["prompt"], where), part.get("chunks", 1), cut and j == 0))
+    rest = {key: value for key, value in given.items() if key not in ("shots", "name")}
+    return Story(given.get("name", source.stem), tuple(segments), **rest)
+
+
+def _read(source: Path) -> str:
+    if not source.is_file():
+        raise LongtakeError(
+            f"story {source} does not exist" if not source.exists() else f"story {source} is not a file",
+            fix="pass the path of a story, such as docs/stories/demo.yaml",
+        )
+    if source.stat().st_size > MAX_FILE:
+        raise LongtakeError(f"{source} is too large for a story", got=f"{source.stat().st_size} bytes",
+                            expected=f"at most {MAX_FILE}", fix="pass a YAML story file")  # fmt: skip
+    try:
+        return source.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LongtakeError(
+            f"story {source} is not UTF-8 text", got=str(error), expected="UTF-8", fix="save the file as UTF-8"
+        ) from None
+
+
+def _parse(source: Path, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise LongtakeError(
+            f"story {source} is not valid YAML",
+            got=line + str(getattr(error, "problem", None) or getattr(error, "reason", None) or error),
+            expected="a YAML mapping like docs/stories/demo.yaml",
+            fix="mind the indentation, and put text that holds ': ' or '#' in quotes",
+        ) from None
+
+
+@cache
+def _validator() -> Any:
+    return jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def _validate(given: Any, name: str) -> None:
+    errors = sorted(_validator().iter_errors(given), key=lambda error: (len(error.path), str(error.path)))
+    if not errors:
+        return
+    error = errors[0]
+    where = _place(error.absolute_path)
+    if error.validator == "additionalProperties":
+        reject_unknown_keys(error.instance, list(error.schema["properties"]), f"story {name}{where and ' at ' + where}")
+    if error.validator in ("minLength", "maxLength") and "prompt" in where:
+        checked_prompt(error.instance, f"{name}: {where}")
+    raise LongtakeError(
+        f"story {name} does not fit the schema" + (f" at {where}" if where else ""),
+        got=_shown(error.instance, error.validator),
+        expected=_expected(error),
+        fix=error.schema.get("description") or "see docs/stories/demo.yaml",
+    )
+
+
+def _place(path: Any) -> str:
+    """JSON path as in shots[1].then[0].prompt."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+
+
+def _shown(value: Any, validator: str) -> str:
+    if validator == "required":
+        return "only " + ", ".join(sorted(map(str, value))) if value else "an empty mapping"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _expected(error: Any) -> str:
+    wanted, kind = error.validator_value, error.validator
+    phrases = {"type": f"type {wanted}", "minimum": f"{wanted} or more", "maximum": f"at most {wanted}",
+               "required": f"the keys {wanted}", "minItems": f"at least {wanted} item",
+               "exclusiveMinimum": f"more than {wanted}"}  # fmt: skip
+    return phrases.get(kind, error.message)
+
+
+def check_fits(story: Story, preset: Preset) -> None:
+    """Raise LongtakeError where the story states a preset, resolution, frame rate or length that isn't the preset's."""
+    frames = frame_count(preset, story.chunks)
+    seconds = frames / preset.fps
+    for key, wanted in (("preset", preset.name), ("height", preset.height), ("width", preset.width), ("fps", preset.fps)):
+        stated = getattr(story, key)
+        if stated is not None and stated != wanted:
+            raise LongtakeError(
+                f"story {story.name}: {key} does not fit preset {preset.name}",
+                got=stated, expected=wanted, fix=f"set {key}: {wanted}, or leave {key} out",
+            )  # fmt: skip
+    if story.seconds is not None and abs(story.seconds - seconds) > 0.5 / preset.fps:
+        raise LongtakeError(
+            f"story {story.name}: the length does not fit preset {preset.name}",
+            got=f"{story.seconds} s stated",
+            expected=f"{seconds:.4f} s: {story.chunks} chunks are {frames} frames at {preset.fps} a second",
+            fix=f"set seconds: {seconds:.4f}, leave it out, or change the chunks ("
+            f"{preset.vae.stride[0] * preset.chunk_latents / preset.fps:.4f} s each)",
+        )
