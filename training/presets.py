@@ -114,9 +114,9 @@ TINY = Preset(
     dit=DiTConfig(dim=256, ffn_dim=768, layers=6, heads=4, channels=16, text_dim=128, text_len=32),
     vae=VAEConfig(
         z_channels=16,
-        encoder_dim=24,
-        decoder_dim=32,
-        dim_mult=(1, 2, 3, 3),
+        encoder_dim=12,
+        decoder_dim=16,
+        dim_mult=(1, 2, 2, 4),
         res_blocks=1,
         temporal_down=(False, True, True),
     ),
