@@ -1,0 +1,164 @@
+"""Checkpoints: a safetensors file and a JSON side file with its digest; whole or absent, never loaded by half.
+
+The side file of `dit.safetensors` is `dit.json`: kind, preset, sha256, step, command, versions and what the stage
+adds (amax of quantized linears, vocabulary, metrics).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.runtime.files import atomic_path, read_json, sha256, write_json
+
+FORMAT = 1
+PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+RETRAIN = "copy the file again together with its .json, or train it again with `longtake train`"
+
+
+def side_file(path: Path) -> Path:
+    """The JSON file that belongs to a checkpoint."""
+    return path.with_suffix(".json")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a checkpoint's numbers depend on."""
+    import modelopt
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "modelopt": modelopt.__version__}
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write `tensors` and their side file; both appear under their names at the end, or neither does.
+
+    `meta` must hold "kind" and "preset"; digest, format and versions are added.
+    """
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as partial:
+        save_file(flat, partial)
+        digest = sha256(partial)
+        write_json(side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions()})
+
+
+def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+    """The side file of checkpoint `path`, checked to be of `kind` and `preset`.
+
+    Raises:
+        LongtakeError: checkpoint or side file is missing, or it is of another kind or preset.
+        IntegrityError: the side file is damaged.
+    """
+    if not path.is_file():
+        raise LongtakeError(f"checkpoint {path} does not exist", expected=f"a {kind} checkpoint", fix=_train_fix(kind))
+    refuse_pickle(path)
+    side = side_file(path)
+    if not side.is_file():
+        raise LongtakeError(
+            f"checkpoint {path} has no side file", got=f"no {side.name}", expected=str(side), fix=RETRAIN
+        )
+    meta = read_json(side)
+    if not isinstance(meta, dict) or "sha256" not in meta:
+        raise IntegrityError(
+            f"{side} is not a checkpoint's side file", expected='keys "kind", "preset", "sha256"', fix=RETRAIN
+        )
+    for key, wanted in (("kind", kind), ("preset", preset)):
+        if meta.get(key) != wanted:
+            raise IntegrityError(
+                f"checkpoint {path} is of another {key}",
+                got=meta.get(key),
+                expected=wanted,
+                fix=f"pass a folder whose {path.name} was trained for {key} {wanted!r}",
+            )
+    return meta
+
+
+def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and side file of a checkpoint whose digest was verified before anything was parsed.
+
+    Raises:
+        LongtakeError: see `read_side_file`.
+        IntegrityError: the file is truncated, altered, a pickle, or of another kind or preset.
+    """
+    path = Path(path)
+    meta = read_side_file(path, kind=kind, preset=preset)
+    digest = sha256(path)
+    if digest != meta["sha256"]:
+        raise IntegrityError(
+            f"checkpoint {path} is not the file its side file describes",
+            got=f"sha256 {digest[:16]}…, {path.stat().st_size} bytes",
+            expected=f"sha256 {str(meta['sha256'])[:16]}…",
+            fix=RETRAIN,
+        )
+    try:
+        return load_file(path), meta
+    except (SafetensorError, ValueError) as error:
+        raise IntegrityError(f"checkpoint {path} is not safetensors", got=str(error), fix=RETRAIN) from None
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise IntegrityError when `path` is a pickle by name or by content: unpickling runs whatever it holds."""
+    with open(path, "rb") as source:
+        head = source.read(4)
+    if path.suffix in PICKLE_SUFFIXES or head.startswith(PICKLE_MAGIC):
+        raise IntegrityError(
+            f"{path} is a pickle, which could run code when opened",
+            got=f"suffix {path.suffix}, first bytes {head!r}",
+            expected="a .safetensors file",
+            fix="convert it where you trust it: safetensors.torch.save_file(state_dict, 'model.safetensors')",
+        )
+
+
+def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+    """Load a checkpoint into `module` (casting to its dtypes) and return the side file.
+
+    Nothing is written to the module unless every key and shape fits.
+
+    Raises:
+        LongtakeError, IntegrityError: see `load_checkpoint`; also for missing, extra or wrong-shaped keys.
+    """
+    tensors, meta = load_checkpoint(path, kind=kind, preset=preset)
+    copy_state(module, tensors, str(path))
+    return meta
+
+
+@torch.no_grad()
+def copy_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy `tensors` into the module's parameters and buffers, in place, all of them or none."""
+    own = module.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "extra": sorted(tensors.keys() - own.keys()),
+        "wrong shape": [
+            f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+            for name in sorted(own.keys() & tensors.keys())
+            if own[name].shape != tensors[name].shape
+        ],
+    }
+    found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+    if found:
+        raise IntegrityError(
+            f"{where} doesn't fit the model",
+            got=found,
+            expected=f"the {len(own)} tensors of {type(module).__name__}",
+            fix="use a checkpoint of the same preset and version",
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def _train_fix(kind: str) -> str:
+    stage = "vae" if kind == "vae" else "dit"
+    return f"train it: longtake train --stage {stage} --data digits --out runs/{stage}"

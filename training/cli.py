@@ -1,0 +1,214 @@
+"""`longtake train`: train the VAE or the DiT (with its text encoder) from clips."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.training.optimizer import OptimizerConfig
+from longtake.training.presets import PRESETS, preset_named
+from longtake.training.stages.base import Stage, StageOptions
+from longtake.training.trainer import TrainConfig, Trainer, resume_point
+
+STAGES = ("vae", "dit")
+
+DESCRIPTION = """Train one stage and leave safetensors checkpoints (the averaged weights) in --out.
+
+  --stage vae   the causal video VAE: clips to latents and back
+  --stage dit   the causal DiT and the text encoder, by teacher forcing on latents of a frozen VAE;
+                --precision nvfp4 trains it with the 4-bit weights and activations it will run with
+
+Beside the checkpoints: loss.json and loss.png, TensorBoard scalars, and resume points. Ctrl-C saves a resume
+point; the same command with --resume goes on from there."""
+
+EPILOG = """examples:
+  longtake train --stage vae --data digits --steps 20000 --batch 8 --out runs/vae
+  longtake train --stage dit --data digits --vae runs/vae --steps 30000 --batch 32 --out runs/dit
+  longtake train --stage dit --init runs/dit --precision nvfp4 --lr 1e-4 --steps 3000 --batch 32 --out runs/dit4
+  longtake train --stage dit --data my_clips --init runs/dit --steps 2000 --out runs/mine
+                                 (my_clips/video/<sample>/<n>.mp4, my_clips/caption/<sample>/<n>.json)
+  tensorboard --logdir runs
+"""
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add `train` to the command line."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train the VAE or the DiT, in bf16 or under NVFP4",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_what(parser.add_argument_group("what"))
+    add_dit(parser.add_argument_group("stage dit"))
+    add_optimizer(parser.add_argument_group("optimizer"))
+    add_saving(parser.add_argument_group("how long, and what is kept"))
+    parser.set_defaults(run=run)
+
+
+def add_what(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--stage", required=True, choices=STAGES)
+    group.add_argument("--data", default="digits", help='"digits" (needs no download) or a folder of clips')
+    group.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
+    group.add_argument("--out", type=Path, required=True, help="folder for checkpoints and curves")
+    group.add_argument("--init", type=Path, help="folder of checkpoints to start from (default: random weights)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    group.add_argument("--fp32", action="store_true", help="compute in fp32 on the GPU too (default there: bf16)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--dry-run", action="store_true", help="print the modules' sizes and stop")
+
+
+def add_dit(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--precision", default="bf16", choices=("bf16", "nvfp4"), help="nvfp4: W4A4 fake-quant in the loop"
+    )
+    group.add_argument("--vae", type=Path, help="folder of the frozen VAE (default: the shipped checkpoint)")
+    group.add_argument("--stories", type=int, default=6000, help="stories encoded into the latent cache (default 6000)")
+    group.add_argument("--chunks", default="4..6", metavar="N..M", help="length of a story in chunks (default 4..6)")
+    group.add_argument(
+        "--context",
+        default="full",
+        choices=("full", "window"),
+        help="history a chunk attends to: all of it, as in the reference, or the runtime's window of sinks and "
+        "previous chunk, with the shot offset of the rotary positions",
+    )
+    group.add_argument("--recalibrate", type=int, default=100, metavar="N", help="nvfp4: refresh amax every N steps")
+    group.add_argument("--text-dropout", type=float, default=0.1, help="share of samples trained without a prompt")
+
+
+def add_optimizer(group: argparse._ArgumentGroup) -> None:
+    default = OptimizerConfig()
+    group.add_argument("--batch", type=int, default=8, help="clips (vae) or stories (dit) a step (default 8)")
+    group.add_argument("--lr", type=float, default=default.lr)
+    group.add_argument("--betas", type=float, nargs=2, default=default.betas, metavar=("B1", "B2"))
+    group.add_argument("--warmup", type=int, default=default.warmup, help="steps of linear warm-up, then cosine decay")
+    group.add_argument("--clip", type=float, default=default.clip, help="largest gradient norm")
+    group.add_argument("--ema", type=float, default=default.ema, help="decay of the averaged weights")
+
+
+def add_saving(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--steps", type=int, default=1000)
+    group.add_argument(
+        "--stop-at", type=int, metavar="STEP", help="stop early, resumable, without changing the schedule"
+    )
+    group.add_argument("--max-seconds", type=float, default=math.inf, help="stop and save when this time is over")
+    group.add_argument("--resume", action="store_true", help="go on from the newest resume point in --out")
+    group.add_argument("--save-steps", type=int, default=0, metavar="N", help="resume point every N steps")
+    group.add_argument(
+        "--save-seconds", type=float, default=300, metavar="S", help="... and every S seconds (default 300)"
+    )
+    group.add_argument("--evaluate-steps", type=int, default=1000, metavar="N", help="held-out metrics every N steps")
+    group.add_argument("--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the final checkpoints")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as told; returns the exit code."""
+    config = config_from(args)
+    if config.resume:
+        resume_point(config)
+    torch.manual_seed(args.seed)
+    stage = stage_from(args)
+    if args.dry_run:
+        return describe(stage)
+    device = device_named(args.device)
+    print(f"training {args.stage} of preset {args.preset} on {device} for {args.steps} steps, into {args.out}")
+    metrics = Trainer(stage, config, device).fit()
+    for name in stage.modules:
+        print(f"wrote {args.out / name}.safetensors")
+    print("held out: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
+    return 0
+
+
+def config_from(args: argparse.Namespace) -> TrainConfig:
+    """The loop's settings from the command line."""
+    return TrainConfig(
+        out=args.out,
+        preset=args.preset,
+        steps=args.steps,
+        seed=args.seed,
+        optimizer=OptimizerConfig(
+            lr=args.lr, betas=tuple(args.betas), clip=args.clip, warmup=args.warmup, ema=args.ema
+        ),
+        resume=args.resume,
+        stop_at=args.stop_at,
+        max_seconds=args.max_seconds,
+        save_steps=args.save_steps,
+        save_seconds=args.save_seconds,
+        evaluate_steps=args.evaluate_steps,
+        save_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype],
+        command=shlex.join(["longtake", *sys.argv[1:]]),
+    )
+
+
+def stage_from(args: argparse.Namespace) -> Stage:
+    """The stage named on the command line."""
+    if args.batch < 1:
+        raise LongtakeError("bad batch size", got=args.batch, expected="at least 1", fix="--batch 8")
+    options = StageOptions(
+        preset=preset_named(args.preset),
+        data=args.data,
+        batch=args.batch,
+        precision=args.precision,
+        amp=not args.fp32,
+        init=args.init,
+        vae=args.vae,
+        seed=args.seed,
+        stories=args.stories,
+        chunks=chunk_range(args.chunks),
+        context=args.context,
+        recalibrate=args.recalibrate,
+        text_dropout=args.text_dropout,
+    )
+    return importlib.import_module(f"longtake.training.stages.{args.stage}").stage_from_options(options)
+
+
+def chunk_range(text: str) -> tuple[int, int]:
+    """ "4..6" or "5" to (first, last)."""
+    first, _, last = text.partition("..")
+    try:
+        low, high = int(first), int(last or first)
+    except ValueError:
+        low, high = 0, 0
+    if not 1 <= low <= high:
+        raise LongtakeError("bad --chunks", got=repr(text), expected="N or N..M with 1 <= N <= M", fix="--chunks 4..6")
+    return low, high
+
+
+def device_named(name: str) -> torch.device:
+    """The torch device; "auto" takes a GPU where there is one.
+
+    Raises:
+        UnavailableError: a GPU was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LongtakeError("unknown device", got=name, expected="auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnavailableError(
+            f"device {name} is not there", got=f"{torch.cuda.device_count()} GPUs", fix="--device cpu, or --device auto"
+        )
+    return device
+
+
+def describe(stage: Stage) -> int:
+    """Print the size of each module."""
+    total = 0
+    for name, module in stage.modules.items():
+        count = sum(param.numel() for param in module.parameters())
+        total += count
+        print(f"{name}: {count:,} parameters")
+        for child, part in module.named_children():
+            print(f"  {child}: {sum(param.numel() for param in part.parameters()):,}")
+    print(f"together: {total:,} parameters, {total * 4 / 1e6:.1f} MB in fp32; nothing was trained")
+    return 0

@@ -1,0 +1,80 @@
+"""The record of a run: loss curve as JSON and plot, TensorBoard scalars and pictures."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longtake.runtime.files import atomic_path, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+LIMIT = 2000
+
+
+class History:
+    """Points (step, loss, metrics), thinned to at most LIMIT of each kind, mirrored to TensorBoard if installed."""
+
+    def __init__(self, out: Path, resume_step: int = 0) -> None:
+        self.out = out
+        self.train: list[dict[str, Any]] = []
+        self.held_out: list[dict[str, Any]] = []
+        if resume_step and (out / "loss.json").is_file():
+            saved = read_json(out / "loss.json")
+            self.train = [point for point in saved["train"] if point["step"] <= resume_step]
+            self.held_out = [point for point in saved["held_out"] if point["step"] <= resume_step]
+        self.writer = _summary_writer(out / "tensorboard", resume_step)
+
+    def add(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Record `values` of "train" or "held_out" after `step` steps."""
+        points = self.train if kind == "train" else self.held_out
+        points.append({"step": step, **{name: float(f"{value:.6g}") for name, value in values.items()}})
+        if len(points) > LIMIT:
+            del points[1:-1:2]
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def add_samples(self, step: int, samples: Tensor | None) -> None:
+        """Show uint8 [N, T, 3, H, W] clips as a sheet: a row a clip, eight frames of it side by side."""
+        if samples is None or self.writer is None:
+            return
+        picks = [round(i * (samples.shape[1] - 1) / 7) for i in range(8)]
+        sheet = samples[:, picks].permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+        self.writer.add_image("samples", sheet.cpu(), step)
+
+    def save(self) -> None:
+        """Write loss.json and flush TensorBoard."""
+        write_json(self.out / "loss.json", {"train": self.train, "held_out": self.held_out})
+        if self.writer is not None:
+            self.writer.flush()
+
+    def plot(self, title: str) -> None:
+        """Write loss.png."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for label, points in (("training", self.train), ("held out", self.held_out)):
+            if points and "loss" in points[-1]:
+                axes.plot([p["step"] for p in points], [p["loss"] for p in points], label=label)
+        axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with atomic_path(self.out / "loss.png") as partial:
+            figure.savefig(partial, dpi=110)
+        pyplot.close(figure)
+
+
+def _summary_writer(folder: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("tensorboard isn't installed: the curves go to loss.json and loss.png only")
+        return None
+    return SummaryWriter(str(folder), purge_step=resume_step or None)

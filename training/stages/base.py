@@ -1,0 +1,71 @@
+"""What a training stage is: the trainer runs any of them, the command line builds them by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from longtake.training.presets import Preset
+
+Metric = float | Tensor
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """What the command line knows; a stage reads what concerns it.
+
+    data: "digits" or a folder of clips. precision: "bf16" or "nvfp4". amp: compute in bf16 on the GPU.
+    init: folder of checkpoints to start from. vae: folder whose frozen VAE encodes the clips (None: the shipped one).
+    stories, chunks: how many stories the latent cache holds, and the range of their lengths in chunks.
+    context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
+    """
+
+    preset: Preset
+    data: str = "digits"
+    batch: int = 8
+    precision: str = "bf16"
+    amp: bool = True
+    init: Path | None = None
+    vae: Path | None = None
+    seed: int = 0
+    stories: int = 6000
+    chunks: tuple[int, int] = (4, 6)
+    context: str = "full"
+    recalibrate: int = 100
+    text_dropout: float = 0.1
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """A training stage. `modules` are trained, averaged (EMA) and saved, each under its name.
+
+    A stage module `training/stages/<name>.py` offers `stage_from_options(options: StageOptions) -> Stage`.
+    """
+
+    name: str
+    modules: dict[str, nn.Module]
+
+    def prepare(self, device: torch.device) -> None:
+        """Move to `device`, build data sets and caches. Called once, before anything else."""
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
+        """Loss of one step and metrics (tensors stay on the device until they are logged).
+
+        All randomness comes from `generator` (CPU), or from device generators seeded from it.
+        """
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics with the modules' present weights."""
+
+    def samples(self) -> Tensor | None:
+        """Something to look at: uint8 [N, T, 3, H, W], or None."""
+
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """What to save beside each module: module name -> JSON-ready facts (amax, vocabulary, settings)."""
+
+    def on_step(self, step: int) -> None:
+        """Called before the loss of `step` (0-based), for instance to calibrate quantizers again."""
