@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longtake.plugins.nvfp4.formats import encode_e2m1, encode_e4m3
-from longtake.plugins.nvfp4.layout import bytes_to_int8, pack_nibbles
+from longtake.plugins.nvfp4.layout import int8_from_bytes, pack_nibbles
 from longtake.plugins.nvfp4.reference import BLOCK, scale_blocks
 
 RULE, ORDER = "mse", "longlive"
@@ -23,13 +23,18 @@ def kv_cache_write_nvfp4(
     Blocks of 16 along D, one amax for K and one for V; rule mse, order longlive; the low nibble is the even index.
     """
     new_values, new_scales, new_amax = quantize_kv(torch.stack((k, v)).to(torch.float32))
-    chosen = torch.arange(amax.shape[0], dtype=torch.int32, device=amax.device) == write_slot
-    wide = chosen.view(-1, 1, 1, 1, 1)
     return (
-        torch.where(wide, new_values, values),
-        torch.where(wide, new_scales, scales),
-        torch.where(chosen.view(-1, 1), new_amax, amax),
+        replace_slot(values, new_values, write_slot),
+        replace_slot(scales, new_scales, write_slot),
+        replace_slot(amax, new_amax, write_slot),
     )
+
+
+def replace_slot(cache: Tensor, new: Tensor, write_slot: Tensor) -> Tensor:
+    """[S,...] with `new` [...] at `write_slot` [1]; none is replaced if that is -1. Copies bytes, of any dtype."""
+    slots = torch.arange(cache.shape[0], dtype=torch.int32, device=cache.device)
+    source = torch.where(slots == write_slot, cache.shape[0], slots)
+    return torch.cat((cache, new.unsqueeze(0))).index_select(0, source)
 
 
 def quantize_kv(kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,10 +42,9 @@ def quantize_kv(kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     amax = kv.abs().amax(dim=(1, 2, 3))
     scaled, scale = scale_blocks(kv.unflatten(-1, (-1, BLOCK)), amax.view(-1, 1, 1, 1), RULE, ORDER)
     packed = pack_nibbles(encode_e2m1(scaled).flatten(-2))
-    return bytes_to_int8(packed), encode_e4m3(scale).to(torch.int8), amax
+    return int8_from_bytes(packed), encode_e4m3(scale).to(torch.int8), amax
 
 
 def kv_cache_write_bf16(k: Tensor, v: Tensor, cache: Tensor, write_slot: Tensor) -> Tensor:
     """k, v [L,H,D]; cache [S,2,L,H,D] in the compute dtype; write_slot int32 [1]."""
-    chosen = torch.arange(cache.shape[0], dtype=torch.int32, device=cache.device) == write_slot
-    return torch.where(chosen.view(-1, 1, 1, 1, 1), torch.stack((k, v)).to(cache.dtype), cache)
+    return replace_slot(cache, torch.stack((k, v)).to(cache.dtype), write_slot)

@@ -25,10 +25,9 @@ __device__ __forceinline__ unsigned int minifloat_code(float magnitude, int mant
   return (unsigned int)(((exponent - lowest) << mantissa) + n);
 }
 
-// Saturates at 6. The sign of a value that rounds to zero is kept.
+// Saturates at 6. A negative number that rounds to zero keeps its sign (code 8); -0.0 has code 0.
 __device__ __forceinline__ unsigned int e2m1_from_float(float x) {
-  const unsigned int sign = __float_as_uint(x) >> 31 << 3;
-  return minifloat_code(fminf(fabsf(x), 6.0f), 1, 0) | sign;
+  return minifloat_code(fminf(fabsf(x), 6.0f), 1, 0) | (x < 0.0f ? 8u : 0u);
 }
 
 // For x >= 0 (a block scale); saturates at 448.
@@ -73,11 +72,11 @@ __device__ __forceinline__ float pack16_with_scale(
 // Four over six: the block maximum goes to 6 or to 4, whichever errs less; a tie goes to 6.
 __device__ __forceinline__ Packed16 pack16_mse(const float (&x)[16], float amax) {
   Packed16 six = {0u, 0u, 0u}, four;
-  if (amax == 0.0f) return six;
+  const float encode = __fdiv_rn(LIMIT_E2M1 * LIMIT_E4M3, amax);
+  if (!(encode <= 3.402823466e38f)) return six;  // amax is 0, or too small to divide by: everything is zero
   float block_max = 0.0f;
 #pragma unroll
   for (int i = 0; i < 16; ++i) block_max = fmaxf(block_max, fabsf(x[i]));
-  const float encode = __fdiv_rn(LIMIT_E2M1 * LIMIT_E4M3, amax);
   const float decode = __fdiv_rn(1.0f, encode);
   const float base = __fmul_rn(__fdiv_rn(block_max, LIMIT_E2M1), encode);
   const float error_six = pack16_with_scale(x, e4m3_from_scale(base), decode, amax, six);

@@ -14,21 +14,14 @@ def pack_nibbles(code: Tensor) -> Tensor:
     return pairs[..., 0] + pairs[..., 1] * 16
 
 
-def unpack_nibbles(byte: Tensor) -> Tensor:
-    """Bytes 0..255, as fp32 integers, [..., K/2] to fp32 codes 0..15 [..., K]."""
-    high = torch.floor(byte / 16.0)
-    return torch.stack((byte - high * 16.0, high), dim=-1).flatten(-2)
-
-
-def bytes_to_int8(byte: Tensor) -> Tensor:
+def int8_from_bytes(byte: Tensor) -> Tensor:
     """fp32 integers 0..255 to the int8 of the same bits."""
-    return torch.where(byte >= 128.0, byte - 256.0, byte).to(torch.int8)
+    return (byte - torch.floor(byte / 128.0) * 256.0).to(torch.int8)
 
 
 def bytes_from_int8(byte: Tensor) -> Tensor:
-    """int8 to the fp32 integers 0..255 of the same bits."""
-    signed = byte.to(torch.float32)
-    return torch.where(signed < 0.0, signed + 256.0, signed)
+    """int8 to the int32 0..255 of the same bits."""
+    return byte.to(torch.int32) & 255
 
 
 def swizzle_scales(scales: Tensor) -> Tensor:

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from longtake.plugins.nvfp4.formats import (
     E4M3_MIN_SUBNORMAL,
-    decode_e2m1,
     decode_e4m3,
+    decode_nibbles,
     encode_e2m1,
     encode_e4m3,
     round_e2m1,
 )
-from longtake.plugins.nvfp4.layout import pack_nibbles, swizzle_scales, unpack_nibbles, unswizzle_scales
+from longtake.plugins.nvfp4.layout import pack_nibbles, swizzle_scales, unswizzle_scales
 from longtake.runtime.errors import LongtakeError
 
 __all__ = [
@@ -101,8 +101,8 @@ def quantize(
 def dequantize(packed: Packed, *, order: str = "modelopt", dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [..., K] of a packed tensor, computed in fp32 in the given order, then cast to `dtype`."""
     _check_rule(packed.rule, order)
-    q = decode_e2m1(unpack_nibbles(packed.values.to(torch.float32))).unflatten(-1, (-1, BLOCK))
-    scale = decode_e4m3(packed.scales.view(torch.uint8).to(torch.float32))
+    q = decode_nibbles(packed.values.to(torch.int32)).unflatten(-1, (-1, BLOCK))
+    scale = decode_e4m3(packed.scales.view(torch.uint8).to(torch.int32))
     return dequantize_blocks(q, scale, packed.amax, packed.rule, order).flatten(-2).to(dtype)
 
 
@@ -169,10 +169,10 @@ def _candidate(
     """Round the scale to E4M3 and divide the elements by it."""
     if order == "modelopt":
         raw = torch.where(blockmax == 0.0, 1.0, raw.clamp(min=E4M3_MIN_SUBNORMAL))
-        scale = decode_e4m3(encode_e4m3(raw))
+        scale = decode_e4m3(encode_e4m3(raw).to(torch.int32))
         step = scale * (amax / limit)
         return x / torch.where(step > 0.0, step, torch.inf).unsqueeze(-1), scale
-    scale = decode_e4m3(encode_e4m3(raw))
+    scale = decode_e4m3(encode_e4m3(raw).to(torch.int32))
     step = (1.0 / _encode_scale(amax, limit)) * torch.where(scale > 0.0, scale, 1.0)
     inverse = torch.where(scale > 0.0, 1.0 / step, 0.0)
     return x * inverse.unsqueeze(-1), scale

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.plugins.nvfp4.formats import decode_e2m1, decode_e4m3
-from longtake.plugins.nvfp4.layout import bytes_from_int8, unpack_nibbles
+from longtake.plugins.nvfp4.formats import decode_e4m3, decode_nibbles
+from longtake.plugins.nvfp4.layout import bytes_from_int8
 from longtake.plugins.nvfp4.reference import BLOCK
 
 
@@ -20,5 +20,5 @@ def nvfp4_dequantize(values: Tensor, scales: Tensor) -> Tensor:
 
 def decode_weight(values: Tensor, scales: Tensor) -> Tensor:
     """The same in fp32."""
-    codes = decode_e2m1(unpack_nibbles(bytes_from_int8(values))).unflatten(-1, (-1, BLOCK))
-    return (codes * decode_e4m3(scales.to(torch.float32)).unsqueeze(-1)).flatten(-2)
+    elements = decode_nibbles(bytes_from_int8(values)).unflatten(-1, (-1, BLOCK))
+    return (elements * decode_e4m3(bytes_from_int8(scales)).unsqueeze(-1)).flatten(-2)
