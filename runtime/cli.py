@@ -16,6 +16,8 @@ COMMAND_MODULES = (
     "longtake.export.cli",
     "longtake.engines.cli",
     "longtake.runtime.generate_cli",
+    "longtake.engines.doctor_cli",
+    "longtake.engines.inspect_cli",
 )
 
 EPILOG = """the usual way:

@@ -1,0 +1,90 @@
+"""`longtake doctor` reports what is there, what is missing, and the command that helps, and never fails on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from longtake.engines import doctor, doctor_cli, machine, probes
+from longtake.engines.flavour import Installed
+from longtake.engines.recipe import recipe_named
+from longtake.plugins.capability import Machine
+
+
+def _run(as_json: bool = False) -> int:
+    return doctor_cli.run(argparse.Namespace(json=as_json))
+
+
+def test_reports_this_machine_and_exits_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run() == 0
+    text = capsys.readouterr().out
+    for word in ("Python", "GPU", "TensorRT", "ONNX Runtime", "NVRTC", "tiny_nvfp4_sm120", "tiny_w4a16_sm90"):
+        assert word in text
+
+
+def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["reference_works"] is True
+    assert {item["recipe"] for item in report["recipes"]} >= {"tiny_nvfp4_sm120", "tiny_bf16_sm90"}
+
+
+def test_without_onnxruntime_it_fails_and_names_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> str:
+        raise ModuleNotFoundError("No module named 'onnxruntime'")
+
+    monkeypatch.setattr(doctor, "onnxruntime_works", absent)
+    assert _run() != 0
+    text = capsys.readouterr().out
+    assert "ONNX Runtime (the reference backend): pip install onnxruntime" in text
+    assert "No module named 'onnxruntime'" in text
+
+
+def test_without_any_tensorrt_it_still_works(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longtake.engines.flavour.installed_flavours", list)
+    monkeypatch.setattr(machine, "installed_flavours", list)
+    monkeypatch.setattr(doctor, "trtexec_finding", lambda: probes.Finding("trtexec", "not installed"))
+    assert _run() == 0
+    text = capsys.readouterr().out
+    assert "TensorRT (building and running engines): pip install tensorrt-rtx-cu13==" in text
+    assert "no TensorRT flavour is installed" in text
+
+
+def test_an_unfit_flavour_is_judged_not_hidden() -> None:
+    assert machine.flavour_to_judge("9.0", [Installed("tensorrt_rtx", "1.7.1")]) == ("tensorrt_rtx", "1.7.1")
+    assert machine.flavour_to_judge("9.0", [Installed("tensorrt", "10.13", complete=False)]) == (None, "")
+
+
+def test_recipes_on_a_hopper_machine() -> None:
+    hopper = Machine("9.0", "tensorrt_rtx", "1.6.1.120")
+    found = doctor.recipe_finding(hopper, recipe_named("tiny_w4a16_sm90"))
+    assert (found.backend, found.native) == ("segmented", "segmented: runs")
+    other = doctor.recipe_finding(hopper, recipe_named("tiny_nvfp4_sm120"))
+    assert other.backend == "reference"
+    assert "before 1.7 cannot load plugins" in other.reason and "segmented" in other.fix
+
+
+def test_recipes_without_a_gpu_are_built_not_run() -> None:
+    found = doctor.recipe_finding(Machine(None, "tensorrt_rtx", "1.7.1.116"), recipe_named("tiny_nvfp4_sm120"))
+    assert (found.backend, found.native) == ("reference", "fused: build, don't run")
+    assert "no NVIDIA GPU" in found.reason
+
+
+def test_a_probe_that_raises_becomes_a_finding() -> None:
+    def broken() -> str:
+        raise OSError("libfoo.so: cannot open shared object file")
+
+    found = probes.attempt("foo", "nothing", "pip install foo", broken)
+    assert not found.ok and "libfoo.so" in found.found and found.fix == "pip install foo"
+
+
+def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes.shutil, "disk_usage", lambda _: argparse.Namespace(free=1e9))
+    found = probes.disk_finding(doctor.Path.cwd())
+    assert not found.ok and "1.0 GB free" in found.found and "make clean" in found.fix
