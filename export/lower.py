@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor
 
 from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS, Packed, quantize
 from longtake.plugins.spec import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
@@ -80,16 +81,22 @@ def linear_name(gemm: NodeProto) -> str:
     return gemm.input[1].removesuffix(".weight") if len(gemm.input) > 1 else ""
 
 
-def lower(model: onnx.ModelProto, precision: str, amax: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Lower, in place, every Linear of `model` named in `amax`; return the names lowered. "bf16" changes nothing.
+def lower(
+    model: onnx.ModelProto,
+    precision: str,
+    weights: Mapping[str, Tensor],
+    amax: Mapping[str, Mapping[str, float]],
+) -> list[str]:
+    """Lower, in place, every Linear of `model` that `weights` names; return the names lowered. "bf16" changes nothing.
 
     Args:
         model: plain bf16 export; weights named by state-dict key.
-        precision: "bf16", "w4a16" or "nvfp4".
-        amax: linear name -> {"input": calibrated activation amax, "weight": the weight's amax under training}.
+        precision: "bf16", "w4a16" (weight amax = max |W|) or "nvfp4" (both amax as calibrated under training).
+        weights: linear name -> its trained fp32 weight [N, K]: codes are found before anything is rounded to bf16.
+        amax: linear name -> {"input": amax of the activation, "weight": amax of the weight}; read by "nvfp4" only.
 
     Raises:
-        LongtakeError: a Linear to be quantized is not a Gemm with a transposed weight.
+        LongtakeError: a Linear is not a Gemm with a transposed weight, or has no usable amax.
     """
     if precision == "bf16":
         return []
@@ -97,22 +104,31 @@ def lower(model: onnx.ModelProto, precision: str, amax: Mapping[str, Mapping[str
     rewriter, lowered = Rewriter(model), []
     for node in model.graph.node:
         name = linear_name(node)
-        if name not in amax:
+        if name not in weights:
             rewriter.nodes.append(node)
             continue
         _require_linear(node, name)
-        weight = tensor_from_initializer(rewriter.initializers[f"{name}.weight"])
-        packed = quantize(weight, rule=RULE, order="modelopt", amax=amax[name]["weight"])
-        lowering(rewriter, node, packed, amax[name]["input"])
+        calibrated = _calibrated(amax, name) if precision == "nvfp4" else (None, 0.0)
+        weight = weights[name].detach().float().cpu()
+        lowering(rewriter, node, quantize(weight, rule=RULE, order="modelopt", amax=calibrated[0]), calibrated[1])
         lowered.append(name)
     rewriter.finish()
     _import_domains(model, precision)
     return lowered
 
 
-def tensor_from_initializer(tensor: TensorProto) -> torch.Tensor:
-    """An fp32 torch tensor with the values of a float initializer (bf16 included)."""
-    return torch.from_numpy(np.array(numpy_helper.to_array(tensor), dtype=np.float32))
+def _calibrated(amax: Mapping[str, Mapping[str, float]], name: str) -> tuple[float, float]:
+    """(weight amax, input amax) of a linear, both positive and finite."""
+    entry = amax.get(name, {})
+    found = entry.get("weight", 0.0), entry.get("input", 0.0)
+    if not all(0.0 < value < float("inf") for value in found):
+        raise LongtakeError(
+            f"no calibrated amax for {name}",
+            got=dict(entry) or "nothing",
+            expected="a positive amax of its weight and of its input",
+            fix="train with --precision nvfp4, which calibrates, or export a w4a16 or bf16 recipe",
+        )
+    return found
 
 
 def _require_linear(node: NodeProto, name: str) -> None:
