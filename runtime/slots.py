@@ -83,9 +83,7 @@ class Plan:
 
 def slots_from_json(given: dict[str, Any]) -> SlotTable:
     """Read `SlotTable.as_json` back."""
-    return SlotTable(
-        given["capacity"], tuple(given["blocks"]), tuple(given["slots"]), given["shot"], given["count"]
-    )
+    return SlotTable(given["capacity"], tuple(given["blocks"]), tuple(given["slots"]), given["shot"], given["count"])
 
 
 def visible_blocks(cuts: Sequence[bool], capacity: int = 4) -> list[tuple[int, ...]]:

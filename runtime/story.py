@@ -175,7 +175,12 @@ def check_fits(story: Story, preset: Preset) -> None:
     """Raise LongtakeError where the story states a preset, resolution, frame rate or length that isn't the preset's."""
     frames = frame_count(preset, story.chunks)
     seconds = frames / preset.fps
-    for key, wanted in (("preset", preset.name), ("height", preset.height), ("width", preset.width), ("fps", preset.fps)):
+    for key, wanted in (
+        ("preset", preset.name),
+        ("height", preset.height),
+        ("width", preset.width),
+        ("fps", preset.fps),
+    ):
         stated = getattr(story, key)
         if stated is not None and stated != wanted:
             raise LongtakeError(

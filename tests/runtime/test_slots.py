@@ -73,7 +73,7 @@ def test_every_cut_pattern_equals_the_simulation() -> None:
 
 def test_slots_hold_what_the_table_says_and_retries_are_safe() -> None:
     """Run the table against real slots: what a chunk reads is what was written, even if an attempt failed before."""
-    for cuts in all_patterns()[:: 7]:
+    for cuts in all_patterns()[::7]:
         slots: list[Any] = [None] * 4
         table = SlotTable()
         for block, cut in enumerate(cuts):
@@ -124,5 +124,5 @@ def test_equals_the_training_window() -> None:
             continue
     if rule is None:
         pytest.skip("training has no visible_blocks")
-    for cuts in all_patterns()[:: 5]:
+    for cuts in all_patterns()[::5]:
         assert [sorted(blocks) for blocks in rule(cuts)] == [sorted(blocks) for blocks in visible_blocks(cuts)]

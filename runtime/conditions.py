@@ -1,0 +1,78 @@
+"""What a chunk is conditioned on: prompt, timesteps, positions, noise. Worked out on the host, then moved once.
+
+Legend: F latent frames of a chunk, C channels, E text length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.runtime.backends.base import Backend
+from longtake.training.presets import Preset
+from longtake.training.rope import rope_tables, timestep_sinusoid
+
+Tokenize = Callable[[list[str], int], Tensor]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Tensors of one chunk. context and negative: each layer's cross-attention K and V (negative: only under CFG)."""
+
+    context: list[Tensor]
+    negative: list[Tensor] | None
+    rope_cos: Tensor
+    rope_sin: Tensor
+    noise_BCFHW: Tensor
+
+
+def noise_for_chunk(preset: Preset, seed: int, index: int) -> Tensor:
+    """Gaussian noise fp32 [1, F, C, H, W] of chunk `index`, drawn on the CPU: the same for every device and length."""
+    digest = hashlib.sha256(f"longtake noise 1:{seed}:{index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    shape = (1, preset.chunk_latents, preset.vae.z_channels, *preset.latent_hw)
+    return torch.randn(shape, generator=generator)
+
+
+def frame_positions(preset: Preset, chunk: int, shot: int) -> list[float]:
+    """Absolute temporal RoPE position of each latent frame; every shot begun so far inserts a gap."""
+    start = chunk * preset.chunk_latents + shot * preset.shot_rope_offset
+    return [float(start + frame) for frame in range(preset.chunk_latents)]
+
+
+class Conditioner:
+    """Builds a session's conditions; keeps the last prompt's context and the constant tensors on the device."""
+
+    def __init__(
+        self, backend: Backend, tokenize: Tokenize, seed: int, negative_prompt: str | None, timesteps: Sequence[int]
+    ) -> None:
+        self.backend, self.tokenize, self.seed, self.negative_prompt = backend, tokenize, seed, negative_prompt
+        self.sinusoids = {t: self._sinusoid(t) for t in (*timesteps, 0)}
+        self._kept: dict[str, list[Tensor]] = {}
+
+    def for_chunk(self, chunk: int, shot: int, prompt: str) -> Conditions:
+        """Conditions of chunk `chunk` in shot `shot`; `prompt` is the text to encode."""
+        preset, device = self.backend.preset, self.backend.device
+        context, negative = self._contexts(prompt)
+        cos, sin = rope_tables(preset.dit, frame_positions(preset, chunk, shot), preset.grid_hw)
+        noise = noise_for_chunk(preset, self.seed, chunk).transpose(1, 2).contiguous()
+        return Conditions(context, negative, cos.to(device), sin.to(device), noise.to(device))
+
+    def _contexts(self, prompt: str) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Encode what is not kept already; keep these prompts only (a large model's context is large)."""
+        wanted = [prompt] if self.negative_prompt is None else [prompt, self.negative_prompt]
+        self._kept = {text: self._kept.get(text) or self._encode(text) for text in wanted}
+        negative = None if self.negative_prompt is None else self._kept[self.negative_prompt]
+        return self._kept[prompt], negative
+
+    def _encode(self, prompt: str) -> list[Tensor]:
+        tokens = self.tokenize([prompt], self.backend.preset.text.length).to(self.backend.device)
+        return self.backend.context(self.backend.text(tokens))
+
+    def _sinusoid(self, timestep: int) -> Tensor:
+        preset = self.backend.preset
+        return timestep_sinusoid([float(timestep)] * preset.chunk_latents, preset.dit.freq_dim).to(self.backend.device)

@@ -1,0 +1,131 @@
+"""Snapshots of a session, in memory and in one safetensors file whose header carries the JSON and a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.runtime.files import atomic_path, require_disk
+from longtake.runtime.state import Position, position_from_json
+
+FORMAT = "longtake-session"
+VERSION = 1
+NOISE = 1  # version of conditions.noise_for_chunk: another one would continue with other noise
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What has to agree for a snapshot to be continued. model: preset and precision, such as "tiny_w4a16"."""
+
+    preset: str
+    model: str
+    cache: str
+    seed: int
+    steps: int
+    guidance: float
+    negative_prompt: str
+    shift: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A session's state. Tensors are copies: "positive.LAYER.I", "negative.LAYER.I" (caches) and "decoder.I"."""
+
+    identity: Identity
+    position: Position
+    tensors: dict[str, Tensor]
+
+    def decoder_tensors(self) -> list[Tensor]:
+        count = sum(name.startswith("decoder.") for name in self.tensors)
+        return [self.tensors[f"decoder.{i}"] for i in range(count)]
+
+
+def check_same(given: Identity, wanted: Identity) -> None:
+    """Raise LongtakeError naming the first thing in which a snapshot and a session differ."""
+    for field in fields(Identity):
+        have, want = getattr(given, field.name), getattr(wanted, field.name)
+        if have != want:
+            raise LongtakeError(
+                f"the saved session has another {field.name}", got=repr(have), expected=repr(want),
+                fix=f"use engines and options with {field.name} {have!r}, or start a new session",
+            )  # fmt: skip
+
+
+def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
+    """Copy the cache tensors of `snapshot` over `into`, in place; the dtype may differ between backends."""
+    given = {name: t for name, t in snapshot.tensors.items() if not name.startswith("decoder.")}
+    shapes = {name: tuple(t.shape) for name, t in given.items()}
+    wanted = {name: tuple(t.shape) for name, t in into.items()}
+    if shapes != wanted:
+        differing = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))[0]
+        raise IntegrityError(
+            f"the saved session's tensor {differing} does not fit",
+            got=shapes.get(differing, "nothing"), expected=wanted.get(differing, "nothing"),
+        )  # fmt: skip
+    for name, tensor in into.items():
+        tensor.copy_(given[name])
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode("utf-8"))
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def snapshot_to_file(snapshot: Snapshot, path: Path | str) -> None:
+    """Write `snapshot` to `path` as one file, atomically. Raises LongtakeError if the disk is too full."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in snapshot.tensors.items()}
+    about = {"version": VERSION, "noise": NOISE, "identity": asdict(snapshot.identity),
+             "position": snapshot.position.as_json()}  # fmt: skip
+    text = json.dumps(about, ensure_ascii=True, sort_keys=True)
+    require_disk(Path(path).parent, sum(t.nbytes for t in tensors.values()) + (1 << 20))
+    header = {"format": FORMAT, "session": text, "sha256": _digest(text, tensors)}
+    with atomic_path(path) as partial:
+        save_file(tensors, str(partial), metadata=header)
+
+
+def snapshot_from_file(path: Path | str) -> Snapshot:
+    """Read and verify a saved session.
+
+    Raises:
+        LongtakeError: there is no such file, or it was saved by another version.
+        IntegrityError: it is damaged, or no saved session.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise LongtakeError(f"saved session {source} does not exist", fix="check the path")
+    try:
+        with safe_open(str(source), "pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{source} is no readable saved session", got=str(error), expected="a file from --save-session"
+        ) from None
+    if header.get("format") != FORMAT:
+        raise IntegrityError(f"{source} is not a saved session", got=header.get("format", "another safetensors file"),
+                             expected=FORMAT, fix="pass a file written by --save-session")  # fmt: skip
+    if header.get("sha256") != _digest(header.get("session", ""), tensors):
+        raise IntegrityError(f"{source} was altered after it was saved", got="a wrong digest",
+                             expected="the digest in its header", fix="save the session again")  # fmt: skip
+    return _snapshot_from_json(source, json.loads(header["session"]), tensors)
+
+
+def _snapshot_from_json(source: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
+    for key, wanted in (("version", VERSION), ("noise", NOISE)):
+        if about.get(key) != wanted:
+            raise LongtakeError(f"{source} was saved by another version of longtake", got=f"{key} {about.get(key)}",
+                                expected=f"{key} {wanted}", fix="start a new session")  # fmt: skip
+    return Snapshot(Identity(**about["identity"]), position_from_json(about["position"]), tensors)
