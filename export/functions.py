@@ -1,0 +1,259 @@
+"""The custom ops in ONNX: schemas, the torch exporter's translation table, and function bodies derived from references.
+
+A node of the `longtake` domain carries `plugin_namespace` and `plugin_version`: TensorRT's parser makes it a plugin.
+Every other runtime runs its function body, which is the exported PyTorch reference and never written by hand. Bodies
+compute in fp32 and return the activation dtype they were given, so one body serves bf16 graphs and fp32 views.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import onnx.inliner
+import torch
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx.defs import OpSchema
+from onnxscript.values import Opset
+from torch import Tensor, nn
+
+from longtake.plugins.ops import REFERENCES, torch_op
+from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, OpSpec, TensorSpec
+from longtake.runtime.errors import LongtakeError
+
+DOMAIN_VERSION = 1
+DEFAULT_OPSET = 23
+PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
+
+_DYNAMIC = ("W", "N", "K")  # a body serves every size of these; other dimensions are fixed when it is made
+_TYPES = {"int8": "tensor(int8)", "int32": "tensor(int32)", "fp32": "tensor(float)"}
+_COMPUTE_TYPES = ["tensor(bfloat16)", "tensor(float16)", "tensor(float)"]
+_TORCH_DTYPES = {"compute": torch.float32, "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32}
+
+
+# --- schemas
+
+
+def register_schemas() -> None:
+    """Make the ops known to onnx's checker and shape inference; repeated calls do nothing."""
+    for spec in OPS.values():
+        if not onnx.defs.has(spec.name, DOMAIN):
+            onnx.defs.register_schema(op_schema(spec))
+
+
+def op_schema(spec: OpSpec) -> OpSchema:
+    """The ONNX schema of an op, with attributes `plugin_namespace` and `plugin_version` and shape inference."""
+
+    def formal(tensor: TensorSpec) -> OpSchema.FormalParameter:
+        return OpSchema.FormalParameter(tensor.name, _TYPES.get(tensor.dtype, "T"))
+
+    schema = OpSchema(
+        spec.name,
+        DOMAIN,
+        DOMAIN_VERSION,
+        inputs=[formal(t) for t in spec.inputs],
+        outputs=[OpSchema.FormalParameter(f"{t.name}_out", _TYPES.get(t.dtype, "T")) for t in spec.outputs],
+        type_constraints=[("T", _COMPUTE_TYPES, "the activation dtype")],
+        attributes=[OpSchema.Attribute(a, OpSchema.AttrType.STRING, required=False) for a in PLUGIN_ATTRIBUTES],
+    )
+    schema.set_type_and_shape_inference_function(functools.partial(_infer_outputs, spec))
+    return schema
+
+
+def _infer_outputs(spec: OpSpec, context: Any) -> None:
+    """A cache comes out as it went in, attention is like q, a weight is bf16 [N, K]."""
+    if spec.name == "nvfp4_dequantize":
+        values = context.get_input_type(0).tensor_type.shape.dim
+        shape = [values[0].dim_value or None, 2 * values[1].dim_value or None] if len(values) == 2 else None
+        context.set_output_type(0, helper.make_tensor_type_proto(TensorProto.BFLOAT16, shape))
+        return
+    for output, source in spec.aliases or ((0, 0),):
+        context.set_output_type(output, context.get_input_type(source))
+
+
+# --- torch operators to nodes
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For torch.onnx.export's `custom_translation_table`: each torch op becomes its node of the `longtake` domain."""
+    register_schemas()
+    return {torch_op(name): _translation(name) for name in OPS}
+
+
+def _translation(name: str) -> Callable[..., Any]:
+    op = getattr(Opset(DOMAIN, DOMAIN_VERSION), name)
+
+    def translate(*inputs: Any) -> Any:
+        return op(*inputs, **PLUGIN_ATTRIBUTES)
+
+    return translate
+
+
+# --- function bodies
+
+
+def attach_functions(model: ModelProto) -> None:
+    """Add the body of every `longtake` op that the model uses and has none for yet, in place; a repeated call is safe.
+
+    Raises:
+        LongtakeError: the domain has no such op, or the shapes of its cache are not known or differ within the model.
+    """
+    present = {f.name for f in model.functions if f.domain == DOMAIN}
+    used = list(dict.fromkeys(node.op_type for node in model.graph.node if node.domain == DOMAIN))
+    if not used:
+        return
+    if DOMAIN not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(DOMAIN, DOMAIN_VERSION))
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    missing = [name for name in used if name not in present]
+    model.functions.extend(function_protos(missing, dims_from_graph(model.graph), opset=opset))
+
+
+def function_protos(ops: Iterable[str], dims: Mapping[str, int], *, opset: int = DEFAULT_OPSET) -> list[FunctionProto]:
+    """The FunctionProto of each named op for these sizes: S, L, H and D (none for nvfp4_dequantize)."""
+    return [_function_proto(name, tuple(sorted(dims.items())), opset) for name in ops]
+
+
+def inline_functions(model: ModelProto) -> ModelProto:
+    """A model without model-local functions."""
+    return onnx.inliner.inline_local_functions(model)
+
+
+def dims_from_graph(graph: GraphProto) -> dict[str, int]:
+    """The sizes (S, L, H, D) of the caches that the graph's `longtake` nodes work on, from the declared shapes."""
+    shapes = {t.name: tuple(t.dims) for t in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+    dims: dict[str, int] = {}
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            for formula, size in _sizes(node, shapes):
+                letter, _, divisor = formula.partition("/")
+                _bind(dims, letter, size * int(divisor or 1), node)
+    return dims
+
+
+def _sizes(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int]]:
+    """(dimension formula, size) of a node's inputs where known; 0 stands for an unknown size."""
+    for tensor, name in zip(_spec(node.op_type).inputs, node.input):
+        for formula, size in zip(tensor.shape, shapes.get(name, ())):
+            if size and not formula.isdigit() and formula[0] not in _DYNAMIC:
+                yield formula, size
+
+
+def _bind(dims: dict[str, int], letter: str, size: int, node: NodeProto) -> None:
+    if dims.setdefault(letter, size) != size:
+        raise LongtakeError(
+            f"the custom ops of one model must agree on {letter}",
+            got=f"{size} at node {node.name or node.op_type}",
+            expected=dims[letter],
+            fix="export layers of different sizes into different models",
+        )
+
+
+def _spec(name: str) -> OpSpec:
+    if name not in OPS:
+        raise LongtakeError(f"no op of the domain {DOMAIN!r} is named {name!r}", expected=", ".join(OPS))
+    return OPS[name]
+
+
+@functools.lru_cache(maxsize=32)
+def _function_proto(name: str, dims: tuple[tuple[str, int], ...], opset: int) -> FunctionProto:
+    """Export the reference of one op and wrap it: fp32 inside, the activation's dtype outside."""
+    spec = _spec(name)
+    graph = _exported_reference(spec, dict(dims), opset)
+    compute = [t.name for t in spec.inputs if t.dtype == "compute"]
+    names = {g.name: f"{t.name}.fp32" if t.name in compute else t.name for t, g in zip(spec.inputs, graph.input)}
+    nodes = [helper.make_node("Cast", [t], [f"{t}.fp32"], to=TensorProto.FLOAT) for t in compute]
+    nodes += [helper.make_node("Constant", [], [f"body.{t.name}"], value=t) for t in graph.initializer]
+    nodes += [_renamed(node, names) for node in graph.node]
+    outputs = [f"{t.name}_out" for t in spec.outputs]
+    for tensor, output, exported in zip(spec.outputs, outputs, graph.output):
+        like = compute[:1] if tensor.dtype == "compute" else []
+        nodes.append(helper.make_node("CastLike" if like else "Identity", [f"body.{exported.name}", *like], [output]))
+    inputs = [t.name for t in spec.inputs]
+    imports = [helper.make_opsetid("", opset)]
+    return helper.make_function(DOMAIN, name, inputs, outputs, nodes, imports, list(PLUGIN_ATTRIBUTES))
+
+
+def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    """A copy without metadata; inputs of the graph are renamed by `names`, every other value starts with `body.`."""
+    clean = NodeProto()
+    clean.CopyFrom(node)
+    del clean.metadata_props[:]
+    clean.doc_string = ""
+    clean.input[:] = [names.get(name, f"body.{name}") if name else "" for name in node.input]
+    clean.output[:] = [f"body.{name}" if name else "" for name in node.output]
+    return clean
+
+
+class _Reference(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.reference = REFERENCES[name]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.reference(*inputs)
+
+
+def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> GraphProto:
+    """The reference as a graph, its inputs in the order of the spec."""
+    unknown = sorted({f[0] for t in spec.inputs for f in t.shape if not f.isdigit()} - {*dims, *_DYNAMIC})
+    if unknown:
+        raise LongtakeError(
+            f"the sizes of {spec.name} are not known",
+            got=dict(dims),
+            expected=f"also {', '.join(unknown)}",
+            fix="declare the shapes of the cache inputs in the graph",
+        )
+    with torch.no_grad(), _quiet():
+        program: Any = torch.onnx.export(
+            _Reference(spec.name).eval(),
+            tuple(_example(t, dims) for t in spec.inputs),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=(tuple(_dynamic_dims(t) for t in spec.inputs),),
+            verbose=False,
+        )
+    return program.model_proto.graph
+
+
+def _example(tensor: TensorSpec, dims: Mapping[str, int]) -> Tensor:
+    sizes = {"W": 3, "N": 48, "K": 96, **dims}
+    shape = []
+    for formula in tensor.shape:
+        letter, _, divisor = formula.partition("/")
+        shape.append(int(formula) if formula.isdigit() else sizes[letter] // int(divisor or 1))
+    return torch.zeros(shape, dtype=_TORCH_DTYPES[tensor.dtype])
+
+
+def _dynamic_dims(tensor: TensorSpec) -> dict[int, Any]:
+    """torch.export dimensions; K counts in blocks of 16, of which K/2 is eight times as many."""
+    blocks = torch.export.Dim("K_16", min=1, max=1 << 20)
+    known = {"K/16": blocks, "K/2": 8 * blocks}
+    known |= {letter: torch.export.Dim(letter, min=1, max=1 << 20) for letter in ("W", "N")}
+    return {i: known[formula] for i, formula in enumerate(tensor.shape) if formula in known}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Mute the exporter's warnings about itself and about packages that are not needed."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+register_schemas()
