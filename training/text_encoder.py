@@ -24,13 +24,13 @@ RESERVED = ("<pad>", "<unk>")
 @cache
 def default_vocabulary() -> tuple[str, ...]:
     """Lower-case words of the shipped data sets' caption grammar, in token order after RESERVED."""
-    from longtake.training.data.captions import caption_words
+    from longtake.training.data.digits import caption_words
 
     return tuple(sorted(set(caption_words())))
 
 
 class Tokenizer:
-    """Lower-case words and commas to ids; a word outside the closed vocabulary becomes <unk>, logged once."""
+    """Lower-case words (punctuation is dropped) to ids; a word outside the closed vocabulary becomes <unk>, logged once."""
 
     def __init__(self, vocabulary: tuple[str, ...] | list[str]) -> None:
         self.vocabulary = tuple(vocabulary)
@@ -41,7 +41,7 @@ class Tokenizer:
         """Ids of `texts`, int32 [P, length], truncated or padded with 0."""
         rows = torch.full((len(texts), length), PADDING, dtype=torch.int32)
         for row, text in zip(rows, texts):
-            ids = [self.token(word) for word in re.findall(r"\w+|,", text.lower())][:length]
+            ids = [self.token(word) for word in re.findall(r"\w+", text.lower())][:length]
             row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
         return rows
 

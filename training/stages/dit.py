@@ -1,0 +1,188 @@
+"""Stage "dit": the causal DiT and the text encoder, trained together by teacher forcing, in bf16 or under NVFP4."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longtake.training.checkpoint import load_into
+from longtake.training.data.base import dataset_from_name
+from longtake.training.dit import CausalDiT
+from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae
+from longtake.training.networks import load_meta
+from longtake.training.quantize import insert_quantizers, read_amax, recalibrate
+from longtake.training.stages.base import Metric, StageOptions
+from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
+from longtake.training.text_encoder import TextEncoder
+
+HELD_OUT = 32
+EVALUATION_SEED = 20_000_003
+CALIBRATION_BATCHES = 4
+
+
+class DiTStage:
+    """See `stages.base.Stage`."""
+
+    name = "dit"
+
+    def __init__(self, options: StageOptions) -> None:
+        self.options, self.preset = options, options.preset
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            self.dit, self.text = self.initial_models()
+        self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
+
+    def initial_models(self) -> tuple[CausalDiT, TextEncoder]:
+        """Random models, or those of --init."""
+        preset, folder = self.preset, self.options.init
+        if folder is None:
+            return CausalDiT(preset.dit), TextEncoder(preset.text)
+        text_file, dit_file = folder / "text_encoder.safetensors", folder / "dit.safetensors"
+        text = TextEncoder(preset.text, load_meta(text_file, "text_encoder", preset)["vocabulary"])
+        dit = CausalDiT(preset.dit)
+        load_into(text, text_file, kind="text_encoder", preset=preset.name)
+        load_into(dit, dit_file, kind="dit", preset=preset.name)
+        return dit, text
+
+    def prepare(self, device: torch.device) -> None:
+        """Encode the stories; insert quantizers when training under NVFP4."""
+        self.device = device
+        self.device_generator = torch.Generator(device)
+        self.dit.to(device)
+        self.text.to(device)
+        self.vae, self.vae_digest = frozen_vae(self.preset, self.options.vae, device)
+        self.train = self.cache("train", self.options.stories, self.options.seed)
+        self.held_out = self.cache("eval", min(HELD_OUT, self.options.stories), EVALUATION_SEED)
+        if self.options.precision == "nvfp4":
+            insert_quantizers(self.dit, self.calibration(0))
+
+    def cache(self, split: str, stories: int, seed: int) -> LatentCache:
+        """Encoded stories of a split of the data set."""
+        return cache_from_dataset(
+            dataset_from_name(self.options.data, self.preset, split),
+            self.vae,
+            self.text,
+            self.preset,
+            stories=stories,
+            chunks=self.options.chunks[1],
+            context=self.options.context,
+            seed=seed,
+            what=f"{split} stories",
+        )
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp_dtype is not None)
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.options.amp and self.device.type == "cuda" else None
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
+        """Weighted flow loss of one random batch."""
+        clips = self.batch(generator)
+        self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        clips = self.drop_text(clips)
+        noise = draw_noise(clips, self.preset.sampling.shift, self.device_generator)
+        weighted, plain = flow_loss(self.velocity(clips, noise), clips, noise)
+        return weighted, {"flow": plain.detach()}
+
+    def batch(self, generator: torch.Generator) -> Clips:
+        """Random stories, all cut to the same random length."""
+        low, high = self.options.chunks
+        chunks = int(torch.randint(low, high + 1, (), generator=generator))
+        index = torch.randint(len(self.train), (self.options.batch,), generator=generator)
+        return self.train.clips(index.to(self.device, non_blocking=True), chunks)
+
+    def drop_text(self, clips: Clips) -> Clips:
+        """Empty all prompts of some samples, so that the model also learns to go without (for CFG)."""
+        keep = torch.rand(len(clips.tokens), 1, 1, generator=self.device_generator, device=self.device)
+        tokens = clips.tokens * (keep >= self.options.text_dropout)
+        return Clips(clips.latents, tokens, clips.mask, clips.offsets)
+
+    def velocity(self, clips: Clips, noise: Noise) -> Tensor:
+        with self.autocast():
+            embeddings = self.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
+            return predict_velocity(self.dit, self.preset, embeddings, clips, noise, self.amp_dtype)
+
+    def calibration(self, step: int, batches: int = 1) -> Callable[[nn.Module], None]:
+        """A run over training batches that depends on the seed and `step` only, for ModelOpt to measure amax on."""
+
+        def run(dit: nn.Module) -> None:
+            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
+            for _ in range(batches):
+                clips = self.batch(generator)
+                self.velocity(clips, draw_noise(clips, self.preset.sampling.shift, generator))
+
+        return run
+
+    def on_step(self, step: int) -> None:
+        """Calibrate again every `recalibrate` steps, under NVFP4."""
+        if self.options.precision == "nvfp4" and step % self.options.recalibrate == 0:
+            recalibrate(self.dit, self.calibration(step))
+
+    def evaluate(self) -> dict[str, float]:
+        """Flow loss on held-out stories at fixed noise; under NVFP4 with amax of the present weights."""
+        if self.options.precision == "nvfp4":
+            recalibrate(self.dit, self.calibration(0, CALIBRATION_BATCHES))
+        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        size, totals = max(1, min(self.options.batch, 8)), torch.zeros(2)
+        for index in torch.arange(len(self.held_out)).split(size):
+            clips = self.held_out.clips(index.to(self.device), self.options.chunks[1])
+            noise = draw_noise(clips, self.preset.sampling.shift, generator)
+            with torch.no_grad():
+                totals += torch.stack(flow_loss(self.velocity(clips, noise), clips, noise)).cpu() * len(index)
+        loss, flow = (totals / len(self.held_out)).tolist()
+        return {"loss": loss, "flow": flow}
+
+    @torch.no_grad()
+    def samples(self) -> Tensor | None:
+        """A held-out story, and under it what the model makes of it in one step from 80 % noise; GPU only."""
+        if self.device.type != "cuda":
+            return None
+        clips = self.held_out.clips(torch.zeros(1, dtype=torch.long, device=self.device), self.options.chunks[1])
+        noise = draw_noise(clips, self.preset.sampling.shift, torch.Generator().manual_seed(EVALUATION_SEED))
+        noise.levels[..., 0], noise.levels[..., 1] = 800.0, 0.8
+        noisy = 0.2 * clips.latents + 0.8 * noise.eps
+        guess = noisy - 0.8 * self.velocity(clips, noise)
+        video = self.vae.decode(torch.cat((clips.latents, guess)))
+        return ((video * 0.5 + 0.5) * 255).round().to(torch.uint8).transpose(1, 2)
+
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """Amax of the quantized linears (calibrated for the present weights), vocabulary, and what it was trained on."""
+        options = self.options
+        shared = {
+            "data": options.data,
+            "stories": options.stories,
+            "chunks": list(options.chunks),
+            "batch": options.batch,
+            "context": options.context,
+            "text_dropout": options.text_dropout,
+            "vae_sha256": self.vae_digest,
+            "sampling": {"steps": self.preset.sampling.steps, "guidance": self.preset.sampling.guidance},
+        }
+        return {
+            "dit": {**shared, "precision": options.precision, "amax": self.calibrated_amax()},
+            "text_encoder": {**shared, "vocabulary": list(self.text.vocabulary)},
+        }
+
+    def calibrated_amax(self) -> dict[str, dict[str, float]]:
+        """Amax for the present weights; a model trained in bf16 is measured on a quantized copy."""
+        calibrate = self.calibration(0, CALIBRATION_BATCHES)
+        if self.options.precision == "nvfp4":
+            recalibrate(self.dit, calibrate)
+            return read_amax(self.dit)
+        trained, self.dit = self.dit, copy.deepcopy(self.dit)
+        try:
+            return read_amax(insert_quantizers(self.dit, calibrate))
+        finally:
+            self.dit = trained
+
+
+def stage_from_options(options: StageOptions) -> DiTStage:
+    """The stage `longtake train --stage dit` runs."""
+    return DiTStage(options)
