@@ -43,10 +43,10 @@ class Bound(nn.Module):
 def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     """Export `network` with bf16 parameters; boundary dtypes, names and dynamic dimensions are those of `spec`.
 
-    Custom ops stay nodes of the `longtake` domain, with their FunctionProto in the model. Weights are named by
-    state-dict key without the wrapper's prefix ("blocks.0.ffn.0.weight"). The result is deterministic.
+    Custom ops stay nodes of the `longtake` domain (their bodies are attached once lowering is done). Weights are named
+    by state-dict key without the wrapper's prefix ("blocks.0.ffn.0.weight"). The result is deterministic.
     """
-    from longtake.export.functions import attach_functions, translation_table
+    from longtake.export.functions import translation_table
 
     module = Bound(copy.deepcopy(network)).to(torch.bfloat16).eval()
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, _, high) in spec.profile}
@@ -66,9 +66,7 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
             verbose=False,
         )
     fold(program.model)
-    model = tidy(program.model_proto, spec.name)
-    attach_functions(model)
-    return model
+    return tidy(program.model_proto, spec.name)
 
 
 def fold(model: onnx_ir.Model) -> None:

@@ -1,0 +1,152 @@
+"""The structural check of an exported file: bindings, custom ops, bits per weight, nothing left unlowered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+from longtake.engines.spec import Binding, NetworkSpec
+from longtake.export.files import read_onnx
+from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP, linear_name
+from longtake.export.onnx_from_model import ONNX_DTYPES
+from longtake.plugins.spec import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from longtake.runtime.errors import IntegrityError
+
+BITS_PER_WEIGHT = 4.5
+STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an exported network must hold.
+
+    linears: name -> (N, K) of each Linear lowered to 4 bits. layers: transformer layers with a K/V cache (0 if none).
+    """
+
+    spec: NetworkSpec
+    precision: str
+    cache: str
+    layers: int = 0
+    linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def custom_ops(self) -> Counter[str]:
+        """How many nodes of each op of the `longtake` domain there must be."""
+        ops = Counter({f"kv_cache_write_{self.cache}": self.layers, f"sink_attention_{self.cache}": self.layers})
+        if self.precision == "w4a16":
+            ops[WEIGHT_OP] = len(self.linears)
+        return +ops
+
+
+def check_structure(path: Path, expected: Expected) -> None:
+    """Check one exported file.
+
+    Raises:
+        LongtakeError: the file is missing.
+        IntegrityError: it is damaged or differs from `expected`; the message names the file and the difference.
+    """
+    model = read_onnx(path)
+    try:
+        onnx.checker.check_model(str(path))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise _broken(path, "is not valid ONNX", str(error)[:300], "a graph that onnx.checker accepts") from None
+    _check_bindings(path, "inputs", model.graph.input, expected.spec.inputs)
+    _check_bindings(path, "outputs", model.graph.output, expected.spec.outputs)
+    _check_domains(path, model, expected.precision)
+    _check_custom_ops(path, model, expected.custom_ops)
+    _check_weights(path, model, expected)
+
+
+def _broken(path: Path, what: str, got: object, expected: object) -> IntegrityError:
+    return IntegrityError(f"{path} {what}", got=got, expected=expected, fix="run `longtake export --force`")
+
+
+def _check_bindings(path: Path, kind: str, values: object, bindings: tuple[Binding, ...]) -> None:
+    got = [_binding(value) for value in values]  # type: ignore[attr-defined]
+    wanted = [(b.name, ONNX_DTYPES[b.dtype], tuple(b.shape)) for b in bindings]
+    for have, want in zip(got, wanted):
+        if have != want:
+            raise _broken(path, f"has other {kind} than the engine spec", _shown(have), _shown(want))
+    if len(got) != len(wanted):
+        raise _broken(path, f"has another number of {kind} than the engine spec", len(got), len(wanted))
+
+
+def _binding(value: onnx.ValueInfoProto) -> tuple[str, int, tuple[int | str, ...]]:
+    """(name, ONNX dtype, shape); a dynamic dimension is its name."""
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in tensor.shape.dim)
+    return value.name, tensor.elem_type, shape
+
+
+def _shown(binding: tuple[str, int, tuple[int | str, ...]]) -> str:
+    name, dtype, shape = binding
+    return f"{name} {TensorProto.DataType.Name(dtype)} {list(shape)}"
+
+
+def _check_domains(path: Path, model: onnx.ModelProto, precision: str) -> None:
+    """Nodes are standard, ours or (nvfp4) TensorRT's: a leftover quantizer or aten node is of another domain."""
+    known = {*STANDARD_DOMAINS, DOMAIN, *([ACTIVATION_DOMAIN] if precision == "nvfp4" else [])}
+    foreign = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain not in known})
+    if foreign:
+        raise _broken(path, "holds nodes that were not lowered", ", ".join(foreign), f"domains {sorted(known)}")
+    try:
+        for node in model.graph.node:
+            if node.domain in STANDARD_DOMAINS:
+                onnx.defs.get_schema(node.op_type)
+    except onnx.defs.SchemaError:
+        raise _broken(path, "holds an unknown op", node.op_type, "ops of the ONNX standard") from None
+
+
+def _check_custom_ops(path: Path, model: onnx.ModelProto, wanted: Counter[str]) -> None:
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    found = Counter(node.op_type for node in nodes)
+    if found != wanted:
+        raise _broken(path, "holds another number of custom ops", dict(found), dict(wanted))
+    bodies = {function.name for function in model.functions if function.domain == DOMAIN}
+    if not set(wanted) <= bodies:
+        raise _broken(path, "lacks function bodies", sorted(bodies), sorted(wanted))
+    for node in nodes:
+        plugin = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        got = tuple(_text(plugin.get(key)) for key in ("plugin_namespace", "plugin_version"))
+        if got != (PLUGIN_NAMESPACE, PLUGIN_VERSION):
+            raise _broken(
+                path,
+                f"names no plugin for node {node.name} (TensorRT would inline it silently)",
+                f"plugin_namespace, plugin_version = {got}",
+                (PLUGIN_NAMESPACE, PLUGIN_VERSION),
+            )
+
+
+def _text(value: object) -> object:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _check_weights(path: Path, model: onnx.ModelProto, expected: Expected) -> None:
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    left = [linear_name(n) for n in model.graph.node if n.op_type == "Gemm" and linear_name(n) in expected.linears]
+    if left:
+        raise _broken(path, "holds linears that were not lowered", left[:4], "4-bit weights")
+    for name, (rows, columns) in expected.linears.items():
+        parts = [tensors.get(f"{name}.weight.{part}") for part in ("values", "scales")]
+        size = sum(len(part.raw_data) for part in parts if part is not None)
+        bits = 8 * size / (rows * columns)
+        if None in parts or bits != BITS_PER_WEIGHT:
+            raise _broken(path, f"does not hold {name} in 4 bits", f"{bits} bits a weight", BITS_PER_WEIGHT)
+    quantized = [node for node in model.graph.node if node.domain == ACTIVATION_DOMAIN]
+    _check_activations(path, quantized, tensors, expected)
+
+
+def _check_activations(
+    path: Path, quantized: list[NodeProto], tensors: Mapping[str, TensorProto], expected: Expected
+) -> None:
+    """TensorRT wants each activation's per-tensor scale as an initializer."""
+    if expected.precision == "nvfp4" and expected.linears and not quantized:
+        raise _broken(path, "quantizes no activations", 0, "one TRT_FP4DynamicQuantize an input of a 4-bit linear")
+    for node in quantized:
+        if node.input[1] not in tensors:
+            raise _broken(path, f"computes the scale of {node.name}", node.input[1], "a calibrated initializer")
