@@ -1,0 +1,307 @@
+"""ONNX to plans for one recipe: fused engines with plugins inside, or segments with weights as inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from longtake.engines import segmented_graph
+from longtake.engines.flavour import Flavour
+from longtake.engines.manifest import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
+from longtake.engines.onnx_file import onnx_digest, read_graph
+from longtake.engines.progress import BuildProgress
+from longtake.engines.recipe import Recipe
+from longtake.engines.segment import segments_from_onnx
+from longtake.engines.segmented_graph import Segment
+from longtake.engines.spec import NETWORKS, network_spec
+from longtake.plugins.capability import RTX_TARGETS, lookup
+from longtake.plugins.spec import DOMAIN, OPS
+from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.runtime.files import atomic_path, require_disk
+
+log = logging.getLogger(__name__)
+
+DTYPE_NAMES = {
+    "FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
+    "BOOL": "bool", "FP8": "fp8", "FP4": "fp4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """One plan to build. source: an ONNX file, or a segment's model. plugins: how often each op must be a plugin."""
+
+    name: str
+    source: Path | onnx.ModelProto
+    onnx_sha256: str
+    spec: dict[str, Any]
+    plugins: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A built plan, or one that was up to date (`skipped`)."""
+
+    path: Path
+    manifest: PlanManifest
+    skipped: bool
+
+
+def require_buildable(recipe: Recipe, flavour: Flavour, machine: str | None) -> None:
+    """Raise UnavailableError, before any work, if this machine cannot build `recipe`.
+
+    Args:
+        machine: compute capability of the GPU here, or None.
+    """
+    target = recipe.compute_capability
+    ahead_of_time = flavour.name == "tensorrt_rtx" and target in RTX_TARGETS
+    if not ahead_of_time and machine != target:
+        raise UnavailableError(
+            f"recipe {recipe.name} cannot be built on this machine",
+            got=f"a GPU of compute capability {machine}" if machine else "no GPU",
+            expected=f"a GPU of compute capability {target}: {flavour.label} cannot build for it ahead of time",
+            fix=f"build there, or choose a recipe for {', '.join(RTX_TARGETS)}",
+        )
+    verdict = lookup(recipe.mode, flavour.name, flavour.version, target, recipe.precision)
+    if not verdict.usable:
+        raise UnavailableError(
+            f"recipe {recipe.name} cannot be built with {flavour.label}",
+            got=f"{recipe.precision}, {recipe.mode}, compute capability {target}",
+            expected=verdict.reason,
+            fix=verdict.fix or None,
+        )
+
+
+def build_recipe(
+    recipe: Recipe, onnx_folder: Path, out: Path, flavour: Flavour, machine: str | None, show_progress: bool = True
+) -> list[PlanResult]:
+    """Build every plan of `recipe` into `out`; plans that are up to date are left alone.
+
+    Raises:
+        UnavailableError: this machine cannot build it.
+        LongtakeError: an ONNX file is missing, does not parse, or does not match the spec.
+    """
+    require_buildable(recipe, flavour, machine)
+    jobs = [job for name in NETWORKS for job in _jobs_of(recipe, name, onnx_folder / f"{name}.onnx", out)]
+    require_disk(out, 2 * sum(f.stat().st_size for f in onnx_folder.glob("*.onnx*") if f.is_file()))
+    return [_built(job, recipe, out, flavour, machine, show_progress) for job in jobs]
+
+
+def _jobs_of(recipe: Recipe, network: str, path: Path, out: Path) -> list[PlanJob]:
+    model = read_graph(path)
+    ops = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+    if recipe.mode == "fused" or not ops:
+        spec = network_spec(recipe.model, recipe.cache, network).as_json()
+        return [PlanJob(network, path, onnx_digest(path), spec, ops)]
+    cut = segments_from_onnx(model, network)
+    segmented_graph.save(cut.graph, out / f"{network}.segments.json")
+    return [_segment_job(segment, cut.models[segment.name]) for segment in cut.graph.segments]
+
+
+def _segment_job(segment: Segment, model: onnx.ModelProto) -> PlanJob:
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    return PlanJob(segment.name, model, digest, segment_spec(segment))
+
+
+def segment_spec(segment: Segment) -> dict[str, Any]:
+    """A segment's bindings in the form of NetworkSpec.as_json."""
+    rows = {name: [name, kind.dtype, list(kind.shape)] for name, kind in segment.types.items()}
+    return {
+        "name": segment.name,
+        "inputs": [rows[name] for name in segment.inputs],
+        "outputs": [rows[name] for name in segment.outputs],
+        "aliases": [],
+        "carried": [],
+        "profile": [],
+    }
+
+
+def _built(
+    job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, machine: str | None, show_progress: bool
+) -> PlanResult:
+    plan = out / f"{job.name}.plan"
+    existing = _up_to_date(plan, job, recipe, flavour)
+    if existing:
+        return PlanResult(plan, existing, True)
+    start = time.monotonic()
+    content, layers = engine_from_onnx(job, recipe.compute_capability, flavour, machine, show_progress)
+    manifest_path(plan).unlink(missing_ok=True)  # never an old manifest beside a new plan
+    with atomic_path(plan) as partial:
+        partial.write_bytes(content)
+    manifest = PlanManifest(
+        plan.name, job.name, hashlib.sha256(content).hexdigest(), len(content), job.onnx_sha256,
+        flavour.name, flavour.version, recipe.compute_capability, plugin_identities(list(job.plugins)), job.spec,
+        recipe.name, recipe.preset, layers, round(time.monotonic() - start, 2),
+    )  # fmt: skip
+    write_manifest(plan, manifest)
+    return PlanResult(plan, manifest, False)
+
+
+def _up_to_date(plan: Path, job: PlanJob, recipe: Recipe, flavour: Flavour) -> PlanManifest | None:
+    try:
+        manifest = verify_plan(plan, flavour, recipe.compute_capability, network=job.name, spec=job.spec)
+    except LongtakeError as reason:
+        log.debug("building %s: %s", plan.name, reason.what)
+        return None
+    return manifest if manifest.onnx_sha256 == job.onnx_sha256 else None
+
+
+def engine_from_onnx(
+    job: PlanJob, target: str, flavour: Flavour, machine: str | None, show_progress: bool = True
+) -> tuple[bytes, int]:
+    """Parse and compile one plan. Returns its bytes and the number of layers parsed."""
+    trt = flavour.module
+    if job.plugins:
+        from longtake.plugins.adapter import register_plugins
+
+        register_plugins(trt)
+    logger = _Messages(trt)
+    builder = trt.Builder(logger.logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger.logger)
+    _parse(parser, job, logger)
+    check_network(trt, network, job)
+    config = _config(trt, builder, job)
+    _set_target(trt, config, target, flavour, machine)
+    progress = BuildProgress(trt, job.name, show_progress)
+    config.progress_monitor = progress.monitor
+    try:
+        plan = builder.build_serialized_network(network, config)
+    finally:
+        progress.finish()
+    if plan is None:
+        raise LongtakeError(
+            f"{flavour.label} could not build {job.name}", got=logger.last_errors(), expected=f"a plan for {target}"
+        )
+    return bytes(plan), network.num_layers
+
+
+def _parse(parser: Any, job: PlanJob, logger: _Messages) -> None:
+    if isinstance(job.source, Path):
+        parsed = parser.parse_from_file(str(job.source))
+    else:
+        parsed = parser.parse(job.source.SerializeToString(deterministic=True))
+    if not parsed:
+        errors = "; ".join(parser.get_error(i).desc() for i in range(min(3, parser.num_errors)))
+        raise LongtakeError(f"TensorRT's ONNX parser refuses {job.name}", got=errors or logger.last_errors())
+
+
+def _config(trt: Any, builder: Any, job: PlanJob) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if job.spec["aliases"]:
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    sizes = {name: limits for name, limits in job.spec["profile"]}
+    profile = builder.create_optimization_profile()
+    for name, _, shape in job.spec["inputs"]:
+        if any(isinstance(size, str) for size in shape):
+            profile.set_shape(name, *(tuple(sizes[d][i] if isinstance(d, str) else d for d in shape) for i in range(3)))
+    if sizes:
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _set_target(trt: Any, config: Any, target: str, flavour: Flavour, machine: str | None) -> None:
+    """TensorRT-RTX: the target named in the recipe, or the GPU here where the flavour has no name for it."""
+    if flavour.name != "tensorrt_rtx":
+        return
+    named = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.CURRENT if named is None else named, 0)
+
+
+def check_network(trt: Any, network: Any, job: PlanJob) -> None:
+    """Compare the parsed network with the spec: bindings, plugin layers, aliases.
+
+    Raises:
+        IntegrityError: something differs; an op that is no plugin was silently inlined by the parser.
+    """
+    for kind, count, get in (
+        ("inputs", network.num_inputs, network.get_input),
+        ("outputs", network.num_outputs, network.get_output),
+    ):
+        _check_bindings(job, kind, [get(i) for i in range(count)])
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    plugins = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+    if len(plugins) != job.plugins.total():
+        raise IntegrityError(
+            f"{job.name}: custom ops did not become plugins",
+            got=f"{len(plugins)} PLUGIN_V3 layers",
+            expected=f"{job.plugins.total()}: {dict(job.plugins)}",
+            fix="register plugins of the ONNX nodes' plugin_namespace and plugin_version; without them ops are inlined",
+        )
+    _check_aliases(job, plugins)
+
+
+def _check_bindings(job: PlanJob, kind: str, tensors: list[Any]) -> None:
+    found = {t.name: (DTYPE_NAMES.get(t.dtype.name, t.dtype.name), _shape(t.shape)) for t in tensors}
+    wanted = {n: (dtype, [-1 if isinstance(d, str) else d for d in shape]) for n, dtype, shape in job.spec[kind]}
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            raise IntegrityError(
+                f"{job.name}: {kind} differ from the engine spec",
+                got=f"{name} {found.get(name, 'missing')}",
+                expected=f"{name} {wanted.get(name, 'absent')}",
+                fix="export again: longtake export --force",
+            )
+
+
+def _shape(dims: Any) -> list[int]:
+    return [int(size) for size in dims]
+
+
+def _check_aliases(job: PlanJob, plugins: list[Any]) -> None:
+    """An output aliases an input if its plugin writes it in place over that very network input."""
+    found = set()
+    for layer in plugins:
+        names = [layer.get_input(i).name for i in range(layer.num_inputs)]
+        spec = op_of_layer(layer, job)
+        found |= {(layer.get_output(out).name, names[source]) for out, source in OPS[spec].aliases}
+    wanted = {(output, source) for output, source in job.spec["aliases"]}
+    if found != wanted:
+        raise IntegrityError(
+            f"{job.name}: in-place outputs differ from the engine spec",
+            got=sorted(found - wanted)[:3] or "some missing",
+            expected=sorted(wanted - found)[:3] or f"{len(wanted)} aliases",
+        )
+
+
+def op_of_layer(layer: Any, job: PlanJob) -> str:
+    """The op that a plugin layer came from: the one with these many inputs and outputs."""
+    for op in job.plugins:
+        if (len(OPS[op].inputs), len(OPS[op].outputs)) == (layer.num_inputs, layer.num_outputs):
+            return op
+    raise IntegrityError(
+        f"{job.name}: plugin layer {layer.name} fits no op",
+        got=f"{layer.num_inputs} inputs, {layer.num_outputs} outputs",
+        expected=sorted(job.plugins),
+    )
+
+
+class _Messages:
+    """TensorRT's log, kept so that an error can quote it, and passed on to `logging`."""
+
+    def __init__(self, trt: Any) -> None:
+        errors: list[str] = []
+        severity = trt.ILogger.Severity
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, level: Any, message: str) -> None:
+                if level in (severity.ERROR, severity.INTERNAL_ERROR):
+                    errors.append(message)
+                log.log(logging.INFO if level == severity.WARNING else logging.DEBUG, "TensorRT: %s", message)
+
+        self.errors, self.logger = errors, Logger()
+
+    def last_errors(self) -> str:
+        return "; ".join(self.errors[-2:]) or "no message"

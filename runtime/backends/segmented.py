@@ -1,0 +1,31 @@
+"""The segmented backend: graphs cut at the custom ops, for TensorRT flavours that cannot load plugins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from longtake.engines.bundle import load_bundle
+from longtake.engines.flavour import flavour_here
+from longtake.runtime.backends.trt_backend import TrtBackend, check_mode
+
+
+class SegmentedBackend(TrtBackend):
+    """Backend "segmented"."""
+
+    name = "segmented"
+
+
+def open_backend(
+    folder: Path, device: torch.device | None = None, reason: str = "asked for", cuda_graphs: bool = True
+) -> SegmentedBackend:
+    """Open the engines in `folder` (see engines/bundle.py).
+
+    Raises:
+        UnavailableError: no GPU, another GPU or TensorRT than they were built for, or built fused.
+        IntegrityError: a file is damaged or was swapped.
+    """
+    bundle = load_bundle(folder)
+    check_mode(bundle, "segmented", folder)
+    return SegmentedBackend(bundle, flavour_here(), device or torch.device("cuda"), reason, cuda_graphs)
