@@ -7,6 +7,7 @@ compute in fp32 and return the activation dtype they were given, so one body ser
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import warnings
@@ -44,6 +45,8 @@ def register_schemas() -> None:
     for spec in OPS.values():
         if not onnx.defs.has(spec.name, DOMAIN):
             onnx.defs.register_schema(op_schema(spec))
+            # onnx's registry outlives the interpreter and would call into it to free the inference function
+            atexit.register(onnx.defs.deregister_schema, spec.name, DOMAIN_VERSION, DOMAIN)
 
 
 def op_schema(spec: OpSpec) -> OpSchema:
