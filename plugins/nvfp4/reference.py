@@ -12,6 +12,8 @@ modelopt    e4m3(blockmax / (M2 g)), >= 2^-9,    e2m1(x / (S g))                
             and 1 for a block of zeros                                                               ml_dtypes (static_6)
 longlive    e4m3(blockmax / M2 * enc)            e2m1(x * (1 / ((1 / enc) S)))   q * S * amax / M2M3 LongLive 2.0's codec
 
+q * S * amax overflows fp32 for amax above 1.2e35 (longlive); an amax too small to divide by gives zeros.
+
 Candidate errors of four-over-six are sums over a block in a fixed order, so that every implementation takes the same
 decision: e[i] + e[i+8], then [i+4], [i+2], [i+1] (what a butterfly of xor shuffles computes); for a 16x16 tile first
 over columns, then over rows.
@@ -159,7 +161,7 @@ def _base_scale(blockmax: Tensor, amax: Tensor, m2: float, m3: float, order: str
 
 def _encode_scale(amax: Tensor, limit: float) -> Tensor:
     """enc = limit / amax, or 0 where that is not finite (amax below about 5e-36), which makes everything zero."""
-    enc = limit / amax
+    enc = torch.full_like(amax, limit) / amax  # `number / tensor` would be number * reciprocal, two roundings
     return torch.where(enc <= _FLOAT32_MAX, enc, 0.0)
 
 

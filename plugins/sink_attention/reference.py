@@ -48,4 +48,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cached: Tensor, table: Tensor) -> T
     keys_HDN = window[:, 0].flatten(0, 1).permute(1, 2, 0)
     values_HND = window[:, 1].flatten(0, 1).transpose(0, 1)
     scores_HLN = (q.to(torch.float32).transpose(0, 1) * q.shape[-1] ** -0.5) @ keys_HDN
-    return (torch.softmax(scores_HLN, dim=-1) @ values_HND).transpose(0, 1).to(q.dtype)
+    return (torch.softmax(scores_HLN, dim=-1) @ values_HND).transpose(0, 1).contiguous().to(q.dtype)
