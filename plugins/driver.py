@@ -1,0 +1,87 @@
+"""The few CUDA driver calls that launching needs: context, module, kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+from longtake.plugins.nvrtc import arch_for
+from longtake.runtime.errors import LongtakeError, UnavailableError
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    """The driver bindings, initialized. Raises UnavailableError without them, without a driver or without a GPU."""
+    try:
+        from cuda.bindings import driver
+
+        status = driver.cuInit(0)[0]
+    except Exception as error:  # a missing library is reported with the bindings' own types
+        raise UnavailableError(
+            "no CUDA driver to launch kernels with",
+            got=f"{type(error).__name__}: {error}",
+            fix="run on a machine with an NVIDIA GPU and its driver, with cuda-bindings installed",
+        ) from None
+    _checked((status,), "find a GPU")
+    return driver
+
+
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    """The value of a driver call's result tuple. Raises LongtakeError if the call failed."""
+    status, *values = result
+    if int(status) != 0:
+        raise LongtakeError(f"CUDA could not {what}", got=getattr(status, "name", str(status)))
+    return values[0] if values else None
+
+
+def _current_context() -> int:
+    return int(_checked(_driver().cuCtxGetCurrent(), "name the current context"))
+
+
+def ensure_context() -> int:
+    """Make device 0's primary context current in this thread if none is; returns the current context's device."""
+    driver = _driver()
+    if not _current_context():
+        device = _checked(driver.cuDeviceGet(0), "find a GPU")
+        primary = _checked(driver.cuDevicePrimaryCtxRetain(device), "open the GPU")
+        _checked(driver.cuCtxSetCurrent(primary), "use the GPU")
+    return int(_checked(driver.cuCtxGetDevice(), "name the current GPU"))
+
+
+@cache
+def device_arch(device: int) -> str:
+    """The NVRTC target of a device, such as "sm_90a"."""
+    driver = _driver()
+    which = driver.CUdevice_attribute
+    major, minor = (
+        int(_checked(driver.cuDeviceGetAttribute(attribute, device), "read the compute capability"))
+        for attribute in (
+            which.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            which.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return arch_for(major, minor)
+
+
+def load_functions(cubin: bytes, names: Sequence[str]) -> list[Any]:
+    """The kernels of these names, loaded into the current context (now, not at their first launch)."""
+    module = _module(cubin, _current_context())
+    return [_checked(_driver().cuModuleGetFunction(module, n.encode()), f"find kernel {n}") for n in names]
+
+
+@cache
+def _module(cubin: bytes, context: int) -> Any:
+    """The cubin loaded into `context`, which is current; once, and as long as the process lives."""
+    return _checked(_driver().cuModuleLoadData(cubin), "load the compiled kernels")
+
+
+def launch(
+    function: Any, grid: tuple[int, int], threads: int, stream: int, values: tuple[int, ...], addresses: Sequence[bool]
+) -> None:
+    """Enqueue a kernel on a raw stream handle; a value is a device address or else an int32."""
+    types = tuple(ctypes.c_void_p if address else ctypes.c_int for address in addresses)
+    _checked(
+        _driver().cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, (values, types), 0), "launch a kernel"
+    )
