@@ -126,8 +126,10 @@ def test_loss_is_weighted_by_block() -> None:
     clips = random_clips(None, 2)
     levels = torch.tensor([[[500.0, 0.5, 2.0], [900.0, 0.9, 0.0]]])
     noise = Noise(torch.randn(clips.latents.shape), levels)
-    velocity = noise.eps - clips.latents + torch.cat((torch.full((CHUNK,), 1.0), torch.full((CHUNK,), 3.0)))[
-        None, :, None, None, None
-    ]
+    velocity = (
+        noise.eps
+        - clips.latents
+        + torch.cat((torch.full((CHUNK,), 1.0), torch.full((CHUNK,), 3.0)))[None, :, None, None, None]
+    )
     weighted, plain = flow_loss(velocity, clips, noise)
     assert torch.isclose(weighted, torch.tensor(1.0), atol=1e-4) and torch.isclose(plain, torch.tensor(5.0), atol=1e-4)

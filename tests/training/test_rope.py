@@ -30,7 +30,9 @@ def test_rotation_equals_complex_multiplication(config: DiTConfig) -> None:
                 angles = [
                     p * 10000 ** (-2 * i / (2 * pairs)) for p, pairs in zip((t, h, w), split) for i in range(pairs)
                 ]
-                phasor = torch.polar(torch.ones(len(angles), dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
+                phasor = torch.polar(
+                    torch.ones(len(angles), dtype=torch.float64), torch.tensor(angles, dtype=torch.float64)
+                )
                 turned = torch.view_as_complex(x[token].unflatten(-1, (-1, 2))) * phasor
                 assert torch.allclose(got[token].double(), torch.view_as_real(turned).flatten(-2), atol=1e-6)
 

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.files import read_json
+from longtake.training.networks import quantized_linears
+from longtake.training.optimizer import OptimizerConfig
+from longtake.training.presets import Preset
+from longtake.training.stages.base import StageOptions
+from longtake.training.stages.dit import DiTStage
+from longtake.training.trainer import TrainConfig, Trainer
+
+CPU = torch.device("cpu")
+
+
+class LineStage:
+    """Fits y = 2x with noise; `fault(step)` may spoil a loss."""
+
+    name = "line"
+
+    def __init__(self, fault: Any = None) -> None:
+        self.modules: dict[str, nn.Module] = {"line": nn.Linear(1, 1)}
+        nn.init.zeros_(self.modules["line"].weight)
+        self.fault = fault
+
+    def prepare(self, device: torch.device) -> None: ...
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        x = torch.randn(16, 1, generator=generator)
+        loss = (self.modules["line"](x) - 2 * x).square().mean()
+        return (self.fault(step, loss) if self.fault else loss), {"x": float(x.mean())}
+
+    def evaluate(self) -> dict[str, float]:
+        return {"loss": float((self.modules["line"].weight - 2).square())}
+
+    def samples(self) -> Tensor | None:
+        return torch.zeros(1, 9, 3, 4, 4, dtype=torch.uint8)
+
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        return {"line": {"note": "hello"}}
+
+    def on_step(self, step: int) -> None: ...
+
+
+def config(out: Path, steps: int, **more: Any) -> TrainConfig:
+    return TrainConfig(out=out, preset="small", steps=steps, log_steps=2, **more)
+
+
+def test_a_run_learns_and_leaves_checkpoint_curve_and_record(tmp_path: Path) -> None:
+    fast = OptimizerConfig(lr=0.1, ema=0.9)
+    metrics = Trainer(LineStage(), config(tmp_path, 200, optimizer=fast, command="longtake train ..."), CPU).fit()
+    assert metrics["loss"] < 0.01
+    meta = read_json(tmp_path / "line.json")
+    assert meta["kind"] == "line" and meta["step"] == 200 and meta["note"] == "hello"
+    assert meta["command"] == "longtake train ..." and meta["metrics"]["loss"] == metrics["loss"]
+    curve = read_json(tmp_path / "loss.json")
+    assert curve["train"][0]["loss"] > 100 * curve["train"][-1]["loss"] and curve["held_out"][-1]["step"] == 200
+    assert (tmp_path / "loss.png").stat().st_size > 1000 and any((tmp_path / "tensorboard").iterdir())
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp") or p.name.startswith(".")]
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_point(tmp_path: Path) -> None:
+    stage = LineStage(fault=lambda step, loss: loss * float("nan") if step == 6 else loss)
+    with pytest.raises(LongtakeError, match="step 7 is not finite") as caught:
+        Trainer(stage, config(tmp_path, 20, save_steps=5), CPU).fit()
+    assert "--lr" in str(caught.value)
+    saved = load_file(tmp_path / "resume-0000005.safetensors")
+    assert all(value.isfinite().all() for value in saved.values() if value.is_floating_point())
+    assert not (tmp_path / "line.safetensors").exists()
+
+
+def test_ctrl_c_finishes_the_step_and_saves_a_resume_point(tmp_path: Path) -> None:
+    def interrupt(step: int, loss: Tensor) -> Tensor:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(LineStage(fault=interrupt), config(tmp_path, 20), CPU).fit()
+    assert read_json(tmp_path / "resume-0000004.json")["step"] == 4
+    Trainer(LineStage(), config(tmp_path, 20, resume=True), CPU).fit()
+    assert read_json(tmp_path / "line.json")["step"] == 20
+
+
+def test_time_limit_ends_cleanly(tmp_path: Path) -> None:
+    Trainer(LineStage(), config(tmp_path, 10_000, max_seconds=0.0), CPU).fit()
+    assert read_json(tmp_path / "line.json")["step"] == 1
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(LongtakeError, match="nothing to resume"):
+        Trainer(LineStage(), config(tmp_path, 5, resume=True), CPU).fit()
+
+
+def test_full_disk_is_seen_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    stage = LineStage(fault=lambda step, loss: pytest.fail("a step was taken"))
+    with pytest.raises(LongtakeError, match="not enough disk space"):
+        Trainer(stage, config(tmp_path, 5), CPU).fit()
+
+
+def dit_run(out: Path, preset: Preset, vae: Path, precision: str, **more: Any) -> dict[str, Tensor]:
+    """Train the small DiT; returns every tensor of the last resume point and of the checkpoints."""
+    options = StageOptions(
+        preset, batch=2, precision=precision, vae=vae, stories=3, chunks=(1, 2), recalibrate=2, seed=5, context="window"
+    )
+    run = TrainConfig(out=out, preset=preset.name, steps=6, seed=5, evaluate_steps=0, **more)
+    Trainer(DiTStage(options), run, CPU).fit()
+    files = [sorted(out.glob("resume-*.safetensors"))[-1], out / "dit.safetensors", out / "text_encoder.safetensors"]
+    return {f"{f.stem if 'resume' not in f.stem else 'resume'}/{k}": v for f in files for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "nvfp4"])
+def test_resumed_run_is_bit_identical(tmp_path: Path, small_preset: Preset, vae_folder: Path, precision: str) -> None:
+    straight = dit_run(tmp_path / "a", small_preset, vae_folder, precision)
+    dit_run(tmp_path / "b", small_preset, vae_folder, precision, stop_at=3)
+    resumed = dit_run(tmp_path / "b", small_preset, vae_folder, precision, resume=True)
+    assert straight.keys() == resumed.keys()
+    different = [name for name in straight if not torch.equal(straight[name], resumed[name])]
+    assert not different
+    moved = dit_run(tmp_path / "c", small_preset, vae_folder, precision, stop_at=3)
+    assert any(not torch.equal(straight[name], moved[name]) for name in straight)
+    amax = read_json(tmp_path / "b" / "dit.json")["amax"]
+    assert list(amax) == quantized_linears(DiTStage(StageOptions(small_preset)).dit)
+    assert all(value > 0 for sides in amax.values() for value in sides.values())
