@@ -1,0 +1,209 @@
+"""Function bodies derived from the references: run in ONNX Runtime, they equal the references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import ModelProto, TensorProto, helper
+from torch import Tensor, nn
+
+from longtake.export.functions import (
+    PLUGIN_ATTRIBUTES,
+    attach_functions,
+    function_protos,
+    inline_functions,
+    register_schemas,
+    translation_table,
+)
+from longtake.plugins.ops import REFERENCES
+from longtake.plugins.spec import DOMAIN, OPS
+from longtake.runtime.errors import LongtakeError
+
+S, L, H, D = 4, 24, 3, 32
+SIZES = {"S": S, "L": L, "H": H, "D": D}
+FLOAT, BF16, INT8, INT32 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT32
+
+
+def shape_of(dims: Sequence[str]) -> list[int | str]:
+    """Numbers where the size is fixed, names where it is dynamic."""
+    sizes: list[int | str] = []
+    for formula in dims:
+        letter, _, divisor = formula.partition("/")
+        fixed = int(formula) if formula.isdigit() else SIZES.get(letter, 0) // int(divisor or 1)
+        sizes.append(fixed or formula.replace("/", "_"))
+    return sizes
+
+
+def model_of(name: str, compute: int = FLOAT) -> ModelProto:
+    """A model of one node of the op, as an exported graph holds it, function body attached."""
+    spec = OPS[name]
+    kinds = {"compute": compute, "fp32": FLOAT, "int8": INT8, "int32": INT32}
+    inputs = [helper.make_tensor_value_info(t.name, kinds[t.dtype], shape_of(t.shape)) for t in spec.inputs]
+    outputs = [f"{t.name}_out" for t in spec.outputs]
+    kinds["compute"] = BF16 if name == "nvfp4_dequantize" else compute
+    typed = [helper.make_tensor_value_info(o, kinds[t.dtype], shape_of(t.shape)) for o, t in zip(outputs, spec.outputs)]
+    node = helper.make_node(name, [t.name for t in spec.inputs], outputs, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
+    graph = helper.make_graph([node], name, inputs, typed)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    attach_functions(model)
+    return model
+
+
+def run(model: ModelProto, inputs: Sequence[Tensor]) -> list[Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds = {i.name: t.numpy() for i, t in zip(session.get_inputs(), inputs)}
+    return [torch.from_numpy(o) for o in session.run(None, feeds)]
+
+
+def random_block(seed: int) -> Tensor:
+    """Heavy-tailed, so that blocks span the range of E4M3 scales, zeros among them."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(L, H, D, generator=rng) * torch.exp(2 * torch.randn(L, H, D // 16, 1, generator=rng)).expand(
+        L, H, D // 16, 16
+    ).flatten(-2)
+    x[0] = 0.0
+    return x
+
+
+def random_cache(fmt: str) -> tuple[Tensor, ...]:
+    if fmt == "bf16":
+        return (torch.randn(S, 2, L, H, D),)
+    cache: tuple[Tensor, ...] = tuple(
+        torch.zeros(shape_of(t.shape), dtype=d)
+        for t, d in zip(OPS["kv_cache_write_nvfp4"].inputs[2:5], (torch.int8, torch.int8, torch.float32))
+    )
+    for slot in range(3):
+        rng = torch.Generator().manual_seed(slot)
+        k, v = (torch.randn(L, H, D, generator=rng) for _ in range(2))
+        cache = REFERENCES["kv_cache_write_nvfp4"](k, v, *cache, torch.tensor([slot], dtype=torch.int32))
+    return cache
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "bf16"])
+@pytest.mark.parametrize("inlined", [False, True])
+def test_attention_body_equals_the_reference_for_every_window_length(fmt: str, inlined: bool) -> None:
+    model = model_of(f"sink_attention_{fmt}")
+    model = inline_functions(model) if inlined else model
+    assert inlined == (not model.functions)
+    blocks = [torch.randn(L, H, D) for _ in range(3)]
+    cache = random_cache(fmt)
+    for table in ((-1,), (2,), (0, -1), (0, 2, -1), (1, -1, 0, 2)):
+        inputs = (*blocks, *cache, torch.tensor(table, dtype=torch.int32))
+        expected = REFERENCES[f"sink_attention_{fmt}"](*inputs)
+        torch.testing.assert_close(run(model, inputs)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "bf16"])
+def test_write_body_stores_the_same_bytes_as_the_reference(fmt: str) -> None:
+    model = inline_functions(model_of(f"kv_cache_write_{fmt}"))
+    cache = random_cache(fmt)
+    for seed, slot, scale in ((1, 3, 1.0), (2, 0, 1e-6), (3, 2, 1e6), (4, -1, 1.0), (5, 1, 0.0)):
+        inputs = (random_block(seed) * scale, random_block(seed + 50), *cache)
+        inputs = (*inputs, torch.tensor([slot], dtype=torch.int32))
+        expected = REFERENCES[f"kv_cache_write_{fmt}"](*inputs)
+        for ours, theirs in zip(run(model, inputs), expected if isinstance(expected, tuple) else (expected,)):
+            assert torch.equal(ours, theirs)
+
+
+def test_weight_body_is_bit_equal_and_serves_every_size() -> None:
+    model = inline_functions(model_of("nvfp4_dequantize"))
+    for node in model.graph.node:  # numpy has no bf16: read the exact values as fp32
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == BF16:
+                attribute.i = FLOAT
+    model.graph.output[0].type.tensor_type.elem_type = FLOAT
+    for rows, columns in ((1, 16), (48, 96), (256, 64)):
+        values = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
+        scales = torch.randint(0, 127, (rows, columns // 16), dtype=torch.int8)
+        expected = REFERENCES["nvfp4_dequantize"](values, scales)
+        assert torch.equal(run(model, (values, scales))[0], expected.float())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_one_body_serves_bf16_and_fp32_and_shapes_are_inferred(name: str) -> None:
+    compute = {}
+    for dtype in (BF16, FLOAT):
+        model = model_of(name, dtype)
+        onnx.checker.check_model(model)
+        del model.graph.output[:]
+        spec = OPS[name]
+        model.graph.output.extend(onnx.ValueInfoProto(name=f"{t.name}_out") for t in spec.outputs)
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        for tensor, value in zip(spec.outputs, inferred.graph.output):
+            kind = value.type.tensor_type
+            expected = {"compute": BF16 if name == "nvfp4_dequantize" else dtype, "int8": INT8, "fp32": FLOAT}
+            assert kind.elem_type == expected[tensor.dtype]
+            if name != "nvfp4_dequantize":
+                assert [d.dim_value for d in kind.shape.dim] == shape_of(tensor.shape)
+        compute[dtype] = model.functions[0].SerializeToString()
+    assert compute[BF16] == compute[FLOAT]
+
+
+class AllOps(nn.Module):
+    """Each op once, as the DiT step uses them."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        values, scales, amax, cache, table, slot, weight, weight_scales = rest
+        ops = torch.ops.longtake
+        attended = ops.sink_attention_nvfp4(q, k, v, values, scales, amax, table)
+        attended = attended + ops.sink_attention_bf16(q, k, v, cache, table)
+        product = attended.flatten(1) @ ops.nvfp4_dequantize(weight, weight_scales)
+        written = ops.kv_cache_write_nvfp4(k, v, values, scales, amax, slot)
+        return product, *written, ops.kv_cache_write_bf16(k, v, cache, slot)
+
+
+def test_the_exporter_emits_nodes_that_tensorrt_takes_for_plugins() -> None:
+    blocks = [torch.zeros(L, H, D, dtype=torch.bfloat16) for _ in range(3)]
+    cache = random_cache("nvfp4"), random_cache("bf16")[0].to(torch.bfloat16)
+    indices = torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    weight = torch.zeros(H * D, 64, dtype=torch.int8), torch.zeros(H * D, 8, dtype=torch.int8)
+    shapes = (*[{}] * 3, tuple({0: torch.export.Dim("W", min=1, max=4)} if i == 4 else {} for i in range(8)))
+    program = torch.onnx.export(
+        AllOps(),
+        (*blocks, *cache[0], cache[1], *indices, *weight),
+        dynamo=True,
+        opset_version=23,
+        dynamic_shapes=shapes,
+        custom_translation_table=translation_table(),
+        verbose=False,
+    )
+    model = program.model_proto
+    attach_functions(model)
+    onnx.checker.check_model(model, full_check=True)
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
+    assert {node.op_type for node in nodes} == set(OPS) == {f.name for f in model.functions}
+    for node in nodes:
+        attributes = {a.name: helper.get_attribute_value(a).decode() for a in node.attribute}
+        assert attributes == {"plugin_namespace": "longtake", "plugin_version": "1"}
+        assert len(node.input) == len(OPS[node.op_type].inputs)
+    attach_functions(model)
+    assert len(model.functions) == len(OPS)
+
+
+def test_registering_schemas_again_is_harmless() -> None:
+    register_schemas()
+    schema = onnx.defs.get_schema("sink_attention_nvfp4", domain=DOMAIN)
+    assert set(PLUGIN_ATTRIBUTES) == set(schema.attributes)
+
+
+def test_errors_say_what_the_graph_lacks() -> None:
+    with pytest.raises(
+        LongtakeError, match="no op of the domain 'longtake' is named 'attention'\n  expected: kv_cache"
+    ):
+        function_protos(["attention"], SIZES)
+    with pytest.raises(LongtakeError, match="sizes of sink_attention_bf16 are not known\n.*\n  expected: also D, H, L"):
+        function_protos(["sink_attention_bf16"], {"S": 4})
+    two = model_of("kv_cache_write_bf16")
+    other = helper.make_tensor_value_info("other", FLOAT, [S, 2, L, H, 2 * D])
+    two.graph.input.append(other)
+    inputs = ["k", "v", "other", "write_slot"]
+    two.graph.node.append(helper.make_node("kv_cache_write_bf16", inputs, ["y"], "second", domain=DOMAIN))
+    with pytest.raises(LongtakeError, match="must agree on D\n  got: 64 at node second\n  expected: 32"):
+        del two.functions[:]
+        attach_functions(two)
