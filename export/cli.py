@@ -9,9 +9,10 @@ from typing import Any
 from tqdm import tqdm
 
 from longtake.engines.recipe import Recipe, recipe_named, recipe_names
+from longtake.engines.spec import NETWORKS
 from longtake.export.package import (
     INDEX,
-    NETWORKS,
+    PlainGraphs,
     export_package,
     inputs_digest,
     load_index,
@@ -20,7 +21,7 @@ from longtake.export.package import (
 from longtake.export.parity import Row, parity_table, require_parity
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import write_json
-from longtake.training.networks import REPOSITORY, load_models
+from longtake.training.networks import REPOSITORY, Models, load_models
 
 OUT = REPOSITORY / "export" / "build"
 
@@ -47,9 +48,10 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export each distinct (preset, precision, cache) once."""
+    graphs: dict[str, PlainGraphs] = {}
     for recipe in distinct(args.recipe or recipe_names()):
         folder = args.out / recipe.onnx_name
-        index = export(recipe, args.checkpoints, folder, force=args.force, parity=not args.no_parity)
+        index = export(recipe, args.checkpoints, folder, force=args.force, parity=not args.no_parity, graphs=graphs)
         print_index(folder, index)
     return 0
 
@@ -69,24 +71,44 @@ def distinct(names: list[str]) -> list[Recipe]:
     return list(recipes.values())
 
 
-def export(recipe: Recipe, checkpoints: Path | None, folder: Path, *, force: bool, parity: bool) -> dict[str, Any]:
-    """Export one recipe unless `folder` is up to date; returns export.json's content."""
+def export(
+    recipe: Recipe,
+    checkpoints: Path | None,
+    folder: Path,
+    *,
+    force: bool,
+    parity: bool,
+    graphs: dict[str, PlainGraphs] | None = None,
+) -> dict[str, Any]:
+    """Export one recipe unless `folder` is up to date; returns export.json's content.
+
+    `graphs`, by preset, lets several exports from the same checkpoints share what is the same for all recipes.
+    """
     source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
-    models = load_models(recipe.model, source)
     inputs = inputs_digest(recipe, source)
     index = None if force else up_to_date(folder, inputs)
+    if index is not None and (index["parity"] or not parity):
+        print(f"{recipe.onnx_name}: up to date (checkpoints and code unchanged; --force exports again)")
+        return index
+    graphs = {} if graphs is None else graphs
+    if recipe.preset not in graphs:
+        graphs[recipe.preset] = PlainGraphs(load_models(recipe.model, source))
     if index is None:
         with tqdm(total=steps_of(), desc=recipe.onnx_name, unit="step", leave=False) as bar:
-            index = export_package(models, recipe, folder, inputs, lambda words: _advance(bar, words))
-    else:
-        print(f"{recipe.onnx_name}: up to date (checkpoints and code unchanged; --force exports again)")
-    if parity and not index["parity"]:
-        rows = list(tqdm(parity_table(models, recipe, folder), desc=f"{recipe.onnx_name}: parity", leave=False))
-        index["parity"] = [row.as_json() for row in rows]
-        write_json(folder / INDEX, index)
-        print(format_rows(rows))
-        require_parity(rows, recipe.onnx_name)
+            index = export_package(graphs[recipe.preset], recipe, folder, inputs, lambda words: _advance(bar, words))
+    if parity:
+        check_parity(graphs[recipe.preset].models, recipe, folder, index)
     return index
+
+
+def check_parity(models: Models, recipe: Recipe, folder: Path, index: dict[str, Any]) -> None:
+    """Fill the parity table of export.json, print it, and raise GateError if a row fails (then nothing is kept)."""
+    bar = tqdm(parity_table(models, recipe, folder), desc=f"{recipe.onnx_name}: parity", unit="row", leave=False)
+    rows = list(bar)
+    print(format_rows(rows))
+    require_parity(rows, recipe.onnx_name)
+    index["parity"] = [row.as_json() for row in rows]
+    write_json(folder / INDEX, index)
 
 
 def _advance(bar: tqdm, words: str) -> None:

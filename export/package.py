@@ -33,7 +33,27 @@ SOURCES = ("export", "plugins", "engines/spec.py", "training/dit.py", "training/
 Progress = Callable[[str], None]
 
 
-def export_package(models: Models, recipe: Recipe, folder: Path, inputs: str, progress: Progress) -> dict[str, Any]:
+class PlainGraphs:
+    """Plain bf16 graphs of some models, each exported once: recipes differ in what is lowered afterwards."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self._made: dict[tuple[str, str], onnx.ModelProto] = {}
+
+    def graph(self, name: str, cache: str) -> onnx.ModelProto:
+        """A copy of the graph of network `name` for cache format `cache`."""
+        key = name, cache if name == "dit" else ""
+        if key not in self._made:
+            spec = network_spec(self.models.preset, cache, name)
+            self._made[key] = onnx_from_model(network_module(self.models, name, cache), spec)
+        model = onnx.ModelProto()
+        model.CopyFrom(self._made[key])
+        return model
+
+
+def export_package(
+    graphs: PlainGraphs, recipe: Recipe, folder: Path, inputs: str, progress: Progress
+) -> dict[str, Any]:
     """Export every network of `recipe` into `folder` and return what export.json holds (also written).
 
     Args:
@@ -44,9 +64,10 @@ def export_package(models: Models, recipe: Recipe, folder: Path, inputs: str, pr
         LongtakeError: not enough disk space, or a linear can't be lowered.
         IntegrityError: an exported file fails its structural check.
     """
+    models = graphs.models
     require_disk(folder, disk_needed(models))
     (folder / INDEX).unlink(missing_ok=True)
-    networks = {name: _export_network(models, recipe, name, folder, progress) for name in NETWORKS}
+    networks = {name: _export_network(graphs, recipe, name, folder, progress) for name in NETWORKS}
     index = {
         "format": FORMAT,
         "onnx_name": recipe.onnx_name,
@@ -71,12 +92,13 @@ def steps_of(networks: int = len(NETWORKS)) -> int:
     return 3 * networks
 
 
-def _export_network(models: Models, recipe: Recipe, name: str, folder: Path, progress: Progress) -> dict[str, Any]:
+def _export_network(graphs: PlainGraphs, recipe: Recipe, name: str, folder: Path, progress: Progress) -> dict[str, Any]:
     """Export, lower, check and view one network; the entry of export.json."""
+    models = graphs.models
     spec = network_spec(models.preset, recipe.cache, name)
     path = folder / f"{name}.onnx"
     progress(f"{name}: PyTorch to ONNX")
-    model = onnx_from_model(network_module(models, name, recipe.cache), spec)
+    model = graphs.graph(name, recipe.cache)
     weights = {n: models.dit.get_submodule(n).weight for n in linears_of(models, model)}
     lowered = lower(model, recipe.precision, weights, models.amax)  # type: ignore[arg-type]
     attach_functions(model)
