@@ -117,11 +117,11 @@ def compile_kernels(kernels: Kernels, dims: Dims, dtype: str, arch: str) -> byte
     return compile_cubin(kernels.source, {**kernels.macros(dims), "COMPUTE_BF16": int(dtype == "bf16")}, arch)
 
 
-def run_kernel(op_name: str, *tensors: Tensor, dtype: str | None = None) -> Any:
+def run_kernel(op_name: str, *tensors: Tensor, dtype: str | None = None, out: Tensor | None = None) -> Any:
     """Run an op on CUDA tensors (inputs in spec order) on torch's current stream.
 
-    Aliased outputs are the input tensors, written in place; others are allocated. Returns a tensor, or a tuple.
-    `dtype` is needed only where no input has the compute dtype (nvfp4_dequantize; default "bf16").
+    Aliased outputs are the input tensors, written in place; another one is `out`, or allocated. Returns a tensor, or
+    a tuple. `dtype` is needed only where no input has the compute dtype (nvfp4_dequantize; default "bf16").
     """
     spec = kernels_of(op_name).spec
     dims = dims_from_shapes(spec, [t.shape for t in tensors])
@@ -131,9 +131,7 @@ def run_kernel(op_name: str, *tensors: Tensor, dtype: str | None = None) -> Any:
     device = tensors[0].device
     aliases = dict(spec.aliases)
     outputs = tuple(
-        tensors[aliases[i]]
-        if i in aliases
-        else torch.empty(shape_of(t, dims), dtype=_torch_dtype(t, dtype), device=device)
+        tensors[aliases[i]] if i in aliases else _output(op_name, t, dims, dtype, device, out)
         for i, t in enumerate(spec.outputs)
     )
     fixed = tuple(sorted((letter, size) for letter, size in dims.items() if letter != "W"))
@@ -150,6 +148,20 @@ def run_kernel(op_name: str, *tensors: Tensor, dtype: str | None = None) -> Any:
 def _launcher(op_name: str, dims: tuple[tuple[str, int], ...], dtype: str, device: int) -> Launcher:
     with torch.cuda.device(device):
         return Launcher(op_name, dict(dims), dtype).prepare()
+
+
+def _output(
+    op_name: str, spec: TensorSpec, dims: Dims, dtype: str, device: torch.device, given: Tensor | None
+) -> Tensor:
+    """`given`, checked, or a new tensor."""
+    if given is None:
+        return torch.empty(shape_of(spec, dims), dtype=_torch_dtype(spec, dtype), device=device)
+    if tuple(given.shape) != shape_of(spec, dims):
+        raise LongtakeError(
+            f"{op_name}: {spec.name} has the wrong shape", got=list(given.shape), expected=list(shape_of(spec, dims))
+        )
+    _check_tensor(op_name, spec, given, dtype)
+    return given
 
 
 def _torch_dtype(tensor: TensorSpec, dtype: str) -> torch.dtype:

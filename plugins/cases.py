@@ -1,0 +1,59 @@
+"""Inputs to try the ops with: plausible caches, odd sizes, every table. For tests, the sanitizer run and timings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, kernels_of, shape_of
+from longtake.plugins.kv_cache_write.reference import quantize_kv
+
+SLOTS = 4
+TINY = {"S": SLOTS, "L": 128, "H": 4, "D": 64}
+SIZES: tuple[dict[str, int], ...] = (
+    TINY,
+    {"S": SLOTS, "L": 7, "H": 3, "D": 128},
+    {"S": SLOTS, "L": 33, "H": 3, "D": 48},
+    {"S": SLOTS, "L": 128, "H": 3, "D": 128},
+    {"S": SLOTS, "L": 1, "H": 1, "D": 16},
+)
+WEIGHT_SIZES: tuple[dict[str, int], ...] = ({"N": 256, "K": 1024}, {"N": 5, "K": 48}, {"N": 1, "K": 16})
+WRITE_SLOTS = (-1, 0, 1, 2, 3)
+TABLES = tuple(t for length in range(1, SLOTS + 1) for t in permutations((0, 1, 2, 3, -1), length))
+
+
+def op_inputs(
+    op_name: str, dims: Dims, dtype: str = "bf16", indices: Sequence[int] = (-1,), seed: int = 0
+) -> tuple[Tensor, ...]:
+    """CPU inputs of an op in spec order. `indices` is the write_slot [1] or the table [W]."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = kernels_of(op_name).spec
+    compute = torch.bfloat16 if dtype == COMPUTE_DTYPES[0] else torch.float32
+    cache = _filled_cache(op_name, dims, compute, generator)
+    made = []
+    for tensor in spec.inputs:
+        if tensor.name in ("table", "write_slot"):
+            made.append(torch.tensor(indices, dtype=torch.int32))
+        elif tensor.name in cache:
+            made.append(cache[tensor.name])
+        else:
+            made.append(torch.randn(shape_of(tensor, dims), generator=generator).to(compute))
+    return tuple(made)
+
+
+def _filled_cache(op_name: str, dims: Dims, compute: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
+    """Every slot written with data of its own magnitude; or a weight's random bytes."""
+    if op_name == "nvfp4_dequantize":
+        rows, columns = dims["N"], dims["K"]
+        values = torch.randint(-128, 128, (rows, columns // 2), generator=generator).to(torch.int8)
+        scales = torch.randint(0, 127, (rows, columns // 16), generator=generator).to(torch.int8)
+        return {"values": values, "scales": scales}
+    shape = (dims["S"], 2, dims["L"], dims["H"], dims["D"])
+    blocks = torch.randn(shape, generator=generator) * torch.linspace(0.5, 1.5, dims["S"]).view(-1, 1, 1, 1, 1)
+    if op_name.endswith("bf16"):
+        return {"cache": blocks.to(compute)}
+    slots = [quantize_kv(block) for block in blocks]
+    return {name: torch.stack(parts) for name, parts in zip(("values", "scales", "amax"), zip(*slots))}

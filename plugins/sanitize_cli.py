@@ -1,0 +1,72 @@
+"""Run every kernel once at small shapes, against its reference, without a test framework around it.
+
+compute-sanitizer --tool memcheck python -m longtake.plugins.sanitize_cli      (also: racecheck, initcheck, synccheck)
+python -m longtake.plugins.sanitize_cli --time                                 microseconds a launch, tiny preset
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from longtake.plugins.cases import SIZES, TINY, WEIGHT_SIZES, op_inputs
+from longtake.plugins.kernels import Dims
+from longtake.plugins.launch import run_kernel
+from longtake.plugins.ops import REFERENCES
+from longtake.plugins.spec import OPS
+
+INDICES = {"kv": ((2,), (-1,)), "sink": ((-1,), (3, 0, 1, -1)), "nvfp4": ((0,),)}
+
+
+def worst_error(op_name: str, dims: Dims, dtype: str, indices: tuple[int, ...]) -> float:
+    """Largest relative L2 error over the outputs of one op, on the GPU against the reference on the CPU."""
+    inputs = op_inputs(op_name, dims, dtype, indices)
+    wanted = REFERENCES[op_name](*inputs)
+    got = run_kernel(op_name, *(t.cuda() for t in inputs))
+    wanted, got = (x if isinstance(x, tuple) else (x,) for x in (wanted, got))
+    errors = [(g.cpu().double() - w.double()).norm() / w.double().norm().clamp(min=1e-30) for g, w in zip(got, wanted)]
+    return float(max(errors))
+
+
+def run_all() -> bool:
+    """Every op, both dtypes, small sizes. True if all agree with their references."""
+    good = True
+    for op_name in OPS:
+        for dims in WEIGHT_SIZES[1:] if op_name == "nvfp4_dequantize" else (SIZES[1], SIZES[2], SIZES[4]):
+            for dtype in ("bf16",) if op_name == "nvfp4_dequantize" else ("bf16", "fp32"):
+                for indices in INDICES[op_name.split("_")[0]]:
+                    error = worst_error(op_name, dims, dtype, indices)
+                    limit = 0.0 if "sink" not in op_name else {"bf16": 1e-2, "fp32": 1e-5}[dtype]
+                    good &= error <= limit
+                    print(f"{'ok ' if error <= limit else 'BAD'} {op_name} {dtype} {dims} {indices}: {error:.2e}")
+    return good
+
+
+def time_all(repeats: int = 200) -> None:
+    """Mean time of an op inside a CUDA graph, so that Python's share does not count."""
+    for op_name in OPS:
+        dims = WEIGHT_SIZES[0] if op_name == "nvfp4_dequantize" else TINY
+        inputs = [t.cuda() for t in op_inputs(op_name, dims, "bf16", (0, 1, 2, -1) if "sink" in op_name else (1,))]
+        run_kernel(op_name, *inputs)
+        torch.cuda.synchronize()
+        graph, start, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                run_kernel(op_name, *inputs)
+        graph.replay()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        print(f"{op_name} bf16 {dims}: {start.elapsed_time(end) / repeats * 1e3:.1f} us")
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        print("this needs an NVIDIA GPU", file=sys.stderr)
+        sys.exit(3)
+    if "--time" in sys.argv[1:]:
+        time_all()
+    else:
+        sys.exit(0 if run_all() else 1)
