@@ -147,22 +147,27 @@ def dequantize_blocks(q: Tensor, scale: Tensor, amax: Tensor, rule: str, order: 
     """fp32 E2M1 values [..., K/16, 16] and E4M3 values [..., K/16] to fp32 [..., K/16, 16]; exportable to ONNX."""
     m2, m3 = RULE_LIMITS[rule]
     if order == "modelopt":
-        return q * (scale * (amax / (m2 * m3))).unsqueeze(-1)
-    return q * scale.unsqueeze(-1) * amax.unsqueeze(-1) / (m2 * m3)
+        return q * (scale * (amax / _fp32(m2 * m3, amax))).unsqueeze(-1)
+    return q * scale.unsqueeze(-1) * amax.unsqueeze(-1) / _fp32(m2 * m3, amax)
 
 
 def _base_scale(blockmax: Tensor, amax: Tensor, m2: float, m3: float, order: str) -> Tensor:
     """The block scale before rounding to E4M3; 0 where amax is 0 or too small to divide by."""
     if order == "modelopt":
-        g = amax / (m2 * m3)
+        g = amax / _fp32(m2 * m3, amax)
         return torch.where(g > 0.0, blockmax / (m2 * g), 0.0)
-    return blockmax / m2 * _encode_scale(amax, m2 * m3)
+    return blockmax / _fp32(m2, amax) * _encode_scale(amax, m2 * m3)
 
 
 def _encode_scale(amax: Tensor, limit: float) -> Tensor:
     """enc = limit / amax, or 0 where that is not finite (amax below about 5e-36), which makes everything zero."""
-    enc = torch.full_like(amax, limit) / amax  # `number / tensor` would be number * reciprocal, two roundings
+    enc = _fp32(limit, amax) / amax
     return torch.where(enc <= _FLOAT32_MAX, enc, 0.0)
+
+
+def _fp32(value: float, like: Tensor) -> Tensor:
+    """A 0-d tensor to divide with: with a Python number, torch rounds twice (number / tensor; tensor / number on GPUs)."""
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _candidate(
@@ -172,7 +177,7 @@ def _candidate(
     if order == "modelopt":
         raw = torch.where(blockmax == 0.0, 1.0, raw.clamp(min=E4M3_MIN_SUBNORMAL))
         scale = decode_e4m3(encode_e4m3(raw).to(torch.int32))
-        step = scale * (amax / limit)
+        step = scale * (amax / _fp32(limit, amax))
         return x / torch.where(step > 0.0, step, torch.inf).unsqueeze(-1), scale
     scale = decode_e4m3(encode_e4m3(raw).to(torch.int32))
     step = (1.0 / _encode_scale(amax, limit)) * torch.where(scale > 0.0, scale, 1.0)

@@ -146,13 +146,23 @@ def longlive_candidate(x: np.ndarray, amax: np.ndarray, factor: float, limit: fl
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_longlive_order_equals_the_released_formula(scale: float) -> None:
-    x = samples(4, (2048, 16), scale).to(torch.bfloat16).float().numpy()
-    amax = np.abs(x).max()
-    codes, scales, back = longlive_candidate(x, amax, 1.0, 6 * 448)
-    packed = quantize(torch.from_numpy(x), rule="static_6", order="longlive")
-    np.testing.assert_array_equal(packed.values.numpy(), codes[:, ::2] | codes[:, 1::2] << 4)
-    np.testing.assert_array_equal(as_bytes(packed.scales)[:, 0], scales.view(np.uint8))
-    np.testing.assert_array_equal(dequantize(packed, order="longlive").numpy(), back)
+    for seed in range(20):  # each has another amax, whose enc must be rounded once
+        x = samples(seed, (512, 16), scale).to(torch.bfloat16).float().numpy()
+        codes, scales, back = longlive_candidate(x, np.abs(x).max(), 1.0, 6 * 448)
+        packed = quantize(torch.from_numpy(x), rule="static_6", order="longlive")
+        np.testing.assert_array_equal(packed.values.numpy(), codes[:, ::2] | codes[:, 1::2] << 4)
+        np.testing.assert_array_equal(as_bytes(packed.scales)[:, 0], scales.view(np.uint8))
+        np.testing.assert_array_equal(dequantize(packed, order="longlive").numpy(), back)
+
+
+def test_divisions_are_rounded_once() -> None:
+    peaks = samples(10, (4096, 16), 1.0).abs().amax(dim=-1, keepdim=True) + 1e-3
+    for amax in peaks[:64, 0]:
+        x = torch.minimum(peaks, amax).expand(-1, 16).contiguous().numpy()
+        codes, scales, _ = longlive_candidate(x, amax.numpy(), 1.0, 6 * 448)
+        packed = quantize(torch.from_numpy(x), order="longlive", amax=amax)
+        np.testing.assert_array_equal(as_bytes(packed.scales)[:, 0], scales.view(np.uint8))
+        np.testing.assert_array_equal(packed.values.numpy(), codes[:, ::2] | codes[:, 1::2] << 4)
 
 
 @pytest.mark.parametrize("rule", ["mse", "mae", "abs_max"])
