@@ -120,7 +120,7 @@ class KVState:
         return marker.plan(cut)
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {}
+        named: dict[str, Tensor] = {}
         for side, cache in (("positive", self.positive), ("negative", self.negative or [])):
             for layer, parts in enumerate(cache):
                 named |= {f"{side}.{layer}.{i}": tensor for i, tensor in enumerate(parts)}

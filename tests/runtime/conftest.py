@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from longtake.engines.recipe import recipe_named
 from longtake.runtime.backends.base import Cache
 from longtake.runtime.generator import Generator
 from longtake.training.presets import TINY
-from torch import Tensor
 
 
 class ToyDecoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.sampler import UniPC, flow_sigmas, model_timesteps, sample_chunk, unipc_steps
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from longtake.runtime.conditions import frame_positions, noise_for_chunk
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.session import CancelledError, Chunk, Session

@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import pytest
+
 from longtake.runtime.slots import CURRENT, SlotTable, slots_from_json, visible_blocks
 
 TOKENS = 3  # tokens of a block: the rules are in tokens, any size shows them

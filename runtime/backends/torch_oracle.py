@@ -1,0 +1,37 @@
+"""PyTorch itself as a backend: the oracle of checks and tests. Not among the backends a user chooses from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longtake.engines.recipe import Recipe
+from longtake.engines.spec import NETWORKS
+from longtake.runtime.backends.host import HostBackend
+from longtake.training.networks import Models, apply_precision, load_models, network_module
+
+
+class TorchBackend(HostBackend):
+    """Runs the recipe's torch modules in fp32, with the recipe's quantization simulated."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        models: Models | None = None,
+        checkpoints: Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """`models` (plain ones; the precision is applied here), or else those in `checkpoints` (the shipped ones)."""
+        super().__init__(recipe, "PyTorch in fp32, the oracle", device or torch.device("cpu"))
+        plain = models if models is not None else load_models(recipe.model, checkpoints)
+        self.vocabulary = tuple(plain.vocabulary)
+        oracle = apply_precision(plain, recipe.precision)
+        self._modules = {name: network_module(oracle, name, recipe.cache).to(self.device) for name in NETWORKS}
+
+    @torch.no_grad()
+    def call(self, network: str, inputs: list[Tensor]) -> list[Tensor]:
+        return list(self._modules[network](*inputs))
