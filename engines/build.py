@@ -15,6 +15,7 @@ import onnx
 from longtake.engines import segmented_graph
 from longtake.engines.flavour import Flavour
 from longtake.engines.manifest import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
+from longtake.engines.messages import Messages
 from longtake.engines.onnx_file import onnx_digest, read_graph
 from longtake.engines.progress import BuildProgress
 from longtake.engines.recipe import Recipe
@@ -162,7 +163,7 @@ def engine_from_onnx(
         from longtake.plugins.adapter import register_plugins
 
         register_plugins(trt)
-    logger = _Messages(trt)
+    logger = Messages(trt)
     builder = trt.Builder(logger.logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger.logger)
@@ -183,7 +184,7 @@ def engine_from_onnx(
     return bytes(plan), network.num_layers
 
 
-def _parse(parser: Any, job: PlanJob, logger: _Messages) -> None:
+def _parse(parser: Any, job: PlanJob, logger: Messages) -> None:
     if isinstance(job.source, Path):
         parsed = parser.parse_from_file(str(job.source))
     else:
@@ -283,25 +284,3 @@ def op_of_layer(layer: Any, job: PlanJob) -> str:
         got=f"{layer.num_inputs} inputs, {layer.num_outputs} outputs",
         expected=sorted(job.plugins),
     )
-
-
-class _Messages:
-    """TensorRT's log, kept so that an error can quote it, and passed on to `logging`."""
-
-    def __init__(self, trt: Any) -> None:
-        errors: list[str] = []
-        severity = trt.ILogger.Severity
-
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, level: Any, message: str) -> None:
-                if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                    errors.append(message)
-                log.log(logging.INFO if level == severity.WARNING else logging.DEBUG, "TensorRT: %s", message)
-
-        self.errors, self.logger = errors, Logger()
-
-    def last_errors(self) -> str:
-        return "; ".join(self.errors[-2:]) or "no message"

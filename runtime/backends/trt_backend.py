@@ -6,7 +6,8 @@ Legend: C latent channels, F latent frames of a chunk, H, W latent size, T video
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from longtake.engines.spec import NETWORKS, Binding, NetworkSpec, network_spec
 from longtake.runtime.backends.base import Cache
 from longtake.runtime.backends.segmented_network import SegmentedNetwork
 from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtEngine, device_bytes_used
-from longtake.runtime.errors import UnavailableError
+from longtake.runtime.errors import LongtakeError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class TrtBackend:
         self.reason, self.cuda_graphs = reason, cuda_graphs
         self.specs = {name: network_spec(self.preset, self.recipe.cache, name) for name in NETWORKS}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self._stream = torch.cuda.Stream(self.device)
         self._peak = 0
         with torch.cuda.device(self.device):
             self._load(flavour)
@@ -117,8 +119,25 @@ class TrtBackend:
         outputs = [self.allocate(binding) for binding in spec.outputs]
         given = [self._as_binding(tensor, binding) for tensor, binding in zip(inputs, spec.inputs, strict=True)]
         named = zip((*spec.inputs, *spec.outputs), (*given, *outputs), strict=True)
-        self.networks[name].run({binding.name: tensor for binding, tensor in named})
+        with self.off_default_stream():
+            self.networks[name].run({binding.name: tensor for binding, tensor in named})
         return outputs
+
+    @contextmanager
+    def off_default_stream(self) -> Iterator[None]:
+        """Work on the caller's stream, or on one of our own if that is the default one: TensorRT synchronizes there.
+
+        Our stream waits for what the caller has enqueued, and the caller's then waits for ours, so to the caller it
+        looks like one stream.
+        """
+        caller = torch.cuda.current_stream(self.device)
+        if caller.cuda_stream != 0:
+            yield
+            return
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
+            yield
+        caller.wait_stream(self._stream)
 
     def _as_binding(self, tensor: Tensor, binding: Binding) -> Tensor:
         return tensor.to(self.device, TORCH_DTYPES[binding.dtype]).contiguous()
@@ -155,11 +174,11 @@ class TrtBackend:
     ) -> Tensor:
         """See Backend.dit. The velocity is a buffer that the next call overwrites."""
         given = (latents_BCFHW, sinusoid, rope_cos, rope_sin, table, write_slot, *context)
-        tensors = self._fill(given) | self._cache_bindings(cache)
         # Only a slot on the host can be looked at without waiting; on the device the kernel itself skips slot -1.
         write = write_slot.is_cuda or int(write_slot) >= 0
         key = (table.numel(), int(write), *(part.data_ptr() for part in cache[0]))
-        self._replay_or_run(key, tensors, write)
+        with self.off_default_stream():
+            self._replay_or_run(key, self._fill(given) | self._cache_bindings(cache), write)
         return self._static["velocity"]
 
     def _fill(self, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -184,17 +203,24 @@ class TrtBackend:
             graph.replay()
             return
         self.networks["dit"].run(tensors, write)
-        if not self.cuda_graphs:
-            return
+        if self.cuda_graphs:
+            self._capture(key, tensors, write)
+            self._sample_memory()
+
+    def _capture(self, key: tuple[int, ...], tensors: Mapping[str, Tensor], write: bool) -> None:
         torch.cuda.current_stream(self.device).synchronize()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the decode thread may allocate memory meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.networks["dit"].run(tensors, write)
+        try:
+            # thread_local: the decode thread may allocate memory meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.networks["dit"].run(tensors, write)
+        except (RuntimeError, LongtakeError) as error:
+            self.cuda_graphs = False
+            log.warning("CUDA graphs cannot be captured here, passes are launched one by one: %s", error)
+            return
         if len(self._graphs) >= MAX_GRAPHS:
             self._graphs.pop(next(iter(self._graphs)))
         self._graphs[key] = graph
-        self._sample_memory()
 
     def new_decoder(self) -> TrtDecoder:
         """See Backend.new_decoder."""
@@ -236,11 +262,12 @@ class TrtDecoder:
         """See Decoder.decode: fp32 [1, C, H, W] to fp32 [3, T, H, W], a buffer that the next call overwrites."""
         name = "vae_steady" if self._started else "vae_first"
         spec = self.backend.specs[name]
-        self._latent.copy_(latent_BCHW[:, :, None])
         before, after = self._caches[self._turn], self._caches[1 - self._turn]
         inputs = [self._latent, *(before if self._started else ())]
         named = zip((*spec.inputs, *spec.outputs), (*inputs, self._frames[name], *after), strict=True)
-        self.backend.networks[name].run({binding.name: tensor for binding, tensor in named})
+        with self.backend.off_default_stream():
+            self._latent.copy_(latent_BCHW[:, :, None])
+            self.backend.networks[name].run({binding.name: tensor for binding, tensor in named})
         self._turn, self._started = 1 - self._turn, True
         return self._frames[name][0]
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from longtake.engines.flavour import Flavour
 from longtake.engines.manifest import read_plan
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.engines.messages import Messages
+from longtake.runtime.errors import LongtakeError, UnavailableError
 from longtake.runtime.files import atomic_path, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Scratch:
     """Device memory that contexts use while they run; all contexts on it must run on one stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.size = device, 0
+        self.device, self.size = device, 256
         self._memory: Tensor | None = None
 
     def reserve(self, size: int) -> None:
@@ -50,7 +51,7 @@ class Scratch:
     @property
     def address(self) -> int:
         if self._memory is None:
-            self._memory = torch.empty(max(self.size, 256), dtype=torch.uint8, device=self.device)
+            self._memory = torch.empty(self.size, dtype=torch.uint8, device=self.device)
         return self._memory.data_ptr()
 
 
@@ -123,8 +124,8 @@ class EngineHost:
         major, minor = torch.cuda.get_device_capability(device)
         self.compute_capability = f"{major}.{minor}"
         trt = flavour.module
-        self.logger = trt.Logger(trt.Logger.WARNING)
-        self.runtime = trt.Runtime(self.logger)
+        self.messages = Messages(trt)
+        self.runtime = trt.Runtime(self.messages.logger)
         self.caches = RuntimeCaches(folder, flavour, device)
 
     def load(self, name: str, spec: dict[str, Any] | None = None) -> TrtEngine:
@@ -136,6 +137,7 @@ class EngineHost:
         if engine is None:
             raise UnavailableError(
                 f"{self.flavour.label} cannot load {plan}",
+                got=self.messages.last_errors(),
                 expected="a plan that this TensorRT and GPU can run",
                 fix=f"build it again on this machine: longtake engines --recipe {manifest.recipe}",
             )
@@ -168,9 +170,11 @@ class TrtEngine:
             else:
                 context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise UnavailableError(f"{self.host.flavour.label} cannot create a context for {self.plan}")
-        context.set_device_memory(scratch.address, scratch.size)
-        return TrtContext(self, context)
+            raise UnavailableError(
+                f"{self.host.flavour.label} cannot create a context for {self.plan}",
+                got=self.host.messages.last_errors(),
+            )
+        return TrtContext(self, context, scratch)
 
     def _runtime_config(self, trt: Any) -> Any:
         config = self.engine.create_runtime_config()
@@ -197,8 +201,9 @@ class TrtEngine:
 class TrtContext:
     """An execution context. Calls on one context, and on others of the same scratch, go to one stream."""
 
-    def __init__(self, engine: TrtEngine, context: Any) -> None:
-        self.engine, self.context = engine, context
+    def __init__(self, engine: TrtEngine, context: Any, scratch: Scratch) -> None:
+        self.engine, self.context, self.scratch = engine, context, scratch
+        self._has_memory = False
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
         """Enqueue on torch's current stream. `tensors` holds every binding, contiguous, in the plan's dtype."""
@@ -213,15 +218,9 @@ class TrtContext:
             if name in self.engine.dynamic:
                 self.context.set_input_shape(name, tuple(tensor.shape))
             self.context.set_tensor_address(name, tensor.data_ptr())
+        if not self._has_memory:  # only now: by the first run every engine has said how much it needs
+            self.context.set_device_memory(self.scratch.address, self.scratch.size)
+            self._has_memory = True
         stream = torch.cuda.current_stream(self.engine.host.device).cuda_stream
         if not self.context.execute_async_v3(stream):
-            raise LongtakeError(f"{self.engine.plan.stem} failed to run", fix="see TensorRT's message above")
-
-
-def check_digest(path: Path, expected: str, fix: str) -> None:
-    """Raise IntegrityError unless `path` has SHA-256 `expected`."""
-    from longtake.runtime.files import sha256
-
-    got = sha256(path) if path.is_file() else "no such file"
-    if got != expected:
-        raise IntegrityError(f"{path} is not the file it was", got=got, expected=f"sha256 {expected}", fix=fix)
+            raise LongtakeError(f"{self.engine.plan.stem} failed to run", got=self.engine.host.messages.last_errors())

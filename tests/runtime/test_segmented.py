@@ -122,3 +122,140 @@ def test_only_writes_are_in_place() -> None:
     found = {step.name: aliases_of(step) for step in graph.steps}
     assert found["kv_cache_write_bf16"] == {"cache_0_out": "cache_0"}
     assert not any(aliases for name, aliases in found.items() if name != "kv_cache_write_bf16")
+
+
+# ---- on a GPU: the whole backend against the reference -------------------------------------------------------------
+
+RECIPES = ("tiny_w4a16_sm90", "tiny_bf16_sm90")
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def pair(request: pytest.FixtureRequest) -> Any:
+    """(segmented backend, reference backend) of one recipe, from engines/build."""
+    from longtake.runtime.backends.reference import ReferenceBackend
+    from longtake.runtime.backends.segmented import open_backend
+
+    folder = REPOSITORY / "engines" / "build" / request.param
+    if not (folder / "bundle.json").is_file():
+        pytest.skip(f"no engines: run longtake engines --recipe {request.param}")
+    segmented = open_backend(folder, reason="test")
+    yield segmented, ReferenceBackend(segmented.bundle.onnx, segmented.recipe)
+    segmented.close()
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    got, wanted = got.detach().float().cpu(), wanted.detach().float().cpu()
+    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+def conditions(backend: Any, seed: int) -> list[Tensor]:
+    """latents, sinusoid, rope tables for one chunk, on the CPU."""
+    from longtake.training.rope import rope_tables, timestep_sinusoid
+
+    preset = backend.preset
+    generator = torch.Generator().manual_seed(seed)
+    spec = {b.name: b.shape for b in backend.specs["dit"].inputs}
+    latents = torch.randn(spec["latents"], generator=generator)
+    sinusoid = timestep_sinusoid([624.0] * preset.chunk_latents, preset.dit.freq_dim)
+    cos, sin = rope_tables(preset.dit, [float(8 * seed + i) for i in range(preset.chunk_latents)], preset.grid_hw)
+    return [latents, sinusoid, cos, sin]
+
+
+def context_of(backend: Any) -> list[Tensor]:
+    tokens = torch.zeros(1, backend.preset.text.length, dtype=torch.int32)
+    tokens[0, :6] = torch.arange(3, 9)
+    return backend.context(backend.text(tokens.to(backend.device)))
+
+
+def one_pass(backend: Any, cache: Any, seed: int, table: list[int], slot: int, context: list[Tensor]) -> Tensor:
+    moved = [tensor.to(backend.device) for tensor in conditions(backend, seed)]
+    ints = (torch.tensor(v, dtype=torch.int32, device=backend.device) for v in (table, [slot]))
+    return backend.dit(*moved, context, cache, *ints).clone()
+
+
+def slot_values(backend: Any, parts: tuple[Tensor, ...], slot: int) -> Tensor:
+    """K and V of a slot, dequantized, [2, L, H, D]."""
+    from longtake.plugins.nvfp4.reference import Packed, dequantize
+
+    if backend.recipe.cache == "bf16":
+        return parts[0][slot].float().cpu()
+    values, scales, amax = (part[slot].cpu() for part in parts)
+    packed = Packed(values.view(torch.uint8), scales.view(torch.float8_e4m3fn), amax[:, None, None, None], "mse")
+    return dequantize(packed, order="longlive")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+def test_windows_of_every_length_equal_the_reference(pair: Any, graphs: bool) -> None:
+    """Four blocks: each is denoised (no write), then written, and read by the next ones."""
+    segmented, reference = pair
+    segmented.cuda_graphs = graphs
+    segmented._graphs.clear()
+    gate = segmented.recipe.gate.dit
+    backends = (segmented, reference)
+    contexts = [context_of(backend) for backend in backends]
+    assert max(map(error, *contexts)) < segmented.recipe.gate.context
+    caches = [backend.new_cache() for backend in backends]
+    for block in range(5):
+        table = [*range(min(block, 3)), -1]
+        for slot in (-1, -1, min(block, 3)):
+            before = [part.clone() for layer in caches[0] for part in layer]
+            got, wanted = (one_pass(b, c, block, table, slot, x) for b, c, x in zip(backends, caches, contexts))
+            assert error(got, wanted) < gate, (block, slot)
+            if slot < 0:
+                assert all(map(torch.equal, before, (part for layer in caches[0] for part in layer)))
+        for mine, theirs in zip(*caches):
+            a, b = (slot_values(segmented, parts, min(block, 3)) for parts in (mine, theirs))
+            assert error(a, b) < (gate if segmented.recipe.cache == "bf16" else 0.1)
+    assert bool(segmented._graphs) == graphs
+
+
+@pytest.mark.gpu
+def test_graph_replay_is_bit_identical_to_launching(pair: Any) -> None:
+    segmented, _ = pair
+    context, results = context_of(segmented), []
+    for graphs in (False, True):
+        segmented.cuda_graphs = graphs
+        segmented._graphs.clear()
+        cache = segmented.new_cache()
+        passes = [one_pass(segmented, cache, i % 3, [0, -1], (-1, 0)[i % 2], context) for i in range(6)]
+        results.append([*passes, *(part for layer in cache for part in layer)])
+        assert bool(segmented._graphs) == graphs
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.gpu
+def test_decoding_equals_the_reference_and_can_be_resumed(pair: Any) -> None:
+    segmented, reference = pair
+    generator = torch.Generator().manual_seed(3)
+    shape = (1, segmented.preset.vae.z_channels, *segmented.preset.latent_hw)
+    latents = [torch.randn(shape, generator=generator) for _ in range(4)]
+    mine, theirs, resumed = segmented.new_decoder(), reference.new_decoder(), segmented.new_decoder()
+    for i, latent in enumerate(latents):
+        if i == 2:
+            resumed.load_state([tensor.clone() for tensor in mine.state()])
+        got = mine.decode(latent.to(segmented.device)).clone()
+        assert error(got, theirs.decode(latent)) < segmented.recipe.gate.vae, i
+        if i >= 2:
+            assert torch.equal(resumed.decode(latent.to(segmented.device)), got)
+
+
+@pytest.mark.gpu
+def test_weights_stay_four_bit_on_the_device(pair: Any) -> None:
+    segmented, _ = pair
+    if segmented.recipe.precision != "w4a16":
+        pytest.skip("unquantized recipe")
+    network = segmented.networks["dit"]
+    linears = [n.removesuffix(".values") for n in network.graph.weights if n.endswith(".weight.values")]
+    bits = sum(8 * network._fixed[f"{n}.{part}"].nbytes for n in linears for part in ("values", "scales"))
+    assert bits / sum(2 * network._fixed[f"{n}.values"].numel() for n in linears) == 4.5
+
+
+@pytest.mark.gpu
+def test_a_second_start_finds_its_compiled_kernels(pair: Any) -> None:
+    segmented, _ = pair
+    host = segmented.networks["dit"].engines["dit_seg1"].host
+    for path in (host.folder).glob("*.plan"):
+        kept = host.caches.folder / f"{path.stem}.cache"
+        assert kept.is_file() and kept.with_suffix(".json").is_file()
