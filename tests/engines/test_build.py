@@ -1,0 +1,233 @@
+"""Plans are built, checked against the spec, kept when up to date, and refused where they cannot be built."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from longtake.engines import build as build_module
+from longtake.engines import bundle as bundle_module
+from longtake.engines.build import PlanJob, build_recipe, engine_from_onnx, require_buildable
+from longtake.engines.bundle import load_bundle, write_bundle
+from longtake.engines.flavour import Flavour, flavour_for
+from longtake.engines.manifest import manifest_path
+from longtake.engines.recipe import Recipe, recipe_named
+from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.runtime.files import read_json, write_json
+
+_spec = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
+miniature = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(miniature)
+
+RTX_17 = Flavour("tensorrt_rtx", "1.7.1.116", None, "test")
+RTX_16 = Flavour("tensorrt_rtx", "1.6.1.120", None, "test")
+FULL = Flavour("tensorrt", "10.13.0", None, "test")
+
+
+@pytest.fixture(scope="module")
+def flavour() -> Flavour:
+    try:
+        found = flavour_for(None)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    if not found.version.startswith("1.7"):
+        pytest.skip(f"these tests build for 8.9 ahead of time with TensorRT-RTX 1.7, here is {found.label}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flavour", "machine", "says"),
+    [
+        ("tiny_w4a16_sm90", RTX_16, None, "got: no GPU"),
+        ("tiny_w4a16_sm90", RTX_16, "8.9", "got: a GPU of compute capability 8.9"),
+        ("tiny_w4a16_sm90", RTX_17, "9.0", "refuse compute capability 9.0"),
+        ("tiny_bf16_sm89", FULL, None, "cannot build for it ahead of time"),
+        ("tiny_nvfp4_sm120", RTX_16, None, "before 1.7 cannot load plugins"),
+    ],
+)
+def test_what_cannot_be_built_is_said_before_work_starts(
+    recipe: str, flavour: Flavour, machine: str | None, says: str
+) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        require_buildable(recipe_named(recipe), flavour, machine)
+    assert says in str(caught.value) and "fix:" in str(caught.value)
+
+
+def test_fp4_arithmetic_for_ada_is_refused() -> None:
+    with pytest.raises(UnavailableError, match="no FP4 arithmetic"):
+        require_buildable(replace(recipe_named("tiny_nvfp4_sm120"), compute_capability="8.9"), RTX_17, None)
+
+
+@pytest.mark.parametrize("name", ["tiny_nvfp4_sm120", "tiny_w4a16_sm89", "tiny_bf16_sm89"])
+def test_shipped_ahead_of_time_recipes_are_buildable_without_a_gpu(name: str) -> None:
+    require_buildable(recipe_named(name), RTX_17, None)
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A segmented recipe that builds without a GPU; its only network is the miniature."""
+    monkeypatch.setattr(build_module, "NETWORKS", ("dit",))
+    return replace(recipe_named("tiny_bf16_sm90"), compute_capability="8.9")
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    onnx.save(miniature.model_of_layers(4), folder / "dit.onnx")
+    write_json(folder / "export.json", {"vocabulary": ["red", "seven"], "inputs": "abc"})
+    return folder
+
+
+def test_segment_plans_are_built_once_and_again_only_when_something_changed(
+    flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "engines"
+
+    def run() -> list[tuple[str, bool]]:
+        return [(r.path.name, r.skipped) for r in build_recipe(recipe, exported, out, flavour, None, False)]
+
+    names = ["dit_seg0.plan", "dit_seg1.plan", "dit_seg2.plan"]
+    assert run() == [(name, False) for name in names]
+    assert run() == [(name, True) for name in names]
+    # Other weights are other inputs of the same plans; only small constants of a lone segment are part of its plan.
+    onnx.save(miniature.model_of_layers(4, seed=1), exported / "dit.onnx")
+    assert run() == [(names[0], False), (names[1], True), (names[2], True)]
+    (out / names[1]).write_bytes(b"damaged")
+    write_json(manifest_path(out / names[2]), {**read_json(manifest_path(out / names[2])), "version": "1.6.1.120"})
+    assert run() == [(names[0], True), (names[1], False), (names[2], False)]
+    assert not list(out.glob(".*"))
+
+
+def test_an_interrupted_build_leaves_no_plan(
+    flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting(build_module.BuildProgress):
+        def __init__(self, trt: Any, title: str, show: bool) -> None:
+            super().__init__(trt, title, show)
+            self.bar.update = self.interrupt
+
+        def interrupt(self, steps: int) -> None:
+            raise KeyboardInterrupt  # as Python does when Ctrl-C comes during a callback
+
+    monkeypatch.setattr(build_module, "BuildProgress", Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        build_recipe(recipe, exported, tmp_path / "engines", flavour, None, False)
+    assert not list((tmp_path / "engines").glob("*.plan*"))
+
+
+def test_a_missing_or_damaged_onnx_file_is_an_error(
+    flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path
+) -> None:
+    (exported / "dit.onnx").write_bytes((exported / "dit.onnx").read_bytes()[:2000])
+    with pytest.raises(IntegrityError, match="not a readable ONNX model"):
+        build_recipe(recipe, exported, tmp_path / "engines", flavour, None, False)
+    (exported / "dit.onnx").unlink()
+    with pytest.raises(LongtakeError, match="does not exist"):
+        build_recipe(recipe, exported, tmp_path / "engines", flavour, None, False)
+
+
+def test_a_network_that_is_not_the_specs_is_refused(flavour: Flavour) -> None:
+    model = miniature.single(onnx.helper.make_node("Identity", ["x"], ["y"]), [miniature.feeds_for(1)["latent"]])
+    wrong = {"inputs": [["x", "bf16", [4, 32]]], "outputs": [["y", "fp32", [4, 32]]], "aliases": [], "profile": []}
+    with pytest.raises(IntegrityError, match="inputs differ from the engine spec") as caught:
+        engine_from_onnx(PlanJob("net", model, "", wrong), "8.9", flavour, None, False)
+    assert "got: x ('fp32', [4, 32])" in str(caught.value)
+
+
+@pytest.fixture
+def bundle(flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path) -> Iterator[Path]:
+    results = build_recipe(recipe, exported, tmp_path / "engines", flavour, None, False)
+    write_bundle(tmp_path / "engines", recipe, flavour, exported, [r.path for r in results])
+    yield tmp_path / "engines"
+
+
+def test_a_bundle_finds_what_it_was_built_from_even_when_moved(bundle: Path, recipe: Recipe, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("onnx", "engines"):
+        (tmp_path / name).rename(moved / name)
+    opened = load_bundle(moved / "engines")
+    assert opened.recipe == recipe and opened.vocabulary == ("red", "seven")
+    assert opened.onnx_file("dit.onnx") == (moved / "onnx" / "dit.onnx").resolve()
+    assert opened.check_file(moved / "engines" / "dit.segments.json").is_file()
+
+
+def test_a_bundle_refuses_files_that_changed(bundle: Path) -> None:
+    opened = load_bundle(bundle)
+    (bundle / "dit.segments.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="not the file that the engines were built with"):
+        opened.check_file(bundle / "dit.segments.json")
+    with pytest.raises(IntegrityError, match="listed in bundle.json"):
+        opened.check_file(bundle / "other.json")
+    with open(opened.onnx / "dit.onnx", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(IntegrityError, match="fix: build it again"):
+        opened.onnx_file("dit.onnx")
+
+
+def test_a_folder_without_a_bundle_says_what_makes_one(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(LongtakeError, match="holds no engines") as caught:
+        load_bundle(tmp_path)
+    assert "longtake engines --recipe" in str(caught.value)
+    (bundle / bundle_module.NAME).write_text('{"format": 1}')
+    with pytest.raises(IntegrityError, match="not an engine bundle"):
+        load_bundle(bundle)
+
+
+# ---- fused, with plugins, ahead of time ----------------------------------------------------------------------------
+
+
+def small_dit(precision: str, cache: str, folder: Path) -> PlanJob:
+    """A DiT of two layers with random weights, exported and lowered."""
+    from longtake.engines.spec import dit_spec
+    from longtake.export.files import write_onnx
+    from longtake.export.lower import lower
+    from longtake.export.onnx_from_model import onnx_from_model
+    from longtake.plugins.spec import DOMAIN
+    from longtake.training.networks import network_module, random_models
+    from longtake.training.presets import TINY
+
+    preset = replace(TINY, dit=replace(TINY.dit, layers=2))
+    models, spec = random_models(preset), dit_spec(preset, cache)
+    model = onnx_from_model(network_module(models, "dit", cache), spec)
+    lower(model, precision, models.amax)
+    plugins = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+    write_onnx(model, folder / "dit.onnx")
+    return PlanJob("dit", folder / "dit.onnx", "", spec.as_json(), plugins)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "cache", "target", "ops"),
+    [
+        ("nvfp4", "nvfp4", "12.0", {"sink_attention_nvfp4": 2, "kv_cache_write_nvfp4": 2}),
+        ("w4a16", "nvfp4", "8.9", {"sink_attention_nvfp4": 2, "kv_cache_write_nvfp4": 2, "nvfp4_dequantize": 16}),
+        ("bf16", "bf16", "8.9", {"sink_attention_bf16": 2, "kv_cache_write_bf16": 2}),
+    ],
+)
+def test_fused_engines_build_with_plugins_inside(
+    flavour: Flavour, tmp_path: Path, precision: str, cache: str, target: str, ops: dict[str, int]
+) -> None:
+    job = small_dit(precision, cache, tmp_path)
+    assert job.plugins == ops
+    plan, layers = engine_from_onnx(job, target, flavour, None, False)
+    assert len(plan) > 100_000 and layers > sum(ops.values())
+    moved = {**job.spec, "aliases": job.spec["aliases"][1:]}
+    with pytest.raises(IntegrityError, match="in-place outputs differ"):
+        engine_from_onnx(replace(job, spec=moved), target, flavour, None, False)
+    model = onnx.load(tmp_path / "dit.onnx", load_external_data=False)
+    for node in model.graph.node:  # without this attribute the parser inlines the function body, silently
+        kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    onnx.save(model, tmp_path / "dit.onnx")
+    with pytest.raises(IntegrityError, match="custom ops did not become plugins"):
+        engine_from_onnx(job, target, flavour, None, False)
