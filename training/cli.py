@@ -81,6 +81,9 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
         "previous chunk, with the shot offset of the rotary positions",
     )
     group.add_argument("--recalibrate", type=int, default=100, metavar="N", help="nvfp4: refresh amax every N steps")
+    group.add_argument(
+        "--no-fuse", action="store_true", help="GPU: run pointwise arithmetic unfused (no torch.compile)"
+    )
     group.add_argument("--text-dropout", type=float, default=0.1, help="share of samples trained without a prompt")
 
 
@@ -166,6 +169,7 @@ def stage_from(args: argparse.Namespace) -> Stage:
         context=args.context,
         recalibrate=args.recalibrate,
         text_dropout=args.text_dropout,
+        fuse=not args.no_fuse,
     )
     return importlib.import_module(f"longtake.training.stages.{args.stage}").stage_from_options(options)
 

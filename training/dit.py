@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from longtake.training.pointwise import apply_rope, gated_add, layer_norm, modulate, rms_norm
 from longtake.training.presets import DiTConfig
-from longtake.training.rope import apply_rope
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 CrossAttend = Callable[[Tensor, Tensor], Tensor]
@@ -25,7 +25,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
-    """Normalised in fp32, cast back, then multiplied by the weight: the order the reference rounds in."""
+    """Weight and eps of `pointwise.rms_norm`."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -33,28 +33,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normal.to(x.dtype) * self.weight.to(x.dtype)
-
-
-def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """LayerNorm over the last dimension in fp32; the result stays fp32."""
-    wide = [None if p is None else p.float() for p in (weight, bias)]
-    return functional.layer_norm(x.float(), x.shape[-1:], wide[0], wide[1], eps)
-
-
-def modulate(x: Tensor, eps: float, scale: Tensor, shift: Tensor) -> Tensor:
-    """LN(x) * (1 + scale) + shift in fp32, returned in x's dtype; scale, shift [..., F, dim], x [..., T, dim]."""
-    frames = layer_norm(x, eps).unflatten(-2, (scale.shape[-2], -1))
-    out = frames * (1 + scale.float().unsqueeze(-2)) + shift.float().unsqueeze(-2)
-    return out.flatten(-3, -2).to(x.dtype)
-
-
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y in fp32, returned in x's dtype; gate [..., F, dim], x and y [..., T, dim]."""
-    frames = y.float().unflatten(-2, (gate.shape[-2], -1)) * gate.float().unsqueeze(-2)
-    return (x.float() + frames.flatten(-3, -2)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def dense_cross_attention(q: Tensor, context: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from longtake.training.presets import Preset
 from longtake.training.teacher_forcing import Clips
 from longtake.training.text_encoder import TextEncoder
 from longtake.training.vae import CausalVAE
-from longtake.training.window import block_mask, full_history, shot_offsets, window_history
+from longtake.training.window import full_history, shot_offsets, window_history
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class LatentCache:
         return Clips(
             latents=self.latents[index, : chunks * self.preset.chunk_latents].float(),
             tokens=self.tokens[index, :chunks],
-            mask=block_mask(history[index] if len(history) > 1 else history[0]),
+            history=history[index] if len(history) > 1 else history[0],
+            unmasked=self.preset.window_chunks if len(history) > 1 else chunks,
             offsets=None if self.offsets is None else self.offsets[index, :chunks],
         )
 

@@ -97,7 +97,10 @@ def insert_quantizers(dit: CausalDiT, calibrate: Callable[[nn.Module], object]) 
 
 
 def recalibrate(dit: CausalDiT, calibrate: Callable[[nn.Module], object]) -> None:
-    """Refresh every amax from the present weights and a run of `calibrate(dit)`."""
+    """Refresh every amax from the present weights and a run of `calibrate(dit)`, forgetting what was seen before."""
+    for sides in quantizers(dit).values():
+        for quantizer in sides.values():
+            quantizer._calibrator.reset()  # ModelOpt keeps the largest amax it ever saw
     with torch.no_grad(), quiet():
         modelopt().calibrate(dit, algorithm="max", forward_loop=calibrate)
 

@@ -1,6 +1,6 @@
-"""3-D rotary positions and timestep sinusoids: tables from the host in float64, rotation of interleaved pairs.
+"""3-D rotary positions and timestep sinusoids: tables computed in float64 (`pointwise.apply_rope` uses them).
 
-Legend: F frames, T tokens = F * grid height * grid width in (f, h, w) order, H heads, D head_dim.
+Legend: F frames, T tokens = F * grid height * grid width in (f, h, w) order, D head_dim.
 """
 
 from __future__ import annotations
@@ -53,18 +53,6 @@ def rope_tables(
     """
     angles = rope_angles(config, torch.as_tensor(positions, dtype=torch.float64), grid_hw)
     return angles.cos().float(), angles.sin().float()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (2j, 2j+1) of `x` [..., T, H, D] by angle j of its token, in fp32; returns x's dtype.
-
-    cos, sin: fp32 [..., T, D/2].
-    """
-    pairs = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.reshape(x.shape).to(x.dtype)
 
 
 def timestep_sinusoid(timesteps: Tensor | Sequence[float], freq_dim: int) -> Tensor:

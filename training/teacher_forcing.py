@@ -1,9 +1,9 @@
 """Teacher forcing: every chunk of a clip denoised in one pass, given the clean chunks before it.
 
-The network sees [clean ; noisy] as one sequence with the same positions in both halves; a block mask says which
-clean history a noisy chunk may look at. Only the noisy half goes through the head.
+The network sees [clean ; noisy] as one sequence with the same positions in both halves; a history says which clean
+chunks a chunk may look at. Only the noisy half goes through the head.
 
-Legend: B batch, N chunks (blocks), F = N * chunk latents frames, L tokens of the doubled sequence, E text length.
+Legend: B batch, N chunks (blocks), F = N * chunk latents frames, T tokens of a half, H heads, D head_dim, E text length.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ class Clips:
     """Clips as the loss needs them, all on one device.
 
     latents: normalized, [B, F, C, H, W]. tokens: one prompt a chunk, int32 [B, N, E].
-    mask: block mask of [clean; noisy], bool [2N, 2N] or [B, 2N, 2N]. offsets: latent frames added to the temporal
-    positions of each chunk, [B, N], or None.
+    history: which clean blocks each block sees, bool [N, N] or [B, N, N] (see `window`). unmasked: blocks before this
+    number see all blocks before them in every sample. offsets: latent frames added to the temporal positions of each
+    chunk, [B, N], or None.
     """
 
     latents: Tensor
     tokens: Tensor
-    mask: Tensor
+    history: Tensor
+    unmasked: int = 0
     offsets: Tensor | None = None
 
     @property
@@ -54,21 +56,35 @@ def draw_noise(clips: Clips, shift: float, generator: torch.Generator) -> Noise:
     return Noise(eps.to(clips.latents.device), levels.to(clips.latents.device))
 
 
-def attention_bias(mask: Tensor, block_tokens: int, dtype: torch.dtype) -> Tensor:
-    """0 where a token may look and -inf where not, [1 or B, 1, L, L], of a block mask [..., 2N, 2N]."""
-    tokens = mask.repeat_interleave(block_tokens, -1).repeat_interleave(block_tokens, -2)
-    bias = torch.zeros(tokens.shape, dtype=dtype, device=mask.device).masked_fill_(~tokens, float("-inf"))
-    return bias.reshape(-1, 1, *bias.shape[-2:])
+def block_attention(clips: Clips, block_tokens: int) -> Attend:
+    """The self-attention of teacher forcing, q, k, v [B, 2T, H, D] of [clean; noisy], equal to `window.block_mask`.
 
-
-def masked_attention(bias: Tensor) -> Attend:
-    """The self-attention strategy of teacher forcing; q, k, v [B, L, H, D]."""
+    Block i of either half looks at the clean blocks of history[i] before it and at itself, so both halves are one
+    attention call with the same mask and different last keys; blocks after i are never touched.
+    """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2)
+        blocks = [x.unflatten(1, (2, clips.chunks, block_tokens)) for x in (q, k, v)]
+        out = [attend_block(*blocks, block, clips) for block in range(clips.chunks)]
+        return torch.stack(out, 2).flatten(1, 3)
 
     return attend
+
+
+def attend_block(q: Tensor, k: Tensor, v: Tensor, block: int, clips: Clips) -> Tensor:
+    """Block `block` of both halves, [B, 2, tokens, H, D], of q, k, v [B, 2, N, tokens, H, D]."""
+
+    def seen(x: Tensor) -> Tensor:
+        past = x[:, :1, :block].flatten(2, 3).expand(-1, 2, -1, -1, -1)
+        return torch.cat((past, x[:, :, block]), 2).flatten(0, 1).transpose(1, 2)
+
+    mask = None
+    if block >= clips.unmasked:
+        mask = clips.history[..., block, : block + 1].reshape(-1, 1, block + 1)
+        mask = mask.expand(len(q), 2, -1).flatten(0, 1).repeat_interleave(q.shape[3], -1)[:, None, None]
+    queries = q[:, :, block].flatten(0, 1).transpose(1, 2)
+    out = functional.scaled_dot_product_attention(queries, seen(k), seen(v), attn_mask=mask)
+    return out.transpose(1, 2).unflatten(0, (-1, 2))
 
 
 def positions(clips: Clips, chunk_latents: int) -> Tensor:
@@ -79,27 +95,23 @@ def positions(clips: Clips, chunk_latents: int) -> Tensor:
     return frames + clips.offsets.to(torch.float64).repeat_interleave(chunk_latents, -1)
 
 
-def predict_velocity(
-    dit: CausalDiT, preset: Preset, embeddings: Tensor, clips: Clips, noise: Noise, amp: torch.dtype | None = None
-) -> Tensor:
+def predict_velocity(dit: CausalDiT, preset: Preset, embeddings: Tensor, clips: Clips, noise: Noise) -> Tensor:
     """Velocity of the noisy half, fp32 [B, F, C, H, W].
 
     Args:
         embeddings: of each chunk's prompt, [B, N, E, text_dim].
-        amp: autocast dtype of the caller, in which the attention bias is then prepared once.
     """
     chunk, n = preset.chunk_latents, clips.chunks
     per_frame = noise.levels.repeat_interleave(chunk, 1)
     noisy = add_noise(clips.latents, noise.eps, per_frame[..., 1, None, None, None])
     timesteps = torch.cat((torch.zeros_like(per_frame[..., 0]), per_frame[..., 0]), 1)
     cos, sin = rope_tables(preset.dit, positions(clips, chunk), preset.grid_hw)
-    bias = attention_bias(clips.mask, preset.chunk_tokens, amp or dit.dtype)
     velocity = dit(
         torch.cat((clips.latents, noisy), 1).transpose(1, 2),
         timestep_sinusoid(timesteps, preset.dit.freq_dim),
         (torch.cat((cos, cos), -2), torch.cat((sin, sin), -2)),
         [torch.cat((c, c), 1) for c in dit.context(embeddings)],
-        masked_attention(bias),
+        block_attention(clips, preset.chunk_tokens),
         skip_frames=n * chunk,
     )
     return velocity.transpose(1, 2)

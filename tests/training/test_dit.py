@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from longtake.training.dit import CausalDiT, dense_cross_attention, segment_cross_attention
 from longtake.training.networks import DiTStep, quantized_linears
 from longtake.training.presets import TINY
 from longtake.training.rope import rope_tables, timestep_sinusoid
-from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
+from longtake.training.teacher_forcing import Clips, Noise, block_attention, draw_noise, flow_loss, predict_velocity
 from longtake.training.text_encoder import TextEncoder
 from longtake.training.window import block_mask, full_history, shot_offsets, visible_blocks, window_history
 
@@ -28,7 +29,8 @@ def random_clips(cuts: list[bool] | None, chunks: int) -> Clips:
     return Clips(
         latents=torch.randn(1, chunks * CHUNK, PRESET.dit.channels, *PRESET.latent_hw),
         tokens=torch.zeros(1, chunks, PRESET.dit.text_len, dtype=torch.int32),
-        mask=block_mask(full_history(chunks) if cuts is None else window_history(cuts)),
+        history=full_history(chunks) if cuts is None else window_history(cuts)[None],
+        unmasked=chunks if cuts is None else PRESET.window_chunks,
         offsets=offsets,
     )
 
@@ -82,6 +84,16 @@ def test_cached_inference_equals_teacher_forcing(cuts: list[bool] | None) -> Non
         got = cached.block(block, seen)
         wanted = forced[block * CHUNK : (block + 1) * CHUNK]
         assert (got - wanted).norm() <= 1e-5 * wanted.norm(), block
+
+
+@pytest.mark.parametrize("cuts", [None, [[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0]]], ids=["full", "window"])
+def test_block_attention_equals_the_mask(cuts: list[list[bool]] | None) -> None:
+    history = full_history(6) if cuts is None else torch.stack([window_history(c) for c in cuts])
+    clips = Clips(torch.zeros(2, 48, 1, 1, 1), torch.zeros(2, 6, 1), history, 6 if cuts is None else 4)
+    q, k, v = torch.randn(3, 2, 12 * 5, 2, 16).unbind(0)
+    mask = block_mask(history).repeat_interleave(5, -1).repeat_interleave(5, -2).reshape(-1, 1, 60, 60)
+    dense = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+    assert torch.allclose(block_attention(clips, 5)(0, q, k, v), dense, atol=1e-6)
 
 
 def test_dit_and_text_encoder_fit_the_budget() -> None:

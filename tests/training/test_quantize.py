@@ -84,7 +84,7 @@ def test_gradient_is_straight_through(plain: CausalDiT, run: Run) -> None:
     assert torch.allclose(x.grad, fake_quantize(linear.weight, amax=amax["weight"]).sum(0).expand_as(x), atol=1e-5)
 
 
-def test_calibrating_again_follows_weights_that_outgrew_their_amax(plain: CausalDiT, run: Run) -> None:
+def test_calibrating_again_follows_weights_that_outgrew_their_amax_and_back(plain: CausalDiT, run: Run) -> None:
     dit = insert_quantizers(plain, run)
     weight = dit.get_submodule("blocks.0.self_attn.q").weight
     before = read_amax(dit)["blocks.0.self_attn.q"]["weight"]
@@ -93,6 +93,10 @@ def test_calibrating_again_follows_weights_that_outgrew_their_amax(plain: Causal
     assert read_amax(dit)["blocks.0.self_attn.q"]["weight"] == before
     recalibrate(dit, run)
     assert read_amax(dit)["blocks.0.self_attn.q"]["weight"] == float(weight.abs().max()) > 2.9 * before
+    with torch.no_grad():
+        weight.div_(3)
+    recalibrate(dit, run)
+    assert read_amax(dit)["blocks.0.self_attn.q"]["weight"] == float(weight.abs().max()) < 1.1 * before
 
 
 def test_stored_amax_rebuilds_the_same_model(plain: CausalDiT, run: Run) -> None:

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from longtake.training.pointwise import apply_rope
 from longtake.training.presets import TINY, DiTConfig
-from longtake.training.rope import apply_rope, pair_split, rope_tables, timestep_sinusoid
+from longtake.training.rope import pair_split, rope_tables, timestep_sinusoid
 
 LARGE = DiTConfig(dim=256, ffn_dim=64, layers=1, heads=2, channels=16, text_dim=8, text_len=8)
 

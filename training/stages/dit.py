@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from longtake.training.data.base import dataset_from_name
 from longtake.training.dit import CausalDiT
 from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae
 from longtake.training.networks import load_meta
+from longtake.training.pointwise import fuse
 from longtake.training.quantize import insert_quantizers, read_amax, recalibrate
 from longtake.training.stages.base import Metric, StageOptions
 from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
@@ -53,6 +55,7 @@ class DiTStage:
         """Encode the stories; insert quantizers when training under NVFP4."""
         self.device = device
         self.device_generator = torch.Generator(device)
+        fuse(self.options.fuse and device.type == "cuda", device)
         self.dit.to(device)
         self.text.to(device)
         self.vae, self.vae_digest = frozen_vae(self.preset, self.options.vae, device)
@@ -76,11 +79,7 @@ class DiTStage:
         )
 
     def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp_dtype is not None)
-
-    @property
-    def amp_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.options.amp and self.device.type == "cuda" else None
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp and self.device.type == "cuda")
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
         """Weighted flow loss of one random batch."""
@@ -102,12 +101,12 @@ class DiTStage:
         """Empty all prompts of some samples, so that the model also learns to go without (for CFG)."""
         keep = torch.rand(len(clips.tokens), 1, 1, generator=self.device_generator, device=self.device)
         tokens = clips.tokens * (keep >= self.options.text_dropout)
-        return Clips(clips.latents, tokens, clips.mask, clips.offsets)
+        return replace(clips, tokens=tokens)
 
     def velocity(self, clips: Clips, noise: Noise) -> Tensor:
         with self.autocast():
             embeddings = self.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
-            return predict_velocity(self.dit, self.preset, embeddings, clips, noise, self.amp_dtype)
+            return predict_velocity(self.dit, self.preset, embeddings, clips, noise)
 
     def calibration(self, step: int, batches: int = 1) -> Callable[[nn.Module], None]:
         """A run over training batches that depends on the seed and `step` only, for ModelOpt to measure amax on."""
