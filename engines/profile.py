@@ -1,0 +1,166 @@
+"""Per-layer times in trtexec's `--exportProfile` format, whoever measured them, and as a readable table.
+
+The format is a list: {"count": runs}, then one {"name", "timeMs", "averageMs", "medianMs", "percentage"} a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.runtime.files import read_json
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 2
+KERNEL_SUFFIX = "_kernel_time"  # how ONNX Runtime marks the event that covers a node's arithmetic
+
+
+class LayerTimes:
+    """Times by layer in milliseconds, in order of first appearance: one value a run."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[str, list[float]] = defaultdict(list)
+
+    def add(self, layer: str, milliseconds: float) -> None:
+        self.by_layer[layer].append(milliseconds)
+
+    def drop_first(self, runs: int) -> LayerTimes:
+        """Without the first `runs` values of each layer (warm-up)."""
+        kept = LayerTimes()
+        for layer, values in self.by_layer.items():
+            kept.by_layer[layer] = values[runs:]
+        return kept
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """trtexec's export-profile format."""
+        totals = {layer: sum(values) for layer, values in self.by_layer.items() if values}
+        whole = sum(totals.values()) or 1.0
+        runs = max((len(values) for values in self.by_layer.values()), default=0)
+        rows = [
+            {
+                "name": layer,
+                "timeMs": round(total, 6),
+                "averageMs": round(total / len(self.by_layer[layer]), 6),
+                "medianMs": round(statistics.median(self.by_layer[layer]), 6),
+                "percentage": round(100 * total / whole, 3),
+            }
+            for layer, total in totals.items()
+        ]
+        return [{"count": runs}, *rows]
+
+
+def profile_from_file(path: Path) -> list[dict[str, Any]]:
+    """Read a profile that trtexec or this module wrote.
+
+    Raises:
+        IntegrityError: it is not in that format.
+    """
+    rows = read_json(path)
+    good = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) and "count" in rows[0]
+    if not good or any("name" not in row or "averageMs" not in row for row in rows[1:]):
+        raise IntegrityError(f"{path} is no profile", expected='[{"count": ...}, {"name", "averageMs", ...}, ...]')
+    return rows
+
+
+def table(rows: list[dict[str, Any]], top: int = 20) -> list[str]:
+    """The slowest `top` layers as lines, with what the rest adds up to."""
+    layers = sorted(rows[1:], key=lambda row: -row["averageMs"])
+    whole = sum(row["averageMs"] for row in layers)
+    lines = [f"{'ms':>10} {'median':>10} {'%':>6}  layer"]
+    for row in layers[:top]:
+        median, share = row.get("medianMs", row["averageMs"]), row.get("percentage", 0.0)
+        lines.append(f"{row['averageMs']:10.4f} {median:10.4f} {share:6.2f}  {row['name']}")
+    rest = layers[top:]
+    if rest:
+        lines.append(f"{sum(row['averageMs'] for row in rest):10.4f} {'':10} {'':6}  ({len(rest)} more layers)")
+    lines.append(f"{whole:10.4f} {'':10} {'':6}  sum of {len(layers)} layers, mean of {rows[0]['count']} runs")
+    return lines
+
+
+def reference_profile(view: Path, feed: Mapping[str, np.ndarray], runs: int, threads: int) -> list[dict[str, Any]]:
+    """Per-node times of ONNX Runtime on the CPU over the view file `view`: a reference, no TensorRT figure.
+
+    Raises:
+        LongtakeError: ONNX Runtime cannot load the file or run it with `feed`.
+    """
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory(prefix="longtake-profile-") as folder:
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling, options.intra_op_num_threads = True, threads
+        options.profile_file_prefix = str(Path(folder) / "ort")
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(str(view), options, providers=["CPUExecutionProvider"])
+            for _ in range(runs + WARM_UP):
+                session.run(None, dict(feed))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        except Exception as error:  # ONNX Runtime raises a dozen types of its own
+            raise LongtakeError(f"ONNX Runtime cannot run {view}", got=str(error).splitlines()[0]) from None
+    return times_from_ort_events(events).drop_first(WARM_UP).as_json()
+
+
+def times_from_ort_events(events: Iterable[Mapping[str, Any]]) -> LayerTimes:
+    """Layer times from ONNX Runtime's trace events; a node is named `op: node name`."""
+    times = LayerTimes()
+    for event in events:
+        if event.get("cat") == "Node" and str(event.get("name", "")).endswith(KERNEL_SUFFIX):
+            name = event["name"].removesuffix(KERNEL_SUFFIX)
+            times.add(f"{event['args'].get('op_name', '?')}: {name}", event["dur"] / 1000)
+    return times
+
+
+def trtexec_profile(trtexec: Path, plan: Path, runs: int) -> list[dict[str, Any]]:
+    """Per-layer times of a plugin-free plan through trtexec. Thin adapter, not run: no trtexec was at hand.
+
+    Raises:
+        UnavailableError: trtexec failed; its last line is quoted.
+    """
+    with tempfile.TemporaryDirectory(prefix="longtake-profile-") as folder:
+        exported = Path(folder) / "profile.json"
+        command = [str(trtexec), f"--loadEngine={plan}", f"--exportProfile={exported}", f"--iterations={runs}",
+                   "--separateProfileRun", f"--warmUp={WARM_UP}"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not exported.is_file():
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise UnavailableError(
+                f"trtexec could not profile {plan.name}",
+                got=said[-1] if said else f"exit code {done.returncode}",
+                fix="profile through TensorRT from Python: --without-trtexec",
+            )
+        return profile_from_file(exported)
+
+
+def profiler_for(trt: Any, times: LayerTimes) -> Any:
+    """A TensorRT IProfiler that adds what an execution context reports to `times`."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.add(layer_name, ms)
+
+    return Profiler()
+
+
+def engine_profile(trt: Any, context: Any, enqueue: Callable[[], None], runs: int) -> list[dict[str, Any]]:
+    """Per-layer times of one execution context through IProfiler; `enqueue` runs it once and waits."""
+    times = LayerTimes()
+    context.profiler = profiler = profiler_for(trt, times)
+    context.enqueue_emits_profile = True
+    for _ in range(runs + WARM_UP):
+        enqueue()
+    del profiler
+    return times.drop_first(WARM_UP).as_json()

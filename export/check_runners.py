@@ -1,0 +1,171 @@
+"""polygraphy runners for the three ways a network runs: the torch model, its ONNX view, and a runtime backend."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.logger import G_LOGGER
+from torch import Tensor, nn
+
+from longtake.engines.spec import NetworkSpec
+from longtake.runtime.backends.base import Backend, Cache
+from longtake.runtime.errors import LongtakeError
+
+NUMPY = {"fp32": np.float32, "bf16": np.float32, "int32": np.int32, "int8": np.int8}
+Arrays = OrderedDict[str, np.ndarray]
+
+
+@contextmanager
+def quiet_polygraphy() -> Iterator[None]:
+    """polygraphy's log goes to stdout; only what stops it is wanted there."""
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        yield
+
+
+class _SpecRunner(BaseRunner):
+    """A runner whose inputs are those of a NetworkSpec; subclasses compute in `infer_arrays`."""
+
+    def __init__(self, name: str, spec: NetworkSpec) -> None:
+        super().__init__(name=name)
+        self.spec = spec
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for b in self.spec.inputs:
+            shape = tuple(-1 if isinstance(size, str) else size for size in b.shape)
+            metadata.add(b.name, NUMPY[b.dtype], shape)
+        return metadata
+
+    @torch.no_grad()
+    def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> Arrays:
+        start = time.perf_counter()
+        outputs = self.infer_arrays(feed_dict)
+        self.inference_time = time.perf_counter() - start
+        return outputs
+
+    def infer_arrays(self, feed_dict: Mapping[str, np.ndarray]) -> Arrays:
+        raise NotImplementedError
+
+
+class TorchRunner(_SpecRunner):
+    """The torch module of a network in fp32; `layers` maps a module's name to the output name it gets."""
+
+    def __init__(self, name: str, spec: NetworkSpec, module: nn.Module, layers: Mapping[str, str]) -> None:
+        super().__init__(name, spec)
+        self.module = module
+        self.layers = {output: found for key, output in layers.items() if (found := _submodule(module, key))}
+
+    def infer_arrays(self, feed_dict: Mapping[str, np.ndarray]) -> Arrays:
+        seen: dict[str, list[Tensor]] = {}
+        hooks = [found.register_forward_hook(_keep(seen, name)) for name, found in self.layers.items()]
+        try:
+            outputs = self.module(*(torch.as_tensor(feed_dict[b.name]) for b in self.spec.inputs))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        named = OrderedDict((b.name, t.numpy()) for b, t in zip(self.spec.outputs, outputs))
+        named.update((name, values[0].numpy()) for name, values in seen.items() if len(values) == 1)
+        return named
+
+
+def _submodule(step: nn.Module, name: str) -> nn.Module | None:
+    """`name` is relative to the model inside a step module (its only child)."""
+    for child in step.children():
+        try:
+            return child.get_submodule(name)
+        except AttributeError:
+            continue
+    return None
+
+
+def _keep(seen: dict[str, list[Tensor]], name: str) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen.setdefault(name, []).append(output.detach())
+
+    return hook
+
+
+class ViewRunner(OnnxrtRunner):
+    """ONNX Runtime on the CPU over a view, limited to `threads`."""
+
+    def __init__(self, name: str, model: onnx.ModelProto, threads: int) -> None:
+        super().__init__(lambda: session_from_onnx(model, threads), name=name)
+
+
+def session_from_onnx(model: onnx.ModelProto, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU. Raises LongtakeError if the model does not load."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a dozen types of its own
+        raise LongtakeError(f"ONNX Runtime cannot load {model.graph.name}", got=str(error).splitlines()[0]) from None
+
+
+class BackendRunner(_SpecRunner):
+    """A runtime backend, one network of it, with the state it keeps set from the feeds."""
+
+    def __init__(self, backend: Backend, spec: NetworkSpec) -> None:
+        super().__init__(backend.name, spec)
+        self.backend = backend
+
+    def infer_arrays(self, feed_dict: Mapping[str, np.ndarray]) -> Arrays:
+        feeds = {name: torch.as_tensor(value).to(self.backend.device) for name, value in feed_dict.items()}
+        outputs = getattr(self, f"_{self.spec.name}")(feeds)
+        arrays = (t.detach().cpu() for t in outputs)
+        return OrderedDict(
+            (b.name, (t if t.dtype == torch.int8 else t.float()).numpy().copy().reshape(_sizes(b.shape)))
+            for b, t in zip(self.spec.outputs, arrays)
+        )
+
+    def _text_encoder(self, feeds: dict[str, Tensor]) -> list[Tensor]:
+        return [self.backend.text(feeds["tokens"])]
+
+    def _context(self, feeds: dict[str, Tensor]) -> list[Tensor]:
+        return list(self.backend.context(feeds["embeddings"]))
+
+    def _dit(self, feeds: dict[str, Tensor]) -> list[Tensor]:
+        cache = self.backend.new_cache()
+        layers = len(cache)
+        held = [t for layer in cache for t in layer]
+        given = list(feeds.values())[-len(held) :]
+        for tensor, value in zip(held, given):
+            tensor.copy_(value)
+        context = [t.to(self._context_dtype(cache)) for t in list(feeds.values())[6 : 6 + layers]]
+        names = ("latents", "timestep_sinusoid", "rope_cos", "rope_sin")
+        velocity = self.backend.dit(
+            *(feeds[name] for name in names), context, cache, feeds["table"], feeds["write_slot"]
+        )
+        return [velocity, *held]
+
+    def _context_dtype(self, cache: Cache) -> torch.dtype:
+        return torch.float32 if self.backend.device.type == "cpu" else torch.bfloat16
+
+    def _vae_first(self, feeds: dict[str, Tensor]) -> list[Tensor]:
+        return self._decode(feeds["latent"], [])
+
+    def _vae_steady(self, feeds: dict[str, Tensor]) -> list[Tensor]:
+        return self._decode(feeds["latent"], list(feeds.values())[1:])
+
+    def _decode(self, latent: Tensor, caches: list[Tensor]) -> list[Tensor]:
+        decoder = self.backend.new_decoder()
+        decoder.load_state(caches)
+        frames = decoder.decode(latent[:, :, 0])
+        return [frames[None], *decoder.state()]
+
+
+def _sizes(shape: tuple[int | str, ...]) -> tuple[int, ...]:
+    return tuple(-1 if isinstance(size, str) else size for size in shape)
