@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -94,6 +95,8 @@ def _translation(name: str) -> Callable[..., Any]:
     def translate(*inputs: Any) -> Any:
         return op(*inputs, **PLUGIN_ATTRIBUTES)
 
+    named = [inspect.Parameter(t.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for t in OPS[name].inputs]
+    translate.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]  # the exporter matches by it
     return translate
 
 

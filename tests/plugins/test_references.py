@@ -148,3 +148,13 @@ def test_operators_are_registered_as_the_spec_says(name: str) -> None:
 def test_importing_the_operators_again_is_harmless() -> None:
     importlib.reload(longtake.plugins.ops)
     assert torch.ops.longtake.nvfp4_dequantize(*arguments("nvfp4_dequantize")).shape == (48, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+def test_a_gpu_runs_the_operators_alike(name: str) -> None:
+    here = torch_op(name)(*arguments(name))
+    there = torch_op(name)(*(t.cuda() for t in arguments(name)))
+    for ours, theirs in zip(*(out if isinstance(out, tuple) else (out,) for out in (here, there))):
+        exact = not name.startswith("sink_attention")
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
