@@ -92,7 +92,7 @@ def build_recipe(
     require_buildable(recipe, flavour, machine)
     jobs = [job for name in NETWORKS for job in _jobs_of(recipe, name, onnx_folder / f"{name}.onnx", out)]
     require_disk(out, 2 * sum(f.stat().st_size for f in onnx_folder.glob("*.onnx*") if f.is_file()))
-    return [_built(job, recipe, out, flavour, machine, show_progress) for job in jobs]
+    return [_built(job, recipe, out, flavour, show_progress) for job in jobs]
 
 
 def _jobs_of(recipe: Recipe, network: str, path: Path, out: Path) -> list[PlanJob]:
@@ -124,15 +124,13 @@ def segment_spec(segment: Segment) -> dict[str, Any]:
     }
 
 
-def _built(
-    job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, machine: str | None, show_progress: bool
-) -> PlanResult:
+def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progress: bool) -> PlanResult:
     plan = out / f"{job.name}.plan"
     existing = _up_to_date(plan, job, recipe, flavour)
     if existing:
         return PlanResult(plan, existing, True)
     start = time.monotonic()
-    content, layers = engine_from_onnx(job, recipe.compute_capability, flavour, machine, show_progress)
+    content, layers = engine_from_onnx(job, recipe.compute_capability, flavour, show_progress)
     manifest_path(plan).unlink(missing_ok=True)  # never an old manifest beside a new plan
     with atomic_path(plan) as partial:
         partial.write_bytes(content)
@@ -154,9 +152,7 @@ def _up_to_date(plan: Path, job: PlanJob, recipe: Recipe, flavour: Flavour) -> P
     return manifest if manifest.onnx_sha256 == job.onnx_sha256 else None
 
 
-def engine_from_onnx(
-    job: PlanJob, target: str, flavour: Flavour, machine: str | None, show_progress: bool = True
-) -> tuple[bytes, int]:
+def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress: bool = True) -> tuple[bytes, int]:
     """Parse and compile one plan. Returns its bytes and the number of layers parsed."""
     trt = flavour.module
     if job.plugins:
@@ -169,14 +165,21 @@ def engine_from_onnx(
     parser = trt.OnnxParser(network, logger.logger)
     _parse(parser, job, logger)
     check_network(trt, network, job)
-    config = _config(trt, builder, job)
-    _set_target(trt, config, target, flavour, machine)
-    progress = BuildProgress(trt, job.name, show_progress)
-    config.progress_monitor = progress.monitor
-    try:
-        plan = builder.build_serialized_network(network, config)
-    finally:
-        progress.finish()
+    plan = None
+    for named in _targets(trt, target, flavour):
+        config = _config(trt, builder, job)
+        if named is not None:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(named, 0)
+        progress = BuildProgress(trt, job.name, show_progress)
+        config.progress_monitor = progress.monitor
+        try:
+            plan = builder.build_serialized_network(network, config)
+        finally:
+            progress.finish()
+        if plan is not None:
+            break
+        log.info("%s: no plan for target %s: %s", job.name, named or "default", logger.last_errors())
     if plan is None:
         raise LongtakeError(
             f"{flavour.label} could not build {job.name}", got=logger.last_errors(), expected=f"a plan for {target}"
@@ -209,13 +212,15 @@ def _config(trt: Any, builder: Any, job: PlanJob) -> Any:
     return config
 
 
-def _set_target(trt: Any, config: Any, target: str, flavour: Flavour, machine: str | None) -> None:
-    """TensorRT-RTX: the target named in the recipe, or the GPU here where the flavour has no name for it."""
+def _targets(trt: Any, target: str, flavour: Flavour) -> list[Any]:
+    """What to build for, in order of preference; None leaves it to the builder.
+
+    TensorRT-RTX has no name for 9.0: there it is the GPU here, or else the default targets, which 1.6.1 runs on 9.0.
+    """
     if flavour.name != "tensorrt_rtx":
-        return
+        return [None]
     named = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.CURRENT if named is None else named, 0)
+    return [trt.ComputeCapability.CURRENT, None] if named is None else [named]
 
 
 def check_network(trt: Any, network: Any, job: PlanJob) -> None:

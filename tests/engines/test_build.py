@@ -138,7 +138,7 @@ def test_a_network_that_is_not_the_specs_is_refused(flavour: Flavour) -> None:
     model = miniature.single(onnx.helper.make_node("Identity", ["x"], ["y"]), [miniature.feeds_for(1)["latent"]])
     wrong = {"inputs": [["x", "bf16", [4, 32]]], "outputs": [["y", "fp32", [4, 32]]], "aliases": [], "profile": []}
     with pytest.raises(IntegrityError, match="inputs differ from the engine spec") as caught:
-        engine_from_onnx(PlanJob("net", model, "", wrong), "8.9", flavour, None, False)
+        engine_from_onnx(PlanJob("net", model, "", wrong), "8.9", flavour, False)
     assert "got: x ('fp32', [4, 32])" in str(caught.value)
 
 
@@ -218,11 +218,11 @@ def test_fused_engines_build_with_plugins_inside(
 ) -> None:
     job = small_dit(precision, cache, tmp_path)
     assert job.plugins == ops
-    plan, layers = engine_from_onnx(job, target, flavour, None, False)
+    plan, layers = engine_from_onnx(job, target, flavour, False)
     assert len(plan) > 100_000 and layers > sum(ops.values())
     moved = {**job.spec, "aliases": job.spec["aliases"][1:]}
     with pytest.raises(IntegrityError, match="in-place outputs differ"):
-        engine_from_onnx(replace(job, spec=moved), target, flavour, None, False)
+        engine_from_onnx(replace(job, spec=moved), target, flavour, False)
     model = onnx.load(tmp_path / "dit.onnx", load_external_data=False)
     for node in model.graph.node:  # without this attribute the parser inlines the function body, silently
         kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
@@ -230,4 +230,4 @@ def test_fused_engines_build_with_plugins_inside(
         node.attribute.extend(kept)
     onnx.save(model, tmp_path / "dit.onnx")
     with pytest.raises(IntegrityError, match="custom ops did not become plugins"):
-        engine_from_onnx(job, target, flavour, None, False)
+        engine_from_onnx(job, target, flavour, False)
