@@ -1,0 +1,227 @@
+"""The ops as TensorRT plugins: one generic IPluginV3 around (OpSpec, kernels), for either TensorRT flavour.
+
+The flavour's module is passed in as `trt`; its API is the same in `tensorrt` and `tensorrt_rtx`. Building needs no GPU:
+kernels are compiled and loaded at the first enqueue, so run once before capturing a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from longtake.plugins.kernels import Kernels, dims_from_shapes, kernels_of
+from longtake.plugins.launch import Launcher
+from longtake.plugins.nvrtc import source_digest
+from longtake.plugins.spec import OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, TensorSpec
+from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+DIGEST_FIELD = "kernel_digest"  # hex SHA-256 of the kernel's source, in every serialized plugin
+_DTYPE_NAMES = {"int8": "INT8", "int32": "INT32", "fp32": "FLOAT", "bf16": "BF16"}
+
+
+@cache
+def register_plugins(trt: Any) -> dict[str, Any]:
+    """Register a creator for every op with the flavour's plugin registry, once. Returns them by op name.
+
+    Raises:
+        UnavailableError: this flavour cannot take plugins from Python.
+        LongtakeError: the registry refused one.
+    """
+    _require_python_plugins(trt)
+    registry = trt.get_plugin_registry()
+    creators = {name: _creator_class(trt)(trt, kernels_of(name)) for name in OPS}
+    for name, creator in creators.items():
+        if not registry.register_creator(creator, PLUGIN_NAMESPACE):
+            raise LongtakeError(f"TensorRT refused plugin {name}", fix="is another version of longtake loaded as well?")
+    log.debug("registered plugins %s, version %s", ", ".join(creators), PLUGIN_VERSION)
+    return creators
+
+
+def plugin_from_op(trt: Any, op_name: str) -> Any:
+    """The IPluginV3 of an op."""
+    _require_python_plugins(trt)
+    return _plugin_class(trt)(trt, kernels_of(op_name))
+
+
+def _require_python_plugins(trt: Any) -> None:
+    if not hasattr(trt, "IPluginV3OneBuildV2"):
+        raise UnavailableError(
+            f"{trt.__name__} {trt.__version__} takes no plugins from Python",
+            expected="tensorrt, or tensorrt_rtx 1.7 and later",
+            fix="use a segmented recipe: it launches the kernels between engines",
+        )
+
+
+class OpPlugin:
+    """What the IPluginV3 of one op does; `_plugin_class` adds TensorRT's base classes."""
+
+    def __init__(self, trt: Any, kernels: Kernels) -> None:
+        for base in _plugin_bases(trt):
+            base.__init__(self)
+        self.trt = trt
+        self.kernels = kernels
+        self.spec = kernels.spec
+        self.plugin_name = kernels.spec.name
+        self.plugin_namespace = PLUGIN_NAMESPACE
+        self.plugin_version = PLUGIN_VERSION
+        self.num_outputs = len(kernels.spec.outputs)
+        self.timing_cache_id = ""
+        self._launcher: Launcher | None = None
+        self._key: tuple[Any, ...] = ()
+
+    # TensorRT: core
+
+    def get_capability_interface(self, kind: Any) -> Any:
+        return self
+
+    def clone(self) -> Any:
+        return type(self)(self.trt, self.kernels)
+
+    # TensorRT: build
+
+    def get_aliased_input(self, output_index: int) -> int:
+        return dict(self.spec.aliases).get(output_index, -1)
+
+    def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+        compute = next((t for spec, t in zip(self.spec.inputs, input_types) if spec.dtype == "compute"), None)
+        return [self._dtype(tensor, compute) for tensor in self.spec.outputs]
+
+    def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+        known = _known_sizes(self.trt, self.kernels, inputs, builder)
+        return [
+            self.trt.DimsExprs([known[e] if e in known else builder.constant(int(e)) for e in tensor.shape])
+            for tensor in self.spec.outputs
+        ]
+
+    def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
+        tensors = (*self.spec.inputs, *self.spec.outputs)
+        here = in_out[pos].desc
+        if here.format != self.trt.TensorFormat.LINEAR:
+            return False
+        first = next(i for i, tensor in enumerate(tensors) if tensor.dtype == "compute")
+        if pos == first and first < num_inputs:
+            return here.type in (self.trt.DataType.BF16, self.trt.DataType.FLOAT)
+        compute = in_out[first].desc.type if first < pos else None
+        return here.type == self._dtype(tensors[pos], compute)
+
+    def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        dims_from_shapes(self.spec, [tuple(i.max) for i in inputs])
+
+    def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+        return self.kernels.workspace_bytes(dims_from_shapes(self.spec, [tuple(i.max) for i in inputs]))
+
+    # TensorRT: run
+
+    def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        dims_from_shapes(self.spec, [tuple(i.dims) for i in inputs])  # no GPU work here: the builder calls it too
+
+    def attach_to_context(self, context: Any) -> Any:
+        return self.clone()
+
+    def get_fields_to_serialize(self) -> Any:
+        digest = source_digest(self.kernels.source).encode()
+        field = self.trt.PluginField(DIGEST_FIELD, digest, self.trt.PluginFieldType.CHAR)
+        return self.trt.PluginFieldCollection([field])
+
+    def set_tactic(self, tactic: int) -> None:
+        pass
+
+    def enqueue(
+        self,
+        input_desc: Sequence[Any],
+        output_desc: Sequence[Any],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        shapes = [tuple(i.dims) for i in input_desc]
+        launcher = self._launcher_for(shapes, input_desc)
+        pointers = [int(pointer) for pointer in (*inputs, *outputs)]
+        table_len = shapes[-1][0] if self.spec.inputs[-1].shape == ("W",) else 0
+        launcher.launch(pointers, int(stream), int(workspace or 0), table_len)
+
+    def _launcher_for(self, shapes: list[tuple[int, ...]], input_desc: Sequence[Any]) -> Launcher:
+        """The launcher for these descriptors; the last one is kept, since shapes rarely change."""
+        dtype = self._compute_name(input_desc)
+        key = (dtype, *shapes)
+        if self._launcher is None or key != self._key:
+            self._launcher, self._key = Launcher(self.spec.name, dims_from_shapes(self.spec, shapes), dtype), key
+        return self._launcher
+
+    def _compute_name(self, input_desc: Sequence[Any]) -> str:
+        compute = next((d.type for spec, d in zip(self.spec.inputs, input_desc) if spec.dtype == "compute"), None)
+        return "fp32" if compute == self.trt.DataType.FLOAT else "bf16"
+
+    def _dtype(self, tensor: TensorSpec, compute: Any) -> Any:
+        """TensorRT's type of a tensor; `compute` is None where no input says what it is, which means bf16."""
+        if tensor.dtype == "compute":
+            return compute if compute is not None else self.trt.DataType.BF16
+        return getattr(self.trt.DataType, _DTYPE_NAMES[tensor.dtype])
+
+
+class OpPluginCreator:
+    """Creates the plugin of one op, for the parser and for deserialization; `_creator_class` adds the base class."""
+
+    def __init__(self, trt: Any, kernels: Kernels) -> None:
+        trt.IPluginCreatorV3One.__init__(self)
+        self.trt = trt
+        self.kernels = kernels
+        self.name = kernels.spec.name
+        self.plugin_namespace = PLUGIN_NAMESPACE
+        self.plugin_version = PLUGIN_VERSION
+        self.field_names = trt.PluginFieldCollection([])
+
+    def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+        """Raises IntegrityError for a serialized plugin whose kernel is not the one here."""
+        if phase == self.trt.TensorRTPhase.RUNTIME:
+            self._check_digest(fields)
+        return _plugin_class(self.trt)(self.trt, self.kernels)
+
+    def _check_digest(self, fields: Any) -> None:
+        here = source_digest(self.kernels.source)
+        there = [_text(field) for field in fields if field.name == DIGEST_FIELD]
+        if there != [here]:
+            raise IntegrityError(
+                f"the engine was built with another version of plugin {self.name}",
+                got=f"kernel {', '.join(d[:12] for d in there) or 'without a digest'}",
+                expected=f"kernel {here[:12]}",
+                fix="build the engines again: longtake engines",
+            )
+
+
+def _text(field: Any) -> str:
+    """The characters of a CHAR field, which arrives as bytes or as an array of int8."""
+    return bytes(memoryview(field.data).cast("B")).rstrip(b"\0").decode("ascii", "replace")
+
+
+def _known_sizes(trt: Any, kernels: Kernels, inputs: Sequence[Any], builder: Any) -> dict[str, Any]:
+    """Every dimension expression that the inputs determine: as it stands there, or its letter by multiplication."""
+    known: dict[str, Any] = {}
+    for tensor, exprs in zip(kernels.spec.inputs, inputs):
+        for axis, expression in enumerate(tensor.shape):
+            known.setdefault(expression, exprs[axis])
+    for expression, size in list(known.items()):
+        letter, _, divisor = expression.partition("/")
+        if divisor and letter not in known:
+            known[letter] = builder.operation(trt.DimensionOperation.PROD, size, builder.constant(int(divisor)))
+    return known
+
+
+def _plugin_bases(trt: Any) -> tuple[type, ...]:
+    return (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
+
+
+@cache
+def _plugin_class(trt: Any) -> Any:
+    return types.new_class("LongtakePlugin", (OpPlugin, *_plugin_bases(trt)))
+
+
+@cache
+def _creator_class(trt: Any) -> Any:
+    return types.new_class("LongtakePluginCreator", (OpPluginCreator, trt.IPluginCreatorV3One))
