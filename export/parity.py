@@ -29,6 +29,7 @@ from longtake.training.rope import rope_tables, timestep_sinusoid
 DIT_CASES = (
     ("first chunk", [-1], 0, -1),
     ("one chunk read", [0, -1], 1, -1),
+    ("two chunks read", [0, 1, -1], 2, -1),
     ("full window", [0, 1, 2, -1], 3, -1),
     ("full window, writes", [0, 1, 2, -1], 3, 3),
 )
