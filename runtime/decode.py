@@ -25,10 +25,10 @@ QUEUE_LENGTH = 1  # chunks waiting; with the one being decoded, the generator is
 
 
 class Frames:
-    """Frames of one chunk, perhaps still being decoded."""
+    """Frames of one chunk, perhaps still being decoded. finished_at is on time.perf_counter's clock."""
 
     def __init__(self, index: int) -> None:
-        self.index, self.milliseconds = index, 0.0
+        self.index, self.milliseconds, self.finished_at = index, 0.0, 0.0
         self._done = threading.Event()
         self._frames: np.ndarray | None = None
         self._error: BaseException | None = None
@@ -47,6 +47,7 @@ class Frames:
     def settle(self, frames: np.ndarray | None, error: BaseException | None, milliseconds: float) -> None:
         """Called once by the decode thread."""
         self._frames, self._error, self.milliseconds = frames, error, milliseconds
+        self.finished_at = time.perf_counter()
         self._done.set()
 
 

@@ -69,6 +69,11 @@ class Chunk:
         return self.decoding.result()
 
     @property
+    def finished_at(self) -> float:
+        """When the frames were there, on time.perf_counter's clock; waits for them."""
+        return self.decoding.finished_at if self.decoding and len(self.frames) else 0.0
+
+    @property
     def timings(self) -> dict[str, float]:
         """Milliseconds by stage; "decode" (in parallel with the next chunk) is there once the frames are."""
         decoded = self.decoding is not None and self.decoding.ready
@@ -100,7 +105,7 @@ class Session:
         self._lock = threading.Lock()
         self._busy = False
         self._cancelled = threading.Event()
-        self._nothing = self._ints([-1])
+        self._nothing = torch.tensor([-1], dtype=torch.int32)  # stays on the host, see Backend.dit
 
     # ---- the chunk loop ------------------------------------------------------------------------------------------
 
@@ -130,7 +135,7 @@ class Session:
         """The stages of one chunk, in order."""
         here, clock = self._position, StageClock(self.backend.device)
         plan = self._state.stage(here.slots, segment.cut)
-        table = self._ints(plan.table)
+        table = torch.tensor(plan.table, dtype=torch.int32).to(self.backend.device)
         shot = here.shot + segment.cut
         with clock.stage("conditions"):
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt_text(segment))
@@ -158,7 +163,7 @@ class Session:
 
     def _write_kv(self, sample: Tensor, conditions: Conditions, table: Tensor, plan: Plan) -> None:
         """The clean pass, at timestep 0 on the final latents: its purpose is this block's K/V."""
-        slot = self._ints([plan.write_slot])
+        slot = torch.tensor([plan.write_slot], dtype=torch.int32)
         self._pass(sample, 0, conditions, conditions.context, self._state.positive, table, slot)
         if conditions.negative is not None and self._state.negative is not None:
             self._pass(sample, 0, conditions, conditions.negative, self._state.negative, table, slot)
@@ -190,9 +195,6 @@ class Session:
             self._position = self._position.after(segment, plan.after, self._position.edits)
             self._busy = False
 
-    def _ints(self, values: list[int] | tuple[int, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.backend.device)
-
     def _synchronize(self) -> None:
         if self.backend.device.type == "cuda":
             torch.cuda.current_stream(self.backend.device).synchronize()
@@ -220,18 +222,18 @@ class Session:
         """Cut to a new shot at the next chunk boundary, with `prompt` if given. Returns that chunk's index."""
         return self._edit(None if prompt is None else checked_prompt(prompt, "the new shot's prompt"), cut=True)
 
-    def extend(self, chunks: int, prompt: str | None = None) -> None:
-        """Append `chunks` chunks to the script, of `prompt` or of its last prompt."""
+    def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
+        """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""
         if chunks < 1:
             raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more")
         with self._lock:
             here = self._position
             last = here.script[-1].prompt if here.script else here.prompt
             text = checked_prompt(prompt or last, "the prompt to go on with")
-            self._position = replace(here, script=(*here.script, Segment(text, chunks)))
+            self._position = replace(here, script=(*here.script, Segment(text, chunks, cut)))
 
     def cancel(self) -> None:
-        """Stop the chunk being generated before its next pass: iteration raises CancelledError, nothing is committed."""
+        """Stop before the next pass: iteration raises CancelledError once, and nothing of that chunk is committed."""
         self._cancelled.set()
 
     def _edit(self, prompt: str | None, cut: bool) -> int:

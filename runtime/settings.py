@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,3 +70,9 @@ def settings_from_environment(environ: Mapping[str, str] | None = None) -> Setti
         flavour=_choice(environ, "LONGTAKE_FLAVOUR", FLAVOURS, "auto"),
         trtexec=Path(trtexec) if trtexec else None,
     )
+
+
+def configure_logging() -> None:
+    """Send the project's log to stderr at the level of LONGTAKE_LOG; libraries stay at warning."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("longtake").setLevel(settings_from_environment().log_level.upper())

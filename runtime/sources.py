@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from longtake.engines.bundle import load_bundle
 from longtake.engines.machine import machine_here
 from longtake.engines.recipe import Recipe, recipe_named, recipe_names
 from longtake.plugins.capability import Choice, backend_for
@@ -87,17 +88,14 @@ def _best_source() -> Source:
 
 
 def _source_from_bundle(folder: Path) -> Source:
-    given = read_json(folder / "bundle.json")
-    recipe = recipe_named(_entry(given, "recipe", folder / "bundle.json"))
-    onnx = Path(given.get("onnx") or EXPORTS / recipe.onnx_name)
-    onnx = onnx if onnx.is_absolute() else (folder / onnx).resolve()
-    return Source(recipe, onnx, folder, _vocabulary(given))
+    bundle = load_bundle(folder)
+    return Source(bundle.recipe, bundle.onnx, folder, bundle.vocabulary)
 
 
 def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
     given = read_json(folder / "export.json")
     if recipe is None:
-        wanted = f"{_entry(given, 'preset', folder / 'export.json')}_{given.get('precision')}"
+        wanted = _entry(given, "onnx_name", folder / "export.json")
         matching = [r for r in map(recipe_named, recipe_names()) if r.onnx_name == wanted]
         if not matching:
             raise LongtakeError(f"no recipe fits the export in {folder}", got=wanted,

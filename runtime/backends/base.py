@@ -1,7 +1,7 @@
 """What a backend is: the networks of one recipe on one device, with their state in place.
 
 Legend: B = 1, F latent frames of a chunk, C latent channels, H, W latent size, E text length, T video frames.
-Every tensor is a torch tensor on `Backend.device`. A backend raises LongtakeError when it cannot be had; anything it
+Every tensor is a torch tensor on `Backend.device`, except where said. A backend raises LongtakeError when it cannot be had; anything it
 raises during a call leaves no trace the session would read: see `Backend.dit`.
 """
 
@@ -83,7 +83,7 @@ class Backend(Protocol):
             cache: what `new_cache` returned. With `write_slot` -1 it is only read; otherwise slot `write_slot` of every
                 layer is overwritten and no other, so that a pass that fails half-way damages at most that slot.
             table: slots to read, int32 [W], 1 <= W <= window_chunks; -1 is the current block's own fresh K/V.
-            write_slot: int32 [1].
+            write_slot: int32 [1], on the host: a backend can tell reading from writing without waiting for the device.
         """
         ...
 

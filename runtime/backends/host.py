@@ -71,7 +71,7 @@ class HostBackend(ABC):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, except on macOS
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (an override is not required)
         """Nothing to release."""
 
 

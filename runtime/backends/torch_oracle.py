@@ -34,4 +34,4 @@ class TorchBackend(HostBackend):
 
     @torch.no_grad()
     def call(self, network: str, inputs: list[Tensor]) -> list[Tensor]:
-        return list(self._modules[network](*inputs))
+        return list(self._modules[network](*(tensor.to(self.device) for tensor in inputs)))

@@ -1,0 +1,155 @@
+"""The run report: what was run, on what, and how fast. Figures are never shown without the conditions they hold for."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtake import __version__
+from longtake.runtime.backends.base import Backend
+from longtake.runtime.files import write_json
+from longtake.training.presets import Preset
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "onnxruntime", "onnx", "nvidia-modelopt", "tensorrt", "tensorrt-rtx-cu13", "cuda-core", "av")
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run.
+
+    kind: "generate", "bench", "train" or "check". gpu: its name, None on a CPU. resolution: "WIDTHxHEIGHT" pixels.
+    fps: video frames a second of the DiT alone ("dit": conditions, all passes), of the VAE decoder alone ("vae"), and
+    of the whole run, from the first chunk's start to the last frame on the host ("end_to_end"); warm-up included.
+    first_chunk_s: from the start to the first frames on the host. stage_ms: mean milliseconds a chunk.
+    peak_gb: peak memory in GB of 10^9 bytes; peak_of says which memory. against, ratio: for a comparison.
+    """
+
+    kind: str
+    command: str
+    commit: str | None
+    date: str
+    preset: str
+    recipe: str
+    backend: str
+    reason: str
+    gpu: str | None
+    cpu: str
+    versions: dict[str, str]
+    resolution: str
+    steps: int
+    guidance: float
+    seed: int
+    chunk_latents: int
+    window_latents: int
+    chunks: int
+    frames: int
+    fps: dict[str, float | None]
+    first_chunk_s: float | None
+    stage_ms: dict[str, float]
+    peak_gb: float
+    peak_of: str
+    complete: bool = True
+    output: str | None = None
+    against: dict[str, Any] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)
+
+
+def write_report(report: Report, path: Path | str) -> None:
+    """Write a report as JSON, atomically."""
+    write_json(path, asdict(report))
+
+
+def conditions_of_run(backend: Backend) -> dict[str, Any]:
+    """The fields of a report that say under which conditions it holds, timings aside."""
+    preset: Preset = backend.preset
+    on_gpu = backend.device.type == "cuda"
+    return {
+        "command": command_line(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "preset": preset.name,
+        "recipe": backend.recipe.name,
+        "backend": backend.name,
+        "reason": backend.reason,
+        "gpu": torch.cuda.get_device_name(backend.device) if on_gpu else None,
+        "cpu": cpu_name(),
+        "versions": versions(),
+        "resolution": f"{preset.width}x{preset.height}",
+        "chunk_latents": preset.chunk_latents,
+        "window_latents": preset.chunk_latents * preset.window_chunks,
+        "peak_gb": round(backend.peak_bytes() / 1e9, 3),
+        "peak_of": "GPU memory" if on_gpu else "resident memory of the process (CPU)",
+    }
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    program = Path(sys.argv[0]).name
+    program = "longtake" if program in ("cli.py", "longtake", "__main__.py") else program
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """Commit of the checkout this code runs from, "-dirty" if tracked files differ; None outside a checkout."""
+    if not (REPOSITORY / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "") if head else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on; packages that are absent are left out."""
+    found = {"longtake": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name() -> str:
+    """Model name of the processor, and how many cores this process sees."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def table(report: Report) -> str:
+    """The report as a few lines for people."""
+    rows = [
+        ("backend", f"{report.backend}: {report.reason}"),
+        ("recipe", f"{report.recipe} (preset {report.preset})"),
+        ("machine", report.gpu or report.cpu),
+        ("video", f"{report.frames} frames in {report.chunks} chunks at {report.resolution}"
+                  + ("" if report.complete else "; interrupted")),
+        ("sampling", f"{report.steps} steps and a clean pass, guidance {report.guidance:g}, seed {report.seed}"),
+        ("frames a second", "  ".join(f"{name} {_number(value)}" for name, value in report.fps.items())),
+        ("first chunk", f"{_number(report.first_chunk_s)} s"),
+        ("a chunk takes", "  ".join(f"{name} {value:.0f} ms" for name, value in report.stage_ms.items())),
+        ("peak memory", f"{report.peak_gb:.2f} GB {report.peak_of}"),
+    ]  # fmt: skip
+    return "\n".join(f"  {name:16} {value}" for name, value in rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
