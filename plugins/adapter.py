@@ -10,6 +10,7 @@ import logging
 import types
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from longtake.plugins.kernels import Kernels, dims_from_shapes, kernels_of
@@ -124,8 +125,7 @@ class OpPlugin:
         return self.clone()
 
     def get_fields_to_serialize(self) -> Any:
-        digest = source_digest(self.kernels.source).encode()
-        field = self.trt.PluginField(DIGEST_FIELD, digest, self.trt.PluginFieldType.CHAR)
+        field = self.trt.PluginField(DIGEST_FIELD, _digest(self.kernels.source), self.trt.PluginFieldType.CHAR)
         return self.trt.PluginFieldCollection([field])
 
     def set_tactic(self, tactic: int) -> None:
@@ -184,7 +184,7 @@ class OpPluginCreator:
         return _plugin_class(self.trt)(self.trt, self.kernels)
 
     def _check_digest(self, fields: Any) -> None:
-        here = source_digest(self.kernels.source)
+        here = _digest(self.kernels.source).decode()
         there = [_text(field) for field in fields if field.name == DIGEST_FIELD]
         if there != [here]:
             raise IntegrityError(
@@ -193,6 +193,12 @@ class OpPluginCreator:
                 expected=f"kernel {here[:12]}",
                 fix="build the engines again: longtake engines",
             )
+
+
+@cache
+def _digest(source: Path) -> bytes:
+    """source_digest, as bytes that live as long as the process: a PluginField only points to its data."""
+    return source_digest(source).encode()
 
 
 def _text(field: Any) -> str:
@@ -213,7 +219,7 @@ def _known_sizes(trt: Any, kernels: Kernels, inputs: Sequence[Any], builder: Any
     return known
 
 
-def _plugin_bases(trt: Any) -> tuple[type, ...]:
+def _plugin_bases(trt: Any) -> tuple[Any, ...]:
     return (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
 
 

@@ -5,7 +5,7 @@ Both thread orders are tried: a barrier that is missing shows in one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,36 +19,38 @@ ODD = SIZES[2]  # more than one tile, none of them full
 
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("fmt", CACHE_FORMATS)
-def test_write(on_host: Callable, fmt: str, reverse: bool) -> None:
+def test_write(host_device: Any, fmt: str, reverse: bool) -> None:
+    host_device.reverse = reverse
     op = f"kv_cache_write_{fmt}"
     for seed, slot in enumerate((-1, 0, 3, 4)):
         inputs = op_inputs(op, ODD, "bf16", (slot,), seed)
         wanted = REFERENCES[op](*inputs)
-        got = on_host(op, *inputs, reverse=reverse)
+        got = host_device.run(op, *inputs)
         assert all(torch.equal(g, w) for g, w in zip(got, wanted if isinstance(wanted, tuple) else (wanted,)))
 
 
-def test_many_writes_are_equal_to_the_last_bit(on_host: Callable) -> None:
+def test_many_writes_are_equal_to_the_last_bit(host_device: Any) -> None:
     op, dims = "kv_cache_write_nvfp4", {"S": 1, "L": 200, "H": 4, "D": 128}
     for seed, scale in enumerate((1.0, 0.0, 1e-30, 3e-5, 117.0, 1e30)):
         k, v, *rest = op_inputs(op, dims, "bf16", (0,), seed)
         inputs = (k * scale, v * scale, *rest)
-        for g, w in zip(on_host(op, *inputs), REFERENCES[op](*inputs)):
+        for g, w in zip(host_device.run(op, *inputs), REFERENCES[op](*inputs)):
             assert torch.equal(g, w), scale
 
 
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("dtype, tolerance", (("bf16", 1e-2), ("fp32", 1e-5)))
 @pytest.mark.parametrize("fmt", CACHE_FORMATS)
-def test_attention(on_host: Callable, fmt: str, dtype: str, tolerance: float, reverse: bool) -> None:
+def test_attention(host_device: Any, fmt: str, dtype: str, tolerance: float, reverse: bool) -> None:
+    host_device.reverse = reverse
     op = f"sink_attention_{fmt}"
     for table in ((-1,), (3, 0), (2, -1, 1)):
         inputs = op_inputs(op, ODD, dtype, table)
         wanted = REFERENCES[op](*inputs).double()
-        (got,) = on_host(op, *inputs, reverse=reverse)
+        (got,) = host_device.run(op, *inputs)
         assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
-def test_dequantize(on_host: Callable) -> None:
+def test_dequantize(host_device: Any) -> None:
     inputs = op_inputs("nvfp4_dequantize", WEIGHT_SIZES[1])
-    assert torch.equal(on_host("nvfp4_dequantize", *inputs)[0], REFERENCES["nvfp4_dequantize"](*inputs))
+    assert torch.equal(host_device.run("nvfp4_dequantize", *inputs)[0], REFERENCES["nvfp4_dequantize"](*inputs))
