@@ -38,7 +38,10 @@ class HostBackend(ABC):
     def new_cache(self) -> Cache:
         layers = range(self.preset.dit.layers)
         bindings = [cache_bindings(self.preset, self.recipe.cache, layer) for layer in layers]
-        return [tuple(torch.zeros(b.shape, dtype=DTYPES[b.dtype], device=self.device) for b in own) for own in bindings]
+        return [
+            tuple(torch.zeros([int(n) for n in b.shape], dtype=DTYPES[b.dtype], device=self.device) for b in own)
+            for own in bindings
+        ]
 
     def dit(
         self,
