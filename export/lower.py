@@ -13,7 +13,7 @@ g = amax / (6 * 448). Codes and scales come from the codec (rule static_6, order
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,12 +31,6 @@ ACTIVATION_OP = "TRT_FP4DynamicQuantize"
 WEIGHT_OP = "nvfp4_dequantize"
 
 
-class Lowering(Protocol):
-    """Replaces one Gemm. `graph` gathers initializers; the returned nodes take the Gemm's place."""
-
-    def __call__(self, graph: Rewriter, gemm: NodeProto, packed: Packed, input_amax: float) -> None: ...
-
-
 class Rewriter:
     """Rebuilds a graph's node list while keeping its topological order."""
 
@@ -47,14 +41,14 @@ class Rewriter:
         self.nodes: list[NodeProto] = []
         self.shared: dict[tuple[str, float], str] = {}
 
-    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
+    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
         """Append a node with one output named `output`, and return that name."""
         self.nodes.append(helper.make_node(op, inputs, [output], name=f"{output}/{op}", domain=domain, **attributes))
         return output
 
     def scalar(self, name: str, value: float) -> str:
         """An fp32 scalar initializer."""
-        return self.tensor(numpy_helper.from_array(np.float32(value), name))
+        return self.tensor(numpy_helper.from_array(np.array(value, np.float32), name))
 
     def tensor(self, tensor: TensorProto) -> str:
         """Add an initializer unless one of its name is there; return the name."""
@@ -100,7 +94,7 @@ def lower(
     """
     if precision == "bf16":
         return []
-    lowering: Lowering = {"w4a16": _weight_only, "nvfp4": _weight_and_activation}[precision]
+    lowering = {"w4a16": _weight_only, "nvfp4": _weight_and_activation}[precision]
     rewriter, lowered = Rewriter(model), []
     for node in model.graph.node:
         name = linear_name(node)
@@ -186,14 +180,19 @@ def _quantized_activation(rewriter: Rewriter, x: str, amax: float) -> str:
         return rewriter.shared[x, amax]
     base = f"{x}.q{sum(tensor == x for tensor, _ in rewriter.shared)}"
     scale = rewriter.scalar(f"{base}.scale", tensor_scale(amax))
-    outputs = [f"{base}.values", f"{base}.scales"]
-    attributes = {"axis": -1, "block_size": BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
+    values, scales = f"{base}.values", f"{base}.scales"
+    attributes: dict[str, Any] = {"axis": -1, "block_size": BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
     rewriter.nodes.append(
         helper.make_node(
-            ACTIVATION_OP, [x, scale], outputs, name=f"{base}/{ACTIVATION_OP}", domain=ACTIVATION_DOMAIN, **attributes
+            ACTIVATION_OP,
+            [x, scale],
+            [values, scales],
+            name=f"{base}/{ACTIVATION_OP}",
+            domain=ACTIVATION_DOMAIN,
+            **attributes,
         )
     )
-    rewriter.shared[x, amax] = _dequantize(rewriter, *outputs, scale, base)
+    rewriter.shared[x, amax] = _dequantize(rewriter, values, scales, scale, base)
     return rewriter.shared[x, amax]
 
 

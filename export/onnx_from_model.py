@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.engines.spec import Binding, NetworkSpec
+from longtake.runtime.errors import LongtakeError
 
 OPSET = 23  # the first with FLOAT4E2M1; read by TensorRT-RTX 1.7 and ONNX Runtime 1.24
 IR_VERSION = 11
@@ -65,6 +66,8 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
             verify=False,
             verbose=False,
         )
+    if program is None:  # only with f=... given
+        raise LongtakeError(f"torch exported nothing for {spec.name}", fix="install the pinned torch")
     fold(program.model)
     return tidy(program.model_proto, spec.name)
 

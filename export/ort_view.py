@@ -8,6 +8,7 @@ roundings being left out. A cache write sits in an `If`, so that passes that wri
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -124,7 +125,7 @@ def activation_function(opset: int) -> onnx.FunctionProto:
     """
     nodes: list[NodeProto] = []
 
-    def op(kind: str, *inputs: str, out: str = "", **attributes: object) -> str:
+    def op(kind: str, *inputs: str, out: str = "", **attributes: Any) -> str:
         out = out or f"t{len(nodes)}"
         nodes.append(helper.make_node(kind, list(inputs), [out], **attributes))
         return out

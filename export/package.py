@@ -99,14 +99,14 @@ def _export_network(graphs: PlainGraphs, recipe: Recipe, name: str, folder: Path
     path = folder / f"{name}.onnx"
     progress(f"{name}: PyTorch to ONNX")
     model = graphs.graph(name, recipe.cache)
-    weights = {n: models.dit.get_submodule(n).weight for n in linears_of(models, model)}
-    lowered = lower(model, recipe.precision, weights, models.amax)  # type: ignore[arg-type]
+    weights = {n: models.dit.get_parameter(f"{n}.weight") for n in linears_of(models, model)}
+    lowered = lower(model, recipe.precision, weights, models.amax)
     attach_functions(model)
     write_onnx(model, path)
     progress(f"{name}: structure")
-    shapes = {n: tuple(weights[n].shape) for n in lowered}
+    shapes = {n: (weights[n].shape[0], weights[n].shape[1]) for n in lowered}
     layers = models.preset.dit.layers if name == "dit" else 0
-    check_structure(path, Expected(spec, recipe.precision, recipe.cache, layers, shapes))  # type: ignore[arg-type]
+    check_structure(path, Expected(spec, recipe.precision, recipe.cache, layers, shapes))
     progress(f"{name}: view for ONNX Runtime")
     with atomic_path(view_path(path)) as partial:
         partial.write_bytes(ort_view(read_onnx(path)).SerializeToString(deterministic=True))

@@ -14,10 +14,11 @@ import torch
 from longtake.engines.spec import NETWORKS, network_spec
 from longtake.export import cli
 from longtake.export import package as package_module
+from longtake.export.cases import dit_feeds, empty_caches
 from longtake.export.files import read_onnx, write_onnx
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.package import PlainGraphs, export_package, load_index, view_path
-from longtake.export.parity import Row, dit_feeds, empty_caches, parity_table, require_parity
+from longtake.export.parity import Row, parity_table, require_parity
 from longtake.runtime import cli as command
 from longtake.runtime.errors import GateError, IntegrityError, LongtakeError
 from longtake.training.networks import network_module

@@ -1,0 +1,118 @@
+"""Realistic, seeded inputs of every network, for comparing two ways of running it.
+
+The window cases use a cache that was filled by actual writes, as in a session: chunks 0, 1, 2 written, chunk 3 read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.engines.spec import NetworkSpec, network_spec
+from longtake.training.networks import Models, network_module
+from longtake.training.presets import Preset
+from longtake.training.rope import rope_tables, timestep_sinusoid
+
+# (name, slots read, chunk index, slot written): what a session does at its start, in its middle, and committing.
+DIT_CASES = (
+    ("first chunk", [-1], 0, -1),
+    ("one chunk read", [0, -1], 1, -1),
+    ("two chunks read", [0, 1, -1], 2, -1),
+    ("full window", [0, 1, 2, -1], 3, -1),
+    ("full window, writes", [0, 1, 2, -1], 3, 3),
+)
+Feeds = dict[str, Tensor]
+Run = Callable[[Feeds], list[Tensor]]
+
+
+def torch_runner(models: Models, name: str, cache: str) -> Run:
+    """Runs the torch module of a network on named fp32 feeds, outputs in spec order."""
+    module = network_module(models, name, cache)
+
+    @torch.no_grad()
+    def run(feeds: Feeds) -> list[Tensor]:
+        return list(module(*feeds.values()))
+
+    return run
+
+
+def cases(
+    models: Models, cache: str, name: str, text: Feeds, run: Run, generator: torch.Generator
+) -> Iterator[tuple[str, Feeds]]:
+    """The named input sets of one network; `text` holds the outputs of the networks before it."""
+    preset = models.preset
+    latent = torch.randn(1, preset.vae.z_channels, 1, *preset.latent_hw, generator=generator)
+    if name == "text_encoder":
+        tokens = torch.zeros(1, preset.text.length, dtype=torch.int32)
+        words = preset.text.length // 2
+        tokens[0, :words] = torch.randint(2, 2 + len(models.vocabulary), (words,), generator=generator)
+        yield "a prompt", {"tokens": tokens}
+    elif name == "context":
+        yield "a prompt", {"embeddings": text["embeddings"]}
+    elif name == "dit":
+        yield from _dit_cases(preset, cache, text, run, generator)
+    elif name == "vae_first":
+        yield "first latent", {"latent": latent}
+    else:
+        first = torch_runner(models, "vae_first", cache)({"latent": latent})
+        names = [b.name for b in network_spec(preset, cache, "vae_steady").inputs]
+        for step in ("second latent", "third latent"):
+            latent = torch.randn(latent.shape, generator=generator)
+            feeds = dict(zip(names, [latent, *first[1:]]))
+            yield step, feeds
+            first = run(feeds)
+
+
+def _dit_cases(
+    preset: Preset, cache: str, context: Feeds, run: Run, generator: torch.Generator
+) -> Iterator[tuple[str, Feeds]]:
+    spec = network_spec(preset, cache, "dit")
+    caches = empty_caches(spec)
+    for chunk in range(3):
+        feeds = dit_feeds(preset, context, caches, list(range(chunk)) + [-1], chunk, chunk, 0.0, generator)
+        caches = dict(zip(caches, run(feeds)[1:]))
+    for name, table, chunk, slot in DIT_CASES:
+        timestep = 0.0 if slot >= 0 else 700.0
+        yield name, dit_feeds(preset, context, caches, table, chunk, slot, timestep, generator)
+
+
+def empty_caches(spec: NetworkSpec) -> Feeds:
+    """Zeros for the bindings that are written in place; bf16 ones as fp32."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.float32, "int8": torch.int8}
+    aliased = {source for _, source in spec.aliases}
+    return {
+        b.name: torch.zeros([int(d) for d in b.shape], dtype=dtypes[b.dtype]) for b in spec.inputs if b.name in aliased
+    }
+
+
+def dit_feeds(
+    preset: Preset,
+    context: Feeds,
+    caches: Feeds,
+    table: list[int],
+    chunk: int,
+    slot: int,
+    timestep: float,
+    generator: torch.Generator,
+) -> Feeds:
+    """Inputs of one DiT pass in spec order: random latents of chunk `chunk` at `timestep`, slots `table` read."""
+    frames = preset.chunk_latents
+    cos, sin = rope_tables(preset.dit, torch.arange(frames) + chunk * frames, preset.grid_hw)
+    return {
+        "latents": torch.randn(1, preset.dit.channels, frames, *preset.latent_hw, generator=generator),
+        "timestep_sinusoid": timestep_sinusoid(torch.full((frames,), timestep), preset.dit.freq_dim),
+        "rope_cos": cos,
+        "rope_sin": sin,
+        "table": torch.tensor(table, dtype=torch.int32),
+        "write_slot": torch.tensor([slot], dtype=torch.int32),
+        **context,
+        **caches,
+    }
+
+
+def numpy_feeds(feeds: Feeds) -> dict[str, np.ndarray]:
+    """Feeds as ONNX Runtime takes them."""
+    return {name: value.numpy() for name, value in feeds.items()}
