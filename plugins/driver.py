@@ -77,11 +77,10 @@ def _module(cubin: bytes, context: int) -> Any:
     return _checked(_driver().cuModuleLoadData(cubin), "load the compiled kernels")
 
 
-def launch(
-    function: Any, grid: tuple[int, int], threads: int, stream: int, values: tuple[int, ...], addresses: Sequence[bool]
-) -> None:
-    """Enqueue a kernel on a raw stream handle; a value is a device address or else an int32."""
-    types = tuple(ctypes.c_void_p if address else ctypes.c_int for address in addresses)
-    _checked(
-        _driver().cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, (values, types), 0), "launch a kernel"
-    )
+def launch(function: Any, grid: tuple[int, int], threads: int, stream: int, values: Sequence[int]) -> None:
+    """Enqueue a kernel on a raw stream handle; each value is a device address or an int32."""
+    boxes = (ctypes.c_int64 * len(values))(*values)  # the kernel reads an int32 from the low half
+    first = ctypes.addressof(boxes)
+    parameters = (ctypes.c_void_p * len(values))(*(first + 8 * i for i in range(len(values))))
+    status = _driver().cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0)
+    _checked(status, "launch a kernel")

@@ -76,8 +76,7 @@ class Launcher:
         driver.ensure_context()
         for call, function in zip(self._calls, self._functions or ()):
             values = self.arguments(call, pointers, workspace, table_len)
-            addresses = [isinstance(a, str) and a != TABLE_LENGTH for a in call.arguments]
-            driver.launch(function, call.grid, call.threads, stream, values, addresses)
+            driver.launch(function, call.grid, call.threads, stream, values)
 
     def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
         """The values of a call's arguments: addresses and int32."""

@@ -15,7 +15,7 @@ struct Source {  // where one table entry's keys and values lie
   const compute_t *k, *v;
 #if CACHE_NVFP4
   const unsigned char *values, *scales;
-  float factor[2];
+  float k_factor, v_factor;
 #endif
   bool packed;
 };
@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_unit(const Source& source, int pane, size_t
     const size_t place = pane * units + unit;
     const uint2 codes = reinterpret_cast<const uint2*>(source.values)[place];
     // scale * amax / (M2 * M3) first: one rounding away from the reference's order, and one multiplication an element
-    const float scale = float_from_e4m3(source.scales[place]) * source.factor[pane];
+    const float scale = float_from_e4m3(source.scales[place]) * (pane ? source.v_factor : source.k_factor);
     unpack16(codes.x, codes.y, x);
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] *= scale;
@@ -86,8 +86,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) sink_attention(
       source.packed = true;
       source.values = values + (size_t)slot * 2 * units * 8;
       source.scales = scales + (size_t)slot * 2 * units;
-      source.factor[0] = amax[slot * 2] / (LIMIT_E2M1 * LIMIT_E4M3);
-      source.factor[1] = amax[slot * 2 + 1] / (LIMIT_E2M1 * LIMIT_E4M3);
+      source.k_factor = amax[slot * 2] / (LIMIT_E2M1 * LIMIT_E4M3);
+      source.v_factor = amax[slot * 2 + 1] / (LIMIT_E2M1 * LIMIT_E4M3);
 #else
       source.k = cache + (size_t)slot * 2 * units * 16;
       source.v = source.k + units * 16;
