@@ -89,7 +89,12 @@ class Averaged:
             ema.copy_(tensors[f"ema/{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (saved := tensors.get(f"adamw/{key}/{name}")) is not None:
-                    self.adamw.state[param][key] = saved.to(param.device)
+                    like = (
+                        torch.empty_like(param, dtype=saved.dtype)
+                        if saved.dim()
+                        else torch.empty((), device=param.device)
+                    )
+                    self.adamw.state[param][key] = like.copy_(saved)  # in the parameter's memory order
         restore_modules(
             self.modules, {k.removeprefix("module/"): v for k, v in tensors.items() if k.startswith("module/")}
         )

@@ -23,10 +23,10 @@ from longtake.training.networks import Amax, quantized_linears
 
 logger = logging.getLogger(__name__)
 
-# Devices on which our codec stands in for ModelOpt's kernel. ModelOpt has none for the CPU; on a GPU its Triton kernel
-# (compute capability >= 8.9) is used as it is. Adding "CUDA" here is the fallback for GPUs or machines without that
-# kernel; the two differ only in blocks whose scale is below 1e-5, which the Triton kernel flushes to zero.
-QUANT_IMPL = ("CPU",)
+# Where our codec stands in for ModelOpt's kernel. "auto": on the CPU, for which ModelOpt has none, and on a GPU where
+# its Triton kernel doesn't run (compute capability < 8.9, no Triton, no C compiler). "codec": everywhere. The two
+# differ only in blocks whose scale is below 1e-5, which the Triton kernel doesn't scale by their own maximum.
+QUANT_IMPL = "auto"
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 SIDES = {"input": "input_quantizer", "weight": "weight_quantizer"}
@@ -34,19 +34,38 @@ SIDES = {"input": "input_quantizer", "weight": "weight_quantizer"}
 
 @cache
 def modelopt() -> Any:
-    """`modelopt.torch.quantization`, with our codec as its block quantizer on the QUANT_IMPL devices."""
+    """`modelopt.torch.quantization`, with our codec as its block quantizer where QUANT_IMPL says."""
     import modelopt.torch.quantization as mtq
 
     library = torch.library.Library("tensorrt", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"[\s\S]*Overriding a previously registered kernel")
-        for device in QUANT_IMPL:
+        for device in codec_devices():
             library.impl("dynamic_block_quantize_op", block_quantize, device, allow_override=True)
     _LIBRARIES.append(library)
     return mtq
 
 
 _LIBRARIES: list[torch.library.Library] = []  # an implementation lives as long as its Library object
+
+
+def codec_devices() -> list[str]:
+    """Dispatch keys on which our codec replaces ModelOpt's kernel."""
+    if not torch.cuda.is_available():
+        return ["CPU"]
+    return ["CPU"] if QUANT_IMPL == "auto" and triton_kernel_runs() else ["CPU", "CUDA"]
+
+
+def triton_kernel_runs() -> bool:
+    """Whether ModelOpt's Triton NVFP4 kernel works on the present GPU."""
+    try:
+        from modelopt.torch.kernels.quantization.gemm import fp4_fake_quant_block
+
+        x = torch.full((16, 64), 3.0, device="cuda")
+        return bool((fp4_fake_quant_block(x, x.amax()) == x).all())
+    except Exception as error:  # noqa: BLE001  (import, compiler and driver errors all mean the same here)
+        logger.warning("ModelOpt's Triton kernel doesn't run here, so the slower codec does: %s", error)
+        return False
 
 
 @contextlib.contextmanager

@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import require_disk
+from longtake.runtime.files import require_disk, write_json
 from longtake.training.checkpoint import load_checkpoint, save_checkpoint
 from longtake.training.history import History
 from longtake.training.optimizer import Averaged, OptimizerConfig
+from longtake.training.report import train_report
 from longtake.training.stages.base import Metric, Stage
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,8 @@ class Trainer:
             for name, facts in self.stage.metadata().items():
                 self.save_module(name, {**facts, "metrics": metrics})
         self.history.plot(f"longtake train --stage {self.stage.name}")
+        rate = self.bar.format_dict["rate"] or 0.0
+        write_json(self.config.out / "report.json", train_report(self.side(), rate, metrics, self.device))
         return metrics
 
     def save_module(self, name: str, facts: dict[str, Any]) -> None:

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longtake.runtime.cli import main
+from longtake.training.cli import chunk_range
+
+
+def train(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    code = main(["train", "--device", "cpu", *words])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, captured.out + captured.err
+
+
+def test_dry_run_prints_sizes_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, text = train(capsys, "--stage", "dit", "--out", str(tmp_path / "run"), "--dry-run")
+    assert code == 0 and "dit: 6," in text and "text_encoder:" in text and "nothing was trained" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and text.count("longtake train --stage") >= 4 and "--resume" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stage", "dit", "--resume"], "nothing to resume"),
+        (["--stage", "dit", "--steps", "0"], "nothing to train"),
+        (["--stage", "dit", "--batch", "0"], "bad batch size"),
+        (["--stage", "dit", "--chunks", "6..4"], "bad --chunks"),
+        (["--stage", "dit", "--lr", "-1"], "bad optimizer settings"),
+        (["--stage", "dit", "--init", "/nowhere"], "does not exist"),
+        (["--stage", "dit", "--vae", "/nowhere"], "does not exist"),
+        (["--stage", "vae", "--data", "/nowhere"], "no such data set"),
+        (["--stage", "dit", "--device", "cuda:63"], "is not there"),
+        (["--stage", "dit", "--device", "abacus"], "unknown device"),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], message: str
+) -> None:
+    code, text = train(capsys, "--out", str(tmp_path / "run"), *words)
+    assert code != 0 and message in text and ("fix:" in text or "expected:" in text)
+    assert not list(tmp_path.glob("run/*.safetensors"))
+
+
+def test_chunk_range() -> None:
+    assert chunk_range("4..6") == (4, 6) and chunk_range("5") == (5, 5)

@@ -1,0 +1,40 @@
+"""The run report of a training run: what it was trained with, how fast, and how good it is on held-out data."""
+
+from __future__ import annotations
+
+import resource
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from longtake.runtime.report import commit, cpu_name, versions
+from longtake.training.presets import PRESETS
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Peak memory in GB of 10^9 bytes, and whose it is."""
+    if device.type == "cuda":
+        return {"peak_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3), "peak_of": "torch's GPU memory"}
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_gb": round(kib * 1024 / 1e9, 3), "peak_of": "resident memory of the process (CPU)"}
+
+
+def train_report(
+    side: dict[str, Any], steps_per_s: float, metrics: dict[str, float], device: torch.device
+) -> dict[str, Any]:
+    """The report of a run whose checkpoints share the facts `side`, JSON-ready."""
+    preset = PRESETS.get(side["preset"])
+    return {
+        "kind": "train",
+        **side,
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": cpu_name(),
+        "versions": versions(),
+        "resolution": f"{preset.width}x{preset.height}" if preset else None,
+        "steps_per_s": round(steps_per_s, 3),
+        **peak_memory(device),
+        "metrics": metrics,
+    }
