@@ -18,7 +18,7 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor, nn
 
 from longtake.engines.spec import NetworkSpec
-from longtake.runtime.backends.base import Backend, Cache
+from longtake.runtime.backends.base import Backend
 from longtake.runtime.errors import LongtakeError
 
 NUMPY = {"fp32": np.float32, "bf16": np.float32, "int32": np.int32, "int8": np.int8}
@@ -144,14 +144,12 @@ class BackendRunner(_SpecRunner):
         given = list(feeds.values())[-len(held) :]
         for tensor, value in zip(held, given):
             tensor.copy_(value)
-        context = [t.to(self._context_dtype(cache)) for t in list(feeds.values())[6 : 6 + layers]]
-        names = ("latents", "timestep_sinusoid", "rope_cos", "rope_sin")
-        velocity = self.backend.dit(
-            *(feeds[name] for name in names), context, cache, feeds["table"], feeds["write_slot"]
-        )
+        context = [t.to(self._context_dtype()) for t in list(feeds.values())[6 : 6 + layers]]
+        latents, sinusoid, cos, sin, table, write_slot = list(feeds.values())[:6]
+        velocity = self.backend.dit(latents, sinusoid, cos, sin, context, cache, table, write_slot)
         return [velocity, *held]
 
-    def _context_dtype(self, cache: Cache) -> torch.dtype:
+    def _context_dtype(self) -> torch.dtype:
         return torch.float32 if self.backend.device.type == "cpu" else torch.bfloat16
 
     def _vae_first(self, feeds: dict[str, Tensor]) -> list[Tensor]:

@@ -1,0 +1,124 @@
+"""`longtake check`: is what was exported and built as accurate as the recipe's gate demands?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from longtake.engines.recipe import Recipe, recipe_named
+from longtake.export.check import ChunkRow, Row, check_chunks, check_networks, require_gates
+from longtake.export.check_report import chunk_table, table, write_report
+from longtake.export.package import load_index
+from longtake.runtime.backends.base import Backend
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.generator import Generator
+from longtake.runtime.settings import settings_from_environment
+from longtake.runtime.sources import BACKEND_NAMES, REPOSITORY, Source, backend_from_source, source_from_name
+from longtake.training.networks import Models, load_models
+
+OUT = Path("runs") / "check"
+STORY = REPOSITORY / "docs" / "stories" / "demo.yaml"
+
+
+def register(subparsers: Any) -> None:
+    """Add the `check` command."""
+    parser = subparsers.add_parser(
+        "check",
+        help="accuracy: PyTorch fake-quant <-> ONNX Runtime <-> TensorRT, against the recipe's gate",
+        description="Compare every network of a recipe with the PyTorch model of the same recipe; on a GPU also with "
+        "TensorRT, and each chunk of a story with the reference backend. Exits with 5 if a gate fails.",
+    )
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a shipped recipe or a .yaml file")
+    parser.add_argument("--engines", metavar="FOLDER", help="engines or exported networks (default: the recipe's)")
+    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: the preset's shipped checkpoints")
+    parser.add_argument("--backend", default="auto", choices=BACKEND_NAMES, help="default: the one that fits")
+    parser.add_argument("--layers", action="store_true", help="also compare every Linear, convolution and block")
+    parser.add_argument("--story", type=Path, metavar="FILE",
+                        help="compare chunks of this story, too (default: the demo's on a GPU, none on a CPU)")  # fmt: skip
+    parser.add_argument("--chunks", type=int, metavar="N", help="how many of them (default: the whole story)")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps of the story")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="default: runs/check/RECIPE.json; the plot is beside"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print, write the report; a failed gate is raised last, as GateError."""
+    recipe = recipe_named(args.recipe)
+    source = source_from_name(args.engines or args.recipe)
+    models = models_of_export(recipe, load_index(source.onnx), args.checkpoints)
+    backend = backend_from_source(source, args.backend, None)
+    print(f"backend {backend.name}: {backend.reason}")
+    rows = _network_rows(args, recipe, source, models, backend)
+    print("\n".join(table(rows)))
+    chunks, against = _chunk_rows(args, recipe, source, models, backend)
+    if chunks:
+        print("\n".join(chunk_table(chunks, (backend.name, against))))
+    path = args.report or OUT / f"{recipe.name}.json"
+    write_report(path, recipe, backend, rows, chunks, against)
+    print(f"report {path}\nplot   {path.with_suffix('.png')}")
+    require_gates(rows, chunks, recipe)
+    return 0
+
+
+def models_of_export(recipe: Recipe, index: dict[str, Any], checkpoints: Path | None) -> Models:
+    """The torch models that `index` (export.json) was exported from.
+
+    Raises:
+        LongtakeError: it is of another recipe, or was exported from other checkpoints.
+    """
+    if index.get("onnx_name") != recipe.onnx_name:
+        raise LongtakeError(f"the export is not of recipe {recipe.name}", got=index.get("onnx_name"),
+                            expected=recipe.onnx_name, fix=f"longtake export --recipe {recipe.name}")  # fmt: skip
+    models = load_models(recipe.model, checkpoints)
+    if index.get("amax") != models.amax:
+        raise LongtakeError(
+            "the networks were exported from other checkpoints", got=f"amax of {checkpoints or 'the shipped ones'}",
+            expected="the amax in export.json", fix="name the checkpoints that were exported with --checkpoints FOLDER",
+        )  # fmt: skip
+    return models
+
+
+def _network_rows(
+    args: argparse.Namespace, recipe: Recipe, source: Source, models: Models, backend: Backend
+) -> list[Row]:
+    native = None if backend.name == "reference" else backend
+    threads = settings_from_environment().threads
+    rows = check_networks(
+        models, recipe, source.onnx, threads=threads, layers=args.layers, backend=native, seed=args.seed
+    )
+    return list(tqdm(rows, desc=f"{recipe.name}: networks", unit="tensor", leave=False))
+
+
+def _chunk_rows(
+    args: argparse.Namespace, recipe: Recipe, source: Source, models: Models, backend: Backend
+) -> tuple[list[ChunkRow], str]:
+    """Chunks of a story, and what they were compared with: the reference, or PyTorch if `backend` is the reference."""
+    story = args.story or (STORY if backend.device.type == "cuda" else None)
+    if story is None:
+        return [], ""
+    other = _other_backend(source, models, backend)
+    ours, theirs = (Generator(b, models_tokenizer(models)) for b in (backend, other))
+    options = {} if args.steps is None else {"steps": args.steps}
+    rows = check_chunks(ours, theirs, story, recipe.gate, args.chunks, args.seed, **options)
+    return list(tqdm(rows, desc=f"{recipe.name}: chunks", unit="chunk", leave=False)), other.name
+
+
+def _other_backend(source: Source, models: Models, backend: Backend) -> Backend:
+    if backend.name != "reference":
+        return backend_from_source(source, "reference", None)
+    from longtake.runtime.backends.torch_oracle import TorchBackend
+
+    return TorchBackend(source.recipe, models)
+
+
+def models_tokenizer(models: Models) -> Any:
+    """The tokenizer with the vocabulary of `models`."""
+    from longtake.training.text_encoder import tokenize
+
+    return lambda texts, length: tokenize(texts, length, models.vocabulary)
