@@ -18,6 +18,7 @@ from longtake.runtime.errors import LongtakeError
 from longtake.training.dit import CausalDiT, dense_cross_attention
 from longtake.training.presets import Preset
 from longtake.training.text_encoder import TextEncoder
+from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Models:
 
     preset: Preset
     dit: CausalDiT
-    vae: nn.Module
+    vae: CausalVAE
     text: TextEncoder
     amax: Amax = field(default_factory=dict)
     precision: str = "bf16"
@@ -97,10 +98,11 @@ class DiTStep(nn.Module):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             own = slice(layer * self.per_layer, (layer + 1) * self.per_layer)
-            out = self.read(q, k, v, *caches[own], table)
+            # Write first: the slot written is never one that is read, and TensorRT builds a write in place only if
+            # nothing else reads the cache as it was before.
             written = self.write(k, v, *caches[own], write_slot)
             caches[own] = [written] if isinstance(written, Tensor) else list(written)
-            return out
+            return self.read(q, k, v, *caches[own], table)
 
         velocity = self.dit(
             latents[0], timestep_sinusoid, (rope_cos, rope_sin), context, attend, cross=dense_cross_attention
@@ -120,9 +122,8 @@ def network_module(models: Models, name: str, cache: str = "nvfp4") -> nn.Module
     if name == "dit":
         return DiTStep(models.dit, cache).eval()
     if name in ("vae_first", "vae_steady"):
-        from longtake.training.vae import DecoderFirst, DecoderSteady
-
-        return (DecoderFirst if name == "vae_first" else DecoderSteady)(models.vae).eval()
+        step = DecoderFirst if name == "vae_first" else DecoderSteady
+        return step(models.vae).eval()
     raise LongtakeError("unknown network", got=name, expected="text_encoder, context, dit, vae_first or vae_steady")
 
 
@@ -140,8 +141,6 @@ def weight_amax(dit: nn.Module, name: str) -> float:
 
 def random_models(preset: Preset, seed: int = 0) -> Models:
     """Untrained models whose outputs are not degenerate, with plausible amax: for tests and dry runs."""
-    from longtake.training.vae import CausalVAE
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dit = CausalDiT(preset.dit)
@@ -159,7 +158,6 @@ def load_models(preset: Preset, folder: Path | None = None) -> Models:
         IntegrityError: a file is damaged or is not safetensors.
     """
     from longtake.training.checkpoint import load_into
-    from longtake.training.vae import CausalVAE
 
     folder = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints
     text_meta = load_meta(folder / "text_encoder.safetensors", "text_encoder", preset)

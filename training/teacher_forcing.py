@@ -64,8 +64,8 @@ def block_attention(clips: Clips, block_tokens: int) -> Attend:
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        blocks = [x.unflatten(1, (2, clips.chunks, block_tokens)) for x in (q, k, v)]
-        out = [attend_block(*blocks, block, clips) for block in range(clips.chunks)]
+        q, k, v = (x.unflatten(1, (2, clips.chunks, block_tokens)) for x in (q, k, v))
+        out = [attend_block(q, k, v, block, clips) for block in range(clips.chunks)]
         return torch.stack(out, 2).flatten(1, 3)
 
     return attend
