@@ -12,6 +12,7 @@ from torch import Tensor
 from longtake.engines.recipe import Recipe
 from longtake.engines.spec import NETWORKS, cache_bindings, network_spec
 from longtake.runtime.backends.base import Cache
+from longtake.training.presets import Preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "int8": torch.int8, "int32": torch.int32}
 
@@ -21,8 +22,8 @@ class HostBackend(ABC):
 
     name = ""
 
-    def __init__(self, recipe: Recipe, reason: str, device: torch.device) -> None:
-        self.recipe, self.preset, self.reason, self.device = recipe, recipe.model, reason, device
+    def __init__(self, recipe: Recipe, reason: str, device: torch.device, preset: Preset | None = None) -> None:
+        self.recipe, self.preset, self.reason, self.device = recipe, preset or recipe.model, reason, device
         self.specs = {name: network_spec(self.preset, recipe.cache, name) for name in NETWORKS}
 
     @abstractmethod

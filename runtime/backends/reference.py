@@ -13,6 +13,7 @@ from longtake.export.package import load_index
 from longtake.runtime.backends.host import HostBackend
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.settings import settings_from_environment
+from longtake.training.presets import Preset
 
 
 class ReferenceBackend(HostBackend):
@@ -20,15 +21,15 @@ class ReferenceBackend(HostBackend):
 
     name = "reference"
 
-    def __init__(self, folder: Path, recipe: Recipe, reason: str = "asked for") -> None:
-        """Verify and open the exported networks in `folder`.
+    def __init__(self, folder: Path, recipe: Recipe, reason: str = "asked for", preset: Preset | None = None) -> None:
+        """Verify and open the exported networks in `folder`; `preset` overrides the recipe's (tests use smaller ones).
 
         Raises:
             LongtakeError: nothing is exported there, or it is of another recipe.
             IntegrityError: a file was altered, truncated or swapped.
             UnavailableError: ONNX Runtime is not installed.
         """
-        super().__init__(recipe, reason, torch.device("cpu"))
+        super().__init__(recipe, reason, torch.device("cpu"), preset)
         _check_index(load_index(folder), folder, recipe)
         threads = settings_from_environment().threads
         self._sessions = {name: _open(folder / f"{name}.ort.onnx", threads) for name in NETWORKS}

@@ -26,8 +26,8 @@ class TorchBackend(HostBackend):
         device: torch.device | None = None,
     ) -> None:
         """`models` (plain ones; the precision is applied here), or else those in `checkpoints` (the shipped ones)."""
-        super().__init__(recipe, "PyTorch in fp32, the oracle", device or torch.device("cpu"))
         plain = models if models is not None else load_models(recipe.model, checkpoints)
+        super().__init__(recipe, "PyTorch in fp32, the oracle", device or torch.device("cpu"), plain.preset)
         self.vocabulary = tuple(plain.vocabulary)
         oracle = apply_precision(plain, recipe.precision)
         self._modules = {name: network_module(oracle, name, recipe.cache).to(self.device) for name in NETWORKS}

@@ -19,6 +19,7 @@ from longtake.runtime.session import CancelledError, Chunk, Session
 from longtake.runtime.slots import visible_blocks
 from longtake.runtime.story import Segment
 from longtake.training.presets import TINY
+from longtake.training.window import shot_offsets
 
 STORY = (
     Segment("a red one", 2),
@@ -92,6 +93,13 @@ def test_positions_are_absolute_and_gapped_by_shots() -> None:
     assert frame_positions(TINY, 0, 0) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert frame_positions(TINY, 3, 2)[0] == 3 * 8 + 2 * 8
     assert frame_positions(TINY, 10**9, 0)[1] == 8 * 10**9 + 1  # no limit, no rounding
+
+
+def test_positions_are_those_of_training() -> None:
+    cuts = [False, False, True, False, True, True]
+    shots = [sum(cuts[: i + 1]) for i in range(len(cuts))]
+    offsets = shot_offsets(cuts, TINY.shot_rope_offset)
+    assert [frame_positions(TINY, i, shots[i])[0] for i in range(6)] == [8 * i + offsets[i] for i in range(6)]
 
 
 def test_same_seed_same_video_another_seed_another(make_toy: Any, make_generator: Make) -> None:
