@@ -7,6 +7,7 @@ adds (amax of quantized linears, vocabulary, metrics).
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,14 @@ def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Te
         return load_file(path), meta
     except (SafetensorError, ValueError) as error:
         raise IntegrityError(f"checkpoint {path} is not safetensors", got=str(error), fix=RETRAIN) from None
+
+
+def copy_checkpoint(path: Path, folder: Path) -> None:
+    """Copy a checkpoint and its side file into `folder`, each of them whole or not at all."""
+    for source in (path, side_file(path)):
+        if source.resolve() != (folder / source.name).resolve():
+            with atomic_path(folder / source.name) as partial:
+                shutil.copyfile(source, partial)
 
 
 def refuse_pickle(path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.runtime.errors import LongtakeError
+from longtake.training.checkpoint import load_into
 from longtake.training.data.base import Batch, Dataset
 from longtake.training.networks import REPOSITORY
 from longtake.training.presets import Preset
@@ -49,11 +50,13 @@ class LatentCache:
         )
 
 
-def frozen_vae(preset: Preset, folder: Path | None, device: torch.device) -> tuple[CausalVAE, str]:
-    """The VAE of a folder (the shipped one if None) and its digest."""
-    from longtake.training.checkpoint import load_into
+def vae_checkpoint(preset: Preset, folder: Path | None) -> Path:
+    """The VAE of a folder, or the shipped one if None."""
+    return (folder or REPOSITORY / preset.checkpoints) / "vae.safetensors"
 
-    path = (folder or REPOSITORY / preset.checkpoints) / "vae.safetensors"
+
+def frozen_vae(path: Path, preset: Preset, device: torch.device) -> tuple[CausalVAE, str]:
+    """A trained VAE and its digest."""
     vae = CausalVAE(preset.vae)
     meta = load_into(vae, path, kind="vae", preset=preset.name)
     return vae.requires_grad_(False).eval().to(device), meta["sha256"]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import require_disk, write_json
-from longtake.training.checkpoint import load_checkpoint, save_checkpoint
+from longtake.training.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from longtake.training.history import History
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.report import train_report
@@ -200,6 +200,8 @@ class Trainer:
         with self.optimizer.averaged_weights():
             for name, facts in self.stage.metadata().items():
                 self.save_module(name, {**facts, "metrics": metrics})
+        for path in getattr(self.stage, "companions", ()):
+            copy_checkpoint(path, self.config.out)
         self.history.plot(f"longtake train --stage {self.stage.name}")
         rate = self.bar.format_dict["rate"] or 0.0
         write_json(self.config.out / "report.json", train_report(self.side(), rate, metrics, self.device))

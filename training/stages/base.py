@@ -45,6 +45,7 @@ class StageOptions:
 class Stage(Protocol):
     """A training stage. `modules` are trained, averaged (EMA) and saved, each under its name.
 
+    A stage may have `companions`: frozen checkpoints copied beside its own at the end, so that --out is complete.
     A stage module `training/stages/<name>.py` offers `stage_from_options(options: StageOptions) -> Stage`.
     """
 

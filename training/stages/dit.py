@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from longtake.training.checkpoint import load_into
 from longtake.training.data.base import dataset_from_name
 from longtake.training.dit import CausalDiT
-from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae
+from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae, vae_checkpoint
 from longtake.training.networks import load_meta
 from longtake.training.pointwise import fuse
 from longtake.training.quantize import insert_quantizers, read_amax, recalibrate
@@ -37,6 +37,7 @@ class DiTStage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.dit, self.text = self.initial_models()
+        self.companions = [vae_checkpoint(self.preset, options.vae)]
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
 
     def initial_models(self) -> tuple[CausalDiT, TextEncoder]:
@@ -58,7 +59,7 @@ class DiTStage:
         fuse(self.options.fuse and device.type == "cuda", device)
         self.dit.to(device)
         self.text.to(device)
-        self.vae, self.vae_digest = frozen_vae(self.preset, self.options.vae, device)
+        self.vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
         self.train = self.cache("train", self.options.stories, self.options.seed)
         self.held_out = self.cache("eval", min(HELD_OUT, self.options.stories), EVALUATION_SEED)
         if self.options.precision == "nvfp4":
