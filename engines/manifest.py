@@ -13,6 +13,7 @@ from typing import Any
 
 from longtake.engines.flavour import Flavour
 from longtake.plugins.kernels import kernels_of
+from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.spec import PLUGIN_VERSION
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import read_json, write_json
@@ -52,18 +53,9 @@ def manifest_path(plan: Path) -> Path:
     return plan.with_name(plan.name + ".json")
 
 
-def kernel_digest(op: str) -> str:
-    """SHA-256 of an op's kernel source and of every header it may include."""
-    source = kernels_of(op).source
-    digest = hashlib.sha256()
-    for path in (source, *sorted(source.parent.parent.rglob("*.cuh"))):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def plugin_identities(ops: Sequence[str]) -> dict[str, dict[str, str]]:
     """Version and kernel digest of each op, as recorded in manifests."""
-    return {op: {"version": PLUGIN_VERSION, "kernel": kernel_digest(op)} for op in sorted(set(ops))}
+    return {op: {"version": PLUGIN_VERSION, "kernel": source_digest(kernels_of(op).source)} for op in sorted(set(ops))}
 
 
 def write_manifest(plan: Path, manifest: PlanManifest) -> None:

@@ -120,11 +120,16 @@ class _GraphView:
 
     def _depths(self, nodes: list[NodeProto]) -> dict[str, int]:
         """Depth by first output name: as early as inputs allow, then ordinary nodes moved as late as consumers do."""
-        after: dict[str, int] = defaultdict(int)  # tensor -> depth at which it can be read
+        after: dict[str, int] = defaultdict(int)  # tensor -> depth of the segment that can read it
+        made: dict[str, int] = defaultdict(
+            int
+        )  # tensor -> depth at which an op can read it: ops of a depth run in order
         depth = {}
         for node in nodes:
-            depth[node.output[0]] = max((after[i] for i in node.input), default=0)
-            after |= {o: depth[node.output[0]] + (node.domain == DOMAIN) for o in node.output}
+            own = max((made if node.domain == DOMAIN else after)[i] for i in node.input) if node.input else 0
+            depth[node.output[0]] = own
+            made |= {o: own for o in node.output}
+            after |= {o: own + (node.domain == DOMAIN) for o in node.output}
         late: dict[str, int] = {name: after[name] for name in self.outputs}
         for node in reversed(nodes):
             if node.domain != DOMAIN:

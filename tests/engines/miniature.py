@@ -58,7 +58,7 @@ def model_of_layers(layers: int, packed: bool = False, seed: int = 0) -> onnx.Mo
             for n in "qkv"
         )
         outputs.append(node("kv_cache_write_bf16", [k, v, f"cache_{i}", "write_slot"], f"cache_{i}_out", DOMAIN))
-        out = node("sink_attention_bf16", [q, k, v, f"cache_{i}", "table"], f"attended{i}", DOMAIN)
+        out = node("sink_attention_bf16", [q, k, v, outputs[-1], "table"], f"attended{i}", DOMAIN)
         mixed = node("MatMul", [node("Reshape", [out, flat], f"a{i}"), weight(f"o{i}.w")], f"p{i}")
         scale = constant(f"scale_{i}", np.array(0.5 + 0.1 * i, dtype=np.float32))
         gated = node("Mul", [node("Mul", [mixed, scale], f"ps{i}"), modulated], f"g{i}")
