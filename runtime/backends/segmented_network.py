@@ -120,18 +120,26 @@ class SegmentedNetwork:
             tensors: the network's inputs and outputs; an aliased output is the tensor of its input.
             write: False leaves out the ops that write in place (a pass whose write slot is -1 does not need them).
         """
-        values = {**self._fixed, **tensors}
+        values = self.values_for(tensors)
         for i, step in enumerate(self.graph.steps):
-            if step.kind == "segment":
-                segment = self.graph.segment(step.name)
-                names = zip((*segment.inputs, *segment.outputs), (*step.inputs, *step.outputs), strict=True)
-                context = self._contexts[step.name, i if self.contexts_per_step else 0]
-                context.run({binding: values[name] for binding, name in names})
-                continue
-            aliases = aliases_of(step)
-            values |= {output: values[source] for output, source in aliases.items()}
-            if write or not aliases:
-                self._launch(i, step, values)
+            self.run_step(i, step, values, write)
+
+    def run_step(self, index: int, step: Step, values: dict[str, Tensor], write: bool = True) -> None:
+        """Enqueue one step; `values` holds every tensor by name and gains this step's aliased outputs."""
+        if step.kind == "segment":
+            segment = self.graph.segment(step.name)
+            names = zip((*segment.inputs, *segment.outputs), (*step.inputs, *step.outputs), strict=True)
+            context = self._contexts[step.name, index if self.contexts_per_step else 0]
+            context.run({binding: values[name] for binding, name in names})
+            return
+        aliases = aliases_of(step)
+        values |= {output: values[source] for output, source in aliases.items()}
+        if write or not aliases:
+            self._launch(index, step, values)
+
+    def values_for(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every tensor by name before the first step, for callers that run step by step (the profiler)."""
+        return {**self._fixed, **tensors}
 
     def _launch(self, index: int, step: Step, values: Mapping[str, Tensor]) -> None:
         pointers = [values[name].data_ptr() for name in (*step.inputs, *step.outputs)]
