@@ -43,7 +43,12 @@ def noise_table(shift: float) -> Tensor:
 def sample_levels(shape: tuple[int, ...], shift: float, generator: torch.Generator) -> Tensor:
     """Noise levels (timestep, sigma, weight), uniform over the grid: fp32 [*shape, 3] on the generator's device."""
     index = torch.randint(0, GRID, shape, generator=generator, device=generator.device)
-    return noise_table(shift).to(generator.device)[index]
+    return _noise_table_on(shift, str(generator.device))[index]
+
+
+@cache
+def _noise_table_on(shift: float, device: str) -> Tensor:
+    return noise_table(shift).to(device)
 
 
 def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:

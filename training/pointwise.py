@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec
 
 import torch
@@ -21,7 +22,7 @@ _fused = False
 
 
 def fusable(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """A pure function that torch.compile turns into one kernel while `fuse` is on; otherwise it runs as written."""
+    """A pure function that torch.compile turns into one kernel inside `fused(True)`; elsewhere it runs as written."""
     compiled: list[Callable[P, Tensor]] = []
 
     @functools.wraps(function)
@@ -35,18 +36,27 @@ def fusable(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return call
 
 
-def fuse(enabled: bool, device: torch.device) -> bool:
-    """Switch fused kernels on or off. Returns whether they are on: a machine without a compiler goes on without."""
+@contextmanager
+def fused(enabled: bool) -> Iterator[None]:
+    """Inside, fusable functions run as fused kernels if `enabled`."""
     global _fused
-    _fused = enabled
-    if enabled:
-        try:
-            x = torch.ones(2, 8, 16, device=device, requires_grad=True)
+    before, _fused = _fused, enabled
+    try:
+        yield
+    finally:
+        _fused = before
+
+
+def fusing_works(device: torch.device) -> bool:
+    """Whether torch.compile works on `device`; a machine without a compiler trains without, and is told so."""
+    x = torch.ones(2, 8, 16, device=device, requires_grad=True)
+    try:
+        with fused(True):
             gated_add(x, x, torch.ones(2, 2, 16, device=device)).sum().backward()
-        except Exception as error:  # noqa: BLE001  (whatever the compiler stack raises, training can go on)
-            _fused = False
-            logger.warning("training without fused kernels, which is slower: %s", str(error).splitlines()[0])
-    return _fused
+    except Exception as error:  # noqa: BLE001  (whatever the compiler stack raises, training can go on)
+        logger.warning("training without fused kernels, which is slower: %s", repr(error)[:300])
+        return False
+    return True
 
 
 @fusable

@@ -16,7 +16,7 @@ from longtake.training.checkpoint import load_into
 from longtake.training.latent_cache import LatentCache, cache_from_dataset
 from longtake.training.networks import quantized_linears
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.pointwise import fuse, modulate
+from longtake.training.pointwise import fused, fusing_works, modulate
 from longtake.training.presets import Preset
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
@@ -172,10 +172,8 @@ def test_fused_kernels_compute_the_same() -> None:
     gpu = torch.device("cuda")
     x, gate = torch.randn(2, 32, 64, device=gpu, dtype=torch.bfloat16), torch.randn(2, 4, 64, device=gpu)
     arguments = (x, 1e-6, gate, gate)
-    fuse(False, gpu)
     wanted = modulate(*arguments)
-    try:
-        assert fuse(True, gpu)
+    assert fusing_works(gpu)
+    with fused(True):
         assert torch.allclose(modulate(*arguments).float(), wanted.float(), rtol=2e-2, atol=2e-2)
-    finally:
-        fuse(False, gpu)
+    assert torch.equal(modulate(*arguments), wanted)

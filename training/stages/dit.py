@@ -16,7 +16,7 @@ from longtake.training.data.base import dataset_from_name
 from longtake.training.dit import CausalDiT
 from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae, vae_checkpoint
 from longtake.training.networks import load_meta
-from longtake.training.pointwise import fuse
+from longtake.training.pointwise import fused, fusing_works
 from longtake.training.quantize import insert_quantizers, read_amax, recalibrate
 from longtake.training.stages.base import Metric, StageOptions
 from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
@@ -56,7 +56,7 @@ class DiTStage:
         """Encode the stories; insert quantizers when training under NVFP4."""
         self.device = device
         self.device_generator = torch.Generator(device)
-        fuse(self.options.fuse and device.type == "cuda", device)
+        self.fused = self.options.fuse and device.type == "cuda" and fusing_works(device)
         self.dit.to(device)
         self.text.to(device)
         self.vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
@@ -105,7 +105,7 @@ class DiTStage:
         return replace(clips, tokens=tokens)
 
     def velocity(self, clips: Clips, noise: Noise) -> Tensor:
-        with self.autocast():
+        with self.autocast(), fused(self.fused):
             embeddings = self.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
             return predict_velocity(self.dit, self.preset, embeddings, clips, noise)
 
