@@ -193,7 +193,8 @@ def _parse(parser: Any, job: PlanJob, logger: Messages) -> None:
     else:
         parsed = parser.parse(job.source.SerializeToString(deterministic=True))
     if not parsed:
-        errors = "; ".join(parser.get_error(i).desc() for i in range(min(3, parser.num_errors)))
+        found = (parser.get_error(i) for i in range(min(3, parser.num_errors)))
+        errors = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in found)
         raise LongtakeError(f"TensorRT's ONNX parser refuses {job.name}", got=errors or logger.last_errors())
 
 

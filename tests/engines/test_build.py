@@ -227,11 +227,17 @@ def test_fused_engines_build_with_plugins_inside(
     moved = {**job.spec, "aliases": job.spec["aliases"][1:]}
     with pytest.raises(IntegrityError, match="in-place outputs differ"):
         engine_from_onnx(replace(job, spec=moved), target, flavour, False)
-    model = onnx.load(tmp_path / "dit.onnx", load_external_data=False)
-    for node in model.graph.node:  # without this attribute the parser inlines the function body, silently
+    if precision == "bf16":
+        _check_silent_inlining(job, flavour)
+
+
+def _check_silent_inlining(job: PlanJob, flavour: Flavour) -> None:
+    """Without the plugin attributes the parser inlines the function bodies and says nothing."""
+    model = onnx.load(job.source, load_external_data=False)
+    for node in model.graph.node:
         kept = [a for a in node.attribute if a.name not in ("plugin_namespace", "plugin_version")]
         del node.attribute[:]
         node.attribute.extend(kept)
-    onnx.save(model, tmp_path / "dit.onnx")
+    onnx.save(model, job.source)
     with pytest.raises(IntegrityError, match="custom ops did not become plugins"):
-        engine_from_onnx(job, target, flavour, False)
+        engine_from_onnx(job, "8.9", flavour, False)
