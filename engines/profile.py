@@ -11,12 +11,13 @@ import statistics
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from longtake.engines.spec import NetworkSpec
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import read_json
 
@@ -88,6 +89,24 @@ def table(rows: list[dict[str, Any]], top: int = 20) -> list[str]:
     return lines
 
 
+def timing_feed(spec: NetworkSpec) -> dict[str, np.ndarray]:
+    """Inputs in fp32, int32 and int8 that cost what real ones do: the longest window read, its last slot written."""
+    largest = {name: sizes[2] for name, sizes in spec.profile}
+    rng = np.random.default_rng(0)
+    feed: dict[str, np.ndarray] = {}
+    for b in spec.inputs:
+        shape = [largest[size] if isinstance(size, str) else size for size in b.shape]
+        if b.name == "table":
+            feed[b.name] = np.array([*range(shape[0] - 1), -1], np.int32)
+        elif b.name == "write_slot":
+            feed[b.name] = np.full(shape, largest["W"] - 1, np.int32)
+        elif b.dtype in ("int32", "int8"):
+            feed[b.name] = np.ones(shape, np.int32 if b.dtype == "int32" else np.int8)
+        else:
+            feed[b.name] = rng.standard_normal(shape, np.float32)
+    return feed
+
+
 def reference_profile(view: Path, feed: Mapping[str, np.ndarray], runs: int, threads: int) -> list[dict[str, Any]]:
     """Per-node times of ONNX Runtime on the CPU over the view file `view`: a reference, no TensorRT figure.
 
@@ -103,8 +122,9 @@ def reference_profile(view: Path, feed: Mapping[str, np.ndarray], runs: int, thr
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(str(view), options, providers=["CPUExecutionProvider"])
+            read = {value.name for value in session.get_inputs()}
             for _ in range(runs + WARM_UP):
-                session.run(None, dict(feed))
+                session.run(None, {name: value for name, value in feed.items() if name in read})
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         except Exception as error:  # ONNX Runtime raises a dozen types of its own
             raise LongtakeError(f"ONNX Runtime cannot run {view}", got=str(error).splitlines()[0]) from None
@@ -112,12 +132,19 @@ def reference_profile(view: Path, feed: Mapping[str, np.ndarray], runs: int, thr
 
 
 def times_from_ort_events(events: Iterable[Mapping[str, Any]]) -> LayerTimes:
-    """Layer times from ONNX Runtime's trace events; a node is named `op: node name`."""
-    times = LayerTimes()
-    for event in events:
-        if event.get("cat") == "Node" and str(event.get("name", "")).endswith(KERNEL_SUFFIX):
-            name = event["name"].removesuffix(KERNEL_SUFFIX)
-            times.add(f"{event['args'].get('op_name', '?')}: {name}", event["dur"] / 1000)
+    """Layer times from ONNX Runtime's trace events; a node is named `op: node name`.
+
+    The time of an `If` holds that of the nodes inside its branch, which are therefore left out.
+    """
+    times, inside_until = LayerTimes(), -1.0
+    nodes = [e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith(KERNEL_SUFFIX)]
+    for event in sorted(nodes, key=lambda e: (e["ts"], -e["dur"])):
+        if event["ts"] < inside_until:
+            continue
+        op = event["args"].get("op_name", "?")
+        times.add(f"{op}: {event['name'].removesuffix(KERNEL_SUFFIX)}", event["dur"] / 1000)
+        if op == "If":
+            inside_until = event["ts"] + event["dur"]
     return times
 
 
@@ -140,27 +167,3 @@ def trtexec_profile(trtexec: Path, plan: Path, runs: int) -> list[dict[str, Any]
                 fix="profile through TensorRT from Python: --without-trtexec",
             )
         return profile_from_file(exported)
-
-
-def profiler_for(trt: Any, times: LayerTimes) -> Any:
-    """A TensorRT IProfiler that adds what an execution context reports to `times`."""
-
-    class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            times.add(layer_name, ms)
-
-    return Profiler()
-
-
-def engine_profile(trt: Any, context: Any, enqueue: Callable[[], None], runs: int) -> list[dict[str, Any]]:
-    """Per-layer times of one execution context through IProfiler; `enqueue` runs it once and waits."""
-    times = LayerTimes()
-    context.profiler = profiler = profiler_for(trt, times)
-    context.enqueue_emits_profile = True
-    for _ in range(runs + WARM_UP):
-        enqueue()
-    del profiler
-    return times.drop_first(WARM_UP).as_json()

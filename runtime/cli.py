@@ -18,6 +18,7 @@ COMMAND_MODULES = (
     "longtake.runtime.generate_cli",
     "longtake.engines.doctor_cli",
     "longtake.engines.inspect_cli",
+    "longtake.engines.profile_cli",
     "longtake.export.check_cli",
 )
 
