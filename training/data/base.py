@@ -1,0 +1,81 @@
+"""What every data set offers to a training stage, and how one is named on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longtake.runtime.errors import LongtakeError
+from longtake.training.presets import Preset
+
+CUT_PREFIX = "The scene transitions. "
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Videos with one prompt a chunk.
+
+    video: fp32 [B,3,T,H,W] in [-1,1], T = chunk_frames(preset, chunks).
+    prompts: prompts[b][chunk], with the cut prefix where a shot begins (not at the start of the video).
+    cuts: cuts[b][chunk], True where the chunk is the first of a shot other than the first.
+    """
+
+    video: Tensor
+    prompts: list[list[str]]
+    cuts: list[list[bool]]
+
+
+class Dataset(Protocol):
+    """A source of multi-shot videos. All randomness comes from the caller's CPU generator."""
+
+    def sample(self, generator: torch.Generator, chunks: int, batch: int, device: torch.device) -> Batch:
+        """Draw `batch` videos of `chunks` chunks."""
+        ...
+
+    def clips(self, generator: torch.Generator, frames: int, batch: int, device: torch.device) -> Tensor:
+        """Draw `batch` short clips, fp32 [B,3,frames,H,W] in [-1,1]."""
+        ...
+
+
+def chunk_frames(preset: Preset, chunks: int) -> int:
+    """Pixel frames of the first `chunks` chunks of a video: 29, 61, 93, … for the tiny preset."""
+    return 1 + preset.vae.stride[0] * (preset.chunk_latents * chunks - 1)
+
+
+def chunk_starts(preset: Preset, chunks: int) -> list[int]:
+    """First pixel frame of each chunk: 0, 29, 61, … for the tiny preset."""
+    return [0, *(chunk_frames(preset, i) for i in range(1, chunks))]
+
+
+def with_cut_prefix(caption: str, cut: bool) -> str:
+    """The prompt of a chunk: the caption, announced by the cut prefix where a new shot begins."""
+    return CUT_PREFIX + caption if cut else caption
+
+
+def dataset_from_name(name: str | Path, preset: Preset, split: str = "train") -> Dataset:
+    """The data set called "digits", or the one in a folder of clips.
+
+    Raises:
+        LongtakeError: neither a known name nor a folder, or a folder without a usable clip.
+    """
+    from longtake.training.data.digits import Digits
+
+    if split not in SPLITS:
+        raise LongtakeError("unknown split", got=split, expected=" or ".join(SPLITS))
+    if str(name) == "digits":
+        return Digits(preset, split)
+    if not Path(name).is_dir():
+        raise LongtakeError(
+            "no such data set",
+            got=name,
+            expected='"digits" or a folder with video/<sample>/<n>.mp4 and caption/<sample>/<n>.json',
+            fix="check --data",
+        )
+    from longtake.training.data.folder import Folder
+
+    return Folder(Path(name), preset, split)

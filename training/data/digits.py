@@ -1,0 +1,194 @@
+"""Handwritten digits as a multi-shot data set that needs no download: stories, captions, and the sampler.
+
+The subjects are the real 8x8 scans that scikit-learn ships. A subject that returns after a cut is the same scan, so
+identity across shots can be judged. Every fifth scan is held out for evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.training.data.base import CUT_PREFIX, Batch, chunk_frames, with_cut_prefix
+from longtake.training.presets import Preset
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS = ("red", "green", "blue", "yellow", "white", "purple", "orange", "cyan")
+MOTIONS = (
+    "drifts left",
+    "drifts right",
+    "rises",
+    "sinks",
+    "circles",
+    "sways",
+    "stands still",
+    "grows",
+    "shrinks",
+)
+BACKGROUNDS = ("dark blue", "dark green", "dark red", "black", "grey", "sunset", "sea", "forest")
+LIGHTS = ("soft light", "light from the left", "light from the right", "light from above")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One shot. `chunks` is its length; x, y (in -1..1), phase and speed (1 is usual) vary its motion."""
+
+    digit: int
+    scan: int
+    colour: str
+    motion: str
+    background: str
+    light: str
+    chunks: int
+    x: float = 0.0
+    y: float = 0.0
+    phase: float = 0.0
+    speed: float = 1.0
+
+
+@dataclass(frozen=True)
+class Story:
+    """Shots in order; a cut lies between each two."""
+
+    shots: tuple[Shot, ...]
+
+    @property
+    def chunks(self) -> int:
+        return sum(shot.chunks for shot in self.shots)
+
+
+@lru_cache
+def load_scans() -> tuple[np.ndarray, np.ndarray]:
+    """The scans, fp32 [N,8,8] in [0,1], and their classes, int [N]."""
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    return bundle.images.astype(np.float32) / 16.0, bundle.target
+
+
+@lru_cache
+def scans_of(digit: int, split: str) -> tuple[int, ...]:
+    """Indices of the scans of one class; every fifth scan is for "eval", the others for "train"."""
+    _, classes = load_scans()
+    return tuple(int(i) for i in np.flatnonzero(classes == digit) if (i % 5 == 0) == (split == "eval"))
+
+
+def caption(shot: Shot) -> str:
+    """The shot in the data set's grammar, such as "a green seven drifts left over a sea background, soft light"."""
+    article = "an" if shot.colour[0] in "aeiou" else "a"
+    subject = f"{article} {shot.colour} {DIGITS[shot.digit]}"
+    return f"{subject} {shot.motion} over a {shot.background} background, {shot.light}"
+
+
+def caption_words() -> list[str]:
+    """Every word a prompt can hold, lower case, without punctuation, sorted."""
+    parts = [*DIGITS, *COLOURS, *MOTIONS, *BACKGROUNDS, *LIGHTS, "a an over background", CUT_PREFIX.replace(".", "")]
+    return sorted({word.lower() for part in parts for word in part.split()})
+
+
+def chunk_prompts(story: Story) -> tuple[list[str], list[bool]]:
+    """Prompt and cut flag of each chunk; a cut is the first chunk of every shot but the first."""
+    prompts, cuts = [], []
+    for number, shot in enumerate(story.shots):
+        for chunk in range(shot.chunks):
+            cuts.append(number > 0 and chunk == 0)
+            prompts.append(with_cut_prefix(caption(shot), cuts[-1]))
+    return prompts, cuts
+
+
+def random_story(generator: torch.Generator, chunks: int, split: str = "train") -> Story:
+    """A story of `chunks` chunks: up to three shots of one or two subjects (of different classes)."""
+    draw = _Draw(generator)
+    lengths = _shot_lengths(draw, chunks)
+    first = draw.pick(range(10))
+    second = (first + 1 + draw.pick(range(9))) % 10
+    cast = [(digit, draw.pick(scans_of(digit, split)), draw.pick(COLOURS)) for digit in (first, second)]
+    shots: list[Shot] = []
+    for number, length in enumerate(lengths):
+        digit, scan, colour = cast[draw.pick((0, 0, 1)) if number else 0]
+        colour = draw.pick(COLOURS) if draw.unit() < 0.25 else colour
+        shots.append(_random_shot(draw, digit, scan, colour, length, shots[-1] if shots else None))
+    return Story(tuple(shots))
+
+
+class Digits:
+    """The data set of random stories, rendered on the device that asks for them."""
+
+    def __init__(self, preset: Preset, split: str = "train") -> None:
+        self.preset, self.split = preset, split
+
+    def sample(self, generator: torch.Generator, chunks: int, batch: int, device: torch.device) -> Batch:
+        """Draw `batch` stories of `chunks` chunks."""
+        stories = [random_story(generator, chunks, self.split) for _ in range(batch)]
+        prompts, cuts = zip(*(chunk_prompts(story) for story in stories))
+        return Batch(self.render(stories, device), list(prompts), list(cuts))
+
+    def clips(self, generator: torch.Generator, frames: int, batch: int, device: torch.device) -> Tensor:
+        """Draw `batch` clips of `frames` frames, each from anywhere in a story of its own; one in four has a cut."""
+        chunks = 3 + frames // (self.preset.chunk_latents * self.preset.vae.stride[0])
+        stories = [random_story(generator, chunks, self.split) for _ in range(batch)]
+        room = chunk_frames(self.preset, chunks) - frames
+        starts = torch.randint(room + 1, (batch,), generator=generator).tolist()
+        return self.render(stories, device, frames, starts)
+
+    def render(
+        self,
+        stories: Sequence[Story],
+        device: torch.device,
+        frames: int | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Render stories (whole, or `frames` frames from each one's start), fp32 [B,3,T,H,W] in [-1,1]."""
+        from longtake.training.data.render import render_stories
+
+        if frames is None:
+            frames = chunk_frames(self.preset, stories[0].chunks)
+        return render_stories(stories, self.preset, device, frames, starts or [0] * len(stories))
+
+
+class _Draw:
+    """Draws from a torch generator."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def unit(self) -> float:
+        return float(torch.rand((), generator=self.generator))
+
+    def pick(self, items: Sequence[T]) -> T:
+        return items[int(torch.randint(len(items), (), generator=self.generator))]
+
+
+def _shot_lengths(draw: _Draw, chunks: int) -> list[int]:
+    """Lengths of one to three shots that sum to `chunks`, two chunks a shot or more where there is room."""
+    count = min(draw.pick((1, 2, 2, 3, 3)), max(1, chunks // 2) if chunks > 2 else chunks)
+    lengths = [chunks // count] * count
+    for _ in range(chunks - sum(lengths)):
+        lengths[draw.pick(range(count))] += 1
+    return lengths
+
+
+def _random_shot(draw: _Draw, digit: int, scan: int, colour: str, chunks: int, previous: Shot | None) -> Shot:
+    """A shot of the given subject; after a cut the background is never the one before."""
+    others = [name for name in BACKGROUNDS if previous is None or name != previous.background]
+    return Shot(
+        digit,
+        scan,
+        colour,
+        motion=draw.pick(MOTIONS),
+        background=draw.pick(others),
+        light=draw.pick(LIGHTS),
+        chunks=chunks,
+        x=2 * draw.unit() - 1,
+        y=2 * draw.unit() - 1,
+        phase=draw.unit(),
+        speed=0.85 + 0.3 * draw.unit(),
+    )

@@ -1,0 +1,118 @@
+"""Stage "vae": the causal video VAE, trained on short clips rendered as they are needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtake.training.data.base import dataset_from_name
+from longtake.training.stages.base import Metric, StageOptions
+from longtake.training.vae import CausalVAE, Stream
+
+CLIP_FRAMES = (17, 29)
+HELD_OUT_SEED = 10_000_019
+HELD_OUT_CLIPS = 8
+STATISTICS_CLIPS = 32
+LATENT_NOISE = 0.1  # std of the noise the decoder must shrug off: keeps nearby latents close in pixels
+SCALE_WEIGHT = 1e-3  # on the mean square of the latents, so that they can't outgrow that noise
+MSE_WEIGHT = 1.0
+EDGE_WEIGHT = 0.5
+
+
+class VAEStage:
+    """See `stages.base.Stage`."""
+
+    name = "vae"
+
+    def __init__(self, options: StageOptions) -> None:
+        self.options, self.preset = options, options.preset
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            self.vae = CausalVAE(self.preset.vae)
+        if options.init is not None:
+            from longtake.training.checkpoint import load_into
+
+            load_into(self.vae, options.init / "vae.safetensors", kind="vae", preset=self.preset.name)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+
+    def prepare(self, device: torch.device) -> None:
+        """Data sets, and the VAE on `device` (channels last on a GPU)."""
+        self.device = device
+        self.vae.to(device)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # two clip lengths only
+            self.vae.to(memory_format=torch.channels_last_3d)
+        self.device_generator = torch.Generator(device)
+        self.train = dataset_from_name(self.options.data, self.preset, "train")
+        held_out = dataset_from_name(self.options.data, self.preset, "eval")
+        generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+        self.held_out = held_out.clips(generator, max(CLIP_FRAMES), HELD_OUT_CLIPS, device)
+
+    def autocast(self) -> torch.autocast:
+        enabled = self.options.amp and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
+        """L1 + MSE + edges of the reconstruction from noised latents, and a pull of the latents towards unit scale."""
+        frames = CLIP_FRAMES[int(torch.randint(len(CLIP_FRAMES), (), generator=generator))]
+        video = self.train.clips(generator, frames, self.options.batch, self.device)
+        self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        with self.autocast():
+            raw = self.vae.encode_raw(video, Stream()).float()
+            noise = torch.randn(raw.shape, generator=self.device_generator, device=self.device)
+            again = self.vae.decode_raw(raw + LATENT_NOISE * noise, Stream()).float()
+        l1, mse, edge = (again - video).abs().mean(), F.mse_loss(again, video), edge_loss(again, video)
+        total = l1 + MSE_WEIGHT * mse + EDGE_WEIGHT * edge + SCALE_WEIGHT * raw.square().mean()
+        return total, {"l1": l1.detach(), "mse": mse.detach(), "latent_std": raw.detach().std()}
+
+    @torch.no_grad()
+    def reconstruct(self) -> Tensor:
+        """The held-out clips through encoder and decoder, fp32 [B,3,T,H,W] in [-1,1]."""
+        with self.autocast():
+            return torch.cat([self.vae.decode(self.vae.encode(clip)) for clip in self.held_out.split(2)])
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean over frames of the held-out PSNR in dB, of pixels in [0, 1]."""
+        error = ((self.reconstruct() - self.held_out) / 2).square().mean((1, 3, 4)).clamp_min(1e-10)
+        return {"psnr_db": float((-10 * error.log10()).mean()), "worst_frame_psnr_db": float(-10 * error.max().log10())}
+
+    def samples(self) -> Tensor | None:
+        """A held-out clip above its reconstruction."""
+        video = torch.cat((self.held_out[:1], self.reconstruct()[:1]), 3)
+        return ((video * 0.5 + 0.5) * 255).round().to(torch.uint8).transpose(1, 2)
+
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """Measures the latents' mean and std with the present weights, which puts them into the checkpoint."""
+        self.measure_latents()
+        return {"vae": {"data": self.options.data, "batch": self.options.batch, "clip_frames": list(CLIP_FRAMES)}}
+
+    @torch.no_grad()
+    def measure_latents(self) -> None:
+        """Set the buffers that bring latents to zero mean and unit std per channel, over training clips."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        count = STATISTICS_CLIPS if self.device.type == "cuda" else 4
+        latents = []
+        for _ in range(count):
+            clip = self.train.clips(generator, max(CLIP_FRAMES), 4, self.device)
+            with self.autocast():
+                latents.append(self.vae.encode_raw(clip, Stream()).float())
+        table = torch.cat(latents).transpose(0, 1).flatten(1)
+        self.vae.latent_mean.copy_(table.mean(1))
+        self.vae.latent_std.copy_(table.std(1).clamp_min(1e-3))
+
+    def on_step(self, step: int) -> None:
+        """Nothing to refresh."""
+
+
+def edge_loss(a: Tensor, b: Tensor) -> Tensor:
+    """L1 of the differences between neighbouring pixels, so that outlines stay firm."""
+    error = a - b
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def stage_from_options(options: StageOptions) -> VAEStage:
+    """The stage `longtake train --stage vae` runs."""
+    return VAEStage(options)
