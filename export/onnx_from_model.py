@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.engines.spec import Binding, NetworkSpec
+from longtake.export.functions import translation_table
 from longtake.runtime.errors import LongtakeError
 
 OPSET = 23  # the first with FLOAT4E2M1; read by TensorRT-RTX 1.7 and ONNX Runtime 1.24
@@ -47,8 +48,6 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     Custom ops stay nodes of the `longtake` domain (their bodies are attached once lowering is done). Weights are named
     by state-dict key without the wrapper's prefix ("blocks.0.ffn.0.weight"). The result is deterministic.
     """
-    from longtake.export.functions import translation_table
-
     module = Bound(copy.deepcopy(network)).to(torch.bfloat16).eval()
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, _, high) in spec.profile}
     shapes = tuple({i: dims[d] for i, d in enumerate(b.shape) if isinstance(d, str)} for b in spec.inputs)

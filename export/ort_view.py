@@ -48,11 +48,11 @@ def _opset(model: onnx.ModelProto) -> int:
     return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
-def _replace(field: object, items: Iterable[object]) -> None:
+def _replace(field: Any, items: Iterable[Any]) -> None:
     """Set a repeated protobuf field."""
     kept = list(items)
-    del field[:]  # type: ignore[attr-defined]
-    field.extend(kept)  # type: ignore[attr-defined]
+    del field[:]
+    field.extend(kept)
 
 
 def _viewed(node: NodeProto, initializers: dict[str, TensorProto]) -> Iterator[NodeProto]:
@@ -95,7 +95,7 @@ def _guarded_write(node: NodeProto) -> Iterator[NodeProto]:
     keep = [helper.make_node("Identity", [node.input[i]], [f"{node.output[o]}.kept"]) for o, i in spec.aliases]
     branches = {
         f"{branch}_branch": helper.make_graph(
-            nodes, branch, [], [_typed(name, spec.outputs[i].dtype) for i, name in enumerate(nodes_outputs(nodes))]
+            nodes, branch, [], [_typed(name, spec.outputs[i].dtype) for i, name in enumerate(_outputs(nodes))]
         )
         for branch, nodes in (("then", [write]), ("else", keep))
     }
@@ -105,7 +105,7 @@ def _guarded_write(node: NodeProto) -> Iterator[NodeProto]:
     yield helper.make_node("If", [condition], list(node.output), **branches)
 
 
-def nodes_outputs(nodes: list[NodeProto]) -> list[str]:
+def _outputs(nodes: list[NodeProto]) -> list[str]:
     """All outputs of `nodes`, in order."""
     return [name for node in nodes for name in node.output]
 

@@ -5,6 +5,7 @@ export.json is removed before anything else is written and written last: a folde
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -172,8 +173,6 @@ def versions() -> dict[str, str]:
 
 def code_digest() -> str:
     """Digest of the sources an export depends on: a package exported by other code is not up to date."""
-    import hashlib
-
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for source in SOURCES:
         place = root / source
@@ -184,8 +183,6 @@ def code_digest() -> str:
 
 def inputs_digest(recipe: Recipe, checkpoints: Path) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files, code and versions."""
-    import hashlib
-
     digest = hashlib.sha256(repr((FORMAT, recipe.model, recipe.precision, recipe.cache, versions())).encode())
     digest.update(code_digest().encode())
     for file in sorted([*checkpoints.glob("*.safetensors"), *checkpoints.glob("*.json")]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,8 +66,10 @@ def _broken(path: Path, what: str, got: object, expected: object) -> IntegrityEr
     return IntegrityError(f"{path} {what}", got=got, expected=expected, fix="run `longtake export --force`")
 
 
-def _check_bindings(path: Path, kind: str, values: object, bindings: tuple[Binding, ...]) -> None:
-    got = [_binding(value) for value in values]  # type: ignore[attr-defined]
+def _check_bindings(
+    path: Path, kind: str, values: Iterable[onnx.ValueInfoProto], bindings: tuple[Binding, ...]
+) -> None:
+    got = [_binding(value) for value in values]
     wanted = [(b.name, ONNX_DTYPES[b.dtype], tuple(b.shape)) for b in bindings]
     for have, want in zip(got, wanted):
         if have != want:

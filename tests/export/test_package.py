@@ -110,6 +110,16 @@ def test_an_interrupt_leaves_no_package_and_no_partial_file(
         load_index(tmp_path)
 
 
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    small_graphs: PlainGraphs, package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    recipe = package("bf16")[1]
+    monkeypatch.setattr(package_module, "disk_needed", lambda models: 10**15)
+    with pytest.raises(LongtakeError, match=r"not enough disk space[\s\S]*expected: at least 1000000.00 GB"):
+        export_package(small_graphs, recipe, tmp_path / "out", "inputs", lambda words: None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_changed_file_is_noticed(package, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     folder = package("bf16")[2]
     for path in folder.iterdir():
