@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from longtake.engines.inspect import describe
+
+LONGEST = 24  # entries of a nested map or list that are shown
 
 
 def register(subparsers: Any) -> None:
@@ -32,16 +35,41 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(value: Any, indent: int = 0) -> Iterator[str]:
-    """Readable lines of nested maps and lists; what has no nesting stays on one line."""
+    """Readable lines of nested maps and lists; what has no nesting stays on one line, long ones are cut short."""
     pad = "  " * indent
-    entries = value.items() if isinstance(value, dict) else ((None, item) for item in value)
-    for key, item in entries:
+    entries = list(value.items()) if isinstance(value, dict) else [(None, item) for item in grouped(value)]
+    shown = entries if not indent or len(entries) <= LONGEST else entries[: LONGEST - 2]
+    for key, item in shown:
         label = f"{key}: " if key is not None else "- "
         if _flat(item):
             yield f"{pad}{label}{_inline(item)}"
         else:
             yield f"{pad}{label.rstrip()} ({len(item)})"
             yield from lines(item, indent + 1)
+    if len(shown) < len(entries):
+        yield f"{pad}... {len(entries) - len(shown)} more (--json shows all)"
+
+
+def grouped(items: list[Any]) -> list[Any]:
+    """Bindings that differ only in their number are one: values_0 ... values_5 is `values_N x 6`."""
+    items = [_binding(item) for item in items]
+    if not all(isinstance(item, dict) and set(item) == {"name", "type", "shape"} for item in items):
+        return items
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for item in items:
+        key = (re.sub(r"\d+", "N", item["name"]), item["type"], str(item["shape"]))
+        kinds.setdefault(key, []).append(item)
+    return [
+        same[0] if len(same) == 1 else {**same[0], "name": f"{name} x {len(same)}"}
+        for (name, *_), same in kinds.items()
+    ]
+
+
+def _binding(item: Any) -> Any:
+    """The engine spec's JSON gives a binding as [name, dtype, shape]."""
+    if isinstance(item, list) and len(item) == 3 and isinstance(item[0], str) and isinstance(item[2], list):
+        return dict(zip(("name", "type", "shape"), item))
+    return item
 
 
 def _flat(value: Any) -> bool:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from longtake.engines import inspect_cli
 from longtake.engines.inspect import describe
+from longtake.engines.manifest import PlanManifest, write_manifest
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.files import sha256, write_json
 
@@ -116,14 +117,16 @@ def test_pickles_are_refused_whatever_their_name(tmp_path: Path) -> None:
 def _plan(folder: Path, name: str, content: bytes) -> Path:
     path = folder / f"{name}.plan"
     path.write_bytes(content)
-    write_json(folder / f"{name}.plan.json", {"plan": path.name, "plan_sha256": sha256(path), "flavour": "x"})
+    manifest = PlanManifest(path.name, name, sha256(path), len(content), "", "tensorrt_rtx", "1.7.1", "12.0", {}, {},
+                            "tiny_nvfp4_sm120", "tiny")  # fmt: skip
+    write_manifest(path, manifest)
     return path
 
 
 def test_plan_is_described_by_its_manifest(tmp_path: Path) -> None:
     path = _plan(tmp_path, "dit", b"plan bytes")
     found = describe(path)
-    assert found["digest"] == "matches the manifest" and found["manifest"]["flavour"] == "x"
+    assert found["digest"] == "matches the manifest" and found["manifest"]["flavour"] == "tensorrt_rtx"
     assert describe(tmp_path / "dit.plan.json")["kind"] == "plan manifest"
     (tmp_path / "dit.plan.json").unlink()
     assert "not opened to look inside" in describe(path)["manifest"]
@@ -134,6 +137,36 @@ def test_swapped_plan(tmp_path: Path) -> None:
     second.replace(first)
     with pytest.raises(IntegrityError, match="dit.plan is not the plan that dit.plan.json describes"):
         describe(first)
+
+
+def test_swapped_onnx_is_caught_by_the_export_description(tmp_path: Path) -> None:
+    path = _fp4_linear(tmp_path)
+    entry = {"files": {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}}}
+    write_json(tmp_path / "export.json", {"onnx_name": "tiny_nvfp4", "networks": {"linear": entry}})
+    assert describe(path)["digest"] == "matches export.json"
+    assert describe(tmp_path)["kind"] == "export description"
+    model = onnx.load(str(path))
+    model.graph.name = "other"
+    onnx.save(model, str(path))
+    with pytest.raises(IntegrityError, match="is not the file that was exported under its name"):
+        describe(path)
+
+
+def test_saved_session(tmp_path: Path) -> None:
+    from longtake.runtime.snapshot import Identity, Snapshot, snapshot_to_file
+    from longtake.runtime.state import Position
+
+    identity = Identity("tiny", "tiny_w4a16", "nvfp4", 5, 16, 3.0, "", 5.0)
+    path = tmp_path / "session.safetensors"
+    snapshot_to_file(Snapshot(identity, Position(()), {"positive.0.0": torch.zeros(2, 3)}), path)
+    found = describe(path)
+    assert (found["kind"], found["identity"]["seed"], found["position"]["chunk"]) == ("saved session", 5, 0)
+    assert found["tensors"] == {"positive.0.0": [2, 3]}
+    flipped = bytearray(path.read_bytes())
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(IntegrityError, match="was altered after it was saved"):
+        describe(path)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +189,12 @@ def test_other_files_get_a_sentence(tmp_path: Path, name: str, content: bytes, m
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(LongtakeError, match="does not exist"):
         describe(tmp_path / "nothing.plan")
+
+
+def test_numbered_bindings_are_one_line() -> None:
+    items = [{"name": f"values_{i}", "type": "INT8", "shape": [4, 2]} for i in range(6)]
+    assert inspect_cli.grouped(items) == [{"name": "values_N x 6", "type": "INT8", "shape": [4, 2]}]
+    assert list(inspect_cli.lines({"a": list(range(99))}))[-1].strip() == "... 77 more (--json shows all)"
 
 
 def test_command_prints_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
