@@ -92,7 +92,7 @@ def _network_rows(
     rows = check_networks(
         models, recipe, source.onnx, threads=threads, layers=args.layers, backend=native, seed=args.seed
     )
-    return list(tqdm(rows, desc=f"{recipe.name}: networks", unit="tensor", leave=False))
+    return list(tqdm(rows, desc=f"{recipe.name}: networks", unit="tensor", leave=False, disable=None))
 
 
 def _chunk_rows(
@@ -106,7 +106,7 @@ def _chunk_rows(
     ours, theirs = (Generator(b, models_tokenizer(models)) for b in (backend, other))
     options = {} if args.steps is None else {"steps": args.steps}
     rows = check_chunks(ours, theirs, story, recipe.gate, args.chunks, args.seed, **options)
-    return list(tqdm(rows, desc=f"{recipe.name}: chunks", unit="chunk", leave=False)), other.name
+    return list(tqdm(rows, desc=f"{recipe.name}: chunks", unit="chunk", leave=False, disable=None)), other.name
 
 
 def _other_backend(source: Source, models: Models, backend: Backend) -> Backend:

@@ -10,17 +10,17 @@ import sys
 from longtake import __version__
 from longtake.runtime.errors import LongtakeError
 
-# Each module has `register(subparsers)`, which adds parsers and sets `run=function(args) -> int` as a default.
-COMMAND_MODULES = (
-    "longtake.training.cli",
-    "longtake.export.cli",
-    "longtake.engines.cli",
-    "longtake.runtime.generate_cli",
-    "longtake.engines.doctor_cli",
-    "longtake.engines.inspect_cli",
-    "longtake.engines.profile_cli",
-    "longtake.export.check_cli",
-)
+# Command -> module with `register(subparsers)`, which adds the parser and sets `run=function(args) -> int`.
+COMMANDS = {
+    "doctor": "longtake.engines.doctor_cli",
+    "train": "longtake.training.cli",
+    "export": "longtake.export.cli",
+    "engines": "longtake.engines.cli",
+    "generate": "longtake.runtime.generate_cli",
+    "check": "longtake.export.check_cli",
+    "profile": "longtake.engines.profile_cli",
+    "inspect": "longtake.engines.inspect_cli",
+}
 
 EPILOG = """the usual way:
   longtake doctor                               what runs on this machine, and what is missing
@@ -31,8 +31,8 @@ EPILOG = """the usual way:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The command line: of one command, or of all of them (which imports everything, and takes seconds)."""
     parser = argparse.ArgumentParser(
         prog="longtake",
         description="Train, export, compile and stream long multi-shot video generation in 4 bits.",
@@ -41,15 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"longtake {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMAND_MODULES:
+    for name in (COMMANDS[command],) if command in COMMANDS else COMMANDS.values():
         importlib.import_module(name).register(subparsers)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code; a LongtakeError or Ctrl-C never shows a traceback."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
     try:
+        args = build_parser(words[0] if words else None).parse_args(words)
         return int(args.run(args) or 0)
     except LongtakeError as error:
         print(f"longtake: error: {error}", file=sys.stderr)

@@ -88,3 +88,13 @@ def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes.shutil, "disk_usage", lambda _: argparse.Namespace(free=1e9))
     found = probes.disk_finding(doctor.Path.cwd())
     assert not found.ok and "1.0 GB free" in found.found and "make clean" in found.fix
+
+
+def test_the_command_line_reaches_it_and_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib.util
+
+    from longtake.runtime import cli
+
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]
+    assert all(importlib.util.find_spec(module) for module in cli.COMMANDS.values())
