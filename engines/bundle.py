@@ -73,7 +73,7 @@ def write_bundle(folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, pla
     """Describe the plans in `folder`, built from the export in `onnx`."""
     exported = read_json(onnx / "export.json") if (onnx / "export.json").is_file() else {}
     own = [*plans, *folder.glob("*.segments.json")]
-    sources = sorted(path for pattern in ("*.onnx", "*.onnx.data", "export.json") for path in onnx.glob(pattern))
+    sources = sorted(path for pattern in ("*.onnx", "*.onnx.data") for path in onnx.glob(pattern))
     write_json(
         folder / NAME,
         {

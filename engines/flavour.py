@@ -21,6 +21,7 @@ from typing import Any
 
 from longtake.plugins.capability import version_key
 from longtake.runtime.errors import UnavailableError
+from longtake.runtime.settings import settings_from_environment
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +193,10 @@ def load(choice: Choice) -> Flavour:
 
 @cache
 def flavour_for(compute_capability: str | None) -> Flavour:
-    """Choose and load the flavour for a GPU of `compute_capability` (None: build only)."""
-    chosen = load(choose(compute_capability, installed_flavours()))
+    """Choose and load the flavour for a GPU of `compute_capability` (None: build only); LONGTAKE_FLAVOUR narrows it."""
+    wanted = settings_from_environment().flavour
+    installed = [flavour for flavour in installed_flavours() if wanted in ("auto", flavour.name)]
+    chosen = load(choose(compute_capability, installed))
     log.info("TensorRT flavour: %s (%s)", chosen.label, chosen.reason)
     return chosen
 

@@ -6,6 +6,7 @@ Legend: C latent channels, F latent frames of a chunk, H, W latent size, T video
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,35 @@ class Network(Protocol):
     def prepare(self) -> None: ...
 
     def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None: ...
+
+
+class Lane:
+    """Engines that share scratch memory take turns: one caller at a time, on whatever stream it works.
+
+    Work stays on the caller's stream, except that the default stream is left for one of our own: TensorRT synchronizes
+    the device there. Ours waits for what the caller has enqueued and the caller's then waits for ours, so to the
+    caller it looks like one stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._lock = threading.RLock()
+        self._own = torch.cuda.Stream(device)
+        self._done = torch.cuda.Event()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        caller = torch.cuda.current_stream(self.device)
+        stream = caller if caller.cuda_stream else self._own
+        with self._lock:
+            if stream is self._own:
+                stream.wait_stream(caller)
+            stream.wait_event(self._done)  # the last turn may have been on another stream, with the same buffers
+            with torch.cuda.stream(stream):
+                yield
+            self._done.record(stream)
+            if stream is self._own:
+                caller.wait_stream(stream)
 
 
 class WholeNetwork:
@@ -84,7 +114,7 @@ class TrtBackend:
         self.reason, self.cuda_graphs = reason, cuda_graphs
         self.specs = {name: network_spec(self.preset, self.recipe.cache, name) for name in NETWORKS}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
-        self._stream = torch.cuda.Stream(self.device)
+        self.lanes = {name: Lane(self.device) for name in ("denoise", "decode")}
         self._peak = 0
         with torch.cuda.device(self.device):
             self._load(flavour)
@@ -119,25 +149,9 @@ class TrtBackend:
         outputs = [self.allocate(binding) for binding in spec.outputs]
         given = [self._as_binding(tensor, binding) for tensor, binding in zip(inputs, spec.inputs, strict=True)]
         named = zip((*spec.inputs, *spec.outputs), (*given, *outputs), strict=True)
-        with self.off_default_stream():
+        with self.lanes["denoise"].turn():
             self.networks[name].run({binding.name: tensor for binding, tensor in named})
         return outputs
-
-    @contextmanager
-    def off_default_stream(self) -> Iterator[None]:
-        """Work on the caller's stream, or on one of our own if that is the default one: TensorRT synchronizes there.
-
-        Our stream waits for what the caller has enqueued, and the caller's then waits for ours, so to the caller it
-        looks like one stream.
-        """
-        caller = torch.cuda.current_stream(self.device)
-        if caller.cuda_stream != 0:
-            yield
-            return
-        self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
-            yield
-        caller.wait_stream(self._stream)
 
     def _as_binding(self, tensor: Tensor, binding: Binding) -> Tensor:
         return tensor.to(self.device, TORCH_DTYPES[binding.dtype]).contiguous()
@@ -177,7 +191,7 @@ class TrtBackend:
         # Only a slot on the host can be looked at without waiting; on the device the kernel itself skips slot -1.
         write = write_slot.is_cuda or int(write_slot) >= 0
         key = (table.numel(), int(write), *(part.data_ptr() for part in cache[0]))
-        with self.off_default_stream():
+        with self.lanes["denoise"].turn():
             self._replay_or_run(key, self._fill(given) | self._cache_bindings(cache), write)
         return self._static["velocity"]
 
@@ -265,7 +279,7 @@ class TrtDecoder:
         before, after = self._caches[self._turn], self._caches[1 - self._turn]
         inputs = [self._latent, *(before if self._started else ())]
         named = zip((*spec.inputs, *spec.outputs), (*inputs, self._frames[name], *after), strict=True)
-        with self.backend.off_default_stream():
+        with self.backend.lanes["decode"].turn():
             self._latent.copy_(latent_BCHW[:, :, None])
             self.backend.networks[name].run({binding.name: tensor for binding, tensor in named})
         self._turn, self._started = 1 - self._turn, True
