@@ -17,6 +17,7 @@ def backend_profile(backend: TrtBackend, name: str, runs: int) -> list[dict[str,
     """Times of network `name` of an open backend, in trtexec's format."""
     tensors = network_tensors(backend, backend.specs[name])
     network = backend.networks[name]
+    torch.cuda.synchronize(backend.device)  # the inputs were written on another stream
     with torch.cuda.device(backend.device), torch.cuda.stream(torch.cuda.Stream(backend.device)):
         if isinstance(network, SegmentedNetwork):
             return steps_profile(network, tensors, runs)

@@ -18,7 +18,7 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor, nn
 
 from longtake.engines.spec import NetworkSpec
-from longtake.runtime.backends.base import Backend
+from longtake.runtime.backends.base import Backend, Cache
 from longtake.runtime.errors import LongtakeError
 
 NUMPY = {"fp32": np.float32, "bf16": np.float32, "int32": np.int32, "int8": np.int8}
@@ -121,6 +121,7 @@ class BackendRunner(_SpecRunner):
     def __init__(self, backend: Backend, spec: NetworkSpec) -> None:
         super().__init__(backend.name, spec)
         self.backend = backend
+        self.cache: Cache = backend.new_cache() if spec.name == "dit" else []
 
     def infer_arrays(self, feed_dict: Mapping[str, np.ndarray]) -> Arrays:
         feeds = {name: torch.as_tensor(value).to(self.backend.device) for name, value in feed_dict.items()}
@@ -138,15 +139,14 @@ class BackendRunner(_SpecRunner):
         return list(self.backend.context(feeds["embeddings"]))
 
     def _dit(self, feeds: dict[str, Tensor]) -> list[Tensor]:
-        cache = self.backend.new_cache()
-        layers = len(cache)
-        held = [t for layer in cache for t in layer]
+        layers = len(self.cache)
+        held = [t for layer in self.cache for t in layer]
         given = list(feeds.values())[-len(held) :]
         for tensor, value in zip(held, given):
             tensor.copy_(value)
         context = [t.to(self._context_dtype()) for t in list(feeds.values())[6 : 6 + layers]]
         latents, sinusoid, cos, sin, table, write_slot = list(feeds.values())[:6]
-        velocity = self.backend.dit(latents, sinusoid, cos, sin, context, cache, table, write_slot)
+        velocity = self.backend.dit(latents, sinusoid, cos, sin, context, self.cache, table, write_slot)
         return [velocity, *held]
 
     def _context_dtype(self) -> torch.dtype:

@@ -263,3 +263,17 @@ def test_a_second_start_finds_its_compiled_kernels(pair: Any) -> None:
     for path in (host.folder).glob("*.plan"):
         kept = host.caches.folder / f"{path.stem}.cache"
         assert kept.is_file() and kept.with_suffix(".json").is_file()
+
+
+@pytest.mark.gpu
+def test_every_step_is_profiled(pair: Any) -> None:
+    """A cut network by CUDA events, a whole one through TensorRT's profiler, both in trtexec's format."""
+    from longtake.engines.profile_gpu import backend_profile
+
+    segmented, _ = pair
+    steps = segmented.networks["dit"].graph.steps
+    for name in ("dit", "text_encoder"):
+        rows = backend_profile(segmented, name, 3)
+        assert rows[0] == {"count": 3}
+        assert sum(row["averageMs"] for row in rows[1:]) > 0
+    assert len(backend_profile(segmented, "dit", 1)) == 1 + len(steps)
