@@ -26,6 +26,7 @@ from longtake.plugins.capability import RTX_TARGETS, lookup
 from longtake.plugins.spec import DOMAIN, OPS
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import atomic_path, require_disk
+from longtake.runtime.settings import settings_from_environment
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress:
         if named is not None:
             config.num_compute_capabilities = 1
             config.set_compute_capability(named, 0)
+        timings = _timing_cache(config, flavour)
         progress = BuildProgress(trt, job.name, show_progress)
         config.progress_monitor = progress.monitor
         try:
@@ -178,6 +180,7 @@ def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress:
         finally:
             progress.finish()
         if plan is not None:
+            _keep_timings(config, timings)
             break
         log.info("%s: no plan for target %s: %s", job.name, named or "default", logger.last_errors())
     if plan is None:
@@ -222,6 +225,21 @@ def _targets(trt: Any, target: str, flavour: Flavour) -> list[Any]:
         return [None]
     named = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
     return [trt.ComputeCapability.CURRENT, None] if named is None else [named]
+
+
+def _timing_cache(config: Any, flavour: Flavour) -> Path | None:
+    """Give `tensorrt` the kernel timings of earlier builds; TensorRT-RTX times nothing when it builds."""
+    if flavour.name != "tensorrt":
+        return None
+    path = settings_from_environment().cache_dir / f"timing-{flavour.version}.cache"
+    config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), False)
+    return path
+
+
+def _keep_timings(config: Any, path: Path | None) -> None:
+    if path is not None:
+        with atomic_path(path) as partial:
+            partial.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
 def check_network(trt: Any, network: Any, job: PlanJob) -> None:

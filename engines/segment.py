@@ -168,7 +168,8 @@ class _Body:
         self.weights = [i for i in read if i not in self.runtime and view.is_weight(i)]
         self.small = [i for i in read if i not in self.runtime and i not in self.weights]
         self.promoted: list[str] = []
-        self.outputs = [o for n in own for o in n.output if o in self._read_outside(own)]
+        outside = self._read_outside(own)
+        self.outputs = [o for n in own for o in n.output if o in outside]
         self.plan = ""
 
     def _with_constant_nodes(self, own: list[NodeProto]) -> list[NodeProto]:
