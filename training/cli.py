@@ -81,9 +81,7 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
         "previous chunk, with the shot offset of the rotary positions",
     )
     group.add_argument("--recalibrate", type=int, default=100, metavar="N", help="nvfp4: refresh amax every N steps")
-    group.add_argument(
-        "--no-fuse", action="store_true", help="GPU: run pointwise arithmetic unfused (no torch.compile)"
-    )
+    group.add_argument("--no-graph", action="store_true", help="GPU: launch every kernel by itself (no CUDA graph)")
     group.add_argument("--text-dropout", type=float, default=0.1, help="share of samples trained without a prompt")
 
 
@@ -169,7 +167,7 @@ def stage_from(args: argparse.Namespace) -> Stage:
         context=args.context,
         recalibrate=args.recalibrate,
         text_dropout=args.text_dropout,
-        fuse=not args.no_fuse,
+        graph=not args.no_graph,
     )
     return importlib.import_module(f"longtake.training.stages.{args.stage}").stage_from_options(options)
 

@@ -38,6 +38,10 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def unmasked(self, chunks: int) -> int:
+        """Blocks before this number see everything before them in every story of `chunks` chunks."""
+        return self.preset.window_chunks if len(self.history) > 1 else chunks
+
     def clips(self, index: Tensor, chunks: int) -> Clips:
         """The first `chunks` chunks of stories `index`."""
         history = self.history[:, :chunks, :chunks]
@@ -45,7 +49,7 @@ class LatentCache:
             latents=self.latents[index, : chunks * self.preset.chunk_latents].float(),
             tokens=self.tokens[index, :chunks],
             history=history[index] if len(history) > 1 else history[0],
-            unmasked=self.preset.window_chunks if len(history) > 1 else chunks,
+            unmasked=self.unmasked(chunks),
             offsets=None if self.offsets is None else self.offsets[index, :chunks],
         )
 

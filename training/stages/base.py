@@ -22,7 +22,7 @@ class StageOptions:
     init: folder of checkpoints to start from. vae: folder whose frozen VAE encodes the clips (None: the shipped one).
     stories, chunks: how many stories the latent cache holds, and the range of their lengths in chunks.
     context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
-    fuse: on a GPU, compile the DiT's pointwise arithmetic into fused kernels.
+    graph: on a GPU, capture the DiT's forward and backward pass in a CUDA graph.
     """
 
     preset: Preset
@@ -38,7 +38,7 @@ class StageOptions:
     context: str = "full"
     recalibrate: int = 100
     text_dropout: float = 0.1
-    fuse: bool = True
+    graph: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from longtake.training.checkpoint import load_into
 from longtake.training.data.base import dataset_from_name
 from longtake.training.dit import CausalDiT
+from longtake.training.graphed import GraphedLoss, Losses
 from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae, vae_checkpoint
 from longtake.training.networks import load_meta
-from longtake.training.pointwise import fused, fusing_works
 from longtake.training.quantize import insert_quantizers, read_amax, recalibrate
 from longtake.training.stages.base import Metric, StageOptions
 from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
@@ -56,7 +56,7 @@ class DiTStage:
         """Encode the stories; insert quantizers when training under NVFP4."""
         self.device = device
         self.device_generator = torch.Generator(device)
-        self.fused = self.options.fuse and device.type == "cuda" and fusing_works(device)
+        self.graphed = GraphedLoss(self.modules, self.tensor_loss, self.options.graph and device.type == "cuda")
         self.dit.to(device)
         self.text.to(device)
         self.vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
@@ -80,7 +80,8 @@ class DiTStage:
         )
 
     def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp and self.device.type == "cuda")
+        enabled = self.options.amp and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)  # for capture
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
         """Weighted flow loss of one random batch."""
@@ -88,8 +89,14 @@ class DiTStage:
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         clips = self.drop_text(clips)
         noise = draw_noise(clips, self.preset.sampling.shift, self.device_generator)
-        weighted, plain = flow_loss(self.velocity(clips, noise), clips, noise)
+        weighted, plain = self.graphed(*tensors_of(clips, noise))
         return weighted, {"flow": plain.detach()}
+
+    def tensor_loss(self, latents: Tensor, tokens: Tensor, history: Tensor, offsets: Tensor, *noise: Tensor) -> Losses:
+        """Weighted and plain flow loss of what `tensors_of` gives."""
+        unmasked = self.train.unmasked(tokens.shape[1])
+        clips, drawn = Clips(latents, tokens, history, unmasked, offsets), Noise(*noise)
+        return flow_loss(self.velocity(clips, drawn), clips, drawn)
 
     def batch(self, generator: torch.Generator) -> Clips:
         """Random stories, all cut to the same random length."""
@@ -105,7 +112,7 @@ class DiTStage:
         return replace(clips, tokens=tokens)
 
     def velocity(self, clips: Clips, noise: Noise) -> Tensor:
-        with self.autocast(), fused(self.fused):
+        with self.autocast():
             embeddings = self.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
             return predict_velocity(self.dit, self.preset, embeddings, clips, noise)
 
@@ -181,6 +188,12 @@ class DiTStage:
             return read_amax(insert_quantizers(self.dit, calibrate))
         finally:
             self.dit = trained
+
+
+def tensors_of(clips: Clips, noise: Noise) -> tuple[Tensor, ...]:
+    """What varies from step to step: latents, tokens, history, offsets, eps, levels."""
+    offsets = torch.zeros_like(clips.tokens[..., 0]) if clips.offsets is None else clips.offsets
+    return clips.latents, clips.tokens, clips.history, offsets, noise.eps, noise.levels
 
 
 def stage_from_options(options: StageOptions) -> DiTStage:
