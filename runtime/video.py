@@ -77,7 +77,7 @@ class VideoWriter:
         with _as_error(self.path, "cannot write"), contextlib.ExitStack() as stack:
             partial = stack.enter_context(atomic_path(self.path))
             container = av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"})
-            stream = container.add_stream("h264", rate=self.fps, options=QUALITY)
+            stream = container.add_stream("libx264", rate=self.fps, options=QUALITY)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = BT709

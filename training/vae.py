@@ -154,24 +154,24 @@ class Up(nn.Module):
         self.space = nn.Conv3d(dim, dim, (1, 3, 3), padding=(0, 1, 1))
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = x if self.time is None else self._double_time(x, stream)
+        x = x if self.time is None else self._double_time(x, stream, self.time)
         b, c, t, h, w = x.shape
         x = x.view(b, c, t, h, 1, w, 1).expand(b, c, t, h, 2, w, 2).reshape(b, c, t, h * 2, w * 2)
         return self.space(x)
 
-    def _double_time(self, x: Tensor, stream: Stream) -> Tensor:
+    def _double_time(self, x: Tensor, stream: Stream, time: CausalConv3d) -> Tensor:
         if not stream.fresh:
-            return self._two_for_one(x, stream)
+            return self._two_for_one(x, stream, time)
         first, rest = x[:, :, :1], x[:, :, 1:]
         if rest.shape[2]:
-            return torch.cat([first, self._two_for_one(rest, stream)], 2)
+            return torch.cat([first, self._two_for_one(rest, stream, time)], 2)
         nothing = first * 0  # computed, because an engine's output must not be a constant
         stream.new.append(torch.cat([nothing, nothing], 2))
         return first
 
-    def _two_for_one(self, x: Tensor, stream: Stream) -> Tensor:
+    def _two_for_one(self, x: Tensor, stream: Stream, time: CausalConv3d) -> Tensor:
         b, c, t, h, w = x.shape
-        return self.time(x, stream).view(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
+        return time(x, stream).view(b, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c, 2 * t, h, w)
 
 
 class Level(nn.Module):

@@ -1,0 +1,130 @@
+"""Find the usable clips of a folder laid out as video/<sample>/<n>.mp4 and caption/<sample>/<n>.json."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.files import read_json
+from longtake.runtime.video import frames_from_video, probe_video
+from longtake.training.presets import Preset
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 'video/<sample>/<n>.mp4 beside caption/<sample>/<n>.json, which holds {"caption": "..."}'
+REASONS_SHOWN = 5
+MEMORY = 1 << 30  # bytes of decoded clips kept
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A shot: its file, its caption, and its length in frames at the preset's rate."""
+
+    path: Path
+    caption: str
+    frames: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """The usable clips of each sample, in shot order, and why others were skipped (path: reason)."""
+
+    samples: dict[str, list[Clip]]
+    skipped: dict[Path, str]
+
+
+def clips_from_folder(root: Path, preset: Preset) -> Index:
+    """Look at every clip of a folder.
+
+    Raises:
+        LongtakeError: no clip is usable; says why.
+    """
+    samples: dict[str, list[Clip]] = {}
+    skipped: dict[Path, str] = {}
+    paths = sorted(root.glob("video/*/*.mp4"), key=lambda path: (path.parent.name, *_shot_number(path)))
+    for path in tqdm(paths, unit="clip", desc=f"look at {root.name}", disable=None, leave=False):
+        try:
+            clip = _clip(path, root / "caption" / path.parent.name / f"{path.stem}.json", preset)
+        except LongtakeError as error:
+            skipped[path] = one_line(error)
+        else:
+            samples.setdefault(path.parent.name, []).append(clip)
+    if not samples:
+        raise _nothing(root, skipped)
+    return Index(samples, skipped)
+
+
+def one_line(error: LongtakeError) -> str:
+    """What happened and what was found, without the rest."""
+    return error.what if error.got is None else f"{error.what} ({error.got})"
+
+
+class ClipReader:
+    """Decodes clips at the preset's size and rate, and keeps the latest ones in memory."""
+
+    def __init__(self, preset: Preset) -> None:
+        self.preset, self._bytes = preset, 0
+        self._kept: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._broken: dict[Path, LongtakeError] = {}
+
+    def read(self, clip: Clip, start: int, frames: int) -> np.ndarray:
+        """Frames start..start+frames of a clip, uint8 [frames,H,W,3].
+
+        Raises:
+            LongtakeError: the clip is broken, or ends before that.
+        """
+        if clip.path in self._broken:
+            raise self._broken[clip.path]
+        whole = self._whole(clip)
+        if len(whole) < start + frames:
+            raise LongtakeError(f"{clip.path} ends early", got=f"{len(whole)} frames", expected=clip.frames)
+        return whole[start : start + frames]
+
+    def _whole(self, clip: Clip) -> np.ndarray:
+        if clip.path in self._kept:
+            self._kept.move_to_end(clip.path)
+            return self._kept[clip.path]
+        size = self.preset.height, self.preset.width
+        try:
+            frames, _ = frames_from_video(clip.path, size, self.preset.fps)
+        except LongtakeError as error:
+            log.warning("skipped a clip that turned out broken: %s", one_line(error))
+            self._broken[clip.path] = error
+            raise
+        self._kept[clip.path] = frames
+        self._bytes += frames.nbytes
+        while self._bytes > MEMORY and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return frames
+
+
+def _shot_number(path: Path) -> tuple[float, str]:
+    """Numbers in numeric order, then other names."""
+    return (int(path.stem), "") if path.stem.isdecimal() else (float("inf"), path.stem)
+
+
+def _clip(path: Path, caption_path: Path, preset: Preset) -> Clip:
+    content = read_json(caption_path)
+    caption = content.get("caption") if isinstance(content, dict) else None
+    if not isinstance(caption, str) or not caption.strip():
+        raise LongtakeError(f"{caption_path} has no caption")
+    frames, rate = probe_video(path)
+    return Clip(path, " ".join(caption.split()), int((frames - 1) * preset.fps / rate) + 1)
+
+
+def _nothing(root: Path, skipped: dict[Path, str]) -> LongtakeError:
+    if not skipped:
+        return LongtakeError(
+            f"no clips in {root}", got="no video/<sample>/<n>.mp4", expected=LAYOUT, fix="check --data"
+        )
+    shown = [f"    {reason}" for reason in list(skipped.values())[:REASONS_SHOWN]]
+    if len(skipped) > REASONS_SHOWN:
+        shown.append(f"    and {len(skipped) - REASONS_SHOWN} more")
+    got = "\n".join([f"{len(skipped)} clips, none of them usable:", *shown])
+    return LongtakeError(f"no usable clip in {root}", got=got, expected=LAYOUT, fix="repair these files")

@@ -1,0 +1,178 @@
+"""A folder of captioned clips as a data set: consecutive shots, cut into the segments that chunks are made of.
+
+The layout is LongLive's (its utils/dataset.py): video/<sample>/<n>.mp4 with caption/<sample>/<n>.json; the clips of
+one sample are the shots of one film, in numeric order. All frame numbers here count at the preset's rate.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.runtime.errors import LongtakeError
+from longtake.training.data.base import Batch, chunk_frames, chunk_starts, with_cut_prefix
+from longtake.training.data.clips import Clip, ClipReader, clips_from_folder, one_line
+from longtake.training.presets import Preset
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_EVERY = 5  # every fifth sample is for evaluation, where there are that many
+TRIES = 100
+CUT_SHARE = 0.25  # of the VAE's clips have a cut inside
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive frames of one clip. `cut`: a shot begins here, and not at the start of the video."""
+
+    clip: Clip
+    start: int
+    frames: int
+    cut: bool
+
+
+def plan(
+    clips: Sequence[Clip], first: int, start: int, sizes: Sequence[int], most: int, skip: int
+) -> list[Segment] | None:
+    """Segments of `sizes` frames from frame `start` of clip `first` on; None if the clips end before.
+
+    A clip is used until it cannot supply a full segment, or `most` (> 0) segments in a row: then `skip` frames are
+    left out and the same clip goes on as a new shot.
+    """
+    segments: list[Segment] = []
+    row = 0
+    for size in sizes:
+        if most and row == most:
+            start, row = start + skip, 0
+        while first < len(clips) and start + size > clips[first].frames:
+            first, start, row = first + 1, 0, 0
+        if first == len(clips):
+            return None
+        segments.append(Segment(clips[first], start, size, cut=bool(segments) and row == 0))
+        start, row = start + size, row + 1
+    return segments
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where a story can begin in a sample: at frames 0..counts[i]-1 of clip i."""
+
+    clips: Sequence[Clip]
+    counts: Sequence[int]
+
+
+class Folder:
+    """The clips of a folder. See `data.base.Dataset`.
+
+    max_chunks_per_shot: after this many chunks of one clip one second is skipped and a cut is announced; 0 is never.
+    skipped: why clips were left out, by path.
+    """
+
+    def __init__(self, root: Path, preset: Preset, split: str = "train", max_chunks_per_shot: int = 0) -> None:
+        self.root, self.preset, self.split, self.most = root, preset, split, max_chunks_per_shot
+        index = clips_from_folder(root, preset)
+        self.skipped = index.skipped
+        self.samples = self._of_split(list(index.samples.values()))
+        self._reader = ClipReader(preset)
+        self._starts: dict[tuple[int, ...], list[Starts]] = {}
+        self._report()
+
+    def sample(self, generator: torch.Generator, chunks: int, batch: int, device: torch.device) -> Batch:
+        """Draw `batch` videos of `chunks` chunks; for evaluation they begin where a clip begins.
+
+        Raises:
+            LongtakeError: no sample is long enough, or hardly any clip can be decoded.
+        """
+        ends = [*chunk_starts(self.preset, chunks)[1:], chunk_frames(self.preset, chunks)]
+        sizes = tuple(end - begin for begin, end in zip([0, *ends], ends))
+        drawn = [self._draw(generator, sizes) for _ in range(batch)]
+        prompts = [[with_cut_prefix(segment.clip.caption, segment.cut) for segment in story] for story, _ in drawn]
+        cuts = [[segment.cut for segment in story] for story, _ in drawn]
+        return Batch(_video([frames for _, frames in drawn], device), prompts, cuts)
+
+    def clips(self, generator: torch.Generator, frames: int, batch: int, device: torch.device) -> Tensor:
+        """Draw `batch` clips of `frames` frames, fp32 [B,3,frames,H,W] in [-1,1]; one in four has a cut."""
+        drawn = []
+        for _ in range(batch):
+            sizes = [frames]
+            if frames > 1 and torch.rand((), generator=generator) < CUT_SHARE:
+                begin = 1 + int(torch.randint(frames - 1, (), generator=generator))
+                sizes = [begin, frames - begin]
+            drawn.append(np.concatenate([self._draw(generator, (size,))[1] for size in sizes]))
+        return _video(drawn, device)
+
+    def _draw(self, generator: torch.Generator, sizes: tuple[int, ...]) -> tuple[list[Segment], np.ndarray]:
+        """A random story of segments of `sizes` frames, and its frames, uint8 [T,H,W,3]."""
+        error: LongtakeError | None = None
+        for _ in range(TRIES):
+            segments = self._random_plan(generator, sizes)
+            try:
+                return segments, np.concatenate([self._reader.read(s.clip, s.start, s.frames) for s in segments])
+            except LongtakeError as broken:  # drawn again, so that the draws do not depend on what was read before
+                error = broken
+        raise LongtakeError(f"hardly any clip in {self.root} can be decoded", got=error and one_line(error),
+                            expected="playable mp4 files", fix="make them again")  # fmt: skip
+
+    def _random_plan(self, generator: torch.Generator, sizes: tuple[int, ...]) -> list[Segment]:
+        """Segments from a random place of a random sample."""
+        if sizes not in self._starts:
+            self._starts[sizes] = self._find_starts(sizes)
+        places = self._starts[sizes]
+        place = places[int(torch.randint(len(places), (), generator=generator))]
+        start = int(torch.randint(sum(place.counts), (), generator=generator))
+        first = 0
+        while start >= place.counts[first]:
+            start, first = start - place.counts[first], first + 1
+        return self._plan(place.clips, first, start, sizes) or []
+
+    def _plan(self, clips: Sequence[Clip], first: int, start: int, sizes: Sequence[int]) -> list[Segment] | None:
+        return plan(clips, first, start, sizes, self.most, skip=self.preset.fps)
+
+    def _find_starts(self, sizes: tuple[int, ...]) -> list[Starts]:
+        """Where stories of these sizes can begin, for each sample that has room for one."""
+        places = [Starts(clips, [self._count(clips, i, sizes) for i in range(len(clips))]) for clips in self.samples]
+        places = [place for place in places if sum(place.counts)]
+        if not places:
+            longest = max(sum(clip.frames for clip in clips) for clips in self.samples)
+            raise LongtakeError(
+                f"no sample in {self.root} ({self.split}) is long enough",
+                got=f"the longest has {longest} frames at {self.preset.fps} fps, in clips of their own lengths",
+                expected=f"room for segments of {', '.join(map(str, sizes))} frames, none across two clips",
+                fix="use longer clips, or shorter stories (--chunks)",
+            )
+        return places
+
+    def _count(self, clips: Sequence[Clip], first: int, sizes: Sequence[int]) -> int:
+        """How many frames of clip `first` a story can begin at: if it fits at one, it does at all before it."""
+        room = max(0, clips[first].frames - sizes[0] + 1)
+        count = bisect.bisect_left(range(room), True, key=lambda start: self._plan(clips, first, start, sizes) is None)
+        return min(count, 1) if self.split == "eval" else count
+
+    def _of_split(self, samples: list[list[Clip]]) -> list[list[Clip]]:
+        if len(samples) < HELD_OUT_EVERY:
+            if self.split == "eval":
+                log.warning("%s has only %d samples: nothing is held out for evaluation", self.root, len(samples))
+            return samples
+        return [clips for i, clips in enumerate(samples) if (i % HELD_OUT_EVERY == 0) == (self.split == "eval")]
+
+    def _report(self) -> None:
+        """Log what is there, and once (for the training split) what is not."""
+        used = sum(map(len, self.samples))
+        log.info("%s: %d clips in %d samples for %s", self.root, used, len(self.samples), self.split)
+        if self.split == "train" and self.skipped:
+            for reason in self.skipped.values():
+                log.warning("skipped a clip: %s", reason)
+            log.warning("%s: %d clips skipped, %d used", self.root, len(self.skipped), used)
+
+
+def _video(stories: list[np.ndarray], device: torch.device) -> Tensor:
+    """uint8 [T,H,W,3] each to fp32 [B,3,T,H,W] in [-1,1]."""
+    frames_BTHWC = torch.from_numpy(np.stack(stories)).to(device)
+    return frames_BTHWC.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1).contiguous()
