@@ -110,7 +110,7 @@ def frames_from_video(
 ) -> tuple[np.ndarray, float]:
     """All frames, uint8 [T, H, W, 3], and their rate; resized to `size_hw` and resampled to `fps` where given.
 
-    Resampling takes the nearest frame: number k of the result is number round(k * rate / fps) of the file.
+    Resampling takes the nearest frame: number k of the result is number k * rate / fps of the file, rounded.
 
     Raises:
         LongtakeError: missing, not a video, without frames, or broken in the middle.
@@ -121,8 +121,10 @@ def frames_from_video(
         step = rate / fps if fps else 1.0
         frames: list[np.ndarray] = []
         for number, frame in enumerate(container.decode(stream)):
-            while round(len(frames) * step) <= number:
-                frames.append(_pixels(frame, size_hw) if round(len(frames) * step) == number else frames[-1])
+            pixels: np.ndarray | None = None
+            while int(len(frames) * step + 0.5) <= number:
+                pixels = _pixels(frame, size_hw) if pixels is None else pixels
+                frames.append(pixels)
     if not frames:
         raise _empty(source)
     return np.stack(frames), fps or rate
@@ -155,8 +157,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise LongtakeError(f"{path} is empty", got="0 bytes", expected="a video file", fix="write it again")
     with _as_error(path, "cannot read"), av.open(str(path)) as container:
         if not container.streams.video:
-            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-            raise LongtakeError(f"{path} has no picture", got=f"{kinds} only", expected="a video stream",
+            kinds = " and ".join(sorted({stream.type for stream in container.streams}))
+            got = f"{kinds} only" if kinds else "no streams"
+            raise LongtakeError(f"{path} has no picture", got=got, expected="a video stream",
                                 fix="choose another file")  # fmt: skip
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"

@@ -44,7 +44,7 @@ class VAEStage:
         self.vae.to(device)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # two clip lengths only
-            self.vae.to(memory_format=torch.channels_last_3d)
+            self.vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.device_generator = torch.Generator(device)
         self.train = dataset_from_name(self.options.data, self.preset, "train")
         held_out = dataset_from_name(self.options.data, self.preset, "eval")
