@@ -9,6 +9,7 @@ import sys
 
 from longtake import __version__
 from longtake.runtime.errors import LongtakeError
+from longtake.runtime.settings import configure_logging
 
 # Command -> module with `register(subparsers)`, which adds the parser and sets `run=function(args) -> int`.
 COMMANDS = {
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code; a LongtakeError or Ctrl-C never shows a traceback."""
     words = sys.argv[1:] if argv is None else argv
     try:
+        configure_logging()
         args = build_parser(words[0] if words else None).parse_args(words)
         return int(args.run(args) or 0)
     except LongtakeError as error:

@@ -88,8 +88,10 @@ def register(subparsers: Any) -> None:
         "--out", type=Path, metavar="FILE.mp4", help="default: runs/NAME.mp4; a contact sheet lies beside it"
     )
     out.add_argument("--report", type=Path, metavar="FILE.json", help="default: beside the video")
-    out.add_argument("--save-session", type=Path, metavar="FILE", help="save the session at the end, to go on later")
-    out.add_argument("--load-session", type=Path, metavar="FILE", help="go on with a saved session")
+    out.add_argument(
+        "--save-session", type=Path, metavar="FILE.safetensors", help="save the session at the end, to go on later"
+    )
+    out.add_argument("--load-session", type=Path, metavar="FILE.safetensors", help="go on with a saved session")
     parser.set_defaults(run=run)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from longtake.runtime.session import Session, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import backend_from_source, source_from_name
 from longtake.runtime.story import Segment, Story, check_fits, checked_prompt, story_from_file
-
-log = logging.getLogger(__name__)
 
 Script = Story | Path | str | list[str] | tuple[Segment, ...]
 
@@ -46,7 +43,6 @@ class Generator:
         """
         source = source_from_name(engines)
         opened = backend_from_source(source, backend, device)
-        log.info("backend %s: %s", opened.name, opened.reason)
         return cls(opened, partial(_tokenize, vocabulary=source.vocabulary))
 
     def session(

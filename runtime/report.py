@@ -17,6 +17,7 @@ import torch
 from longtake import __version__
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.files import write_json
+from longtake.runtime.settings import cores
 from longtake.training.presets import Preset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -131,7 +132,7 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {cores()} cores"
 
 
 def table(report: Report) -> str:

@@ -45,7 +45,8 @@ def _choice(environ: Mapping[str, str], name: str, allowed: tuple[str, ...], def
     return value
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processor cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -53,7 +54,7 @@ def _cores() -> int:
 def _threads(environ: Mapping[str, str]) -> int:
     given = environ.get("LONGTAKE_THREADS", "")
     if not given:
-        return _cores()
+        return cores()
     if not given.isdigit() or int(given) < 1:
         raise _bad("LONGTAKE_THREADS", given, "a whole number from 1 up")
     return int(given)
