@@ -1,0 +1,59 @@
+"""Environment variables: at most five, in one table, with errors that name them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from longtake.runtime import settings
+from longtake.runtime.cli import main
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.settings import settings_from_environment
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_defaults() -> None:
+    found = settings_from_environment({})
+    assert found.log_level == "warning" and found.flavour == "auto" and found.trtexec is None
+    assert found.threads >= 1 and found.cache_dir == Path.home() / ".cache" / "longtake"
+
+
+def test_values() -> None:
+    given = {"LONGTAKE_CACHE_DIR": "/c", "LONGTAKE_LOG": "DEBUG", "LONGTAKE_THREADS": "3", "LONGTAKE_TRTEXEC": "/t"}
+    found = settings_from_environment(given)
+    assert (found.cache_dir, found.log_level, found.threads, found.trtexec) == (Path("/c"), "debug", 3, Path("/t"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("LONGTAKE_LOG", "loud", "debug | info"),
+        ("LONGTAKE_THREADS", "0", "a whole number"),
+        ("LONGTAKE_THREADS", "many", "a whole number"),
+        ("LONGTAKE_FLAVOUR", "vanilla", "auto | tensorrt | tensorrt_rtx"),
+    ],
+)
+def test_bad_values(name: str, value: str, expected: str) -> None:
+    with pytest.raises(LongtakeError) as caught:
+        settings_from_environment({name: value})
+    assert f"bad environment variable {name}" in str(caught.value) and expected in str(caught.value)
+    assert f"unset {name}" in str(caught.value)
+
+
+def test_a_bad_variable_stops_any_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LONGTAKE_LOG", "loud")
+    assert main(["generate", "story.yaml"]) == 2
+    assert "bad environment variable LONGTAKE_LOG" in capsys.readouterr().err
+
+
+def test_the_table_is_complete_and_nobody_else_reads_the_environment() -> None:
+    table = set(re.findall(r"^\| (LONGTAKE_\w+)", settings.__doc__ or "", re.MULTILINE))
+    source = Path(settings.__file__).read_text()
+    assert len(table) <= 5 and set(re.findall(r'"(LONGTAKE_\w+)"', source)) == table
+    for folder in ("training", "export", "plugins", "engines", "runtime"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            if path.name != "settings.py":
+                assert not re.search(r"os\.environ\b|getenv", path.read_text()), f"{path} reads the environment"
