@@ -108,7 +108,7 @@ class ToyBackend:
         if slot >= 0:
             for layer, (tensor,) in enumerate(cache):
                 tensor[slot] = fresh + layer
-        self._velocity.copy_(latents_BCFHW * 0.3 + total.sum().tanh())  # one buffer, overwritten by the next call
+        self._velocity.copy_(latents_BCFHW * 0.3 + total.sum().sin())  # one buffer, overwritten by the next call
         return self._velocity
 
     def new_decoder(self) -> ToyDecoder:
