@@ -61,7 +61,7 @@ def test_quality_and_format_that_every_player_takes(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        assert float(stream.duration * stream.time_base) == pytest.approx(1.0)
+        assert stream.duration and stream.time_base and float(stream.duration * stream.time_base) == pytest.approx(1.0)
     content = (tmp_path / "a.mp4").read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")  # starts to play before it is loaded
 

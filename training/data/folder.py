@@ -158,7 +158,8 @@ class Folder:
     def _of_split(self, samples: list[list[Clip]]) -> list[list[Clip]]:
         if len(samples) < HELD_OUT_EVERY:
             if self.split == "eval":
-                log.warning("%s has only %d samples: nothing is held out for evaluation", self.root, len(samples))
+                log.warning("%s: nothing is held out for evaluation (samples: %d, needed: %d)",
+                            self.root, len(samples), HELD_OUT_EVERY)  # fmt: skip
             return samples
         return [clips for i, clips in enumerate(samples) if (i % HELD_OUT_EVERY == 0) == (self.split == "eval")]
 
