@@ -72,7 +72,13 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--vae", type=Path, help="folder of the frozen VAE (default: the shipped checkpoint)")
     group.add_argument("--stories", type=int, default=6000, help="stories encoded into the latent cache (default 6000)")
-    group.add_argument("--chunks", default="4..6", metavar="N..M", help="length of a story in chunks (default 4..6)")
+    group.add_argument(
+        "--chunks",
+        default="4..6",
+        metavar="N..M",
+        help="length of a story in chunks, drawn for every step: N, N..M or a list such as 1,1,5 (default 4..6); "
+        "short ones come in larger batches, so that every step has about as many chunks",
+    )
     group.add_argument(
         "--context",
         default="full",
@@ -87,7 +93,7 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
 
 def add_optimizer(group: argparse._ArgumentGroup) -> None:
     default = OptimizerConfig()
-    group.add_argument("--batch", type=int, default=8, help="clips (vae) or stories (dit) a step (default 8)")
+    group.add_argument("--batch", type=int, default=8, help="clips (vae) or longest stories (dit) a step (default 8)")
     group.add_argument("--lr", type=float, default=default.lr)
     group.add_argument("--betas", type=float, nargs=2, default=default.betas, metavar=("B1", "B2"))
     group.add_argument("--warmup", type=int, default=default.warmup, help="steps of linear warm-up, then cosine decay")
@@ -163,7 +169,7 @@ def stage_from(args: argparse.Namespace) -> Stage:
         vae=args.vae,
         seed=args.seed,
         stories=args.stories,
-        chunks=chunk_range(args.chunks),
+        chunks=chunk_choices(args.chunks),
         context=args.context,
         recalibrate=args.recalibrate,
         text_dropout=args.text_dropout,
@@ -172,16 +178,18 @@ def stage_from(args: argparse.Namespace) -> Stage:
     return importlib.import_module(f"longtake.training.stages.{args.stage}").stage_from_options(options)
 
 
-def chunk_range(text: str) -> tuple[int, int]:
-    """ "4..6" or "5" to (first, last)."""
-    first, _, last = text.partition("..")
+def chunk_choices(text: str) -> tuple[int, ...]:
+    """ "5", "4..6" or "1,1,5" to the lengths that are drawn from, all equally often."""
     try:
-        low, high = int(first), int(last or first)
+        first, _, last = text.partition("..")
+        choices = tuple(range(int(first), int(last) + 1)) if last else tuple(int(part) for part in text.split(","))
     except ValueError:
-        low, high = 0, 0
-    if not 1 <= low <= high:
-        raise LongtakeError("bad --chunks", got=repr(text), expected="N or N..M with 1 <= N <= M", fix="--chunks 4..6")
-    return low, high
+        choices = ()
+    if not choices or min(choices) < 1:
+        raise LongtakeError(
+            "bad --chunks", got=repr(text), expected="N, N..M with 1 <= N <= M, or N,N,...", fix="--chunks 4..6"
+        )
+    return choices
 
 
 def device_named(name: str) -> torch.device:

@@ -1,9 +1,11 @@
 """Teacher forcing: every chunk of a clip denoised in one pass, given the clean chunks before it.
 
-The network sees [clean ; noisy] as one sequence with the same positions in both halves; a history says which clean
-chunks a chunk may look at. Only the noisy half goes through the head.
+The network sees [clean ; noisy] as one sequence with the same positions in both parts; a history says which clean
+chunks a chunk may look at. Only the noisy part goes through the head. No chunk looks at the last clean one, so that
+one is left out: the result is the same.
 
-Legend: B batch, N chunks (blocks), F = N * chunk latents frames, T tokens of a half, H heads, D head_dim, E text length.
+Legend: B batch, N chunks (blocks), F = N * chunk latents frames, T tokens of a block, H heads, D head_dim,
+E text length.
 """
 
 from __future__ import annotations
@@ -57,34 +59,41 @@ def draw_noise(clips: Clips, shift: float, generator: torch.Generator) -> Noise:
 
 
 def block_attention(clips: Clips, block_tokens: int) -> Attend:
-    """The self-attention of teacher forcing, q, k, v [B, 2T, H, D] of [clean; noisy], equal to `window.block_mask`.
+    """The self-attention of teacher forcing, equal to `window.block_mask` without the last clean block.
 
-    Block i of either half looks at the clean blocks of history[i] before it and at itself, so both halves are one
-    attention call with the same mask and different last keys; blocks after i are never touched.
+    q, k, v [B, (2N-1) T, H, D]: clean blocks 0..N-2, then noisy blocks 0..N-1. Block i of either part looks at the
+    clean blocks of history[i] before it and at itself, so both are one call with the same mask and different last keys.
     """
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(1, (2, clips.chunks, block_tokens)) for x in (q, k, v))
-        out = [attend_block(q, k, v, block, clips) for block in range(clips.chunks)]
-        return torch.stack(out, 2).flatten(1, 3)
+        q, k, v = (x.unflatten(1, (-1, block_tokens)) for x in (q, k, v))
+        last = clips.chunks - 1
+        out = [attend_block(q, k, v, block, [block, last + block], clips) for block in range(last)]
+        clean, noisy = [x[:, 0] for x in out], [x[:, 1] for x in out]
+        noisy.append(attend_block(q, k, v, last, [2 * last], clips)[:, 0])
+        return torch.stack([*clean, *noisy], 1).flatten(1, 2)
 
     return attend
 
 
-def attend_block(q: Tensor, k: Tensor, v: Tensor, block: int, clips: Clips) -> Tensor:
-    """Block `block` of both halves, [B, 2, tokens, H, D], of q, k, v [B, 2, N, tokens, H, D]."""
+def attend_block(q: Tensor, k: Tensor, v: Tensor, block: int, places: list[int], clips: Clips) -> Tensor:
+    """Block `block`, which stands at `places` of q, k, v [B, 2N-1, T, H, D]: its output, [B, places, T, H, D]."""
+    copies = len(places)
+
+    def pick(x: Tensor) -> Tensor:
+        return torch.stack([x[:, place] for place in places], 1)
 
     def seen(x: Tensor) -> Tensor:
-        past = x[:, :1, :block].flatten(2, 3).expand(-1, 2, -1, -1, -1)
-        return torch.cat((past, x[:, :, block]), 2).flatten(0, 1).transpose(1, 2)
+        past = x[:, None, :block].flatten(2, 3).expand(-1, copies, -1, -1, -1)
+        return torch.cat((past, pick(x)), 2).flatten(0, 1).transpose(1, 2)
 
     mask = None
     if block >= clips.unmasked:
         mask = clips.history[..., block, : block + 1].reshape(-1, 1, block + 1)
-        mask = mask.expand(len(q), 2, -1).flatten(0, 1).repeat_interleave(q.shape[3], -1)[:, None, None]
-    queries = q[:, :, block].flatten(0, 1).transpose(1, 2)
+        mask = mask.expand(len(q), copies, -1).flatten(0, 1).repeat_interleave(q.shape[2], -1)[:, None, None]
+    queries = pick(q).flatten(0, 1).transpose(1, 2)
     out = functional.scaled_dot_product_attention(queries, seen(k), seen(v), attn_mask=mask)
-    return out.transpose(1, 2).unflatten(0, (-1, 2))
+    return out.transpose(1, 2).unflatten(0, (-1, copies))
 
 
 def positions(clips: Clips, chunk_latents: int) -> Tensor:
@@ -96,23 +105,24 @@ def positions(clips: Clips, chunk_latents: int) -> Tensor:
 
 
 def predict_velocity(dit: CausalDiT, preset: Preset, embeddings: Tensor, clips: Clips, noise: Noise) -> Tensor:
-    """Velocity of the noisy half, fp32 [B, F, C, H, W].
+    """Velocity of the noisy part, fp32 [B, F, C, H, W].
 
     Args:
         embeddings: of each chunk's prompt, [B, N, E, text_dim].
     """
-    chunk, n = preset.chunk_latents, clips.chunks
+    chunk, clean = preset.chunk_latents, (clips.chunks - 1) * preset.chunk_latents
     per_frame = noise.levels.repeat_interleave(chunk, 1)
     noisy = add_noise(clips.latents, noise.eps, per_frame[..., 1, None, None, None])
-    timesteps = torch.cat((torch.zeros_like(per_frame[..., 0]), per_frame[..., 0]), 1)
-    cos, sin = rope_tables(preset.dit, positions(clips, chunk), preset.grid_hw)
+    timesteps = torch.cat((torch.zeros_like(per_frame[:, :clean, 0]), per_frame[..., 0]), 1)
+    rope = rope_tables(preset.dit, positions(clips, chunk), preset.grid_hw)
+    cos, sin = (torch.cat((table[..., : clean * preset.frame_tokens, :], table), -2) for table in rope)
     velocity = dit(
-        torch.cat((clips.latents, noisy), 1).transpose(1, 2),
+        torch.cat((clips.latents[:, :clean], noisy), 1).transpose(1, 2),
         timestep_sinusoid(timesteps, preset.dit.freq_dim),
-        (torch.cat((cos, cos), -2), torch.cat((sin, sin), -2)),
-        [torch.cat((c, c), 1) for c in dit.context(embeddings)],
+        (cos, sin),
+        [torch.cat((c[:, :-1], c), 1) for c in dit.context(embeddings)],
         block_attention(clips, preset.chunk_tokens),
-        skip_frames=n * chunk,
+        skip_frames=clean,
     )
     return velocity.transpose(1, 2)
 

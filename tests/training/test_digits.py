@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_a_subject_that_returns_after_a_cut_is_the_same_scan() -> None:
     for story in stories(200):
         scans: dict[int, int] = {}
         for earlier, later in zip(story.shots, story.shots[1:]):
-            assert earlier.background != later.background  # a cut shows
+            assert later.joined or earlier.background != later.background  # a cut shows
         for one in story.shots:
             returns += one.digit in scans
             assert scans.setdefault(one.digit, one.scan) == one.scan
@@ -164,3 +165,24 @@ def test_colours_grounds_and_lights_are_what_they_are_called() -> None:
     assert left[:, :20].mean() > left[:, -20:].mean() + 0.3 and right[:, :20].mean() < right[:, -20:].mean() - 0.3
     assert above[:20].mean() > above[-20:].mean() + 0.3
     assert len({tuple(render(shot(background=name))[:, 0, 5, 5].tolist()) for name in BACKGROUNDS}) == len(BACKGROUNDS)
+
+
+def test_a_joined_part_goes_on_without_a_cut_under_its_own_prompt() -> None:
+    first, second = shot("drifts right"), shot("drifts right", colour="red")
+    joined = Story((first, replace(second, joined=True)))
+    prompts, cuts = chunk_prompts(joined)
+    assert cuts == [False, False] and "white zero" in prompts[0] and prompts[1].startswith("a red zero")
+    whole = render(shot("drifts right", chunks=2))
+    parts = Digits(TINY).render([joined], CPU)[0]
+    start = chunk_frames(TINY, 1)
+    assert torch.equal(parts[:, :start], whole[:, :start])
+    assert torch.allclose(parts[0, start:], whole[0, start:], atol=0.12)  # red is nearly as much ink in both
+    assert (parts[1, start:] - whole[1, start:]).abs().max() > 1
+
+
+def test_one_shot_in_three_changes_half_way() -> None:
+    parts = [part for story in stories(200) for part in story.shots]
+    joined = [(a, b) for story in stories(200) for a, b in zip(story.shots, story.shots[1:]) if b.joined]
+    assert 0.1 < len(joined) / len(parts) < 0.35
+    assert all((a.colour != b.colour) + (a.light != b.light) == 1 for a, b in joined)
+    assert all((a.scan, a.motion, a.background) == (b.scan, b.motion, b.background) for a, b in joined)

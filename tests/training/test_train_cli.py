@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from longtake.runtime.cli import main
-from longtake.training.cli import chunk_range
+from longtake.training.cli import chunk_choices
 
 
 def train(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
@@ -51,5 +51,6 @@ def test_bad_input_is_one_clear_message(
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
-def test_chunk_range() -> None:
-    assert chunk_range("4..6") == (4, 6) and chunk_range("5") == (5, 5)
+def test_chunk_choices() -> None:
+    assert chunk_choices("4..6") == (4, 5, 6) and chunk_choices("5") == (5,)
+    assert chunk_choices("1,1,5") == (1, 1, 5)

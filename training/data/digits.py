@@ -7,7 +7,7 @@ identity across shots can be judged. Every fifth scan is held out for evaluation
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -39,7 +39,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shot:
-    """One shot. `chunks` is its length; x, y (in -1..1), phase and speed (1 is usual) vary its motion."""
+    """One shot, or a part of one. `chunks` is its length; x, y (in -1..1), phase and speed (1 is usual) vary its motion.
+
+    joined: it goes on where the part before it stopped, without a cut, under a new prompt.
+    """
 
     digit: int
     scan: int
@@ -52,11 +55,12 @@ class Shot:
     y: float = 0.0
     phase: float = 0.0
     speed: float = 1.0
+    joined: bool = False
 
 
 @dataclass(frozen=True)
 class Story:
-    """Shots in order; a cut lies between each two."""
+    """Shots in order; a cut lies before each that isn't joined to the one before."""
 
     shots: tuple[Shot, ...]
 
@@ -95,17 +99,20 @@ def caption_words() -> list[str]:
 
 
 def chunk_prompts(story: Story) -> tuple[list[str], list[bool]]:
-    """Prompt and cut flag of each chunk; a cut is the first chunk of every shot but the first."""
+    """Prompt and cut flag of each chunk; a cut is the first chunk of every shot but the first and the joined."""
     prompts, cuts = [], []
     for number, shot in enumerate(story.shots):
         for chunk in range(shot.chunks):
-            cuts.append(number > 0 and chunk == 0)
+            cuts.append(number > 0 and chunk == 0 and not shot.joined)
             prompts.append(with_cut_prefix(caption(shot), cuts[-1]))
     return prompts, cuts
 
 
-def random_story(generator: torch.Generator, chunks: int, split: str = "train") -> Story:
-    """A story of `chunks` chunks: up to three shots of one or two subjects (of different classes)."""
+def random_story(generator: torch.Generator, chunks: int, split: str = "train", changes: bool = True) -> Story:
+    """A story of `chunks` chunks: up to three shots of one or two subjects (of different classes).
+
+    With `changes`, in one of three shots with room for it the subject changes colour, or the light changes, half-way.
+    """
     draw = _Draw(generator)
     lengths = _shot_lengths(draw, chunks)
     first = draw.pick(range(10))
@@ -115,8 +122,18 @@ def random_story(generator: torch.Generator, chunks: int, split: str = "train") 
     for number, length in enumerate(lengths):
         digit, scan, colour = cast[draw.pick((0, 0, 1)) if number else 0]
         colour = draw.pick(COLOURS) if draw.unit() < 0.25 else colour
-        shots.append(_random_shot(draw, digit, scan, colour, length, shots[-1] if shots else None))
+        shot = _random_shot(draw, digit, scan, colour, length, shots[-1] if shots else None)
+        shots += _changed_half_way(draw, shot) if changes and length > 1 and draw.unit() < 1 / 3 else [shot]
     return Story(tuple(shots))
+
+
+def _changed_half_way(draw: _Draw, shot: Shot) -> list[Shot]:
+    """The shot in two joined parts, the second in another colour or light."""
+    first = replace(shot, chunks=shot.chunks // 2)
+    rest = replace(shot, chunks=shot.chunks - first.chunks, joined=True)
+    if draw.unit() < 0.5:
+        return [first, replace(rest, colour=draw.pick([c for c in COLOURS if c != shot.colour]))]
+    return [first, replace(rest, light=draw.pick([light for light in LIGHTS if light != shot.light]))]
 
 
 class Digits:

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def write_digits_folder(folder: Path, preset: Preset, stories: int, seed: int = 0, chunks: int = 4) -> list[Story]:
     """Write `stories` random stories of `chunks` chunks, one mp4 with a caption a shot; returns the stories."""
     generator = torch.Generator().manual_seed(seed)
-    told = [random_story(generator, chunks) for _ in range(stories)]
+    told = [random_story(generator, chunks, changes=False) for _ in range(stories)]
     for number, story in enumerate(told):
         _write(folder, f"{number:04d}", story, preset)
     return told

@@ -89,13 +89,16 @@ def _frame_table(
     index, seconds = [], []
     for story, start in zip(stories, starts):
         at = torch.arange(start, start + frames)
-        begins, chunks = [], 0
+        begins: list[int] = []
+        clocks: list[int] = []  # the frame from which each part counts its seconds
+        chunks = 0
         for shot in story.shots:
             begins.append(chunk_frames(preset, chunks) if chunks else 0)
+            clocks.append(clocks[-1] if shot.joined else begins[-1])
             chunks += shot.chunks
         which = torch.bucketize(at, torch.tensor(begins), right=True) - 1
         index.append(which + len(shots))
-        seconds.append((at - torch.tensor(begins)[which]) / preset.fps)
+        seconds.append((at - torch.tensor(clocks)[which]) / preset.fps)
         shots.extend(story.shots)
     return shots, torch.cat(index), torch.cat(seconds)
 

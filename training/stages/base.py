@@ -20,7 +20,7 @@ class StageOptions:
 
     data: "digits" or a folder of clips. precision: "bf16" or "nvfp4". amp: compute in bf16 on the GPU.
     init: folder of checkpoints to start from. vae: folder whose frozen VAE encodes the clips (None: the shipped one).
-    stories, chunks: how many stories the latent cache holds, and the range of their lengths in chunks.
+    stories, chunks: how many stories the latent cache holds, and the lengths in chunks that steps draw from.
     context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
     graph: on a GPU, capture the DiT's forward and backward pass in a CUDA graph.
     """
@@ -34,7 +34,7 @@ class StageOptions:
     vae: Path | None = None
     seed: int = 0
     stories: int = 6000
-    chunks: tuple[int, int] = (4, 6)
+    chunks: tuple[int, ...] = (4, 5, 6)
     context: str = "full"
     recalibrate: int = 100
     text_dropout: float = 0.1

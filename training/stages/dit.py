@@ -73,7 +73,7 @@ class DiTStage:
             self.text,
             self.preset,
             stories=stories,
-            chunks=self.options.chunks[1],
+            chunks=max(self.options.chunks),
             context=self.options.context,
             seed=seed,
             what=f"{split} stories",
@@ -99,10 +99,11 @@ class DiTStage:
         return flow_loss(self.velocity(clips, drawn), clips, drawn)
 
     def batch(self, generator: torch.Generator) -> Clips:
-        """Random stories, all cut to the same random length."""
-        low, high = self.options.chunks
-        chunks = int(torch.randint(low, high + 1, (), generator=generator))
-        index = torch.randint(len(self.train), (self.options.batch,), generator=generator)
+        """Random stories, all cut to the same random length; the shorter, the more of them."""
+        choices = self.options.chunks
+        chunks = choices[int(torch.randint(len(choices), (), generator=generator))]
+        size = self.options.batch * max(choices) // chunks
+        index = torch.randint(len(self.train), (size,), generator=generator)
         return self.train.clips(index.to(self.device, non_blocking=True), chunks)
 
     def drop_text(self, clips: Clips) -> Clips:
@@ -139,7 +140,7 @@ class DiTStage:
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
         size, totals = max(1, min(self.options.batch, 8)), torch.zeros(2)
         for index in torch.arange(len(self.held_out)).split(size):
-            clips = self.held_out.clips(index.to(self.device), self.options.chunks[1])
+            clips = self.held_out.clips(index.to(self.device), max(self.options.chunks))
             noise = draw_noise(clips, self.preset.sampling.shift, generator)
             with torch.no_grad():
                 totals += torch.stack(flow_loss(self.velocity(clips, noise), clips, noise)).cpu() * len(index)
@@ -151,7 +152,7 @@ class DiTStage:
         """A held-out story, and under it what the model makes of it in one step from 80 % noise; GPU only."""
         if self.device.type != "cuda":
             return None
-        clips = self.held_out.clips(torch.zeros(1, dtype=torch.long, device=self.device), self.options.chunks[1])
+        clips = self.held_out.clips(torch.zeros(1, dtype=torch.long, device=self.device), max(self.options.chunks))
         noise = draw_noise(clips, self.preset.sampling.shift, torch.Generator().manual_seed(EVALUATION_SEED))
         noise.levels[..., 0], noise.levels[..., 1] = 800.0, 0.8
         noisy = 0.2 * clips.latents + 0.8 * noise.eps
