@@ -48,6 +48,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_what(parser.add_argument_group("what"))
+    add_vae(parser.add_argument_group("stage vae"))
     add_dit(parser.add_argument_group("stage dit"))
     add_optimizer(parser.add_argument_group("optimizer"))
     add_saving(parser.add_argument_group("how long, and what is kept"))
@@ -62,6 +63,7 @@ def add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--init", type=Path, help="folder of checkpoints to start from (default: random weights)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     group.add_argument("--fp32", action="store_true", help="compute in fp32 on the GPU too (default there: bf16)")
+    group.add_argument("--cpu-bf16", action="store_true", help="compute in bf16 on the CPU, too (default there: fp32)")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--dry-run", action="store_true", help="print the modules' sizes and stop")
 
@@ -89,6 +91,14 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--recalibrate", type=int, default=100, metavar="N", help="nvfp4: refresh amax every N steps")
     group.add_argument("--no-graph", action="store_true", help="GPU: launch every kernel by itself (no CUDA graph)")
     group.add_argument("--text-dropout", type=float, default=0.1, help="share of samples trained without a prompt")
+
+
+def add_vae(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--decoder-only",
+        action="store_true",
+        help="leave the encoder and the latents' statistics as they are, so that a DiT trained on them still fits",
+    )
 
 
 def add_optimizer(group: argparse._ArgumentGroup) -> None:
@@ -174,6 +184,8 @@ def stage_from(args: argparse.Namespace) -> Stage:
         recalibrate=args.recalibrate,
         text_dropout=args.text_dropout,
         graph=not args.no_graph,
+        cpu_bf16=args.cpu_bf16,
+        decoder_only=args.decoder_only,
     )
     return importlib.import_module(f"longtake.training.stages.{args.stage}").stage_from_options(options)
 

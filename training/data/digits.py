@@ -149,11 +149,16 @@ class Digits:
         return Batch(self.render(stories, device), list(prompts), list(cuts))
 
     def clips(self, generator: torch.Generator, frames: int, batch: int, device: torch.device) -> Tensor:
-        """Draw `batch` clips of `frames` frames, each from anywhere in a story of its own; one in four has a cut."""
-        chunks = 3 + frames // (self.preset.chunk_latents * self.preset.vae.stride[0])
+        """Draw `batch` clips of `frames` frames, each from a story of its own; about half have a cut.
+
+        They begin on a multiple of the VAE's temporal stride, so that a cut falls where it falls in a story: between
+        two latents.
+        """
+        stride = self.preset.vae.stride[0]
+        chunks = 2 + frames // (self.preset.chunk_latents * stride)
         stories = [random_story(generator, chunks, self.split) for _ in range(batch)]
-        room = chunk_frames(self.preset, chunks) - frames
-        starts = torch.randint(room + 1, (batch,), generator=generator).tolist()
+        room = (chunk_frames(self.preset, chunks) - frames) // stride
+        starts = (stride * torch.randint(room + 1, (batch,), generator=generator)).tolist()
         return self.render(stories, device, frames, starts)
 
     def render(
@@ -186,7 +191,7 @@ class _Draw:
 
 def _shot_lengths(draw: _Draw, chunks: int) -> list[int]:
     """Lengths of one to three shots that sum to `chunks`, two chunks a shot or more where there is room."""
-    count = min(draw.pick((1, 2, 2, 3, 3)), max(1, chunks // 2) if chunks > 2 else chunks)
+    count = min(draw.pick((1, 2, 2, 3, 3)), chunks, max(2, chunks // 2))
     lengths = [chunks // count] * count
     for _ in range(chunks - sum(lengths)):
         lengths[draw.pick(range(count))] += 1

@@ -22,6 +22,7 @@ class StageOptions:
     init: folder of checkpoints to start from. vae: folder whose frozen VAE encodes the clips (None: the shipped one).
     stories, chunks: how many stories the latent cache holds, and the lengths in chunks that steps draw from.
     context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
+    cpu_bf16: compute in bf16 on the CPU, too. decoder_only: (vae) keep the encoder and the latents' statistics.
     graph: on a GPU, capture the DiT's forward and backward pass in a CUDA graph.
     """
 
@@ -39,6 +40,8 @@ class StageOptions:
     recalibrate: int = 100
     text_dropout: float = 0.1
     graph: bool = True
+    cpu_bf16: bool = False
+    decoder_only: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
 

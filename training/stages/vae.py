@@ -36,6 +36,7 @@ class VAEStage:
             from longtake.training.checkpoint import load_into
 
             load_into(self.vae, options.init / "vae.safetensors", kind="vae", preset=self.preset.name)
+        self.vae.encoder.requires_grad_(not options.decoder_only)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
 
     def prepare(self, device: torch.device) -> None:
@@ -52,7 +53,7 @@ class VAEStage:
         self.held_out = held_out.clips(generator, max(CLIP_FRAMES), HELD_OUT_CLIPS, device)
 
     def autocast(self) -> torch.autocast:
-        enabled = self.options.amp and self.device.type == "cuda"
+        enabled = self.options.amp if self.device.type == "cuda" else self.options.cpu_bf16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
@@ -85,9 +86,12 @@ class VAEStage:
         return ((video * 0.5 + 0.5) * 255).round().to(torch.uint8).transpose(1, 2)
 
     def metadata(self) -> dict[str, dict[str, Any]]:
-        """Measures the latents' mean and std with the present weights, which puts them into the checkpoint."""
-        self.measure_latents()
-        return {"vae": {"data": self.options.data, "batch": self.options.batch, "clip_frames": list(CLIP_FRAMES)}}
+        """Measures the latents' mean and std with the present encoder, which puts them into the checkpoint."""
+        options = self.options
+        if not options.decoder_only:
+            self.measure_latents()
+        facts = {"data": options.data, "batch": options.batch, "decoder_only": options.decoder_only}
+        return {"vae": {**facts, "clip_frames": list(CLIP_FRAMES)}}
 
     @torch.no_grad()
     def measure_latents(self) -> None:
