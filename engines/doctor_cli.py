@@ -7,17 +7,23 @@ import json
 from typing import Any
 
 from longtake.engines.doctor import Diagnosis, examine
+from longtake.engines.machine import machine_here
+from longtake.engines.recipe import recipe_for
 
 
 def register(subparsers: Any) -> None:
     """Add the `doctor` command."""
     parser = subparsers.add_parser("doctor", help="what runs on this machine, and what is missing")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--pick", action="store_true", help="print only the name of the recipe that fits this machine")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the diagnosis; 0 if at least the reference backend works."""
+    if args.pick:
+        print(recipe_for(machine_here().compute_capability))
+        return 0
     diagnosis = examine()
     print(json.dumps(diagnosis.as_json(), indent=2) if args.json else "\n".join(report(diagnosis)))
     return 0 if diagnosis.reference_works else 3

@@ -114,3 +114,14 @@ def recipe_named(name: str) -> Recipe:
             fix=f"did you mean {near[0]!r}?" if near else None,
         )
     return recipe_from_file(path)
+
+
+def recipe_for(compute_capability: str | None, preset: str = "tiny") -> str:
+    """The recipe of `preset` with the fewest bits that is made for this GPU; without one, that of native FP4.
+
+    Plans for a GPU that isn't there can still be built, and their recipe runs through the reference backend.
+    """
+    recipes = [recipe_named(name) for name in recipe_names()]
+    mine = [r for r in recipes if r.preset == preset and r.compute_capability == compute_capability]
+    mine = mine or [r for r in recipes if r.preset == preset and r.precision == PRECISIONS[0]]
+    return min(mine, key=lambda recipe: PRECISIONS.index(recipe.precision)).name

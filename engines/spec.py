@@ -78,9 +78,7 @@ def text_encoder_spec(preset: Preset) -> NetworkSpec:
 def context_bindings(preset: Preset) -> tuple[Binding, ...]:
     """Cross-attention K and V of each layer, [2, E, heads, head_dim]: computed once a prompt."""
     dit = preset.dit
-    return tuple(
-        Binding(f"context_{i}", "bf16", (2, dit.text_len, dit.heads, dit.head_dim)) for i in range(dit.layers)
-    )
+    return tuple(Binding(f"context_{i}", "bf16", (2, dit.text_len, dit.heads, dit.head_dim)) for i in range(dit.layers))
 
 
 def context_spec(preset: Preset) -> NetworkSpec:
@@ -122,9 +120,7 @@ def vae_spec(preset: Preset, name: str) -> NetworkSpec:
 
     latent = (1, preset.vae.z_channels, 1, *preset.latent_hw)
     frames = 1 if name == "vae_first" else preset.vae.stride[0]
-    caches = tuple(
-        Binding(f"vae_cache_{i}", "bf16", shape) for i, shape in enumerate(decoder_cache_shapes(preset))
-    )
+    caches = tuple(Binding(f"vae_cache_{i}", "bf16", shape) for i, shape in enumerate(decoder_cache_shapes(preset)))
     return NetworkSpec(
         name,
         inputs=(Binding("latent", "fp32", latent), *(() if name == "vae_first" else caches)),

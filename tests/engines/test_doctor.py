@@ -98,3 +98,11 @@ def test_the_command_line_reaches_it_and_knows_every_command(capsys: pytest.Capt
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["machine"]
     assert all(importlib.util.find_spec(module) for module in cli.COMMANDS.values())
+
+
+@pytest.mark.parametrize(
+    ("capability", "recipe"),
+    [(None, "tiny_nvfp4_sm120"), ("12.0", "tiny_nvfp4_sm120"), ("9.0", "tiny_w4a16_sm90"), ("8.9", "tiny_w4a16_sm89")],
+)
+def test_the_recipe_that_fits(capability: str | None, recipe: str) -> None:
+    assert recipe_for(capability) == recipe
