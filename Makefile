@@ -1,11 +1,14 @@
-# make setup | demo | test | lint | train | distill | export | engines | profile | generate | check | bench
+# make setup | demo | test | lint | train | export | engines | profile | generate | check
 # Another interpreter, with everything installed already (no network needed): make test PY=python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
+# A CPU-only torch is smaller: make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
-RTX ?= $(shell $(PYTHON) engines/pick_extra_cli.py)
-RECIPE ?= tiny_nvfp4_sm120
+# rtx (default), rtx-hopper (compute capability 9.0) or tensorrt; said, with the reason, when it is picked
+EXTRA ?= $(shell $(PYTHON) engines/pick_extra_cli.py)
+# The recipe that fits this machine; any of engines/recipes
+RECIPE ?= $(shell PYTHONPATH=$(CURDIR) $(PY) -m longtake.runtime.cli doctor --pick)
 STORY ?= docs/stories/demo.yaml
 OUT ?= runs
 STEPS ?= 24
@@ -15,17 +18,30 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup demo test lint format train distill export engines profile generate check bench doctor clean
+.PHONY: setup demo test lint format doctor train export engines profile generate check distill bench clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
-	$(VENV)/bin/python -m pip install -q -c constraints.txt '$(TORCH)'
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev,$(RTX)]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt $(TORCH)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev,$(EXTRA)]'
 	@touch $@
 	@$(VENV)/bin/longtake doctor || true
+
+# The whole chain: fine-tune the shipped model under NVFP4, export, build, generate, check.
+demo: $(READY)
+	@set -e; recipe=$(RECIPE); tuned=$(OUT)/demo/train; shipped=training/checkpoints/tiny; \
+	echo "== fine-tune under NVFP4 =="; rm -rf $$tuned; \
+	$(LONGTAKE) train --stage dit --init $$shipped --vae $$shipped --precision nvfp4 --context window --lr 2e-6 \
+	  --steps $(STEPS) --batch 1 --chunks 1,2 --stories 8 --evaluate-steps 0 --out $$tuned; \
+	echo "== export to ONNX =="; $(LONGTAKE) export --recipe $$recipe --checkpoints $$tuned; \
+	echo "== build the TensorRT engines =="; $(LONGTAKE) engines --recipe $$recipe; \
+	echo "== generate =="; $(LONGTAKE) generate $(STORY) --engines $$recipe --out $(OUT)/demo/video.mp4; \
+	echo "== check accuracy =="; $(LONGTAKE) check --recipe $$recipe --checkpoints $$tuned --report $(OUT)/demo/check.json; \
+	echo; echo "video:  $(OUT)/demo/video.mp4"; echo "report: $(OUT)/demo/video.json"; \
+	echo "check:  $(OUT)/demo/check.json"
 
 test: $(READY)
 	PYTHONPATH=$(CURDIR) $(PY) -m pytest
@@ -43,7 +59,8 @@ doctor: $(READY)
 	$(LONGTAKE) doctor
 
 train: $(READY)
-	$(LONGTAKE) train --stage dit --data digits --out $(OUT)/train
+	$(LONGTAKE) train --stage dit --data digits --init training/checkpoints/tiny --precision nvfp4 --context window \
+	  --out $(OUT)/train
 
 export: $(READY)
 	$(LONGTAKE) export --recipe $(RECIPE)
@@ -61,7 +78,7 @@ profile: $(READY)
 	$(LONGTAKE) profile --engines $(RECIPE)
 
 distill bench:
-	@echo "make $@: not there yet; see the README's table of what works" >&2; exit 2
+	@echo "make $@: not there yet; the README's table says what works" >&2; exit 2
 
 clean:
 	rm -rf export/build engines/build runs

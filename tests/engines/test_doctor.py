@@ -9,12 +9,12 @@ import pytest
 
 from longtake.engines import doctor, doctor_cli, machine, probes
 from longtake.engines.flavour import Installed
-from longtake.engines.recipe import recipe_named
+from longtake.engines.recipe import recipe_for, recipe_named
 from longtake.plugins.capability import Machine
 
 
 def _run(as_json: bool = False) -> int:
-    return doctor_cli.run(argparse.Namespace(json=as_json))
+    return doctor_cli.run(argparse.Namespace(json=as_json, pick=False))
 
 
 def test_reports_this_machine_and_exits_zero(capsys: pytest.CaptureFixture[str]) -> None:
