@@ -22,10 +22,9 @@ from longtake.engines.probes import (
     trtexec_finding,
 )
 from longtake.engines.recipe import Recipe, recipe_named, recipe_names
-from longtake.plugins.capability import FLAVOUR_FIX, Machine, Verdict, lookup, verdict_for
+from longtake.plugins.capability import FLAVOUR_FIX, NVRTC_FIX, Machine, Verdict, lookup, verdict_for
 
 REFERENCE_NEEDS = ("PyTorch", "ONNX Runtime", "onnx", "safetensors", "PyAV")
-NVRTC_FIX = "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl cuda-core"
 
 
 @dataclass(frozen=True)

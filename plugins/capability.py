@@ -21,6 +21,7 @@ DATA_CENTRE_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1
 ANY: tuple[str, ...] = ()
 HOPPER_FIX = "pip install tensorrt-rtx-cu13==1.6.1.120, and use a segmented recipe such as tiny_w4a16_sm90"
 NO_GPU_FIX = "run on a machine with an NVIDIA GPU and its driver, or use --backend reference"
+NVRTC_FIX = "pip install nvidia-cuda-nvrtc cuda-bindings cuda-core"
 FLAVOUR_FIX = "pip install tensorrt-rtx-cu13==1.7.1.116 (on compute capability 9.0: 1.6.1.120)"
 
 
@@ -160,8 +161,7 @@ def verdict_for(machine: Machine, recipe: Target, backend: str) -> Verdict:
                        f"this GPU has {machine.compute_capability}",
                        "build a recipe for this GPU (longtake doctor lists them)")  # fmt: skip
     if here.usable and not machine.nvrtc:
-        return Verdict("no", "NVRTC, which compiles the plugin kernels, cannot be loaded",
-                       "pip install nvidia-cuda-nvrtc nvidia-cuda-crt nvidia-cuda-cccl")  # fmt: skip
+        return Verdict("no", "NVRTC, which compiles the plugin kernels, cannot be loaded", NVRTC_FIX)
     return here
 
 

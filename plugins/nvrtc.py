@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from longtake.plugins.capability import NVRTC_FIX
 from longtake.runtime.errors import LongtakeError, UnavailableError
 from longtake.runtime.files import atomic_path
 from longtake.runtime.settings import settings_from_environment
@@ -99,7 +100,7 @@ def _nvrtc_version() -> tuple[int, int]:
         raise UnavailableError(
             "NVRTC, which compiles the CUDA kernels, cannot be loaded",
             got=f"{type(error).__name__}: {error}",
-            fix="pip install cuda-bindings cuda-core nvidia-cuda-nvrtc",
+            fix=NVRTC_FIX,
         ) from None
     return int(major), int(minor)
 
