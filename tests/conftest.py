@@ -1,6 +1,9 @@
-"""Skips `gpu` tests, with the reason, on a machine without an NVIDIA GPU."""
+"""Skips `gpu` tests, with the reason, on a machine without an NVIDIA GPU; keeps the log level of each test its own."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,3 +17,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """A test that runs a command sets the project's log level; the next test must not inherit it."""
+    log = logging.getLogger("longtake")
+    before = log.level
+    yield
+    log.setLevel(before)
