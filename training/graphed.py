@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class GraphedLoss:
         module = LossModule(self.modules, self.loss)
         try:
             samples = tuple(x.clone() for x in tensors)
-            return torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True)
+            captured = torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True)
+            return cast(Callable[..., Losses], captured)
         except RuntimeError as error:
             logger.warning("training without CUDA graphs, which is slower: %s", str(error).splitlines()[0])
             torch.cuda.synchronize()

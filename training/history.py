@@ -52,6 +52,11 @@ class History:
         if self.writer is not None:
             self.writer.flush()
 
+    def close(self) -> None:
+        """End TensorBoard's writer and its thread."""
+        if self.writer is not None:
+            self.writer.close()
+
     def plot(self, title: str) -> None:
         """Write loss.png."""
         import matplotlib

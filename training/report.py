@@ -23,7 +23,10 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 def train_report(
     side: dict[str, Any], steps_per_s: float, metrics: dict[str, float], device: torch.device
 ) -> dict[str, Any]:
-    """The report of a run whose checkpoints share the facts `side`, JSON-ready."""
+    """The report of a run whose checkpoints share the facts `side`, JSON-ready.
+
+    steps_per_s: of the steps made since the start or resumption, evaluations and resume points included.
+    """
     preset = PRESETS.get(side["preset"])
     return {
         "kind": "train",

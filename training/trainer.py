@@ -74,12 +74,17 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C, after a resume point was saved.
         """
         self.prepare()
-        with _interrupt_flag(self):
-            for step in self.progress():
-                self.step = step
-                self.train_step()
-                self.housekeeping()
-        return self.finish()
+        try:
+            begun, first = time.monotonic(), self.step
+            with _interrupt_flag(self):
+                for step in self.progress():
+                    self.step = step
+                    self.train_step()
+                    self.housekeeping()
+            self.log()  # waits for the device, so that the last steps count with their time
+            return self.finish((self.step - first) / (time.monotonic() - begun))
+        finally:
+            self.history.close()
 
     def prepare(self) -> None:
         """Stage, optimizer and history, at the start or where a saved run stood."""
@@ -192,9 +197,8 @@ class Trainer:
         self.step = int(meta["step"])
         logger.info("resumed from %s", path)
 
-    def finish(self) -> dict[str, float]:
-        """Last evaluation, EMA checkpoints, loss curve. A run stopped by `stop_at` can still be resumed."""
-        self.log()
+    def finish(self, steps_per_s: float) -> dict[str, float]:
+        """Last evaluation, EMA checkpoints, loss curve, report. A run stopped by `stop_at` can still be resumed."""
         self.save_resume_point()
         metrics = self.evaluate()
         with self.optimizer.averaged_weights():
@@ -203,8 +207,7 @@ class Trainer:
         for path in getattr(self.stage, "companions", ()):
             copy_checkpoint(path, self.config.out)
         self.history.plot(f"longtake train --stage {self.stage.name}")
-        rate = self.bar.format_dict["rate"] or 0.0
-        write_json(self.config.out / "report.json", train_report(self.side(), rate, metrics, self.device))
+        write_json(self.config.out / "report.json", train_report(self.side(), steps_per_s, metrics, self.device))
         return metrics
 
     def save_module(self, name: str, facts: dict[str, Any]) -> None:

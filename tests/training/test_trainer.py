@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def test_a_run_learns_and_leaves_checkpoint_curve_and_record(tmp_path: Path) -> 
     assert curve["train"][0]["loss"] > 100 * curve["train"][-1]["loss"] and curve["held_out"][-1]["step"] == 200
     assert (tmp_path / "loss.png").stat().st_size > 1000 and any((tmp_path / "tensorboard").iterdir())
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp") or p.name.startswith(".")]
+
+
+def test_the_report_says_how_fast_the_steps_of_this_run_were(tmp_path: Path) -> None:
+    trainer = Trainer(LineStage(), config(tmp_path, 30, stop_at=20), CPU)
+    trainer.fit()
+    report = read_json(tmp_path / "report.json")
+    assert report["steps_per_s"] >= 20 / report["seconds"] * 0.9 and report["step"] == 20
+    Trainer(
+        LineStage(fault=lambda step, loss: (time.sleep(0.05), loss)[1]), config(tmp_path, 30, resume=True), CPU
+    ).fit()
+    assert 0 < read_json(tmp_path / "report.json")["steps_per_s"] <= 20  # ten steps of at least 0.05 s
 
 
 def test_divergence_names_the_step_and_keeps_the_last_good_point(tmp_path: Path) -> None:
