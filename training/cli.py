@@ -73,6 +73,13 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
         "--precision", default="bf16", choices=("bf16", "nvfp4"), help="nvfp4: W4A4 fake-quant in the loop"
     )
     group.add_argument("--vae", type=Path, help="folder of the frozen VAE (default: the shipped checkpoint)")
+    group.add_argument(
+        "--max-chunks-per-shot",
+        type=int,
+        default=0,
+        metavar="N",
+        help="folders: a clip that fills more than N chunks in a row is cut there into shots (default 0: never)",
+    )
     group.add_argument("--stories", type=int, default=6000, help="stories encoded into the latent cache (default 6000)")
     group.add_argument(
         "--chunks",
@@ -169,6 +176,10 @@ def stage_from(args: argparse.Namespace) -> Stage:
     """The stage named on the command line."""
     if args.batch < 1:
         raise LongtakeError("bad batch size", got=args.batch, expected="at least 1", fix="--batch 8")
+    if args.max_chunks_per_shot < 0:
+        raise LongtakeError(
+            "bad --max-chunks-per-shot", got=args.max_chunks_per_shot, expected="0 (never) or more", fix="leave it out"
+        )
     options = StageOptions(
         preset=preset_named(args.preset),
         data=args.data,
@@ -178,6 +189,7 @@ def stage_from(args: argparse.Namespace) -> Stage:
         init=args.init,
         vae=args.vae,
         seed=args.seed,
+        max_chunks_per_shot=args.max_chunks_per_shot,
         stories=args.stories,
         chunks=chunk_choices(args.chunks),
         context=args.context,

@@ -94,7 +94,7 @@ def test_other_frame_rates_are_resampled_to_the_nearest_frame(tmp_path: Path) ->
 
 def test_a_long_clip_is_split_into_virtual_shots(tmp_path: Path) -> None:
     write_clip(tmp_path, "long", "0", range(200))
-    folder = Folder(tmp_path, MINI, "eval", max_chunks_per_shot=2)
+    folder = dataset_from_name(tmp_path, MINI, "eval", max_chunks_per_shot=2)
     batch = folder.sample(generator(), 4, 1, CPU)
     assert shown(batch.video[0]) == [*range(61), *range(61 + 24, 61 + 24 + 64)]
     assert batch.cuts == [[False, False, True, False]]
@@ -107,6 +107,8 @@ def test_vae_clips_are_consecutive_frames_with_at_most_one_cut(film: Path) -> No
     assert video.shape == (24, 3, 17, 32, 32)
     jumps = [int((np.diff(shown(clip)) != 1).sum()) for clip in video]
     assert set(jumps) == {0, 1} and jumps.count(0) > jumps.count(1)
+    places = {int(at) for clip in video for at in np.flatnonzero(np.diff(shown(clip)) != 1)}
+    assert places <= {0, 4, 8, 12}  # between two latents: the first is one frame, each other four
 
 
 def spoil(root: Path) -> dict[str, str]:
@@ -221,10 +223,10 @@ def test_the_dit_trains_on_a_folder(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, clips_folder: Path, small_preset: Preset, vae_folder: Path
 ) -> None:
     text = train(capsys, clips_folder, "--stage", "dit", "--vae", str(vae_folder), "--steps", "2", "--stories", "2",
-                 "--chunks", "1..2", "--out", str(tmp_path / "dit"))  # fmt: skip
+                 "--chunks", "1..2", "--max-chunks-per-shot", "2", "--out", str(tmp_path / "dit"))  # fmt: skip
     assert "held out: " in text
     meta = read_json(tmp_path / "dit" / "dit.json")
-    assert meta["step"] == 2
+    assert meta["step"] == 2 and meta["max_chunks_per_shot"] == 2
     DiTStage(StageOptions(small_preset, init=tmp_path / "dit", vae=vae_folder))  # the checkpoint loads
 
 

@@ -35,6 +35,7 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
         (["--stage", "dit", "--steps", "0"], "nothing to train"),
         (["--stage", "dit", "--batch", "0"], "bad batch size"),
         (["--stage", "dit", "--chunks", "6..4"], "bad --chunks"),
+        (["--stage", "dit", "--max-chunks-per-shot", "-1"], "bad --max-chunks-per-shot"),
         (["--stage", "dit", "--lr", "-1"], "bad optimizer settings"),
         (["--stage", "dit", "--init", "/nowhere"], "does not exist"),
         (["--stage", "dit", "--vae", "/nowhere"], "does not exist"),

@@ -57,8 +57,8 @@ def with_cut_prefix(caption: str, cut: bool) -> str:
     return CUT_PREFIX + caption if cut else caption
 
 
-def dataset_from_name(name: str | Path, preset: Preset, split: str = "train") -> Dataset:
-    """The data set called "digits", or the one in a folder of clips.
+def dataset_from_name(name: str | Path, preset: Preset, split: str = "train", max_chunks_per_shot: int = 0) -> Dataset:
+    """The data set called "digits", or the one in a folder of clips, whose shots may be split (see `folder.Folder`).
 
     Raises:
         LongtakeError: neither a known name nor a folder, or a folder without a usable clip.
@@ -78,4 +78,4 @@ def dataset_from_name(name: str | Path, preset: Preset, split: str = "train") ->
         )
     from longtake.training.data.folder import Folder
 
-    return Folder(Path(name), preset, split)
+    return Folder(Path(name), preset, split, max_chunks_per_shot)

@@ -98,12 +98,15 @@ class Folder:
         return Batch(_video([frames for _, frames in drawn], device), prompts, cuts)
 
     def clips(self, generator: torch.Generator, frames: int, batch: int, device: torch.device) -> Tensor:
-        """Draw `batch` clips of `frames` frames, fp32 [B,3,frames,H,W] in [-1,1]; one in four has a cut."""
-        drawn = []
+        """Draw `batch` clips of `frames` frames, fp32 [B,3,frames,H,W] in [-1,1]; one in four has a cut.
+
+        A cut falls between two latents, as it does in a story.
+        """
+        drawn, stride = [], self.preset.vae.stride[0]
         for _ in range(batch):
             sizes = [frames]
-            if frames > 1 and torch.rand((), generator=generator) < CUT_SHARE:
-                begin = 1 + int(torch.randint(frames - 1, (), generator=generator))
+            if frames > stride and torch.rand((), generator=generator) < CUT_SHARE:
+                begin = 1 + stride * int(torch.randint((frames - 1) // stride, (), generator=generator))
                 sizes = [begin, frames - begin]
             drawn.append(np.concatenate([self._draw(generator, (size,))[1] for size in sizes]))
         return _video(drawn, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ Metric = float | Tensor
 class StageOptions:
     """What the command line knows; a stage reads what concerns it.
 
-    data: "digits" or a folder of clips. precision: "bf16" or "nvfp4". amp: compute in bf16 on the GPU.
+    data: "digits" or a folder of clips. max_chunks_per_shot: see `data.folder.Folder`. precision: "bf16" or "nvfp4". amp: compute in bf16 on the GPU.
     init: folder of checkpoints to start from. vae: folder whose frozen VAE encodes the clips (None: the shipped one).
     stories, chunks: how many stories the latent cache holds, and the lengths in chunks that steps draw from.
     context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
@@ -42,7 +42,7 @@ class StageOptions:
     graph: bool = True
     cpu_bf16: bool = False
     decoder_only: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    max_chunks_per_shot: int = 0
 
 
 class Stage(Protocol):

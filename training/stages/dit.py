@@ -68,7 +68,7 @@ class DiTStage:
     def cache(self, split: str, stories: int, seed: int) -> LatentCache:
         """Encoded stories of a split of the data set."""
         return cache_from_dataset(
-            dataset_from_name(self.options.data, self.preset, split),
+            dataset_from_name(self.options.data, self.preset, split, self.options.max_chunks_per_shot),
             self.vae,
             self.text,
             self.preset,
@@ -165,6 +165,7 @@ class DiTStage:
         options = self.options
         shared = {
             "data": options.data,
+            "max_chunks_per_shot": options.max_chunks_per_shot,
             "stories": options.stories,
             "chunks": list(options.chunks),
             "batch": options.batch,
