@@ -149,7 +149,7 @@ class Digits:
         return Batch(self.render(stories, device), list(prompts), list(cuts))
 
     def clips(self, generator: torch.Generator, frames: int, batch: int, device: torch.device) -> Tensor:
-        """Draw `batch` clips of `frames` frames, each from a story of its own; about half have a cut.
+        """Draw `batch` clips of `frames` frames, each from a story of its own; two in five have a cut.
 
         They begin on a multiple of the VAE's temporal stride, so that a cut falls where it falls in a story: between
         two latents.
