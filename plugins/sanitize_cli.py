@@ -1,7 +1,11 @@
 """Run every kernel once at small shapes, against its reference, without a test framework around it.
 
-compute-sanitizer --tool memcheck python -m longtake.plugins.sanitize_cli      (also: racecheck, initcheck, synccheck)
-python -m longtake.plugins.sanitize_cli --time                                 microseconds a launch, tiny preset
+compute-sanitizer --tool memcheck --report-api-errors no python -m longtake.plugins.sanitize_cli
+                                                      (also: racecheck, initcheck, synccheck)
+python -m longtake.plugins.sanitize_cli --time        microseconds a launch, tiny preset
+
+Without --report-api-errors no, memcheck also lists the driver entry points that cuda-bindings looks up and an older
+driver doesn't have; those are no errors of the kernels.
 """
 
 from __future__ import annotations
