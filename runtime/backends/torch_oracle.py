@@ -9,12 +9,13 @@ from torch import Tensor
 
 from longtake.engines.recipe import Recipe
 from longtake.engines.spec import NETWORKS
+from longtake.export.parity import recipe_models
 from longtake.runtime.backends.host import HostBackend
-from longtake.training.networks import Models, apply_precision, load_models, network_module
+from longtake.training.networks import Models, load_models, network_module
 
 
 class TorchBackend(HostBackend):
-    """Runs the recipe's torch modules in fp32, with the recipe's quantization simulated."""
+    """Runs the recipe's torch modules in fp32, with weights as the recipe's files store them and its fake-quant."""
 
     name = "torch"
 
@@ -29,7 +30,7 @@ class TorchBackend(HostBackend):
         plain = models if models is not None else load_models(recipe.model, checkpoints)
         super().__init__(recipe, "PyTorch in fp32, the oracle", device or torch.device("cpu"), plain.preset)
         self.vocabulary = tuple(plain.vocabulary)
-        oracle = apply_precision(plain, recipe.precision)
+        oracle = recipe_models(plain, recipe.precision)
         self._modules = {name: network_module(oracle, name, recipe.cache).to(self.device) for name in NETWORKS}
 
     @torch.no_grad()
