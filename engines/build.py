@@ -99,11 +99,13 @@ def build_recipe(
 def _jobs_of(recipe: Recipe, network: str, path: Path, out: Path) -> list[PlanJob]:
     model = read_graph(path)
     ops = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+    segments = out / f"{network}.segments.json"
     if recipe.mode == "fused" or not ops:
+        segments.unlink(missing_ok=True)  # of an earlier, segmented build: where one lies, the network is run cut
         spec = network_spec(recipe.model, recipe.cache, network).as_json()
         return [PlanJob(network, path, onnx_digest(path), spec, ops)]
     cut = segments_from_onnx(model, network)
-    segmented_graph.save(cut.graph, out / f"{network}.segments.json")
+    segmented_graph.save(cut.graph, segments)
     return [_segment_job(segment, cut.models[segment.name]) for segment in cut.graph.segments]
 
 

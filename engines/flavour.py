@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 HOPPER = "9.0"
 HOPPER_VERSION = "1.6.1.120"
 DEFAULT_VERSION = "1.7.1.116"
+DISTRIBUTIONS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 RTX_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
 
 
@@ -186,7 +187,7 @@ def load(choice: Choice) -> Flavour:
         raise UnavailableError(
             f"{choice.name} {choice.version} does not load",
             got=str(error),
-            fix=f"pip install --force-reinstall tensorrt-rtx-cu13=={choice.version}",
+            fix=f"pip install --force-reinstall {DISTRIBUTIONS[choice.name]}=={choice.version}",
         ) from None
     return Flavour(choice.name, choice.version, module, choice.reason)
 

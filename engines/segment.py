@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, TensorType
+from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
 from longtake.plugins.spec import DOMAIN, OPS
 from longtake.runtime.errors import LongtakeError
 
@@ -121,9 +121,7 @@ class _GraphView:
     def _depths(self, nodes: list[NodeProto]) -> dict[str, int]:
         """Depth by first output name: as early as inputs allow, then ordinary nodes moved as late as consumers do."""
         after: dict[str, int] = defaultdict(int)  # tensor -> depth of the segment that can read it
-        made: dict[str, int] = defaultdict(
-            int
-        )  # tensor -> depth at which an op can read it: ops of a depth run in order
+        made: dict[str, int] = defaultdict(int)  # ... at which an op can read it: ops of a depth run in order
         depth = {}
         for node in nodes:
             own = max((made if node.domain == DOMAIN else after)[i] for i in node.input) if node.input else 0
@@ -141,6 +139,7 @@ class _GraphView:
         return depth
 
     def type_of(self, name: str) -> TensorType:
+        """The dtype and shape of a tensor. Raises LongtakeError if they are not known."""
         if name not in self.types:
             raise LongtakeError(
                 "a tensor between segments has no known shape",
@@ -204,6 +203,7 @@ class _Body:
         return named | {name: f"t{i}" for i, name in enumerate(rest)}
 
     def canonical_nodes(self) -> list[NodeProto]:
+        """The nodes with canonical tensor names and nothing that differs between equal segments."""
         names = self.canonical_names()
         nodes = []
         for i, node in enumerate(self.nodes):
@@ -291,8 +291,8 @@ def _ordered_steps(view: _GraphView, bodies: dict[int, _Body]) -> Iterable[Step]
         yield from (_op_step("op", op) for op in view.ops if view.depth[op.output[0]] == depth)
 
 
-def _op_step(kind: str, node: NodeProto) -> Step:
-    return Step("unpack" if kind == "unpack" else "op", node.op_type, tuple(node.input), tuple(node.output))
+def _op_step(kind: StepKind, node: NodeProto) -> Step:
+    return Step(kind, node.op_type, tuple(node.input), tuple(node.output))
 
 
 def _renamed(tensor: TensorProto, name: str) -> TensorProto:

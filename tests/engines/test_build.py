@@ -106,6 +106,18 @@ def test_segment_plans_are_built_once_and_again_only_when_something_changed(
     assert not list(out.glob(".*"))
 
 
+def test_a_fused_build_over_a_segmented_one_leaves_no_cut_behind(
+    flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network whose cut is described in the folder is run cut, whatever plans lie there."""
+    monkeypatch.setattr(build_module, "engine_from_onnx", lambda *_: (b"a plan", 1))
+    out = tmp_path / "engines"
+    build_recipe(recipe, exported, out, flavour, None, False)
+    assert (out / "dit.segments.json").is_file()
+    build_recipe(replace(recipe, mode="fused"), exported, out, flavour, None, False)
+    assert (out / "dit.plan").is_file() and not (out / "dit.segments.json").exists()
+
+
 def test_an_interrupted_build_leaves_no_plan(
     flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
