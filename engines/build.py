@@ -17,7 +17,7 @@ from longtake.engines.flavour import Flavour
 from longtake.engines.manifest import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
 from longtake.engines.messages import Messages
 from longtake.engines.onnx_file import onnx_digest, read_graph
-from longtake.engines.progress import BuildProgress
+from longtake.engines.progress import BuildProgress, Interrupts
 from longtake.engines.recipe import Recipe
 from longtake.engines.segment import segments_from_onnx
 from longtake.engines.segmented_graph import Segment
@@ -133,7 +133,8 @@ def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progr
     if existing:
         return PlanResult(plan, existing, True)
     start = time.monotonic()
-    content, layers = engine_from_onnx(job, recipe.compute_capability, flavour, show_progress)
+    with Interrupts() as interrupts:
+        content, layers = engine_from_onnx(job, recipe.compute_capability, flavour, show_progress, interrupts)
     manifest_path(plan).unlink(missing_ok=True)  # never an old manifest beside a new plan
     with atomic_path(plan) as partial:
         partial.write_bytes(content)
@@ -155,7 +156,9 @@ def _up_to_date(plan: Path, job: PlanJob, recipe: Recipe, flavour: Flavour) -> P
     return manifest if manifest.onnx_sha256 == job.onnx_sha256 else None
 
 
-def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress: bool = True) -> tuple[bytes, int]:
+def engine_from_onnx(
+    job: PlanJob, target: str, flavour: Flavour, show_progress: bool = True, interrupts: Interrupts | None = None
+) -> tuple[bytes, int]:
     """Parse and compile one plan. Returns its bytes and the number of layers parsed."""
     trt = flavour.module
     if job.plugins:
@@ -175,7 +178,7 @@ def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress:
             config.num_compute_capabilities = 1
             config.set_compute_capability(named, 0)
         timings = _timing_cache(config, flavour)
-        progress = BuildProgress(trt, job.name, show_progress)
+        progress = BuildProgress(trt, job.name, show_progress, interrupts)
         config.progress_monitor = progress.monitor
         try:
             plan = builder.build_serialized_network(network, config)

@@ -2,47 +2,66 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from typing import Any
 
 from tqdm import tqdm
 
 
-class BuildProgress:
-    """`monitor` goes into the builder config. After the build, `finish` closes the bar and re-raises a Ctrl-C."""
+class Interrupts:
+    """While it is entered, a Ctrl-C is noted; it is raised on leaving, in place of whatever came of it.
 
-    def __init__(self, trt: Any, title: str, show: bool = True) -> None:
+    An exception must not pass through TensorRT: one raised in its logger's callback is logged, and lost.
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def __enter__(self) -> Interrupts:
+        self._main = threading.current_thread() is threading.main_thread()  # others get no signals
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+        if self.noted:
+            raise KeyboardInterrupt
+
+    def _note(self, *_: object) -> None:
+        self.noted = True
+
+
+class BuildProgress:
+    """`monitor` goes into the builder config. After the build, `finish` closes the bar."""
+
+    def __init__(self, trt: Any, title: str, show: bool = True, interrupts: Interrupts | None = None) -> None:
         self.bar = tqdm(total=0, desc=title, unit="step", leave=False, disable=not show, file=sys.stderr)
-        self.interrupted = False
+        self.interrupts = interrupts or Interrupts()
         self.monitor = _monitor(trt, self)
 
     def finish(self) -> None:
         self.bar.close()
-        if self.interrupted:
-            raise KeyboardInterrupt
 
 
 def _monitor(trt: Any, progress: BuildProgress) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """An exception must not pass through TensorRT: a Ctrl-C that lands in a callback becomes "stop"."""
+        """Moves the bar, and tells TensorRT to stop after a Ctrl-C."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            try:
-                progress.bar.total += num_steps
-                if parent_phase is None or parent_phase == "Building engine":
-                    progress.bar.set_postfix_str(phase_name.lower(), refresh=False)
-            except KeyboardInterrupt:
-                progress.interrupted = True
+            progress.bar.total += num_steps
+            if parent_phase is None or parent_phase == "Building engine":
+                progress.bar.set_postfix_str(phase_name.lower(), refresh=False)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                progress.bar.update(1)
-            except KeyboardInterrupt:
-                progress.interrupted = True
-            return not progress.interrupted
+            progress.bar.update(1)
+            return not progress.interrupts.noted
 
         def phase_finish(self, phase_name: str) -> None:
             return None
