@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 
 from longtake import __version__
 from longtake.runtime.errors import LongtakeError
+from longtake.runtime.failures import explained
 from longtake.runtime.settings import configure_logging
 
 # Command -> module with `register(subparsers)`, which adds the parser and sets `run=function(args) -> int`.
@@ -48,21 +50,31 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code; a LongtakeError or Ctrl-C never shows a traceback."""
+    """Run one command. Returns the exit code. What a user or the system did never shows a traceback; a defect does."""
     words = sys.argv[1:] if argv is None else argv
     try:
+        _print_any_text()
         configure_logging()
         args = build_parser(words[0] if words else None).parse_args(words)
         return int(args.run(args) or 0)
-    except LongtakeError as error:
-        print(f"longtake: error: {error}", file=sys.stderr)
-        return error.exit_code
     except KeyboardInterrupt:
         print("longtake: interrupted; nothing half-written was left under a final name", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        known = error if isinstance(error, LongtakeError) else explained(error)
+        if known is None:
+            raise
+        print(f"longtake: error: {known}", file=sys.stderr)
+        return known.exit_code
+
+
+def _print_any_text() -> None:
+    """Show what the terminal's encoding lacks (in a path, in a prompt) as escapes: printing must not fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        # What is not UTF-8 (a file name may be) becomes \udcXX, which is how JSON escapes it, too.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path | str) -> Any:
@@ -55,9 +57,12 @@ def read_json(path: Path | str) -> Any:
     except FileNotFoundError:
         raise LongtakeError(f"{source} does not exist", fix="check the path") from None
     except UnicodeDecodeError as error:
-        raise IntegrityError(f"{source} is not UTF-8 text", got=str(error), expected="a JSON file") from None
+        what, got = "is not UTF-8 text", str(error)
     except json.JSONDecodeError as error:
-        raise IntegrityError(f"{source} is not valid JSON", got=str(error), expected="a JSON file") from None
+        what, got = "is not valid JSON", str(error)
+    except RecursionError:
+        what, got = "is not valid JSON", "thousands of nested brackets"
+    raise IntegrityError(f"{source} {what}", got=got, expected="a JSON file", fix="make it again, or restore it")
 
 
 def sha256(path: Path | str) -> str:
