@@ -115,14 +115,16 @@ def load_bundle(folder: Path | str) -> Bundle:
     given = read_json(path)
     try:
         if given["format"] != FORMAT:
-            raise IntegrityError(f"{path} has another format", got=given["format"], expected=FORMAT)
+            raise IntegrityError(f"{path} has another format", got=given["format"], expected=FORMAT,
+                                 fix="build the engines again")  # fmt: skip
         fields = given["recipe_fields"]
         recipe = Recipe(**{**fields, "gate": Gate(**fields["gate"])})
         return Bundle(
             folder, recipe, given["flavour"], given["version"], (folder / given["onnx"]).resolve(),
-            given["files"], given["onnx_files"], tuple(given["vocabulary"]), given["export_inputs"],
+            dict(given["files"]), dict(given["onnx_files"]), tuple(given["vocabulary"]), given["export_inputs"],
         )  # fmt: skip
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(
-            f"{path} is not an engine bundle", got=repr(error), fix="build the engines again"
-        ) from None
+            f"{path} is not an engine bundle", got=f"{type(error).__name__}: {error}",
+            expected="what `longtake engines` writes", fix="build the engines again",
+        ) from None  # fmt: skip

@@ -72,12 +72,19 @@ def _buildable(machine: str | None) -> list[Recipe]:
 
 
 def build(recipe: Recipe, onnx: Path, out: Path, flavour: Flavour, machine: str | None) -> list[PlanResult]:
-    """Export if need be, build, and describe the folder in bundle.json."""
+    """Export if need be, build, and describe the folder in bundle.json.
+
+    Raises:
+        IntegrityError: an exported file is not what was exported; no plan is built from it.
+    """
+    from longtake.export.package import load_index, require_recipe
+
     if not (onnx / "export.json").is_file():
         from longtake.export.cli import export
 
         print(f"  {onnx} is not exported yet; exporting first")
         export(recipe, None, onnx, force=False, parity=False)
+    require_recipe(load_index(onnx), onnx, recipe)
     results = build_recipe(recipe, onnx, out, flavour, machine, show_progress=sys.stderr.isatty())
     write_bundle(out, recipe, flavour, onnx, [result.path for result in results])
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 
 from longtake.plugins.spec import CACHE_FORMATS
 from longtake.runtime.errors import LongtakeError
-from longtake.training.presets import Preset, preset_named
+from longtake.training.presets import PRESETS, Preset, preset_named
 
 RECIPES = Path(__file__).parent / "recipes"
 PRECISIONS = ("nvfp4", "w4a16", "bf16")
@@ -41,6 +42,12 @@ class Gate:
     context: float
     ssim: float
 
+    def __post_init__(self) -> None:
+        for key, limit in vars(self).items():
+            if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
+                raise LongtakeError(f"bad gate {key}", got=repr(limit), expected="a number from 0 to 1",
+                                    fix="see engines/recipes")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -59,12 +66,15 @@ class Recipe:
     gate: Gate
 
     def __post_init__(self) -> None:
-        for key, allowed in (("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES)):
+        for key, allowed in (
+            ("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES), ("preset", tuple(PRESETS)),
+        ):  # fmt: skip
             if getattr(self, key) not in allowed:
-                raise LongtakeError(
-                    f"recipe {self.name}: bad {key}", got=getattr(self, key), expected=" | ".join(allowed)
-                )
-        preset_named(self.preset)
+                raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(getattr(self, key)),
+                                    expected=" | ".join(allowed), fix=f"set {key}: {allowed[0]}")  # fmt: skip
+        if not re.fullmatch(r"[0-9]+\.[0-9]", self.compute_capability):
+            raise LongtakeError(f"recipe {self.name}: bad compute_capability", got=repr(self.compute_capability),
+                                expected="such as '12.0'", fix="compute_capability: '12.0'")  # fmt: skip
 
     @property
     def model(self) -> Preset:
@@ -80,21 +90,29 @@ def recipe_from_file(path: Path) -> Recipe:
     """Load and validate one recipe file. Unknown or missing keys are errors that name the nearest known key."""
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LongtakeError(f"recipe {path} is not valid YAML", got=str(error), fix="see engines/recipes") from None
-    if not isinstance(given, dict):
-        raise LongtakeError(f"recipe {path} is not a mapping", got=type(given).__name__, expected="key: value lines")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
+        raise LongtakeError(f"recipe {path} is not valid YAML", got=str(error), expected="key: value lines in UTF-8",
+                            fix="see engines/recipes") from None  # fmt: skip
+    _require_mapping(given, f"recipe {path}")
     known = [f.name for f in fields(Recipe) if f.name != "name"]
     reject_unknown_keys(given, known, f"recipe {path.name}")
     gate = given.get("gate") or {}
+    _require_mapping(gate, f"gate of recipe {path.name}")
     gate_keys = [f.name for f in fields(Gate)]
     reject_unknown_keys(gate, gate_keys, f"gate of recipe {path.name}")
     for where, have, want in ((path.name, given, known), (f"gate of {path.name}", gate, gate_keys)):
         missing = [key for key in want if key not in have]
         if missing:
-            raise LongtakeError(f"recipe {where} lacks keys", got=sorted(have), expected=f"also {missing}")
+            raise LongtakeError(f"recipe {where} lacks keys", got=sorted(have), expected=f"also {missing}",
+                                fix="see engines/recipes")  # fmt: skip
     values = {**given, "compute_capability": str(given["compute_capability"]), "gate": Gate(**gate)}
     return Recipe(name=path.stem, **values)
+
+
+def _require_mapping(given: Any, where: str) -> None:
+    if not isinstance(given, dict):
+        raise LongtakeError(f"{where} is not a mapping", got=type(given).__name__, expected="key: value lines",
+                            fix="see engines/recipes")  # fmt: skip
 
 
 def recipe_names() -> list[str]:
@@ -111,7 +129,7 @@ def recipe_named(name: str) -> Recipe:
             "unknown recipe",
             got=name,
             expected="one of " + ", ".join(recipe_names()) + ", or a path to a .yaml file",
-            fix=f"did you mean {near[0]!r}?" if near else None,
+            fix=f"did you mean {near[0]!r}?" if near else "pass one of these with --recipe",
         )
     return recipe_from_file(path)
 

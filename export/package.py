@@ -146,18 +146,44 @@ def load_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise LongtakeError(f"{folder} holds no exported model", expected=f"{INDEX} in it", fix="run `longtake export`")
     index = read_json(folder / INDEX)
-    for network in index["networks"].values():
-        for name, entry in network["files"].items():
-            path = folder / name
-            got = sha256(path) if path.is_file() else "no file"
-            if got != entry["sha256"]:
-                raise IntegrityError(
-                    f"{path} is not what was exported",
-                    got=got,
-                    expected=entry["sha256"],
-                    fix="run `longtake export --force`",
-                )
+    for name, expected in _digests(index, folder / INDEX).items():
+        path = folder / name
+        got = sha256(path) if path.is_file() else "no file"
+        if got != expected:
+            raise IntegrityError(
+                f"{path} is not what was exported", got=got, expected=expected, fix="run `longtake export --force`"
+            )
     return index
+
+
+def _digests(index: Any, path: Path) -> dict[str, str]:
+    """{file name: sha256} of export.json's content `index`, which is checked for what its readers rely on."""
+    try:
+        if index["format"] != FORMAT:
+            raise IntegrityError(f"{path} has another format", got=index["format"], expected=FORMAT,
+                                 fix="run `longtake export --force`")  # fmt: skip
+        if not all(isinstance(word, str) for word in index["vocabulary"]):
+            raise TypeError("the vocabulary is no list of words")
+        files = [network["files"] for network in index["networks"].values()]
+        return {Path(name).name: entry["sha256"] for group in files for name, entry in group.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            f"{path} is no export description", got=f"{type(error).__name__}: {error}",
+            expected="what `longtake export` writes", fix="run `longtake export --force`",
+        ) from None  # fmt: skip
+
+
+def require_recipe(index: dict[str, Any], folder: Path, recipe: Recipe) -> None:
+    """Raise LongtakeError if the package in `folder`, described by `index`, is of another recipe or not complete."""
+    given = {key: index.get(key) for key in ("preset", "precision", "cache")}
+    wanted = {"preset": recipe.preset, "precision": recipe.precision, "cache": recipe.cache}
+    fix = f"longtake export --recipe {recipe.name}"
+    if given != wanted:
+        raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
+    missing = [name for name in NETWORKS if name not in index["networks"]]
+    if missing:
+        raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(NETWORKS),
+                             fix=f"{fix} --force")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

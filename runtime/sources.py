@@ -6,6 +6,7 @@ import importlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableEr
 from longtake.runtime.files import read_json
 
 log = logging.getLogger(__name__)
+
+Entry = TypeVar("Entry")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENGINES = REPOSITORY / "engines" / "build"
@@ -95,24 +98,21 @@ def _source_from_bundle(folder: Path) -> Source:
 def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
     given = read_json(folder / "export.json")
     if recipe is None:
-        wanted = _entry(given, "onnx_name", folder / "export.json")
+        wanted = _entry(given, "onnx_name", str, folder)
         matching = [r for r in map(recipe_named, recipe_names()) if r.onnx_name == wanted]
         if not matching:
             raise LongtakeError(f"no recipe fits the export in {folder}", got=wanted,
                                 expected=", ".join(recipe_names()))  # fmt: skip
         recipe = matching[0]
-    return Source(recipe, folder, None, _vocabulary(given))
+    return Source(recipe, folder, None, tuple(_entry(given, "vocabulary", list, folder)))
 
 
-def _entry(given: object, key: str, path: Path) -> str:
-    if not isinstance(given, dict) or not isinstance(given.get(key), str):
-        raise IntegrityError(f"{path} lacks {key!r}", got=str(given)[:80], fix=BUILD_FIX)
-    return given[key]
-
-
-def _vocabulary(given: dict) -> tuple[str, ...] | None:
-    words = given.get("vocabulary")
-    return tuple(words) if words else None
+def _entry(given: object, key: str, kind: type[Entry], folder: Path) -> Entry:
+    found = given.get(key) if isinstance(given, dict) else None
+    if not isinstance(found, kind):
+        raise IntegrityError(f"{folder / 'export.json'} is no export description", got=f"{key!r}: {found!r}"[:80],
+                             expected="what `longtake export` writes", fix=BUILD_FIX)  # fmt: skip
+    return found
 
 
 def backend_from_source(source: Source, asked: str, device: torch.device | str | None) -> Backend:
@@ -126,6 +126,7 @@ def backend_from_source(source: Source, asked: str, device: torch.device | str |
         module = importlib.import_module("longtake.runtime.backends.torch_oracle")
         return module.TorchBackend(source.recipe, device=torch.device(device or "cpu"))
     choice = choose_backend(source, asked)
+    _require_device(choice.backend, device)
     log.info("backend: %s (%s)", choice.backend, choice.reason)
     if choice.backend == "reference":
         from longtake.runtime.backends.reference import ReferenceBackend
@@ -133,6 +134,19 @@ def backend_from_source(source: Source, asked: str, device: torch.device | str |
         return ReferenceBackend(source.onnx, source.recipe, choice.reason)
     module = importlib.import_module(f"longtake.runtime.backends.{choice.backend}")
     return module.open_backend(source.engines, reason=choice.reason, device=torch.device(device or "cuda:0"))
+
+
+def _require_device(backend: str, device: torch.device | str | None) -> None:
+    """Raise LongtakeError for a device that is none, UnavailableError for one that `backend` cannot use here."""
+    wanted = "cpu" if backend == "reference" else "cuda"
+    try:
+        asked = torch.device(device or wanted)
+    except RuntimeError:
+        raise LongtakeError("unknown device", got=device, expected="cuda:N or cpu", fix="leave out --device") from None
+    if asked.type != wanted or (wanted == "cuda" and (asked.index or 0) >= torch.cuda.device_count()):
+        raise UnavailableError(f"backend {backend} cannot use device {device}",
+                               got=f"{torch.cuda.device_count()} GPUs here", expected=f"{wanted} for this backend",
+                               fix="leave out --device, or choose another --backend")  # fmt: skip
 
 
 def choose_backend(source: Source, asked: str) -> Choice:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.plugins.spec import cache_tensors
-from longtake.runtime.errors import LongtakeError
+from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.training.dit import CausalDiT, dense_cross_attention
 from longtake.training.presets import Preset
 from longtake.training.text_encoder import TextEncoder
@@ -171,10 +171,15 @@ def load_models(preset: Preset, folder: Path | None = None) -> Models:
 
 
 def load_meta(path: Path, kind: str, preset: Preset) -> dict:
-    """The checked JSON side file of a checkpoint."""
-    from longtake.training.checkpoint import read_side_file
+    """The checked JSON side file of a checkpoint; a text encoder's holds its vocabulary."""
+    from longtake.training.checkpoint import RETRAIN, read_side_file
 
-    return read_side_file(path, kind=kind, preset=preset.name)
+    meta = read_side_file(path, kind=kind, preset=preset.name)
+    words = meta.get("vocabulary")
+    if kind == "text_encoder" and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary", got=repr(words)[:80],
+                             expected='"vocabulary": a list of words', fix=RETRAIN)  # fmt: skip
+    return meta
 
 
 def apply_precision(models: Models, precision: str) -> Models:

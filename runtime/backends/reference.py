@@ -9,9 +9,9 @@ from torch import Tensor
 
 from longtake.engines.recipe import Recipe
 from longtake.engines.spec import NETWORKS
-from longtake.export.package import load_index
+from longtake.export.package import load_index, require_recipe
 from longtake.runtime.backends.host import HostBackend
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.runtime.errors import IntegrityError, UnavailableError
 from longtake.runtime.settings import settings_from_environment
 from longtake.training.presets import Preset
 
@@ -30,7 +30,7 @@ class ReferenceBackend(HostBackend):
             UnavailableError: ONNX Runtime is not installed.
         """
         super().__init__(recipe, reason, torch.device("cpu"), preset)
-        _check_index(load_index(folder), folder, recipe)
+        require_recipe(load_index(folder), folder, recipe)
         threads = settings_from_environment().threads
         self._sessions = {name: _open(folder / f"{name}.ort.onnx", threads) for name in NETWORKS}
         self._read = {name: {i.name for i in session.get_inputs()} for name, session in self._sessions.items()}
@@ -47,20 +47,6 @@ class ReferenceBackend(HostBackend):
         if network == "dit" and int(inputs[5]) < 0:
             wanted = wanted[:1]  # nothing was written: leave the caches where they are
         return [torch.from_numpy(array) for array in self._sessions[network].run(wanted, feeds)]
-
-
-def _check_index(index: dict, folder: Path, recipe: Recipe) -> None:
-    given = {key: index.get(key) for key in ("preset", "precision", "cache")}
-    wanted = {"preset": recipe.preset, "precision": recipe.precision, "cache": recipe.cache}
-    if given != wanted:
-        raise LongtakeError(
-            f"the networks in {folder} are of another recipe", got=given, expected=wanted,
-            fix=f"longtake export --recipe {recipe.name}",
-        )  # fmt: skip
-    missing = [name for name in NETWORKS if name not in index.get("networks", {})]
-    if missing:
-        raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(NETWORKS),
-                             fix=f"longtake export --recipe {recipe.name} --force")  # fmt: skip
 
 
 def _open(path: Path, threads: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
