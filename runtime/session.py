@@ -5,7 +5,7 @@ Legend: B = 1, F latent frames of a chunk, C latent channels, H, W sizes, T vide
 
 from __future__ import annotations
 
-import logging
+import math
 import threading
 import weakref
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from longtake.runtime.state import Edit, KVState, Position
 from longtake.runtime.story import Segment, checked_prompt
 from longtake.training.data.base import CUT_PREFIX, with_cut_prefix
 
-log = logging.getLogger(__name__)
+MOST_GUIDANCE = 100
 
 
 class CancelledError(Exception):
@@ -46,6 +46,16 @@ class SessionOptions:
     shift: float = 5.0
     decode: bool = True
     endless: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for what cannot be sampled."""
+        if not 0 <= self.seed < 2**63:
+            raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass --seed 7")
+        if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
+            raise LongtakeError("bad guidance scale", got=self.guidance, expected=f"at most {MOST_GUIDANCE}, 1 for none",
+                                fix="pass --guidance 3")  # fmt: skip
+        if self.negative_prompt:
+            checked_prompt(self.negative_prompt, "the negative prompt")
 
 
 @dataclass
