@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longtake.engines.nvml import nvml
 from longtake.runtime.errors import LongtakeError, UnavailableError
 from longtake.runtime.settings import settings_from_environment
 
@@ -53,14 +54,9 @@ def gpu_findings() -> list[Finding]:
 
 
 def _nvml_gpus() -> list[str]:
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
+    with nvml() as pynvml:
         driver = pynvml.nvmlSystemGetDriverVersion()
         return [_nvml_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _nvml_gpu(pynvml: Any, index: int, driver: str) -> str:

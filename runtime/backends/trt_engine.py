@@ -18,6 +18,7 @@ from torch import Tensor
 from longtake.engines.flavour import Flavour
 from longtake.engines.manifest import read_plan
 from longtake.engines.messages import Messages
+from longtake.engines.nvml import nvml
 from longtake.runtime.errors import LongtakeError, UnavailableError
 from longtake.runtime.files import atomic_path, read_json, write_json
 
@@ -92,10 +93,8 @@ class RuntimeCaches:
 def driver_version() -> str:
     """Version of the NVIDIA driver, "" if it cannot be asked."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
+        with nvml() as pynvml:
+            return str(pynvml.nvmlSystemGetDriverVersion())
     except Exception:  # NVML raises its own types, and may be missing
         return ""
 
@@ -103,11 +102,9 @@ def driver_version() -> str:
 def device_bytes_used(device: torch.device) -> int:
     """Device memory of this process as the driver counts it: torch does not see TensorRT's own."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+        with nvml() as pynvml:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
         if mine and mine[0].usedGpuMemory:
             return int(mine[0].usedGpuMemory)
     except Exception:  # in a container process ids may not match; the whole device is then an upper bound
