@@ -59,11 +59,13 @@ class Lane:
             if stream is self._own:
                 stream.wait_stream(caller)
             stream.wait_event(self._done)  # the last turn may have been on another stream, with the same buffers
-            with torch.cuda.stream(stream):
-                yield
-            self._done.record(stream)
-            if stream is self._own:
-                caller.wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    yield
+            finally:  # also after a failure: what was enqueued before it still uses the buffers
+                self._done.record(stream)
+                if stream is self._own:
+                    caller.wait_stream(stream)
 
 
 class WholeNetwork:
@@ -190,7 +192,9 @@ class TrtBackend:
         given = (latents_BCFHW, sinusoid, rope_cos, rope_sin, table, write_slot, *context)
         # Only a slot on the host can be looked at without waiting; on the device the kernel itself skips slot -1.
         write = write_slot.is_cuda or int(write_slot) >= 0
-        key = (table.numel(), int(write), *(part.data_ptr() for part in cache[0]))
+        # A graph replays on the addresses it was captured with, so all of them tell which one fits: a later cache may
+        # share some with one that was freed.
+        key = (table.numel(), int(write), *(part.data_ptr() for layer in cache for part in layer))
         with self.lanes["denoise"].turn():
             self._replay_or_run(key, self._fill(given) | self._cache_bindings(cache), write)
         return self._static["velocity"]
