@@ -37,9 +37,13 @@ class Frames:
     def ready(self) -> bool:
         return self._done.is_set()
 
+    def wait(self) -> None:
+        """Wait until decoding has succeeded or failed."""
+        self._done.wait()
+
     def result(self) -> np.ndarray:
         """Wait for the frames: uint8 [T, H, W, 3]. Raises what the decoder raised."""
-        self._done.wait()
+        self.wait()
         if self._frames is None:
             raise self._error or LongtakeError(f"chunk {self.index} was not decoded", fix="decode it again")
         return self._frames
@@ -100,8 +104,9 @@ class DecodeQueue:
 
     def load_state(self, tensors: list[Tensor]) -> None:
         """Continue from `tensors` (see Decoder.load_state); forgets an earlier error."""
-        with contextlib.suppress(BaseException):
-            self.drain()
+        if self._last is not None:
+            self._last.wait()
+        # Copied on the caller's stream, after the decode thread's last use and before the event of the next `submit`.
         self.decoder.load_state(tensors)
         self._error = self._last = None
 

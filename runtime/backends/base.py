@@ -1,8 +1,8 @@
 """What a backend is: the networks of one recipe on one device, with their state in place.
 
 Legend: B = 1, F latent frames of a chunk, C latent channels, H, W latent size, E text length, T video frames.
-Every tensor is a torch tensor on `Backend.device`, except where said. A backend raises LongtakeError when it cannot be had; anything it
-raises during a call leaves no trace the session would read: see `Backend.dit`.
+Every tensor is a torch tensor on `Backend.device`, except where said. A backend raises LongtakeError when it cannot be
+had; anything it raises during a call leaves no trace the session would read: see `Backend.dit`.
 """
 
 from __future__ import annotations
