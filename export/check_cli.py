@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,15 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe_named(args.recipe)
     source = source_from_name(args.engines or args.recipe)
     models = models_of_export(recipe, load_index(source.onnx), args.checkpoints)
-    backend = backend_from_source(source, args.backend, None)
-    print(f"backend {backend.name}: {backend.reason}")
-    rows = _network_rows(args, recipe, source, models, backend)
-    print("\n".join(table(rows)))
-    chunks, against = _chunk_rows(args, recipe, source, models, backend)
-    if chunks:
-        print("\n".join(chunk_table(chunks, (backend.name, against))))
     path = args.report or OUT / f"{recipe.name}.json"
-    write_report(path, recipe, backend, rows, chunks, against)
+    with closing(backend_from_source(source, args.backend, None)) as backend:
+        print(f"backend {backend.name}: {backend.reason}")
+        rows = _network_rows(args, recipe, source, models, backend)
+        print("\n".join(table(rows)))
+        chunks, against = _chunk_rows(args, recipe, source, models, backend)
+        if chunks:
+            print("\n".join(chunk_table(chunks, (backend.name, against))))
+        write_report(path, recipe, backend, rows, chunks, against)
     print(f"report {path}\nplot   {path.with_suffix('.png')}")
     require_gates(rows, chunks, recipe)
     return 0
@@ -102,11 +103,11 @@ def _chunk_rows(
     story = args.story or (STORY if backend.device.type == "cuda" else None)
     if story is None:
         return [], ""
-    other = _other_backend(source, models, backend)
-    ours, theirs = (Generator(b, models_tokenizer(models)) for b in (backend, other))
     options = {} if args.steps is None else {"steps": args.steps}
-    rows = check_chunks(ours, theirs, story, recipe.gate, args.chunks, args.seed, **options)
-    return list(tqdm(rows, desc=f"{recipe.name}: chunks", unit="chunk", leave=False, disable=None)), other.name
+    with closing(_other_backend(source, models, backend)) as other:
+        ours, theirs = (Generator(b, models_tokenizer(models)) for b in (backend, other))
+        rows = check_chunks(ours, theirs, story, recipe.gate, args.chunks, args.seed, **options)
+        return list(tqdm(rows, desc=f"{recipe.name}: chunks", unit="chunk", leave=False, disable=None)), other.name
 
 
 def _other_backend(source: Source, models: Models, backend: Backend) -> Backend:
