@@ -24,7 +24,7 @@ from longtake.export.cases import Feeds, cases, numpy_feeds, torch_runner
 from longtake.export.check_layers import BLOCK, layer_tensors, with_outputs
 from longtake.export.check_runners import BackendRunner, TorchRunner, ViewRunner, quiet_polygraphy
 from longtake.export.files import read_onnx
-from longtake.export.parity import decoded, difference, gate_of, recipe_models
+from longtake.export.parity import cache_format, decoded, difference, gate_of, recipe_models
 from longtake.export.ssim import ssim
 from longtake.plugins.spec import cache_tensors
 from longtake.runtime.backends.base import Backend
@@ -173,7 +173,7 @@ def differences(spec: NetworkSpec, labels: dict[str, str], wanted: Any, got: Any
         if name in got and name not in aliased and wanted[name].size == got[name].size:
             pair = (torch.as_tensor(np.array(side[name])).flatten() for side in (wanted, got))
             found[labels.get(name, name)] = difference(*pair)
-    fmt = "nvfp4" if any(name.startswith("values") for name in aliased) else "bf16"
+    fmt = cache_format(spec)
     step = len(cache_tensors(fmt))
     for layer in range(len(aliased) // step):
         names = aliased[layer * step : (layer + 1) * step]
@@ -196,7 +196,7 @@ def check_chunks(
     seed: int = 0,
     **options: Any,
 ) -> Iterator[ChunkRow]:
-    """Generate `chunks` chunks (None: the whole script) with `reference`; from each one's starting state, the same chunk with `candidate`.
+    """Generate `chunks` chunks (None: the whole script) with `reference`; from each one's start, also with `candidate`.
 
     `options` go to `Generator.session` (steps, guidance).
     """

@@ -25,12 +25,11 @@ from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from longtake.plugins.ops import REFERENCES, torch_op
-from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, OpSpec, TensorSpec
+from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_ATTRIBUTES, OpSpec, TensorSpec
 from longtake.runtime.errors import LongtakeError
 
 DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23
-PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
 
 _DYNAMIC = ("W", "N", "K")  # a body serves every size of these; other dimensions are fixed when it is made
 _TYPES = {"int8": "tensor(int8)", "int32": "tensor(int32)", "fp32": "tensor(float)"}
@@ -217,7 +216,7 @@ def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> Gr
             expected=f"also {', '.join(unknown)}",
             fix="declare the shapes of the cache inputs in the graph",
         )
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet_exporter():
         program: Any = torch.onnx.export(
             _Reference(spec.name).eval(),
             tuple(_example(t, dims) for t in spec.inputs),
@@ -247,7 +246,7 @@ def _dynamic_dims(tensor: TensorSpec) -> dict[int, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Mute the exporter's warnings about itself and about packages that are not needed."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -22,7 +22,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS, Packed, quantize
-from longtake.plugins.spec import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.runtime.errors import LongtakeError
 
 RULE = "static_6"
@@ -152,9 +152,8 @@ def _packed_initializers(rewriter: Rewriter, name: str, packed: Packed, fp4: boo
 
 def _weight_only(rewriter: Rewriter, gemm: NodeProto, packed: Packed, input_amax: float) -> None:
     name, out = gemm.input[1], gemm.output[0]
-    plugin = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}
     inputs = list(_packed_initializers(rewriter, name, packed, fp4=False))
-    weight = rewriter.node(WEIGHT_OP, inputs, f"{name}.dequantized", domain=DOMAIN, **plugin)
+    weight = rewriter.node(WEIGHT_OP, inputs, f"{name}.dequantized", domain=DOMAIN, **PLUGIN_ATTRIBUTES)
     product = rewriter.node("Gemm", [gemm.input[0], weight], f"{out}.unscaled", transB=1)
     wide = rewriter.node("Cast", [product], f"{out}.unscaled_f32", to=TensorProto.FLOAT)
     scale = rewriter.scalar(f"{name}.scale", tensor_scale(float(packed.amax)))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import onnx
 import onnx_ir
@@ -16,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.engines.spec import Binding, NetworkSpec
-from longtake.export.functions import translation_table
+from longtake.export.functions import quiet_exporter, translation_table
 from longtake.runtime.errors import LongtakeError
 
 OPSET = 23  # the first with FLOAT4E2M1; read by TensorRT-RTX 1.7 and ONNX Runtime 1.24
@@ -51,7 +47,7 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     module = Bound(copy.deepcopy(network)).to(torch.bfloat16).eval()
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, _, high) in spec.profile}
     shapes = tuple({i: dims[d] for i, d in enumerate(b.shape) if isinstance(d, str)} for b in spec.inputs)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet_exporter():
         program = torch.onnx.export(
             module,
             tuple(example_input(binding, spec) for binding in spec.inputs),
@@ -123,19 +119,3 @@ def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
     for node in graph.node:
         for i, given in enumerate(node.input):
             node.input[i] = names.get(given, given)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Mute the exporter's warnings about itself and about packages that are not needed."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

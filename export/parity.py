@@ -19,7 +19,7 @@ from torch import Tensor
 from longtake.engines.recipe import Recipe
 from longtake.engines.spec import NETWORKS, NetworkSpec, network_spec
 from longtake.export.cases import Feeds, Run, cases, torch_runner
-from longtake.plugins.spec import cache_tensors
+from longtake.plugins.spec import CACHE_FORMATS, cache_tensors
 from longtake.runtime.errors import GateError
 from longtake.training.networks import Models, apply_precision, quantized_linears
 
@@ -143,12 +143,17 @@ def difference(wanted: Tensor, got: Tensor) -> tuple[float, float]:
 
 def _cache_differences(spec: NetworkSpec, pairs: dict[str, tuple[Tensor, Tensor]]) -> Iterator[tuple[float, float]]:
     """Difference of each layer's K/V after decoding."""
-    names = [name for name, _ in spec.aliases]
-    fmt = "nvfp4" if any(name.startswith("values") for name in names) else "bf16"
+    names, fmt = [name for name, _ in spec.aliases], cache_format(spec)
     step = len(cache_tensors(fmt))
     for start in range(0, len(names), step):
         wanted, got = ([pairs[name][side] for name in names[start : start + step]] for side in (0, 1))
         yield difference(decoded(fmt, wanted), decoded(fmt, got))
+
+
+def cache_format(spec: NetworkSpec) -> str:
+    """The format of the K/V cache that a network writes in place."""
+    first = spec.aliases[0][1].rpartition("_")[0] if spec.aliases else ""
+    return next((fmt for fmt in CACHE_FORMATS if cache_tensors(fmt)[0].name == first), CACHE_FORMATS[0])
 
 
 def decoded(fmt: str, tensors: list[Tensor]) -> Tensor:

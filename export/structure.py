@@ -14,7 +14,7 @@ from longtake.engines.spec import Binding, NetworkSpec
 from longtake.export.files import read_onnx
 from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP, linear_name
 from longtake.export.onnx_from_model import ONNX_DTYPES
-from longtake.plugins.spec import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.runtime.errors import IntegrityError
 
 BITS_PER_WEIGHT = 4.5
@@ -114,13 +114,13 @@ def _check_custom_ops(path: Path, model: onnx.ModelProto, wanted: Counter[str]) 
         raise _broken(path, "lacks function bodies", sorted(bodies), sorted(wanted))
     for node in nodes:
         plugin = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        got = tuple(_text(plugin.get(key)) for key in ("plugin_namespace", "plugin_version"))
-        if got != (PLUGIN_NAMESPACE, PLUGIN_VERSION):
+        got = {key: _text(plugin.get(key)) for key in PLUGIN_ATTRIBUTES}
+        if got != PLUGIN_ATTRIBUTES:
             raise _broken(
                 path,
                 f"names no plugin for node {node.name} (TensorRT would inline it silently)",
-                f"plugin_namespace, plugin_version = {got}",
-                (PLUGIN_NAMESPACE, PLUGIN_VERSION),
+                got,
+                PLUGIN_ATTRIBUTES,
             )
 
 

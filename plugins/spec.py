@@ -11,6 +11,7 @@ from dataclasses import dataclass
 DOMAIN = "longtake"
 PLUGIN_NAMESPACE = "longtake"
 PLUGIN_VERSION = "1"
+PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}  # of an ONNX node
 
 CACHE_FORMATS = ("nvfp4", "bf16")
 
