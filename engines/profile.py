@@ -6,7 +6,6 @@ The format is a list: {"count": runs}, then one {"name", "timeMs", "averageMs", 
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 import subprocess
 import tempfile
@@ -20,8 +19,6 @@ import numpy as np
 from longtake.engines.spec import NetworkSpec
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import read_json
-
-log = logging.getLogger(__name__)
 
 WARM_UP = 2
 KERNEL_SUFFIX = "_kernel_time"  # how ONNX Runtime marks the event that covers a node's arithmetic

@@ -9,10 +9,10 @@ from typing import Any
 
 from longtake.engines.profile import reference_profile, table, timing_feed, trtexec_profile
 from longtake.engines.spec import NETWORKS, network_spec
+from longtake.plugins.capability import BACKENDS
 from longtake.runtime.files import write_json
 
 OUT = Path("runs") / "profile"
-BACKENDS = ("auto", "fused", "segmented", "reference")
 Profile = tuple[str, str, list[dict[str, Any]]]  # network or plan, who measured it, rows
 
 
@@ -26,7 +26,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--engines", metavar="FOLDER", help="engines, exported networks, or a recipe's name")
     parser.add_argument("--network", action="append", choices=NETWORKS, help="may be repeated (default: all)")
-    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="default: the one that fits")
+    parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="default: the one that fits")
     parser.add_argument("--runs", type=int, default=10, metavar="N", help="runs that are averaged (default: 10)")
     parser.add_argument("--top", type=int, default=12, metavar="N", help="layers shown a network (default: 12)")
     parser.add_argument("--without-trtexec", action="store_true", help="profile from Python even if trtexec is there")

@@ -57,11 +57,6 @@ class SegmentedGraph:
     segments: tuple[Segment, ...]
     steps: tuple[Step, ...]
 
-    @property
-    def ops(self) -> tuple[str, ...]:
-        """Names of the custom ops that some step launches."""
-        return tuple(sorted({step.name for step in self.steps if step.kind != "segment"}))
-
     def segment(self, name: str) -> Segment:
         return next(segment for segment in self.segments if segment.name == name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import sys
 import threading
@@ -25,8 +24,6 @@ from longtake.runtime.session import CancelledError, Chunk, Session
 from longtake.runtime.sources import BACKEND_NAMES, ORACLE
 from longtake.runtime.story import Story, check_fits, frame_count, story_from_file, story_from_prompt
 from longtake.runtime.video import VideoWriter
-
-log = logging.getLogger(__name__)
 
 EPILOG = """a story is a YAML file; a chunk is 8 latent frames (29 video frames for the first, 32 for each later one):
 

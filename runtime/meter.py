@@ -11,16 +11,13 @@ DIT_STAGES = ("conditions", "denoise", "clean")
 
 
 class Meter:
-    """Call `start`, then `add` for every chunk once its frames are on the host, then `figures`."""
+    """The clock runs from the start. Call `add` for every chunk once its frames are on the host, then `figures`."""
 
     def __init__(self) -> None:
         self._started = self._latest = time.perf_counter()
         self.first_chunk_s: float | None = None
         self.chunks = self.frames = 0
         self._total_ms: dict[str, float] = {}
-
-    def start(self) -> None:
-        self._started = self._latest = time.perf_counter()
 
     def add(self, chunk: Chunk) -> None:
         """Count a finished chunk; waits for its frames."""

@@ -132,7 +132,7 @@ def _combine(weights: tuple[float, ...], tensors: list[Tensor]) -> Tensor:
 
 
 def sample_chunk(noise: Tensor, steps: int, velocity: Callable[[Tensor, int], Tensor], shift: float = 5.0) -> Tensor:
-    """Integrate from `noise` to x0. `velocity(x, timestep)` calls the model; used by training samples and tests."""
+    """Integrate from `noise` to x0. `velocity(x, timestep)` calls the model. For models outside a session."""
     solver, sample = UniPC(steps, shift), noise.to(torch.float32)
     for now in solver.schedule:
         sample = solver.step(velocity(sample, now.timestep), sample)

@@ -36,7 +36,6 @@ def test_frame_rates_add_up(toy: Any, make_generator: Any) -> None:
     """DiT and VAE rates follow from the stage times; end to end is no faster than the slower of the two."""
     with make_generator(toy).session(["x"] * 4, steps=2, guidance=1.0) as session:
         meter = Meter()
-        meter.start()
         chunks = list(session)
         for chunk in chunks:
             meter.add(chunk)

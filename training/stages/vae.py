@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.training.checkpoint import load_into
 from longtake.training.data.base import dataset_from_name
 from longtake.training.stages.base import Metric, StageOptions
 from longtake.training.vae import CausalVAE, Stream
@@ -33,8 +34,6 @@ class VAEStage:
             torch.manual_seed(options.seed)
             self.vae = CausalVAE(self.preset.vae)
         if options.init is not None:
-            from longtake.training.checkpoint import load_into
-
             load_into(self.vae, options.init / "vae.safetensors", kind="vae", preset=self.preset.name)
         self.vae.encoder.requires_grad_(not options.decoder_only)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
