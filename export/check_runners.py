@@ -54,6 +54,7 @@ class _SpecRunner(BaseRunner):
         return outputs
 
     def infer_arrays(self, feed_dict: Mapping[str, np.ndarray]) -> Arrays:
+        """Outputs by binding name."""
         raise NotImplementedError
 
 

@@ -100,6 +100,7 @@ class OpPlugin:
         ]
 
     def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
+        """Linear layout, and the spec's types: the first compute tensor is bf16 or fp32, the others follow it."""
         tensors = (*self.spec.inputs, *self.spec.outputs)
         here = in_out[pos].desc
         if here.format != self.trt.TensorFormat.LINEAR:
@@ -140,6 +141,7 @@ class OpPlugin:
         workspace: int,
         stream: int,
     ) -> None:
+        """Launch the kernels on TensorRT's stream. `inputs` and `outputs` are device addresses."""
         shapes = [tuple(i.dims) for i in input_desc]
         launcher = self._launcher_for(shapes, input_desc)
         pointers = [int(pointer) for pointer in (*inputs, *outputs)]

@@ -55,6 +55,7 @@ class HostBackend(ABC):
         table: Tensor,
         write_slot: Tensor,
     ) -> Tensor:
+        """See Backend.dit."""
         flat = [tensor for layer in cache for tensor in layer]
         inputs = [latents_BCFHW, sinusoid, rope_cos, rope_sin, table, write_slot, *context, *flat]
         velocity, *written = self.call("dit", inputs)

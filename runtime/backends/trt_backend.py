@@ -53,6 +53,7 @@ class Lane:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
+        """Inside, torch's current stream is the one to enqueue on, and nobody else uses these engines."""
         caller = torch.cuda.current_stream(self.device)
         stream = caller if caller.cuda_stream else self._own
         with self._lock:

@@ -1,6 +1,6 @@
 """One TensorRT engine, checked, loaded and run on torch tensors: what the fused and the segmented backend share.
 
-Contexts borrow their scratch memory (`Scratch`): engines that run one after another on one stream share it.
+Contexts borrow their scratch memory (`Scratch`): engines that run one after another share it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DTYPE_OF = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "I
 
 
 class Scratch:
-    """Device memory that contexts use while they run; all contexts on it must run on one stream."""
+    """Device memory that contexts use while they run, so its contexts must run one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.size = device, 256
@@ -68,6 +68,7 @@ class RuntimeCaches:
         self.identity = [flavour.name, flavour.version, torch.cuda.get_device_name(device), driver_version()]
 
     def read(self, plan: Path, plan_sha256: str) -> bytes | None:
+        """The kernels kept for `plan`, or None if there are none that fit."""
         path = self.folder / f"{plan.stem}.cache"
         try:
             content, record = path.read_bytes(), read_json(path.with_suffix(".json"))
@@ -80,6 +81,7 @@ class RuntimeCaches:
         return content
 
     def write(self, plan: Path, plan_sha256: str, content: bytes) -> None:
+        """Keep the kernels of `plan` for the next start."""
         path = self.folder / f"{plan.stem}.cache"
         record = {"plan": plan_sha256, "identity": self.identity, "sha256": hashlib.sha256(content).hexdigest()}
         try:
@@ -196,7 +198,7 @@ class TrtEngine:
 
 
 class TrtContext:
-    """An execution context. Calls on one context, and on others of the same scratch, go to one stream."""
+    """An execution context. Calls on it, and on others of the same scratch, must run one after another."""
 
     def __init__(self, engine: TrtEngine, context: Any, scratch: Scratch) -> None:
         self.engine, self.context, self.scratch = engine, context, scratch
