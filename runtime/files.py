@@ -74,6 +74,14 @@ def sha256(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def require_folder(folder: Path | str) -> None:
+    """Raise LongtakeError unless `folder` is one or can become one: before hours of work, not after."""
+    for place in (Path(folder), *Path(folder).parents):
+        if place.exists() and not place.is_dir():
+            raise LongtakeError(f"{folder} cannot be a folder", got=f"{place} is a file", expected="a folder",
+                                fix="choose another place with --out")  # fmt: skip
+
+
 def require_disk(folder: Path | str, needed_bytes: int) -> None:
     """Raise LongtakeError unless the disk that holds `folder` has `needed_bytes` free."""
     place = Path(folder).absolute()

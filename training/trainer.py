@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import require_disk, write_json
+from longtake.runtime.files import require_disk, require_folder, write_json
 from longtake.training.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from longtake.training.history import History
 from longtake.training.optimizer import Averaged, OptimizerConfig
@@ -53,6 +53,9 @@ class TrainConfig:
             raise LongtakeError(
                 "nothing to train", got=f"{self.steps} steps", expected="at least 1", fix="--steps 1000"
             )
+        if not 0 <= self.seed < 2**63:
+            raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="--seed 0")
+        require_folder(self.out)
 
 
 class Trainer:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from longtake.runtime.errors import LongtakeError
 from longtake.training.presets import Preset
 
 Metric = float | Tensor
@@ -43,6 +44,18 @@ class StageOptions:
     cpu_bf16: bool = False
     decoder_only: bool = False
     max_chunks_per_shot: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for numbers that nothing can be trained with."""
+        for option, given, least, most, usual in (
+            ("--batch", self.batch, 1, 1 << 16, 8),
+            ("--stories", self.stories, 1, 10_000_000, 6000),
+            ("--recalibrate", self.recalibrate, 1, 1 << 31, 100),
+            ("--text-dropout", self.text_dropout, 0, 1, 0.1),
+            ("--chunks", max(self.chunks), 1, 10_000, 6),
+        ):
+            if not least <= given <= most:
+                raise LongtakeError(f"bad {option}", got=given, expected=f"{least} to {most}", fix=f"{option} {usual}")
 
 
 class Stage(Protocol):
