@@ -13,9 +13,7 @@ from longtake.engines.bundle import write_bundle
 from longtake.engines.flavour import Flavour, flavour_for, gpu_compute_capability
 from longtake.engines.recipe import Recipe, recipe_named, recipe_names
 from longtake.runtime.errors import UnavailableError
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-ENGINES, EXPORTS = REPOSITORY / "engines" / "build", REPOSITORY / "export" / "build"
+from longtake.runtime.places import ENGINES, EXPORTS
 
 
 def register(subparsers: Any) -> None:

@@ -16,8 +16,9 @@ from longtake.export.package import load_index
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.generator import Generator
+from longtake.runtime.places import REPOSITORY
 from longtake.runtime.settings import settings_from_environment
-from longtake.runtime.sources import BACKEND_NAMES, REPOSITORY, Source, backend_from_source, source_from_name
+from longtake.runtime.sources import BACKEND_NAMES, Source, backend_from_source, source_from_name
 from longtake.training.networks import Models, load_models
 
 OUT = Path("runs") / "check"

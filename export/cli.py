@@ -21,9 +21,8 @@ from longtake.export.package import (
 from longtake.export.parity import Row, parity_table, require_parity
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import write_json
-from longtake.training.networks import REPOSITORY, Models, load_models
-
-OUT = REPOSITORY / "export" / "build"
+from longtake.runtime.places import EXPORTS, REPOSITORY
+from longtake.training.networks import Models, load_models
 
 
 def register(subparsers: Any) -> None:
@@ -40,7 +39,7 @@ def register(subparsers: Any) -> None:
         help="a shipped recipe or a .yaml file; may be repeated (default: all shipped ones)",
     )
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: the preset's shipped checkpoints")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help="default: export/build")
+    parser.add_argument("--out", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
     parser.add_argument("--no-parity", action="store_true", help="leave out the comparison with PyTorch")
     parser.add_argument("--force", action="store_true", help="export even if nothing has changed")
     parser.set_defaults(run=run)

@@ -26,6 +26,7 @@ from longtake.export.structure import Expected, check_structure
 from longtake.plugins.spec import PLUGIN_VERSION
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.files import atomic_path, read_json, require_disk, sha256, write_json
+from longtake.runtime.places import REPOSITORY
 from longtake.training.networks import Models, network_module, quantized_linears
 
 FORMAT = 1
@@ -199,7 +200,7 @@ def versions() -> dict[str, str]:
 
 def code_digest() -> str:
     """Digest of the sources an export depends on: a package exported by other code is not up to date."""
-    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    root, digest = REPOSITORY, hashlib.sha256()
     for source in SOURCES:
         place = root / source
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:

@@ -17,10 +17,10 @@ import torch
 from longtake import __version__
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.files import write_json
+from longtake.runtime.places import REPOSITORY
 from longtake.runtime.settings import cores
 from longtake.training.presets import Preset
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "onnxruntime", "onnx", "nvidia-modelopt", "tensorrt", "tensorrt-rtx-cu13", "cuda-core", "av")
 
 

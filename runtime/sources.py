@@ -17,14 +17,12 @@ from longtake.plugins.capability import Choice, backend_for
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import read_json
+from longtake.runtime.places import ENGINES, EXPORTS
 
 log = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-ENGINES = REPOSITORY / "engines" / "build"
-EXPORTS = REPOSITORY / "export" / "build"
 BUILD_FIX = "run `make export engines`, or pass a folder with --engines"
 ORACLE = "torch"  # PyTorch itself, for checks and tests; not among the backends a user is offered
 BACKEND_NAMES = ("auto", "fused", "segmented", "reference")

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.runtime.errors import LongtakeError
+from longtake.runtime.places import REPOSITORY
 from longtake.training.checkpoint import load_into
 from longtake.training.data.base import Batch, Dataset
-from longtake.training.networks import REPOSITORY
 from longtake.training.presets import Preset
 from longtake.training.teacher_forcing import Clips
 from longtake.training.text_encoder import TextEncoder

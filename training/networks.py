@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longtake.plugins.spec import cache_tensors
 from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.runtime.places import REPOSITORY
 from longtake.training.dit import CausalDiT, dense_cross_attention
 from longtake.training.presets import Preset
 from longtake.training.text_encoder import TextEncoder
@@ -22,7 +23,6 @@ from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady
 
 logger = logging.getLogger(__name__)
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 Amax = dict[str, dict[str, float]]
 
 
