@@ -24,7 +24,7 @@ from longtake.export.cases import Feeds, cases, numpy_feeds, torch_runner
 from longtake.export.check_layers import BLOCK, layer_tensors, with_outputs
 from longtake.export.check_runners import BackendRunner, TorchRunner, ViewRunner, quiet_polygraphy
 from longtake.export.files import read_onnx
-from longtake.export.parity import cache_format, decoded, difference, gate_of, recipe_models
+from longtake.export.parity import NVFP4_CACHE_GATE, cache_format, decoded, difference, gate_of, recipe_models
 from longtake.export.ssim import ssim
 from longtake.plugins.spec import cache_tensors
 from longtake.runtime.backends.base import Backend
@@ -33,9 +33,6 @@ from longtake.runtime.generator import Generator, Script
 from longtake.training.networks import Models, network_module
 
 ORACLE, VIEW = "PyTorch", "ONNX Runtime"
-# Nearly equal values round to different 4-bit codes where they lie near a tie. NVFP4's own relative error on Gaussian
-# data is 0.09, so two independent roundings differ by 0.13: a written 4-bit cache may differ by that.
-NVFP4_CACHE_GATE = 0.13
 
 
 @dataclass(frozen=True)
