@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -122,12 +124,9 @@ def test_an_interrupted_build_leaves_no_plan(
     flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting(build_module.BuildProgress):
-        def __init__(self, trt: Any, title: str, show: bool) -> None:
-            super().__init__(trt, title, show)
-            self.bar.update = self.interrupt
-
-        def interrupt(self, steps: int) -> None:
-            raise KeyboardInterrupt  # as Python does when Ctrl-C comes during a callback
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.bar.update = lambda steps: os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C during a callback
 
     monkeypatch.setattr(build_module, "BuildProgress", Interrupting)
     with pytest.raises(KeyboardInterrupt):
