@@ -39,8 +39,9 @@ def versions() -> dict[str, str]:
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write `tensors` and their side file; both appear under their names at the end, or neither does.
+    """Write `tensors` and their side file, each whole or not at all, one rename right after the other.
 
+    A crash between the two renames leaves a pair whose digests disagree, which loading reports.
     `meta` must hold "kind" and "preset"; digest, format and versions are added.
     """
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
