@@ -133,8 +133,8 @@ def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progr
     if existing:
         return PlanResult(plan, existing, True)
     start = time.monotonic()
-    with Interrupts() as interrupts:
-        content, layers = engine_from_onnx(job, recipe.compute_capability, flavour, show_progress, interrupts)
+    with Interrupts():
+        content, layers = engine_from_onnx(job, recipe.compute_capability, flavour, show_progress)
     manifest_path(plan).unlink(missing_ok=True)  # never an old manifest beside a new plan
     with atomic_path(plan) as partial:
         partial.write_bytes(content)
@@ -156,9 +156,7 @@ def _up_to_date(plan: Path, job: PlanJob, recipe: Recipe, flavour: Flavour) -> P
     return manifest if manifest.onnx_sha256 == job.onnx_sha256 else None
 
 
-def engine_from_onnx(
-    job: PlanJob, target: str, flavour: Flavour, show_progress: bool = True, interrupts: Interrupts | None = None
-) -> tuple[bytes, int]:
+def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress: bool = True) -> tuple[bytes, int]:
     """Parse and compile one plan. Returns its bytes and the number of layers parsed."""
     trt = flavour.module
     if job.plugins:
@@ -178,7 +176,7 @@ def engine_from_onnx(
             config.num_compute_capabilities = 1
             config.set_compute_capability(named, 0)
         timings = _timing_cache(config, flavour)
-        progress = BuildProgress(trt, job.name, show_progress, interrupts)
+        progress = BuildProgress(trt, job.name, show_progress)
         config.progress_monitor = progress.monitor
         try:
             plan = builder.build_serialized_network(network, config)

@@ -1,7 +1,8 @@
-"""A progress bar per plan, fed by TensorRT's progress monitor; Ctrl-C stops the build instead of crashing it."""
+"""A progress bar per plan, fed by TensorRT's progress monitor; Ctrl-C stops the build after the plan at hand."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -9,11 +10,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
 
 class Interrupts:
     """While it is entered, a Ctrl-C is noted; it is raised on leaving, in place of whatever came of it.
 
-    An exception must not pass through TensorRT: one raised in its logger's callback is logged, and lost.
+    An exception must not pass through TensorRT: one raised in its logger's callback is logged, and lost. Nor is the
+    build told to cancel: TensorRT-RTX 1.7 then sometimes corrupts its heap and aborts the process.
     """
 
     def __init__(self) -> None:
@@ -32,15 +36,16 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _note(self, *_: object) -> None:
+        if not self.noted:
+            logger.warning("interrupted: stopping when the plan at hand is built; it is not kept")
         self.noted = True
 
 
 class BuildProgress:
     """`monitor` goes into the builder config. After the build, `finish` closes the bar."""
 
-    def __init__(self, trt: Any, title: str, show: bool = True, interrupts: Interrupts | None = None) -> None:
+    def __init__(self, trt: Any, title: str, show: bool = True) -> None:
         self.bar = tqdm(total=0, desc=title, unit="step", leave=False, disable=not show, file=sys.stderr)
-        self.interrupts = interrupts or Interrupts()
         self.monitor = _monitor(trt, self)
 
     def finish(self) -> None:
@@ -49,7 +54,7 @@ class BuildProgress:
 
 def _monitor(trt: Any, progress: BuildProgress) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Moves the bar, and tells TensorRT to stop after a Ctrl-C."""
+        """Moves the bar; never asks TensorRT to stop (see `Interrupts`)."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -61,7 +66,7 @@ def _monitor(trt: Any, progress: BuildProgress) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             progress.bar.update(1)
-            return not progress.interrupts.noted
+            return True
 
         def phase_finish(self, phase_name: str) -> None:
             return None
