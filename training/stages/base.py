@@ -57,6 +57,10 @@ class StageOptions:
             if not least <= given <= most:
                 raise LongtakeError(f"bad {option}", got=given, expected=f"{least} to {most}", fix=f"{option} {usual}")
 
+    def computes_in_bf16(self, device: torch.device) -> bool:
+        """Whether forward passes on `device` run under bf16 autocast."""
+        return self.amp if device.type == "cuda" else self.cpu_bf16
+
 
 class Stage(Protocol):
     """A training stage. `modules` are trained, averaged (EMA) and saved, each under its name.

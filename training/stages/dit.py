@@ -80,7 +80,7 @@ class DiTStage:
         )
 
     def autocast(self) -> AbstractContextManager[None]:
-        enabled = self.options.amp if self.device.type == "cuda" else self.options.cpu_bf16
+        enabled = self.options.computes_in_bf16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)  # for capture
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:

@@ -52,7 +52,7 @@ class VAEStage:
         self.held_out = held_out.clips(generator, max(CLIP_FRAMES), HELD_OUT_CLIPS, device)
 
     def autocast(self) -> torch.autocast:
-        enabled = self.options.amp if self.device.type == "cuda" else self.options.cpu_bf16
+        enabled = self.options.computes_in_bf16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
