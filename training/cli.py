@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.training.noise import WEIGHTINGS
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.presets import PRESETS, preset_named
 from longtake.training.stages.base import Stage, StageOptions
@@ -94,6 +95,13 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
         choices=("full", "window"),
         help="history a chunk attends to: all of it, as in the reference, or the runtime's window of sinks and "
         "previous chunk, with the shot offset of the rotary positions",
+    )
+    group.add_argument(
+        "--loss-weighting",
+        default="bell",
+        choices=WEIGHTINGS,
+        help="weight of a noise level in the loss: the reference's bell, nearly 0 at pure noise (default), or uniform, "
+        "with which a model trained from random weights learns to follow its prompt sooner",
     )
     group.add_argument("--recalibrate", type=int, default=100, metavar="N", help="nvfp4: refresh amax every N steps")
     group.add_argument("--no-graph", action="store_true", help="GPU: launch every kernel by itself (no CUDA graph)")
@@ -195,6 +203,7 @@ def stage_from(args: argparse.Namespace) -> Stage:
         context=args.context,
         recalibrate=args.recalibrate,
         text_dropout=args.text_dropout,
+        loss_weighting=args.loss_weighting,
         graph=not args.no_graph,
         cpu_bf16=args.cpu_bf16,
         decoder_only=args.decoder_only,

@@ -52,13 +52,18 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Text encoder: `kind` picks the implementation, the rest its size. Output is [length, dim]."""
+    """Text encoder: `kind` picks the implementation ("words" or "umt5"), the rest its size. Output is [length, dim].
+
+    ffn_dim and vocabulary are read by "umt5" only.
+    """
 
     kind: str
     dim: int
     layers: int
     heads: int
     length: int
+    ffn_dim: int = 0
+    vocabulary: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,25 @@ TINY = Preset(
     checkpoints="training/checkpoints/tiny",
 )
 
-PRESETS = {TINY.name: TINY}
+WAN22_TI2V_5B = Preset(
+    name="wan2.2-ti2v-5b",
+    dit=DiTConfig(dim=3072, ffn_dim=14336, layers=30, heads=24, channels=48, text_dim=4096, text_len=512),
+    vae=VAEConfig(
+        z_channels=48,
+        encoder_dim=160,
+        decoder_dim=256,
+        dim_mult=(1, 2, 4, 4),
+        res_blocks=2,
+        temporal_down=(False, True, True),
+    ),
+    text=TextEncoderConfig(kind="umt5", dim=4096, layers=24, heads=64, length=512, ffn_dim=10240, vocabulary=256384),
+    sampling=SamplingConfig(steps=4, guidance=1.0),
+    height=704,
+    width=1280,
+    checkpoints="checkpoints/wan2.2-ti2v-5b",
+)
+
+PRESETS = {preset.name: preset for preset in (TINY, WAN22_TI2V_5B)}
 
 
 def preset_named(name: str) -> Preset:

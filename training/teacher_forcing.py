@@ -51,10 +51,10 @@ class Noise:
     levels: Tensor
 
 
-def draw_noise(clips: Clips, shift: float, generator: torch.Generator) -> Noise:
+def draw_noise(clips: Clips, shift: float, generator: torch.Generator, weighting: str = "bell") -> Noise:
     """Gaussian eps and one level a chunk, on the generator's device and moved to the clips'."""
     eps = torch.randn(clips.latents.shape, generator=generator, device=generator.device)
-    levels = sample_levels((len(clips.latents), clips.chunks), shift, generator)
+    levels = sample_levels((len(clips.latents), clips.chunks), shift, generator, weighting)
     return Noise(eps.to(clips.latents.device), levels.to(clips.latents.device))
 
 

@@ -38,6 +38,14 @@ def test_one_level_a_block_drawn_from_the_generator() -> None:
     assert (levels[:, 0, 0] != levels[:, 1, 0]).float().mean() > 0.9
 
 
+def test_uniform_weighting_changes_the_weight_only() -> None:
+    bell, uniform = (
+        sample_levels((256,), 5.0, torch.Generator().manual_seed(3), weighting) for weighting in ("bell", "uniform")
+    )
+    assert torch.equal(bell[..., :2], uniform[..., :2])
+    assert float(bell[..., 2].min()) < 0.1 and bool((uniform[..., 2] == 1).all())
+
+
 def test_add_noise_ends() -> None:
     x0, eps = torch.randn(4), torch.randn(4)
     assert torch.equal(add_noise(x0, eps, torch.tensor(0.0)), x0)

@@ -24,6 +24,7 @@ class StageOptions:
     stories, chunks: how many stories the latent cache holds, and the lengths in chunks that steps draw from.
     context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
     cpu_bf16: compute in bf16 on the CPU, too. decoder_only: (vae) keep the encoder and the latents' statistics.
+    loss_weighting: see `noise.sample_levels`.
     graph: on a GPU, capture the DiT's forward and backward pass in a CUDA graph.
     """
 
@@ -43,6 +44,7 @@ class StageOptions:
     graph: bool = True
     cpu_bf16: bool = False
     decoder_only: bool = False
+    loss_weighting: str = "bell"
     max_chunks_per_shot: int = 0
 
     def __post_init__(self) -> None:

@@ -88,7 +88,8 @@ class DiTStage:
         clips = self.batch(generator)
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         clips = self.drop_text(clips)
-        noise = draw_noise(clips, self.preset.sampling.shift, self.device_generator)
+        weighting = self.options.loss_weighting
+        noise = draw_noise(clips, self.preset.sampling.shift, self.device_generator, weighting)
         weighted, plain = self.graphed(*tensors_of(clips, noise))
         return weighted, {"flow": plain.detach()}
 
@@ -171,6 +172,7 @@ class DiTStage:
             "batch": options.batch,
             "context": options.context,
             "text_dropout": options.text_dropout,
+            "loss_weighting": options.loss_weighting,
             "vae_sha256": self.vae_digest,
             "sampling": {"steps": self.preset.sampling.steps, "guidance": self.preset.sampling.guidance},
         }
