@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from longtake.runtime.errors import LongtakeError
 from longtake.training.presets import PRESETS, Preset, preset_named
 
 RECIPES = Path(__file__).parent / "recipes"
-PRECISIONS = ("nvfp4", "w4a16", "bf16")
+DEFAULT_PRESET = "tiny"  # its checkpoints are shipped: what commands take all recipes of when none is named
+PRECISIONS = ("nvfp4", "w4a16", "fp8", "bf16")  # from the fewest bits a weight to the most
+ATTENTIONS = ("bf16", "fp8")
 MODES = ("fused", "segmented")
 
 
@@ -53,8 +55,11 @@ class Gate:
 class Recipe:
     """One file in engines/recipes, named model_precision_target.
 
-    precision: "nvfp4" (native W4A4), "w4a16" (4-bit weights, bf16 arithmetic) or "bf16".
+    precision: "nvfp4" (native W4A4), "w4a16" (4-bit weights, bf16 arithmetic), "fp8" (native W8A8) or "bf16".
     cache: "nvfp4" or "bf16". compute_capability: such as "12.0". mode: "fused" or "segmented".
+    attention: what the sink attention's two products are computed in, "bf16" or "fp8".
+    memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
+    vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
     """
 
     name: str
@@ -64,10 +69,14 @@ class Recipe:
     compute_capability: str
     mode: str
     gate: Gate
+    attention: str = "bf16"
+    memory_gb: int = 0
+    vae_latents_per_step: int = 1
 
     def __post_init__(self) -> None:
         for key, allowed in (
             ("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES), ("preset", tuple(PRESETS)),
+            ("attention", ATTENTIONS),
         ):  # fmt: skip
             if getattr(self, key) not in allowed:
                 raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(getattr(self, key)),
@@ -75,6 +84,11 @@ class Recipe:
         if not re.fullmatch(r"[0-9]+\.[0-9]", self.compute_capability):
             raise LongtakeError(f"recipe {self.name}: bad compute_capability", got=repr(self.compute_capability),
                                 expected="such as '12.0'", fix="compute_capability: '12.0'")  # fmt: skip
+        for key, least in (("memory_gb", 0), ("vae_latents_per_step", 1)):
+            number = getattr(self, key)
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(number),
+                                    expected=f"a whole number of at least {least}", fix=f"set {key}: {least}")  # fmt: skip
 
     @property
     def model(self) -> Preset:
@@ -95,13 +109,14 @@ def recipe_from_file(path: Path) -> Recipe:
                             fix="see engines/recipes") from None  # fmt: skip
     _require_mapping(given, f"recipe {path}")
     known = [f.name for f in fields(Recipe) if f.name != "name"]
+    optional = {f.name for f in fields(Recipe) if f.default is not MISSING}
     reject_unknown_keys(given, known, f"recipe {path.name}")
     gate = given.get("gate") or {}
     _require_mapping(gate, f"gate of recipe {path.name}")
     gate_keys = [f.name for f in fields(Gate)]
     reject_unknown_keys(gate, gate_keys, f"gate of recipe {path.name}")
     for where, have, want in ((path.name, given, known), (f"gate of {path.name}", gate, gate_keys)):
-        missing = [key for key in want if key not in have]
+        missing = [key for key in want if key not in have and key not in optional]
         if missing:
             raise LongtakeError(f"recipe {where} lacks keys", got=sorted(have), expected=f"also {missing}",
                                 fix="see engines/recipes")  # fmt: skip
@@ -115,9 +130,9 @@ def _require_mapping(given: Any, where: str) -> None:
                             fix="see engines/recipes")  # fmt: skip
 
 
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(preset: str = "") -> list[str]:
+    """Names of the shipped recipes, or of those of one preset."""
+    return sorted(path.stem for path in RECIPES.glob(f"{preset}_*.yaml" if preset else "*.yaml"))
 
 
 def recipe_named(name: str) -> Recipe:
@@ -134,12 +149,12 @@ def recipe_named(name: str) -> Recipe:
     return recipe_from_file(path)
 
 
-def recipe_for(compute_capability: str | None, preset: str = "tiny") -> str:
+def recipe_for(compute_capability: str | None, preset: str = DEFAULT_PRESET) -> str:
     """The recipe of `preset` with the fewest bits that is made for this GPU; without one, that of native FP4.
 
     Plans for a GPU that isn't there can still be built, and their recipe runs through the reference backend.
     """
-    recipes = [recipe_named(name) for name in recipe_names()]
-    mine = [r for r in recipes if r.preset == preset and r.compute_capability == compute_capability]
-    mine = mine or [r for r in recipes if r.preset == preset and r.precision == PRECISIONS[0]]
+    recipes = [recipe_named(name) for name in recipe_names(preset)]
+    mine = [r for r in recipes if r.compute_capability == compute_capability]
+    mine = mine or [r for r in recipes if r.precision == PRECISIONS[0]]
     return min(mine, key=lambda recipe: PRECISIONS.index(recipe.precision)).name

@@ -1,0 +1,66 @@
+"""The shipped recipes, and what a wrong one gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longtake.engines.recipe import RECIPES, recipe_for, recipe_from_file, recipe_named, recipe_names
+from longtake.plugins.capability import lookup
+from longtake.runtime.errors import LongtakeError
+
+FLAVOUR_OF = {"9.0": "1.6.1.120"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_is_named_after_what_it_holds(name: str) -> None:
+    recipe = recipe_named(name)
+    target = f"sm{recipe.compute_capability.replace('.', '')}"
+    assert recipe.name == f"{recipe.preset}_{recipe.precision}_{target}" == name
+    assert recipe.onnx_name == f"{recipe.preset}_{recipe.precision}"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_has_a_way_to_run(name: str) -> None:
+    recipe = recipe_named(name)
+    version = FLAVOUR_OF.get(recipe.compute_capability, "1.7.1.116")
+    assert lookup(recipe.mode, "tensorrt_rtx", version, recipe.compute_capability, recipe.precision).usable
+
+
+def test_recipes_that_share_onnx_files_share_a_cache() -> None:
+    caches = {(r.onnx_name, r.cache) for r in map(recipe_named, recipe_names())}
+    assert len(caches) == len({name for name, _ in caches})
+
+
+def test_a_recipe_of_the_real_model_says_how_large_a_card_must_be() -> None:
+    for name in recipe_names("wan2.2-ti2v-5b"):
+        assert recipe_named(name).memory_gb in (16, 24, 80), name
+    assert set(recipe_names("tiny")) | set(recipe_names("wan2.2-ti2v-5b")) == set(recipe_names())
+
+
+@pytest.mark.parametrize(
+    "capability, recipe",
+    [("9.0", "w4a16_sm90"), ("8.9", "w4a16_sm89"), ("8.6", "w4a16_sm86"), ("12.0", "nvfp4_sm120")],
+)
+def test_the_recipe_for_a_gpu_is_looked_for_within_the_preset(capability: str, recipe: str) -> None:
+    assert recipe_for(capability, "wan2.2-ti2v-5b") == f"wan2.2-ti2v-5b_{recipe}"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"attention": "int8"}, r"bad attention[\s\S]*bf16 \| fp8"),
+        ({"memory_gb": -1}, "bad memory_gb"),
+        ({"memory_gb": "24 GB"}, "bad memory_gb"),
+        ({"vae_latents_per_step": 0}, "bad vae_latents_per_step"),
+        ({"precision": "fp6"}, r"bad precision[\s\S]*nvfp4 \| w4a16 \| fp8 \| bf16"),
+        ({"atention": "bf16"}, r"did you mean 'attention'"),
+    ],
+)
+def test_a_bad_value_is_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    given = yaml.safe_load((RECIPES / "tiny_bf16_sm90.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**given, **change}))
+    with pytest.raises(LongtakeError, match=said):
+        recipe_from_file(tmp_path / "mine.yaml")
