@@ -11,7 +11,7 @@ from typing import Any
 from longtake.engines.build import PlanResult, build_recipe, require_buildable
 from longtake.engines.bundle import write_bundle
 from longtake.engines.flavour import Flavour, flavour_for, gpu_compute_capability
-from longtake.engines.recipe import Recipe, recipe_named, recipe_names
+from longtake.engines.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.runtime.errors import UnavailableError
 from longtake.runtime.places import ENGINES, EXPORTS
 
@@ -28,7 +28,7 @@ def register(subparsers: Any) -> None:
         "--recipe",
         action="append",
         metavar="NAME",
-        help="a shipped recipe or a .yaml file; may be repeated (default: all that this machine can build)",
+        help="a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny that this machine can build)",
     )
     parser.add_argument("--onnx", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
     parser.add_argument("--out", type=Path, default=ENGINES, metavar="FOLDER", help="default: engines/build")
@@ -57,7 +57,7 @@ def flavour_of(recipe: Recipe, machine: str | None) -> Flavour:
 
 def _buildable(machine: str | None) -> list[Recipe]:
     recipes = []
-    for recipe in map(recipe_named, recipe_names()):
+    for recipe in map(recipe_named, recipe_names(DEFAULT_PRESET)):
         try:
             require_buildable(recipe, flavour_of(recipe, machine), machine)
         except UnavailableError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from longtake.engines.recipe import Recipe, recipe_named, recipe_names
+from longtake.engines.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.engines.spec import NETWORKS
 from longtake.export.package import (
     INDEX,
@@ -36,7 +36,7 @@ def register(subparsers: Any) -> None:
         "--recipe",
         action="append",
         metavar="NAME",
-        help="a shipped recipe or a .yaml file; may be repeated (default: all shipped ones)",
+        help="a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny)",
     )
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: the preset's shipped checkpoints")
     parser.add_argument("--out", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
@@ -48,7 +48,7 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export each distinct (preset, precision, cache) once."""
     graphs: dict[str, PlainGraphs] = {}
-    for recipe in distinct(args.recipe or recipe_names()):
+    for recipe in distinct(args.recipe or recipe_names(DEFAULT_PRESET)):
         folder = args.out / recipe.onnx_name
         index = export(recipe, args.checkpoints, folder, force=args.force, parity=not args.no_parity, graphs=graphs)
         print_index(folder, index)
