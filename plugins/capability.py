@@ -18,6 +18,7 @@ Status = Literal["runs", "built, not run", "not run", "no"]
 BACKENDS = ("fused", "segmented", "reference")
 RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0", "12.1")
 DATA_CENTRE_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1")
+FP8_TARGETS = ("8.9", "9.0", "10.0", "10.3", "12.0", "12.1")  # what has FP8 arithmetic
 ANY: tuple[str, ...] = ()
 HOPPER_FIX = "pip install tensorrt-rtx-cu13==1.6.1.120, and use a segmented recipe such as tiny_w4a16_sm90"
 NO_GPU_FIX = "run on a machine with an NVIDIA GPU and its driver, or use --backend reference"
@@ -54,15 +55,21 @@ TABLE: tuple[Row, ...] = (
     Row("fused", "tensorrt_rtx", "1.7", "", ("9.0",), ANY, "no", _REFUSES, HOPPER_FIX),
     Row("fused", "tensorrt_rtx", "1.7", "", ("12.0", "12.1"), ("nvfp4",), "built, not run", _AOT),
     Row("fused", "tensorrt_rtx", "1.7", "", RTX_TARGETS, ("w4a16", "bf16"), "built, not run", _AOT),
+    Row("fused", "tensorrt_rtx", "1.7", "", FP8_TARGETS, ("fp8",), "built, not run", _AOT),
     Row("fused", "tensorrt", "11.0", "", ("10.0", "10.3", "12.0", "12.1"), ("nvfp4",), "not run", _ADAPTER),
     Row("fused", "tensorrt", "10.13", "", DATA_CENTRE_TARGETS, ("w4a16", "bf16"), "not run", _ADAPTER),
+    Row("fused", "tensorrt", "10.13", "", FP8_TARGETS, ("fp8",), "not run", _ADAPTER),
     Row("segmented", "tensorrt_rtx", "1.7", "", ("9.0",), ANY, "no", _REFUSES, HOPPER_FIX),
     Row("segmented", "tensorrt_rtx", "1.6", "1.7", ("9.0",), ("w4a16", "bf16"), "runs",
         "engine segments with the plugin kernels launched between them, run on an H100"),
+    Row("segmented", "tensorrt_rtx", "1.6", "1.7", ("9.0",), ("fp8",), "built, not run",
+        "engine segments with FP8 arithmetic are built on the CPU, and not yet run on an H100"),
     Row("segmented", "tensorrt_rtx", "1.6", "", RTX_TARGETS, ("w4a16", "bf16"), "built, not run", _AOT_SEGMENTS),
+    Row("segmented", "tensorrt_rtx", "1.6", "", FP8_TARGETS, ("fp8",), "built, not run", _AOT_SEGMENTS),
     Row("segmented", "tensorrt_rtx", "1.6", "", ("12.0", "12.1"), ("nvfp4",), "built, not run", _AOT_SEGMENTS),
     Row("segmented", "tensorrt", "11.0", "", ("10.0", "10.3", "12.0", "12.1"), ("nvfp4",), "not run", _ADAPTER),
     Row("segmented", "tensorrt", "10.13", "", DATA_CENTRE_TARGETS, ("w4a16", "bf16"), "not run", _ADAPTER),
+    Row("segmented", "tensorrt", "10.13", "", FP8_TARGETS, ("fp8",), "not run", _ADAPTER),
     Row("reference", "onnxruntime", "", "", ANY, ANY, "runs", "ONNX Runtime runs a view of the ONNX files on the CPU"),
 )  # fmt: skip
 
@@ -134,6 +141,9 @@ def lookup(backend: str, flavour: str, version: str, capability: str, precision:
             return Verdict(row.status, row.reason, row.fix)
     if precision == "nvfp4" and _fits_without_precision(backend, flavour, version, capability):
         return Verdict("no", f"{flavour} {version} has no FP4 arithmetic on compute capability {capability}",
+                       "use a w4a16 recipe (4-bit weights, bf16 arithmetic)")  # fmt: skip
+    if precision == "fp8" and _fits_without_precision(backend, flavour, version, capability):
+        return Verdict("no", f"compute capability {capability} has no FP8 arithmetic",
                        "use a w4a16 recipe (4-bit weights, bf16 arithmetic)")  # fmt: skip
     return Verdict("no", f"{flavour} {version} does not run {backend} plans on compute capability {capability}",
                    "longtake doctor shows what fits this machine")  # fmt: skip
