@@ -39,7 +39,11 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Causal video VAE of the Wan 2.2 kind: pixel unshuffle 2, then `len(dim_mult) - 1` spatial halvings."""
+    """Causal video VAE of the Wan 2.2 kind: pixel unshuffle 2, then `len(dim_mult) - 1` spatial halvings.
+
+    quant_convs: 1x1x1 convolutions after the encoder and before the decoder. last_shortcut: the encoder's last level,
+    which doesn't resample, has its shortcut too. The released Wan 2.2 VAE has both.
+    """
 
     z_channels: int
     encoder_dim: int
@@ -48,6 +52,8 @@ class VAEConfig:
     res_blocks: int
     temporal_down: tuple[bool, ...]
     stride: tuple[int, int, int] = (4, 16, 16)
+    quant_convs: bool = True
+    last_shortcut: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ TINY = Preset(
         dim_mult=(1, 2, 2, 4),
         res_blocks=1,
         temporal_down=(False, True, True),
+        quant_convs=False,
+        last_shortcut=False,
     ),
     text=TextEncoderConfig(kind="words", dim=128, layers=2, heads=4, length=32),
     sampling=SamplingConfig(steps=16, guidance=3.0),
