@@ -23,6 +23,7 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
     TensorProto.INT32: torch.int32,
     TensorProto.INT64: torch.int64,
     TensorProto.BOOL: torch.bool,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
 }
 RE_EXPORT = "export it again: longtake export --force"
 
