@@ -32,8 +32,10 @@ TORCH_DTYPES = {
     "int32": torch.int32,
     "int64": torch.int64,
     "bool": torch.bool,
+    "fp8": torch.float8_e4m3fn,
 }
-_DTYPE_OF = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT32": "int32", "INT64": "int64"}
+_DTYPE_OF = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
+             "FP8": "fp8"}  # fmt: skip
 
 
 class Scratch:
