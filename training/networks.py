@@ -186,18 +186,18 @@ def apply_precision(models: Models, precision: str) -> Models:
     """A copy of `models` that computes as a recipe of `precision` does.
 
     "bf16": weights as they are. "w4a16": the listed linears' weights replaced by what their NVFP4 form decodes to
-    (weight amax = max |W|). "nvfp4": ModelOpt fake-quant of weights and activations with the stored amax, the
-    accuracy oracle of native W4A4.
+    (weight amax = max |W|). "nvfp4" and "fp8": ModelOpt fake-quant of weights and activations with the stored
+    amax, the accuracy oracle of native W4A4 and of 8-bit floats.
     """
-    if precision not in ("bf16", "w4a16", "nvfp4"):
-        raise LongtakeError("unknown precision", got=precision, expected="bf16, w4a16 or nvfp4")
+    if precision not in ("bf16", "w4a16", "nvfp4", "fp8"):
+        raise LongtakeError("unknown precision", got=precision, expected="bf16, w4a16, nvfp4 or fp8")
     dit = copy.deepcopy(models.dit)
     if precision == "w4a16":
         fold_weights(dit)
-    elif precision == "nvfp4":
+    elif precision != "bf16":
         from longtake.training.quantize import restore_quantizers
 
-        dit = restore_quantizers(dit, models.amax)
+        dit = restore_quantizers(dit, models.amax, precision)
     return replace(models, dit=dit, precision=precision)
 
 

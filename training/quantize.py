@@ -1,7 +1,12 @@
-"""NVFP4 in the training loop: ModelOpt fake-quant of exactly the linears that recipes quantize.
+"""Quantized arithmetic in PyTorch: ModelOpt fake-quant of exactly the linears that recipes quantize.
 
-Weights and activations are rounded to NVFP4 in blocks of 16 along the contraction; gradients pass straight through.
-A quantizer's amax is frozen by calibration, so training calibrates again every so often: weights would outgrow it.
+nvfp4: weights and activations in blocks of 16 along the contraction. fp8: E4M3, a scale a tensor for activations and a
+scale a row (output feature) for weights. Gradients pass straight through. A quantizer's amax is frozen by calibration,
+so training calibrates again every so often: weights would outgrow it.
+
+Calibration sees unquantized activations whatever the precision, so an activation's amax found for one serves the other:
+a checkpoint trained under NVFP4 needs nothing more for fp8. One trained in bf16 has no amax: `insert_quantizers` with a
+run over typical chunks, then `read_amax` for its side file, gives it one.
 """
 
 from __future__ import annotations
@@ -29,6 +34,10 @@ logger = logging.getLogger(__name__)
 QUANT_IMPL = "auto"
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+FORMATS: dict[str, dict[str, dict[str, Any]]] = {
+    "nvfp4": {"input": NVFP4, "weight": NVFP4},
+    "fp8": {"input": {"num_bits": (4, 3), "axis": None}, "weight": {"num_bits": (4, 3), "axis": 0}},
+}
 SIDES = {"input": "input_quantizer", "weight": "weight_quantizer"}
 
 
@@ -96,21 +105,21 @@ def block_quantize(
     return fake_quantize(inputs, rule="static_6", order="modelopt", amax=amax.max())
 
 
-def quantizer_config(names: list[str]) -> dict[str, Any]:
-    """Everything off, then NVFP4 weights and inputs for the named linears (the stock config picks other layers)."""
+def quantizer_config(names: list[str], precision: str) -> dict[str, Any]:
+    """Everything off, then weights and inputs of the named linears (the stock configs pick other layers)."""
     wanted = [
-        {"quantizer_name": f"{name}.{quantizer}", "cfg": NVFP4, "enable": True}
+        {"quantizer_name": f"{name}.{quantizer}", "cfg": FORMATS[precision][side], "enable": True}
         for name in names
-        for quantizer in SIDES.values()
+        for side, quantizer in SIDES.items()
     ]
     return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *wanted], "algorithm": "max"}
 
 
-def insert_quantizers(dit: CausalDiT, calibrate: Callable[[nn.Module], object]) -> CausalDiT:
-    """Put NVFP4 fake-quant on the listed linears of `dit`, in place, with amax from a run of `calibrate(dit)`."""
+def insert_quantizers(dit: CausalDiT, calibrate: Callable[[nn.Module], object], precision: str = "nvfp4") -> CausalDiT:
+    """Put fake-quant ("nvfp4" or "fp8") on the listed linears of `dit`, in place, with amax from `calibrate(dit)`."""
     names = quantized_linears(dit)
     with torch.no_grad(), quiet():
-        modelopt().quantize(dit, quantizer_config(names), forward_loop=calibrate)
+        modelopt().quantize(dit, quantizer_config(names, precision), forward_loop=calibrate)
     check_quantizers(dit, names)
     return dit
 
@@ -149,15 +158,17 @@ def check_quantizers(dit: nn.Module, names: list[str]) -> None:
 
 
 def read_amax(dit: nn.Module) -> Amax:
-    """Calibrated amax of each quantized linear, as plain floats for the checkpoint's side file."""
+    """Calibrated amax of each quantized linear, as plain floats for the checkpoint's side file (of the largest row)."""
     return {
-        name: {side: float(quantizer.amax) for side, quantizer in sides.items()}
+        name: {side: float(quantizer.amax.max()) for side, quantizer in sides.items()}
         for name, sides in quantizers(dit).items()
     }
 
 
-def restore_quantizers(dit: CausalDiT, amax: Amax) -> CausalDiT:
+def restore_quantizers(dit: CausalDiT, amax: Amax, precision: str = "nvfp4") -> CausalDiT:
     """Put fake-quant with stored amax on the listed linears of `dit`, in place; no calibration data is needed.
+
+    Under "fp8" only the activations' amax is taken from `amax`: a weight's rows are scaled by what they hold.
 
     Raises:
         LongtakeError: a linear has no stored amax.
@@ -172,10 +183,12 @@ def restore_quantizers(dit: CausalDiT, amax: Amax) -> CausalDiT:
         )
     names = quantized_linears(dit)
     with quiet():
-        modelopt().quantize(dit, {**quantizer_config(names), "algorithm": None})
+        modelopt().quantize(dit, {**quantizer_config(names, precision), "algorithm": None})
     check_quantizers(dit, names)
-    device = next(dit.parameters()).device
     for name, sides in quantizers(dit).items():
+        weight = dit.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator]
         for side, quantizer in sides.items():
-            quantizer.amax = torch.tensor(amax[name][side], dtype=torch.float32, device=device)
+            stored = torch.tensor(amax[name][side], dtype=torch.float32, device=weight.device)
+            by_row = precision == "fp8" and side == "weight"
+            quantizer.amax = weight.float().abs().amax(dim=1, keepdim=True) if by_row else stored
     return dit

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from longtake.export.lower_fp8 import multiplier, quantized_rows
 from longtake.plugins.nvfp4.reference import fake_quantize
 from longtake.runtime.errors import LongtakeError
 from longtake.training.dit import CausalDiT, dense_cross_attention
@@ -47,8 +48,9 @@ def plain(small_preset: Preset) -> CausalDiT:
     return dit
 
 
-def test_exactly_the_listed_linears_are_quantized(plain: CausalDiT, run: Run) -> None:
-    dit = insert_quantizers(copy.deepcopy(plain), run)
+@pytest.mark.parametrize("precision", ["nvfp4", "fp8"])
+def test_exactly_the_listed_linears_are_quantized(plain: CausalDiT, run: Run, precision: str) -> None:
+    dit = insert_quantizers(copy.deepcopy(plain), run, precision)
     enabled = {n.rpartition(".")[0] for n, m in dit.named_modules() if n.endswith("_quantizer") and m.is_enabled}
     assert enabled == set(quantized_linears(plain)) and len(enabled) == 10 * len(plain.blocks)
 
@@ -99,10 +101,33 @@ def test_calibrating_again_follows_weights_that_outgrew_their_amax_and_back(plai
     assert read_amax(dit)["blocks.0.self_attn.q"]["weight"] == float(weight.abs().max()) < 1.1 * before
 
 
-def test_stored_amax_rebuilds_the_same_model(plain: CausalDiT, run: Run) -> None:
-    dit = insert_quantizers(copy.deepcopy(plain), run)
-    rebuilt = restore_quantizers(copy.deepcopy(plain), read_amax(dit))
+@pytest.mark.parametrize("precision", ["nvfp4", "fp8"])
+def test_stored_amax_rebuilds_the_same_model(plain: CausalDiT, run: Run, precision: str) -> None:
+    dit = insert_quantizers(copy.deepcopy(plain), run, precision)
+    rebuilt = restore_quantizers(copy.deepcopy(plain), read_amax(dit), precision)
     assert torch.equal(run(rebuilt), run(dit))
+
+
+def test_amax_calibrated_for_nvfp4_serves_fp8(plain: CausalDiT, run: Run) -> None:
+    found = [read_amax(insert_quantizers(copy.deepcopy(plain), run, precision)) for precision in ("nvfp4", "fp8")]
+    assert found[0] == found[1]
+
+
+def test_fp8_scales_activations_by_the_calibrated_amax_and_weights_by_row(plain: CausalDiT, run: Run) -> None:
+    name = "blocks.1.ffn.0"
+    with torch.no_grad():
+        plain.get_submodule(name).weight[3] *= 1000  # an outlier row costs the other rows nothing
+    dit = insert_quantizers(copy.deepcopy(plain), run, "fp8")
+    linear, amax = plain.get_submodule(name), read_amax(dit)[name]["input"]
+    x = torch.randn(5, linear.in_features) * 3
+    x[0, 0] = 2 * amax  # beyond what calibration saw: saturates
+    codes, scales = quantized_rows(linear.weight)
+    factor = multiplier(torch.tensor(amax))
+    rounded = (x * factor).clamp(-448, 448).to(torch.float8_e4m3fn).float() / factor
+    wanted = nn.functional.linear(rounded, codes.float() * scales[:, None], linear.bias)
+    assert torch.allclose(dit.get_submodule(name)(x), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    errors = (codes.float() * scales[:, None] - linear.weight).norm(dim=1) / linear.weight.norm(dim=1)
+    assert 0.01 < float(errors.max()) < 0.04
 
 
 def test_missing_amax_says_what_to_run(plain: CausalDiT) -> None:
@@ -115,12 +140,12 @@ def test_precisions_leave_the_models_untouched(plain: CausalDiT, run: Run, small
     amax = read_amax(insert_quantizers(copy.deepcopy(plain), run))
     models = Models(small_preset, plain, nn.Identity(), nn.Identity(), amax)  # type: ignore[arg-type]
     before = run(plain)
-    weight_only, both = (apply_precision(models, precision) for precision in ("w4a16", "nvfp4"))
+    weight_only, both, eight = (apply_precision(models, precision) for precision in ("w4a16", "nvfp4", "fp8"))
     assert torch.equal(run(models.dit), before) and torch.equal(run(apply_precision(models, "bf16").dit), before)
     name = "blocks.0.cross_attn.k"
     assert torch.equal(weight_only.dit.get_submodule(name).weight, fake_quantize(plain.get_submodule(name).weight))
-    errors = [float((run(m.dit) - before).norm() / before.norm()) for m in (weight_only, both)]
-    assert 0 < errors[0] < errors[1] < 0.15
+    errors = [float((run(m.dit) - before).norm() / before.norm()) for m in (eight, weight_only, both)]
+    assert 0 < errors[0] < errors[1] < errors[2] < 0.15
     assert quantizers(both.dit)[name]["input"].is_enabled
 
 
