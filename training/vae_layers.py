@@ -37,7 +37,10 @@ class Stream:
 
     def keep(self, history: Tensor, old: Tensor | None = None) -> None:
         """Keep `history` for the next call, written over `old` if that is how this stream works."""
-        self.new.append(old.copy_(history) if self.in_place and old is not None else history)
+        if self.in_place and old is not None:
+            self.new.append(old.copy_(history))
+        else:  # a copy, lest a few frames keep the whole input alive; in training autograd keeps that anyway
+            self.new.append(history if history.requires_grad else history.contiguous())
 
 
 class CausalConv3d(nn.Module):
