@@ -17,7 +17,7 @@ from longtake.export.onnx_from_model import ONNX_DTYPES
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.runtime.errors import IntegrityError
 
-BITS_PER_WEIGHT = 4.5
+FOUR_BITS, EIGHT_BITS = ("values", "scales"), ("values", "scale")  # the tensors a packed weight consists of
 STANDARD_DOMAINS = ("", "ai.onnx")
 
 
@@ -25,7 +25,7 @@ STANDARD_DOMAINS = ("", "ai.onnx")
 class Expected:
     """What an exported network must hold.
 
-    linears: name -> (N, K) of each Linear lowered to 4 bits. layers: transformer layers with a K/V cache (0 if none).
+    linears: name -> (N, K) of each Linear lowered to 4 or 8 bits. layers: transformer layers with a K/V cache (0 if none).
     """
 
     spec: NetworkSpec
@@ -41,6 +41,15 @@ class Expected:
         if self.precision == "w4a16":
             ops[WEIGHT_OP] = len(self.linears)
         return +ops
+
+    @property
+    def weight_parts(self) -> tuple[str, ...]:
+        """Suffixes of the tensors that hold a lowered weight's bits."""
+        return EIGHT_BITS if self.precision == "fp8" else FOUR_BITS
+
+    def bits_per_weight(self, columns: int) -> float:
+        """Bits of one weight with its share of the scales: of a block of 16 in E4M3, or of a row in fp32."""
+        return 8 + 32 / columns if self.precision == "fp8" else 4.5
 
 
 def check_structure(path: Path, expected: Expected) -> None:
@@ -132,23 +141,24 @@ def _check_weights(path: Path, model: onnx.ModelProto, expected: Expected) -> No
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     left = [linear_name(n) for n in model.graph.node if n.op_type == "Gemm" and linear_name(n) in expected.linears]
     if left:
-        raise _broken(path, "holds linears that were not lowered", left[:4], "4-bit weights")
+        raise _broken(path, "holds linears that were not lowered", left[:4], f"{expected.precision} weights")
     for name, (rows, columns) in expected.linears.items():
-        parts = [tensors.get(f"{name}.weight.{part}") for part in ("values", "scales")]
+        parts = [tensors.get(f"{name}.weight.{part}") for part in expected.weight_parts]
         size = sum(len(part.raw_data) for part in parts if part is not None)
         bits = 8 * size / (rows * columns)
-        if None in parts or bits != BITS_PER_WEIGHT:
-            raise _broken(path, f"does not hold {name} in 4 bits", f"{bits} bits a weight", BITS_PER_WEIGHT)
-    quantized = [node for node in model.graph.node if node.domain == ACTIVATION_DOMAIN]
+        wanted = expected.bits_per_weight(columns)
+        if None in parts or bits != wanted:
+            raise _broken(path, f"does not hold {name} in {expected.precision}", f"{bits} bits a weight", wanted)
+    quantized = [n for n in model.graph.node if n.domain == ACTIVATION_DOMAIN or n.op_type == "QuantizeLinear"]
     _check_activations(path, quantized, tensors, expected)
 
 
 def _check_activations(
     path: Path, quantized: list[NodeProto], tensors: Mapping[str, TensorProto], expected: Expected
 ) -> None:
-    """TensorRT wants each activation's per-tensor scale as an initializer."""
-    if expected.precision == "nvfp4" and expected.linears and not quantized:
-        raise _broken(path, "quantizes no activations", 0, "one TRT_FP4DynamicQuantize an input of a 4-bit linear")
+    """TensorRT wants each activation's per-tensor scale as an initializer: without, it refuses or multiplies in bf16."""
+    if expected.precision in ("nvfp4", "fp8") and expected.linears and not quantized:
+        raise _broken(path, "quantizes no activations", 0, "one quantizer an input of a quantized linear")
     for node in quantized:
         if node.input[1] not in tensors:
             raise _broken(path, f"computes the scale of {node.name}", node.input[1], "a calibrated initializer")
