@@ -31,8 +31,7 @@ def ort_view(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = view.graph
     del graph.value_info[:]
     _replace(graph.initializer, (_fp8_from_fp4(t) if t.data_type == FP4 else t for t in graph.initializer))
-    initializers = {t.name: t for t in graph.initializer}
-    _replace(graph.node, (new for node in graph.node for new in _viewed(node, initializers)))
+    _replace(graph.node, (new for node in graph.node for new in _viewed(node)))
     if any(node.domain == ACTIVATION_DOMAIN for node in graph.node):
         view.functions.append(activation_function(_opset(view)))
     if any(ONES in node.input for node in graph.node):
@@ -55,22 +54,21 @@ def _replace(field: Any, items: Iterable[Any]) -> None:
     field.extend(kept)
 
 
-def _viewed(node: NodeProto, initializers: dict[str, TensorProto]) -> Iterator[NodeProto]:
+def _viewed(node: NodeProto) -> Iterator[NodeProto]:
     """The nodes that stand for `node` in the view."""
     if node.op_type == "DequantizeLinear":
-        yield from _dequantize(node, initializers)
+        yield from _dequantize(node)
     elif node.domain == DOMAIN and OPS[node.op_type].aliases:
         yield from _guarded_write(node)
     else:
         yield node
 
 
-def _dequantize(node: NodeProto, initializers: dict[str, TensorProto]) -> Iterator[NodeProto]:
-    """x * scale, the scale repeated over blocks of 16; constants are folded when a session is created."""
+def _dequantize(node: NodeProto) -> Iterator[NodeProto]:
+    """fp32(x) * scale, the scale repeated over blocks of 16; constants are folded when a session is created."""
     x, scale, out = node.input[0], node.input[1], node.output[0]
-    if x in initializers:
-        yield helper.make_node("Cast", [x], [f"{out}.x"], to=FLOAT)
-        x = f"{out}.x"
+    yield helper.make_node("Cast", [x], [f"{out}.x"], to=FLOAT)
+    x = f"{out}.x"
     if any(a.name == "block_size" for a in node.attribute):
         yield from _repeated(scale, x, f"{out}.wide")
         scale = f"{out}.wide"
