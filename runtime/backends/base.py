@@ -38,10 +38,22 @@ class Decoder(Protocol):
         ...
 
 
+class Encoder(Protocol):
+    """Streaming VAE encoder of one video: one video frame in (the first) or four, one latent frame out."""
+
+    def encode(self, frames_CTHW: Tensor) -> Tensor:
+        """Frames fp32 [3, T, H, W] in [-1, 1], any device, T = 1 at the start and 4 after it; advances the state.
+
+        Returns the normalized latent, the distribution's mean, fp32 [1, C, h, w]; the next call may overwrite it.
+        """
+        ...
+
+
 class Backend(Protocol):
     """The networks of one recipe, ready to run.
 
     name: "reference", "segmented" or "fused" (tests add their own). reason: why this one was chosen, one clause.
+    A backend whose decoder runs on another device says which one in `decode_device` (see `decode_device_of`).
     """
 
     name: str
@@ -91,6 +103,14 @@ class Backend(Protocol):
         """A decoder at the start of a video."""
         ...
 
+    def new_encoder(self) -> Encoder:
+        """An encoder at the start of a video. It may hold device memory for as long as it is referenced.
+
+        Raises:
+            LongtakeError: this backend has no VAE encoder; says what would give it one.
+        """
+        ...
+
     def peak_bytes(self) -> int:
         """Peak memory so far in bytes: device memory on a GPU, resident memory of the process on a CPU."""
         ...
@@ -98,3 +118,14 @@ class Backend(Protocol):
     def close(self) -> None:
         """Release engines and buffers. Calling it twice is harmless."""
         ...
+
+
+def decode_device_of(backend: Backend) -> torch.device:
+    """Where `backend` decodes: its `decode_device` if it has one, else its device."""
+    return getattr(backend, "decode_device", None) or backend.device
+
+
+def encode_video(encoder: Encoder, frames_CTHW: Tensor) -> Tensor:
+    """The start of a video, fp32 [3, 1 + 4 (F - 1), H, W] in [-1, 1], to latents fp32 [1, F, C, h, w] on the CPU."""
+    groups = [frames_CTHW[:, :1], *frames_CTHW[:, 1:].split(4, dim=1)]
+    return torch.stack([encoder.encode(group).cpu().clone() for group in groups if group.shape[1]], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,32 +22,38 @@ class ReferenceBackend(HostBackend):
 
     name = "reference"
 
-    def __init__(self, folder: Path, recipe: Recipe, reason: str = "asked for", preset: Preset | None = None) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, reason: str = "asked for", preset: Preset | None = None,
+                 checkpoints: Path | None = None) -> None:  # fmt: skip
         """Verify and open the exported networks in `folder`; `preset` overrides the recipe's (tests use smaller ones).
+
+        `checkpoints`: where the VAE encoder and the text encoder come from if they were not exported.
 
         Raises:
             LongtakeError: nothing is exported there, or it is of another recipe.
             IntegrityError: a file was altered, truncated or swapped.
             UnavailableError: ONNX Runtime is not installed.
         """
-        super().__init__(recipe, reason, torch.device("cpu"), preset)
-        require_recipe(load_index(folder), folder, recipe)
+        super().__init__(recipe, reason, torch.device("cpu"), preset, checkpoints)
+        index = load_index(folder)
+        require_recipe(index, folder, recipe)
         threads = settings_from_environment().threads
-        self._sessions = {name: _open(folder / f"{name}.ort.onnx", threads) for name in NETWORKS}
+        names = [name for name in NETWORKS if name in index["networks"]]
+        self._sessions = {name: _open(folder / f"{name}.ort.onnx", threads) for name in names}
         self._read = {name: {i.name for i in session.get_inputs()} for name, session in self._sessions.items()}
 
-    def call(self, network: str, inputs: list[Tensor]) -> list[Tensor]:
-        spec = self.specs[network]
+    def has(self, network: str) -> bool:
+        """See HostBackend.has."""
+        return network in self._sessions
+
+    def call(
+        self, network: str, inputs: Mapping[str, Tensor], wanted: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """See HostBackend.call."""
         # The exporter drops inputs that a network does not use.
-        feeds = {
-            b.name: t.contiguous().numpy()
-            for b, t in zip(spec.inputs, inputs, strict=True)
-            if b.name in self._read[network]
-        }
-        wanted = [binding.name for binding in spec.outputs]
-        if network == "dit" and int(inputs[5]) < 0:
-            wanted = wanted[:1]  # nothing was written: leave the caches where they are
-        return [torch.from_numpy(array) for array in self._sessions[network].run(wanted, feeds)]
+        feeds = {name: t.contiguous().numpy() for name, t in inputs.items() if name in self._read[network]}
+        names = [binding.name for binding in self.specs[network].outputs] if wanted is None else list(wanted)
+        arrays = self._sessions[network].run(names, feeds)
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
 def _open(path: Path, threads: int):  # type: ignore[no-untyped-def]  # noqa: ANN202

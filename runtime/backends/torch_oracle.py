@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from longtake.engines.recipe import Recipe
 from longtake.engines.spec import NETWORKS
 from longtake.export.parity import recipe_models
+from longtake.runtime.backends.base import Encoder
 from longtake.runtime.backends.host import HostBackend
+from longtake.runtime.backends.torch_parts import TorchEncoder
 from longtake.training.networks import Models, load_models, network_module
 
 
@@ -28,11 +31,23 @@ class TorchBackend(HostBackend):
     ) -> None:
         """`models` (plain ones; the precision is applied here), or else those in `checkpoints` (the shipped ones)."""
         plain = models if models is not None else load_models(recipe.model, checkpoints)
-        super().__init__(recipe, "PyTorch in fp32, the oracle", device or torch.device("cpu"), plain.preset)
+        super().__init__(
+            recipe, "PyTorch in fp32, the oracle", device or torch.device("cpu"), plain.preset, checkpoints
+        )
         self.vocabulary = tuple(plain.vocabulary)
         oracle = recipe_models(plain, recipe.precision)
+        self._vae = oracle.vae
         self._modules = {name: network_module(oracle, name, recipe.cache).to(self.device) for name in NETWORKS}
 
     @torch.no_grad()
-    def call(self, network: str, inputs: list[Tensor]) -> list[Tensor]:
-        return list(self._modules[network](*(tensor.to(self.device) for tensor in inputs)))
+    def call(
+        self, network: str, inputs: Mapping[str, Tensor], wanted: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """See HostBackend.call."""
+        spec = self.specs[network]
+        outputs = self._modules[network](*(inputs[binding.name].to(self.device) for binding in spec.inputs))
+        return {binding.name: tensor for binding, tensor in zip(spec.outputs, outputs, strict=True)}
+
+    def new_encoder(self) -> Encoder:
+        """See Backend.new_encoder."""
+        return TorchEncoder(self._vae, self.device)
