@@ -8,7 +8,16 @@ from longtake.engines.spec import vae_spec
 from longtake.runtime.errors import LongtakeError
 from longtake.training.data.digits import Digits
 from longtake.training.presets import TINY
-from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, Stream, decoder_cache_shapes
+from longtake.training.vae import (
+    CausalVAE,
+    DecoderFirst,
+    DecoderSteady,
+    Stream,
+    VAEEncoderFirst,
+    VAEEncoderSteady,
+    decoder_cache_shapes,
+    encoder_cache_shapes,
+)
 
 FRAMES = 29  # 8 latents
 Models = tuple[CausalVAE, Tensor, Tensor]
@@ -58,6 +67,44 @@ def test_decoding_latent_by_latent_is_decoding_the_whole(models: Models, decoded
         assert frames.shape == (1, 3, 4, 128, 128)
         parts.append(frames)
     torch.testing.assert_close(torch.cat(parts, 2), decoded, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@torch.no_grad()
+def test_steps_of_several_latents(models: Models, count: int, in_place: bool) -> None:
+    """A step of n latents is n steps of one, caches included, whose shapes don't depend on n."""
+    vae, _, latents = models
+    one, many = DecoderSteady(vae), DecoderSteady(vae, in_place)
+    latents = torch.cat([latents, latents[:, :1]], 1)[:, :, :, :4, :4].transpose(1, 2)
+    _, *caches = DecoderFirst(vae)(latents[:, :, :1])
+    ours = [cache.clone() for cache in caches]
+    addresses = [cache.data_ptr() for cache in ours]
+    for part in latents[:, :, 1:].split(count, 2):
+        frames, *ours = many(part, *ours)
+        wanted = []
+        for latent in part.split(1, 2):
+            alone, *caches = one(latent, *caches)
+            wanted.append(alone)
+        torch.testing.assert_close(frames, torch.cat(wanted, 2), rtol=0, atol=2e-5)
+    for got, cache in zip(ours, caches, strict=True):
+        torch.testing.assert_close(got, cache, rtol=1e-4, atol=2e-5)
+    assert ([cache.data_ptr() for cache in ours] == addresses) == in_place
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@torch.no_grad()
+def test_encoding_step_by_step_is_encoding_the_whole(models: Models, groups: int) -> None:
+    """Through the two networks that engines are made of."""
+    vae, video, latents = models
+    latent, *caches = VAEEncoderFirst(vae)(video[:, :, :1])
+    assert [tuple(cache.shape) for cache in caches] == encoder_cache_shapes(TINY)
+    parts = [latent]
+    for frames in video[:, :, 1:17].split(4 * groups, 2):
+        latent, *caches = VAEEncoderSteady(vae)(frames, *caches)
+        assert latent.shape == (1, 16, groups, 8, 8)
+        parts.append(latent)
+    torch.testing.assert_close(torch.cat(parts, 2).transpose(1, 2), latents[:, :5], rtol=0, atol=2e-5)
 
 
 def test_decoding_in_chunks_is_decoding_the_whole(models: Models, decoded: Tensor) -> None:
