@@ -139,9 +139,31 @@ def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[
     return meta
 
 
+def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+    """Let a module built on the meta device have the checkpoint's tensors as its own, and return the side file.
+
+    The tensors are views of the mapped file, in its dtypes: memory is taken only for what is read, and writing to them
+    never reaches the file.
+
+    Raises:
+        LongtakeError, IntegrityError: as `load_into`.
+    """
+    tensors, meta = load_checkpoint(path, kind=kind, preset=preset)
+    check_state(module, tensors, str(path))
+    module.load_state_dict(tensors, assign=True)
+    return meta
+
+
 @torch.no_grad()
 def copy_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copy `tensors` into the module's parameters and buffers, in place, all of them or none."""
+    check_state(module, tensors, where)
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(tensors[name])
+
+
+def check_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise IntegrityError, listing names, unless `tensors` has exactly the module's keys and shapes."""
     own = module.state_dict()
     problems = {
         "missing": sorted(own.keys() - tensors.keys()),
@@ -160,8 +182,6 @@ def copy_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
             expected=f"the {len(own)} tensors of {type(module).__name__}",
             fix="use a checkpoint of the same preset and version",
         )
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
 
 
 def _some(names: list[str], limit: int = 6) -> str:

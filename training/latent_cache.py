@@ -19,7 +19,7 @@ from longtake.training.checkpoint import load_into
 from longtake.training.data.base import Batch, Dataset
 from longtake.training.presets import Preset
 from longtake.training.teacher_forcing import Clips
-from longtake.training.text_encoder import TextEncoder
+from longtake.training.text_encoder import AnyTextEncoder
 from longtake.training.vae import CausalVAE
 from longtake.training.window import full_history, shot_offsets, window_history
 
@@ -87,7 +87,7 @@ def batches(dataset: Dataset, stories: int, chunks: int, seed: int, device: torc
 def cache_from_dataset(
     dataset: Dataset,
     vae: CausalVAE,
-    text: TextEncoder,
+    text: AnyTextEncoder,
     preset: Preset,
     *,
     stories: int,

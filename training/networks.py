@@ -18,7 +18,7 @@ from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.places import REPOSITORY
 from longtake.training.dit import CausalDiT, dense_cross_attention
 from longtake.training.presets import Preset
-from longtake.training.text_encoder import TextEncoder
+from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady
 
 logger = logging.getLogger(__name__)
@@ -37,20 +37,20 @@ class Models:
     preset: Preset
     dit: CausalDiT
     vae: CausalVAE
-    text: TextEncoder
+    text: AnyTextEncoder
     amax: Amax = field(default_factory=dict)
     precision: str = "bf16"
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """The text encoder's words, in token order."""
+        """The text encoder's words, in token order; none where a tokenizer's file holds them."""
         return self.text.vocabulary
 
 
 class TextStep(nn.Module):
     """tokens int32 [1, E] -> embeddings fp32 [1, E, text_dim]."""
 
-    def __init__(self, text: TextEncoder) -> None:
+    def __init__(self, text: AnyTextEncoder) -> None:
         super().__init__()
         self.text = text
 
@@ -145,38 +145,57 @@ def random_models(preset: Preset, seed: int = 0) -> Models:
         torch.manual_seed(seed)
         dit = CausalDiT(preset.dit)
         nn.init.xavier_uniform_(dit.head.head.weight)
-        models = Models(preset, dit.eval(), CausalVAE(preset.vae).eval(), TextEncoder(preset.text).eval())
+        models = Models(preset, dit.eval(), CausalVAE(preset.vae).eval(), text_encoder_for(preset).eval())
     models.amax = {n: {"input": 5.0, "weight": weight_amax(dit, n)} for n in quantized_linears(dit)}
     return models
 
 
-def load_models(preset: Preset, folder: Path | None = None) -> Models:
+LARGE = 10**9  # parameters; a model with more keeps the dtype of its files, where a smaller one is worked on in fp32
+
+
+def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype | None = None) -> Models:
     """Load vae, text_encoder and dit of `preset` from `folder` (the shipped checkpoints if None), in eval mode.
+
+    Weights stay in the mapped files until they are read; only those that change their dtype are copied.
+
+    Args:
+        dtype: of all weights. None: fp32, or as stored for a preset of more than `LARGE` parameters.
 
     Raises:
         LongtakeError: a file is missing, or its keys or shapes don't fit the preset.
         IntegrityError: a file is damaged or is not safetensors.
     """
-    from longtake.training.checkpoint import load_into
+    from longtake.training.checkpoint import map_into
 
     folder = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints
-    text_meta = load_meta(folder / "text_encoder.safetensors", "text_encoder", preset)
-    text = TextEncoder(preset.text, text_meta["vocabulary"])
-    dit, vae = CausalDiT(preset.dit), CausalVAE(preset.vae)
-    metas = {
-        name: load_into(module, folder / f"{name}.safetensors", kind=name, preset=preset.name)
-        for name, module in (("text_encoder", text), ("vae", vae), ("dit", dit))
-    }
-    return Models(preset, dit.eval(), vae.eval(), text.eval(), metas["dit"].get("amax") or {})
+    words = load_meta(folder / "text_encoder.safetensors", "text_encoder", preset).get("vocabulary")
+    with torch.device("meta"):
+        text = text_encoder_for(preset, words, folder)
+        vae, dit = CausalVAE(preset.vae), CausalDiT(preset.dit)
+    modules: dict[str, nn.Module] = {"text_encoder": text, "vae": vae, "dit": dit}
+    dtype = dtype or weights_dtype(*modules.values())
+    metas = {}
+    for name, module in modules.items():
+        metas[name] = map_into(module, folder / f"{name}.safetensors", kind=name, preset=preset.name)
+        module.to(dtype=dtype).eval()
+    return Models(preset, dit, vae, text, metas["dit"].get("amax") or {})
+
+
+def weights_dtype(*modules: nn.Module) -> torch.dtype | None:
+    """fp32, or None (leave it as stored) when the modules together have more than `LARGE` parameters."""
+    count = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return None if count > LARGE else torch.float32
 
 
 def load_meta(path: Path, kind: str, preset: Preset) -> dict:
-    """The checked JSON side file of a checkpoint; a text encoder's holds its vocabulary."""
+    """The checked JSON side file of a checkpoint; that of a text encoder of words holds its vocabulary."""
     from longtake.training.checkpoint import RETRAIN, read_side_file
 
     meta = read_side_file(path, kind=kind, preset=preset.name)
+    if kind != "text_encoder" or preset.text.kind != "words":
+        return meta
     words = meta.get("vocabulary")
-    if kind == "text_encoder" and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
         raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary", got=repr(words)[:80],
                              expected='"vocabulary": a list of words', fix=RETRAIN)  # fmt: skip
     return meta

@@ -1,4 +1,4 @@
-"""Word tokenizer and the small trainable text encoder; larger presets put umT5 behind the same interface.
+"""Word tokenizer and the small trainable text encoder; presets of kind "umt5" have umT5 behind the same interface.
 
 Legend: P prompts, E tokens of a prompt (padded), V vocabulary.
 """
@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longtake.training.presets import TextEncoderConfig
+from longtake.runtime.errors import LongtakeError
+from longtake.training.pieces import FOLDER, PieceTokenizer
+from longtake.training.presets import Preset, TextEncoderConfig
+from longtake.training.umt5 import UMT5
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +101,19 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         nn.init.normal_(self.embedding.weight, std=0.5)
 
+    @property
+    def token_count(self) -> int:
+        """How many token ids there are."""
+        return self.embedding.num_embeddings
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Texts to token ids."""
+        return _tokenizer(self.vocabulary)
+
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids of `texts` in this encoder's vocabulary, int32 [P, E]."""
-        return tokenize(texts, self.config.length, self.vocabulary)
+        return self.tokenizer(texts, self.config.length)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens int32 [P, E] -> fp32 embeddings [P, E, dim]."""
@@ -108,3 +123,43 @@ class TextEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x).float() * word[..., None].to(torch.float32)
+
+
+AnyTextEncoder = TextEncoder | UMT5
+
+
+def text_encoder_for(
+    preset: Preset, vocabulary: Sequence[str] | None = None, checkpoints: Path | None = None
+) -> AnyTextEncoder:
+    """The text encoder of `preset`, untrained.
+
+    Args:
+        vocabulary: words of a "words" encoder; the shipped grammar's if None.
+        checkpoints: folder whose tokenizer/tokenizer.json an "umt5" encoder reads, once a text is tokenized.
+    """
+    if preset.text.kind == "umt5":
+        return UMT5(preset.text, None if checkpoints is None else Path(checkpoints) / FOLDER)
+    _require_words(preset)
+    return TextEncoder(preset.text, None if vocabulary is None else tuple(vocabulary))
+
+
+def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path | None) -> Tokenizer | PieceTokenizer:
+    """What turns texts into the token ids that `preset`'s text encoder reads: (texts, length) -> int32 [P, length].
+
+    Args:
+        vocabulary: words of a "words" encoder; the shipped grammar's if None.
+        folder: exported networks or checkpoints, whose tokenizer/tokenizer.json an "umt5" encoder's texts go through.
+
+    Raises:
+        LongtakeError: the tokenizer's file is missing; says where to put it.
+        IntegrityError: the file is damaged or another model's.
+    """
+    if preset.text.kind == "umt5":
+        return PieceTokenizer.open(None if folder is None else Path(folder) / FOLDER, preset.text.vocabulary)
+    _require_words(preset)
+    return _tokenizer(default_vocabulary() if vocabulary is None else tuple(vocabulary))
+
+
+def _require_words(preset: Preset) -> None:
+    if preset.text.kind != "words":
+        raise LongtakeError("unknown kind of text encoder", got=preset.text.kind, expected="words or umt5")

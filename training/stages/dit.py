@@ -20,7 +20,7 @@ from longtake.training.networks import load_meta
 from longtake.training.quantize import insert_quantizers, read_amax, recalibrate
 from longtake.training.stages.base import Metric, StageOptions
 from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
-from longtake.training.text_encoder import TextEncoder
+from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
 
 HELD_OUT = 32
 EVALUATION_SEED = 20_000_003
@@ -40,13 +40,13 @@ class DiTStage:
         self.companions = [vae_checkpoint(self.preset, options.vae)]
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
 
-    def initial_models(self) -> tuple[CausalDiT, TextEncoder]:
+    def initial_models(self) -> tuple[CausalDiT, AnyTextEncoder]:
         """Random models, or those of --init."""
         preset, folder = self.preset, self.options.init
         if folder is None:
-            return CausalDiT(preset.dit), TextEncoder(preset.text)
+            return CausalDiT(preset.dit), text_encoder_for(preset)
         text_file, dit_file = folder / "text_encoder.safetensors", folder / "dit.safetensors"
-        text = TextEncoder(preset.text, load_meta(text_file, "text_encoder", preset)["vocabulary"])
+        text = text_encoder_for(preset, load_meta(text_file, "text_encoder", preset).get("vocabulary"), folder)
         dit = CausalDiT(preset.dit)
         load_into(text, text_file, kind="text_encoder", preset=preset.name)
         load_into(dit, dit_file, kind="dit", preset=preset.name)
