@@ -18,6 +18,8 @@ from torch import Tensor
 
 from longtake.runtime.backends.base import Decoder
 from longtake.runtime.errors import LongtakeError
+from longtake.runtime.frames import HostRing, Staging
+from longtake.training.presets import Preset
 
 log = logging.getLogger(__name__)
 
@@ -60,15 +62,27 @@ class DecodeQueue:
 
     An error belongs to the chunk it hit, and to all later ones: the decoder's state no longer fits them. It is raised
     in the caller's thread, by `Frames.result` or by the next `submit`; `load_state` makes the queue usable again.
+
+    Three streams: the generator's writes the latents, one of our own decodes them, one more copies the frames out.
+    The decoder may be on another GPU than the generator; the latents are then copied over first.
     """
 
-    def __init__(self, decoder: Decoder, device: torch.device) -> None:
-        self.decoder, self.device = decoder, device
+    def __init__(
+        self, decoder: Decoder, preset: Preset, source: torch.device, device: torch.device | None = None
+    ) -> None:
+        """`source`: where the latents come from. `device`: the decoder's, the same if None."""
+        self.decoder, self.source, self.device = decoder, source, device or source
+        frames = preset.vae.stride[0]
+        pixels = (preset.height, preset.width, 3)
+        self._ring = HostRing((frames * preset.chunk_latents, *pixels), pinned=self.device.type == "cuda")
+        self._staging = Staging(self.device, (frames, *pixels))
         self._jobs: queue.Queue[tuple[Frames, Tensor, torch.cuda.Event | None] | None] = queue.Queue(QUEUE_LENGTH)
         self._error: BaseException | None = None
         self._last: Frames | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._closed = False
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._hand_over = torch.cuda.Stream(source) if self._stream and self.device != source else None
+        self._latents = self._place_for_latents(preset) if self._hand_over else None
+        self._closed = self._discard = False
         self._thread = threading.Thread(target=self._work, name="longtake-decode", daemon=True)
         self._thread.start()
 
@@ -81,7 +95,7 @@ class DecodeQueue:
         if self._stream is not None:
             # The latents are written on the generator's stream: decoding must wait for this point of it.
             ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(self.device))
+            ready.record(torch.cuda.current_stream(self.source))
         frames = Frames(index)
         self._jobs.put((frames, latents_BFCHW, ready))
         self._last = frames
@@ -110,18 +124,29 @@ class DecodeQueue:
         self.decoder.load_state(tensors)
         self._error = self._last = None
 
-    def close(self) -> None:
-        """Finish what is queued and end the thread. Calling it twice is harmless."""
+    def close(self, discard: bool = False) -> None:
+        """Finish what is queued, or drop it, and end the thread. Calling it twice is harmless.
+
+        What is dropped raises an error for whoever waits for its frames; a chunk that is being decoded is finished.
+        """
+        self._discard = self._discard or discard
         if not self._closed:
             self._closed = True
             self._jobs.put(None)
             self._thread.join()
+
+    def _place_for_latents(self, preset: Preset) -> Tensor:
+        shape = (1, preset.chunk_latents, preset.vae.z_channels, *preset.latent_hw)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             frames, latents, ready = job
             start = time.perf_counter()
             result: np.ndarray | None = None
+            if self._error is None and self._discard:
+                self._error = LongtakeError(f"chunk {frames.index} was not decoded", got="a session that was closed",
+                                            fix="load the saved session and generate it again")  # fmt: skip
             if self._error is None:
                 try:
                     result = self._decode(latents, ready)
@@ -133,23 +158,31 @@ class DecodeQueue:
 
     @torch.no_grad()
     def _decode(self, latents_BFCHW: Tensor, ready: torch.cuda.Event | None) -> np.ndarray:
-        with self._on_own_stream(latents_BFCHW, ready):
-            parts = [_as_bytes(self.decoder.decode(latent.contiguous())) for latent in latents_BFCHW.unbind(1)]
-            # The copy to the host waits for the decode stream, so whoever waits for the frames needs no event.
-            return torch.cat(parts).contiguous().cpu().numpy()
+        buffer, frames = self._ring.take()
+        done = 0
+        with self._on_own_stream(latents_BFCHW, ready) as latents:
+            for latent in latents.unbind(1):
+                done += self._staging.send(self.decoder.decode(latent.contiguous()), buffer[done:])
+        self._staging.wait()
+        return frames[:done]
 
     @contextlib.contextmanager
-    def _on_own_stream(self, latents: Tensor, ready: torch.cuda.Event | None) -> Iterator[None]:
+    def _on_own_stream(self, latents: Tensor, ready: torch.cuda.Event | None) -> Iterator[Tensor]:
+        """Inside, work is enqueued on the decode stream, after `ready`; yields the latents on the decoder's device."""
         if self._stream is None or ready is None:
-            yield
+            yield latents
             return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            # Freed by the caller while still being read here: the allocator must not hand the block out before.
-            latents.record_stream(self._stream)
-            yield
-
-
-def _as_bytes(frames_CTHW: Tensor) -> Tensor:
-    """[-1, 1] fp32 [3, T, H, W] to uint8 [T, H, W, 3]."""
-    return frames_CTHW.mul(127.5).add_(127.5).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 3, 0)
+        if self._hand_over is None or self._latents is None:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                # Freed by the caller while still being read here: the allocator must not hand the block out before.
+                latents.record_stream(self._stream)
+                yield latents
+            return
+        # A copy between GPUs runs on the source's current stream; torch makes it wait for the destination's, and that
+        # one wait for it.
+        with torch.cuda.stream(self._hand_over), torch.cuda.stream(self._stream):
+            self._hand_over.wait_event(ready)
+            self._latents.copy_(latents, non_blocking=True)
+            latents.record_stream(self._hand_over)
+            yield self._latents

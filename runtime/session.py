@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.runtime.backends.base import Backend, Cache
+from longtake.runtime.backends.base import Backend, Cache, decode_device_of
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner, Conditions, Tokenize
 from longtake.runtime.decode import DecodeQueue, Frames
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.sampler import UniPC, unipc_steps
 from longtake.runtime.slots import Plan
-from longtake.runtime.snapshot import Identity, Snapshot, check_same, load_tensors, snapshot_to_file
-from longtake.runtime.state import Edit, KVState, Position
+from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
+from longtake.runtime.state import Edit, KVState, Position, with_edit
 from longtake.runtime.story import Segment, checked_prompt
 from longtake.training.data.base import CUT_PREFIX, with_cut_prefix
 
@@ -90,6 +90,12 @@ class Chunk:
         return {**self.stage_ms, **({"decode": self.decoding.milliseconds} if decoded and self.decoding else {})}
 
 
+def pin(sample_BCFHW: Tensor, first_BCHW: Tensor | None) -> None:
+    """Put the picture that a video starts from over latent frame 0, in place."""
+    if first_BCHW is not None:
+        sample_BCFHW[:, :, 0].copy_(first_BCHW)
+
+
 def prompt_text(segment: Segment) -> str:
     """The text that is encoded for a segment's first chunk: a cut is announced as in training, once."""
     return with_cut_prefix(segment.prompt.removeprefix(CUT_PREFIX), segment.cut)
@@ -99,8 +105,14 @@ class Session:
     """An iterator over chunks. Live changes: `change_prompt`, `cut`, `extend`, `cancel` (from any thread)."""
 
     def __init__(
-        self, backend: Backend, tokenize: Tokenize, script: tuple[Segment, ...], options: SessionOptions
+        self,
+        backend: Backend,
+        tokenize: Tokenize,
+        script: tuple[Segment, ...],
+        options: SessionOptions,
+        first_latent: Tensor | None = None,
     ) -> None:
+        """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
         self.backend, self.options = backend, options
         self._guided = options.guidance != 1.0
         schedule = unipc_steps(options.steps, options.shift)
@@ -108,7 +120,8 @@ class Session:
         self._conditioner = Conditioner(backend, tokenize, options.seed, negative, [s.timestep for s in schedule])
         self._state = KVState(backend, negative=self._guided)
         self._position = Position(script)
-        self._decoding = DecodeQueue(backend.new_decoder(), backend.device) if options.decode else None
+        self._first = None if first_latent is None else first_latent.to(backend.device, torch.float32)
+        self._decoding = self._new_queue() if options.decode else None
         if self._decoding:
             # A session that is dropped without `close` must not leave its thread (and the decoder's memory) behind.
             weakref.finalize(self, self._decoding.close)
@@ -116,6 +129,10 @@ class Session:
         self._busy = False
         self._cancelled = threading.Event()
         self._nothing = torch.tensor([-1], dtype=torch.int32)  # stays on the host, see Backend.dit
+
+    def _new_queue(self) -> DecodeQueue:
+        backend = self.backend
+        return DecodeQueue(backend.new_decoder(), backend.preset, backend.device, decode_device_of(backend))
 
     # ---- the chunk loop ------------------------------------------------------------------------------------------
 
@@ -129,8 +146,33 @@ class Session:
         segment = self._begin()
         if segment is None:
             raise StopIteration
+        return self._attempt(segment, None)
+
+    def feed(self, latents_BFCHW: Tensor, prompt: str, cut: bool = False) -> Chunk:
+        """Take given latents, fp32 [1, F, C, H, W], as the next chunk: their K/V and the decoder's state, no sampling.
+
+        That is how a video goes on from a clip. The script stays as it is, and live changes wait for the next chunk
+        that is generated. Whatever is raised, the session is as it was.
+
+        Raises:
+            LongtakeError: the latents are not one chunk of this preset, or the prompt is none.
+        """
+        preset = self.backend.preset
+        wanted = (1, preset.chunk_latents, preset.vae.z_channels, *preset.latent_hw)
+        if tuple(latents_BFCHW.shape) != wanted:
+            raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted,
+                                fix=f"cut the video into chunks of {preset.chunk_latents} latents")  # fmt: skip
+        if self._decoding:
+            self._decoding.raise_error()
+        segment = Segment(checked_prompt(prompt, "the clip's prompt"), 1, cut and self._position.chunk > 0)
+        with self._lock:
+            self._busy = True
+        given = latents_BFCHW.to(self.backend.device, torch.float32).transpose(1, 2).contiguous()
+        return self._attempt(segment, given)
+
+    def _attempt(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
         try:
-            return self._generate(segment)
+            return self._generate(segment, given_BCFHW)
         except torch.OutOfMemoryError as error:
             raise LongtakeError(
                 f"out of memory in chunk {self._position.chunk}; the session is as it was",
@@ -141,47 +183,57 @@ class Session:
             self._busy = False
 
     @torch.no_grad()
-    def _generate(self, segment: Segment) -> Chunk:
-        """The stages of one chunk, in order."""
+    def _generate(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
+        """The stages of one chunk, in order; latents that are given are not sampled."""
         here, clock = self._position, StageClock(self.backend.device)
         plan = self._state.stage(here.slots, segment.cut)
         table = torch.tensor(plan.table, dtype=torch.int32).to(self.backend.device)
         shot = here.shot + segment.cut
         with clock.stage("conditions"):
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt_text(segment))
-        sample, solver = conditions.noise_BCFHW, UniPC(self.options.steps, self.options.shift)
         with clock.stage("denoise"):
-            for step in solver.schedule:
-                velocity = self._velocity(sample, step.timestep, conditions, table)
-                sample = solver.step(velocity, sample)
+            sample = self._denoise(conditions, table) if given_BCFHW is None else given_BCFHW
         with clock.stage("clean"):
             self._write_kv(sample, conditions, table, plan)
         self._synchronize()  # a device fault must show before the commit, not after it
         latents = sample.transpose(1, 2).contiguous()
         frames = self._decoding.submit(here.chunk, latents) if self._decoding else None
-        self._commit(segment, plan)
+        self._commit(segment, plan, scripted=given_BCFHW is None)
         return Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, clock.milliseconds())
 
-    def _velocity(self, sample: Tensor, timestep: int, conditions: Conditions, table: Tensor) -> Tensor:
+    def _denoise(self, conditions: Conditions, table: Tensor) -> Tensor:
+        """Noise to latents, fp32 [1, C, F, H, W]. A picture to start from stays latent 0 of chunk 0, at timestep 0."""
+        first = self._first if self._position.chunk == 0 else None
+        sample, solver = conditions.noise_BCFHW, UniPC(self.options.steps, self.options.shift)
+        pin(sample, first)
+        for step in solver.schedule:
+            sinusoid = self._conditioner.sinusoid(step.timestep, clean_frames=0 if first is None else 1)
+            velocity = self._velocity(sample, sinusoid, conditions, table)
+            sample = solver.step(velocity, sample)
+            pin(sample, first)
+        return sample
+
+    def _velocity(self, sample: Tensor, sinusoid: Tensor, conditions: Conditions, table: Tensor) -> Tensor:
         """One denoise step's velocity: it reads the cache and writes nothing. Guided: v = u + s (c - u)."""
-        velocity = self._pass(sample, timestep, conditions, conditions.context, self._state.positive, table)
+        velocity = self._pass(sample, sinusoid, conditions, conditions.context, self._state.positive, table)
         if conditions.negative is None or self._state.negative is None:
             return velocity
         wanted = velocity.clone()  # the next pass may overwrite the backend's output
-        base = self._pass(sample, timestep, conditions, conditions.negative, self._state.negative, table)
+        base = self._pass(sample, sinusoid, conditions, conditions.negative, self._state.negative, table)
         return torch.lerp(base, wanted, self.options.guidance)
 
     def _write_kv(self, sample: Tensor, conditions: Conditions, table: Tensor, plan: Plan) -> None:
         """The clean pass, at timestep 0 on the final latents: its purpose is this block's K/V."""
         slot = torch.tensor([plan.write_slot], dtype=torch.int32)
-        self._pass(sample, 0, conditions, conditions.context, self._state.positive, table, slot)
+        sinusoid = self._conditioner.sinusoid(0)
+        self._pass(sample, sinusoid, conditions, conditions.context, self._state.positive, table, slot)
         if conditions.negative is not None and self._state.negative is not None:
-            self._pass(sample, 0, conditions, conditions.negative, self._state.negative, table, slot)
+            self._pass(sample, sinusoid, conditions, conditions.negative, self._state.negative, table, slot)
 
     def _pass(
         self,
         sample: Tensor,
-        timestep: int,
+        sinusoid: Tensor,
         conditions: Conditions,
         context: list[Tensor],
         cache: Cache,
@@ -189,7 +241,7 @@ class Session:
         write_slot: Tensor | None = None,
     ) -> Tensor:
         self._raise_if_cancelled()
-        sinusoid, cos, sin = self._conditioner.sinusoids[timestep], conditions.rope_cos, conditions.rope_sin
+        cos, sin = conditions.rope_cos, conditions.rope_sin
         slot = self._nothing if write_slot is None else write_slot
         return self.backend.dit(sample, sinusoid, cos, sin, context, cache, table, slot)
 
@@ -199,10 +251,10 @@ class Session:
             self._busy = segment is not None
         return segment
 
-    def _commit(self, segment: Segment, plan: Plan) -> None:
+    def _commit(self, segment: Segment, plan: Plan, scripted: bool) -> None:
         with self._lock:
             # One assignment: an interrupt leaves either the old position or the new one.
-            self._position = self._position.after(segment, plan.after, self._position.edits)
+            self._position = self._position.after(segment, plan.after, self._position.edits, scripted)
             self._busy = False
 
     def _synchronize(self) -> None:
@@ -249,7 +301,7 @@ class Session:
     def _edit(self, prompt: str | None, cut: bool) -> int:
         with self._lock:
             at = self._position.chunk + self._busy
-            self._position = replace(self._position, edits=(*self._position.edits, Edit(at, prompt, cut)))
+            self._position = replace(self._position, edits=with_edit(self._position.edits, Edit(at, prompt, cut)))
         return at
 
     def _raise_if_cancelled(self) -> None:
@@ -274,6 +326,8 @@ class Session:
         decoder = self._decoding.state() if self._decoding else []
         tensors = {name: tensor.detach().clone() for name, tensor in self._state.tensors().items()}
         tensors |= {f"decoder.{i}": tensor for i, tensor in enumerate(decoder)}
+        if self._first is not None and self._position.chunk == 0:
+            tensors[FIRST_LATENT] = self._first.clone()
         return Snapshot(self.identity, self._position, tensors)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -290,19 +344,21 @@ class Session:
         load_tensors(snapshot, self._state.tensors())
         if self._decoding:
             self._decoding.load_state(decoder)
+        first = snapshot.tensors.get(FIRST_LATENT)
+        self._first = None if first is None else first.to(self.backend.device, torch.float32)
         self._position = snapshot.position
 
     def save(self, path: Path | str) -> None:
         """Write a snapshot to `path` (.safetensors), atomically; `Generator.load_session` reads it."""
         snapshot_to_file(self.snapshot(), path)
 
-    def close(self) -> None:
-        """Finish decoding and end its thread."""
+    def close(self, discard: bool = False) -> None:
+        """Finish decoding and end its thread; `discard` drops the chunks that wait to be decoded."""
         if self._decoding:
-            self._decoding.close()
+            self._decoding.close(discard)
 
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(discard=kind is not None)

@@ -19,6 +19,7 @@ from longtake.runtime.state import Position, position_from_json
 
 FORMAT = "longtake-session"
 VERSION = 1
+FIRST_LATENT = "first_latent"  # tensor of a session that has yet to generate the chunk that starts from a picture
 NOISE = 1  # version of conditions.noise_for_chunk: another one would continue with other noise
 
 
@@ -38,7 +39,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session's state. Tensors are copies: "positive.LAYER.I", "negative.LAYER.I" (caches) and "decoder.I"."""
+    """A session's state. Tensors are copies: "positive.LAYER.I", "negative.LAYER.I" (caches), "decoder.I", FIRST_LATENT."""
 
     identity: Identity
     position: Position
@@ -62,7 +63,9 @@ def check_same(given: Identity, wanted: Identity) -> None:
 
 def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
     """Copy the cache tensors of `snapshot` over `into`, in place; the dtype may differ between backends."""
-    given = {name: t for name, t in snapshot.tensors.items() if not name.startswith("decoder.")}
+    given = {
+        name: t for name, t in snapshot.tensors.items() if not name.startswith("decoder.") and name != FIRST_LATENT
+    }
     shapes = {name: tuple(t.shape) for name, t in given.items()}
     wanted = {name: tuple(t.shape) for name, t in into.items()}
     if shapes != wanted:

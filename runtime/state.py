@@ -25,6 +25,14 @@ class Edit:
     cut: bool
 
 
+def with_edit(edits: tuple[Edit, ...], new: Edit) -> tuple[Edit, ...]:
+    """`edits` and a later one. Changes for one chunk become one, so that their number stays bounded by the chunks."""
+    if not edits or edits[-1].at != new.at:
+        return (*edits, new)
+    last = edits[-1]
+    return (*edits[:-1], Edit(new.at, last.prompt if new.prompt is None else new.prompt, last.cut or new.cut))
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a session stands, tensors aside.
@@ -53,10 +61,13 @@ class Position:
                 segment = Segment(edit.prompt or segment.prompt, 1, segment.cut or edit.cut)
         return replace(segment, cut=segment.cut and self.chunk > 0)
 
-    def after(self, segment: Segment, slots: SlotTable, edits: tuple[Edit, ...]) -> Position:
-        """The position once the chunk of `segment` is whole. `edits` are all that are known by then."""
+    def after(self, segment: Segment, slots: SlotTable, edits: tuple[Edit, ...], scripted: bool = True) -> Position:
+        """The position once the chunk of `segment` is whole. `edits` are all that are known by then.
+
+        A chunk that is not `scripted` was given, not generated: it uses up neither the script nor live changes.
+        """
         script = self.script
-        if script:
+        if script and scripted:
             # A live prompt lasts to the end of the script's segment.
             rest = Segment(segment.prompt, script[0].chunks - 1)
             script = ((rest,) if rest.chunks else ()) + script[1:]
@@ -65,7 +76,7 @@ class Position:
             chunk=self.chunk + 1,
             shot=self.shot + segment.cut,
             prompt=segment.prompt,
-            edits=tuple(edit for edit in edits if edit.at > self.chunk),
+            edits=tuple(edit for edit in edits if edit.at > self.chunk or not scripted),
             slots=slots,
         )
 

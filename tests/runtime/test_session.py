@@ -180,13 +180,13 @@ def test_a_failure_at_any_pass_leaves_the_session_as_it_was(make_toy: Any, make_
     session = make_generator(toy).session(STORY, seed=3, steps=3, guidance=2.0)
     chunks = [next(session) for _ in range(4)]
     for number in range(1, 13):  # two prompts encoded (4 calls), 3 guided steps (6), the clean pass (2)
-        session._conditioner._kept.clear()  # so that every attempt encodes its prompts anew
+        session._conditioner.forget()  # so that every attempt encodes its prompts anew
         toy.fail_at(number, error)
         with pytest.raises((RuntimeError, KeyboardInterrupt, LongtakeError)):
             next(session)
         assert session.next_index == 4
     assert toy.calls[-1]["write_slot"] == [1]  # the last failure hit a pass that had half-written its slot
-    session._conditioner._kept.clear()
+    session._conditioner.forget()
     toy.fail_at(13, error)  # one more call than the chunk makes: this time it is not reached
     chunks.append(next(session))
     toy.hook = lambda call: None
