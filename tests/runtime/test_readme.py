@@ -63,5 +63,5 @@ def test_the_python_runs(
     scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)  # noqa: S102
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 7 and printed[0].startswith("0 a yellow three drifts left")
+    assert len(printed) == 7 and printed[0].startswith("0 a yellow six drifts left")
     assert scope["starts_at"] == 3 and "a red three circles" in printed[3]

@@ -67,9 +67,9 @@ def test_the_demo_is_what_it_claims() -> None:
     assert sum(not segment.cut for segment in story.segments[1:]) == 2  # prompt changes inside a shot
     returns = next(i for i, segment in reversed(list(enumerate(story.segments))) if segment.cut)
     assert (
-        all("yellow three" in story.segments[i].prompt for i in (0, returns)) and "three" in story.segments[-1].prompt
+        all("yellow six" in story.segments[i].prompt for i in (0, returns)) and "six" in story.segments[-1].prompt
     )
-    assert not any("three" in segment.prompt for segment in story.segments[1:returns])
+    assert not any("six" in segment.prompt for segment in story.segments[1:returns])
 
 
 def test_cut_prefix_is_put_before_a_cut_once() -> None:
