@@ -214,3 +214,39 @@ def _require(machine: Machine, recipe: Target, backend: str) -> Verdict:
         expected=f"a machine that fits {recipe.name} ({recipe.precision}, compute capability "
         f"{recipe.compute_capability})", fix=verdict.fix or None,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """A way to compute sink attention: through `method`, with the two products in `kind`. Faster ones come first."""
+
+    method: str
+    kind: str
+    capabilities: tuple[str, ...]
+    head_dims: tuple[int, ...]
+    status: Status
+    reason: str
+
+
+ATTENTION_METHODS = ("cudnn", "torch", "portable")
+_CUDNN_HEADS = (64, 128)
+_LIBRARY = "our kernel lays the window out, a library attends"
+
+ATTENTION_TABLE: tuple[AttentionRow, ...] = (
+    AttentionRow("cudnn", "fp8", ("9.0",), _CUDNN_HEADS, "not run", f"{_LIBRARY}: cuDNN in E4M3"),
+    AttentionRow("cudnn", "bf16", DATA_CENTRE_TARGETS, _CUDNN_HEADS, "not run", f"{_LIBRARY}: cuDNN"),
+    AttentionRow("torch", "bf16", DATA_CENTRE_TARGETS, _CUDNN_HEADS, "not run", f"{_LIBRARY}: torch's SDPA"),
+    AttentionRow("portable", "bf16", ANY, (), "runs", "our own kernel, for any GPU and size"),
+)
+
+
+def attention_methods(capability: str, attention: str, head_dim: int) -> list[tuple[str, str]]:
+    """(method, kind) to try in this order for a recipe's `attention` ("bf16" or "fp8"); the last one always works."""
+    kinds = ("fp8", "bf16") if attention == "fp8" else ("bf16",)
+    return [
+        (row.method, row.kind)
+        for row in ATTENTION_TABLE
+        if row.kind in kinds
+        and (not row.capabilities or capability in row.capabilities)
+        and (not row.head_dims or head_dim in row.head_dims)
+    ]

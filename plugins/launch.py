@@ -40,12 +40,22 @@ class Launcher:
         dims: sizes of the op's letters; W may be missing, since launch() is told the table's length.
         dtype: compute dtype, "bf16" or "fp32".
         arch: such as "sm_90a"; by default that of the current device.
+        kernels: other kernels of the same op; by default the portable ones that kernels_of() names.
     """
 
-    def __init__(self, op_name: str, dims: Dims, dtype: str = "bf16", arch: str | None = None) -> None:
+    method = "portable"  # how the op is computed, a name of capability.ATTENTION_METHODS
+
+    def __init__(
+        self,
+        op_name: str,
+        dims: Dims,
+        dtype: str = "bf16",
+        arch: str | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
         if dtype not in COMPUTE_DTYPES:
             raise LongtakeError(f"{op_name}: unknown compute dtype", got=dtype, expected=" | ".join(COMPUTE_DTYPES))
-        self.kernels: Kernels = kernels_of(op_name)
+        self.kernels: Kernels = kernels or kernels_of(op_name)
         self.dims = dict(dims)
         self.dtype = dtype
         self.workspace_bytes = self.kernels.workspace_bytes(dims)

@@ -3,20 +3,11 @@
 // A unit is 16 elements along D; `units` counts those of K (as many as of V).
 #if CACHE_NVFP4
 #include "codec.cuh"
+#include "reduce.cuh"
 #endif
 #include "memory.cuh"
 
 #if CACHE_NVFP4
-
-__device__ __forceinline__ float block_max(float x) {
-  __shared__ float warps[THREADS / 32];
-  x = warp_max(x);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = warps[0];
-  for (int i = 1; i < THREADS / 32; ++i) x = fmaxf(x, warps[i]);
-  return x;
-}
 
 // First launch: the largest magnitude each of gridDim.x thread blocks sees, to partial[2][gridDim.x].
 extern "C" __global__ void __launch_bounds__(THREADS) kv_cache_amax(

@@ -28,7 +28,7 @@ FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-sha
 @cache
 def host_library(source: Path, functions: tuple[str, ...], options: tuple[str, ...], folder: Path) -> Any:
     """The kernels of `source` as a shared library with a `run_<function>` each."""
-    name = f"{source.parent.name}_{zlib.crc32(repr(options).encode()):08x}"
+    name = f"{source.parent.name}_{source.stem}_{zlib.crc32(repr(options).encode()):08x}"
     exports = "".join(f"EXPORT({function})\n" for function in functions)
     (folder / f"{name}.cpp").write_text(f'#include "host_cuda.h"\n#include "{source}"\n{exports}')
     command = ["g++", *FLAGS, f"-I{HERE}", f"-I{INCLUDE}", *options, f"{name}.cpp", "-o", f"{name}.so"]

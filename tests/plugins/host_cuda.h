@@ -21,6 +21,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 
 using std::max;
+using std::min;
 struct Index { int x, y; };
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
@@ -37,6 +38,12 @@ template <class To, class From> static To bits(From from) {
 }
 static float __uint_as_float(unsigned x) { return bits<float>(x); }
 static unsigned __float_as_uint(float x) { return bits<unsigned>(x); }
+static unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = (uint64_t)y << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= (unsigned)(bytes >> (selector >> (4 * i) & 7u) * 8 & 0xffu) << (8 * i);
+  return out;
+}
 static float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fadd_rn(float a, float b) { return a + b; }

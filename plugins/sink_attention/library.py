@@ -1,0 +1,174 @@
+"""Sink attention through a library: our kernel lays the window out, cuDNN (or torch's SDPA) attends over it.
+
+Launchers of the op like the portable one: same tensors, same table, no allocation (torch's excepted), on our stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.plugins import driver
+from longtake.plugins.capability import attention_methods
+from longtake.plugins.kernels import Call, Dims
+from longtake.plugins.launch import Launcher
+from longtake.plugins.sink_attention.cudnn_graph import AMAX, CudnnAttention, frontend
+from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, window_kernels
+from longtake.runtime.errors import LongtakeError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+
+class WindowedAttention(Launcher):
+    """Lay out, attend, widen. Subclasses attend. Tables have at most S entries."""
+
+    def __init__(self, op_name: str, dims: Dims, attention: str = "bf16", arch: str | None = None) -> None:
+        fixed = {letter: size for letter, size in dims.items() if letter != "W"}
+        kernels = window_kernels(op_name.removeprefix("sink_attention_"), attention)
+        super().__init__(op_name, {**fixed, "W": fixed["S"]}, "bf16", arch, kernels)
+        self.attention = attention
+        self.workspace_bytes = addresses(self.dims, attention, 0)[1]
+
+    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
+        """See Launcher.launch."""
+        self._check(pointers, workspace, table_len)
+        if table_len > self.dims["S"]:
+            raise LongtakeError(
+                f"{self.kernels.spec.name}: table too long", got=table_len, expected=f"at most {self.dims['S']} entries"
+            )
+        self.prepare()
+        driver.ensure_context()
+        for step, function in zip(self.kernels.calls({**self.dims, "W": table_len}), self._functions or ()):
+            if step.function == "widen_out":
+                self._attend(pointers, workspace, table_len, stream)
+            values = self.arguments(step, pointers, workspace, table_len)
+            driver.launch(function, step.grid, step.threads, stream, values)
+        if self.attention == "bf16":
+            self._attend(pointers, workspace, table_len, stream)
+
+    def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
+        """See Launcher.arguments; the workspace's buffers have names as well."""
+        spec = self.kernels.spec
+        known = dict(zip((t.name for t in (*spec.inputs, *spec.outputs)), pointers))
+        known |= addresses(self.dims, self.attention, workspace)[0]
+        return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)
+
+    def _attend(self, pointers: Sequence[int], workspace: int, table_len: int, stream: int) -> None:
+        found, end = addresses(self.dims, self.attention, workspace)
+        given = {"q": pointers[0], "k": found["window_k"], "v": found["window_v"], "out": pointers[-1]}
+        if self.attention == "fp8":
+            given |= {"q": found["query8"], "out": found["out8"]}
+            given |= {name: found["factors"] + i * FACTOR_BYTES for i, name in enumerate(FACTORS)}
+            given |= {name: found[name] for name in AMAX}
+        self.attend(given, end, table_len, stream)
+
+    @abstractmethod
+    def attend(self, pointers: Mapping[str, int], workspace: int, table_len: int, stream: int) -> None:
+        """Enqueue attention over a window of `table_len` blocks; `workspace` is what lies after the buffers."""
+
+
+class CudnnSinkAttention(WindowedAttention):
+    """Through cuDNN's frontend. prepare() plans a graph for every window length, so none is planned on the way."""
+
+    method = "cudnn"
+    _graphs: dict[int, CudnnAttention] | None = None
+
+    def prepare(self) -> Launcher:
+        """See Launcher.prepare. Raises UnavailableError without the frontend or if cuDNN declines the sizes."""
+        super().prepare()
+        if self._graphs is None:
+            cudnn, dims = frontend(), self.dims
+            self._handle = cudnn.create_handle()
+            self._graphs = {
+                w: CudnnAttention(dims["L"], w * dims["L"], dims["H"], dims["D"], self.attention, self._handle)
+                for w in range(1, dims["S"] + 1)
+            }
+            self.workspace_bytes += max(graph.workspace_bytes for graph in self._graphs.values())
+        return self
+
+    def attend(self, pointers: Mapping[str, int], workspace: int, table_len: int, stream: int) -> None:
+        """See WindowedAttention.attend."""
+        assert self._graphs is not None  # launch() has called prepare()
+        self._graphs[table_len].run(pointers, workspace, stream)
+
+
+class TorchSinkAttention(WindowedAttention):
+    """Through torch's scaled_dot_product_attention, cuDNN's before flash's: it allocates its output."""
+
+    method = "torch"
+    _tried = False
+
+    def prepare(self) -> Launcher:
+        """See Launcher.prepare. Raises UnavailableError if torch has neither for the sizes."""
+        super().prepare()
+        if not self._tried:
+            shape = (self.dims["L"], self.dims["H"], self.dims["D"])
+            try:
+                q, kv = (torch.zeros((n, *shape[1:]), dtype=torch.bfloat16, device="cuda") for n in (shape[0], 128))
+                torch_attention(q, kv, kv)
+            except RuntimeError as error:
+                raise UnavailableError("torch has no fused attention for these sizes", got=str(error)) from None
+            self._tried = True
+        return self
+
+    def attend(self, pointers: Mapping[str, int], workspace: int, table_len: int, stream: int) -> None:
+        """See WindowedAttention.attend."""
+        queries, heads, dim = self.dims["L"], self.dims["H"], self.dims["D"]
+        sizes = {"q": queries, "k": table_len * queries, "v": table_len * queries, "out": queries}
+        q, k, v, out = (bf16_at(pointers[name], (n, heads, dim)) for name, n in sizes.items())
+        current = torch.cuda.current_stream()
+        with torch.cuda.stream(current if current.cuda_stream == stream else torch.cuda.ExternalStream(stream)):
+            out.copy_(torch_attention(q, k, v))
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """bf16 [L, H, D], [N, H, D] twice to [L, H, D]. Raises RuntimeError if neither cuDNN nor flash takes it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
+class _Memory:
+    """Device memory as __cuda_array_interface__ describes it, which has no bf16."""
+
+    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": shape, "typestr": "<i2", "data": (address, False), "version": 3, "strides": None,
+        }  # fmt: skip
+
+
+def bf16_at(address: int, shape: tuple[int, ...]) -> Tensor:
+    """The device memory at `address` as a contiguous bf16 tensor; whoever owns it must outlive the tensor."""
+    return torch.as_tensor(_Memory(address, shape), device="cuda").view(torch.bfloat16)
+
+
+def attention_launcher(op_name: str, dims: Dims, attention: str = "bf16", compute_capability: str = "") -> Launcher:
+    """The fastest way to compute a sink attention op in bf16 here, prepared; says which, and why faster ones don't.
+
+    Args:
+        op_name: "sink_attention_nvfp4" or "sink_attention_bf16". dims: S, L, H and D.
+        attention: what the two products are computed in, "bf16" or "fp8"; without FP8 attention it is bf16.
+        compute_capability: such as "9.0"; by default that of the current device.
+    """
+    if not compute_capability:
+        major, minor = torch.cuda.get_device_capability()
+        compute_capability = f"{major}.{minor}"
+    for method, kind in attention_methods(compute_capability, attention, dims["D"]):
+        try:
+            launcher = LAUNCHERS[method](op_name, dims, kind).prepare() if method in LAUNCHERS else None
+        except UnavailableError as error:
+            log.warning("%s cannot run through %s in %s: %s", op_name, method, kind, error)
+            continue
+        log.info("%s runs through %s in %s", op_name, method, kind)
+        return launcher or Launcher(op_name, dims, "bf16").prepare()
+    raise AssertionError("the portable kernel is always listed")
+
+
+LAUNCHERS: dict[str, Any] = {"cudnn": CudnnSinkAttention, "torch": TorchSinkAttention}

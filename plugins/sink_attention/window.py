@@ -1,0 +1,91 @@
+"""The kernels that lay the table's keys and values out for a library's attention, and where they put them.
+
+Attention does not care for the order of its keys, so slots are laid out in the table's order. All layers share one
+workspace: a layer's window is gone when the next one's is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longtake.plugins.kernels import Call, Dims, Kernels, blocks_of, limit_macros
+from longtake.plugins.kv_cache_write.reference import RULE
+from longtake.plugins.spec import cache_tensors, sink_attention
+
+THREADS = 256
+ITEMS = 4  # pieces of 16 bytes a thread of the bf16 kernel writes
+MAX_PARTIALS = 256
+ALIGNMENT = 256  # bytes, of every buffer in the workspace
+
+FACTORS = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")  # enum Factor of window_fp8.cu
+FACTOR_BYTES = 16  # FACTOR_STRIDE floats
+_FACTOR_SLOTS = 16
+
+
+def elements(dims: Dims) -> int:
+    """Numbers in one block's K (as many as in V, the queries or the output)."""
+    return dims["L"] * dims["H"] * dims["D"]
+
+
+def buffers(dims: Dims, attention: str) -> dict[str, int]:
+    """Bytes of each buffer for a window of W entries (dims has W), in the order they lie in."""
+    block, window = elements(dims), dims["W"] * elements(dims)
+    if attention == "bf16":
+        return {"window_k": 2 * window, "window_v": 2 * window}
+    partial = 4 * (2 * dims["W"] + 1) * _partials(dims)
+    return {
+        "window_k": window, "window_v": window, "query8": block, "out8": block,
+        "partial": partial, "factors": FACTOR_BYTES * _FACTOR_SLOTS, "amax_s": 4, "amax_o": 4,
+    }  # fmt: skip
+
+
+def addresses(dims: Dims, attention: str, workspace: int) -> tuple[dict[str, int], int]:
+    """The address of each buffer in a workspace, and of the first byte after them."""
+    found, end = {}, workspace
+    for name, size in buffers(dims, attention).items():
+        found[name] = end
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return found, end
+
+
+def window_kernels(fmt: str, attention: str) -> Kernels:
+    """The kernels for cache format `fmt` and attention "bf16" or "fp8". Their dims need W, the table's length."""
+    return Kernels(
+        spec=sink_attention(fmt),
+        source=Path(__file__).with_name(f"window_{attention}.cu"),
+        macros=lambda dims: {
+            "THREADS": THREADS,
+            "ITEMS": ITEMS,
+            "CACHE_NVFP4": int(fmt == "nvfp4"),
+            **limit_macros(RULE),
+        },
+        calls=lambda dims: _calls_bf16(fmt, dims) if attention == "bf16" else _calls_fp8(fmt, dims),
+    )
+
+
+def _calls_bf16(fmt: str, dims: Dims) -> tuple[Call, ...]:
+    pieces = elements(dims) // 8
+    arguments = ("k", "v", *_cache(fmt), "table", "window_k", "window_v", dims["S"], pieces)
+    return (Call("window_bf16", (blocks_of(pieces, THREADS * ITEMS), 2 * dims["W"]), THREADS, arguments),)
+
+
+def _calls_fp8(fmt: str, dims: Dims) -> tuple[Call, ...]:
+    """Everything before the library's attention, then widen_out, which comes after it."""
+    units, panes, partials = elements(dims) // 16, 2 * dims["W"] + 1, _partials(dims)
+    read: tuple[str, ...] = ("q", "k", "v", *_cache(fmt), "table")
+    blocks = blocks_of(units, THREADS)
+    written = ("factors", "query8", "window_k", "window_v")
+    return (
+        Call("window_amax", (partials, panes), THREADS, (*read, "partial", dims["S"], units)),
+        Call("window_factors", (1, 1), THREADS, ("partial", "factors", panes, partials)),
+        Call("window_fp8", (blocks, panes), THREADS, (*read, *written, dims["S"], units)),
+        Call("widen_out", (blocks, 1), THREADS, ("out8", "factors", "out", units)),
+    )
+
+
+def _partials(dims: Dims) -> int:
+    return min(MAX_PARTIALS, blocks_of(elements(dims) // 16, THREADS))
+
+
+def _cache(fmt: str) -> tuple[str, ...]:
+    return tuple(tensor.name for tensor in cache_tensors(fmt))
