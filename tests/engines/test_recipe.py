@@ -10,6 +10,7 @@ import yaml
 from longtake.engines.recipe import RECIPES, recipe_for, recipe_from_file, recipe_named, recipe_names
 from longtake.plugins.capability import lookup
 from longtake.runtime.errors import LongtakeError
+from longtake.runtime.places import REPOSITORY
 
 FLAVOUR_OF = {"9.0": "1.6.1.120"}
 
@@ -38,6 +39,14 @@ def test_a_recipe_of_the_real_model_says_how_large_a_card_must_be() -> None:
     for name in recipe_names("wan2.2-ti2v-5b"):
         assert recipe_named(name).memory_gb in (16, 24, 80), name
     assert set(recipe_names("tiny")) | set(recipe_names("wan2.2-ti2v-5b")) == set(recipe_names())
+
+
+def test_the_documentation_lists_every_recipe_as_it_is() -> None:
+    lines = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    documented = {row[0].strip("`"): row[2:6] for row in rows if len(row) == 7}
+    shipped = {r.name: [r.precision, r.cache, r.attention, r.mode] for r in map(recipe_named, recipe_names())}
+    assert documented == shipped
 
 
 @pytest.mark.parametrize(
