@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from longtake.runtime.conditions import frame_positions
 from longtake.training.pointwise import apply_rope
-from longtake.training.presets import TINY, DiTConfig
+from longtake.training.presets import TINY, WAN22_TI2V_5B, DiTConfig
 from longtake.training.rope import pair_split, rope_tables, timestep_sinusoid
 
 LARGE = DiTConfig(dim=256, ffn_dim=64, layers=1, heads=2, channels=16, text_dim=8, text_len=8)
@@ -36,6 +37,22 @@ def test_rotation_equals_complex_multiplication(config: DiTConfig) -> None:
                 )
                 turned = torch.view_as_complex(x[token].unflatten(-1, (-1, 2))) * phasor
                 assert torch.allclose(got[token].double(), torch.view_as_real(turned).flatten(-2), atol=1e-6)
+
+
+def test_tables_far_beyond_the_reference_s_1024_rows() -> None:
+    """Chunk 625, whose first latent frame is 5000, after 13 cuts: the tables are fp64's, rounded once, at 704x1280."""
+    preset = WAN22_TI2V_5B
+    positions = frame_positions(preset, 625, 13)
+    assert positions == [5000 + 13 * 8 + frame for frame in range(8)]
+    cos, sin = rope_tables(preset.dit, positions, preset.grid_hw)
+    assert cos.shape == sin.shape == (7040, 64) and cos.dtype == sin.dtype == torch.float32
+    for frame, h, w in ((0, 0, 0), (3, 21, 39), (7, 5, 17)):
+        token = (frame * 22 + h) * 40 + w
+        angles = [positions[frame] * 10000 ** (-2 * i / 44) for i in range(22)]
+        angles += [place * 10000 ** (-2 * i / 42) for place in (h, w) for i in range(21)]
+        for table, exact in ((cos, math.cos), (sin, math.sin)):
+            wanted = torch.tensor([exact(angle) for angle in angles], dtype=torch.float64)
+            assert (table[token].double() - wanted).abs().max() < 2**-24  # half a unit in the last place near 1
 
 
 def test_scores_depend_on_distance_only_far_out() -> None:
