@@ -22,7 +22,7 @@ from longtake.runtime.progress import GenerateProgress
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
 from longtake.runtime.session import CancelledError, Chunk, Session
 from longtake.runtime.sources import BACKEND_NAMES, ORACLE
-from longtake.runtime.story import Story, check_fits, frame_count, story_from_file, story_from_prompt
+from longtake.runtime.story import Story, check_fits, checked_prompt, frame_count, story_from_file, story_from_prompt
 from longtake.runtime.video import VideoWriter
 
 EPILOG = """a story is a YAML file; a chunk is 8 latent frames (29 video frames for the first, 32 for each later one):
@@ -36,11 +36,23 @@ EPILOG = """a story is a YAML file; a chunk is 8 latent frames (29 video frames 
     - prompt: a red two circles over a forest background, light from above      # a new shot: a cut
       chunks: 2
 
+  image: first.png               # the first frame (I2V); or --image
+  continue_from: clip.mp4        # or: go on from a video, or a .safetensors file of latents; or --continue-from
+
+what is seen in the clip may be told shot by shot; without that it is what the first shot's prompt says:
+
+  continue_from:
+    clip: clip.mp4               # paths are seen from where the story lies
+    shots:
+      - prompt: a red two circles over a forest background, light from above
+
 examples:
   longtake generate docs/stories/demo.yaml --engines tiny_nvfp4_sm120 --out demo.mp4
   longtake generate --prompt "a white nine grows over a black background, soft light" --chunks 3
   longtake generate docs/stories/demo.yaml --chunks 2 --save-session half.safetensors
   longtake generate --load-session half.safetensors --out rest.mp4
+  longtake generate --prompt "a green seven drifts left" --image first.png --chunks 3
+  longtake generate --prompt "a green seven rises" --continue-from demo.mp4 --clip-prompt "a green seven drifts left"
 
 Ctrl-C stops at the next pass and keeps the frames finished so far as a playable file (exit code 130).
 """
@@ -67,6 +79,11 @@ def register(subparsers: Any) -> None:
     )
     what.add_argument("--guidance", type=float, metavar="S", help="guidance scale; 1 turns it off and halves the work")
     what.add_argument("--negative-prompt", metavar="TEXT", help="prompt of the unguided pass")
+    what.add_argument("--image", type=Path, metavar="FILE", help="picture that is the first frame (I2V)")
+    what.add_argument(
+        "--continue-from", type=Path, metavar="FILE", help="go on from a video, or a .safetensors file of latents"
+    )
+    what.add_argument("--clip-prompt", metavar="TEXT", help="what is seen in that clip (default: the first prompt)")
     how = parser.add_argument_group("how to run it")
     how.add_argument(
         "--engines",
@@ -218,6 +235,9 @@ def _story(args: argparse.Namespace) -> Story | None:
         if fixed:
             raise LongtakeError("a saved session fixes how it is sampled", got=", ".join(fixed) + " with --load-session",
                                 fix=f"leave out {fixed[0]}")  # fmt: skip
+        if args.image or args.continue_from:
+            raise LongtakeError("a saved session has begun already", got="--image or --continue-from",
+                                expected="a new video", fix="leave out --load-session")  # fmt: skip
     if args.prompt is not None:
         return story_from_prompt(args.prompt, args.chunks or 1)
     if args.story:
@@ -231,8 +251,15 @@ def _story(args: argparse.Namespace) -> Story | None:
 def _session(generator: Generator, args: argparse.Namespace, story: Story | None) -> Session:
     """A new session, or a saved one with the story after what it still had to do."""
     if not args.load_session:
-        given = {key: getattr(args, key) for key in ("steps", "guidance", "negative_prompt")}
-        return generator.session(story or (), seed=args.seed, **given)
+        given = {key: getattr(args, key) for key in ("steps", "guidance", "negative_prompt", "image", "continue_from")}
+        clip = None if args.clip_prompt is None else [checked_prompt(args.clip_prompt, "the clip's prompt")]
+        session = generator.session(story or (), seed=args.seed, clip=clip, **given)
+        if session.next_index:
+            print(f"clip: {session.next_index} chunks taken in; the video written is what comes after them", flush=True)
+        return session
+    if story is not None and (story.image or story.clip):
+        raise LongtakeError("a saved session has begun already", got=f"story {story.name} starts from a picture or clip",
+                            expected="a story without one", fix="leave out --load-session")  # fmt: skip
     if story is not None:
         check_fits(story, generator.backend.preset)
     session = generator.load_session(args.load_session)

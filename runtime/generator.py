@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,11 @@ import torch
 
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.conditions import Tokenize
-from longtake.runtime.errors import LongtakeError
 from longtake.runtime.session import Session, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import backend_from_source, source_from_name
-from longtake.runtime.story import Segment, Story, check_fits, checked_prompt, story_from_file
-
-Script = Story | Path | str | list[str] | tuple[Segment, ...]
+from longtake.runtime.start import Clip, Picture, start_of, take_in
+from longtake.runtime.story import Script, check_fits, fit_segments, story_from_script
 
 
 class Generator:
@@ -41,9 +38,11 @@ class Generator:
             UnavailableError: the backend asked for cannot run here.
             IntegrityError: a file is damaged or was swapped.
         """
+        from longtake.training.text_encoder import tokenizer_for
+
         source = source_from_name(engines)
-        opened = backend_from_source(source, backend, device)
-        return cls(opened, partial(_tokenize, vocabulary=source.vocabulary))
+        tokenizer = tokenizer_for(source.recipe.model, source.vocabulary, source.onnx)
+        return cls(backend_from_source(source, backend, device), tokenizer)
 
     def session(
         self,
@@ -56,6 +55,9 @@ class Generator:
         chunks: int | None = None,
         decode: bool = True,
         endless: bool = False,
+        image: Picture | None = None,
+        continue_from: Clip | None = None,
+        clip: Script | None = None,
     ) -> Session:
         """Start a video.
 
@@ -65,13 +67,19 @@ class Generator:
             chunks: total length; longer than the script continues its last prompt, shorter ends it early.
             decode: False yields latents only.
             endless: go on with the last prompt when the script ends.
+            image: a picture, file or uint8 [H, W, 3], that is the first frame; overrides the story's.
+            continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's.
+                Its chunks are taken in before this returns: the first chunk that comes is the first new one.
+            clip: what is seen in that clip; cut short or continued to its length (default: the story's, else what the
+                first prompt of `script` says).
 
         Raises:
-            LongtakeError: the story is malformed or does not fit the preset.
+            LongtakeError: the story is malformed or does not fit the preset, or the picture or clip cannot be used.
         """
-        story = story_from_script(script)
         preset = self.backend.preset
-        check_fits(story, preset)
+        story = story_from_script(script)
+        start = start_of(story, image, continue_from, clip)
+        check_fits(story, preset, continued=start.clip is not None)
         options = SessionOptions(
             seed=_first(seed, story.seed),
             steps=_first(steps, story.steps, preset.sampling.steps),
@@ -82,7 +90,11 @@ class Generator:
             endless=endless,
         )
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
-        return Session(self.backend, self._tokenize, segments, options)
+        first, clip_latents = start.encoded(self.backend)  # before the caches are allocated
+        session = Session(self.backend, self._tokenize, segments, options, first)
+        if clip_latents is not None:
+            take_in(session, clip_latents, start.segments)
+        return session
 
     def load_session(self, path: Path | str, *, decode: bool = True, endless: bool = False) -> Session:
         """Continue a session saved by `Session.save`, at the chunk, seed and sampling it had.
@@ -116,41 +128,5 @@ class Generator:
         self.close()
 
 
-def story_from_script(script: Script) -> Story:
-    """A story from whatever `Generator.session` takes."""
-    if isinstance(script, Story):
-        return script
-    if isinstance(script, (str, Path)):
-        return story_from_file(script)
-    if not script:
-        raise LongtakeError("the script is empty", got=repr(script), expected="at least one prompt")
-    parts = [p if isinstance(p, Segment) else Segment(p) for p in script]
-    for i, part in enumerate(parts):
-        checked_prompt(part.prompt, f"prompt {i} of the script")
-    return Story("script", tuple(parts))
-
-
-def fit_segments(segments: tuple[Segment, ...], chunks: int) -> tuple[Segment, ...]:
-    """`segments` cut short or continued to `chunks` chunks in all."""
-    if chunks < 1:
-        raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass --chunks 2")
-    fitted: list[Segment] = []
-    left = chunks
-    for segment in segments:
-        if left <= 0:
-            break
-        fitted.append(Segment(segment.prompt, min(segment.chunks, left), segment.cut))
-        left -= fitted[-1].chunks
-    if left > 0:
-        fitted.append(Segment(fitted[-1].prompt, left))
-    return tuple(fitted)
-
-
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
-
-
-def _tokenize(texts: list[str], length: int, vocabulary: tuple[str, ...] | None) -> torch.Tensor:
-    from longtake.training.text_encoder import tokenize
-
-    return tokenize(texts, length, vocabulary)

@@ -31,7 +31,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Story:
-    """A checked story. None stands for "as the preset says"."""
+    """A checked story. None stands for "as the preset says".
+
+    image: a picture that is the first frame. clip: a video or file of latents to go on from; clip_segments says what is
+    seen in it, and is cut short or continued to its length; without any, it is what the first shot's prompt says.
+    """
 
     name: str
     segments: tuple[Segment, ...]
@@ -44,15 +48,29 @@ class Story:
     width: int | None = None
     fps: int | None = None
     seconds: float | None = None
+    image: Path | None = None
+    clip: Path | None = None
+    clip_segments: tuple[Segment, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError where the story contradicts itself."""
+        if self.image and self.clip:
+            raise LongtakeError(f"story {self.name}: a video starts from an image or from a clip",
+                                got=f"image {self.image} and clip {self.clip}", expected="one of the two",
+                                fix="leave one out")  # fmt: skip
 
     @property
     def chunks(self) -> int:
         return sum(segment.chunks for segment in self.segments)
 
 
-def frame_count(preset: Preset, chunks: int) -> int:
-    """Video frames of `chunks` chunks: the first latent makes one frame, each later one `stride` frames."""
-    return 1 + preset.vae.stride[0] * (chunks * preset.chunk_latents - 1)
+def frame_count(preset: Preset, chunks: int, continued: bool = False) -> int:
+    """Video frames of `chunks` chunks: a video's first latent makes one frame, each later one `stride` frames.
+
+    `continued`: they go on from earlier ones, so that none is the video's first.
+    """
+    frames = preset.vae.stride[0] * chunks * preset.chunk_latents
+    return frames if continued else frames - (preset.vae.stride[0] - 1)
 
 
 def checked_prompt(text: object, where: str) -> str:
@@ -75,6 +93,9 @@ def checked_prompt(text: object, where: str) -> str:
     return text
 
 
+Script = Story | Path | str | list[str] | tuple[Segment, ...]
+
+
 def story_from_prompt(prompt: str, chunks: int) -> Story:
     """A story of one shot with one prompt."""
     if chunks < 1:
@@ -87,14 +108,62 @@ def story_from_file(path: Path | str) -> Story:
     source = Path(path)
     given = _parse(source, _read(source))
     _validate(given, source.name)
-    shots = [(shot, i > 0) for i, shot in enumerate(given["shots"])]
+    rest = {key: value for key, value in given.items() if key not in ("shots", "name", "image", "continue_from")}
+    starts = _starts(given, source)
+    return Story(given.get("name", source.stem), _segments(given["shots"], f"{source.name}: "), **starts, **rest)
+
+
+def _segments(shots: list[dict[str, Any]], where: str) -> tuple[Segment, ...]:
+    """The segments of a list of shots; every shot but the first begins with a cut. `where` begins error messages."""
     segments = []
-    for i, (shot, cut) in enumerate(shots):
+    for i, shot in enumerate(shots):
         for j, part in enumerate((shot, *shot.get("then", ()))):
-            where = f"{source.name}: shots[{i}]" + (f".then[{j - 1}]" if j else "") + ".prompt"
-            segments.append(Segment(checked_prompt(part["prompt"], where), part.get("chunks", 1), cut and j == 0))
-    rest = {key: value for key, value in given.items() if key not in ("shots", "name")}
-    return Story(given.get("name", source.stem), tuple(segments), **rest)
+            place = f"{where}shots[{i}]" + (f".then[{j - 1}]" if j else "") + ".prompt"
+            segments.append(Segment(checked_prompt(part["prompt"], place), part.get("chunks", 1), i > 0 and j == 0))
+    return tuple(segments)
+
+
+def _starts(given: dict[str, Any], source: Path) -> dict[str, Any]:
+    """What the video starts from, as fields of Story; paths in a story are seen from where it lies."""
+    fields: dict[str, Any] = {}
+    if "image" in given:
+        fields["image"] = source.parent / given["image"]
+    start = given.get("continue_from")
+    if start is not None:
+        about: dict[str, Any] = {"clip": start} if isinstance(start, str) else start
+        fields["clip"] = source.parent / about["clip"]
+        fields["clip_segments"] = _segments(about.get("shots", []), f"{source.name}: continue_from.")
+    return fields
+
+
+def story_from_script(script: Script) -> Story:
+    """A story from whatever `Generator.session` takes."""
+    if isinstance(script, Story):
+        return script
+    if isinstance(script, (str, Path)):
+        return story_from_file(script)
+    if not script:
+        raise LongtakeError("the script is empty", got=repr(script), expected="at least one prompt")
+    parts = [p if isinstance(p, Segment) else Segment(p) for p in script]
+    for i, part in enumerate(parts):
+        checked_prompt(part.prompt, f"prompt {i} of the script")
+    return Story("script", tuple(parts))
+
+
+def fit_segments(segments: tuple[Segment, ...], chunks: int) -> tuple[Segment, ...]:
+    """`segments` cut short or continued to `chunks` chunks in all."""
+    if chunks < 1:
+        raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass --chunks 2")
+    fitted: list[Segment] = []
+    left = chunks
+    for segment in segments:
+        if left <= 0:
+            break
+        fitted.append(Segment(segment.prompt, min(segment.chunks, left), segment.cut))
+        left -= fitted[-1].chunks
+    if left > 0:
+        fitted.append(Segment(fitted[-1].prompt, left))
+    return tuple(fitted)
 
 
 def _read(source: Path) -> str:
@@ -171,9 +240,12 @@ def _expected(error: Any) -> str:
     return phrases.get(kind, error.message)
 
 
-def check_fits(story: Story, preset: Preset) -> None:
-    """Raise LongtakeError where the story states a preset, resolution, frame rate or length that isn't the preset's."""
-    frames = frame_count(preset, story.chunks)
+def check_fits(story: Story, preset: Preset, continued: bool | None = None) -> None:
+    """Raise LongtakeError where the story states a preset, resolution, frame rate or length that isn't the preset's.
+
+    `continued`: whether it goes on from a clip; None asks the story.
+    """
+    frames = frame_count(preset, story.chunks, story.clip is not None if continued is None else continued)
     seconds = frames / preset.fps
     for key, wanted in (
         ("preset", preset.name),

@@ -116,18 +116,26 @@ def frames_from_video(
         LongtakeError: missing, not a video, without frames, or broken in the middle.
     """
     source = Path(path)
-    with _opened(source) as (container, stream):
+    with _opened(source) as (_, stream):
         rate = _rate(source, stream)
-        step = rate / fps if fps else 1.0
-        frames: list[np.ndarray] = []
+    return np.stack(list(frames_one_by_one(source, size_hw, fps))), fps or rate
+
+
+def frames_one_by_one(
+    path: Path | str, size_hw: tuple[int, int] | None = None, fps: float | None = None
+) -> Iterator[np.ndarray]:
+    """The frames of `frames_from_video`, uint8 [H, W, 3], as they are decoded. Raises what that does."""
+    source, count = Path(path), 0
+    with _opened(source) as (container, stream):
+        step = _rate(source, stream) / fps if fps else 1.0
         for number, frame in enumerate(container.decode(stream)):
             pixels: np.ndarray | None = None
-            while int(len(frames) * step + 0.5) <= number:
+            while int(count * step + 0.5) <= number:
                 pixels = _pixels(frame, size_hw) if pixels is None else pixels
-                frames.append(pixels)
-    if not frames:
+                yield pixels
+                count += 1
+    if not count:
         raise _empty(source)
-    return np.stack(frames), fps or rate
 
 
 def probe_video(path: Path | str) -> tuple[int, float]:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from longtake.runtime.errors import LongtakeError
-from longtake.runtime.generator import fit_segments
 from longtake.runtime.session import prompt_text
 from longtake.runtime.story import (
     MAX_PROMPT,
     SCHEMA,
     Segment,
     check_fits,
+    fit_segments,
     frame_count,
     story_from_file,
     story_from_prompt,

@@ -1,0 +1,112 @@
+"""Clips that a video goes on from, as latents: encoded from a video file, or read from a file of latents.
+
+Legend: F latent frames, C latent channels, h, w latent size, T video frames, H, W sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from longtake.runtime.backends.base import Backend
+from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
+from longtake.runtime.story import frame_count
+from longtake.runtime.video import frames_one_by_one, probe_video
+from longtake.training.presets import Preset
+
+log = logging.getLogger(__name__)
+
+LATENTS = "latents"  # the tensor's name in a file of latents
+
+
+def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
+    """A clip's normalized latents, fp32 [1, F, C, h, w] on the CPU, F a whole number of chunks.
+
+    A video is resampled to the preset's frame rate and resized to its size, without cropping. Of what is not a whole
+    number of chunks the *beginning* is left out: the new frames follow on the clip's last one. Only one group of frames
+    is in memory at a time, so a clip may be of any length.
+
+    Raises:
+        LongtakeError: missing, not a video or file of latents, too short, of another preset; or the backend cannot
+            encode.
+        IntegrityError: a file of latents is damaged.
+    """
+    source, preset = Path(path), backend.preset
+    if source.suffix == ".safetensors":
+        return latents_from_file(source, preset)
+    frames, rate = probe_video(source)
+    count = math.ceil((frames - 0.5) * preset.fps / rate)
+    skip = count - _whole(count, preset)
+    if skip == count:
+        raise LongtakeError(f"{source} is too short to go on from", got=f"{count} frames at {preset.fps} a second",
+                            expected=f"at least {frame_count(preset, 1)}, one chunk", fix="pass a longer clip")  # fmt: skip
+    video = islice(frames_one_by_one(source, (preset.height, preset.width), preset.fps), skip, None)
+    encoder = backend.new_encoder()
+    latents = [encoder.encode(group).to("cpu", copy=True) for group in _groups(video, preset.vae.stride[0])]
+    whole = len(latents) - len(latents) % preset.chunk_latents
+    if not whole:  # the file said that it had more frames than came
+        raise LongtakeError(f"{source} ends too early", got=f"{len(latents)} latents",
+                            expected=f"at least {preset.chunk_latents}", fix="convert it to mp4")  # fmt: skip
+    log.info("%s: %d of %d frames, %d latents", source, count - skip, count, whole)
+    return torch.stack(latents[:whole], dim=1)
+
+
+def _whole(frames: int, preset: Preset) -> int:
+    """The most frames, up to `frames`, that are a whole number of chunks; 0 if there are too few for one."""
+    chunks = (frames + preset.vae.stride[0] - 1) // (preset.vae.stride[0] * preset.chunk_latents)
+    return frame_count(preset, chunks) if chunks else 0
+
+
+def _groups(frames: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
+    """What one call of the encoder takes, fp32 [3, T, H, W] in [-1, 1]: the first frame, then `size` at a time."""
+    wanted = 1
+    while len(group := list(islice(frames, wanted))) == wanted:
+        pixels = torch.from_numpy(np.stack(group)).permute(3, 0, 1, 2)
+        yield pixels.float().div_(127.5).sub_(1.0)
+        wanted = size
+
+
+def latents_from_file(source: Path, preset: Preset) -> Tensor:
+    """Latents from a safetensors file with one tensor "latents", [F, C, h, w] or [1, F, C, h, w]. See above."""
+    if not source.is_file():
+        raise LongtakeError(f"{source} does not exist" if not source.exists() else f"{source} is not a file",
+                            expected="a file of latents", fix="check the path")  # fmt: skip
+    try:
+        with safe_open(str(source), "pt") as opened:
+            if (opened.metadata() or {}).get("format") == SESSION_FORMAT:
+                raise LongtakeError(f"{source} is a saved session, not a clip", got="a file from --save-session",
+                                    expected="a video or a file of latents", fix=f"pass --load-session {source}")  # fmt: skip
+            names = list(opened.keys())
+            latents = opened.get_tensor(LATENTS) if LATENTS in names else None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise IntegrityError(f"{source} is no readable file of latents", got=str(error)[:200],
+                             expected="a whole safetensors file", fix="write it again") from None  # fmt: skip
+    return _checked(source, latents, names, preset)
+
+
+def _checked(source: Path, latents: Tensor | None, names: list[str], preset: Preset) -> Tensor:
+    frame = (preset.vae.z_channels, *preset.latent_hw)
+    expected = (
+        f"latents of preset {preset.name}, [F, {', '.join(map(str, frame))}], F a multiple of {preset.chunk_latents}"
+    )
+    if latents is None:
+        raise LongtakeError(f"{source} holds no latents", got=", ".join(names)[:120] or "no tensors",
+                            expected=f"a tensor named {LATENTS!r}: {expected}", fix="pass a video, or name it so")  # fmt: skip
+    frames = latents[None] if latents.ndim == 4 else latents
+    good = frames.ndim == 5 and frames.shape[0] == 1 and tuple(frames.shape[2:]) == frame
+    if not good or not frames.shape[1] or frames.shape[1] % preset.chunk_latents or not frames.is_floating_point():
+        raise LongtakeError(f"the latents in {source} do not fit", got=f"{latents.dtype} {tuple(latents.shape)}",
+                            expected=expected, fix="encode the clip with this preset's VAE, or pass the video")  # fmt: skip
+    if not bool(frames.isfinite().all()):
+        raise LongtakeError(f"the latents in {source} are not all finite", got="inf or nan", expected="numbers",
+                            fix="encode the clip again")  # fmt: skip
+    return frames.float().contiguous()

@@ -1,0 +1,94 @@
+"""What a video starts from: nothing, a picture that is its first frame, or a clip that it goes on from.
+
+Legend: F latent frames, C latent channels, h, w latent size, H, W sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from longtake.runtime.backends.base import Backend
+from longtake.runtime.clip import latents_from_clip
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.image import image_from_file, image_from_pixels
+from longtake.runtime.session import Session
+from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
+
+Picture = Path | str | np.ndarray  # a file, or uint8 [H, W, 3]
+Clip = Path | str | Tensor  # a video, a file of latents, or normalized latents fp32 [1, F, C, h, w]
+
+
+@dataclass(frozen=True)
+class Start:
+    """At most one of image and clip is given. segments: what is seen in the clip."""
+
+    image: Picture | None = None
+    clip: Clip | None = None
+    segments: tuple[Segment, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for both at once."""
+        if self.image is not None and self.clip is not None:
+            raise LongtakeError("a video starts from an image or from a clip", got="both", expected="one of the two",
+                                fix="leave one out")  # fmt: skip
+
+    def encoded(self, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
+        """The picture's latent, fp32 [1, C, h, w], and the clip's, fp32 [1, F, C, h, w]; None for what isn't given.
+
+        Raises:
+            LongtakeError: the picture or clip cannot be used, or `backend` cannot encode.
+        """
+        clip = latents_from_clip(self.clip, backend) if isinstance(self.clip, (str, Path)) else self.clip
+        if self.image is None:
+            return None, clip
+        size = backend.preset.height, backend.preset.width
+        given = self.image
+        pixels = image_from_pixels(given, *size) if isinstance(given, np.ndarray) else image_from_file(given, *size)
+        return backend.new_encoder().encode(pixels[:, None]).clone(), clip
+
+
+def start_of(
+    story: Story, image: Picture | None = None, continue_from: Clip | None = None, clip: Script | None = None
+) -> Start:
+    """What `story` starts from; a picture or clip given here takes the place of the story's.
+
+    Args:
+        clip: what is seen in the clip; the story's own words for it, else its first prompt, if None.
+
+    Raises:
+        LongtakeError: a picture and a clip at once, or words for a clip that isn't there.
+    """
+    if image is None and continue_from is None:
+        image, continue_from = story.image, story.clip
+    if clip is not None and continue_from is None:
+        raise LongtakeError("a clip's prompt was given, but no clip", got="no clip", expected="a clip to go on from",
+                            fix="pass --continue-from FILE")  # fmt: skip
+    told = story_from_script(clip).segments if clip is not None else story.clip_segments
+    return Start(image, continue_from, told or (Segment(story.segments[0].prompt),))
+
+
+def take_in(session: Session, latents_BFCHW: Tensor, segments: tuple[Segment, ...]) -> None:
+    """Feed a clip to a new session, chunk by chunk, each with its own prompt; on an error the session is closed.
+
+    Raises:
+        LongtakeError: the latents are not whole chunks of the session's preset.
+    """
+    try:
+        chunks = latents_BFCHW.split(session.backend.preset.chunk_latents, dim=1)
+        for chunk, segment in zip(chunks, one_a_chunk(fit_segments(segments, len(chunks))), strict=True):
+            session.feed(chunk, segment.prompt, segment.cut)
+    except BaseException:
+        session.close(discard=True)
+        raise
+
+
+def one_a_chunk(segments: tuple[Segment, ...]) -> Iterator[Segment]:
+    """`segments` taken apart into segments of one chunk; a cut is the first one's."""
+    for segment in segments:
+        for index in range(segment.chunks):
+            yield Segment(segment.prompt, 1, segment.cut and index == 0)
