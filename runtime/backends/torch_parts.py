@@ -38,7 +38,7 @@ def vae_from_checkpoints(preset: Preset, checkpoints: Path | None) -> CausalVAE:
 
 def text_runner(preset: Preset, checkpoints: Path | None, device: torch.device) -> TextRunner:
     """The text encoder of a folder of checkpoints, as a function. Raises what loading it does."""
-    from longtake.training.text_encoder import text_runner_for
+    from longtake.training.text_runner import text_runner_for
 
     return text_runner_for(preset, checkpoint_folder(preset, checkpoints), device)
 
