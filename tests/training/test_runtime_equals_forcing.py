@@ -1,0 +1,82 @@
+"""A real session through the torch backend against one teacher-forced pass over what it generated.
+
+Session, slot table, positions, prompts, clean pass and cache ops on one side; masks over the whole clip on the other.
+Every velocity that the session's sampler was given must be the one that teacher forcing predicts, for the same noisy
+chunk and the session's own clean history.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.engines.recipe import recipe_named
+from longtake.runtime.backends.torch_oracle import TorchBackend
+from longtake.runtime.generator import Generator
+from longtake.runtime.sampler import unipc_steps
+from longtake.runtime.session import Chunk, prompt_text
+from longtake.runtime.story import Segment
+from longtake.training.networks import random_models
+from longtake.training.presets import TINY
+from longtake.training.teacher_forcing import Clips, Noise, predict_velocity
+from longtake.training.text_encoder import tokenize
+from longtake.training.window import full_history, shot_offsets, window_history
+
+STEPS = 2
+PROMPTS = ["a green seven", "a red circle", "a blue three", "two white squares", "a red seven", "a green circle"]
+
+
+class Recording(TorchBackend):
+    """Keeps each denoise pass's noisy chunk and velocity, [C, F, H, W]."""
+
+    passes: list[tuple[Tensor, Tensor]]
+
+    def dit(self, latents_BCFHW: Tensor, *rest: Any, **named: Any) -> Tensor:
+        velocity = super().dit(latents_BCFHW, *rest, **named)
+        if int(rest[-1]) < 0:
+            self.passes.append((latents_BCFHW[0].clone(), velocity[0].clone()))
+        return velocity
+
+
+@pytest.fixture(scope="module")
+def backend() -> Recording:
+    return Recording(recipe_named("tiny_bf16_sm90"), models=random_models(TINY))
+
+
+@pytest.mark.parametrize(
+    "cuts", [[0, 0, 0, 0], [0, 0, 1, 0, 0, 1]], ids=["window covers everything", "shots and sinks"]
+)
+@torch.no_grad()
+def test_a_session_is_teacher_forcing_on_its_own_history(backend: Recording, cuts: list[int]) -> None:
+    script = tuple(Segment(prompt, 1, bool(cut)) for prompt, cut in zip(PROMPTS, cuts))
+    chunks = generate(backend, script)
+    clips, embeddings = as_clips(backend, script, chunks)
+    dit = backend._modules["dit"].dit
+    for step, level in enumerate(unipc_steps(STEPS)):
+        noisy = torch.cat([backend.passes[i * STEPS + step][0] for i in range(len(cuts))], 1).transpose(0, 1)[None]
+        got = torch.cat([backend.passes[i * STEPS + step][1] for i in range(len(cuts))], 1).transpose(0, 1)
+        eps = (noisy - (1 - level.sigma) * clips.latents) / level.sigma
+        levels = torch.tensor([level.timestep, level.sigma, 1.0]).expand(1, len(cuts), 3)
+        wanted = predict_velocity(dit, TINY, embeddings, clips, Noise(eps, levels))[0]
+        for block, (ours, theirs) in enumerate(zip(got.split(8), wanted.split(8))):
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), (step, block)
+
+
+def generate(backend: Recording, script: tuple[Segment, ...]) -> list[Chunk]:
+    """The chunks of a session, its passes recorded."""
+    backend.passes = []
+    session = Generator(backend, tokenize).session(script, seed=3, steps=STEPS, guidance=1.0, decode=False)
+    return list(session)
+
+
+def as_clips(backend: Recording, script: tuple[Segment, ...], chunks: list[Chunk]) -> tuple[Clips, Tensor]:
+    """What the session generated as a clip to be teacher-forced, and its prompts' embeddings."""
+    cuts, count = [segment.cut for segment in script], len(script)
+    tokens = tokenize([prompt_text(segment) for segment in script], TINY.text.length)
+    embeddings = torch.cat([backend.text(row[None]) for row in tokens])[None]
+    history = window_history(cuts) if any(cuts) else full_history(count)
+    offsets = torch.tensor([shot_offsets(cuts, TINY.shot_rope_offset)])
+    return Clips(torch.cat([c.latents for c in chunks], 1), tokens[None], history[None], 0, offsets), embeddings
