@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,8 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
     TensorProto.BOOL: torch.bool,
     TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
 }
+# The constants asked for, one after the other in the dtype stored: from a file, or made up on the device.
+WeightSource = Callable[[set[str]], Iterator[tuple[str, torch.Tensor]]]
 RE_EXPORT = "export it again: longtake export --force"
 
 

@@ -1,12 +1,13 @@
 """Segmented execution: engine segments, the plugins' kernels launched between them, all on one stream.
 
-Weights are engine inputs, read straight from the exported ONNX file; 4-bit ones stay 4-bit on the device and are
-unpacked into one reused scratch just before the segment that needs them.
+Weights are engine inputs, from a WeightSource (the exported ONNX file, by default); 4-bit ones stay 4-bit on the
+device and are unpacked just before the segment that needs them, into memory that is free again right after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from longtake.engines.build import segment_spec
-from longtake.engines.onnx_file import weights_from_onnx
+from longtake.engines.onnx_file import WeightSource, weights_from_onnx
 from longtake.engines.segmented_graph import SegmentedGraph, Step, TensorType
 from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.launch import Launcher
+from longtake.plugins.sink_attention.library import attention_launcher
 from longtake.plugins.spec import OPS
 from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext
+from longtake.runtime.errors import LongtakeError
 
 ALIGNMENT = 256  # bytes, what TensorRT asks of a binding's address
 
@@ -36,24 +39,48 @@ def arena_layout(graph: SegmentedGraph, given: set[str]) -> tuple[dict[str, int]
     Tensors in `given` (inputs, outputs, weights) and outputs written over an input need no place.
     """
     last = {name: i for i, step in enumerate(graph.steps) for name in (*step.inputs, *step.outputs)}
-    free: list[tuple[int, int]] = []  # (offset, size), exact sizes: layers repeat, so they fit again
     offsets: dict[str, int] = {}
-    end = 0
+    space = FreeSpace()
     for i, step in enumerate(graph.steps):
         for name in step.outputs:
-            if name in given or name in aliases_of(step):
-                continue
-            size = storage_bytes(graph.tensors[name])
-            fitting = next((entry for entry in free if entry[1] == size), None)
-            if fitting is None:
-                offsets[name], end = end, end + size
-            else:
-                free.remove(fitting)
-                offsets[name] = fitting[0]
+            if name not in given and name not in aliases_of(step):
+                offsets[name] = space.take(storage_bytes(graph.tensors[name]))
         for name in dict.fromkeys((*step.inputs, *step.outputs)):
             if last[name] == i and name in offsets:
-                free.append((offsets[name], storage_bytes(graph.tensors[name])))
-    return offsets, end
+                space.give_back(offsets[name], storage_bytes(graph.tensors[name]))
+    return offsets, space.end
+
+
+class FreeSpace:
+    """Which bytes of an arena are free: the tightest gap that fits is taken, neighbouring gaps become one."""
+
+    def __init__(self) -> None:
+        self.end = 0  # bytes the arena needs
+        self._gaps: list[tuple[int, int]] = []  # (first byte, one past the last), in order
+
+    def take(self, size: int) -> int:
+        """The offset of `size` bytes."""
+        fitting = [gap for gap in self._gaps if gap[1] - gap[0] >= size]
+        if not fitting:  # the end grows; a gap that ends there is used as well
+            at_end = [gap for gap in self._gaps if gap[1] == self.end]
+            start = at_end[0][0] if at_end else self.end
+            self._gaps = [gap for gap in self._gaps if gap not in at_end]
+            self.end = start + size
+            return start
+        start, stop = min(fitting, key=lambda gap: (gap[1] - gap[0], gap[0]))
+        self._gaps.remove((start, stop))
+        if stop > start + size:
+            self._gaps = sorted([*self._gaps, (start + size, stop)])
+        return start
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Free what `take` returned."""
+        joined: list[tuple[int, int]] = []
+        for start, stop in sorted([*self._gaps, (offset, offset + size)]):
+            if joined and joined[-1][1] == start:
+                start = joined.pop()[0]
+            joined.append((start, stop))
+        self._gaps = joined
 
 
 def aliases_of(step: Step) -> dict[str, str]:
@@ -64,11 +91,21 @@ def aliases_of(step: Step) -> dict[str, str]:
 
 
 class SegmentedNetwork:
-    """One cut network on the device. `run` takes the whole network's inputs and outputs by name."""
+    """One cut network on the device. `run` takes the whole network's inputs and outputs by name.
 
-    def __init__(self, host: EngineHost, graph: SegmentedGraph, scratch: Scratch, contexts_per_step: bool = False):
+    `attention`: what the recipe wants sink attention computed in, "bf16" or "fp8".
+    """
+
+    def __init__(
+        self,
+        host: EngineHost,
+        graph: SegmentedGraph,
+        scratch: Scratch,
+        contexts_per_step: bool = False,
+        attention: str = "bf16",
+    ) -> None:
         self.graph, self.device, self.scratch = graph, host.device, scratch
-        self.contexts_per_step = contexts_per_step
+        self.contexts_per_step, self.attention = contexts_per_step, attention
         self.engines = {s.name: host.load(s.name, segment_spec(s)) for s in graph.segments}
         for engine in self.engines.values():
             scratch.reserve(engine.scratch_bytes)
@@ -81,9 +118,17 @@ class SegmentedNetwork:
         for name, tensor in tensors:
             self._fixed[name] = tensor.to(self.device)
 
-    def load_weights_from(self, onnx_path: Path) -> None:
-        """Upload the weights straight from the exported file."""
-        self.load_weights(weights_from_onnx(onnx_path, set(self.graph.weights)))
+    def load_weights_from(self, source: WeightSource | Path) -> None:
+        """Upload the weights from a source, or straight from the exported file."""
+        read = partial(weights_from_onnx, source) if isinstance(source, Path) else source
+        wanted = set(self.graph.weights)
+        self.load_weights(read(wanted))
+        if missing := wanted - self._fixed.keys():
+            raise LongtakeError(
+                f"network {self.graph.network} lacks weights",
+                got=sorted(missing)[:3],
+                expected=f"{len(wanted)} weights",
+            )
 
     def prepare(self) -> None:
         """Allocate the arena and create the contexts (TensorRT-RTX compiles kernels here); keep those for next time."""
@@ -110,7 +155,11 @@ class SegmentedNetwork:
         dims = dims_from_shapes(OPS[step.name], shapes)
         fixed = tuple(sorted((letter, size) for letter, size in dims.items() if letter != "W"))
         if (step.name, fixed) not in self._compiled:
-            self._compiled[step.name, fixed] = Launcher(step.name, dict(fixed), "bf16").prepare()
+            self._compiled[step.name, fixed] = (
+                attention_launcher(step.name, dict(fixed), self.attention)
+                if step.name.startswith("sink_attention")
+                else Launcher(step.name, dict(fixed), "bf16").prepare()
+            )
         return self._compiled[step.name, fixed]
 
     def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None:
