@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | train | export | engines | profile | generate | check
+# make setup | demo | test | lint | train | export | engines | profile | generate | check | bench
 # Another interpreter, with everything installed already (no network needed): make test PY=python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -77,7 +77,11 @@ check: $(READY)
 profile: $(READY)
 	$(LONGTAKE) profile --engines $(RECIPE)
 
-distill bench:
+# Speed and memory on random weights: make bench ARGS='--recipe wan2.2-ti2v-5b_fp8_sm90 --against torch'
+bench: $(READY)
+	$(LONGTAKE) bench $(if $(findstring --recipe,$(ARGS)),,--recipe $(RECIPE)) $(ARGS)
+
+distill:
 	@echo "make $@: not there yet; the README's table says what works" >&2; exit 2
 
 clean:

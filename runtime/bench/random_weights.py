@@ -1,0 +1,118 @@
+"""Random weights made on the device, a function of their name alone: engines and PyTorch are fed the same ones.
+
+A matrix or filter is uniform with variance 1/fan_in, so activations keep their scale through any number of layers;
+norms are ones, biases small. 4-bit and 8-bit forms come from the same codec as the exporter's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from longtake.engines.onnx_file import TORCH_DTYPES
+from longtake.engines.segment import constants_of
+
+NORM_NAMES = ("gamma", "norm.weight", "norm_q.weight", "norm_k.weight", "norm3.weight", "layer_norm.weight")
+PACKED = (".values", ".scales", ".scale")
+CHUNK = 1 << 24  # elements quantized at a time: the codec's fp32 and int32 intermediates take some 40 bytes each
+
+
+def seed_of(name: str) -> int:
+    """63 bits of the name's digest."""
+    return int.from_bytes(hashlib.sha256(f"longtake bench 1:{name}".encode()).digest()[:8], "little") >> 1
+
+
+def random_weight(
+    name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """The weight called `name` (a state-dict key), rounded to bf16, in `dtype`. The same on every call on one device."""
+    if name.endswith("latent_mean"):
+        return torch.zeros(shape, device=device, dtype=dtype)
+    if name.endswith(("latent_std", *NORM_NAMES)):
+        return torch.ones(shape, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(seed_of(name))
+    values = torch.empty(shape, device=device, dtype=torch.bfloat16)
+    return values.uniform_(-bound(name, shape), bound(name, shape), generator=generator).to(dtype)
+
+
+def bound(name: str, shape: tuple[int, ...]) -> float:
+    """Largest magnitude of a weight: sqrt(3 / fan_in), which gives variance 1 / fan_in."""
+    if name.endswith(".bias") or len(shape) < 2:
+        return 0.02
+    fan_in = shape[-1] if name.endswith("modulation") else math.prod(shape[1:])
+    return math.sqrt(3.0 / fan_in)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Give a module made on the meta device random weights on `device`; keys are the names."""
+    module.to_empty(device=device)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        tensor.data = random_weight(name, tuple(tensor.shape), device, dtype)
+    return module.eval().requires_grad_(False)
+
+
+def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]], Iterator[tuple[str, Tensor]]]:
+    """A WeightSource (engines/onnx_file.py) that makes an exported file's weights up: its data file may be absent."""
+    graph = onnx.load(str(onnx_path), load_external_data=False)
+    tensors = {name: (TORCH_DTYPES.get(t.data_type), tuple(t.dims)) for name, t in constants_of(graph).items()}
+
+    def weights(names: set[str]) -> Iterator[tuple[str, Tensor]]:
+        packed: tuple[str, dict[str, Tensor]] = ("", {})
+        for name in sorted(names):
+            base = base_name(name)
+            if base is None:
+                dtype, shape = tensors[name]
+                yield name, random_weight(name, shape, device, dtype or torch.bfloat16)
+                continue
+            if packed[0] != base:  # sorted: the parts of one weight come one after the other
+                packed = base, packed_parts(base, tensors, device)
+            yield name, packed[1][name]
+
+    return weights
+
+
+def base_name(name: str) -> str | None:
+    """The state-dict key that a packed part such as "….weight.values" belongs to; None for a plain weight."""
+    return next((name.removesuffix(end) for end in PACKED if name.endswith(f".weight{end}")), None)
+
+
+def packed_parts(
+    base: str, tensors: dict[str, tuple[torch.dtype | None, tuple[int, ...]]], device: torch.device
+) -> dict[str, Tensor]:
+    """The stored parts of one quantized weight, by initializer name; two a byte means NVFP4, one means FP8."""
+    rows, stored = tensors[f"{base}.values"][1]
+    if f"{base}.scales" not in tensors:
+        return fp8_parts(base, random_weight(base, (rows, stored), device))
+    columns = tensors[f"{base}.scales"][1][1] * 16
+    return nvfp4_parts(base, random_weight(base, (rows, columns), device))
+
+
+def nvfp4_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
+    """`weight` [N, K] as the exporter stores it in 4 bits: int8 values [N, K/2], int8 scales [N, K/16], fp32 scale."""
+    from longtake.export.lower import tensor_scale
+    from longtake.plugins.nvfp4.reference import quantize
+
+    amax = weight.abs().amax().float()
+    rows = max(1, CHUNK // weight.shape[1])
+    pieces = [quantize(piece, rule="static_6", order="modelopt", amax=amax) for piece in weight.split(rows)]
+    return {
+        f"{base}.values": torch.cat([p.values for p in pieces]).view(torch.int8),
+        f"{base}.scales": torch.cat([p.scales.view(torch.int8) for p in pieces]),
+        f"{base}.scale": torch.tensor(tensor_scale(float(amax)), dtype=torch.float32, device=weight.device),
+    }
+
+
+def fp8_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
+    """`weight` [N, K] in 8 bits: float8_e4m3fn values [N, K], fp32 scale [N] for a graph without calibrated amax."""
+    from longtake.export.lower import PLACEHOLDER_AMAX
+    from longtake.export.lower_fp8 import multiplier, quantized_rows
+
+    codes, scales = quantized_rows(weight)
+    return {f"{base}.values": codes, f"{base}.scale": scales / float(multiplier(torch.tensor(PLACEHOLDER_AMAX)))}

@@ -1,0 +1,130 @@
+"""The benchmark's report: our figures, PyTorch's beside them, their ratios, and the conditions all of it holds for."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from longtake.runtime.bench.options import BenchOptions
+from longtake.runtime.bench.roofline import roofline
+from longtake.runtime.files import write_json
+from longtake.runtime.report import command_line, commit, versions
+
+Figures = dict[str, Any]
+
+# ratio name: (our rate, part, its rate)
+RATIOS = {
+    "dit_vs_eager": ("dit", "torch", "dit"),
+    "dit_vs_compiled": ("dit", "torch_compile", "dit"),
+    "dit_vs_autotuned": ("dit", "torch_autotune", "dit"),
+    "vae_vs_eager": ("vae", "torch_vae", "vae"),
+    "vae_vs_best_eager": ("vae", "torch_vae", "vae_best"),
+    "end_to_end_vs_serial_eager": ("end_to_end", "torch", "serial"),
+    "serial_vs_serial_eager": ("serial", "torch", "serial"),
+}
+
+
+def report_of(options: BenchOptions, parts: dict[str, Figures], budget: Figures | None = None) -> Figures:
+    """The report (see DESIGN, "Honest figures") of the parts measured so far; what is missing is null or says why."""
+    recipe, preset = options.the_recipe, options.model
+    ours = parts.get("engine", {})
+    machine: Figures = next((figures["machine"] for figures in parts.values() if "machine" in figures), {})
+    return {
+        "kind": "bench",
+        "command": command_line(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "preset": preset.name,
+        "recipe": recipe.name,
+        "precision": recipe.precision,
+        "cache": recipe.cache,
+        "attention": recipe.attention,
+        "backend": ours.get("backend"),
+        "reason": ours.get("reason"),
+        "weights": "random" if ours.get("backend") != "reference" else "of the export (CPU reference)",
+        "gpu": machine.get("gpu"),
+        "machine": machine,
+        "product_figures": bool(machine.get("gpu")),
+        "versions": versions(),
+        "resolution": f"{preset.width}x{preset.height}",
+        "steps": options.steps,
+        "guidance": 1.0,
+        "chunk_latents": preset.chunk_latents,
+        "window_latents": preset.chunk_latents * preset.window_chunks,
+        "sinks": "global and shot",
+        "warmup_chunks": options.warm_chunks,
+        "chunks": options.chunks,
+        "fps": ours.get("fps", {}),
+        "first_chunk_s": ours.get("first_chunk_s"),
+        "stage_ms": ours.get("stage_ms", {}),
+        "peak_gb": ours.get("peak_gb"),
+        "peak_of": "GPU memory of the process, from the driver" if machine.get("gpu") else "resident memory (CPU)",
+        "budget": budget,
+        "roofline": roofline(recipe, options.steps, machine.get("gpu"), ours.get("stage_ms", {})),
+        "error": ours.get("error"),
+        "engine": ours,
+        "against": {name: figures for name, figures in parts.items() if name != "engine"},
+        "ratio": ratios(parts),
+    }
+
+
+def ratios(parts: dict[str, Figures]) -> dict[str, float]:
+    """Our frames a second over PyTorch's, for every pair of rates that was measured; above 1 we are faster."""
+    found = {}
+    for name, (rate, part, theirs) in RATIOS.items():
+        mine, other = (parts.get(p, {}).get("fps", {}).get(r) for p, r in (("engine", rate), (part, theirs)))
+        if mine and other:
+            found[name] = round(mine / other, 4)
+    return found
+
+
+def write_result(folder: Path, report: Figures) -> Path:
+    """Write bench.json, atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bench.json", report)
+    return folder / "bench.json"
+
+
+def table(report: Figures) -> str:
+    """The report as lines for people."""
+    rows = [
+        f"{report['recipe']} on {report['gpu'] or report['machine'].get('cpu')}: {report['resolution']}, {report['steps']} steps "
+        f"and a clean pass, chunk {report['chunk_latents']}, window {report['window_latents']} latents, "
+        f"{report['sinks']} sink, {report['weights']} weights",
+    ]
+    if not report["product_figures"]:
+        rows.append("CPU timings: they show that the benchmark runs, and nothing else")
+    rows.append(f"  {'':22} {'DiT':>9} {'VAE':>9} {'serial':>9} {'overlap':>9} {'first s':>9} {'peak GB':>9}")
+    for name, side in {"engine": report["engine"], **report["against"]}.items():
+        rows.append(_side_row(name if name != "engine" else f"longtake {side.get('backend', '')}", side))
+    rows.append(f"  {'':22} frames a second, steady state; first chunk with warm networks and an empty cache")
+    rows += [f"  {name:28} {value:6.3f}x" for name, value in report["ratio"].items()]
+    rows += [_roofline_row(name, row) for name, row in report["roofline"].items()]
+    stages = "  ".join(f"{name} {ms:.2f}" for name, ms in report["stage_ms"].items())
+    rows.append(f"  milliseconds: {stages}")
+    if report["budget"]:
+        rows.append(f"  memory budget: {report['budget']}")
+    return "\n".join(rows)
+
+
+def _side_row(name: str, side: Figures) -> str:
+    fps = side.get("fps", {})
+    cells = [
+        *(fps.get(key) for key in ("dit", "vae", "serial", "end_to_end")),
+        side.get("first_chunk_s"),
+        side.get("peak_gb"),
+    ]
+    line = f"  {name:22} " + " ".join(f"{'-' if cell is None else format(cell, '.2f'):>9}" for cell in cells)
+    return line + (f"  failed: {side['error'][:120]}" if side.get("error") else "")
+
+
+def _roofline_row(name: str, row: Figures) -> str:
+    if row["floor_ms"] is None:
+        return f"  {name}: {row['tflop']:.3f} TFLOP and {row['gb']:.2f} GB a chunk; no measured rates for this machine"
+    share = (
+        "not measured"
+        if row["share"] is None
+        else f"{row['measured_ms']:.0f} ms, {row['share']:.0%} of the floor's speed"
+    )
+    return f"  {name}: {row['tflop']:.0f} TFLOP, {row['gb']:.1f} GB a chunk; floor {row['floor_ms']:.0f} ms; {share}"

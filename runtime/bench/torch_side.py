@@ -1,0 +1,76 @@
+"""PyTorch's side: eager, compiled and autotuned, with the weights that the engines get."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from longtake.runtime.bench.gpu import device_from_name
+from longtake.runtime.bench.measure import Save, measure
+from longtake.runtime.bench.options import BenchOptions
+from longtake.runtime.bench.random_weights import fill
+from longtake.runtime.bench.torch_backend import PlainTorchBackend
+from longtake.runtime.bench.torch_dit import PlainDiT
+from longtake.runtime.bench.torch_vae import with_fast_norms
+from longtake.training.dit import CausalDiT
+from longtake.training.presets import Preset
+from longtake.training.vae import CausalVAE
+
+COMPILE: dict[str, dict[str, Any] | None] = {
+    "torch": None,
+    "torch_compile": {"mode": "default"},
+    "torch_autotune": {"mode": "max-autotune-no-cudagraphs"},
+}
+
+
+def random_dit(preset: Preset, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> CausalDiT:
+    """The preset's DiT with random weights on `device`."""
+    with torch.device("meta"):
+        dit = CausalDiT(preset.dit)
+    fill(dit, device, dtype)
+    return dit
+
+
+def random_vae(
+    preset: Preset, device: torch.device, channels_last: bool, dtype: torch.dtype = torch.bfloat16
+) -> CausalVAE:
+    """The preset's VAE with random weights on `device`, its decoder's norms as PyTorch does them fastest."""
+    with torch.device("meta"):
+        vae = CausalVAE(preset.vae)
+        vae.encoder = torch.nn.Identity()  # type: ignore[assignment]  # not decoded with
+    fill(vae, device, dtype)
+    return with_fast_norms(vae, channels_last)
+
+
+def measure_torch(part: str, options: BenchOptions, save: Save) -> dict[str, Any]:
+    """The figures of one of TORCH_PARTS. "torch_vae" is the decoder alone, contiguous and channels last."""
+    device = device_from_name(options.device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    if part == "torch_vae":
+        return _measure_vae(options, device, save)
+    both = part == "torch" and "vae" in options.networks
+    options = options if both else replace(options, networks=("dit",))
+    dit = PlainDiT(random_dit(options.model, device), COMPILE[part])
+    vae = random_vae(options.model, device, channels_last=False) if both else None
+    backend = PlainTorchBackend(options.the_recipe, part, dit, vae, device)
+    figures = measure(backend, options, save)
+    return figures | {"attention": dit.library, "compile": COMPILE[part]}
+
+
+def _measure_vae(options: BenchOptions, device: torch.device, save: Save) -> dict[str, Any]:
+    found: dict[str, Any] = {"backend": "torch_vae", "fps": {}, "stage_ms": {}}
+    for layout in ("contiguous", "channels_last"):
+        vae = random_vae(options.model, device, channels_last=layout == "channels_last")
+        backend = PlainTorchBackend(options.the_recipe, layout, None, vae, device)
+        found[layout] = measure(backend, replace(options, networks=("vae",)), lambda figures: None)
+        save(found)
+        backend.close()
+        del vae, backend
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    best = max(("contiguous", "channels_last"), key=lambda layout: found[layout]["fps"]["vae"])
+    fps = {"vae": found["contiguous"]["fps"]["vae"], "vae_best": found[best]["fps"]["vae"]}
+    return found | {"fps": fps, "stage_ms": found["contiguous"]["stage_ms"], "best": best}

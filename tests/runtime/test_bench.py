@@ -1,0 +1,297 @@
+"""The benchmark on a CPU: its arithmetic, its weights, its report; timings of a CPU are never figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from longtake.engines.recipe import recipe_named
+from longtake.plugins.nvfp4.reference import Packed, dequantize
+from longtake.runtime.bench import random_weights as weights
+from longtake.runtime.bench.measure import measure
+from longtake.runtime.bench.options import BenchOptions, options_from_json
+from longtake.runtime.bench.plot import write_plot
+from longtake.runtime.bench.result import ratios, report_of, table
+from longtake.runtime.bench.roofline import chunk_work, dit_pass, roofline, vae_latent
+from longtake.runtime.bench.torch_backend import PlainTorchBackend
+from longtake.runtime.bench.torch_dit import PlainDiT
+from longtake.runtime.bench.torch_side import random_dit, random_vae
+from longtake.runtime.bench.torch_vae import PlainDecoder
+from longtake.runtime.cli import main
+from longtake.runtime.places import EXPORTS
+from longtake.training.dit import CausalDiT, dense_cross_attention
+from longtake.training.presets import TINY, WAN22_TI2V_5B, DiTConfig, Preset
+from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady
+
+CPU = torch.device("cpu")
+SMALL = replace(
+    TINY,
+    dit=DiTConfig(dim=128, ffn_dim=320, layers=2, heads=2, channels=16, text_dim=64, text_len=8),
+    text=replace(TINY.text, dim=64, length=8),
+    vae=replace(TINY.vae, res_blocks=2, dim_mult=(1, 2, 4, 4)),
+    height=64,
+    width=96,
+)
+OPTIONS = BenchOptions("tiny_bf16_sm90", steps=2, chunks=2, warmup=0)
+
+
+def small_options(monkeypatch: pytest.MonkeyPatch, preset: Preset = SMALL) -> BenchOptions:
+    """Options whose preset is `preset`, for as long as the test runs."""
+    monkeypatch.setitem(__import__("longtake.training.presets", fromlist=["PRESETS"]).PRESETS, "tiny", preset)
+    return OPTIONS
+
+
+# ---- random weights --------------------------------------------------------------------------------------------------
+
+
+def test_a_random_weight_depends_on_its_name_alone() -> None:
+    first, again, other = (weights.random_weight(n, (64, 32), CPU) for n in ("a.weight", "a.weight", "b.weight"))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.dtype == torch.bfloat16 and float(first.float().std()) == pytest.approx(32**-0.5, rel=0.05)
+    assert torch.equal(weights.random_weight("x.norm_q.weight", (8,), CPU), torch.ones(8, dtype=torch.bfloat16))
+
+
+def test_quantized_parts_are_what_the_exporter_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longtake.export.lower import packed_weight
+
+    monkeypatch.setattr(weights, "CHUNK", 256)  # several pieces
+    weight = weights.random_weight("blocks.0.ffn.0.weight", (48, 64), CPU)
+    made = weights.nvfp4_parts("blocks.0.ffn.0.weight", weight)
+    stored = packed_weight("w4a16", "blocks.0.ffn.0", weight, {})
+    assert made.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert made[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
+    packed = Packed(made["blocks.0.ffn.0.weight.values"].view(torch.uint8),
+                    made["blocks.0.ffn.0.weight.scales"].view(torch.float8_e4m3fn), weight.abs().amax().float(), "static_6")  # fmt: skip
+    error = (dequantize(packed) - weight.float()).norm() / weight.float().norm()
+    assert 0 < error < 0.15
+
+
+def test_8_bit_parts_are_what_the_exporter_stores() -> None:
+    from longtake.export.lower import PLACEHOLDER_AMAX
+    from longtake.export.lower_fp8 import packed_fp8_weight
+
+    weight = weights.random_weight("blocks.0.ffn.0.weight", (48, 64), CPU)
+    made, stored = weights.fp8_parts("a.weight", weight), packed_fp8_weight("a", weight, PLACEHOLDER_AMAX)
+    assert torch.equal(made["a.weight.values"].view(torch.uint8), stored["a.weight.values"])
+    torch.testing.assert_close(made["a.weight.scale"], stored["a.weight.scale"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["tiny_bf16_sm90", "tiny_w4a16_sm90"])
+def test_an_exported_file_is_fed_by_name_and_like_pytorch(recipe: str) -> None:
+    """Every constant that segments take as input, in the dtype and shape stored; plain ones equal PyTorch's."""
+    from longtake.engines.onnx_file import TORCH_DTYPES, read_graph
+    from longtake.engines.segment import constants_of
+
+    path = EXPORTS / recipe_named(recipe).onnx_name / "dit.onnx"
+    if not path.is_file():
+        pytest.skip(f"{path} is not exported")
+    constants = constants_of(read_graph(path))
+    names = {name for name in constants if name.startswith("blocks.0.")}
+    dit = random_dit(TINY, CPU).state_dict()
+    seen = dict(weights.random_weights(path, CPU)(names))
+    assert seen.keys() == names and any(name.endswith("ffn.0.bias") for name in names)
+    for name, tensor in seen.items():
+        assert tuple(tensor.shape) == tuple(constants[name].dims), name
+        assert tensor.dtype == TORCH_DTYPES[constants[name].data_type], name
+        if name in dit and tensor.dtype == torch.bfloat16:
+            assert torch.equal(tensor, dit[name]), name
+
+
+def test_a_filled_model_has_weights_by_name_and_finite_activations() -> None:
+    dit = random_dit(SMALL, CPU)
+    name = "blocks.1.ffn.2.weight"
+    assert torch.equal(dit.state_dict()[name], weights.random_weight(name, (128, 320), CPU))
+    frames = PlainDecoder(random_vae(SMALL, CPU, False)).decode(torch.randn(1, 16, *SMALL.latent_hw))
+    assert frames.shape == (3, 1, 64, 96) and bool(frames.isfinite().all()) and float(frames.std()) > 1e-3
+
+
+# ---- PyTorch's side computes the same --------------------------------------------------------------------------------
+
+
+def test_the_plain_dit_is_our_dit() -> None:
+    """fp32, three chunks in view: what the slots hold and what dense attention over them gives."""
+    preset = SMALL
+    dit = random_dit(preset, CPU, torch.float32)
+    plain = PlainDiT(dit)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(16, 8, *preset.latent_hw, generator=generator)
+    sinusoid = timestep_sinusoid([500.0] * 8, preset.dit.freq_dim)
+    cos, sin = rope_tables(preset.dit, [float(i) for i in range(8)], preset.grid_hw)
+    context = dit.context(torch.randn(8, 64, generator=generator))
+    cache = [tuple(torch.randn(4, preset.chunk_tokens, 2, 64, generator=generator) for _ in "kv") for _ in range(2)]
+    old = [tuple(part.clone() for part in layer) for layer in cache]
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = (torch.cat((old[layer][i][0], old[layer][i][2], fresh)) for i, fresh in ((0, k), (1, v)))
+        scores = torch.einsum("thd,nhd->htn", q, keys) / math.sqrt(q.shape[-1])
+        return torch.einsum("htn,nhd->thd", scores.softmax(-1), values)
+
+    expected = dit(latents, sinusoid, (cos, sin), context, attend, cross=dense_cross_attention)
+    got = plain(latents, sinusoid, cos, sin, context, cache, 3, 1)
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
+    assert all(
+        torch.equal(cache[layer][i][s], old[layer][i][s]) for layer in range(2) for i in range(2) for s in (0, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_plain_decoder_is_our_decoder(channels_last: bool) -> None:
+    vae = weights.fill(CausalVAE(SMALL.vae), CPU, torch.float32)
+    plain = PlainDecoder(random_vae(SMALL, CPU, channels_last, torch.float32))
+    latents = torch.randn(2, 1, 16, *SMALL.latent_hw, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        first, *caches = DecoderFirst(vae)(latents[0].unsqueeze(2))
+        second = DecoderSteady(vae)(latents[1].unsqueeze(2), *caches)[0]
+    for expected, latent in zip((first, second), latents):
+        assert float((plain.decode(latent) - expected[0]).norm() / expected.norm()) < 1e-5
+
+
+# ---- roofline --------------------------------------------------------------------------------------------------------
+
+
+def counted(run) -> float:  # type: ignore[no-untyped-def]
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("preset", [SMALL, TINY], ids=["small", "tiny"])
+def test_dit_work_is_what_torch_counts(preset: Preset) -> None:
+    with torch.device("meta"):
+        dit = CausalDiT(preset.dit)
+        tokens, shape = (
+            preset.chunk_tokens,
+            (preset.window_chunks, preset.chunk_tokens, preset.dit.heads, preset.dit.head_dim),
+        )
+        table = torch.empty(tokens, preset.dit.head_dim // 2)
+        cache = [(torch.empty(shape), torch.empty(shape)) for _ in range(preset.dit.layers)]
+        context = [torch.empty(2, preset.dit.text_len, preset.dit.heads, preset.dit.head_dim) for _ in cache]
+        latents = torch.empty(preset.dit.channels, preset.chunk_latents, *preset.latent_hw)
+        sinusoid = torch.empty(preset.chunk_latents, preset.dit.freq_dim)
+        flops = counted(lambda: PlainDiT(dit)(latents, sinusoid, table, table, context, cache, preset.window_chunks, 0))
+    assert dit_pass(preset).flops == pytest.approx(flops, rel=1e-9)
+
+
+@pytest.mark.parametrize("preset", [SMALL, TINY, WAN22_TI2V_5B], ids=["small", "tiny", "5b"])
+def test_vae_work_is_what_torch_counts(preset: Preset) -> None:
+    with torch.device("meta"):
+        vae = CausalVAE(preset.vae)
+        latent = torch.empty(1, preset.vae.z_channels, 1, *preset.latent_hw)
+        caches = DecoderFirst(vae)(latent)[1:]
+        flops = counted(lambda: DecoderSteady(vae)(latent, *caches))
+    assert vae_latent(preset).flops == pytest.approx(flops, rel=1e-9)
+
+
+def test_the_real_model_needs_the_work_that_was_counted_before() -> None:
+    """61 TFLOP of GEMM and 74 of attention a pass, 66.4 a latent in the VAE."""
+    work = dit_pass(WAN22_TI2V_5B)
+    assert work.gemm == pytest.approx(61.1e12, rel=0.01) and work.attention == pytest.approx(74.4e12, rel=0.01)
+    assert vae_latent(WAN22_TI2V_5B).flops == pytest.approx(66.4e12, rel=0.01)
+    assert chunk_work(recipe_named("wan2.2-ti2v-5b_bf16_sm90"), 4)["dit"].flops == pytest.approx(682e12, rel=0.01)
+
+
+def test_the_floor_follows_the_recipe_and_needs_measured_rates() -> None:
+    bf16, fp8 = (recipe_named(f"wan2.2-ti2v-5b_{kind}_sm90") for kind in ("bf16", "fp8"))
+    slow = roofline(bf16, 4, "NVIDIA H100 80GB HBM3", {"dit_chunk": 2000.0})["dit"]
+    fast = roofline(fp8, 4, "NVIDIA H100 80GB HBM3", {})["dit"]
+    assert slow["floor_ms"] > fast["floor_ms"] and fast["share"] is None
+    assert slow["share"] == pytest.approx(slow["floor_ms"] / 2000, abs=1e-4)
+    assert roofline(bf16, 4, "NVIDIA RTX 6000", {"dit_chunk": 1.0})["dit"]["floor_ms"] is None
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+SIDES = {
+    "engine": {"fps": {"dit": 30.0, "vae": 28.0, "end_to_end": 15.0, "serial": 14.0}, "stage_ms": {"dit_chunk": 1066.0},
+               "backend": "segmented", "peak_gb": 19.0, "machine": {"gpu": "NVIDIA H100 80GB HBM3"}},
+    "torch": {"fps": {"dit": 20.0, "serial": 10.0}, "stage_ms": {}, "machine": {}},
+    "torch_vae": {"fps": {"vae": 20.0, "vae_best": 24.0}, "stage_ms": {}},
+    "torch_compile": {"error": "stopped after 240 s", "fps": {}},
+}  # fmt: skip
+
+
+def test_ratios_are_ours_over_theirs_and_only_of_what_was_measured() -> None:
+    found = ratios(SIDES)
+    assert found["dit_vs_eager"] == 1.5 and found["vae_vs_eager"] == 1.4
+    assert found["end_to_end_vs_serial_eager"] == 1.5 and found["vae_vs_best_eager"] == pytest.approx(28 / 24, abs=1e-4)
+    assert "dit_vs_compiled" not in found
+
+
+def test_the_report_has_what_makes_a_figure_honest(tmp_path: Path) -> None:
+    report = report_of(BenchOptions("wan2.2-ti2v-5b_fp8_sm90"), SIDES)
+    wanted = ("kind", "command", "commit", "date", "preset", "recipe", "backend", "gpu", "versions", "resolution", "steps",
+              "chunk_latents", "window_latents", "fps", "first_chunk_s", "stage_ms", "peak_gb", "against", "ratio")  # fmt: skip
+    assert not [key for key in wanted if key not in report]
+    assert report["kind"] == "bench" and report["resolution"] == "1280x704" and report["weights"] == "random"
+    text = table(report)
+    assert "stopped after 240 s" in text and "1.500x" in text and "TFLOP" in text
+    assert write_plot(report, tmp_path / "bench.png").stat().st_size > 10_000
+    json.dumps(report)
+
+
+def test_options_survive_the_way_to_another_process() -> None:
+    assert options_from_json(json.loads(json.dumps(OPTIONS.as_json()))) == OPTIONS
+    assert BenchOptions("tiny_bf16_sm90", against="torch").parts() == ("engine", "torch", "torch_vae", "torch_compile")
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_over_plain_torch_yields_every_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = small_options(monkeypatch)
+    dit, vae = PlainDiT(random_dit(SMALL, CPU)), random_vae(SMALL, CPU, False)
+    backend = PlainTorchBackend(options.the_recipe, "torch", dit, vae, CPU)
+    saved: list[dict] = []
+    figures = measure(backend, options, saved.append)
+    assert set(figures["fps"]) == {"dit", "vae", "serial", "end_to_end"} and min(figures["fps"].values()) > 0
+    assert {"denoise_pass", "clean_pass", "latent", "dit_chunk", "vae_chunk"} <= figures["stage_ms"].keys()
+    assert len(saved) >= 3 and figures["first_chunk_s"] > 0
+
+
+def test_bad_options_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--recipe", "tiny_bf16_sm90", "--networks", "dit,unet"]) == 2
+    assert "bad --networks" in capsys.readouterr().err
+    assert main(["bench", "--recipe", "tiny_bf16_sm9"]) == 2
+    assert "did you mean 'tiny_bf16_sm90'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_report_marked_as_a_cpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--recipe", "tiny_w4a16_sm90", "--quick", "--steps", "1", "--out", str(tmp_path / "out")]
+    words += ["--onnx", str(tmp_path / "onnx" / "tiny_w4a16")]  # exported on the way
+    assert main(words) == 0
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert report["backend"] == "reference" and report["product_figures"] is False and report["fps"]["end_to_end"] > 0
+    assert (tmp_path / "out" / "bench.png").is_file() and "CPU timings" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_random_weights_are_the_same_twice_on_the_device() -> None:
+    made = [weights.random_weight("a.weight", (256, 128), torch.device("cuda")) for _ in range(2)]
+    assert made[0].is_cuda and torch.equal(made[0], made[1])
+
+
+@pytest.mark.gpu
+def test_the_compiled_dit_agrees_with_the_eager_one() -> None:
+    preset, device = SMALL, torch.device("cuda")
+    dit = random_dit(preset, device)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(16, 8, *preset.latent_hw, generator=generator).to(device)
+    sinusoid = timestep_sinusoid([500.0] * 8, preset.dit.freq_dim).to(device)
+    cos, sin = (t.to(device) for t in rope_tables(preset.dit, [float(i) for i in range(8)], preset.grid_hw))
+    with torch.no_grad():
+        context = dit.context(torch.randn(8, 64, generator=generator).to(device))
+        out = []
+        for compile in (None, {"mode": "default"}):
+            shape = (4, preset.chunk_tokens, 2, 64)
+            cache = [tuple(torch.zeros(shape, device=device, dtype=torch.bfloat16) for _ in "kv") for _ in range(2)]
+            out.append(PlainDiT(dit, compile)(latents, sinusoid, cos, sin, context, cache, 1, 0))
+    assert float((out[0] - out[1]).norm() / out[0].norm()) < 0.02
