@@ -1,6 +1,6 @@
 """A Linear in 8-bit floats: which nodes it becomes so that TensorRT multiplies in FP8, and its weight's codes.
 
-fp8     y = Cast_bf16( Cast_f32( Gemm(DQ(Q(x * 448 / amax, 1), 1), DQ(codes, 1)) ) * scale + b )
+fp8     y = Cast_bf16( Cast_f32( Gemm(DQ(Q(x * 448 / amax, 1), 1), DQ(codes, 1)) ) * scale ) + b
         codes E4M3 [N, K], one scale a row of W, times the activation's: scale fp32 [N]
 
 TensorRT fuses Q, DQ and Gemm into an FP8 kernel only if the scales of Q and DQ are constants; given as inputs it
@@ -68,8 +68,8 @@ def _quantized_activation(rewriter: Rewriter, x: str, one: str, amax: float) -> 
         factor = rewriter.scalar(f"{base}.multiplier", float(multiplier(torch.tensor(amax))))
         wide = rewriter.node("Cast", [x], f"{base}.wide", to=TensorProto.FLOAT)
         scaled = rewriter.node("Mul", [wide, factor], f"{base}.scaled")
-        e4m3 = {"output_dtype": TensorProto.FLOAT8E4M3FN}
-        codes = rewriter.node("QuantizeLinear", [scaled, one], f"{base}.values", **e4m3)
+        kind = TensorProto.FLOAT8E4M3FN
+        codes = rewriter.node("QuantizeLinear", [scaled, one], f"{base}.values", output_dtype=kind)
         rewriter.shared[x, amax] = _dequantized(rewriter, codes, one, base)
     return rewriter.shared[x, amax]
 
