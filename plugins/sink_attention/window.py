@@ -65,7 +65,7 @@ def window_kernels(fmt: str, attention: str) -> Kernels:
 
 def _calls_bf16(fmt: str, dims: Dims) -> tuple[Call, ...]:
     pieces = elements(dims) // 8
-    arguments = ("k", "v", *_cache(fmt), "table", "window_k", "window_v", dims["S"], pieces)
+    arguments: tuple[str | int, ...] = ("k", "v", *_cache(fmt), "table", "window_k", "window_v", dims["S"], pieces)
     return (Call("window_bf16", (blocks_of(pieces, THREADS * ITEMS), 2 * dims["W"]), THREADS, arguments),)
 
 

@@ -6,6 +6,7 @@ Plans for it are built and checked; it was not run: no GPU that TensorRT-RTX 1.7
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,9 +22,14 @@ class FusedBackend(TrtBackend):
 
 
 def open_backend(
-    folder: Path, device: torch.device | None = None, reason: str = "asked for", cuda_graphs: bool = True
+    folder: Path,
+    device: torch.device | None = None,
+    reason: str = "asked for",
+    cuda_graphs: bool = True,
+    **options: Any,
 ) -> FusedBackend:
-    """Open the engines in `folder`; registers the plugins before anything is deserialised.
+    """Open the engines in `folder`; registers the plugins before anything is deserialised; `options` are
+    TrtBackend's.
 
     Raises:
         UnavailableError: no GPU, another GPU or TensorRT than they were built for, or built segmented.
@@ -36,4 +42,4 @@ def open_backend(
         from longtake.plugins.adapter import register_plugins
 
         register_plugins(flavour.module)
-    return FusedBackend(bundle, flavour, device or torch.device("cuda"), reason, cuda_graphs)
+    return FusedBackend(bundle, flavour, device or torch.device("cuda"), reason, cuda_graphs, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,9 +19,13 @@ class SegmentedBackend(TrtBackend):
 
 
 def open_backend(
-    folder: Path, device: torch.device | None = None, reason: str = "asked for", cuda_graphs: bool = True
+    folder: Path,
+    device: torch.device | None = None,
+    reason: str = "asked for",
+    cuda_graphs: bool = True,
+    **options: Any,
 ) -> SegmentedBackend:
-    """Open the engines in `folder` (see engines/bundle.py).
+    """Open the engines in `folder` (see engines/bundle.py); `options` are TrtBackend's.
 
     Raises:
         UnavailableError: no GPU, another GPU or TensorRT than they were built for, or built fused.
@@ -28,4 +33,4 @@ def open_backend(
     """
     bundle = load_bundle(folder)
     check_mode(bundle, "segmented", folder)
-    return SegmentedBackend(bundle, flavour_here(), device or torch.device("cuda"), reason, cuda_graphs)
+    return SegmentedBackend(bundle, flavour_here(), device or torch.device("cuda"), reason, cuda_graphs, **options)

@@ -1,16 +1,10 @@
-"""The backend of TensorRT plans, fused or segmented: buffers that never move, and a CUDA graph a window length.
-
-Legend: C latent channels, F latent frames of a chunk, H, W latent size, T video frames.
-"""
+"""The backend of TensorRT plans, fused or segmented: buffers that never move, and a CUDA graph a window length."""
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,55 +12,20 @@ from torch import Tensor
 from longtake.engines import segmented_graph
 from longtake.engines.bundle import Bundle
 from longtake.engines.flavour import Flavour
-from longtake.engines.spec import NETWORKS, Binding, NetworkSpec, network_spec
-from longtake.runtime.backends.base import Cache
+from longtake.engines.onnx_file import WeightSource
+from longtake.engines.spec import NETWORKS, Binding, context_bindings, network_spec
+from longtake.runtime.backends.base import Cache, Encoder
+from longtake.runtime.backends.lane import Lane
 from longtake.runtime.backends.segmented_network import SegmentedNetwork
+from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
 from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtEngine, device_bytes_used
+from longtake.runtime.backends.trt_stream import Network, TrtDecoder, TrtEncoder, TrtStream, caches_in_place
 from longtake.runtime.errors import LongtakeError, UnavailableError
 
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # window lengths times caches in use; beyond it the oldest is dropped
-
-
-class Network(Protocol):
-    """A network on the device, whole or cut."""
-
-    def prepare(self) -> None: ...
-
-    def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None: ...
-
-
-class Lane:
-    """Engines that share scratch memory take turns: one caller at a time, on whatever stream it works.
-
-    Work stays on the caller's stream, except that the default stream is left for one of our own: TensorRT synchronizes
-    the device there. Ours waits for what the caller has enqueued and the caller's then waits for ours, so to the
-    caller it looks like one stream.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._lock = threading.RLock()
-        self._own = torch.cuda.Stream(device)
-        self._done = torch.cuda.Event()
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Inside, torch's current stream is the one to enqueue on, and nobody else uses these engines."""
-        caller = torch.cuda.current_stream(self.device)
-        stream = caller if caller.cuda_stream else self._own
-        with self._lock:
-            if stream is self._own:
-                stream.wait_stream(caller)
-            stream.wait_event(self._done)  # the last turn may have been on another stream, with the same buffers
-            try:
-                with torch.cuda.stream(stream):
-                    yield
-            finally:  # also after a failure: what was enqueued before it still uses the buffers
-                self._done.record(stream)
-                if stream is self._own:
-                    caller.wait_stream(stream)
+ENCODER = ("vae_encoder_first", "vae_encoder_steady")  # loaded while one is in use: few videos start from a picture
 
 
 class WholeNetwork:
@@ -85,25 +44,50 @@ class WholeNetwork:
         self.context.run(tensors)
 
 
-def network_from_bundle(bundle: Bundle, name: str, host: EngineHost, scratch: Scratch) -> Network:
-    """Load one network: verified plans, and for a cut network the weights of its verified ONNX file."""
+def network_from_bundle(
+    bundle: Bundle, name: str, host: EngineHost, scratch: Scratch, weights: WeightSource | None = None
+) -> Network:
+    """Load one network: verified plans; a cut network's weights come from `weights`, or its verified ONNX file."""
     cut = bundle.folder / f"{name}.segments.json"
     if not cut.is_file():
+        if weights is not None:
+            raise LongtakeError(f"{name}.plan holds its own weights", got="other ones", fix="use a segmented recipe")
         spec = network_spec(bundle.recipe.model, bundle.recipe.cache, name).as_json()
         return WholeNetwork(host.load(name, spec), scratch)
     bundle.check_file(cut)
-    network = SegmentedNetwork(host, segmented_graph.load(cut), scratch)
-    network.load_weights_from(bundle.onnx_file(f"{name}.onnx"))
+    network = SegmentedNetwork(host, segmented_graph.load(cut), scratch, attention=bundle.recipe.attention)
+    network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
 
 
+def networks_in(bundle: Bundle) -> tuple[str, ...]:
+    """The networks that a bundle has plans of."""
+    return tuple(n for n in NETWORKS if f"{n}.plan" in bundle.files or f"{n}.segments.json" in bundle.files)
+
+
 class TrtBackend:
-    """Backend (see base.py) on TensorRT plans. Subclasses say which mode they are."""
+    """Backend (see base.py) on TensorRT plans. Subclasses say which mode they are.
+
+    Args:
+        weights: by network, where a cut network's weights come from; by default its ONNX file.
+        networks: which ones to load, by default all that the bundle has. The rest cannot be called.
+        decode_device: the decoder's GPU, by default `device`.
+        checkpoints: where a text or VAE encoder that is not among the plans comes from, by default the preset's.
+    """
 
     name = ""
 
     def __init__(
-        self, bundle: Bundle, flavour: Flavour, device: torch.device, reason: str, cuda_graphs: bool = True
+        self,
+        bundle: Bundle,
+        flavour: Flavour,
+        device: torch.device,
+        reason: str,
+        cuda_graphs: bool = True,
+        weights: Mapping[str, WeightSource] | None = None,
+        networks: Sequence[str] | None = None,
+        decode_device: torch.device | None = None,
+        checkpoints: Path | None = None,
     ) -> None:
         if not torch.cuda.is_available():
             raise UnavailableError(
@@ -114,60 +98,90 @@ class TrtBackend:
             )
         self.bundle, self.recipe, self.preset = bundle, bundle.recipe, bundle.recipe.model
         self.device = torch.device("cuda", device.index or 0)
-        self.reason, self.cuda_graphs = reason, cuda_graphs
+        self.decode_device = torch.device("cuda", decode_device.index or 0) if decode_device else self.device
+        self.reason, self.cuda_graphs, self.checkpoints = reason, cuda_graphs, checkpoints
+        self._flavour, self._weights = flavour, dict(weights or {})
         self.specs = {name: network_spec(self.preset, self.recipe.cache, name) for name in NETWORKS}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
-        self.lanes = {name: Lane(self.device) for name in ("denoise", "decode")}
+        self.lanes = {"denoise": Lane(self.device), "decode": Lane(self.decode_device)}
+        self._text: TextRunner | None = None
         self._peak = 0
-        with torch.cuda.device(self.device):
-            self._load(flavour)
+        self.networks: dict[str, Network] = {}
+        self._static: dict[str, Tensor] = {}
+        wanted = tuple(networks_in(bundle) if networks is None else networks)
+        # The decoder first: the proof that its caches can be in place needs two sets of them for a moment.
+        self._load([name for name in wanted if name.startswith("vae") and name not in ENCODER], self.decode_device)
+        self._in_place = "vae_steady" in self.networks and self._prove_caches_in_place()
+        self._load([name for name in wanted if not name.startswith("vae")], self.device)
+        if "dit" in self.networks:
+            self._static = {b.name: self.allocate(b) for b in self.specs["dit"].inputs if not self._is_cache(b.name)}
+            self._static |= {"velocity": self.allocate(self.specs["dit"].outputs[0])}
         self._sample_memory()
 
-    def _load(self, flavour: Flavour) -> None:
-        host = EngineHost(self.bundle.folder, flavour, self.device)
-        # The decoder runs beside the DiT, on another stream, so it has scratch of its own.
-        denoise, decode = Scratch(self.device), Scratch(self.device)
-        self.networks: dict[str, Network] = {
-            name: network_from_bundle(self.bundle, name, host, decode if name.startswith("vae") else denoise)
-            for name in NETWORKS
-        }
-        for network in self.networks.values():
-            network.prepare()
-        self._static = {b.name: self.allocate(b) for b in self.specs["dit"].inputs if not self._is_cache(b.name)}
-        self._static |= {"velocity": self.allocate(self.specs["dit"].outputs[0])}
+    def _load(self, names: Sequence[str], device: torch.device) -> None:
+        """Networks that run one after another: they share scratch, which those on another stream may not."""
+        with torch.cuda.device(device):
+            host, scratch = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device)
+            loaded = {
+                name: network_from_bundle(self.bundle, name, host, scratch, self._weights.get(name)) for name in names
+            }
+            for network in loaded.values():
+                network.prepare()
+            self.networks |= loaded
+
+    def _prove_caches_in_place(self) -> bool:
+        with torch.cuda.device(self.decode_device):
+            with self.lanes["decode"].turn():
+                proven = caches_in_place(self.networks["vae_steady"], self.specs["vae_steady"], self._allocate_decode)
+            torch.cuda.empty_cache()  # the second set: nothing else would fit its place
+        return proven
+
+    def _allocate_decode(self, binding: Binding) -> Tensor:
+        return self.allocate(binding, device=self.decode_device)
+
+    def network(self, name: str) -> Network:
+        """A network that is loaded. Raises LongtakeError if it is not."""
+        if name not in self.networks:
+            raise LongtakeError(
+                f"network {name} is not loaded", got=", ".join(self.networks) or "none",
+                fix=f"build it: longtake engines --recipe {self.recipe.name}",
+            )  # fmt: skip
+        return self.networks[name]
 
     def _is_cache(self, name: str) -> bool:
         return any(name == source for _, source in self.specs["dit"].aliases)
 
-    def allocate(self, binding: Binding, zero: bool = False) -> Tensor:
+    def allocate(self, binding: Binding, zero: bool = False, device: torch.device | None = None) -> Tensor:
         """A device tensor for a binding; a dynamic dimension gets its largest size."""
         largest = {name: sizes[2] for spec in self.specs.values() for name, sizes in spec.profile}
         shape = [largest[size] if isinstance(size, str) else size for size in binding.shape]
         make = torch.zeros if zero else torch.empty
-        return make(shape, dtype=TORCH_DTYPES[binding.dtype], device=self.device)
+        return make(shape, dtype=TORCH_DTYPES[binding.dtype], device=device or self.device)
 
-    def _call(self, name: str, inputs: list[Tensor]) -> list[Tensor]:
-        """Run a network that is called once a prompt: inputs in spec order, new output tensors."""
+    def _call(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Run a network that is called once a prompt on its only input; new output tensors."""
         spec = self.specs[name]
-        outputs = [self.allocate(binding) for binding in spec.outputs]
-        given = [self._as_binding(tensor, binding) for tensor, binding in zip(inputs, spec.inputs, strict=True)]
-        named = zip((*spec.inputs, *spec.outputs), (*given, *outputs), strict=True)
+        outputs = {binding.name: self.allocate(binding) for binding in spec.outputs}
+        (binding,) = spec.inputs
+        given = {binding.name: tensor.to(self.device, TORCH_DTYPES[binding.dtype]).contiguous()}
         with self.lanes["denoise"].turn():
-            self.networks[name].run({binding.name: tensor for binding, tensor in named})
+            self.network(name).run({**given, **outputs})
         return outputs
-
-    def _as_binding(self, tensor: Tensor, binding: Binding) -> Tensor:
-        return tensor.to(self.device, TORCH_DTYPES[binding.dtype]).contiguous()
 
     @torch.no_grad()
     def text(self, tokens: Tensor) -> Tensor:
-        """See Backend.text."""
-        return self._call("text_encoder", [tokens])[0]
+        """See Backend.text; a text encoder that is not among the plans runs in PyTorch."""
+        if "text_encoder" not in self.networks:
+            if self._text is None:
+                self._text = text_runner(self.preset, self.checkpoints, self.device)
+            return self._text(tokens)
+        return self._call("text_encoder", tokens)[self.specs["text_encoder"].outputs[0].name]
 
     @torch.no_grad()
     def context(self, embeddings: Tensor) -> list[Tensor]:
         """See Backend.context."""
-        return self._call("context", [embeddings])
+        outputs = self._call("context", embeddings)
+        return [outputs[binding.name] for binding in context_bindings(self.preset)]
 
     def new_cache(self) -> Cache:
         """See Backend.new_cache."""
@@ -190,7 +204,9 @@ class TrtBackend:
         write_slot: Tensor,
     ) -> Tensor:
         """See Backend.dit. The velocity is a buffer that the next call overwrites."""
-        given = (latents_BCFHW, sinusoid, rope_cos, rope_sin, table, write_slot, *context)
+        names = [binding.name for binding in context_bindings(self.preset)]
+        given = {"latents": latents_BCFHW, "timestep_sinusoid": sinusoid, "rope_cos": rope_cos, "rope_sin": rope_sin,
+                 "table": table, "write_slot": write_slot, **dict(zip(names, context, strict=True))}  # fmt: skip
         # Only a slot on the host can be looked at without waiting; on the device the kernel itself skips slot -1.
         write = write_slot.is_cuda or int(write_slot) >= 0
         # A graph replays on the addresses it was captured with, so all of them tell which one fits: a later cache may
@@ -200,14 +216,14 @@ class TrtBackend:
             self._replay_or_run(key, self._fill(given) | self._cache_bindings(cache), write)
         return self._static["velocity"]
 
-    def _fill(self, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _fill(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy a pass's inputs to where the CUDA graphs read them."""
         filled = {"velocity": self._static["velocity"]}
-        inputs = self.specs["dit"].inputs
-        for binding, tensor in zip(inputs[: len(given)], given, strict=True):
-            place = self._static[binding.name]
-            filled[binding.name] = place[: tensor.shape[0]] if isinstance(binding.shape[0], str) else place
-            filled[binding.name].copy_(tensor, non_blocking=True)
+        dynamic = {b.name for b in self.specs["dit"].inputs if isinstance(b.shape[0], str)}
+        for name, tensor in given.items():
+            place = self._static[name]
+            filled[name] = place[: tensor.shape[0]] if name in dynamic else place
+            filled[name].copy_(tensor, non_blocking=True)
         return filled
 
     def _cache_bindings(self, cache: Cache) -> dict[str, Tensor]:
@@ -221,7 +237,7 @@ class TrtBackend:
         if graph is not None:
             graph.replay()
             return
-        self.networks["dit"].run(tensors, write)
+        self.network("dit").run(tensors, write)
         if self.cuda_graphs:
             self._capture(key, tensors, write)
             self._sample_memory()
@@ -232,7 +248,7 @@ class TrtBackend:
         try:
             # thread_local: the decode thread may allocate memory meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.networks["dit"].run(tensors, write)
+                self.network("dit").run(tensors, write)
         except (RuntimeError, LongtakeError) as error:
             self.cuda_graphs = False
             log.warning("CUDA graphs cannot be captured here, passes are launched one by one: %s", error)
@@ -243,9 +259,28 @@ class TrtBackend:
 
     def new_decoder(self) -> TrtDecoder:
         """See Backend.new_decoder."""
-        decoder = TrtDecoder(self)
+        specs = self.specs["vae_first"], self.specs["vae_steady"]
+        networks = {spec.name: self.network(spec.name) for spec in specs}
+        with torch.cuda.device(self.decode_device):
+            stream = TrtStream(networks, specs, self._allocate_decode, self.lanes["decode"], self._in_place)
         self._sample_memory()
-        return decoder
+        return TrtDecoder(stream)
+
+    def new_encoder(self) -> Encoder:
+        """See Backend.new_encoder; one that is not among the plans runs in PyTorch."""
+        if not set(ENCODER) <= set(networks_in(self.bundle)):
+            return TorchEncoder(vae_from_checkpoints(self.preset, self.checkpoints), self.device)
+        with torch.cuda.device(self.device):
+            host, scratch = EngineHost(self.bundle.folder, self._flavour, self.device), Scratch(self.device)
+            networks = {
+                name: network_from_bundle(self.bundle, name, host, scratch, self._weights.get(name)) for name in ENCODER
+            }
+            for network in networks.values():
+                network.prepare()
+            specs = self.specs[ENCODER[0]], self.specs[ENCODER[1]]
+            stream = TrtStream(networks, specs, self.allocate, Lane(self.device), in_place=False)
+        self._sample_memory()
+        return TrtEncoder(stream)
 
     def _sample_memory(self) -> None:
         """All memory is allocated at a few known points, so sampling there finds the peak."""
@@ -259,46 +294,11 @@ class TrtBackend:
     def close(self) -> None:
         """See Backend.close."""
         if self.networks:
-            torch.cuda.synchronize(self.device)
+            for device in {self.device, self.decode_device}:
+                torch.cuda.synchronize(device)
             self._graphs.clear()
             self.networks.clear()
             self._static.clear()
-
-
-class TrtDecoder:
-    """Streaming decoder: two sets of feature caches that take turns as input and output of the steady network."""
-
-    def __init__(self, backend: TrtBackend) -> None:
-        self.backend = backend
-        steady: NetworkSpec = backend.specs["vae_steady"]
-        self._caches = [[backend.allocate(b) for b in steady.outputs[1:]] for _ in range(2)]
-        self._frames = {n: backend.allocate(backend.specs[n].outputs[0]) for n in ("vae_first", "vae_steady")}
-        self._latent = backend.allocate(steady.inputs[0])
-        self._turn, self._started = 0, False
-
-    @torch.no_grad()
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """See Decoder.decode: fp32 [1, C, H, W] to fp32 [3, T, H, W], a buffer that the next call overwrites."""
-        name = "vae_steady" if self._started else "vae_first"
-        spec = self.backend.specs[name]
-        before, after = self._caches[self._turn], self._caches[1 - self._turn]
-        inputs = [self._latent, *(before if self._started else ())]
-        named = zip((*spec.inputs, *spec.outputs), (*inputs, self._frames[name], *after), strict=True)
-        with self.backend.lanes["decode"].turn():
-            self._latent.copy_(latent_BCHW[:, :, None])
-            self.backend.networks[name].run({binding.name: tensor for binding, tensor in named})
-        self._turn, self._started = 1 - self._turn, True
-        return self._frames[name][0]
-
-    def state(self) -> list[Tensor]:
-        """See Decoder.state."""
-        return list(self._caches[self._turn]) if self._started else []
-
-    def load_state(self, tensors: list[Tensor]) -> None:
-        """See Decoder.load_state."""
-        self._started = bool(tensors)
-        for own, given in zip(self._caches[self._turn], tensors, strict=False):
-            own.copy_(given)
 
 
 def check_mode(bundle: Bundle, mode: str, folder: Path) -> None:
