@@ -21,7 +21,8 @@ class Bundle:
     """A folder of plans, opened.
 
     folder: where the plans are. onnx: the folder they were built from. files: digests of the plans and segment
-    descriptions. onnx_files: digests of the exported files. vocabulary: the text encoder's words, in token order.
+    descriptions. onnx_files: digests of the exported files. vocabulary: the text encoder's words, in token order
+    (none where the folder of exported files carries a tokenizer).
     export_inputs: digest of the checkpoints and the code that the export was made from.
     """
 
@@ -72,6 +73,7 @@ def _checked(path: Path, expected: str | None, fix: str) -> Path:
 def write_bundle(folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, plans: Sequence[Path]) -> Path:
     """Describe the plans in `folder`, built from the export in `onnx`."""
     exported = read_json(onnx / "export.json") if (onnx / "export.json").is_file() else {}
+    words = exported.get("vocabulary")
     own = [*plans, *folder.glob("*.segments.json")]
     sources = sorted(path for pattern in ("*.onnx", "*.onnx.data") for path in onnx.glob(pattern))
     write_json(
@@ -85,7 +87,7 @@ def write_bundle(folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, pla
             "onnx": os.path.relpath(onnx.resolve(), folder.resolve()),
             "files": {path.name: sha256(path) for path in sorted(own)},
             "onnx_files": {path.name: sha256(path) for path in sources},
-            "vocabulary": list(exported.get("vocabulary") or _shipped_vocabulary()),
+            "vocabulary": list(_shipped_vocabulary() if words is None else words),
             "export_inputs": exported.get("inputs", ""),
         },
     )
