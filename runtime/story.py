@@ -13,6 +13,7 @@ import yaml
 
 from longtake.engines.recipe import reject_unknown_keys
 from longtake.runtime.errors import LongtakeError
+from longtake.training.data.base import CUT_PREFIX
 from longtake.training.presets import Preset
 
 SCHEMA = Path(__file__).parent / "schema" / "story.json"
@@ -137,17 +138,23 @@ def _starts(given: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def story_from_script(script: Script) -> Story:
-    """A story from whatever `Generator.session` takes."""
+    """A story from whatever `Generator.session` takes. In a list, a prompt that begins with CUT_PREFIX is a cut."""
     if isinstance(script, Story):
         return script
     if isinstance(script, (str, Path)):
         return story_from_file(script)
     if not script:
         raise LongtakeError("the script is empty", got=repr(script), expected="at least one prompt")
-    parts = [p if isinstance(p, Segment) else Segment(p) for p in script]
+    parts = [p if isinstance(p, Segment) else _segment(p) for p in script]
     for i, part in enumerate(parts):
         checked_prompt(part.prompt, f"prompt {i} of the script")
     return Story("script", tuple(parts))
+
+
+def _segment(prompt: str) -> Segment:
+    """One chunk of `prompt`, the reference's way: a prompt that begins with CUT_PREFIX begins a shot."""
+    cut = isinstance(prompt, str) and prompt.startswith(CUT_PREFIX)
+    return Segment(prompt.removeprefix(CUT_PREFIX) if cut else prompt, cut=cut)
 
 
 def fit_segments(segments: tuple[Segment, ...], chunks: int) -> tuple[Segment, ...]:

@@ -20,6 +20,7 @@ from longtake.runtime.story import (
     frame_count,
     story_from_file,
     story_from_prompt,
+    story_from_script,
 )
 from longtake.training.data.base import chunk_frames
 from longtake.training.data.digits import caption_words
@@ -66,9 +67,7 @@ def test_the_demo_is_what_it_claims() -> None:
     assert sum(segment.cut for segment in story.segments) == 2 and story.chunks == 7
     assert sum(not segment.cut for segment in story.segments[1:]) == 2  # prompt changes inside a shot
     returns = next(i for i, segment in reversed(list(enumerate(story.segments))) if segment.cut)
-    assert (
-        all("yellow six" in story.segments[i].prompt for i in (0, returns)) and "six" in story.segments[-1].prompt
-    )
+    assert all("yellow six" in story.segments[i].prompt for i in (0, returns)) and "six" in story.segments[-1].prompt
     assert not any("six" in segment.prompt for segment in story.segments[1:returns])
 
 
@@ -167,3 +166,11 @@ def test_fitting_a_script_to_a_length() -> None:
     script = (Segment("a", 2), Segment("b", 2, cut=True))
     assert fit_segments(script, 3) == (Segment("a", 2), Segment("b", 1, cut=True))
     assert fit_segments(script, 6) == (*script, Segment("b", 2))
+
+
+def test_a_list_of_prompts_cuts_where_the_reference_does() -> None:
+    """LongLive's scripts: one prompt a chunk, a cut where it begins with the prefix; the text encoded stays the same."""
+    prompts = ["a", "a", "The scene transitions. b", "b"]
+    segments = story_from_script(prompts).segments
+    assert segments == (Segment("a"), Segment("a"), Segment("b", cut=True), Segment("b"))
+    assert [prompt_text(segment) for segment in segments] == prompts
