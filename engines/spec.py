@@ -11,7 +11,15 @@ from typing import Any
 from longtake.plugins.spec import cache_tensors
 from longtake.training.presets import Preset
 
-NETWORKS = ("text_encoder", "context", "dit", "vae_first", "vae_steady")
+NETWORKS = (
+    "text_encoder", "context", "dit", "vae_first", "vae_steady", "vae_encoder_first", "vae_encoder_steady",
+)  # fmt: skip
+
+
+def networks_of(preset: Preset) -> tuple[str, ...]:
+    """The networks of `preset` that are exported and built. A umT5 text encoder is not: it runs in PyTorch, once a
+    prompt, and would be 11 GB of engine."""
+    return tuple(name for name in NETWORKS if name != "text_encoder" or preset.text.kind == "words")
 
 
 @dataclass(frozen=True)
@@ -114,27 +122,48 @@ def dit_spec(preset: Preset, cache: str) -> NetworkSpec:
     )
 
 
-def vae_spec(preset: Preset, name: str) -> NetworkSpec:
-    """`vae_first`: one latent to one frame and fresh caches; `vae_steady`: one latent and caches to four frames."""
-    from longtake.training.vae import decoder_cache_shapes
+def vae_spec(preset: Preset, name: str, latents: int = 1) -> NetworkSpec:
+    """One step of a VAE stream, in either direction.
 
-    latent = (1, preset.vae.z_channels, 1, *preset.latent_hw)
-    frames = 1 if name == "vae_first" else preset.vae.stride[0]
-    caches = tuple(Binding(f"vae_cache_{i}", "bf16", shape) for i, shape in enumerate(decoder_cache_shapes(preset)))
+    vae_first: one latent to one frame and fresh caches; vae_steady: `latents` latents and caches to four frames each.
+    vae_encoder_first and vae_encoder_steady: the same from frames to latents, one group at a time.
+    """
+    from longtake.training.vae import decoder_cache_shapes, encoder_cache_shapes
+
+    encoder, first = name.startswith("vae_encoder"), name.endswith("first")
+    count = 1 if first or encoder else latents
+    frames = 1 if first else count * preset.vae.stride[0]
+    latent = Binding("latent", "fp32", (1, preset.vae.z_channels, count, *preset.latent_hw))
+    video = Binding("frames", "fp32", (1, 3, frames, preset.height, preset.width))
+    shapes, prefix = (
+        (encoder_cache_shapes(preset), "vae_encoder_cache") if encoder else (decoder_cache_shapes(preset), "vae_cache")
+    )
+    caches = tuple(Binding(f"{prefix}_{i}", "bf16", shape) for i, shape in enumerate(shapes))
+    source, result = (video, latent) if encoder else (latent, video)
     return NetworkSpec(
         name,
-        inputs=(Binding("latent", "fp32", latent), *(() if name == "vae_first" else caches)),
-        outputs=(Binding("frames", "fp32", (1, 3, frames, preset.height, preset.width)), *(_out(b) for b in caches)),
+        inputs=(source, *(() if first else caches)),
+        outputs=(result, *(_out(b) for b in caches)),
         carried=tuple((f"{b.name}_out", b.name) for b in caches),
     )
 
 
-def network_spec(preset: Preset, cache: str, name: str) -> NetworkSpec:
-    """The spec of one of NETWORKS; `cache` is the cache format ("nvfp4" or "bf16")."""
+def network_spec(preset: Preset, cache: str, name: str, latents: int = 1) -> NetworkSpec:
+    """The spec of one network.
+
+    Args:
+        cache: format of the K/V cache, "nvfp4" or "bf16".
+        latents: latent frames that one call of `vae_steady` takes (a recipe's `vae_latents_per_step`).
+    """
     if name == "text_encoder":
         return text_encoder_spec(preset)
     if name == "context":
         return context_spec(preset)
     if name == "dit":
         return dit_spec(preset, cache)
-    return vae_spec(preset, name)
+    return vae_spec(preset, name, latents)
+
+
+def recipe_spec(recipe: Any, name: str, preset: Preset | None = None) -> NetworkSpec:
+    """The spec of network `name` as `recipe` wants it; `preset` overrides the recipe's (tests use smaller ones)."""
+    return network_spec(preset or recipe.model, recipe.cache, name, recipe.vae_latents_per_step)

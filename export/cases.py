@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.engines.spec import NetworkSpec, network_spec
+from longtake.engines.recipe import Recipe
+from longtake.engines.spec import NetworkSpec, recipe_spec
 from longtake.training.networks import Models, network_module
 from longtake.training.presets import Preset
 from longtake.training.rope import rope_tables, timestep_sinusoid
@@ -39,12 +40,19 @@ def torch_runner(models: Models, name: str, cache: str) -> Run:
     return run
 
 
+def random_text(preset: Preset, generator: torch.Generator) -> Feeds:
+    """Embeddings as a text encoder that is not exported might give them: half of the rows are padding."""
+    embeddings = torch.randn(1, preset.dit.text_len, preset.dit.text_dim, generator=generator)
+    embeddings[:, preset.dit.text_len // 2 :] = 0
+    return {"embeddings": embeddings}
+
+
 def cases(
-    models: Models, cache: str, name: str, text: Feeds, run: Run, generator: torch.Generator
+    models: Models, recipe: Recipe, name: str, text: Feeds, run: Run, generator: torch.Generator
 ) -> Iterator[tuple[str, Feeds]]:
     """The named input sets of one network; `text` holds the outputs of the networks before it."""
     preset = models.preset
-    latent = torch.randn(1, preset.vae.z_channels, 1, *preset.latent_hw, generator=generator)
+    spec = recipe_spec(recipe, name, preset)
     if name == "text_encoder":
         tokens = torch.zeros(1, preset.text.length, dtype=torch.int32)
         words = preset.text.length // 2
@@ -53,23 +61,29 @@ def cases(
     elif name == "context":
         yield "a prompt", {"embeddings": text["embeddings"]}
     elif name == "dit":
-        yield from _dit_cases(preset, cache, text, run, generator)
-    elif name == "vae_first":
-        yield "first latent", {"latent": latent}
+        yield from _dit_cases(preset, spec, text, run, generator)
+    elif name.endswith("first"):
+        yield "start of a clip", {spec.inputs[0].name: _random(spec, generator)}
     else:
-        first = torch_runner(models, "vae_first", cache)({"latent": latent})
-        names = [b.name for b in network_spec(preset, cache, "vae_steady").inputs]
-        for step in ("second latent", "third latent"):
-            latent = torch.randn(latent.shape, generator=generator)
-            feeds = dict(zip(names, [latent, *first[1:]]))
+        name = name.replace("steady", "first")
+        first = recipe_spec(recipe, name, preset)
+        outputs = torch_runner(models, name, recipe.cache)({first.inputs[0].name: _random(first, generator)})
+        names = [b.name for b in spec.inputs]
+        for step in ("second step", "third step"):
+            feeds = dict(zip(names, [_random(spec, generator), *outputs[1:]]))
             yield step, feeds
-            first = run(feeds)
+            outputs = run(feeds)
+
+
+def _random(spec: NetworkSpec, generator: torch.Generator) -> Tensor:
+    """Latents of unit variance, or frames in [-1, 1]."""
+    value = torch.randn([int(d) for d in spec.inputs[0].shape], generator=generator)
+    return value.clamp(-1, 1) if spec.inputs[0].name == "frames" else value
 
 
 def _dit_cases(
-    preset: Preset, cache: str, context: Feeds, run: Run, generator: torch.Generator
+    preset: Preset, spec: NetworkSpec, context: Feeds, run: Run, generator: torch.Generator
 ) -> Iterator[tuple[str, Feeds]]:
-    spec = network_spec(preset, cache, "dit")
     caches = empty_caches(spec)
     for chunk in range(3):
         feeds = dit_feeds(preset, context, caches, list(range(chunk)) + [-1], chunk, chunk, 0.0, generator)

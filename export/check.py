@@ -19,8 +19,8 @@ from polygraphy.comparator import Comparator
 from torch import Tensor
 
 from longtake.engines.recipe import Gate, Recipe
-from longtake.engines.spec import NETWORKS, NetworkSpec, network_spec
-from longtake.export.cases import Feeds, cases, numpy_feeds, torch_runner
+from longtake.engines.spec import NetworkSpec, networks_of, recipe_spec
+from longtake.export.cases import Feeds, cases, numpy_feeds, random_text, torch_runner
 from longtake.export.check_layers import BLOCK, layer_tensors, with_outputs
 from longtake.export.check_runners import BackendRunner, TorchRunner, ViewRunner, quiet_polygraphy
 from longtake.export.files import read_onnx
@@ -82,7 +82,7 @@ def check_networks(
     threads: int = 1,
     layers: bool = False,
     backend: Backend | None = None,
-    networks: Sequence[str] = NETWORKS,
+    networks: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Iterator[Row]:
     """Compare every network of `recipe`: the torch model of the same recipe with its view, and with `backend`.
@@ -92,26 +92,28 @@ def check_networks(
         folder: holds <network>.ort.onnx.
         layers: also compare every Linear, convolution and transformer block of the view.
         backend: one more runner, such as TensorRT on a GPU.
+        networks: which (default: all).
     """
     oracle = recipe_models(models, recipe.precision)
-    for name, feeds in network_feeds(oracle, recipe.cache, seed).items():
-        if name in networks:
-            spec = network_spec(oracle.preset, recipe.cache, name)
+    for name, feeds in network_feeds(oracle, recipe, seed).items():
+        if networks is None or name in networks:
+            spec = recipe_spec(recipe, name, oracle.preset)
             view = read_onnx(folder / f"{name}.ort.onnx")
             gate = gate_of(recipe, name)
             yield from _compare(oracle, recipe, spec, view, feeds, gate, threads, layers, backend)
 
 
-def network_feeds(oracle: Models, cache: str, seed: int) -> dict[str, dict[str, Feeds]]:
+def network_feeds(oracle: Models, recipe: Recipe, seed: int) -> dict[str, dict[str, Feeds]]:
     """{network: {case: feeds}}, each network fed with what the ones before it computed."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, dict[str, Feeds]] = {}
-    text: Feeds = {}
-    for name in NETWORKS:
-        run = torch_runner(oracle, name, cache)
-        found[name] = dict(cases(oracle, cache, name, text, run, generator))
+    names = networks_of(oracle.preset)
+    text = {} if "text_encoder" in names else random_text(oracle.preset, generator)
+    for name in names:
+        run = torch_runner(oracle, name, recipe.cache)
+        found[name] = dict(cases(oracle, recipe, name, text, run, generator))
         if name in ("text_encoder", "context"):
-            outputs = network_spec(oracle.preset, cache, name).outputs
+            outputs = recipe_spec(recipe, name, oracle.preset).outputs
             text = {b.name: value for b, value in zip(outputs, run(next(iter(found[name].values()))))}
     return found
 

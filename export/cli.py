@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from longtake.engines.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
-from longtake.engines.spec import NETWORKS
+from longtake.export.content import Weights, weights_from_folder
 from longtake.export.package import (
     INDEX,
     PlainGraphs,
@@ -22,7 +22,9 @@ from longtake.export.parity import Row, parity_table, require_parity
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import write_json
 from longtake.runtime.places import EXPORTS, REPOSITORY
-from longtake.training.networks import Models, load_models
+from longtake.training.networks import load_models
+
+Graphs = dict[tuple[str, tuple[str, ...]], PlainGraphs]
 
 
 def register(subparsers: Any) -> None:
@@ -40,6 +42,11 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: the preset's shipped checkpoints")
     parser.add_argument("--out", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
+    parser.add_argument(
+        "--skeleton",
+        action="store_true",
+        help="graphs only, no checkpoints needed: for building segmented engines and measuring with random weights",
+    )
     parser.add_argument("--no-parity", action="store_true", help="leave out the comparison with PyTorch")
     parser.add_argument("--force", action="store_true", help="export even if nothing has changed")
     parser.set_defaults(run=run)
@@ -47,10 +54,12 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export each distinct (preset, precision, cache) once."""
-    graphs: dict[str, PlainGraphs] = {}
+    graphs: Graphs = {}
     for recipe in distinct(args.recipe or recipe_names(DEFAULT_PRESET)):
         folder = args.out / recipe.onnx_name
-        index = export(recipe, args.checkpoints, folder, force=args.force, parity=not args.no_parity, graphs=graphs)
+        parity = not (args.no_parity or args.skeleton)
+        index = export(recipe, args.checkpoints, folder, force=args.force, parity=parity, graphs=graphs,
+                       skeleton=args.skeleton)  # fmt: skip
         print_index(folder, index)
     return 0
 
@@ -77,32 +86,55 @@ def export(
     *,
     force: bool,
     parity: bool,
-    graphs: dict[str, PlainGraphs] | None = None,
+    graphs: Graphs | None = None,
+    skeleton: bool = False,
 ) -> dict[str, Any]:
     """Export one recipe unless `folder` is up to date; returns export.json's content.
 
-    `graphs`, by preset, lets several exports from the same checkpoints share what is the same for all recipes.
+    Args:
+        graphs: by preset and vocabulary, lets several exports share what is the same for all recipes.
+        skeleton: graphs only; `checkpoints` are not looked at.
     """
     source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
-    inputs = inputs_digest(recipe, source)
+    inputs = inputs_digest(recipe, None if skeleton else source)
     index = None if force else up_to_date(folder, inputs)
     if index is not None and (index["parity"] or not parity):
         print(f"{recipe.onnx_name}: up to date (checkpoints and code unchanged; --force exports again)")
         return index
-    graphs = {} if graphs is None else graphs
-    if recipe.preset not in graphs:
-        graphs[recipe.preset] = PlainGraphs(load_models(recipe.model, source))
     if index is None:
-        with tqdm(total=steps_of(), desc=recipe.onnx_name, unit="step", leave=False) as bar:
-            index = export_package(graphs[recipe.preset], recipe, folder, inputs, lambda words: _advance(bar, words))
+        weights = None if skeleton else weights_from_folder(recipe.model, source)
+        own = _graphs(recipe, weights, {} if graphs is None else graphs)
+        with tqdm(total=steps_of(recipe.model), desc=recipe.onnx_name, unit="step", leave=False) as bar:
+            index = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
     if parity:
-        check_parity(graphs[recipe.preset].models, recipe, folder, index)
+        check_parity(recipe, source, folder, index)
     return index
 
 
-def check_parity(models: Models, recipe: Recipe, folder: Path, index: dict[str, Any]) -> None:
-    """Fill the parity table of export.json, print it, and raise GateError if a row fails (then nothing is kept)."""
-    bar = tqdm(parity_table(models, recipe, folder), desc=f"{recipe.onnx_name}: parity", unit="row", leave=False)
+def _graphs(recipe: Recipe, weights: Weights | None, graphs: Graphs) -> PlainGraphs:
+    key = recipe.preset, weights.vocabulary if weights else ()
+    if key not in graphs:
+        graphs[key] = PlainGraphs(recipe.model, key[1] or None)
+    return graphs[key]
+
+
+def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, index: dict[str, Any]) -> None:
+    """Fill the parity table of export.json, print it, and raise GateError if a row fails (then nothing is kept).
+
+    Networks too large for ONNX Runtime's one message have no view and are left out, which is said.
+    """
+    whole = [name for name in index["networks"] if f"{name}.ort.onnx" in index["networks"][name]["files"]]
+    if left := [name for name in index["networks"] if name not in whole]:
+        print(f"{recipe.onnx_name}: no parity table for {', '.join(left)}: too large for ONNX Runtime on a CPU; "
+              "a preset of the same widths and fewer layers has one")  # fmt: skip
+    if not whole:
+        return
+    bar = tqdm(
+        parity_table(load_models(recipe.model, checkpoints), recipe, folder, networks=whole),
+        desc=f"{recipe.onnx_name}: parity",
+        unit="row",
+        leave=False,
+    )
     rows = list(bar)
     print(format_rows(rows))
     require_parity(rows, recipe.onnx_name)
@@ -127,12 +159,12 @@ def up_to_date(folder: Path, inputs: str) -> dict[str, Any] | None:
 def print_index(folder: Path, index: dict[str, Any]) -> None:
     """Sizes of what lies in `folder`."""
     print(f"{folder}:")
-    for name in NETWORKS:
-        entry = index["networks"][name]
+    for name, entry in index["networks"].items():
         sizes = {file: item["bytes"] / 1e6 for file, item in entry["files"].items()}
-        graph, data, view = sizes.values()
-        linears = f", {len(entry['linears'])} linears in 4 bits" if entry["linears"] else ""
-        print(f"  {name:13} {graph + data:8.2f} MB ONNX, {view:8.2f} MB view{linears}")
+        view = sizes.pop(f"{name}.ort.onnx", None)
+        viewed = "no view" if view is None else f"{view:8.2f} MB view"
+        linears = f", {len(entry['linears'])} quantized linears" if entry["linears"] else ""
+        print(f"  {name:18} {sum(sizes.values()):8.2f} MB ONNX, {viewed}{linears}")
 
 
 def format_rows(rows: list[Row]) -> str:

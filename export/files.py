@@ -1,17 +1,31 @@
-"""ONNX files with external data: both files whole or absent, bytes the same for the same model."""
+"""ONNX files with external data: both files whole or absent, bytes the same for the same model.
+
+A tensor without content is a reference: name, type and shape, marked external. Its content is given when the files are
+written, one tensor at a time, so a model of any size is written in the memory of its largest tensor. A skeleton is the
+graph file alone, its references pointing into a data file that is not there.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx.external_data_helper import load_external_data_for_model, set_external_data, uses_external_data
+import torch
+from onnx import TensorProto
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
+from torch import Tensor
 
+from longtake.engines.describe_onnx import tensor_bytes
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.files import atomic_path
 
 ALIGNMENT = 64
-INLINE_BYTES = 256  # smaller tensors (shapes, scalars) stay in the graph file, where tools can read them
+INLINE_BYTES = 1024  # up to here a tensor stays in the graph file: tools can read it, and segments keep it inside
+
+Content = Iterable[tuple[str, Tensor]]
 
 
 def data_path(path: Path) -> Path:
@@ -19,33 +33,137 @@ def data_path(path: Path) -> Path:
     return path.with_name(path.name + ".data")
 
 
-def write_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Write `model` as `path` plus `path`.data, atomically. `model` is left with its tensors referring to the data."""
+def write_onnx(model: onnx.ModelProto, path: Path, content: Content = ()) -> None:
+    """Write `model` as `path` plus `path`.data, atomically. `model` is left with its tensors referring to the data.
+
+    Args:
+        content: (initializer name, tensor of as many bytes as it takes) for every reference in `model`, in any order;
+            used up one by one.
+
+    Raises:
+        LongtakeError: content is missing, of another size, or for a tensor that needs none.
+    """
+    wanted = {t.name: t for t in model.graph.initializer if is_reference(t)}
+    places = lay_out(model, path)
     with atomic_path(data_path(path)) as partial, open(partial, "wb") as data:
-        for tensor in model.graph.initializer:
-            if not tensor.HasField("raw_data") or len(tensor.raw_data) < INLINE_BYTES:
-                continue
-            data.write(b"\0" * (-data.tell() % ALIGNMENT))
-            set_external_data(tensor, data_path(path).name, data.tell(), len(tensor.raw_data))
-            data.write(tensor.raw_data)
+        for name, raw in _raw(model, places, content, wanted):
+            data.seek(places[name])
+            data.write(raw)
+    _require_all(wanted, path)
+    _write_graph(model, path)
+
+
+def write_skeleton(model: onnx.ModelProto, path: Path) -> None:
+    """Write the graph file alone. References up to INLINE_BYTES get placeholder content; the rest keep their places."""
+    for tensor in model.graph.initializer:
+        if is_reference(tensor) and tensor_bytes(tensor) <= INLINE_BYTES:
+            _set_inline(tensor, placeholder(tensor))
+    lay_out(model, path, references_only=True)
+    _write_graph(model, path)
+    data_path(path).unlink(missing_ok=True)  # of an earlier export: its weights are not this graph's
+
+
+def fill(model: onnx.ModelProto, content: Content) -> None:
+    """Give references of a small `model` their content in memory."""
+    waiting = {t.name: t for t in model.graph.initializer if is_reference(t)}
+    for name, value in content:
+        _set_inline(waiting[name], tensor_raw(value))
+
+
+def is_reference(tensor: TensorProto) -> bool:
+    """Whether `tensor` has no content and no place yet."""
+    return tensor.data_location == TensorProto.EXTERNAL and not tensor.external_data
+
+
+def lay_out(model: onnx.ModelProto, path: Path, references_only: bool = False) -> dict[str, int]:
+    """Give every initializer above INLINE_BYTES its place in the data file; name -> offset."""
+    end, places = 0, {}
+    for tensor in model.graph.initializer:
+        size = tensor_bytes(tensor)
+        stored = is_reference(tensor) or (tensor.HasField("raw_data") and not references_only)
+        if size <= INLINE_BYTES or not stored:
+            continue
+        end += -end % ALIGNMENT
+        places[tensor.name] = end
+        _set_place(tensor, data_path(path).name, end, size)
+        end += size
+    return places
+
+
+def _set_place(tensor: TensorProto, location: str, offset: int, length: int) -> None:
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _raw(
+    model: onnx.ModelProto, places: dict[str, int], content: Content, wanted: dict[str, TensorProto]
+) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) for the data file: what the graph itself holds, then `content`, of which small ones stay inline."""
+    for tensor in model.graph.initializer:
+        if tensor.name in places and tensor.name not in wanted:
+            raw = tensor.raw_data
             tensor.ClearField("raw_data")
+            yield tensor.name, raw
+    for name, value in content:
+        if name not in wanted:
+            raise LongtakeError(f"no initializer waits for {name}", expected=f"one of {sorted(wanted)[:3]} and so on")
+        reference, raw = wanted.pop(name), tensor_raw(value)
+        if len(raw) != tensor_bytes(reference):
+            raise LongtakeError(f"content of {name} has another size", got=f"{len(raw)} bytes",
+                                expected=f"{tensor_bytes(reference)} bytes for {list(reference.dims)}")  # fmt: skip
+        if name in places:
+            yield name, raw
+        else:
+            _set_inline(reference, raw)
+
+
+def _require_all(wanted: dict[str, TensorProto], path: Path) -> None:
+    if wanted:
+        raise LongtakeError(f"no content for {len(wanted)} tensors of {path.name}", got=sorted(wanted)[:3],
+                            fix="give the checkpoint that the graph was exported for")  # fmt: skip
+
+
+def tensor_raw(value: Tensor) -> bytes:
+    """The bytes of a tensor of any dtype, row by row."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _set_inline(tensor: TensorProto, raw: bytes) -> None:
+    tensor.ClearField("data_location")
+    tensor.raw_data = raw
+
+
+def placeholder(tensor: TensorProto) -> bytes:
+    """Plausible content of a small reference: ones, and for scales of weights values that differ by name, as real ones
+    do (equal ones would be merged into segments)."""
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    value = 1.0
+    if tensor.name.endswith("scale"):
+        value = 1e-5 * (1 + int(hashlib.sha256(tensor.name.encode()).hexdigest()[:4], 16) / 65536)
+    return np.full(tuple(tensor.dims), value).astype(kind).tobytes()
+
+
+def _write_graph(model: onnx.ModelProto, path: Path) -> None:
     with atomic_path(path) as partial:
         partial.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def read_onnx(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file with its external data.
+def read_onnx(path: Path, content: bool = True) -> onnx.ModelProto:
+    """Read an ONNX file, with its external data unless `content` is False.
 
     Raises:
         LongtakeError: the file is missing.
-        IntegrityError: it is no ONNX file, or its data file is missing or too short.
+        IntegrityError: it is no ONNX file, or (if content is read) its data file is missing or too short.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
-        for tensor in model.graph.initializer:
-            if uses_external_data(tensor):
-                _check_extent(tensor, path)
-        load_external_data_for_model(model, str(path.parent))
+        if content:
+            for tensor in model.graph.initializer:
+                if uses_external_data(tensor):
+                    _check_extent(tensor, path)
+            load_external_data_for_model(model, str(path.parent))
     except FileNotFoundError as error:
         raise LongtakeError(f"{error.filename or path} does not exist", fix="run `longtake export`") from None
     except LongtakeError:
@@ -58,6 +176,16 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             fix="run `longtake export --force`",
         ) from None
     return model
+
+
+def check_extents(model: onnx.ModelProto, path: Path) -> None:
+    """Raise IntegrityError (LongtakeError if there is none) unless the data file holds every tensor of `model`."""
+    try:
+        for tensor in model.graph.initializer:
+            if uses_external_data(tensor):
+                _check_extent(tensor, path)
+    except FileNotFoundError as error:
+        raise LongtakeError(f"{error.filename} does not exist", fix="run `longtake export`") from None
 
 
 def _check_extent(tensor: onnx.TensorProto, path: Path) -> None:

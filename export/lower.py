@@ -2,17 +2,21 @@
 
 The plain graph has one `Gemm(x, W, b, transB=1)` a Linear, W named by its state-dict key. After lowering:
 
-w4a16   y = Cast_bf16( Cast_f32( Gemm(x, nvfp4_dequantize(values, scales)) ) * g + b )
+w4a16   y = Cast_bf16( Cast_f32( Gemm(x, nvfp4_dequantize(values, scales)) ) * g ) + b
         values, scales INT8 (two E2M1 codes a byte, one E4M3 byte a block of 16); the product E2M1 x E4M3 is exact in bf16
 nvfp4   y = Gemm( DQ(DQ(TRT_FP4DynamicQuantize(x))), DQ(DQ(W)), b )
         W as FLOAT4E2M1 and FLOAT8E4M3FN initializers; x quantized with its *calibrated* amax, block scales at run time
+fp8     see lower_fp8
+
+Lowering touches the graph only: packed weights go in as references (name, type, shape), and `packed_weight` makes their
+content from one weight at a time, when the files are written. So a graph of any size is lowered without its weights.
 
 g = amax / (6 * 448). Codes and scales come from the codec (rule static_6, order modelopt), so they equal ModelOpt's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +25,8 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS, Packed, quantize
+from longtake.export.lower_fp8 import lower_fp8, packed_fp8_weight
+from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS, quantize
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.runtime.errors import LongtakeError
 
@@ -50,6 +55,25 @@ class Rewriter:
         """An fp32 scalar initializer."""
         return self.tensor(numpy_helper.from_array(np.array(value, np.float32), name))
 
+    def reference(self, name: str, kind: int, shape: list[int]) -> str:
+        """An initializer whose content `packed_weight` makes later."""
+        return self.tensor(reference(name, kind, shape))
+
+    def scale_and_add(self, product: str, scale: str, bias: Sequence[str], output: str) -> None:
+        """output = bf16( fp32(product) * scale ) + bias; `bias` holds one name or none.
+
+        The sum is in bf16, as in the bf16 recipe: an fp32 sum that only reshapes follow costs TensorRT a second kernel.
+        """
+        wide = self.node("Cast", [product], f"{product}_f32", to=TensorProto.FLOAT)
+        scaled = self.node("Mul", [wide, scale], f"{output}.scaled_f32")
+        total = self.node("Cast", [scaled], f"{output}.scaled" if bias else output, to=TensorProto.BFLOAT16)
+        for name in bias:
+            self.node("Add", [total, name], output)
+
+    def weight_shape(self, name: str) -> list[int]:
+        """[N, K] of the weight initializer `name`."""
+        return list(self.initializers[name].dims)
+
     def tensor(self, tensor: TensorProto) -> str:
         """Add an initializer unless one of its name is there; return the name."""
         if tensor.name not in self.initializers:
@@ -64,6 +88,11 @@ class Rewriter:
         self.graph.initializer.extend(t for name, t in self.initializers.items() if name in used)
 
 
+def reference(name: str, kind: int, shape: list[int]) -> TensorProto:
+    """A TensorProto without content, marked as external; `files.write_onnx` gives it a place."""
+    return TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+
+
 def tensor_scale(amax: float) -> float:
     """g = amax / (6 * 448), rounded to fp32 as the codec does."""
     m2, m3 = RULE_LIMITS[RULE]
@@ -75,51 +104,73 @@ def linear_name(gemm: NodeProto) -> str:
     return gemm.input[1].removesuffix(".weight") if len(gemm.input) > 1 else ""
 
 
-def lower(
-    model: onnx.ModelProto,
-    precision: str,
-    weights: Mapping[str, Tensor],
-    amax: Mapping[str, Mapping[str, float]],
-) -> list[str]:
-    """Lower, in place, every Linear of `model` that `weights` names; return the names lowered. "bf16" changes nothing.
+Amax = Mapping[str, Mapping[str, float]]
+CALIBRATED = {"w4a16": (), "nvfp4": ("weight", "input"), "fp8": ("input",)}  # which amax a precision reads
+PLACEHOLDER_AMAX = 8.0  # of activations in a graph exported without checkpoints: it must compute, not be accurate
+
+
+def lower(model: onnx.ModelProto, precision: str, linears: Collection[str], amax: Amax | None) -> list[str]:
+    """Lower, in place, every Linear of `model` named in `linears`; return the names lowered. "bf16" changes nothing.
 
     Args:
-        model: plain bf16 export; weights named by state-dict key.
-        precision: "bf16", "w4a16" (weight amax = max |W|) or "nvfp4" (both amax as calibrated under training).
-        weights: linear name -> its trained fp32 weight [N, K]: codes are found before anything is rounded to bf16.
-        amax: linear name -> {"input": amax of the activation, "weight": amax of the weight}; read by "nvfp4" only.
+        model: plain bf16 export; weights named by state-dict key, their content is not needed.
+        precision: "bf16", "w4a16" (weight amax = max |W|), "nvfp4" (both amax as calibrated under training) or "fp8"
+            (activation amax as calibrated, weight scales from the weight itself).
+        linears: state-dict prefixes, "blocks.0.ffn.2".
+        amax: linear name -> {"input": amax of the activation, "weight": amax of the weight}; see CALIBRATED.
+            None stands for not known: the graph gets placeholders.
 
     Raises:
         LongtakeError: a Linear is not a Gemm with a transposed weight, or has no usable amax.
     """
     if precision == "bf16":
         return []
-    lowering = {"w4a16": _weight_only, "nvfp4": _weight_and_activation}[precision]
+    lowering = LOWERINGS[precision]
     rewriter, lowered = Rewriter(model), []
     for node in model.graph.node:
         name = linear_name(node)
-        if name not in weights:
+        if name not in linears:
             rewriter.nodes.append(node)
             continue
         _require_linear(node, name)
-        calibrated = _calibrated(amax, name) if precision == "nvfp4" else (None, 0.0)
-        weight = weights[name].detach().float().cpu()
-        lowering(rewriter, node, quantize(weight, rule=RULE, order="modelopt", amax=calibrated[0]), calibrated[1])
+        known = CALIBRATED[precision] and amax is not None
+        lowering(rewriter, node, _calibrated(amax or {}, name, precision)["input"] if known else PLACEHOLDER_AMAX)
         lowered.append(name)
     rewriter.finish()
     _import_domains(model, precision)
     return lowered
 
 
-def _calibrated(amax: Mapping[str, Mapping[str, float]], name: str) -> tuple[float, float]:
-    """(weight amax, input amax) of a linear, both positive and finite."""
-    entry = amax.get(name, {})
-    found = entry.get("weight", 0.0), entry.get("input", 0.0)
-    if not all(0.0 < value < float("inf") for value in found):
+def packed_weight(precision: str, name: str, weight: Tensor, amax: Amax) -> dict[str, Tensor]:
+    """Content of the initializers that `lower` put in place of Linear `name`'s weight, by initializer name.
+
+    Args:
+        weight: [N, K] as trained (fp32, or bf16 as published): codes are found before anything is rounded.
+        amax: as for `lower`.
+
+    Returns:
+        CPU tensors of as many bytes as the initializer takes; 4-bit and 8-bit floats are given as uint8.
+    """
+    known = _calibrated(amax, name, precision)
+    if precision == "fp8":
+        return packed_fp8_weight(name, weight, known["input"])
+    packed = quantize(weight.detach().float().cpu(), rule=RULE, order="modelopt", amax=known.get("weight"))
+    return {
+        f"{name}.weight.values": packed.values.contiguous(),
+        f"{name}.weight.scales": packed.scales.view(torch.uint8).contiguous(),
+        f"{name}.weight.scale": torch.tensor(tensor_scale(float(packed.amax)), dtype=torch.float32),
+    }
+
+
+def _calibrated(amax: Amax, name: str, precision: str) -> dict[str, float]:
+    """The amax of a linear that `precision` reads, by side, all positive and finite."""
+    entry, sides = amax.get(name, {}), CALIBRATED[precision]
+    found = {side: entry.get(side, 0.0) for side in sides}
+    if not all(0.0 < value < float("inf") for value in found.values()):
         raise LongtakeError(
             f"no calibrated amax for {name}",
             got=dict(entry) or "nothing",
-            expected="a positive amax of its weight and of its input",
+            expected=f"a positive amax of its {' and of its '.join(sides)}",
             fix="train with --precision nvfp4, which calibrates, or export a w4a16 or bf16 recipe",
         )
     return found
@@ -137,37 +188,28 @@ def _require_linear(node: NodeProto, name: str) -> None:
         )
 
 
-def _packed_initializers(rewriter: Rewriter, name: str, packed: Packed, fp4: bool) -> tuple[str, str]:
-    """Add the packed weight as (FLOAT4E2M1 [N,K], FLOAT8E4M3FN) or as (INT8 [N,K/2], INT8) initializers."""
-    values = packed.values.contiguous().numpy()
-    scales = packed.scales.view(torch.uint8).contiguous().numpy()
-    rows, half = values.shape
+def _packed_initializers(rewriter: Rewriter, name: str, fp4: bool) -> tuple[str, str, str]:
+    """Refer to the packed weight as (FLOAT4E2M1 [N,K], FLOAT8E4M3FN) or (INT8 [N,K/2], INT8), and its fp32 scale."""
+    rows, columns = rewriter.weight_shape(name)
     types = (TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN) if fp4 else (TensorProto.INT8, TensorProto.INT8)
-    shape = [rows, half * 2] if fp4 else [rows, half]
     return (
-        rewriter.tensor(helper.make_tensor(f"{name}.values", types[0], shape, values.tobytes(), raw=True)),
-        rewriter.tensor(helper.make_tensor(f"{name}.scales", types[1], list(scales.shape), scales.tobytes(), raw=True)),
+        rewriter.reference(f"{name}.values", types[0], [rows, columns if fp4 else columns // 2]),
+        rewriter.reference(f"{name}.scales", types[1], [rows, columns // BLOCK]),
+        rewriter.reference(f"{name}.scale", TensorProto.FLOAT, []),
     )
 
 
-def _weight_only(rewriter: Rewriter, gemm: NodeProto, packed: Packed, input_amax: float) -> None:
+def _weight_only(rewriter: Rewriter, gemm: NodeProto, input_amax: float) -> None:
     name, out = gemm.input[1], gemm.output[0]
-    inputs = list(_packed_initializers(rewriter, name, packed, fp4=False))
-    weight = rewriter.node(WEIGHT_OP, inputs, f"{name}.dequantized", domain=DOMAIN, **PLUGIN_ATTRIBUTES)
+    *packed, scale = _packed_initializers(rewriter, name, fp4=False)
+    weight = rewriter.node(WEIGHT_OP, packed, f"{name}.dequantized", domain=DOMAIN, **PLUGIN_ATTRIBUTES)
     product = rewriter.node("Gemm", [gemm.input[0], weight], f"{out}.unscaled", transB=1)
-    wide = rewriter.node("Cast", [product], f"{out}.unscaled_f32", to=TensorProto.FLOAT)
-    scale = rewriter.scalar(f"{name}.scale", tensor_scale(float(packed.amax)))
-    total = rewriter.node("Mul", [wide, scale], f"{out}.scaled")
-    if len(gemm.input) > 2:
-        bias = rewriter.node("Cast", [gemm.input[2]], f"{gemm.input[2]}.f32", to=TensorProto.FLOAT)
-        total = rewriter.node("Add", [total, bias], f"{out}.biased")
-    rewriter.node("Cast", [total], out, to=TensorProto.BFLOAT16)
+    rewriter.scale_and_add(product, scale, gemm.input[2:], out)
 
 
-def _weight_and_activation(rewriter: Rewriter, gemm: NodeProto, packed: Packed, input_amax: float) -> None:
+def _weight_and_activation(rewriter: Rewriter, gemm: NodeProto, input_amax: float) -> None:
     name, out = gemm.input[1], gemm.output[0]
-    values, scales = _packed_initializers(rewriter, name, packed, fp4=True)
-    scale = rewriter.scalar(f"{name}.scale", tensor_scale(float(packed.amax)))
+    values, scales, scale = _packed_initializers(rewriter, name, fp4=True)
     weight = _dequantize(rewriter, values, scales, scale, name)
     activation = _quantized_activation(rewriter, gemm.input[0], input_amax)
     rewriter.node("Gemm", [activation, weight, *gemm.input[2:]], out, transB=1)
@@ -203,6 +245,13 @@ def _dequantize(rewriter: Rewriter, values: str, scales: str, scale: str, base: 
 
 
 def _import_domains(model: onnx.ModelProto, precision: str) -> None:
-    domain = {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}[precision]
-    if domain not in {entry.domain for entry in model.opset_import}:
+    domain = {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}.get(precision)
+    if domain and domain not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(domain, 1))
+
+
+LOWERINGS: dict[str, Callable[[Rewriter, NodeProto, float], None]] = {
+    "w4a16": _weight_only,
+    "nvfp4": _weight_and_activation,
+    "fp8": lower_fp8,
+}

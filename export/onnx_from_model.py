@@ -1,9 +1,15 @@
-"""A network module to a plain bf16 ONNX graph: bindings as in the engine spec, custom ops kept, weights by their key."""
+"""A network module to a plain bf16 ONNX graph: bindings as in the engine spec, custom ops kept, weights by their key.
+
+Weights are references (name, type, shape) without content: the network is exported over memory that is never touched,
+so a 5B model takes no more of it than a small one. `files.write_onnx` is given the content, one tensor at a time.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 
+import numpy as np
 import onnx
 import onnx_ir
 import onnx_ir.passes.common as passes
@@ -17,6 +23,7 @@ from longtake.runtime.errors import LongtakeError
 
 OPSET = 23  # the first with FLOAT4E2M1; read by TensorRT-RTX 1.7 and ONNX Runtime 1.24
 IR_VERSION = 11
+UNIFORM_BYTES = 256  # a constant of one value above this is generated, not stored
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int32": torch.int32, "int8": torch.int8}
 ONNX_DTYPES = {
@@ -41,10 +48,11 @@ class Bound(nn.Module):
 def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     """Export `network` with bf16 parameters; boundary dtypes, names and dynamic dimensions are those of `spec`.
 
-    Custom ops stay nodes of the `longtake` domain (their bodies are attached once lowering is done). Weights are named
-    by state-dict key without the wrapper's prefix ("blocks.0.ffn.0.weight"). The result is deterministic.
+    The parameters' values play no part: they may lie on the meta device. Custom ops stay nodes of the `longtake` domain
+    (their bodies are attached once lowering is done). Weights are references named by state-dict key without the
+    wrapper's prefix ("blocks.0.ffn.0.weight"). The result is deterministic.
     """
-    module = Bound(copy.deepcopy(network)).to(torch.bfloat16).eval()
+    module = Bound(hollow(network)).eval()
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, _, high) in spec.profile}
     shapes = tuple({i: dims[d] for i, d in enumerate(b.shape) if isinstance(d, str)} for b in spec.inputs)
     with torch.no_grad(), quiet_exporter():
@@ -63,8 +71,40 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
         )
     if program is None:  # only with f=... given
         raise LongtakeError(f"torch exported nothing for {spec.name}", fix="install the pinned torch")
+    weights = _without_content(program.model, set(module.state_dict()))
     fold(program.model)
+    for value, reference in weights:
+        value.const_value = reference
     return tidy(program.model_proto, spec.name)
+
+
+def hollow(network: nn.Module) -> nn.Module:
+    """A copy of `network` with bf16 parameters and buffers in memory of the CPU that nobody has touched.
+
+    Raises:
+        LongtakeError: a buffer is not in the state dict, so that its content would be lost.
+    """
+    held = {*map(id, network.state_dict(keep_vars=True).values())}
+    memo: dict[int, object] = {}
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if id(tensor) not in held:
+            raise LongtakeError(f"buffer {name} is in no checkpoint", expected="persistent buffers only",
+                                fix="register it with persistent=True, or compute it in forward")  # fmt: skip
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(network, memo)
+
+
+def _without_content(model: onnx_ir.Model, names: set[str]) -> list[tuple[onnx_ir.Value, onnx_ir.ExternalTensor]]:
+    """Take the content of the initializers in `names` away, so that nothing is folded with it; what refers to each."""
+    found = []
+    for name, value in model.graph.initializers.items():
+        if name in names and value.const_value is not None:
+            tensor = value.const_value
+            found.append((value, onnx_ir.ExternalTensor("", 0, 0, tensor.dtype, shape=onnx_ir.Shape(tensor.shape), name=name)))
+            value.const_value = None
+    return found
 
 
 def fold(model: onnx_ir.Model) -> None:
@@ -85,10 +125,10 @@ def fold(model: onnx_ir.Model) -> None:
 
 
 def example_input(binding: Binding, spec: NetworkSpec) -> Tensor:
-    """Zeros in the binding's dtype and shape, dynamic dimensions at their profile's optimum."""
+    """A tensor, never touched, in the binding's dtype and shape, dynamic dimensions at their profile's optimum."""
     sizes = {name: sizes[1] for name, sizes in spec.profile}
     shape = [sizes[d] if isinstance(d, str) else d for d in binding.shape]
-    return torch.zeros(shape, dtype=TORCH_DTYPES[binding.dtype])
+    return torch.empty(shape, dtype=TORCH_DTYPES[binding.dtype])
 
 
 def tidy(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -101,8 +141,38 @@ def tidy(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
         del message.metadata_props[:]
     for node in graph.node:
         node.doc_string = ""
+    for tensor in graph.initializer:
+        del tensor.external_data[:]
     _rename(graph, {t.name: weight_key(t.name) for t in graph.initializer})
+    _generate_uniform_constants(graph)
     return model
+
+
+def _generate_uniform_constants(graph: onnx.GraphProto) -> None:
+    """Replace large constants of one value (a LayerNorm's ones) by ConstantOfShape, one for all that are equal.
+
+    They are no weights: a skeleton must hold them, and a segment must not take them as inputs.
+    """
+    made: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    kept, nodes, names = [], [], {}
+    for tensor in graph.initializer:
+        values = np.frombuffer(tensor.raw_data, np.uint8).reshape(max(1, math.prod(tensor.dims)), -1)
+        if len(tensor.raw_data) <= UNIFORM_BYTES or (values != values[0]).any():
+            kept.append(tensor)
+            continue
+        key = tensor.data_type, tuple(tensor.dims), values[0].tobytes()
+        if key not in made:
+            made[key] = tensor.name
+            kept.append(onnx.numpy_helper.from_array(np.array(tensor.dims, np.int64), f"{tensor.name}.shape"))
+            value = onnx.helper.make_tensor("", tensor.data_type, [1], key[2], raw=True)
+            nodes.append(onnx.helper.make_node("ConstantOfShape", [f"{tensor.name}.shape"], [tensor.name], value=value,
+                                               name=f"{tensor.name}/ConstantOfShape"))  # fmt: skip
+        names[tensor.name] = made[key]
+    _rename(graph, {t.name: t.name for t in graph.initializer} | names)
+    nodes.extend(graph.node)
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend(kept)
+    graph.node.extend(nodes)
 
 
 def weight_key(name: str) -> str:

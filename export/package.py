@@ -1,6 +1,7 @@
 """The ONNX package of a recipe: export/build/<onnx_name>/ with every network, its view, and export.json.
 
-export.json is removed before anything else is written and written last: a folder that has one is whole.
+export.json is removed before anything else is written and written last: a folder that has one is whole. A skeleton is
+a package of graphs without weights and views: enough to build segmented engines and to measure with random weights.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 import onnx
 import torch
 
+from longtake.engines.describe_onnx import tensor_bytes
 from longtake.engines.recipe import Recipe
-from longtake.engines.spec import NETWORKS, network_spec
-from longtake.export.files import data_path, read_onnx, write_onnx
+from longtake.engines.spec import networks_of, recipe_spec
+from longtake.export.content import Weights, hollow_models, stored_tensors
+from longtake.export.files import data_path, is_reference, read_onnx, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
 from longtake.export.lower import linear_name, lower
 from longtake.export.onnx_from_model import OPSET, onnx_from_model
@@ -28,48 +31,54 @@ from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.files import atomic_path, read_json, require_disk, sha256, write_json
 from longtake.runtime.places import REPOSITORY
 from longtake.training.networks import Models, network_module, quantized_linears
+from longtake.training.presets import Preset
 
 FORMAT = 1
 INDEX = "export.json"
-SOURCES = ("export", "plugins", "engines/spec.py", "training/dit.py", "training/vae.py", "training/text_encoder.py")
+SOURCES = ("export", "plugins", "engines/spec.py", *(f"training/{name}.py" for name in (
+    "dit", "vae", "vae_layers", "text_encoder", "networks", "pointwise", "presets",
+)))  # fmt: skip
+VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB
 Progress = Callable[[str], None]
 
 
 class PlainGraphs:
-    """Plain bf16 graphs of some models, each exported once: recipes differ in what is lowered afterwards."""
+    """Plain bf16 graphs of a preset, each exported once: recipes differ in what is lowered afterwards."""
 
-    def __init__(self, models: Models) -> None:
-        self.models = models
-        self._made: dict[tuple[str, str], onnx.ModelProto] = {}
+    def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
+        self.preset = preset
+        self.models = hollow_models(preset, vocabulary)
+        self._made: dict[tuple[str, str, int], onnx.ModelProto] = {}
 
-    def graph(self, name: str, cache: str) -> onnx.ModelProto:
-        """A copy of the graph of network `name` for cache format `cache`."""
-        key = name, cache if name == "dit" else ""
+    def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
+        """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
+        key = name, recipe.cache if name == "dit" else "", recipe.vae_latents_per_step if name == "vae_steady" else 1
         if key not in self._made:
-            spec = network_spec(self.models.preset, cache, name)
-            self._made[key] = onnx_from_model(network_module(self.models, name, cache), spec)
+            spec = recipe_spec(recipe, name, self.preset)
+            self._made[key] = onnx_from_model(network_module(self.models, name, recipe.cache), spec)
         model = onnx.ModelProto()
         model.CopyFrom(self._made[key])
         return model
 
 
 def export_package(
-    graphs: PlainGraphs, recipe: Recipe, folder: Path, inputs: str, progress: Progress
+    graphs: PlainGraphs, recipe: Recipe, folder: Path, inputs: str, progress: Progress, weights: Weights | None
 ) -> dict[str, Any]:
     """Export every network of `recipe` into `folder` and return what export.json holds (also written).
 
     Args:
         inputs: digest of checkpoints and code, kept to recognise a package that is up to date.
         progress: called with a few words before each step; `steps_of` says how often.
+        weights: what the graphs' references are filled with; None exports a skeleton.
 
     Raises:
         LongtakeError: not enough disk space, or a linear can't be lowered.
-        IntegrityError: an exported file fails its structural check.
+        IntegrityError: an exported file fails its structural check, or a weight is missing or of another shape.
     """
-    models = graphs.models
-    require_disk(folder, disk_needed(models))
+    require_disk(folder, disk_needed(graphs, recipe) if weights else 16 << 20)
     (folder / INDEX).unlink(missing_ok=True)
-    networks = {name: _export_network(graphs, recipe, name, folder, progress) for name in NETWORKS}
+    names = networks_of(graphs.preset)
+    networks = {name: _export_network(graphs, recipe, name, folder, progress, weights) for name in names}
     index = {
         "format": FORMAT,
         "onnx_name": recipe.onnx_name,
@@ -79,9 +88,10 @@ def export_package(
         "opset": OPSET,
         "plugin_version": PLUGIN_VERSION,
         "inputs": inputs,
+        "skeleton": weights is None,
         "networks": networks,
-        "amax": models.amax,
-        "vocabulary": list(models.vocabulary),
+        "amax": weights.amax if weights else {},
+        "vocabulary": list(weights.vocabulary) if weights else [],
         "versions": versions(),
         "parity": [],
     }
@@ -89,30 +99,32 @@ def export_package(
     return index
 
 
-def steps_of(networks: int = len(NETWORKS)) -> int:
+def steps_of(preset: Preset) -> int:
     """How often `export_package` calls its progress."""
-    return 3 * networks
+    return 3 * len(networks_of(preset))
 
 
-def _export_network(graphs: PlainGraphs, recipe: Recipe, name: str, folder: Path, progress: Progress) -> dict[str, Any]:
+def _export_network(
+    graphs: PlainGraphs, recipe: Recipe, name: str, folder: Path, progress: Progress, weights: Weights | None
+) -> dict[str, Any]:
     """Export, lower, check and view one network; the entry of export.json."""
-    models = graphs.models
-    spec = network_spec(models.preset, recipe.cache, name)
+    spec = recipe_spec(recipe, name, graphs.preset)
     path = folder / f"{name}.onnx"
     progress(f"{name}: PyTorch to ONNX")
-    model = graphs.graph(name, recipe.cache)
-    weights = {n: models.dit.get_parameter(f"{n}.weight") for n in linears_of(models, model)}
-    lowered = lower(model, recipe.precision, weights, models.amax)
+    model = graphs.graph(name, recipe)
+    shapes = linears_of(graphs.models, model)
+    lowered = lower(model, recipe.precision, shapes, weights.amax if weights else None)
     attach_functions(model)
-    write_onnx(model, path)
+    if weights:
+        write_onnx(model, path, stored_tensors(model, weights.of(name), recipe.precision, lowered, weights.amax))
+    else:
+        write_skeleton(model, path)
     progress(f"{name}: structure")
-    shapes = {n: (weights[n].shape[0], weights[n].shape[1]) for n in lowered}
-    layers = models.preset.dit.layers if name == "dit" else 0
-    check_structure(path, Expected(spec, recipe.precision, recipe.cache, layers, shapes))
+    layers = graphs.preset.dit.layers if name == "dit" else 0
+    expected = Expected(spec, recipe.precision, recipe.cache, layers, {n: shapes[n] for n in lowered})
+    check_structure(path, expected, skeleton=weights is None)
     progress(f"{name}: view for ONNX Runtime")
-    with atomic_path(view_path(path)) as partial:
-        partial.write_bytes(ort_view(read_onnx(path)).SerializeToString(deterministic=True))
-    files = [path, data_path(path), view_path(path)]
+    files = [path] if weights is None else [path, data_path(path), *_view(path)]
     return {
         "spec": spec.as_json(),
         "linears": lowered,
@@ -120,21 +132,42 @@ def _export_network(graphs: PlainGraphs, recipe: Recipe, name: str, folder: Path
     }
 
 
+def _view(path: Path) -> list[Path]:
+    """Write the view of an ONNX file if it fits into one message; its path, or nothing."""
+    if view_bytes(read_onnx(path, content=False)) > VIEW_BYTES:
+        view_path(path).unlink(missing_ok=True)
+        return []
+    with atomic_path(view_path(path)) as partial:
+        partial.write_bytes(ort_view(read_onnx(path)).SerializeToString(deterministic=True))
+    return [view_path(path)]
+
+
+def view_bytes(model: onnx.ModelProto) -> int:
+    """About how large the view of `model` is: bf16 weights become fp32, FP4 ones FP8."""
+    wider = {onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT4E2M1}
+    return sum(tensor_bytes(t) * (2 if t.data_type in wider else 1) for t in model.graph.initializer)
+
+
 def view_path(path: Path) -> Path:
     """The ONNX Runtime view beside an ONNX file: `dit.onnx` has `dit.ort.onnx`."""
     return path.with_suffix(".ort.onnx")
 
 
-def linears_of(models: Models, model: onnx.ModelProto) -> list[str]:
-    """The DiT's quantized linears that `model` contains."""
+def linears_of(models: Models, model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    """The DiT's quantized linears that `model` contains, with their (N, K)."""
     own = set(quantized_linears(models.dit))
-    return [name for name in map(linear_name, model.graph.node) if name in own]
+    found = [name for name in map(linear_name, model.graph.node) if name in own]
+    return {name: tuple(models.dit.get_parameter(f"{name}.weight").shape) for name in found}  # type: ignore[misc]
 
 
-def disk_needed(models: Models) -> int:
-    """An upper bound of a package's size in bytes: bf16 graph files, fp32 views, and one file being replaced."""
-    parameters = sum(p.numel() for m in (models.dit, models.vae, models.text) for p in m.parameters())
-    return 10 * parameters + (16 << 20)
+def disk_needed(graphs: PlainGraphs, recipe: Recipe) -> int:
+    """An upper bound of a package's size in bytes: bf16 graph files and fp32 views of every network."""
+    total = 16 << 20
+    for name in networks_of(graphs.preset):
+        model = graphs.graph(name, recipe)
+        stored = sum(tensor_bytes(t) for t in model.graph.initializer if is_reference(t))
+        total += stored + (2 * stored if view_bytes(model) <= VIEW_BYTES else 0)
+    return total
 
 
 def load_index(folder: Path) -> dict[str, Any]:
@@ -174,17 +207,24 @@ def _digests(index: Any, path: Path) -> dict[str, str]:
         ) from None  # fmt: skip
 
 
-def require_recipe(index: dict[str, Any], folder: Path, recipe: Recipe) -> None:
-    """Raise LongtakeError if the package in `folder`, described by `index`, is of another recipe or not complete."""
+def require_recipe(index: dict[str, Any], folder: Path, recipe: Recipe, content: bool = True) -> None:
+    """Raise LongtakeError if the package in `folder`, described by `index`, is of another recipe or not complete.
+
+    `content`: whether the weights must be there; a skeleton has none.
+    """
     given = {key: index.get(key) for key in ("preset", "precision", "cache")}
     wanted = {"preset": recipe.preset, "precision": recipe.precision, "cache": recipe.cache}
     fix = f"longtake export --recipe {recipe.name}"
     if given != wanted:
         raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
-    missing = [name for name in NETWORKS if name not in index["networks"]]
+    names = networks_of(recipe.model)
+    missing = [name for name in names if name not in index["networks"]]
     if missing:
-        raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(NETWORKS),
+        raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),
                              fix=f"{fix} --force")  # fmt: skip
+    if content and index.get("skeleton"):
+        raise LongtakeError(f"the networks in {folder} have no weights", got="a skeleton",
+                            expected="networks exported from checkpoints", fix=f"{fix} --checkpoints FOLDER")  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -208,10 +248,12 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def inputs_digest(recipe: Recipe, checkpoints: Path) -> str:
-    """Digest of everything an export reads: recipe fields, checkpoint files, code and versions."""
-    digest = hashlib.sha256(repr((FORMAT, recipe.model, recipe.precision, recipe.cache, versions())).encode())
+def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
+    """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
+    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.vae_latents_per_step, versions()
+    digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())
-    for file in sorted([*checkpoints.glob("*.safetensors"), *checkpoints.glob("*.json")]):
-        digest.update(f"{file.name}\0{sha256(file)}".encode())
+    if checkpoints is not None:
+        for file in sorted([*checkpoints.glob("*.safetensors"), *checkpoints.glob("*.json")]):
+            digest.update(f"{file.name}\0{sha256(file)}".encode())
     return digest.hexdigest()

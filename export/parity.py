@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from longtake.engines.recipe import Recipe
-from longtake.engines.spec import NETWORKS, NetworkSpec, network_spec
-from longtake.export.cases import Feeds, Run, cases, torch_runner
+from longtake.engines.spec import NetworkSpec, networks_of, recipe_spec
+from longtake.export.cases import Feeds, Run, cases, random_text, torch_runner
 from longtake.plugins.spec import CACHE_FORMATS, cache_tensors
 from longtake.runtime.errors import GateError
 from longtake.training.networks import Models, apply_precision, quantized_linears
@@ -49,22 +49,27 @@ class Row:
         return {**asdict(self), "passed": self.passed}
 
 
-def parity_table(models: Models, recipe: Recipe, folder: Path, seed: int = 0) -> Iterator[Row]:
-    """Compare every network of `folder` (which holds <network>.ort.onnx) with `models`, case by case.
+def parity_table(
+    models: Models, recipe: Recipe, folder: Path, seed: int = 0, networks: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """Compare networks of `folder` (which holds <network>.ort.onnx) with `models`, case by case.
 
-    `models` are the plain ones; the recipe's precision is applied here.
+    `models` are the plain ones; the recipe's precision is applied here. `networks`: which (default: all).
     """
     oracle = recipe_models(models, recipe.precision)
     generator = torch.Generator().manual_seed(seed)
-    text: Feeds = {}
-    for name in NETWORKS:
+    names = networks_of(oracle.preset)
+    text = {} if "text_encoder" in names else random_text(oracle.preset, generator)
+    for name in names:
+        spec = recipe_spec(recipe, name, oracle.preset)
         torch_run = torch_runner(oracle, name, recipe.cache)
-        onnx_run = onnx_runner(folder / f"{name}.ort.onnx", network_spec(oracle.preset, recipe.cache, name))
-        gate = gate_of(recipe, name)
-        for case, feeds in cases(oracle, recipe.cache, name, text, torch_run, generator):
-            wanted, got = torch_run(feeds), onnx_run(feeds)
-            spec = network_spec(oracle.preset, recipe.cache, name)
-            yield from _rows(spec, case, feeds, wanted, got, gate)
+        onnx_run = onnx_runner(folder / f"{name}.ort.onnx", spec) if networks is None or name in networks else None
+        for case, feeds in cases(oracle, recipe, name, text, torch_run, generator):
+            if onnx_run is None and name not in ("text_encoder", "context"):
+                break
+            wanted = torch_run(feeds)
+            if onnx_run is not None:
+                yield from _rows(spec, case, feeds, wanted, onnx_run(feeds), gate_of(recipe, name))
             if name in ("text_encoder", "context"):
                 text = {b.name: value for b, value in zip(spec.outputs, wanted)}
 

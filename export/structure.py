@@ -10,8 +10,9 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from longtake.engines.describe_onnx import tensor_bytes
 from longtake.engines.spec import Binding, NetworkSpec
-from longtake.export.files import read_onnx
+from longtake.export.files import check_extents, read_onnx
 from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP, linear_name
 from longtake.export.onnx_from_model import ONNX_DTYPES
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
@@ -52,16 +53,18 @@ class Expected:
         return 8 + 32 / columns if self.precision == "fp8" else 4.5
 
 
-def check_structure(path: Path, expected: Expected) -> None:
-    """Check one exported file.
+def check_structure(path: Path, expected: Expected, skeleton: bool = False) -> None:
+    """Check one exported file; its weights are not read, and if it is a `skeleton` they need not be there.
 
     Raises:
         LongtakeError: the file is missing.
         IntegrityError: it is damaged or differs from `expected`; the message names the file and the difference.
     """
-    model = read_onnx(path)
+    model = read_onnx(path, content=False)
+    if not skeleton:
+        check_extents(model, path)
     try:
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(_weights_as_inputs(model))
     except (onnx.checker.ValidationError, ValueError) as error:
         raise _broken(path, "is not valid ONNX", str(error)[:300], "a graph that onnx.checker accepts") from None
     _check_bindings(path, "inputs", model.graph.input, expected.spec.inputs)
@@ -69,6 +72,18 @@ def check_structure(path: Path, expected: Expected) -> None:
     _check_domains(path, model, expected.precision)
     _check_custom_ops(path, model, expected.custom_ops)
     _check_weights(path, model, expected)
+
+
+def _weights_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph for onnx.checker, which would insist on the data file being there."""
+    view = onnx.ModelProto()
+    view.CopyFrom(model)
+    kept = [t for t in view.graph.initializer if t.data_location != TensorProto.EXTERNAL]
+    outside = [t for t in view.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    view.graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside)
+    del view.graph.initializer[:]
+    view.graph.initializer.extend(kept)
+    return view
 
 
 def _broken(path: Path, what: str, got: object, expected: object) -> IntegrityError:
@@ -144,7 +159,7 @@ def _check_weights(path: Path, model: onnx.ModelProto, expected: Expected) -> No
         raise _broken(path, "holds linears that were not lowered", left[:4], f"{expected.precision} weights")
     for name, (rows, columns) in expected.linears.items():
         parts = [tensors.get(f"{name}.weight.{part}") for part in expected.weight_parts]
-        size = sum(len(part.raw_data) for part in parts if part is not None)
+        size = sum(tensor_bytes(part) for part in parts if part is not None)
         bits = 8 * size / (rows * columns)
         wanted = expected.bits_per_weight(columns)
         if None in parts or bits != wanted:

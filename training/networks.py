@@ -19,7 +19,7 @@ from longtake.runtime.places import REPOSITORY
 from longtake.training.dit import CausalDiT, dense_cross_attention
 from longtake.training.presets import Preset
 from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
-from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady
+from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,14 @@ class DiTStep(nn.Module):
         return (velocity[None], *caches)
 
 
+VAE_STEPS = {
+    "vae_first": DecoderFirst,
+    "vae_steady": DecoderSteady,
+    "vae_encoder_first": VAEEncoderFirst,
+    "vae_encoder_steady": VAEEncoderSteady,
+}
+
+
 def network_module(models: Models, name: str, cache: str = "nvfp4") -> nn.Module:
     """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
 
@@ -121,10 +129,10 @@ def network_module(models: Models, name: str, cache: str = "nvfp4") -> nn.Module
         return ContextStep(models.dit).eval()
     if name == "dit":
         return DiTStep(models.dit, cache).eval()
-    if name in ("vae_first", "vae_steady"):
-        step = DecoderFirst if name == "vae_first" else DecoderSteady
-        return step(models.vae).eval()
-    raise LongtakeError("unknown network", got=name, expected="text_encoder, context, dit, vae_first or vae_steady")
+    if name in VAE_STEPS:
+        return VAE_STEPS[name](models.vae).eval()
+    known = ["text_encoder", "context", "dit", *VAE_STEPS]
+    raise LongtakeError("unknown network", got=name, expected=", ".join(known))
 
 
 def quantized_linears(dit: nn.Module) -> list[str]:

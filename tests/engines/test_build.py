@@ -199,6 +199,7 @@ def test_a_folder_without_a_bundle_says_what_makes_one(bundle: Path, tmp_path: P
 def small_dit(precision: str, cache: str, folder: Path) -> PlanJob:
     """A DiT of two layers with random weights, exported and lowered."""
     from longtake.engines.spec import dit_spec
+    from longtake.export.content import stored_tensors
     from longtake.export.files import write_onnx
     from longtake.export.functions import attach_functions
     from longtake.export.lower import lower
@@ -210,12 +211,12 @@ def small_dit(precision: str, cache: str, folder: Path) -> PlanJob:
     preset = replace(TINY, dit=replace(TINY.dit, layers=2))
     models, spec = random_models(preset), dit_spec(preset, cache)
     model = onnx_from_model(network_module(models, "dit", cache), spec)
-    weights = {name: models.dit.get_submodule(name).weight for name in models.amax}
-    lower(model, precision, {n: w for n, w in weights.items() if "cross_attn.k" not in n and "cross_attn.v" not in n},
-          models.amax)  # fmt: skip
+    linears = [name for name in models.amax if "cross_attn.k" not in name and "cross_attn.v" not in name]
+    lowered = lower(model, precision, linears, models.amax)
     attach_functions(model)
     plugins = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
-    write_onnx(model, folder / "dit.onnx")
+    content = stored_tensors(model, models.dit.state_dict(), precision, lowered, models.amax)
+    write_onnx(model, folder / "dit.onnx", content)
     return PlanJob("dit", folder / "dit.onnx", "", spec.as_json(), plugins)
 
 

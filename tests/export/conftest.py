@@ -9,22 +9,30 @@ from pathlib import Path
 import pytest
 
 from longtake.engines.recipe import Recipe, recipe_named
+from longtake.export.content import weights_from_models
 from longtake.export.package import PlainGraphs, export_package
 from longtake.training.networks import Models, random_models
 from longtake.training.presets import TINY
 
-RECIPES = {"bf16": "tiny_bf16_sm89", "w4a16": "tiny_w4a16_sm89", "nvfp4": "tiny_nvfp4_sm120"}
+RECIPES = {"bf16": "tiny_bf16_sm89", "w4a16": "tiny_w4a16_sm89", "nvfp4": "tiny_nvfp4_sm120", "fp8": "tiny_fp8_sm90"}
 Package = tuple[Models, Recipe, Path]
 
 
 @pytest.fixture(scope="session")
-def small_graphs() -> PlainGraphs:
+def small_models() -> Models:
     preset = replace(TINY, dit=replace(TINY.dit, layers=2), height=64, width=64)
-    return PlainGraphs(random_models(preset, seed=1))
+    return random_models(preset, seed=1)
 
 
 @pytest.fixture(scope="session")
-def package(small_graphs: PlainGraphs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Package]:
+def small_graphs(small_models: Models) -> PlainGraphs:
+    return PlainGraphs(small_models.preset)
+
+
+@pytest.fixture(scope="session")
+def package(
+    small_models: Models, small_graphs: PlainGraphs, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Package]:
     """package("w4a16") is (plain models, recipe, folder that `longtake export` would have written)."""
     made: dict[str, Package] = {}
 
@@ -32,8 +40,9 @@ def package(small_graphs: PlainGraphs, tmp_path_factory: pytest.TempPathFactory)
         if precision not in made:
             recipe = recipe_named(RECIPES[precision])
             folder = tmp_path_factory.mktemp(precision)
-            export_package(small_graphs, recipe, folder, "inputs", lambda words: None)
-            made[precision] = small_graphs.models, recipe, folder
+            weights = weights_from_models(small_models)
+            export_package(small_graphs, recipe, folder, "inputs", lambda words: None, weights)
+            made[precision] = small_models, recipe, folder
         return made[precision]
 
     return make

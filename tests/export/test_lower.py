@@ -10,6 +10,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from longtake.engines.spec import Binding, NetworkSpec
+from longtake.export.content import stored_tensors
+from longtake.export.files import fill
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
@@ -41,7 +43,10 @@ def one() -> tuple[nn.Linear, onnx.ModelProto]:
 def lowered(one: tuple[nn.Linear, onnx.ModelProto], precision: str) -> onnx.ModelProto:
     model = onnx.ModelProto()
     model.CopyFrom(one[1])
-    assert lower(model, precision, {"linear": one[0].weight}, AMAX) == ([] if precision == "bf16" else ["linear"])
+    names = lower(model, precision, ["linear"], AMAX)
+    assert names == ([] if precision == "bf16" else ["linear"])
+    state = {f"linear.{name}": tensor for name, tensor in one[0].state_dict().items()}
+    fill(model, stored_tensors(model, state, precision, names, AMAX))
     attach_functions(model)
     onnx.checker.check_model(model)
     return model
@@ -122,7 +127,7 @@ def test_a_linear_without_calibrated_amax_is_refused(one: tuple) -> None:
     model = onnx.ModelProto()
     model.CopyFrom(one[1])
     with pytest.raises(LongtakeError, match=r"no calibrated amax for linear[\s\S]*fix: train with --precision nvfp4"):
-        lower(model, "nvfp4", {"linear": one[0].weight}, {})
+        lower(model, "nvfp4", ["linear"], {})
 
 
 def test_a_linear_that_is_no_gemm_is_refused(one: tuple) -> None:
@@ -131,4 +136,4 @@ def test_a_linear_that_is_no_gemm_is_refused(one: tuple) -> None:
     gemm = next(node for node in model.graph.node if node.op_type == "Gemm")
     next(a for a in gemm.attribute if a.name == "transB").i = 0
     with pytest.raises(LongtakeError, match="cannot lower linear"):
-        lower(model, "w4a16", {"linear": one[0].weight}, AMAX)
+        lower(model, "w4a16", ["linear"], AMAX)

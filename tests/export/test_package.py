@@ -15,13 +15,14 @@ from longtake.engines.spec import NETWORKS, network_spec
 from longtake.export import cli
 from longtake.export import package as package_module
 from longtake.export.cases import dit_feeds, empty_caches
+from longtake.export.content import stored_tensors, weights_from_models
 from longtake.export.files import read_onnx, write_onnx
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.package import PlainGraphs, export_package, load_index, view_path
 from longtake.export.parity import Row, parity_table, require_parity
 from longtake.runtime import cli as command
 from longtake.runtime.errors import GateError, IntegrityError, LongtakeError
-from longtake.training.networks import network_module
+from longtake.training.networks import Models, network_module
 
 
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "nvfp4"])
@@ -70,10 +71,12 @@ def test_a_pass_that_writes_nothing_returns_the_cache_unchanged(package) -> None
     assert all(np.array_equal(got, old.numpy()) for got, old in zip(outputs, caches.values()))
 
 
-def test_the_same_model_exports_to_the_same_bytes(small_graphs: PlainGraphs, tmp_path: Path) -> None:
-    spec = network_spec(small_graphs.models.preset, "nvfp4", "context")
+def test_the_same_model_exports_to_the_same_bytes(small_models: Models, tmp_path: Path) -> None:
+    spec = network_spec(small_models.preset, "nvfp4", "context")
     for name in ("a", "b"):
-        write_onnx(onnx_from_model(network_module(small_graphs.models, "context"), spec), tmp_path / f"{name}.onnx")
+        model = onnx_from_model(network_module(small_models, "context"), spec)
+        content = stored_tensors(model, small_models.dit.state_dict(), "bf16", [], {})
+        write_onnx(model, tmp_path / f"{name}.onnx", content)
     graphs = [(tmp_path / f"{name}.onnx").read_bytes().replace(f"{name}.onnx.data".encode(), b"") for name in "ab"]
     assert graphs[0] == graphs[1]
     assert (tmp_path / "a.onnx.data").read_bytes() == (tmp_path / "b.onnx.data").read_bytes()
@@ -90,12 +93,12 @@ def test_plain_polygraphy_opens_the_view(package) -> None:  # type: ignore[no-un
 
 
 def test_an_interrupt_leaves_no_package_and_no_partial_file(
-    small_graphs: PlainGraphs, package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_graphs: PlainGraphs, small_models: Models, package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
     recipe = package("bf16")[1]
     calls = []
 
-    def interrupted(path: Path, model: onnx.ModelProto) -> None:
+    def interrupted(path: Path, expected: object, skeleton: bool) -> None:
         calls.append(path)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -103,7 +106,7 @@ def test_an_interrupt_leaves_no_package_and_no_partial_file(
     (tmp_path / "export.json").write_text("{}")
     monkeypatch.setattr(package_module, "check_structure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export_package(small_graphs, recipe, tmp_path, "inputs", lambda words: None)
+        export_package(small_graphs, recipe, tmp_path, "inputs", lambda words: None, weights_from_models(small_models))
     assert not (tmp_path / "export.json").exists()
     assert not [path for path in tmp_path.iterdir() if ".tmp" in path.name]
     with pytest.raises(LongtakeError, match="holds no exported model"):
@@ -111,12 +114,14 @@ def test_an_interrupt_leaves_no_package_and_no_partial_file(
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
-    small_graphs: PlainGraphs, package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_graphs: PlainGraphs, small_models: Models, package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # type: ignore[no-untyped-def]
     recipe = package("bf16")[1]
-    monkeypatch.setattr(package_module, "disk_needed", lambda models: 10**15)
+    monkeypatch.setattr(package_module, "disk_needed", lambda graphs, recipe: 10**15)
     with pytest.raises(LongtakeError, match=r"not enough disk space[\s\S]*expected: at least 1000000.00 GB"):
-        export_package(small_graphs, recipe, tmp_path / "out", "inputs", lambda words: None)
+        export_package(
+            small_graphs, recipe, tmp_path / "out", "inputs", lambda words: None, weights_from_models(small_models)
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -133,17 +138,23 @@ def test_a_changed_file_is_noticed(package, tmp_path: Path) -> None:  # type: ig
 
 
 def test_export_command(
-    small_graphs: PlainGraphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_graphs: PlainGraphs,
+    small_models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Once: parity table and export.json. Again: nothing to do. New checkpoint: exported anew."""
     made = []
 
-    def graphs(models: object) -> PlainGraphs:
-        made.append(models)
-        return small_graphs
+    def export(*arguments: object) -> object:
+        made.append(arguments)
+        return export_package(*arguments)
 
-    monkeypatch.setattr(cli, "load_models", lambda preset, folder: small_graphs.models)
-    monkeypatch.setattr(cli, "PlainGraphs", graphs)
+    monkeypatch.setattr(cli, "load_models", lambda preset, folder: small_models)
+    monkeypatch.setattr(cli, "PlainGraphs", lambda preset, vocabulary: small_graphs)
+    monkeypatch.setattr(cli, "weights_from_folder", lambda preset, folder: weights_from_models(small_models))
+    monkeypatch.setattr(cli, "export_package", export)
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / "dit.safetensors").write_bytes(b"one")

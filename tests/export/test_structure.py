@@ -61,7 +61,7 @@ TAMPERED: dict[str, tuple[Tamper, str]] = {
     "output dropped": (lambda m: m.graph.output.pop(), r"another number of outputs"),
     "no body": (lambda m: m.functions.pop(0), r"lacks function bodies"),
     "no plugin": (drop_plugin_version, r"names no plugin for node .*TensorRT would inline it silently"),
-    "not 4 bits": (drop_weight, r"does not hold blocks\.0\.\S+ in 4 bits[\s\S]*expected: 4\.5"),
+    "not 4 bits": (drop_weight, r"does not hold blocks\.0\.\S+ in w4a16[\s\S]*expected: 4\.5"),
     "leftover quantizer": (leave_quantizer, r"not lowered[\s\S]*torch_lib::aten_fake_quantize"),
 }
 

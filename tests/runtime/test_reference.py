@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from longtake.engines.recipe import Recipe, recipe_named
+from longtake.export.content import weights_from_models
 from longtake.export.package import PlainGraphs, export_package
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.backends.reference import ReferenceBackend
@@ -47,7 +48,7 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="module")
 def exported(models: Models, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / recipe.onnx_name
-    export_package(PlainGraphs(models), recipe, folder, "inputs", lambda words: None)
+    export_package(PlainGraphs(models.preset), recipe, folder, "inputs", lambda words: None, weights_from_models(models))
     return folder
 
 

@@ -1,0 +1,159 @@
+"""Where the content of a graph's weights comes from: checkpoints, read one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto
+from safetensors import safe_open
+from torch import Tensor
+
+from longtake.engines.spec import networks_of
+from longtake.export.files import is_reference
+from longtake.export.lower import packed_weight
+from longtake.runtime.errors import IntegrityError
+from longtake.runtime.files import sha256
+from longtake.training.dit import CausalDiT
+from longtake.training.networks import Amax, Models, load_meta
+from longtake.training.presets import Preset
+from longtake.training.text_encoder import text_encoder_for
+from longtake.training.vae import CausalVAE
+
+CHECKPOINTS = {
+    "text_encoder": "text_encoder",
+    "context": "dit",
+    "dit": "dit",
+    "vae_encoder_first": "vae",
+    "vae_encoder_steady": "vae",
+    "vae_first": "vae",
+    "vae_steady": "vae",
+}
+DTYPES: dict[int, torch.dtype] = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT64: torch.int64,
+    TensorProto.BOOL: torch.bool,
+}
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name; each is read when it is asked for and kept by nobody here."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = safe_open(path, framework="pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Everything an export takes from checkpoints. tensors: checkpoint ("dit", "vae", ...) -> state dict."""
+
+    preset: Preset
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    amax: Amax = field(default_factory=dict)
+    vocabulary: tuple[str, ...] = ()
+
+    def of(self, network: str) -> Mapping[str, Tensor]:
+        """The state dict that network `network` takes its weights from."""
+        return self.tensors[CHECKPOINTS[network]]
+
+
+def hollow_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
+    """Models of `preset` without memory for their weights: what graphs are exported from.
+
+    `vocabulary`: of a text encoder of words, whose size is part of the graph; the shipped one's if None.
+    """
+    with torch.device("meta"):
+        text = text_encoder_for(preset, vocabulary)
+        return Models(preset, CausalDiT(preset.dit).eval(), CausalVAE(preset.vae).eval(), text.eval())
+
+
+def weights_from_models(models: Models) -> Weights:
+    """The weights of models in memory."""
+    tensors = {"dit": models.dit, "vae": models.vae, "text_encoder": models.text}
+    states = {name: module.state_dict() for name, module in tensors.items() if module is not None}
+    return Weights(models.preset, states, models.amax, models.vocabulary)
+
+
+def weights_from_folder(preset: Preset, folder: Path) -> Weights:
+    """The checkpoints in `folder` that `preset`'s networks need, digests verified, none of them loaded.
+
+    Raises:
+        LongtakeError: a file is missing.
+        IntegrityError: one is damaged, altered, or of another preset.
+    """
+    kinds = list(dict.fromkeys(CHECKPOINTS[name] for name in networks_of(preset)))
+    metas = {kind: load_meta(folder / f"{kind}.safetensors", kind, preset) for kind in kinds}
+    for kind, meta in metas.items():
+        require_digest(folder / f"{kind}.safetensors", meta)
+    tensors = {kind: LazyTensors(folder / f"{kind}.safetensors") for kind in kinds}
+    words = metas.get("text_encoder", {}).get("vocabulary") or ()
+    return Weights(preset, tensors, metas["dit"].get("amax") or {}, tuple(words))
+
+
+def require_digest(path: Path, meta: Mapping[str, Any]) -> None:
+    """Raise IntegrityError unless the file's digest is the one in its side file."""
+    digest = sha256(path)
+    if digest != meta["sha256"]:
+        raise IntegrityError(
+            f"checkpoint {path} is not the file its side file describes",
+            got=f"sha256 {digest[:16]}…, {path.stat().st_size} bytes",
+            expected=f"sha256 {str(meta['sha256'])[:16]}…",
+            fix="copy the file again together with its .json, or make it again",
+        )
+
+
+def stored_tensors(
+    model: onnx.ModelProto, weights: Mapping[str, Tensor], precision: str, linears: Collection[str], amax: Amax
+) -> Iterator[tuple[str, Tensor]]:
+    """(initializer, content) for every reference of `model`: the weights of `linears` packed, the rest as they are.
+
+    Raises:
+        IntegrityError: a weight is missing or of another shape.
+    """
+    packed = {f"{name}.weight" for name in linears}
+    references = [
+        tensor for tensor in model.graph.initializer if is_reference(tensor)
+    ]  # now: writing gives them places
+    plain = [tensor for tensor in references if tensor.name.rpartition(".")[0] not in packed]
+
+    def content() -> Iterator[tuple[str, Tensor]]:
+        for name in linears:
+            yield from packed_weight(precision, name, _checked(weights, f"{name}.weight"), amax).items()
+        for tensor in plain:
+            yield tensor.name, _plain(weights, tensor)
+
+    return content()
+
+
+def _plain(weights: Mapping[str, Tensor], tensor: TensorProto) -> Tensor:
+    value = _checked(weights, tensor.name)
+    if tuple(value.shape) != tuple(tensor.dims):
+        raise IntegrityError(f"weight {tensor.name} has another shape than the graph", got=list(value.shape),
+                             expected=list(tensor.dims), fix="use a checkpoint of the same preset")  # fmt: skip
+    return value.to(DTYPES[tensor.data_type])
+
+
+def _checked(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in weights:
+        raise IntegrityError(f"the checkpoint lacks {name}", got=f"{len(weights)} tensors",
+                             expected="the tensors of the preset's model", fix="use a checkpoint of the same preset")  # fmt: skip
+    return weights[name]
