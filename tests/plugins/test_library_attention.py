@@ -1,0 +1,147 @@
+"""Attention through libraries on a GPU: against the reference at small sizes, and at those of Wan2.2-TI2V-5B."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longtake.plugins.attention_bench import Attention, launcher_for, main, relative_error
+from longtake.plugins.capability import attention_methods
+from longtake.plugins.launch import Launcher
+from longtake.plugins.sink_attention.library import (
+    CudnnSinkAttention,
+    TorchSinkAttention,
+    WindowedAttention,
+    attention_launcher,
+    bf16_at,
+)
+from longtake.plugins.sink_attention.reference import dequantize_kv
+from longtake.plugins.sink_attention.window import addresses
+from longtake.plugins.spec import CACHE_FORMATS
+from longtake.runtime.errors import UnavailableError
+
+gpu = pytest.mark.gpu
+# E4M3 keeps 4 bits of q, k, v, of the probabilities and of the output; the reference rounds nothing.
+TOLERANCE = {"bf16": 1.5e-2, "fp8": 0.12}
+SMALL = {"S": 4, "L": 128, "H": 4, "D": 64}
+ODD = {"S": 3, "L": 200, "H": 3, "D": 128}
+LARGE = {"S": 4, "L": 7040, "H": 24, "D": 128}
+WAYS = (("cudnn", "bf16"), ("cudnn", "fp8"), ("torch", "bf16"))
+
+
+def run(launcher: Launcher, case: Attention, table: torch.Tensor) -> torch.Tensor:
+    workspace = torch.full((max(launcher.workspace_bytes, 1),), 0x7F, dtype=torch.uint8, device="cuda")
+    case.out.fill_(float("nan"))
+    stream = torch.cuda.current_stream().cuda_stream
+    launcher.launch(case.pointers(table), stream, workspace.data_ptr(), table.numel())
+    return case.out
+
+
+@gpu
+@pytest.mark.parametrize("method, kind", WAYS)
+@pytest.mark.parametrize("dims", [SMALL, ODD], ids=["small", "odd"])
+@pytest.mark.parametrize("fmt", CACHE_FORMATS)
+def test_every_table_equals_the_reference(fmt: str, dims: dict[str, int], method: str, kind: str) -> None:
+    case = Attention(fmt, dims)
+    launcher = launcher_for(method, kind, case)
+    for entries in ((-1,), (2,), (0, -1), (2, 0), (1, -1, 2), (0, 1, 2)):
+        table = torch.tensor(entries, dtype=torch.int32, device="cuda")
+        assert relative_error(run(launcher, case, table), case.reference(table)) <= TOLERANCE[kind], entries
+
+
+@gpu
+@pytest.mark.parametrize("method, kind", WAYS)
+def test_large_model(method: str, kind: str) -> None:
+    case = Attention("nvfp4", LARGE)
+    launcher = launcher_for(method, kind, case)
+    for entries in (1, 4):
+        table = case.table(entries)
+        assert relative_error(run(launcher, case, table), case.reference(table)) <= TOLERANCE[kind], entries
+
+
+@gpu
+@pytest.mark.parametrize("dims", [SMALL, ODD, LARGE], ids=["small", "odd", "large"])
+@pytest.mark.parametrize("fmt", CACHE_FORMATS)
+def test_window_is_the_codec_to_the_last_bit(fmt: str, dims: dict[str, int]) -> None:
+    class NoAttention(WindowedAttention):
+        def attend(self, *given: object) -> None: ...
+
+    case, entries = Attention(fmt, dims), (1, -1, 0)
+    table = torch.tensor(entries, dtype=torch.int32, device="cuda")
+    launcher = NoAttention(case.op, dims, "bf16").prepare()
+    workspace = torch.full((launcher.workspace_bytes,), 0x7F, dtype=torch.uint8, device="cuda")
+    launcher.launch(case.pointers(table), torch.cuda.current_stream().cuda_stream, workspace.data_ptr(), len(entries))
+    places = addresses(dims | {"W": dims["S"]}, "bf16", workspace.data_ptr())[0]
+    shape = (dims["L"], dims["H"], dims["D"])
+    for pane, (name, fresh) in enumerate((("window_k", case.k), ("window_v", case.v))):
+        window = bf16_at(places[name], (len(entries), *shape))
+        for got, slot in zip(window, entries):
+            own = [part[slot : slot + 1] for part in case.cache]
+            cached = (dequantize_kv(*own) if fmt == "nvfp4" else own[0])[0, pane].to(torch.bfloat16)
+            assert torch.equal(got, fresh if slot < 0 else cached), (name, slot)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_a_captured_graph_follows_table_and_cache_and_allocates_nothing(kind: str) -> None:
+    case = Attention("nvfp4", SMALL)
+    launcher = launcher_for("cudnn", kind, case)
+    workspace = torch.empty(launcher.workspace_bytes, dtype=torch.uint8, device="cuda")
+    table = case.table(3)
+
+    def work() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        launcher.launch(case.pointers(table), stream, workspace.data_ptr(), 3)
+
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    allocated, free = torch.cuda.memory_stats()["allocation.all.allocated"], torch.cuda.mem_get_info()[0]
+    for _ in range(20):
+        graph.replay()
+        work()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
+    assert torch.cuda.mem_get_info()[0] == free
+    for entries in ((3, -1, 1), (0, 2, 3)):
+        table.copy_(torch.tensor(entries, dtype=torch.int32))
+        case.q.mul_(0.9)
+        case.out.fill_(float("nan"))
+        graph.replay()
+        assert relative_error(case.out, case.reference(table)) <= TOLERANCE[kind]
+
+
+@gpu
+def test_chosen_here_and_falls_back_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    major, minor = torch.cuda.get_device_capability()
+    first = attention_methods(f"{major}.{minor}", "bf16", 64)[0][0]
+    assert attention_launcher("sink_attention_nvfp4", SMALL).method == first
+
+    def refuse(launcher: Launcher) -> Launcher:
+        raise UnavailableError("not today")
+
+    monkeypatch.setattr(CudnnSinkAttention, "prepare", refuse)
+    assert attention_launcher("sink_attention_nvfp4", SMALL, "fp8").method == "torch"
+    monkeypatch.setattr(TorchSinkAttention, "prepare", refuse)
+    launcher = attention_launcher("sink_attention_nvfp4", SMALL)
+    assert launcher.method == "portable" and "cannot run through torch" in caplog.text
+    case = Attention("nvfp4", SMALL)
+    assert relative_error(run(launcher, case, case.table(4)), case.reference(case.table(4))) <= TOLERANCE["bf16"]
+
+
+@gpu
+def test_bench_prints_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tokens", "256", "--slots", "2", "--heads", "4", "--repeats", "2", "--cache", "all"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cudnn") == 8 and printed.count("portable") == 4
+
+
+def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main([]) == 1
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
