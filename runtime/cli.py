@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "longtake.export.check_cli",
     "profile": "longtake.engines.profile_cli",
     "inspect": "longtake.engines.inspect_cli",
+    "budget": "longtake.runtime.budget_cli",
     "bench": "longtake.runtime.bench.bench_cli",
 }
 

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from longtake.runtime.budget import Budget, budget_table
 from longtake.runtime.contact_sheet import ContactSheet, write_contact_sheet
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import require_disk
@@ -21,7 +22,8 @@ from longtake.runtime.meter import Meter
 from longtake.runtime.progress import GenerateProgress
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
 from longtake.runtime.session import CancelledError, Chunk, Session
-from longtake.runtime.sources import BACKEND_NAMES, ORACLE
+from longtake.runtime.snapshot import snapshot_from_file
+from longtake.runtime.sources import BACKEND_NAMES, ORACLE, Promise
 from longtake.runtime.story import Story, check_fits, checked_prompt, frame_count, story_from_file, story_from_prompt
 from longtake.runtime.video import VideoWriter
 
@@ -97,6 +99,7 @@ def register(subparsers: Any) -> None:
         help="taken or refused, never replaced; auto chooses and says why",
     )
     how.add_argument("--device", help="such as cuda:0")
+    how.add_argument("--decode-device", help="another GPU for the VAE, such as cuda:1")
     out = parser.add_argument_group("what to write")
     out.add_argument(
         "--out", type=Path, metavar="FILE.mp4", help="default: runs/NAME.mp4; a contact sheet lies beside it"
@@ -113,8 +116,23 @@ def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, open the engines, generate."""
     story = _story(args)
     out = _output(args, story)
-    with Generator.from_engines(args.engines, backend=_backend_name(args.backend), device=args.device) as generator:
+    with Generator.from_engines(
+        args.engines, _backend_name(args.backend), args.device, args.decode_device, _promise(args, story)
+    ) as generator:
         return generate(generator, args, story, out)
+
+
+def _promise(args: argparse.Namespace, story: Story | None) -> Promise:
+    """What the backend is opened for; the memory it takes is printed before it takes any."""
+    asked = args.guidance if args.guidance is not None else story.guidance if story else None
+    if args.load_session:
+        asked = snapshot_from_file(args.load_session).identity.guidance
+    starts = bool(args.image or args.continue_from or (story and (story.image or story.clip)))
+    return Promise(
+        guided=None if asked is None else asked != 1.0,
+        encode=starts,
+        announce=lambda budget: print(budget_table(budget), flush=True),
+    )
 
 
 def generate(generator: Generator, args: argparse.Namespace, story: Story | None, out: Path) -> int:
@@ -130,7 +148,7 @@ def generate(generator: Generator, args: argparse.Namespace, story: Story | None
         if args.save_session:
             session.save(args.save_session)
             print(f"session: {args.save_session}")
-        _conclude(session, args, take, complete=not interrupted)
+        _conclude(session, args, take, not interrupted, generator.budget)
     return 130 if interrupted else 0
 
 
@@ -184,7 +202,7 @@ class Take:
         return self.out.with_suffix(".png")
 
 
-def _conclude(session: Session, args: argparse.Namespace, take: Take, complete: bool) -> None:
+def _conclude(session: Session, args: argparse.Namespace, take: Take, complete: bool, budget: Budget | None) -> None:
     """Write the report and the contact sheet, and say where everything is."""
     if not take.sheet.stills:
         print("interrupted before the first chunk was whole: there is nothing to keep", file=sys.stderr)
@@ -192,7 +210,7 @@ def _conclude(session: Session, args: argparse.Namespace, take: Take, complete: 
     options = session.options
     report = Report(
         kind="generate", steps=options.steps, guidance=options.guidance, seed=options.seed, complete=complete,
-        output=str(take.out), **conditions_of_run(session.backend), **take.meter.figures(),
+        output=str(take.out), **conditions_of_run(session.backend, budget), **take.meter.figures(),
     )  # fmt: skip
     report_path = args.report or take.out.with_suffix(".json")
     write_report(report, report_path)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longtake.runtime.backends.base import Backend
+from longtake.runtime.budget import Budget
 from longtake.runtime.conditions import Tokenize
 from longtake.runtime.session import Session, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
-from longtake.runtime.sources import backend_from_source, source_from_name
+from longtake.runtime.sources import NOTHING_SPECIAL, Promise, backend_from_source, source_from_name
 from longtake.runtime.start import Clip, Picture, start_of, take_in
 from longtake.runtime.story import Script, check_fits, fit_segments, story_from_script
 
@@ -19,12 +21,18 @@ from longtake.runtime.story import Script, check_fits, fit_segments, story_from_
 class Generator:
     """One model on one device, ready to generate. Sessions made from it share its engines, not their state."""
 
-    def __init__(self, backend: Backend, tokenize: Tokenize) -> None:
-        self.backend, self._tokenize = backend, tokenize
+    def __init__(self, backend: Backend, tokenize: Tokenize, budget: Budget | None = None) -> None:
+        """`budget`: the GPU memory that was announced for `backend`, if any was."""
+        self.backend, self._tokenize, self.budget = backend, tokenize, budget
 
     @classmethod
     def from_engines(
-        cls, engines: Path | str | None = None, backend: str = "auto", device: torch.device | str | None = None
+        cls,
+        engines: Path | str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        decode_device: torch.device | str | None = None,
+        promise: Promise = NOTHING_SPECIAL,
     ) -> Generator:
         """Open a folder of engines or of exported networks, or a recipe by name; None takes the best one that is there.
 
@@ -32,9 +40,11 @@ class Generator:
             engines: folder with bundle.json (engines) or export.json (ONNX), or the name of a recipe.
             backend: "auto" chooses and says why; "fused", "segmented" or "reference" is taken or refused, never replaced.
             device: such as "cuda:0"; the backend's own choice if None.
+            decode_device: another GPU for the VAE; the same if None.
+            promise: what it will be used for, which its memory follows from, and who is told.
 
         Raises:
-            LongtakeError: nothing is there, or the name is unknown.
+            LongtakeError: nothing is there, the name is unknown, or the GPU's memory does not suffice.
             UnavailableError: the backend asked for cannot run here.
             IntegrityError: a file is damaged or was swapped.
         """
@@ -42,7 +52,15 @@ class Generator:
 
         source = source_from_name(engines)
         tokenizer = tokenizer_for(source.recipe.model, source.vocabulary, source.onnx)
-        return cls(backend_from_source(source, backend, device), tokenizer)
+        announced: list[Budget] = []
+
+        def announce(budget: Budget) -> None:
+            announced.append(budget)
+            promise.announce(budget)
+
+        told = replace(promise, announce=announce)
+        opened = backend_from_source(source, backend, device, decode_device, told)
+        return cls(opened, tokenizer, announced[0] if announced else None)
 
     def session(
         self,
@@ -62,7 +80,8 @@ class Generator:
         """Start a video.
 
         Args:
-            script: a story, the path of one, a list of prompts (one a chunk, no cuts), or segments.
+            script: a story, the path of one, segments, or a list of prompts, one a chunk; a prompt that begins with
+                CUT_PREFIX ("The scene transitions. ") is a cut.
             seed, steps, guidance, negative_prompt: override the story's, which override the preset's.
             chunks: total length; longer than the script continues its last prompt, shorter ends it early.
             decode: False yields latents only.

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from longtake import __version__
-from longtake.runtime.backends.base import Backend
+from longtake.runtime.backends.base import Backend, decode_device_of
+from longtake.runtime.budget import Budget
 from longtake.runtime.files import write_json
 from longtake.runtime.places import REPOSITORY
 from longtake.runtime.settings import cores
@@ -33,6 +34,8 @@ class Report:
     of the whole run, from the first chunk's start to the last frame on the host ("end_to_end"); warm-up included.
     first_chunk_s: from the start to the first frames on the host. stage_ms: mean milliseconds a chunk.
     peak_gb: peak memory in GB of 10^9 bytes; peak_of says which memory. against, ratio: for a comparison.
+    decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
+    "apart"; see runtime/budget.py), None on a CPU.
     """
 
     kind: str
@@ -59,6 +62,8 @@ class Report:
     stage_ms: dict[str, float]
     peak_gb: float
     peak_of: str
+    decode_device: str = ""
+    budget: dict[str, Any] | None = None
     complete: bool = True
     output: str | None = None
     against: dict[str, Any] = field(default_factory=dict)
@@ -70,8 +75,11 @@ def write_report(report: Report, path: Path | str) -> None:
     write_json(path, asdict(report))
 
 
-def conditions_of_run(backend: Backend) -> dict[str, Any]:
-    """The fields of a report that say under which conditions it holds, timings aside."""
+def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[str, Any]:
+    """The fields of a report that say under which conditions it holds, timings aside.
+
+    `budget`: what was announced for the backend, if anything was.
+    """
     preset: Preset = backend.preset
     on_gpu = backend.device.type == "cuda"
     return {
@@ -89,6 +97,8 @@ def conditions_of_run(backend: Backend) -> dict[str, Any]:
         "chunk_latents": preset.chunk_latents,
         "window_latents": preset.chunk_latents * preset.window_chunks,
         "peak_gb": round(backend.peak_bytes() / 1e9, 3),
+        "decode_device": str(decode_device_of(backend)),
+        "budget": budget.as_json() if budget else None,
         "peak_of": "GPU memory" if on_gpu else "resident memory of the process (CPU)",
     }
 
@@ -147,7 +157,8 @@ def table(report: Report) -> str:
         ("frames a second", "  ".join(f"{name} {_number(value)}" for name, value in report.fps.items())),
         ("first chunk", f"{_number(report.first_chunk_s)} s"),
         ("a chunk takes", "  ".join(f"{name} {value:.0f} ms" for name, value in report.stage_ms.items())),
-        ("peak memory", f"{report.peak_gb:.2f} GB {report.peak_of}"),
+        ("peak memory", f"{report.peak_gb:.2f} GB {report.peak_of}"
+                        + (f"; {report.budget['total_gb']:.2f} GB announced" if report.budget else "")),
     ]  # fmt: skip
     return "\n".join(f"  {name:16} {value}" for name, value in rows)
 

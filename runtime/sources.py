@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,9 @@ from longtake.engines.machine import machine_here
 from longtake.engines.recipe import Recipe, recipe_named, recipe_names
 from longtake.plugins.capability import Choice, backend_for
 from longtake.runtime.backends.base import Backend
+from longtake.runtime.budget import Budget
+from longtake.runtime.budget_check import check_memory
+from longtake.runtime.budget_terms import Use, budget_of
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import read_json
 from longtake.runtime.places import ENGINES, EXPORTS
@@ -113,38 +117,77 @@ def _entry(given: object, key: str, kind: type[Entry], folder: Path) -> Entry:
     return found
 
 
-def backend_from_source(source: Source, asked: str, device: torch.device | str | None) -> Backend:
+@dataclass(frozen=True)
+class Promise:
+    """What a backend is opened for, so that its memory is known first. announce: is told the budget, before it is used.
+
+    guided: with classifier-free guidance (a second cache); None stands for the preset's own. encode: from a picture or
+    clip. check: refuse what does not fit the memory that is free.
+    """
+
+    guided: bool | None = None
+    encode: bool = False
+    check: bool = True
+    announce: Callable[[Budget], None] = lambda budget: None
+
+
+NOTHING_SPECIAL = Promise()
+
+
+def backend_from_source(
+    source: Source,
+    asked: str,
+    device: torch.device | str | None,
+    decode_device: torch.device | str | None = None,
+    promise: Promise = NOTHING_SPECIAL,
+) -> Backend:
     """Open the backend asked for, or with "auto" the one that fits, and log which and why.
 
     Raises:
         UnavailableError: it cannot be had here.
-        LongtakeError: there is no such backend.
+        LongtakeError: there is no such backend, or it does not fit the memory that is free.
     """
     if asked == ORACLE:
         module = importlib.import_module("longtake.runtime.backends.torch_oracle")
         return module.TorchBackend(source.recipe, device=torch.device(device or "cpu"))
     choice = choose_backend(source, asked)
-    _require_device(choice.backend, device)
+    _require_device(choice.backend, device, "--device")
+    _require_device(choice.backend, decode_device, "--decode-device")
     log.info("backend: %s (%s)", choice.backend, choice.reason)
     if choice.backend == "reference":
         from longtake.runtime.backends.reference import ReferenceBackend
 
         return ReferenceBackend(source.onnx, source.recipe, choice.reason)
     module = importlib.import_module(f"longtake.runtime.backends.{choice.backend}")
-    return module.open_backend(source.engines, reason=choice.reason, device=torch.device(device or "cuda:0"))
+    generate = torch.device(device or "cuda:0")
+    decode = None if decode_device is None else torch.device(decode_device)
+    _keep_promise(source, promise, generate, decode)
+    elsewhere = {} if decode is None else {"decode_device": decode}
+    return module.open_backend(source.engines, reason=choice.reason, device=generate, **elsewhere)
 
 
-def _require_device(backend: str, device: torch.device | str | None) -> None:
+def _keep_promise(source: Source, promise: Promise, device: torch.device, decode_device: torch.device | None) -> None:
+    """Announce the memory budget, and raise LongtakeError if it is not free."""
+    recipe = source.recipe
+    guided = recipe.model.sampling.guidance != 1.0 if promise.guided is None else promise.guided
+    apart = decode_device is not None and (decode_device.index or 0) != (device.index or 0)
+    use = Use(guided=guided, decode_apart=apart, encode=promise.encode, engines=source.engines)
+    promise.announce(budget_of(recipe, use))
+    if promise.check:
+        check_memory(recipe, use, device, decode_device)
+
+
+def _require_device(backend: str, device: torch.device | str | None, option: str) -> None:
     """Raise LongtakeError for a device that is none, UnavailableError for one that `backend` cannot use here."""
     wanted = "cpu" if backend == "reference" else "cuda"
     try:
         asked = torch.device(device or wanted)
     except RuntimeError:
-        raise LongtakeError("unknown device", got=device, expected="cuda:N or cpu", fix="leave out --device") from None
+        raise LongtakeError("unknown device", got=device, expected="cuda:N or cpu", fix=f"leave out {option}") from None
     if asked.type != wanted or (wanted == "cuda" and (asked.index or 0) >= torch.cuda.device_count()):
         raise UnavailableError(f"backend {backend} cannot use device {device}",
                                got=f"{torch.cuda.device_count()} GPUs here", expected=f"{wanted} for this backend",
-                               fix="leave out --device, or choose another --backend")  # fmt: skip
+                               fix=f"leave out {option}, or choose another --backend")  # fmt: skip
 
 
 def choose_backend(source: Source, asked: str) -> Choice:

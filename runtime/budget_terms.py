@@ -1,0 +1,231 @@
+"""The terms of a memory budget, from a recipe's shapes and, where they are there, its built engines or exported files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from longtake.engines import segmented_graph
+from longtake.engines.recipe import Recipe
+from longtake.engines.segmented_graph import SegmentedGraph
+from longtake.engines.spec import Binding, NetworkSpec, cache_bindings, context_bindings, network_spec
+from longtake.runtime.budget import CUDA_CONTEXT_BYTES, Budget, Place, Term
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.files import read_json
+from longtake.runtime.frames import staging_bytes
+from longtake.training.presets import Preset
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int32": 4, "int64": 8, "bool": 1, "fp4": 0.5}
+# Bytes of a weight of a quantized linear: E2M1 with one E4M3 scale in 16; the rest of every network is bf16.
+LINEAR_BYTES = {"bf16": 2.0, "fp8": 1.0, "w4a16": 9 / 16, "nvfp4": 9 / 16}
+MEASURED = "memory.json"  # beside the plans: scratch bytes by lane, written by a run that loaded them
+DECODER = ("vae_first", "vae_steady")
+# Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
+FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 2
+SOLVER_LATENTS = 8  # noise, sample, corrected, predictions, velocity and its copy, in fp32
+
+
+@dataclass(frozen=True)
+class Use:
+    """How the recipe will be used. engines: folder of plans, or None. guided: a second cache, for the negative prompt."""
+
+    guided: bool = False
+    decode: bool = True
+    decode_apart: bool = False
+    encode: bool = False
+    engines: Path | None = None
+
+
+def budget_of(recipe: Recipe, use: Use = Use(), preset: Preset | None = None) -> Budget:
+    """The budget of `recipe`; `preset` overrides the recipe's (tests use smaller ones)."""
+    model = preset or recipe.model
+    place: Place = "decode" if use.decode_apart else "generate"
+    terms = [Term("CUDA context", CUDA_CONTEXT_BYTES, "estimated"), *_generating(recipe, model, use)]
+    if use.decode:
+        terms += _decoding(recipe, model, use, place)
+    if use.decode_apart:
+        terms.append(Term("CUDA context (decode)", CUDA_CONTEXT_BYTES, "estimated", "decode"))
+    return Budget(recipe.name, tuple(terms), tuple(_apart(model, use)), one_gpu=not use.decode_apart)
+
+
+def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
+    dit = network_spec(preset, recipe.cache, "dit")
+    caches = 1 + use.guided
+    layers = range(preset.dit.layers)
+    names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
+    kept = total_bytes(context_bindings(preset)) * caches
+    latents = SOLVER_LATENTS * total_bytes(dit.outputs[:1])
+    return [
+        *(weights_term(recipe, preset, name, use.engines) for name in names),
+        Term("K/V cache", caches * sum(total_bytes(cache_bindings(preset, recipe.cache, i)) for i in layers), "exact"),
+        Term("static buffers", total_bytes(static_bindings(dit)), "exact"),
+        Term("prompts' K/V", kept, "exact"),
+        Term("solver", latents, "exact"),
+        _arena_term("DiT arena", recipe, preset, ("context", "dit"), use.engines, "generate"),
+        _scratch_term("denoise", preset, use.engines, "generate"),
+    ]
+
+
+def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Term]:
+    steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_latents_per_step)
+    first = network_spec(preset, recipe.cache, "vae_first")
+    caches = total_bytes(steady.inputs[1:]) * (1 if steady.aliases else 2)  # without aliases two sets take turns
+    frames = (preset.vae.stride[0] * recipe.vae_latents_per_step, preset.height, preset.width, 3)
+    own = total_bytes((steady.inputs[0], steady.outputs[0], first.outputs[0]))
+    return [
+        *(_at(weights_term(recipe, preset, name, use.engines), place) for name in DECODER),
+        Term("VAE caches", caches, "exact", place),
+        Term("decode buffers", own + staging_bytes("cuda", frames), "exact", place),
+        _arena_term("VAE arena", recipe, preset, DECODER, use.engines, place),
+        _scratch_term("decode", preset, use.engines, place, recipe.vae_latents_per_step),
+    ]
+
+
+def _apart(preset: Preset, use: Use) -> Iterable[Term]:
+    if preset.text.kind == "umt5":
+        from longtake.training.umt5_paged import device_bytes
+
+        yield Term("text encoder, at a new prompt", device_bytes(preset.text, "bf16", False), "estimated")
+    if use.encode:
+        first = network_spec(preset, "bf16", "vae_encoder_first")
+        steady = network_spec(preset, "bf16", "vae_encoder_steady")
+        caches = 2 * total_bytes(steady.inputs[1:])
+        weights = _parameters(preset, "vae_encoder_first") * 2
+        yield Term("VAE encoder, before the start", int(weights + caches + total_bytes(first.inputs)), "estimated")
+
+
+def _at(term: Term, place: Place) -> Term:
+    return Term(term.name, term.bytes, term.known, place)
+
+
+def total_bytes(bindings: Iterable[Binding]) -> int:
+    """Bytes of some bindings; a dynamic dimension (the slot table's) counts 4, which is its most."""
+    sizes = ([n if isinstance(n, int) else 4 for n in b.shape] for b in bindings)
+    return int(sum(prod(shape) * ITEM_BYTES[b.dtype] for shape, b in zip(sizes, list(bindings), strict=True)))
+
+
+def static_bindings(dit: NetworkSpec) -> list[Binding]:
+    """What a backend keeps in place for the DiT: its inputs but for the caches, and its velocity."""
+    caches = {source for _, source in dit.aliases}
+    return [*(binding for binding in dit.inputs if binding.name not in caches), dit.outputs[0]]
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def weights_term(recipe: Recipe, preset: Preset, name: str, engines: Path | None) -> Term:
+    """Bytes of one network's weights: from its built segments or plan, or worked out from the preset."""
+    graph = graph_of(engines, name)
+    if graph is not None:
+        return Term(f"weights, {name}", sum(_stored(graph, weight) for weight in graph.weights), "exact")
+    plan = engines / f"{name}.plan" if engines else None
+    if plan is not None and plan.is_file():
+        return Term(f"weights, {name}", plan.stat().st_size, "estimated")  # a plan is its weights and little else
+    return Term(f"weights, {name}", weight_bytes(recipe, preset, name), "estimated")
+
+
+def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
+    """Bytes of a network's weights as `recipe` stores them: its linears in its precision, the rest in bf16."""
+    linears = _linear_parameters(preset, name) if name in ("dit", "context") else 0
+    return int(linears * LINEAR_BYTES[recipe.precision] + (_parameters(preset, name) - linears) * 2)
+
+
+def graph_of(engines: Path | None, name: str) -> SegmentedGraph | None:
+    """The cut network beside the plans, if it was cut."""
+    path = engines / f"{name}.segments.json" if engines else None
+    return segmented_graph.load(path) if path is not None and path.is_file() else None
+
+
+def _stored(graph: SegmentedGraph, name: str) -> int:
+    kind = graph.tensors[name]
+    return int(prod(int(n) for n in kind.shape) * ITEM_BYTES[kind.dtype])
+
+
+def _models(preset: Preset) -> dict[str, nn.Module]:
+    """The preset's DiT and VAE without data."""
+    from longtake.training.dit import CausalDiT
+    from longtake.training.vae import CausalVAE
+
+    with torch.device("meta"):
+        return {"dit": CausalDiT(preset.dit), "vae": CausalVAE(preset.vae)}
+
+
+def _parameters(preset: Preset, name: str) -> int:
+    """Weights that network `name` reads."""
+    if name == "text_encoder":
+        from longtake.training.text_encoder import text_encoder_for
+
+        with torch.device("meta"):
+            return sum(p.numel() for p in text_encoder_for(preset).parameters())
+    models = _models(preset)
+    if name.startswith("vae"):
+        part = "encoder." if name.startswith("vae_encoder") else "decoder."
+        return sum(p.numel() for n, p in models["vae"].named_parameters() if n.startswith(part))
+    return sum(p.numel() for n, p in models["dit"].named_parameters() if _of_context(n) == (name == "context"))
+
+
+def _linear_parameters(preset: Preset, name: str) -> int:
+    """Weights of the linears that a recipe quantizes, in network `name`."""
+    from longtake.training.networks import quantized_linears
+
+    dit = _models(preset)["dit"]
+    wanted = [n for n in quantized_linears(dit) if _of_context(n) == (name == "context")]
+    return sum(dit.get_parameter(f"{n}.weight").numel() for n in wanted)
+
+
+def _of_context(name: str) -> bool:
+    """Whether a DiT parameter is used once a prompt (network `context`), not in every pass."""
+    return name.startswith("text_embedding") or ".cross_attn.k" in name or ".cross_attn.v" in name or (
+        ".cross_attn.norm_k" in name
+    )  # fmt: skip
+
+
+# ---- memory of the executor --------------------------------------------------------------------------------------
+
+
+def _arena_term(
+    name: str, recipe: Recipe, preset: Preset, networks: tuple[str, ...], engines: Path | None, place: Place
+) -> Term:
+    """What is passed between segments: exact for built segments; a whole plan has none; otherwise estimated."""
+    graphs = [graph for network in networks if (graph := graph_of(engines, network)) is not None]
+    if graphs:
+        from longtake.runtime.backends.segmented_network import arena_layout
+
+        sizes = [arena_layout(g, {*g.inputs, *g.outputs, *g.weights})[1] for g in graphs]
+        return Term(name, sum(sizes), "exact", place)
+    if engines is not None or recipe.mode == "fused" or place == "decode" or networks == DECODER:
+        return Term(name, 0, "exact" if engines else "estimated", place)
+    dit = preset.dit
+    rows = 2 * preset.chunk_tokens * (6 * dit.dim)  # q, k, v, the residual stream and what a segment hands on
+    unpacked = 2 * (dit.dim * (6 * dit.dim + 2 * dit.ffn_dim)) if recipe.precision in ("w4a16", "nvfp4") else 0
+    return Term(name, rows + unpacked, "estimated", place)
+
+
+def _scratch_term(lane: str, preset: Preset, engines: Path | None, place: Place, latents: int = 1) -> Term:
+    """TensorRT's own scratch: what an earlier run of these engines wrote down, or estimated."""
+    measured = measured_scratch(engines).get(lane)
+    if measured is not None:
+        return Term(f"{lane} scratch", measured, "measured", place)
+    if lane == "denoise":
+        hidden = 2 * preset.chunk_tokens * preset.dit.ffn_dim
+        return Term("denoise scratch", FFN_TENSORS_ALIVE * hidden, "estimated", place)
+    # The largest activation enters the last level: full size of the pixel patches, width of the level before.
+    frames, width = preset.vae.stride[0] * latents, preset.vae.decoder_dim * preset.vae.dim_mult[1]
+    largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
+    return Term("decode scratch", DECODER_TENSORS_ALIVE * largest, "estimated", place)
+
+
+def measured_scratch(engines: Path | None) -> dict[str, int]:
+    """Scratch bytes by lane ("denoise", "decode") that a run of these engines wrote down; {} if none did."""
+    if engines is None or not (engines / MEASURED).is_file():
+        return {}
+    try:
+        given = read_json(engines / MEASURED)["scratch_bytes"]
+        return {str(lane): int(size) for lane, size in given.items()}
+    except (LongtakeError, KeyError, TypeError, ValueError, AttributeError):
+        return {}  # a figure of convenience: a damaged one is no reason to stop
