@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from longtake.engines.bundle import load_bundle
 from longtake.runtime.backends.base import Backend
@@ -16,12 +22,12 @@ from longtake.runtime.places import ENGINES, EXPORTS
 
 def engine_folder(options: BenchOptions) -> Path:
     """Where the recipe's plans are, or will be."""
-    return Path(options.engines) if options.engines else ENGINES / options.recipe
+    return (Path(options.engines) if options.engines else ENGINES) / options.the_recipe.name
 
 
 def export_folder(options: BenchOptions) -> Path:
     """Where the recipe's ONNX files are, or will be."""
-    return Path(options.onnx) if options.onnx else EXPORTS / options.the_recipe.onnx_name
+    return (Path(options.onnx) if options.onnx else EXPORTS) / options.the_recipe.onnx_name
 
 
 def networks_needed(options: BenchOptions) -> tuple[str, ...]:
@@ -37,22 +43,57 @@ def open_engines(options: BenchOptions) -> Backend:
         from longtake.runtime.backends.reference import ReferenceBackend
 
         return ReferenceBackend(export_folder(options), options.the_recipe, "no GPU here: timings are not figures")
-    from importlib import import_module
-
     folder = engine_folder(options)
-    onnx = load_bundle(folder).onnx
-    wanted = networks_needed(options)
-    weights = {name: random_weights(onnx / f"{name}.onnx", device) for name in wanted}
+    onnx, wanted, decode_device = load_bundle(folder).onnx, networks_needed(options), decode_device_from(options)
+    places = {name: (decode_device or device) if name.startswith("vae") else device for name in wanted}
     module = import_module(f"longtake.runtime.backends.{options.the_recipe.mode}")
     return module.open_backend(
-        folder, device=device, reason="random weights made on the device", weights=weights, networks=wanted
-    )
+        folder, device=device, reason="random weights made on the device", networks=wanted, decode_device=decode_device,
+        weights={name: random_weights(onnx / f"{name}.onnx", place) for name, place in places.items()},
+    )  # fmt: skip
+
+
+def decode_device_from(options: BenchOptions) -> torch.device | None:
+    """The GPU that decodes, if it was named."""
+    return torch.device(options.decode_device) if options.decode_device else None
 
 
 def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
     """The figures of our side."""
+    started = time.perf_counter()
     backend = open_engines(options)
+    save({"open_s": round(time.perf_counter() - started, 2), "budget": budget(options)})
     try:
-        return measure(backend, options, save)
+        figures = measure(backend, options, save)
+        if backend.device.type == "cuda" and "dit" in options.networks:
+            from longtake.runtime.bench.breakdown import dit_breakdown
+
+            gc.collect()
+            save(figures | {"dit_pass_ms": attempt(lambda: dit_breakdown(backend))})  # after the peak was taken
+        return figures
     finally:
         backend.close()
+
+
+def budget(options: BenchOptions) -> dict[str, Any]:
+    """What `longtake budget` promises for this run, or why that is not known."""
+
+    def work_out() -> dict[str, Any]:
+        from longtake.runtime.budget_terms import Use, budget_of
+
+        built = engine_folder(options)
+        use = Use(
+            decode="vae" in options.networks, decode_apart=bool(options.decode_device),
+            engines=built if (built / "bundle.json").is_file() else None,
+        )  # fmt: skip
+        return budget_of(options.the_recipe, use).as_json()
+
+    return attempt(work_out)
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` yields, or {"error": why not}: a side figure must not cost the benchmark."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001
+        return {"error": f"{type(error).__name__}: {error}"}

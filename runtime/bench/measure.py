@@ -6,6 +6,7 @@ each one's frames awaited (serial: every stage has the device to itself), then N
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,11 +49,10 @@ def measure(backend: Backend, options: BenchOptions, save: Save) -> dict[str, An
 
 def _measure_session(timed: TimedBackend, options: BenchOptions, figures: dict[str, Any], save: Save) -> None:
     decode = "vae" in options.networks
-    with _session(timed, options, decode) as session:  # compiles, captures and autotunes whatever is done lazily
-        figures["cold_first_chunk_s"] = round(_first_chunk(session), 3)
-    synchronize(timed.inner.device)
+    figures["cold_first_chunk_s"] = _throw_away_session(timed, options, decode)
     with _session(timed, options, decode) as session:
-        figures["first_chunk_s"] = round(_first_chunk(session), 4)
+        figures["first_chunk_s"], first = _first_chunk(session)
+        figures["sample"] = sample_of(first.latents)
         figures["first_chunk_ms"] = {name: round(sum(ms), 2) for name, ms in _taken(timed).items()}
         save(figures)
         for _ in range(options.warm_chunks - 1):
@@ -69,14 +69,31 @@ def _session(timed: TimedBackend, options: BenchOptions, decode: bool) -> Sessio
     return generator.session(SCRIPT, options.seed, steps=options.steps, guidance=1.0, decode=decode, endless=True)
 
 
+def _throw_away_session(timed: TimedBackend, options: BenchOptions, decode: bool) -> float:
+    """Do whatever is done lazily (compile, capture, autotune) in a first chunk; seconds that took."""
+    with _session(timed, options, decode) as session:
+        seconds, _ = _first_chunk(session)
+    del session  # its cache: the next session's takes the same place, and one is what a peak should show
+    gc.collect()
+    synchronize(timed.inner.device)
+    _taken(timed)
+    return seconds
+
+
+def sample_of(latents: torch.Tensor, count: int = 256) -> list[float]:
+    """Values spread over a chunk's latents, to see whether two sides computed the same."""
+    flat = latents.flatten()
+    return [round(float(value), 5) for value in flat[:: max(1, flat.numel() // count)][:count]]
+
+
 def _no_tokens(texts: list[str], length: int) -> torch.Tensor:
     return torch.ones(len(texts), length, dtype=torch.int32)
 
 
-def _first_chunk(session: Session) -> float:
+def _first_chunk(session: Session) -> tuple[float, Chunk]:
     start = time.perf_counter()
-    _await(next(session))
-    return time.perf_counter() - start
+    chunk = _await(next(session))
+    return round(time.perf_counter() - start, 4), chunk
 
 
 def _await(chunk: Chunk) -> Chunk:

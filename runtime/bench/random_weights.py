@@ -1,7 +1,8 @@
 """Random weights made on the device, a function of their name alone: engines and PyTorch are fed the same ones.
 
 A matrix or filter is uniform with variance 1/fan_in, so activations keep their scale through any number of layers;
-norms are ones, biases small. 4-bit and 8-bit forms come from the same codec as the exporter's.
+norms are ones, biases small. 4-bit and 8-bit forms come from the same codec as the exporter's. What is small enough to
+lie in the graph file of a skeleton is ones there, so it is ones here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from longtake.engines.onnx_file import TORCH_DTYPES
+from longtake.engines.onnx_file import TORCH_DTYPES, weights_from_onnx
 from longtake.engines.segment import constants_of
 
 NORM_NAMES = ("gamma", "norm.weight", "norm_q.weight", "norm_k.weight", "norm3.weight", "layer_norm.weight")
 PACKED = (".values", ".scales", ".scale")
+INLINE_BYTES = 1024  # export.files.INLINE_BYTES, of bf16 values
 CHUNK = 1 << 24  # elements quantized at a time: the codec's fp32 and int32 intermediates take some 40 bytes each
 
 
@@ -32,9 +34,7 @@ def random_weight(
     name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     """The weight called `name` (a state-dict key), rounded to bf16, in `dtype`. The same on every call on one device."""
-    if name.endswith("latent_mean"):
-        return torch.zeros(shape, device=device, dtype=dtype)
-    if name.endswith(("latent_std", *NORM_NAMES)):
+    if 2 * math.prod(shape) <= INLINE_BYTES or name.endswith(NORM_NAMES):
         return torch.ones(shape, device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed_of(name))
     values = torch.empty(shape, device=device, dtype=torch.bfloat16)
@@ -60,13 +60,18 @@ def fill(module: nn.Module, device: torch.device, dtype: torch.dtype = torch.bfl
 
 def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]], Iterator[tuple[str, Tensor]]]:
     """A WeightSource (engines/onnx_file.py) that makes an exported file's weights up: its data file may be absent."""
-    graph = onnx.load(str(onnx_path), load_external_data=False)
-    tensors = {name: (TORCH_DTYPES.get(t.data_type), tuple(t.dims)) for name, t in constants_of(graph).items()}
+    constants = constants_of(onnx.load(str(onnx_path), load_external_data=False))
+    tensors = {name: (TORCH_DTYPES.get(t.data_type), tuple(t.dims)) for name, t in constants.items()}
 
     def weights(names: set[str]) -> Iterator[tuple[str, Tensor]]:
         packed: tuple[str, dict[str, Tensor]] = ("", {})
         for name in sorted(names):
             base = base_name(name)
+            if (
+                "." not in name
+            ):  # no parameter but a constant of the graph itself, such as the ones of a plain LayerNorm
+                yield name, graph_constant(constants[name], onnx_path).to(device)
+                continue
             if base is None:
                 dtype, shape = tensors[name]
                 yield name, random_weight(name, shape, device, dtype or torch.bfloat16)
@@ -76,6 +81,13 @@ def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]]
             yield name, packed[1][name]
 
     return weights
+
+
+def graph_constant(tensor: onnx.TensorProto, onnx_path: Path) -> Tensor:
+    """A constant with the value it has in the file; a skeleton holds these itself, whatever their size."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return next(weights_from_onnx(onnx_path, {tensor.name}))[1]
+    return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).to(TORCH_DTYPES[tensor.data_type])
 
 
 def base_name(name: str) -> str | None:

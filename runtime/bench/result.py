@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ RATIOS = {
 }
 
 
-def report_of(options: BenchOptions, parts: dict[str, Figures], budget: Figures | None = None) -> Figures:
+def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
     """The report (see DESIGN, "Honest figures") of the parts measured so far; what is missing is null or says why."""
     recipe, preset = options.the_recipe, options.model
     ours = parts.get("engine", {})
@@ -60,7 +61,8 @@ def report_of(options: BenchOptions, parts: dict[str, Figures], budget: Figures 
         "stage_ms": ours.get("stage_ms", {}),
         "peak_gb": ours.get("peak_gb"),
         "peak_of": "GPU memory of the process, from the driver" if machine.get("gpu") else "resident memory (CPU)",
-        "budget": budget,
+        "budget": budget_beside(ours),
+        "agreement": agreement(parts),
         "roofline": roofline(recipe, options.steps, machine.get("gpu"), ours.get("stage_ms", {})),
         "error": ours.get("error"),
         "engine": ours,
@@ -77,6 +79,26 @@ def ratios(parts: dict[str, Figures]) -> dict[str, float]:
         if mine and other:
             found[name] = round(mine / other, 4)
     return found
+
+
+def budget_beside(ours: Figures) -> Figures | None:
+    """{"gb", "measured_gb", "off_by"}: the promise and the peak. None without a promise or a GPU's peak."""
+    promised, measured = (ours.get("budget") or {}).get("total_gb"), ours.get("peak_gb")
+    if not promised or not measured or not ours.get("machine", {}).get("gpu"):
+        return None
+    return {"gb": promised, "measured_gb": measured, "off_by": round(measured / promised - 1, 4)}
+
+
+def agreement(parts: dict[str, Figures]) -> dict[str, float]:
+    """Relative L2 distance of our first chunk's latents from each side's (same weights, seed and prompt).
+
+    It shows that the sides do the same work; random weights amplify what precision costs, so it is no accuracy figure.
+    """
+    ours = parts.get("engine", {}).get("sample")
+    if not ours or parts["engine"].get("backend") == "reference":  # that one has the export's weights
+        return {}
+    others = {name: side["sample"] for name, side in parts.items() if name != "engine" and side.get("sample")}
+    return {name: round(math.dist(ours, other) / max(math.hypot(*other), 1e-9), 5) for name, other in others.items()}
 
 
 def write_result(folder: Path, report: Figures) -> Path:
@@ -103,8 +125,14 @@ def table(report: Figures) -> str:
     rows += [_roofline_row(name, row) for name, row in report["roofline"].items()]
     stages = "  ".join(f"{name} {ms:.2f}" for name, ms in report["stage_ms"].items())
     rows.append(f"  milliseconds: {stages}")
-    if report["budget"]:
-        rows.append(f"  memory budget: {report['budget']}")
+    if apart := report["engine"].get("dit_pass_ms"):
+        rows.append(f"  a DiT pass, step by step, in ms: {apart}")
+    if budget := report["budget"]:
+        rows.append(
+            f"  memory: {budget['measured_gb']} GB measured, {budget['gb']} GB promised ({budget['off_by']:+.1%})"
+        )
+    for name, distance in report["agreement"].items():
+        rows.append(f"  first chunk's latents differ from {name}'s by {distance:.2%}")
     return "\n".join(rows)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.runtime.backends.base import Backend, Cache, Decoder
+from longtake.runtime.backends.base import Backend, Cache, Decoder, decode_device_of
 from longtake.runtime.bench.random_weights import seed_of
 from longtake.runtime.bench.timing import Marks
 
@@ -20,7 +20,7 @@ class TimedBackend:
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
-        self.marks, self.decode_marks = Marks(inner.device), Marks(getattr(inner, "decode_device", inner.device))
+        self.marks, self.decode_marks = Marks(inner.device), Marks(decode_device_of(inner))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

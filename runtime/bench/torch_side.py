@@ -11,8 +11,9 @@ from longtake.runtime.bench.gpu import device_from_name
 from longtake.runtime.bench.measure import Save, measure
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.random_weights import fill
+from longtake.runtime.bench.timing import Marks
 from longtake.runtime.bench.torch_backend import PlainTorchBackend
-from longtake.runtime.bench.torch_dit import PlainDiT
+from longtake.runtime.bench.torch_dit import ATTENTIONS, PlainDiT, attention, best_attention
 from longtake.runtime.bench.torch_vae import with_fast_norms
 from longtake.training.dit import CausalDiT
 from longtake.training.presets import Preset
@@ -56,8 +57,26 @@ def measure_torch(part: str, options: BenchOptions, save: Save) -> dict[str, Any
     dit = PlainDiT(random_dit(options.model, device), COMPILE[part])
     vae = random_vae(options.model, device, channels_last=False) if both else None
     backend = PlainTorchBackend(options.the_recipe, part, dit, vae, device)
+    dit.library, attention_ms = fastest_attention(options.model, device)
     figures = measure(backend, options, save)
-    return figures | {"attention": dit.library, "compile": COMPILE[part]}
+    return figures | {"attention": dit.library, "attention_ms": attention_ms, "compile": COMPILE[part]}
+
+
+@torch.no_grad()
+def fastest_attention(preset: Preset, device: torch.device) -> tuple[str, dict[str, float]]:
+    """The library that runs a full window's self-attention fastest, and each one's milliseconds."""
+    heads, dim, tokens = preset.dit.heads, preset.dit.head_dim, preset.chunk_tokens
+    q, k, v = (torch.randn(n * tokens, heads, dim, device=device, dtype=torch.bfloat16) for n in (1, 4, 4))
+    spent: dict[str, float] = {}
+    for name in ATTENTIONS:
+        marks = Marks(device)
+        with best_attention(name):
+            attention(q, k, v)
+            for _ in range(5):
+                with marks.span("attention"):
+                    attention(q, k, v)
+        spent[name] = round(min(marks.take()["attention"]), 3)
+    return min(spent, key=lambda name: spent[name]), spent
 
 
 def _measure_vae(options: BenchOptions, device: torch.device, save: Save) -> dict[str, Any]:
