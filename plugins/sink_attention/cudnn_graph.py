@@ -42,22 +42,25 @@ class CudnnAttention:
 
     def __init__(self, queries: int, keys: int, heads: int, dim: int, attention: str, handle: Any, device: Any = None):
         self._cudnn, self._handle = frontend(), handle
-        self._keep_amax = False
-        for keep_amax in (False, True):  # releases differ in whether an unused amax may be left out
-            self._build(queries, keys, heads, dim, attention, keep_amax, device)
+        declined = []
+        for option in ("AUTO", "COMPOSITE") if attention == "bf16" else (False, True):
             try:
+                self._build(queries, keys, heads, dim, attention, option, device)
                 self._graph.deselect_engines(["sdpa_fwd_prefill"])  # the frontend's own kernels: compiled with CuTe DSL
                 self._graph.build([self._cudnn.heur_mode.A, self._cudnn.heur_mode.FALLBACK])
                 break
             except Exception as error:  # cuDNN's types, and RuntimeError
-                if attention == "bf16" or keep_amax:
-                    raise UnavailableError(
-                        f"cuDNN has no {attention} attention for {queries} queries, {keys} keys, {heads} heads of {dim}",
-                        got=f"{type(error).__name__}: {str(error)[:2000]}",
-                    ) from None
+                declined.append(f"{option}: {type(error).__name__}: {str(error)[:1000]}")
+        else:
+            raise UnavailableError(
+                f"cuDNN has no {attention} attention for {queries} queries, {keys} keys, {heads} heads of {dim}",
+                got="; ".join(declined),
+            )
         self.workspace_bytes = int(self._graph.get_workspace_size())
 
-    def _build(self, queries: int, keys: int, heads: int, dim: int, attention: str, amax: bool, device: Any) -> None:
+    def _build(self, queries: int, keys: int, heads: int, dim: int, attention: str, option: Any, device: Any) -> None:
+        """Describe the graph. `option`: which of cuDNN's implementations (bf16), or whether the largest probability
+        and output are asked for as well (fp8: not every release lets them be left out)."""
         types = self._cudnn.data_type
         io = types.BFLOAT16 if attention == "bf16" else types.FP8_E4M3
         planned_for = {} if device is None else {"device_property": device, "sm_version": 90, "sm_count": 132}
@@ -69,13 +72,14 @@ class CudnnAttention:
         tensors = {name: graph.tensor(name=name, data_type=io, **_dense(n, heads, dim)) for name, n in sizes.items()}
         options: dict[str, Any] = {"attn_scale": dim**-0.5, "generate_stats": False, "name": "attention"}
         if attention == "bf16":
-            out, _ = graph.sdpa(**tensors, **options)
+            implementation = getattr(self._cudnn.attention_implementation, option)
+            out, _ = graph.sdpa(**tensors, **options, implementation=implementation)
         else:
             tensors |= {name: graph.tensor(name=name, data_type=types.FLOAT, **_one()) for name in FACTORS}
             out, _, *found = graph.sdpa_fp8(**tensors, **options)
             for name, tensor in zip(AMAX, found, strict=True):
-                tensor.set_output(amax).set_dim(_one()["dim"]).set_stride(_one()["stride"]).set_data_type(types.FLOAT)
-                if amax:
+                tensor.set_output(option).set_dim(_one()["dim"]).set_stride(_one()["stride"]).set_data_type(types.FLOAT)
+                if option:
                     tensors[name] = tensor
         layout = _dense(queries, heads, dim)
         out.set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"]).set_data_type(io)
