@@ -6,7 +6,7 @@ One packed layer is one run of bytes, so that one copy moves it; its tensors are
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from longtake.runtime.errors import UnavailableError
 
 ALIGNMENT = 256
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU
 State = dict[str, Tensor]
 
 
@@ -54,7 +55,7 @@ class Resident:
     def __init__(self, layout: Layout, pages: Tensor) -> None:
         self.layout, self.pages = layout, pages
 
-    def layers(self) -> Iterator[State]:
+    def layers(self) -> Generator[State, None, None]:
         """The layers' tensors, in order."""
         return (self.layout.views(page) for page in self.pages)
 
@@ -70,39 +71,39 @@ class Paged:
 
     def __init__(self, layout: Layout, pages: Tensor, device: torch.device) -> None:
         self.layout, self.pages, self.device = layout, pages, device
-        self.slots = [torch.empty(layout.size, dtype=torch.uint8, device=device) for _ in range(min(2, len(pages)))]
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.copying is not None:
             pin(pages)
-            weakref.finalize(self, unpin, pages)
+            weakref.finalize(self, unpin, pages).atexit = False  # CUDA may be gone by then
 
-    def layers(self) -> Iterator[State]:
-        """The layers' tensors, in order; each is valid until the next is asked for."""
+    def layers(self) -> Generator[State, None, None]:
+        """The layers' tensors, in order; each is valid until the next is asked for. The device pages live as long."""
+        slots = torch.empty(min(2, len(self.pages)), self.layout.size, dtype=torch.uint8, device=self.device)
         if self.copying is None:
-            yield from (self.layout.views(self._copied(i)) for i in range(len(self.pages)))
+            yield from (self.layout.views(slots[i % 2].copy_(page)) for i, page in enumerate(self.pages))
             return
         computing = torch.cuda.current_stream(self.device)
-        self.copying.wait_stream(computing)  # whatever used the slots before was queued there
-        arrived = [self._bring(i, self.copying) for i in range(len(self.slots))]
-        for i in range(len(self.pages)):
-            computing.wait_event(arrived[i % 2])  # the copy is on another stream
-            yield self.layout.views(self.slots[i % 2])
-            if i + 2 < len(self.pages):
-                self.copying.wait_stream(computing)  # layer i, queued by now, still reads the slot
-                arrived[i % 2] = self._bring(i + 2, self.copying)
+        self.copying.wait_stream(computing)  # whatever had the slots' memory before was queued there
+        try:
+            arrived = [self._bring(i, slots[i], self.copying) for i in range(len(slots))]
+            for i in range(len(self.pages)):
+                computing.wait_event(arrived[i % 2])  # the copy is on another stream
+                yield self.layout.views(slots[i % 2])
+                if i + 2 < len(self.pages):
+                    self.copying.wait_stream(computing)  # layer i, queued by now, still reads the slot
+                    arrived[i % 2] = self._bring(i + 2, slots[i % 2], self.copying)
+        finally:
+            computing.wait_stream(self.copying)  # who gets the slots' memory next must not meet a late copy
 
-    def _bring(self, index: int, stream: torch.cuda.Stream) -> torch.cuda.Event:
+    def _bring(self, index: int, slot: Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:
         with torch.cuda.stream(stream):
-            self._copied(index)
+            slot.copy_(self.pages[index], non_blocking=True)
         return stream.record_event()
-
-    def _copied(self, index: int) -> Tensor:
-        return self.slots[index % 2].copy_(self.pages[index], non_blocking=True)
 
 
 def pin(pages: Tensor) -> None:
     """Page-lock host memory in place: torch's own pinned memory comes in powers of two, 16 GiB for 9."""
-    result = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, 0)
+    result = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE)
     if int(result):
         raise UnavailableError(f"{pages.nbytes / 1e9:.1f} GB of host memory can't be pinned", got=f"CUDA error {result}",
                                fix="free host memory, or keep the text encoder in 8 bits or on the device")  # fmt: skip

@@ -11,6 +11,7 @@ Legend: P prompts, E tokens of a prompt (padded).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +131,9 @@ class PagedUMT5:
         x = rows.to(self.device, WORKING)
         on_device = words.to(self.device)
         mask = (~on_device).to(torch.float32)[:, None, None, :] * MASKED
-        for state in self._pages.layers():
-            x = functional_call(self._block, state, (x, mask, self._buckets))
+        with closing(self._pages.layers()) as layers:
+            for state in layers:
+                x = functional_call(self._block, state, (x, mask, self._buckets))
         return self._norm(x).float().unflatten(0, tokens.shape) * on_device[..., None].to(torch.float32)
 
     @property
