@@ -120,7 +120,5 @@ def _other_backend(source: Source, models: Models, backend: Backend) -> Backend:
 
 
 def models_tokenizer(models: Models) -> Any:
-    """The tokenizer with the vocabulary of `models`."""
-    from longtake.training.text_encoder import tokenize
-
-    return lambda texts, length: tokenize(texts, length, models.vocabulary)
+    """The tokenizer of `models`' text encoder."""
+    return models.text.tokenizer
