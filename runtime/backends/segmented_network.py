@@ -93,7 +93,9 @@ def aliases_of(step: Step) -> dict[str, str]:
 class SegmentedNetwork:
     """One cut network on the device. `run` takes the whole network's inputs and outputs by name.
 
-    `attention`: what the recipe wants sink attention computed in, "bf16" or "fp8".
+    scratch: what a plan or an op needs while it runs; they take turns. arena: the tensors between steps, which nobody
+    needs after `run`. Both may be shared by networks that run one after another.
+    attention: what the recipe wants sink attention computed in, "bf16" or "fp8".
     """
 
     def __init__(
@@ -103,12 +105,16 @@ class SegmentedNetwork:
         scratch: Scratch,
         contexts_per_step: bool = False,
         attention: str = "bf16",
+        arena: Scratch | None = None,
     ) -> None:
         self.graph, self.device, self.scratch = graph, host.device, scratch
         self.contexts_per_step, self.attention = contexts_per_step, attention
         self.engines = {s.name: host.load(s.name, segment_spec(s)) for s in graph.segments}
         for engine in self.engines.values():
             scratch.reserve(engine.scratch_bytes)
+        self.arena = arena or Scratch(host.device)
+        self._offsets, size = arena_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights})
+        self.arena.reserve(size)
         self._contexts: dict[tuple[str, int], TrtContext] = {}
         self._fixed: dict[str, Tensor] = {}
         self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], Launcher] = {}
@@ -131,14 +137,10 @@ class SegmentedNetwork:
             )
 
     def prepare(self) -> None:
-        """Allocate the arena and create the contexts (TensorRT-RTX compiles kernels here); keep those for next time."""
-        given = {*self.graph.inputs, *self.graph.outputs, *self.graph.weights}
-        offsets, size = arena_layout(self.graph, given)
-        arena = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
-        for name, offset in offsets.items():
-            kind = self.graph.tensors[name]
-            piece = arena[offset : offset + prod(map(int, kind.shape)) * TORCH_DTYPES[kind.dtype].itemsize]
-            self._fixed[name] = piece.view(TORCH_DTYPES[kind.dtype]).view(tuple(map(int, kind.shape)))
+        """Create the contexts (TensorRT-RTX compiles kernels here) and keep them for next time; place the arena.
+
+        All networks that share scratch or arena must have been constructed: neither grows after this.
+        """
         for i, step in enumerate(self.graph.steps):
             key = (step.name, i if self.contexts_per_step else 0)
             if step.kind == "segment" and key not in self._contexts:
@@ -146,8 +148,12 @@ class SegmentedNetwork:
         for engine in self.engines.values():
             engine.keep_compiled_kernels()
         self._launchers = {i: self._launcher(step) for i, step in enumerate(self.graph.steps) if step.kind != "segment"}
-        size = max((launcher.workspace_bytes for launcher in self._launchers.values()), default=0)
-        self._workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
+        self.scratch.reserve(max((launcher.workspace_bytes for launcher in self._launchers.values()), default=0))
+        for name, offset in self._offsets.items():
+            kind = self.graph.tensors[name]
+            size = prod(map(int, kind.shape)) * TORCH_DTYPES[kind.dtype].itemsize
+            piece = self.arena.memory[offset : offset + size]
+            self._fixed[name] = piece.view(TORCH_DTYPES[kind.dtype]).view(tuple(map(int, kind.shape)))
 
     def _launcher(self, step: Step) -> Launcher:
         """The op's kernels, compiled and loaded for this step's shapes; a table's length is told at each launch."""
@@ -195,4 +201,4 @@ class SegmentedNetwork:
         inputs = zip(OPS[step.name].inputs, step.inputs, strict=True)
         table_length = next((values[name].numel() for spec, name in inputs if spec.shape == ("W",)), 0)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._launchers[index].launch(pointers, stream, self._workspace.data_ptr(), table_length)
+        self._launchers[index].launch(pointers, stream, self.scratch.address, table_length)

@@ -45,7 +45,12 @@ class WholeNetwork:
 
 
 def network_from_bundle(
-    bundle: Bundle, name: str, host: EngineHost, scratch: Scratch, weights: WeightSource | None = None
+    bundle: Bundle,
+    name: str,
+    host: EngineHost,
+    scratch: Scratch,
+    arena: Scratch,
+    weights: WeightSource | None = None,
 ) -> Network:
     """Load one network: verified plans; a cut network's weights come from `weights`, or its verified ONNX file."""
     cut = bundle.folder / f"{name}.segments.json"
@@ -55,7 +60,7 @@ def network_from_bundle(
         spec = network_spec(bundle.recipe.model, bundle.recipe.cache, name).as_json()
         return WholeNetwork(host.load(name, spec), scratch)
     bundle.check_file(cut)
-    network = SegmentedNetwork(host, segmented_graph.load(cut), scratch, attention=bundle.recipe.attention)
+    network = SegmentedNetwork(host, segmented_graph.load(cut), scratch, attention=bundle.recipe.attention, arena=arena)
     network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
 
@@ -121,13 +126,17 @@ class TrtBackend:
     def _load(self, names: Sequence[str], device: torch.device) -> None:
         """Networks that run one after another: they share scratch, which those on another stream may not."""
         with torch.cuda.device(device):
-            host, scratch = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device)
-            loaded = {
-                name: network_from_bundle(self.bundle, name, host, scratch, self._weights.get(name)) for name in names
-            }
-            for network in loaded.values():
-                network.prepare()
-            self.networks |= loaded
+            self.networks |= self._prepared(names, device)
+
+    def _prepared(self, names: Sequence[str], device: torch.device) -> dict[str, Network]:
+        host, scratch, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device), Scratch(device)
+        loaded = {
+            name: network_from_bundle(self.bundle, name, host, scratch, arena, self._weights.get(name))
+            for name in names
+        }
+        for network in loaded.values():  # only now: each has said how much it needs
+            network.prepare()
+        return loaded
 
     def _prove_caches_in_place(self) -> bool:
         with torch.cuda.device(self.decode_device):
@@ -271,12 +280,7 @@ class TrtBackend:
         if not set(ENCODER) <= set(networks_in(self.bundle)):
             return TorchEncoder(vae_from_checkpoints(self.preset, self.checkpoints), self.device)
         with torch.cuda.device(self.device):
-            host, scratch = EngineHost(self.bundle.folder, self._flavour, self.device), Scratch(self.device)
-            networks = {
-                name: network_from_bundle(self.bundle, name, host, scratch, self._weights.get(name)) for name in ENCODER
-            }
-            for network in networks.values():
-                network.prepare()
+            networks = self._prepared(ENCODER, self.device)
             specs = self.specs[ENCODER[0]], self.specs[ENCODER[1]]
             stream = TrtStream(networks, specs, self.allocate, Lane(self.device), in_place=False)
         self._sample_memory()

@@ -39,7 +39,7 @@ _DTYPE_OF = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "I
 
 
 class Scratch:
-    """Device memory that contexts use while they run, so its contexts must run one after another."""
+    """Device memory that holds nothing between two uses, so whatever shares it must run one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.size = device, 256
@@ -52,10 +52,15 @@ class Scratch:
         self.size = max(self.size, size)
 
     @property
-    def address(self) -> int:
+    def memory(self) -> Tensor:
+        """uint8 [size], allocated by the first use."""
         if self._memory is None:
             self._memory = torch.empty(self.size, dtype=torch.uint8, device=self.device)
-        return self._memory.data_ptr()
+        return self._memory
+
+    @property
+    def address(self) -> int:
+        return self.memory.data_ptr()
 
 
 class RuntimeCaches:

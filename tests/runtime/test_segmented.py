@@ -16,8 +16,15 @@ from torch import Tensor
 
 from longtake.engines.segment import constants_of, segments_from_onnx
 from longtake.engines.segmented_graph import SegmentedGraph, Step
-from longtake.runtime.backends.segmented_network import SegmentedNetwork, aliases_of, arena_layout, storage_bytes
+from longtake.runtime.backends.segmented_network import (
+    FreeSpace,
+    SegmentedNetwork,
+    aliases_of,
+    arena_layout,
+    storage_bytes,
+)
 from longtake.runtime.backends.trt_engine import Scratch
+from longtake.runtime.errors import LongtakeError
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).parents[1] / "engines" / "miniature.py")
 miniature = importlib.util.module_from_spec(_spec)
@@ -56,11 +63,11 @@ class CpuNetwork(SegmentedNetwork):
             values[name].copy_(torch.from_numpy(result))
 
 
-def network_of(model: Any) -> CpuNetwork:
+def network_of(model: Any, scratch: Scratch | None = None, arena: Scratch | None = None) -> CpuNetwork:
     cut = segments_from_onnx(model, "dit")
     cpu = torch.device("cpu")
     host = SimpleNamespace(device=cpu, load=lambda name, spec: OnnxEngine(cut.models[name]))
-    network = CpuNetwork(host, cut.graph, Scratch(cpu))
+    network = CpuNetwork(host, cut.graph, scratch or Scratch(cpu), arena=arena)
     constants = constants_of(model)
     network.load_weights((n, torch.from_numpy(numpy_helper.to_array(constants[n]).copy())) for n in cut.graph.weights)
     network.prepare()
@@ -115,6 +122,36 @@ def test_tensors_alive_together_never_overlap_and_depth_costs_no_memory(packed: 
                 assert one == other or not (together and overlap), (one, other)
         sizes.append(end)
     assert sizes[0] == sizes[1]
+
+
+def test_networks_that_take_turns_share_their_memory() -> None:
+    cpu = torch.device("cpu")
+    scratch, arena = Scratch(cpu), Scratch(cpu)
+    networks = [network_of(miniature.model_of_layers(layers), scratch, arena) for layers in (4, 2)]
+    for layers, network in zip((4, 2), networks):
+        tensors = tensors_for(layers)
+        whole = miniature.run_whole(miniature.model_of_layers(layers), miniature.feeds_for(layers))
+        network.run(tensors)
+        assert np.allclose(tensors["velocity"].numpy(), whole["velocity"], rtol=1e-4, atol=1e-5)
+    places = [network._fixed[name].data_ptr() for network in networks for name in network._offsets]
+    assert all(arena.address <= place < arena.address + arena.size for place in places)
+
+
+def test_gaps_of_an_arena_are_used_and_joined() -> None:
+    space = FreeSpace()
+    a, b, c = (space.take(size) for size in (100, 200, 300))
+    space.give_back(a, 100)
+    space.give_back(b, 200)
+    assert space.take(250) == a and space.end == 600
+    space.give_back(c, 300)
+    assert space.take(400) == 250 and space.end == 650  # the free end is used before the arena grows
+
+
+def test_a_source_that_lacks_weights_is_named() -> None:
+    network = network_of(miniature.model_of_layers(1))
+    network._fixed.clear()
+    with pytest.raises(LongtakeError, match="network dit lacks weights"):
+        network.load_weights_from(lambda names: iter([(sorted(names)[0], torch.zeros(1))]))
 
 
 def test_only_writes_are_in_place() -> None:
@@ -243,6 +280,48 @@ def test_decoding_equals_the_reference_and_can_be_resumed(pair: Any) -> None:
         assert error(got, theirs.decode(latent)) < segmented.recipe.gate.vae, i
         if i >= 2:
             assert torch.equal(resumed.decode(latent.to(segmented.device)), got)
+
+
+@pytest.mark.gpu
+def test_steady_loop_allocates_nothing_and_keeps_one_set_of_vae_caches(pair: Any) -> None:
+    segmented, _ = pair
+    segmented.cuda_graphs = True
+    context, cache, decoder = context_of(segmented), segmented.new_cache(), segmented.new_decoder()
+    given = [tensor.to(segmented.device) for tensor in conditions(segmented, 1)]
+    table, latent = torch.tensor([0, 1, -1], dtype=torch.int32, device=segmented.device), given[0][:, :, 0].clone()
+    slots = [torch.tensor([slot], dtype=torch.int32) for slot in (-1, 2)]
+
+    def chunk() -> None:
+        for slot in slots:
+            segmented.dit(*given, context, cache, table, slot)
+        decoder.decode(latent)
+
+    for _ in range(3):
+        chunk()
+    torch.cuda.synchronize()
+    counted, free = torch.cuda.memory_stats()["allocation.all.allocated"], torch.cuda.mem_get_info()[0]
+    for _ in range(10):
+        chunk()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == counted
+    assert torch.cuda.mem_get_info()[0] == free
+    assert segmented._in_place, "the plan of vae_steady did not stand its caches in place"
+
+
+@pytest.mark.gpu
+def test_decoder_on_a_second_gpu(pair: Any) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    from longtake.runtime.backends.segmented import open_backend
+
+    one, _ = pair
+    two = open_backend(one.bundle.folder, reason="test", decode_device=torch.device("cuda:1"))
+    latent = torch.randn(1, one.preset.vae.z_channels, *one.preset.latent_hw)
+    decoders = one.new_decoder(), two.new_decoder()
+    for _ in range(3):
+        here, there = (d.decode(latent.to(b.decode_device)) for d, b in zip(decoders, (one, two)))
+        assert there.device.index == 1 and error(there, here) < 1e-3
+    two.close()
 
 
 @pytest.mark.gpu
