@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from longtake.engines.flavour import Flavour
 from longtake.engines.manifest import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
 from longtake.engines.messages import Messages
 from longtake.engines.onnx_file import onnx_digest, read_graph
+from longtake.engines.precheck import require_resources
 from longtake.engines.progress import BuildProgress, Interrupts
 from longtake.engines.recipe import Recipe
 from longtake.engines.segment import segments_from_onnx
 from longtake.engines.segmented_graph import Segment
-from longtake.engines.spec import NETWORKS, network_spec
+from longtake.engines.spec import networks_of, recipe_spec
 from longtake.plugins.capability import RTX_TARGETS, lookup
 from longtake.plugins.spec import DOMAIN, OPS
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.runtime.files import atomic_path, require_disk
+from longtake.runtime.files import atomic_path
 from longtake.runtime.settings import settings_from_environment
 
 log = logging.getLogger(__name__)
@@ -82,27 +84,39 @@ def require_buildable(recipe: Recipe, flavour: Flavour, machine: str | None) -> 
 
 
 def build_recipe(
-    recipe: Recipe, onnx_folder: Path, out: Path, flavour: Flavour, machine: str | None, show_progress: bool = True
+    recipe: Recipe,
+    onnx_folder: Path,
+    out: Path,
+    flavour: Flavour,
+    machine: str | None,
+    show_progress: bool = True,
+    inside: Collection[str] = (),
 ) -> list[PlanResult]:
     """Build every plan of `recipe` into `out`; plans that are up to date are left alone.
 
+    Args:
+        inside: networks of a segmented recipe that are built in one piece, weights inside; without custom ops only.
+
     Raises:
-        UnavailableError: this machine cannot build it.
+        UnavailableError: this machine cannot build it, or lacks memory or disk for it.
         LongtakeError: an ONNX file is missing, does not parse, or does not match the spec.
     """
     require_buildable(recipe, flavour, machine)
-    jobs = [job for name in NETWORKS for job in _jobs_of(recipe, name, onnx_folder / f"{name}.onnx", out)]
-    require_disk(out, 2 * sum(f.stat().st_size for f in onnx_folder.glob("*.onnx*") if f.is_file()))
+    names = networks_of(recipe.model)
+    jobs = [job for name in names for job in _jobs_of(recipe, name, onnx_folder / f"{name}.onnx", out, inside)]
+    require_resources(recipe, [job.source for job in jobs], out)
     return [_built(job, recipe, out, flavour, show_progress) for job in jobs]
 
 
-def _jobs_of(recipe: Recipe, network: str, path: Path, out: Path) -> list[PlanJob]:
+def _jobs_of(recipe: Recipe, network: str, path: Path, out: Path, inside: Collection[str]) -> list[PlanJob]:
+    """The plans of one network. A segmented recipe's networks are cut, those without custom ops into one segment: their
+    weights go from the exported file to the device, and no plan holds them."""
     model = read_graph(path)
     ops = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
     segments = out / f"{network}.segments.json"
-    if recipe.mode == "fused" or not ops:
+    if recipe.mode == "fused" or (network in inside and not ops):
         segments.unlink(missing_ok=True)  # of an earlier, segmented build: where one lies, the network is run cut
-        spec = network_spec(recipe.model, recipe.cache, network).as_json()
+        spec = recipe_spec(recipe, network).as_json()
         return [PlanJob(network, path, onnx_digest(path), spec, ops)]
     cut = segments_from_onnx(model, network)
     segmented_graph.save(cut.graph, segments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,18 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--onnx", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
     parser.add_argument("--out", type=Path, default=ENGINES, metavar="FOLDER", help="default: engines/build")
+    parser.add_argument(
+        "--skeleton",
+        action="store_true",
+        help="build from graphs without weights, exported without checkpoints if need be (segmented recipes)",
+    )
+    parser.add_argument(
+        "--weights-inside",
+        action="append",
+        default=[],
+        metavar="NETWORK",
+        help="of a segmented recipe: build this network (a VAE one, say) with its weights inside; may be repeated",
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         flavour = flavour_of(recipe, machine)
         print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
         print(f"  {flavour.reason}")
-        results = build(recipe, args.onnx / recipe.onnx_name, args.out / recipe.name, flavour, machine)
+        results = build(recipe, args.onnx / recipe.onnx_name, args.out / recipe.name, flavour, machine,
+                        skeleton=args.skeleton, inside=args.weights_inside)  # fmt: skip
         print(format_results(results))
     return 0
 
@@ -69,8 +82,21 @@ def _buildable(machine: str | None) -> list[Recipe]:
     return recipes
 
 
-def build(recipe: Recipe, onnx: Path, out: Path, flavour: Flavour, machine: str | None) -> list[PlanResult]:
+def build(
+    recipe: Recipe,
+    onnx: Path,
+    out: Path,
+    flavour: Flavour,
+    machine: str | None,
+    *,
+    skeleton: bool = False,
+    inside: Collection[str] = (),
+) -> list[PlanResult]:
     """Export if need be, build, and describe the folder in bundle.json.
+
+    Args:
+        skeleton: an export without weights will do.
+        inside: see `build_recipe`.
 
     Raises:
         IntegrityError: an exported file is not what was exported; no plan is built from it.
@@ -81,9 +107,9 @@ def build(recipe: Recipe, onnx: Path, out: Path, flavour: Flavour, machine: str 
         from longtake.export.cli import export
 
         print(f"  {onnx} is not exported yet; exporting first")
-        export(recipe, None, onnx, force=False, parity=False)
-    require_recipe(load_index(onnx), onnx, recipe)
-    results = build_recipe(recipe, onnx, out, flavour, machine, show_progress=sys.stderr.isatty())
+        export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
+    require_recipe(load_index(onnx), onnx, recipe, content=recipe.mode == "fused")
+    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside)
     write_bundle(out, recipe, flavour, onnx, [result.path for result in results])
     return results
 

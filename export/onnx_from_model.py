@@ -102,7 +102,14 @@ def _without_content(model: onnx_ir.Model, names: set[str]) -> list[tuple[onnx_i
     for name, value in model.graph.initializers.items():
         if name in names and value.const_value is not None:
             tensor = value.const_value
-            found.append((value, onnx_ir.ExternalTensor("", 0, 0, tensor.dtype, shape=onnx_ir.Shape(tensor.shape), name=name)))
+            found.append(
+                (
+                    value,
+                    onnx_ir.ExternalTensor(
+                        "", 0, 0, tensor.dtype, shape=onnx_ir.Shape([int(d) for d in tensor.shape]), name=name
+                    ),
+                )
+            )
             value.const_value = None
     return found
 
