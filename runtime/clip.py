@@ -60,6 +60,14 @@ def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
     return torch.stack(latents[:whole], dim=1)
 
 
+def check_clip(source: Path) -> None:
+    """Raise what `latents_from_clip` does, as far as that is known without a model."""
+    if source.suffix == ".safetensors":
+        _latents_in(source)
+    else:
+        probe_video(source)
+
+
 def _whole(frames: int, preset: Preset) -> int:
     """The most frames, up to `frames`, that are a whole number of chunks; 0 if there are too few for one."""
     chunks = (frames + preset.vae.stride[0] - 1) // (preset.vae.stride[0] * preset.chunk_latents)
@@ -77,9 +85,14 @@ def _groups(frames: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
 
 def latents_from_file(source: Path, preset: Preset) -> Tensor:
     """Latents from a safetensors file with one tensor "latents", [F, C, h, w] or [1, F, C, h, w]. See above."""
+    return _checked(source, *_latents_in(source), preset)
+
+
+def _latents_in(source: Path) -> tuple[Tensor | None, list[str]]:
+    """The tensor called "latents", if there is one, and the names of all."""
     if not source.is_file():
         raise LongtakeError(f"{source} does not exist" if not source.exists() else f"{source} is not a file",
-                            expected="a file of latents", fix="check the path")  # fmt: skip
+                            got="a folder" if source.is_dir() else "nothing there", expected="a file of latents", fix="check the path")  # fmt: skip
     try:
         with safe_open(str(source), "pt") as opened:
             if (opened.metadata() or {}).get("format") == SESSION_FORMAT:
@@ -90,7 +103,7 @@ def latents_from_file(source: Path, preset: Preset) -> Tensor:
     except (SafetensorError, OSError, ValueError) as error:
         raise IntegrityError(f"{source} is no readable file of latents", got=str(error)[:200],
                              expected="a whole safetensors file", fix="write it again") from None  # fmt: skip
-    return _checked(source, latents, names, preset)
+    return latents, names
 
 
 def _checked(source: Path, latents: Tensor | None, names: list[str], preset: Preset) -> Tensor:

@@ -24,6 +24,7 @@ from longtake.runtime.report import Report, conditions_of_run, table, write_repo
 from longtake.runtime.session import CancelledError, Chunk, Session
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import BACKEND_NAMES, ORACLE, Promise
+from longtake.runtime.start import start_of
 from longtake.runtime.story import Story, check_fits, checked_prompt, frame_count, story_from_file, story_from_prompt
 from longtake.runtime.video import VideoWriter
 
@@ -116,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, open the engines, generate."""
     story = _story(args)
     out = _output(args, story)
+    if story is not None:
+        start_of(story, args.image, args.continue_from, _clip_words(args)).check()
     with Generator.from_engines(
         args.engines, _backend_name(args.backend), args.device, args.decode_device, _promise(args, story)
     ) as generator:
@@ -253,8 +256,8 @@ def _story(args: argparse.Namespace) -> Story | None:
         if fixed:
             raise LongtakeError("a saved session fixes how it is sampled", got=", ".join(fixed) + " with --load-session",
                                 fix=f"leave out {fixed[0]}")  # fmt: skip
-        if args.image or args.continue_from:
-            raise LongtakeError("a saved session has begun already", got="--image or --continue-from",
+        if args.image or args.continue_from or args.clip_prompt:
+            raise LongtakeError("a saved session has begun already", got="--image, --continue-from or --clip-prompt",
                                 expected="a new video", fix="leave out --load-session")  # fmt: skip
     if args.prompt is not None:
         return story_from_prompt(args.prompt, args.chunks or 1)
@@ -270,8 +273,7 @@ def _session(generator: Generator, args: argparse.Namespace, story: Story | None
     """A new session, or a saved one with the story after what it still had to do."""
     if not args.load_session:
         given = {key: getattr(args, key) for key in ("steps", "guidance", "negative_prompt", "image", "continue_from")}
-        clip = None if args.clip_prompt is None else [checked_prompt(args.clip_prompt, "the clip's prompt")]
-        session = generator.session(story or (), seed=args.seed, clip=clip, **given)
+        session = generator.session(story or (), seed=args.seed, clip=_clip_words(args), **given)
         if session.next_index:
             print(f"clip: {session.next_index} chunks taken in; the video written is what comes after them", flush=True)
         return session
@@ -284,6 +286,10 @@ def _session(generator: Generator, args: argparse.Namespace, story: Story | None
     for segment in story.segments if story else ():
         session.extend(segment.chunks, segment.prompt, segment.cut)
     return session
+
+
+def _clip_words(args: argparse.Namespace) -> list[str] | None:
+    return None if args.clip_prompt is None else [checked_prompt(args.clip_prompt, "the clip's prompt")]
 
 
 def _total(session: Session, asked: int | None) -> int:

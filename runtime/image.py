@@ -69,7 +69,10 @@ def _opened(source: Path) -> Any:
                     clear = upright.convert("RGBA")
                     return Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear).convert("RGB")
                 return _as_rgb(upright)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except Image.DecompressionBombError:
+        raise LongtakeError(f"image {source} is too large", got="a size that PIL refuses to decode",
+                            expected=f"at most {MOST_PIXELS // 10**6} million", fix="shrink it first") from None  # fmt: skip
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         # PIL says "cannot identify" with the whole path; what matters is that it is no picture, or a broken one
         kind = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)[:200]
         raise LongtakeError(f"cannot read image {source}", got=kind, expected="a whole picture file", fix=FIX) from None

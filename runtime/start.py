@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.clip import latents_from_clip
+from longtake.runtime.clip import check_clip, latents_from_clip
 from longtake.runtime.errors import LongtakeError
-from longtake.runtime.image import image_from_file, image_from_pixels
+from longtake.runtime.image import LEAST_SIDE, image_from_file, image_from_pixels
 from longtake.runtime.session import Session
 from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
 
@@ -36,6 +36,13 @@ class Start:
         if self.image is not None and self.clip is not None:
             raise LongtakeError("a video starts from an image or from a clip", got="both", expected="one of the two",
                                 fix="leave one out")  # fmt: skip
+
+    def check(self) -> None:
+        """Raise LongtakeError for a file that cannot be used, as far as that is known without a model."""
+        if isinstance(self.image, (str, Path)):
+            image_from_file(self.image, LEAST_SIDE, LEAST_SIDE)
+        if isinstance(self.clip, (str, Path)):
+            check_clip(Path(self.clip))
 
     def encoded(self, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
         """The picture's latent, fp32 [1, C, h, w], and the clip's, fp32 [1, F, C, h, w]; None for what isn't given.

@@ -160,7 +160,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """An input container and its first video stream."""
     if not path.is_file():
         raise LongtakeError(f"{path} does not exist" if not path.exists() else f"{path} is not a file",
-                            expected="a video file", fix="check the path")  # fmt: skip
+                            got="a folder" if path.is_dir() else "nothing there", expected="a video file",
+                            fix="check the path")  # fmt: skip
     if not path.stat().st_size:
         raise LongtakeError(f"{path} is empty", got="0 bytes", expected="a video file", fix="write it again")
     with _as_error(path, "cannot read"), av.open(str(path)) as container:
