@@ -56,10 +56,19 @@ def test_only_what_was_run_says_runs() -> None:
         ("segmented", "tensorrt_rtx", "1.7.1.116", "7.5", "bf16", "no"),
         ("segmented", "tensorrt_rtx", "1.5.0", "9.0", "bf16", "no"),
         ("segmented", "tensorrt", "10.13", "9.0", "w4a16", "not run"),
+        ("segmented", "tensorrt_rtx", "1.6.1.120", "9.0", "fp8", "built, not run"),
+        ("segmented", "tensorrt_rtx", "1.7.1.116", "9.0", "fp8", "no"),
+        ("fused", "tensorrt_rtx", "1.7.1.116", "8.9", "fp8", "built, not run"),
+        ("fused", "tensorrt_rtx", "1.7.1.116", "8.6", "fp8", "no"),
     ],
 )
 def test_known_answers(backend: str, flavour: str, version: str, capability: str, precision: str, status: str) -> None:
     assert lookup(backend, flavour, version, capability, precision).status == status
+
+
+def test_8_bits_on_ampere_are_refused_with_what_to_use_instead() -> None:
+    verdict = lookup("fused", "tensorrt_rtx", "1.7.1.116", "8.6", "fp8")
+    assert "no FP8 arithmetic" in verdict.reason and "w4a16" in verdict.fix
 
 
 def test_a_no_always_names_a_reason_and_a_fix() -> None:
