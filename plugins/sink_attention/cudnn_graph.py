@@ -88,7 +88,7 @@ class CudnnAttention:
     def run(self, pointers: Mapping[str, int], workspace: int, stream: int) -> None:
         """Enqueue on a raw stream handle. `pointers`: addresses of q, k, v, out; for fp8 also FACTORS and AMAX."""
         self._cudnn.set_stream(self._handle, stream)
-        given = {tensor: pointers[name] for name, tensor in self._tensors.items()}
+        given = {tensor.uid: pointers[name] for name, tensor in self._tensors.items()}
         self._graph.execute(given, workspace, handle=self._handle)
 
 
