@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import logging
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 
 from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.runtime.files import atomic_path, sha256
 
 if TYPE_CHECKING:
     import tokenizers
 
 logger = logging.getLogger(__name__)
 
-FOLDER, FILE = "tokenizer", "tokenizer.json"
+FOLDER, FILE, SENTENCEPIECE = "tokenizer", "tokenizer.json", "spiece.model"
+PLACES = (FOLDER, "google/umt5-xxl", ".")  # in a model's folder: ours and diffusers', Wan's, the tokenizer's own
 PAD, END = "<pad>", "</s>"
 # A piece has 16 characters at most unless it was trained otherwise: eight times that can't end before the last token.
 CHARACTERS_PER_TOKEN = 128
@@ -56,10 +59,7 @@ class PieceTokenizer:
             IntegrityError: it is no tokenizer, has no <pad> with id 0 or no </s>, or more pieces than the embedding.
         """
         if not path.is_file():
-            raise LongtakeError(
-                "the text encoder's tokenizer is missing", got=f"no {path}", expected="the tokenizer.json of google/umt5-xxl",
-                fix=f"put it there: Wan2.2-TI2V-5B ships it as google/umt5-xxl/tokenizer.json; copy it to {path}",
-            )  # fmt: skip
+            raise _missing(path)
         self.path = path
         self.pieces = _read(path)
         self._check(vocabulary)
@@ -98,6 +98,34 @@ class PieceTokenizer:
             )  # fmt: skip
         self.end: int = end
         self.appends_end = self.pieces.encode("").ids == [end]
+
+
+def carry_tokenizer(source: Path, folder: Path) -> Path | None:
+    """Copy the tokenizer's file of a model folder to where `PieceTokenizer.open(folder / FOLDER, ...)` finds it.
+
+    `source` may be a converted checkpoint, or as Wan or diffusers lay theirs out. Where none is found a warning says
+    where to put it, and None is returned: encoding texts is the only thing that needs it.
+    """
+    target = folder / FOLDER / FILE
+    found = next((path for place in PLACES if (path := source / place / FILE).is_file()), None)
+    if found is None:
+        if not target.is_file():
+            logger.warning("%s", _missing(target))
+        return None
+    if not target.is_file() or sha256(target) != sha256(found):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as partial:
+            shutil.copyfile(found, partial)
+    return target
+
+
+def _missing(path: Path) -> LongtakeError:
+    fix = f"copy google/umt5-xxl/tokenizer.json of Wan2.2-TI2V-5B (or tokenizer/tokenizer.json of its diffusers form) to {path}"
+    if (path.parent / SENTENCEPIECE).is_file():
+        fix += (f"; or make it from {SENTENCEPIECE}, with transformers and sentencepiece installed: T5Tokenizer"
+                f".from_pretrained({str(path.parent)!r}, extra_ids=0).save_pretrained({str(path.parent)!r})")  # fmt: skip
+    return LongtakeError("the text encoder's tokenizer is missing", got=f"no {path}",
+                         expected="the tokenizer.json of google/umt5-xxl", fix=fix)  # fmt: skip
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:

@@ -13,7 +13,7 @@ from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
 from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training.pieces import PieceTokenizer, clean
+from longtake.training.pieces import PieceTokenizer, carry_tokenizer, clean
 from longtake.training.presets import TINY, WAN22_TI2V_5B, TextEncoderConfig
 from longtake.training.text_encoder import text_encoder_for, tokenizer_for
 
@@ -108,6 +108,30 @@ def test_a_missing_file_is_named_with_its_place(tmp_path: Path) -> None:
         )
     with pytest.raises(LongtakeError, match="without a tokenizer"):
         text_encoder_for(PRESET).tokenize(["a"])
+
+
+def test_a_spiece_model_alone_says_how_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").touch()
+    with pytest.raises(LongtakeError, match=r"make it from spiece\.model.*T5Tokenizer"):
+        tokenizer_for(PRESET, None, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "google/umt5-xxl", "."])
+def test_the_file_is_carried_from_wherever_models_have_it(folder: Path, tmp_path: Path, place: str) -> None:
+    source, target = tmp_path / "model", tmp_path / "export"
+    (source / place).mkdir(parents=True)
+    (source / place / "tokenizer.json").write_bytes((folder / "tokenizer" / "tokenizer.json").read_bytes())
+    for _ in range(2):
+        assert carry_tokenizer(source, target) == target / "tokenizer" / "tokenizer.json"
+    assert tokenizer_for(PRESET, None, target)(["a cat"], 16)[0, :3].all()
+
+
+def test_a_model_without_one_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert carry_tokenizer(tmp_path / "model", tmp_path / "export") is None
+    assert str(tmp_path / "export" / "tokenizer" / "tokenizer.json") in caplog.text
+    assert not (tmp_path / "export").exists()
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
