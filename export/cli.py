@@ -23,6 +23,7 @@ from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import write_json
 from longtake.runtime.places import EXPORTS, REPOSITORY
 from longtake.training.networks import load_models
+from longtake.training.pieces import carry_tokenizer
 
 Graphs = dict[tuple[str, tuple[str, ...]], PlainGraphs]
 
@@ -96,6 +97,8 @@ def export(
         skeleton: graphs only; `checkpoints` are not looked at.
     """
     source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
+    if recipe.model.text.kind == "umt5" and not skeleton:
+        carry_tokenizer(source, folder)
     inputs = inputs_digest(recipe, None if skeleton else source)
     index = None if force else up_to_date(folder, inputs)
     if index is not None and (index["parity"] or not parity):
