@@ -6,48 +6,32 @@ With y the four kernels' outputs over the small grid padded by one, [h+1, w+1]: 
 kernel, row 2i+1 is y[i+1] of the odd one, that is row 2i+2 of y unfolded with odd rows first. Columns likewise. So the
 result is the depth-to-space of y without its outermost rows and columns.
 
-Equal up to the rounding of sums of weights; for inference and export, never while training.
+Equal up to the rounding of sums of weights. The kernels are summed when they are used, so weights keep their names,
+shapes and files; that is one small product (9 x 16) a weight, against a convolution over a whole picture.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from longtake.training.vae_layers import UpConv
-
-# Rows: the two small pixels that an output pixel sees; columns: the kernel's three taps. First odd, then even pixels.
-TAPS = torch.tensor([[[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]])
+# [parity, small pixel, tap]: which of a kernel's three taps meet at each of the two small pixels that an output pixel
+# sees. The odd parity comes first. Rows and columns together: [tap y, tap x] to [parity y, x, pixel y, x].
+TAPS = torch.tensor((((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)), ((1.0, 0.0, 0.0), (0.0, 1.0, 1.0))))
+FOLD = torch.einsum("rpy,sqx->yxrspq", TAPS, TAPS).reshape(9, 16)
 
 
 def fold_kernel(weight: Tensor) -> Tensor:
     """A kernel [O, I, 1, 3, 3] of an upsampled input as [4 O, I, 1, 2, 2], parity (row, column) before O."""
-    taps = TAPS.to(weight.device)
-    folded = torch.einsum("oidyx,rpy,sqx->rsoidpq", weight.float(), taps, taps)
-    return folded.flatten(0, 2).to(weight.dtype)
+    out_dim, in_dim = weight.shape[:2]
+    folded = weight.reshape(out_dim, in_dim, 9) @ FOLD.to(weight.device, weight.dtype)
+    return folded.view(out_dim, in_dim, 4, 1, 2, 2).permute(2, 0, 1, 3, 4, 5).reshape(4 * out_dim, in_dim, 1, 2, 2)
 
 
-class FoldedUpConv(nn.Module):
-    """What `UpConv` computes. Same keys (weight, bias), other shapes: [4 O, I, 1, 2, 2] and [4 O]."""
-
-    def __init__(self, conv: UpConv) -> None:
-        super().__init__()
-        assert conv.bias is not None
-        self.weight = nn.Parameter(fold_kernel(conv.weight.detach()), requires_grad=False)
-        self.bias = nn.Parameter(conv.bias.detach().repeat(4), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, I, T, h, w] to [B, O, T, 2h, 2w]."""
-        b, _, t, h, w = x.shape
-        y = functional.conv3d(x, self.weight, self.bias, padding=(0, 1, 1))
-        y = y.view(b, 2, 2, -1, t, h + 1, w + 1).permute(0, 3, 4, 5, 1, 6, 2)
-        return y.reshape(b, -1, t, 2 * h + 2, 2 * w + 2)[..., 1:-1, 1:-1]
-
-
-def fold_upsampling(module: nn.Module) -> int:
-    """Replace every `UpConv` in `module` by its folded equal, in place. Returns how many there were."""
-    found = [(parent, name) for parent in module.modules() for name, c in parent.named_children() if type(c) is UpConv]
-    for parent, name in found:
-        setattr(parent, name, FoldedUpConv(getattr(parent, name)))
-    return len(found)
+def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [B, I, T, h, w], upsampled and convolved by [O, I, 1, 3, 3] with zero padding: [B, O, T, 2h, 2w]."""
+    b, _, t, h, w = x.shape
+    y = functional.conv3d(x, fold_kernel(weight), bias.repeat(4), padding=(0, 1, 1))
+    y = y.view(b, 2, 2, -1, t, h + 1, w + 1).permute(0, 3, 4, 5, 1, 6, 2)
+    return y.reshape(b, -1, t, 2 * h + 2, 2 * w + 2)[..., 1:-1, 1:-1]

@@ -145,16 +145,17 @@ class _Step(nn.Module):
     once the call is done; PyTorch does so at once if `in_place`.
     """
 
-    def __init__(self, vae: CausalVAE, in_place: bool = False) -> None:
+    def __init__(self, vae: CausalVAE, in_place: bool = False, fold: bool = False) -> None:
+        """`in_place`, `fold`: see `vae_layers.Stream`."""
         super().__init__()
-        self.vae, self.in_place = vae, in_place
+        self.vae, self.in_place, self.fold = vae, in_place, fold
 
 
 class DecoderFirst(_Step):
     """latent fp32 [1,z,F,h,w] -> (frames fp32 [1,3,1+4(F-1),H,W], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream()
+        stream = Stream(fold=self.fold)
         return decode_step(self.vae, latent, stream), *stream.new
 
 
@@ -165,7 +166,7 @@ class DecoderSteady(_Step):
     """
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream(caches, self.in_place)
+        stream = Stream(caches, self.in_place, self.fold)
         return decode_step(self.vae, latent, stream), *stream.new
 
 
@@ -173,7 +174,7 @@ class VAEEncoderFirst(_Step):
     """frames fp32 [1,3,1+4(F-1),H,W] -> (latent fp32 [1,z,F,h,w], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream()
+        stream = Stream(fold=self.fold)
         return encode_step(self.vae, frames, stream), *stream.new
 
 
@@ -181,7 +182,7 @@ class VAEEncoderSteady(_Step):
     """(frames fp32 [1,3,4F,H,W], *caches) -> (latent fp32 [1,z,F,h,w], *new caches): later groups of four frames."""
 
     def forward(self, frames: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream(caches, self.in_place)
+        stream = Stream(caches, self.in_place, self.fold)
         return encode_step(self.vae, frames, stream), *stream.new
 
 

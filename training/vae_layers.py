@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.training.upsample_fold import upsampled_conv
+
 
 class Stream:
     """Histories of the causal convolutions, consumed and produced in the order in which they run.
@@ -21,10 +23,11 @@ class Stream:
     Args:
         histories: what the previous call produced; None at the start of a clip, where the past is zeros.
         in_place: write the new histories into `histories` instead of returning new tensors. Not for autograd.
+        fold: compute upsampling convolutions in their folded form, equal up to rounding and cheaper.
     """
 
-    def __init__(self, histories: Sequence[Tensor] | None = None, in_place: bool = False) -> None:
-        self.fresh, self.in_place = histories is None, in_place
+    def __init__(self, histories: Sequence[Tensor] | None = None, in_place: bool = False, fold: bool = False) -> None:
+        self.fresh, self.in_place, self.fold = histories is None, in_place, fold
         self._old = iter(histories or ())
         self.new: list[Tensor] = []
 
@@ -151,12 +154,14 @@ class Down(nn.Module):
 
 
 class UpConv(nn.Conv3d):
-    """Nearest 2x upsampling of space, then a 1x3x3 convolution (`training.upsample_fold` has an equal in one step)."""
+    """Nearest 2x upsampling of space, then a 1x3x3 convolution; `fold` does both in one (see `upsample_fold`)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, (1, 3, 3), padding=(0, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fold: bool = False) -> Tensor:
+        if fold and self.bias is not None:
+            return upsampled_conv(x, self.weight, self.bias)
         b, c, t, h, w = x.shape
         x = x.view(b, c, t, h, 1, w, 1).expand(b, c, t, h, 2, w, 2).reshape(b, c, t, h * 2, w * 2)
         return super().forward(x)
@@ -168,10 +173,10 @@ class Up(nn.Module):
     def __init__(self, dim: int, time: bool) -> None:
         super().__init__()
         self.time = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if time else None
-        self.space: nn.Module = UpConv(dim)
+        self.space = UpConv(dim)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.space(x if self.time is None else self._double_time(x, stream, self.time))
+        return self.space(x if self.time is None else self._double_time(x, stream, self.time), stream.fold)
 
     def _double_time(self, x: Tensor, stream: Stream, time: CausalConv3d) -> Tensor:
         if not stream.fresh:

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.training.presets import TINY, WAN22_TI2V_5B
-from longtake.training.upsample_fold import FoldedUpConv, fold_upsampling
-from longtake.training.vae import CausalVAE, DecoderSteady, decoder_cache_shapes
+from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes
 from longtake.training.vae_layers import UpConv
 
 
@@ -16,25 +13,22 @@ from longtake.training.vae_layers import UpConv
 def test_folded_convolution_is_the_same_function(shape: tuple[int, ...]) -> None:
     """Borders included, where zero padding meets the upsampled picture: hence sizes down to one pixel."""
     torch.manual_seed(0)
-    plain = UpConv(6).double().requires_grad_(False)
+    conv = UpConv(6).double().requires_grad_(False)
     x = torch.randn(shape, dtype=torch.float64)
-    folded = FoldedUpConv(plain).double()
-    # Weights are summed in fp32, so equality is fp32's.
-    torch.testing.assert_close(folded(x), plain(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(conv(x, fold=True), conv(x, fold=False), rtol=0, atol=1e-13)
 
 
 @torch.no_grad()
 def test_folded_decoder_decodes_the_same() -> None:
     torch.manual_seed(0)
     vae = CausalVAE(TINY.vae).eval()
-    latents = torch.randn(1, 3, TINY.vae.z_channels, 4, 4)
-    wanted = vae.decode(latents)
-    folded = copy.deepcopy(vae)
-    assert fold_upsampling(folded.decoder) == 3 and fold_upsampling(folded.decoder) == 0
-    assert folded.state_dict().keys() == vae.state_dict().keys()
-    got = folded.decode(latents)
-    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert vae.decode(latents).equal(wanted)  # the original is untouched
+    latents = torch.randn(1, TINY.vae.z_channels, 2, 4, 4)
+    frames: dict[bool, torch.Tensor] = {}
+    for fold in (False, True):
+        first, *caches = DecoderFirst(vae, fold=fold)(latents[:, :, :1])
+        frames[fold] = torch.cat([first, DecoderSteady(vae, fold=fold)(latents[:, :, 1:], *caches)[0]], 2)
+    assert (frames[True] - frames[False]).abs().max() <= 1e-5 * frames[False].abs().max()
+    assert not frames[True].equal(frames[False])  # or nothing was folded
 
 
 def test_it_saves_a_thirteenth_of_the_large_decoder() -> None:
@@ -45,9 +39,8 @@ def test_it_saves_a_thirteenth_of_the_large_decoder() -> None:
         inputs = [torch.empty(1, preset.vae.z_channels, 1, *preset.latent_hw)]
         inputs += [torch.empty(shape) for shape in decoder_cache_shapes(preset)]
     flops = []
-    for _ in range(2):
+    for fold in (False, True):
         with FlopCounterMode(display=False) as counter:
-            DecoderSteady(vae)(*inputs)
+            DecoderSteady(vae, fold=fold)(*inputs)
         flops.append(counter.get_total_flops() / 1e12)
-        fold_upsampling(vae)
     assert flops == pytest.approx([66.4, 61.4], abs=0.1)
