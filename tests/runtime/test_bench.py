@@ -7,11 +7,13 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.engines.recipe import recipe_named
+from longtake.engines.spec import cache_bindings
 from longtake.plugins.nvfp4.reference import Packed, dequantize
 from longtake.runtime.bench import random_weights as weights
 from longtake.runtime.bench.measure import measure
@@ -271,6 +273,54 @@ def test_the_command_writes_a_report_marked_as_a_cpus(tmp_path: Path, capsys: py
     report = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert report["backend"] == "reference" and report["product_figures"] is False and report["fps"]["end_to_end"] > 0
     assert (tmp_path / "out" / "bench.png").is_file() and "CPU timings" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_skeleton_with_random_weights_computes_what_plain_pytorch_does(tmp_path: Path) -> None:
+    """Names alone bring both sides to the same velocity: ONNX Runtime over the filled graph, and the plain DiT."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from longtake.export.ort_view import ort_view
+
+    assert main(["export", "--recipe", "tiny_bf16_sm90", "--skeleton", "--out", str(tmp_path)]) == 0
+    path = tmp_path / "tiny_bf16" / "dit.onnx"
+    assert not path.with_name("dit.onnx.data").exists()
+    graph = onnx.load(str(path), load_external_data=False)
+    waiting = {t.name: t for t in graph.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    for name, value in weights.random_weights(path, CPU)(set(waiting)):
+        waiting[name].data_location = onnx.TensorProto.DEFAULT
+        del waiting[name].external_data[:]
+        waiting[name].raw_data = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    generator, frames = torch.Generator().manual_seed(3), [float(i) for i in range(8)]
+    dit, layers = random_dit(TINY, CPU, torch.float32), range(TINY.dit.layers)
+    with torch.no_grad():
+        context = dit.context(torch.randn(32, 128, generator=generator))
+    latents = torch.randn(1, 16, 8, *TINY.latent_hw, generator=generator)
+    sinusoid = timestep_sinusoid([500.0] * 8, TINY.dit.freq_dim)
+    cos, sin = rope_tables(TINY.dit, frames, TINY.grid_hw)
+    none = torch.tensor([-1], dtype=torch.int32)
+    feeds = {"latents": latents, "timestep_sinusoid": sinusoid, "rope_cos": cos, "rope_sin": sin, "table": none}
+    feeds |= {"write_slot": none} | {f"context_{i}": context[i] for i in layers}
+    feeds |= {b.name: torch.zeros([int(n) for n in b.shape]) for i in layers for b in cache_bindings(TINY, "bf16", i)}
+    session = onnxruntime.InferenceSession(ort_view(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    read = {i.name for i in session.get_inputs()}
+    (got,) = session.run(["velocity"], {name: t.numpy() for name, t in feeds.items() if name in read})
+    cache = [tuple(torch.zeros(4, TINY.chunk_tokens, 4, 64) for _ in "kv") for _ in layers]
+    with torch.no_grad():
+        expected = PlainDiT(dit)(latents[0], sinusoid, cos, sin, context, cache, 1, 0)
+    assert float((torch.from_numpy(got)[0] - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_the_whole_benchmark_runs_on_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the recipe is for compute capability 9.0")
+    words = ["bench", "--recipe", "tiny_bf16_sm90", "--quick", "--against", "torch", "--out", str(tmp_path / "out")]
+    assert main([*words, "--onnx", str(tmp_path / "onnx"), "--engines", str(tmp_path / "engines")]) == 0
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert report["backend"] == "segmented" and report["product_figures"] and report["peak_gb"] > 0.3
+    assert {"dit_vs_eager", "dit_vs_compiled", "vae_vs_eager", "end_to_end_vs_serial_eager"} <= report["ratio"].keys()
+    assert report["agreement"]["torch"] < 0.2 and report["engine"]["dit_pass_ms"]["segments"] > 0
 
 
 @pytest.mark.gpu
