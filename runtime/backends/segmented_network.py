@@ -90,12 +90,19 @@ def aliases_of(step: Step) -> dict[str, str]:
     return {step.outputs[out]: step.inputs[source] for out, source in OPS[step.name].aliases}
 
 
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors are equal in dtype, shape and every bit (NaNs included)."""
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return alike and (a is b or torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)))
+
+
 class SegmentedNetwork:
     """One cut network on the device. `run` takes the whole network's inputs and outputs by name.
 
     scratch: what a plan or an op needs while it runs; they take turns. arena: the tensors between steps, which nobody
     needs after `run`. Both may be shared by networks that run one after another.
-    attention: what the recipe wants sink attention computed in, "bf16" or "fp8".
+    attention: what the recipe wants sink attention computed in, "bf16" or "fp8". shared: weights on the device by name,
+    of networks that may have some in common (the two of a VAE decoder do); they are kept once.
     """
 
     def __init__(
@@ -106,13 +113,14 @@ class SegmentedNetwork:
         contexts_per_step: bool = False,
         attention: str = "bf16",
         arena: Scratch | None = None,
+        shared: dict[str, Tensor] | None = None,
     ) -> None:
         self.graph, self.device, self.scratch = graph, host.device, scratch
         self.contexts_per_step, self.attention = contexts_per_step, attention
         self.engines = {s.name: host.load(s.name, segment_spec(s)) for s in graph.segments}
         for engine in self.engines.values():
             scratch.reserve(engine.scratch_bytes)
-        self.arena = arena or Scratch(host.device)
+        self.arena, self._shared = arena or Scratch(host.device), {} if shared is None else shared
         self._offsets, size = arena_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights})
         self.arena.reserve(size)
         self._contexts: dict[tuple[str, int], TrtContext] = {}
@@ -122,7 +130,9 @@ class SegmentedNetwork:
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Upload the weights, one at a time."""
         for name, tensor in tensors:
-            self._fixed[name] = tensor.to(self.device)
+            placed = tensor.to(self.device)
+            kept = self._shared.setdefault(name, placed)
+            self._fixed[name] = kept if same_bytes(kept, placed) else placed
 
     def load_weights_from(self, source: WeightSource | Path) -> None:
         """Upload the weights from a source, or straight from the exported file."""

@@ -13,7 +13,7 @@ from longtake.engines import segmented_graph
 from longtake.engines.bundle import Bundle
 from longtake.engines.flavour import Flavour
 from longtake.engines.onnx_file import WeightSource
-from longtake.engines.spec import NETWORKS, Binding, context_bindings, network_spec
+from longtake.engines.spec import NETWORKS, Binding, context_bindings, recipe_spec
 from longtake.runtime.backends.base import Cache, Encoder
 from longtake.runtime.backends.lane import Lane
 from longtake.runtime.backends.segmented_network import SegmentedNetwork
@@ -50,6 +50,7 @@ def network_from_bundle(
     host: EngineHost,
     scratch: Scratch,
     arena: Scratch,
+    shared: dict[str, Tensor],
     weights: WeightSource | None = None,
 ) -> Network:
     """Load one network: verified plans; a cut network's weights come from `weights`, or its verified ONNX file."""
@@ -57,10 +58,11 @@ def network_from_bundle(
     if not cut.is_file():
         if weights is not None:
             raise LongtakeError(f"{name}.plan holds its own weights", got="other ones", fix="use a segmented recipe")
-        spec = network_spec(bundle.recipe.model, bundle.recipe.cache, name).as_json()
+        spec = recipe_spec(bundle.recipe, name).as_json()
         return WholeNetwork(host.load(name, spec), scratch)
     bundle.check_file(cut)
-    network = SegmentedNetwork(host, segmented_graph.load(cut), scratch, attention=bundle.recipe.attention, arena=arena)
+    graph, attention = segmented_graph.load(cut), bundle.recipe.attention
+    network = SegmentedNetwork(host, graph, scratch, attention=attention, arena=arena, shared=shared)
     network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
 
@@ -106,7 +108,7 @@ class TrtBackend:
         self.decode_device = torch.device("cuda", decode_device.index or 0) if decode_device else self.device
         self.reason, self.cuda_graphs, self.checkpoints = reason, cuda_graphs, checkpoints
         self._flavour, self._weights = flavour, dict(weights or {})
-        self.specs = {name: network_spec(self.preset, self.recipe.cache, name) for name in NETWORKS}
+        self.specs = {name: recipe_spec(self.recipe, name) for name in NETWORKS}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self.lanes = {"denoise": Lane(self.device), "decode": Lane(self.decode_device)}
         self._text: TextRunner | None = None
@@ -130,8 +132,9 @@ class TrtBackend:
 
     def _prepared(self, names: Sequence[str], device: torch.device) -> dict[str, Network]:
         host, scratch, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device), Scratch(device)
+        shared: dict[str, Tensor] = {}
         loaded = {
-            name: network_from_bundle(self.bundle, name, host, scratch, arena, self._weights.get(name))
+            name: network_from_bundle(self.bundle, name, host, scratch, arena, shared, self._weights.get(name))
             for name in names
         }
         for network in loaded.values():  # only now: each has said how much it needs

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longtake.engines.spec import Binding, NetworkSpec
 from longtake.runtime.backends.lane import Lane
+from longtake.runtime.backends.segmented_network import same_bytes
 from longtake.runtime.errors import LongtakeError
 
 log = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ def caches_in_place(network: Network, spec: NetworkSpec, allocate: Allocate) -> 
         log.warning("%s cannot write its caches in place, they are kept twice: %s", spec.name, error)
         return False
     compared = [(name, old[name], new[out]) for out, name in pairs] + [(n, apart[n], over[n]) for n in results]
-    # As bytes: NaNs, which random weights may bring about, equal nothing.
-    differing = [name for name, a, b in compared if not torch.equal(a.view(torch.uint8), b.view(torch.uint8))]
+    # Bytes, not numbers: NaNs, which random weights may bring about, equal nothing.
+    differing = [name for name, a, b in compared if not same_bytes(a, b)]
     if differing:
         log.warning("%s cannot write its caches in place, they are kept twice: %s differ", spec.name, differing[:3])
     return not differing

@@ -137,6 +137,17 @@ def test_networks_that_take_turns_share_their_memory() -> None:
     assert all(arena.address <= place < arena.address + arena.size for place in places)
 
 
+def test_weights_in_common_are_kept_once_and_only_if_equal() -> None:
+    cpu = torch.device("cpu")
+    cut = segments_from_onnx(miniature.model_of_layers(1), "dit")
+    host, shared = SimpleNamespace(device=cpu, load=lambda name, spec: OnnxEngine(cut.models[name])), {}
+    one, two = (CpuNetwork(host, cut.graph, Scratch(cpu), shared=shared) for _ in range(2))
+    nan = torch.tensor([1.0, float("nan")])
+    one.load_weights([("a", nan), ("b", torch.ones(2)), ("c", torch.tensor(1.0))])
+    two.load_weights([("a", nan.clone()), ("b", torch.zeros(2)), ("c", torch.tensor(1.0))])
+    assert [one._fixed[n] is two._fixed[n] for n in "abc"] == [True, False, True]
+
+
 def test_gaps_of_an_arena_are_used_and_joined() -> None:
     space = FreeSpace()
     a, b, c = (space.take(size) for size in (100, 200, 300))
