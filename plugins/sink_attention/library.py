@@ -89,7 +89,38 @@ class CudnnSinkAttention(WindowedAttention):
                 for w in range(1, dims["S"] + 1)
             }
             self.workspace_bytes += max(graph.workspace_bytes for graph in self._graphs.values())
+            self._try()
         return self
+
+    def _try(self) -> None:
+        """Attend once over each window of nothing but ones, which gives ones: what fails must fail before the run.
+
+        Raises UnavailableError. Takes the workspace, queries and an output for a moment.
+        """
+        fp8, dims = self.attention == "fp8", self.dims
+        one, dtype = (0x38, torch.uint8) if fp8 else (1.0, torch.bfloat16)
+        memory = torch.empty(self.workspace_bytes // dtype.itemsize + 1, dtype=dtype, device="cuda").fill_(one)
+        q, out = torch.ones(2, dims["L"], dims["H"], dims["D"], dtype=torch.bfloat16, device="cuda")
+        base = memory.data_ptr()
+        if fp8:  # E4M3's code 0x38 is 1; every factor is 1, too
+            places = {name: place - base for name, place in addresses(dims, "fp8", base)[0].items()}
+            start, end = places["factors"], places["factors"] + FACTOR_BYTES * len(FACTORS)
+            memory[start:end].view(torch.float32).fill_(1.0)
+            out = memory[places["out8"] : places["out8"] + out.numel()]
+        for entries in range(1, dims["S"] + 1):
+            out.fill_(0)
+            try:
+                self._attend((q.data_ptr(), out.data_ptr()), base, entries, torch.cuda.current_stream().cuda_stream)
+                good = bool((out == one).all() if fp8 else ((out - 1).abs() < 0.02).all())
+            except Exception as error:  # cuDNN's types, and RuntimeError
+                raise UnavailableError("cuDNN's attention fails", got=f"{type(error).__name__}: {error}") from None
+            if not good:
+                got = out.view(torch.float8_e4m3fn if fp8 else torch.bfloat16).float()
+                raise UnavailableError(
+                    f"cuDNN's {self.attention} attention over {entries} blocks of ones is wrong",
+                    got=f"{got.min().item():.4g} to {got.max().item():.4g}",
+                    expected="1",
+                )
 
     def attend(self, pointers: Mapping[str, int], workspace: int, table_len: int, stream: int) -> None:
         """See WindowedAttention.attend."""

@@ -93,20 +93,23 @@ class TrtStream:
         self.networks, self.lane = networks, lane
         self.first, self.steady = specs
         self._pairs = carried_pairs(self.steady)
-        caches = {b.name: b for b in self.steady.inputs[1:]}
-        sets = [{name: allocate(b) for name, b in caches.items()} for _ in range(1 if in_place else 2)]
+        caches = {name for pair in self._pairs for name in pair}
+        kept = [b for b in self.steady.inputs if b.name in caches]
+        sets = [{b.name: allocate(b) for b in kept} for _ in range(1 if in_place else 2)]
         self._before, self._after = sets[0], sets[-1]
-        # A step's input differs in size between the first call and the later ones; both buffers stay.
-        self._given = {spec.name: allocate(spec.inputs[0]) for spec in specs}
-        self._made = {spec.name: allocate(spec.outputs[0]) for spec in specs}
+        # A step's input and output may differ in size between the first call and the later ones; all buffers stay.
+        self._io: dict[str, tuple[str, Tensor, str, Tensor]] = {}
+        for spec in specs:
+            ((given, made),) = zip(*([b for b in side if b.name not in caches] for side in (spec.inputs, spec.outputs)))
+            self._io[spec.name] = given.name, allocate(given), made.name, allocate(made)
         self.started = False
 
     @torch.no_grad()
     def step(self, tensor: Tensor) -> Tensor:
         """The first output, a buffer that the next call overwrites, for `tensor` of the first input's shape."""
         spec = self.steady if self.started else self.first
-        given, made = self._given[spec.name], self._made[spec.name]
-        bound = {spec.inputs[0].name: given, spec.outputs[0].name: made}
+        given_name, given, made_name, made = self._io[spec.name]
+        bound = {given_name: given, made_name: made}
         bound |= self._before if self.started else {}
         bound |= {out: self._after[name] for out, name in self._pairs}
         with self.lane.turn():
