@@ -16,14 +16,16 @@ from longtake.engines.segmented_graph import SegmentedGraph
 from longtake.engines.spec import Binding, NetworkSpec, cache_bindings, context_bindings, network_spec
 from longtake.runtime.budget import CUDA_CONTEXT_BYTES, Budget, Place, Term
 from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
+from longtake.runtime.files import read_json, sha256
 from longtake.runtime.frames import staging_bytes
 from longtake.training.presets import Preset
+from longtake.training.text_runner import KEPT
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int32": 4, "int64": 8, "bool": 1, "fp4": 0.5}
 # Bytes of a weight of a quantized linear: E2M1 with one E4M3 scale in 16; the rest of every network is bf16.
 LINEAR_BYTES = {"bf16": 2.0, "fp8": 1.0, "w4a16": 9 / 16, "nvfp4": 9 / 16}
 MEASURED = "memory.json"  # beside the plans: scratch bytes by lane, written by a run that loaded them
+PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena, one scratch
 DECODER = ("vae_first", "vae_steady")
 # Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
 FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 2
@@ -59,14 +61,16 @@ def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
     layers = range(preset.dit.layers)
     names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
     kept = total_bytes(context_bindings(preset)) * caches
+    if preset.text.kind == "umt5":
+        kept += 4 * KEPT * preset.text.length * preset.text.dim
     latents = SOLVER_LATENTS * total_bytes(dit.outputs[:1])
     return [
         *(weights_term(recipe, preset, name, use.engines) for name in names),
         Term("K/V cache", caches * sum(total_bytes(cache_bindings(preset, recipe.cache, i)) for i in layers), "exact"),
         Term("static buffers", total_bytes(static_bindings(dit)), "exact"),
-        Term("prompts' K/V", kept, "exact"),
+        Term("prompts' K/V and embeddings", kept, "exact"),
         Term("solver", latents, "exact"),
-        _arena_term("DiT arena", recipe, preset, ("context", "dit"), use.engines, "generate"),
+        _arena_term("DiT arena", recipe, preset, PLAIN, use.engines, "generate"),
         _scratch_term("denoise", preset, use.engines, "generate"),
     ]
 
@@ -74,12 +78,12 @@ def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
 def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Term]:
     steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_latents_per_step)
     first = network_spec(preset, recipe.cache, "vae_first")
-    caches = total_bytes(steady.inputs[1:]) * (1 if steady.aliases else 2)  # without aliases two sets take turns
     frames = (preset.vae.stride[0] * recipe.vae_latents_per_step, preset.height, preset.width, 3)
-    own = total_bytes((steady.inputs[0], steady.outputs[0], first.outputs[0]))
+    own = total_bytes((steady.inputs[0], steady.outputs[0], first.inputs[0], first.outputs[0]))
     return [
-        *(_at(weights_term(recipe, preset, name, use.engines), place) for name in DECODER),
-        Term("VAE caches", caches, "exact", place),
+        decoder_weights(recipe, preset, use.engines, place),
+        # Once: they are written in place, unless a plan fails its proof, which is then logged (see trt_stream.py).
+        Term("VAE caches", total_bytes(steady.inputs[1:]), "exact", place),
         Term("decode buffers", own + staging_bytes("cuda", frames), "exact", place),
         _arena_term("VAE arena", recipe, preset, DECODER, use.engines, place),
         _scratch_term("decode", preset, use.engines, place, recipe.vae_latents_per_step),
@@ -97,10 +101,6 @@ def _apart(preset: Preset, use: Use) -> Iterable[Term]:
         caches = 2 * total_bytes(steady.inputs[1:])
         weights = _parameters(preset, "vae_encoder_first") * 2
         yield Term("VAE encoder, before the start", int(weights + caches + total_bytes(first.inputs)), "estimated")
-
-
-def _at(term: Term, place: Place) -> Term:
-    return Term(term.name, term.bytes, term.known, place)
 
 
 def total_bytes(bindings: Iterable[Binding]) -> int:
@@ -127,6 +127,18 @@ def weights_term(recipe: Recipe, preset: Preset, name: str, engines: Path | None
     if plan is not None and plan.is_file():
         return Term(f"weights, {name}", plan.stat().st_size, "estimated")  # a plan is its weights and little else
     return Term(f"weights, {name}", weight_bytes(recipe, preset, name), "estimated")
+
+
+def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None, place: Place) -> Term:
+    """The decoder's weights: cut networks keep what both have in common once; each whole plan holds its own."""
+    graphs = [graph for name in DECODER if (graph := graph_of(engines, name)) is not None]
+    if len(graphs) == len(DECODER):
+        stored = {weight: _stored(graph, weight) for graph in graphs for weight in graph.weights}
+        return Term("weights, VAE decoder", sum(stored.values()), "exact", place)
+    terms = [weights_term(recipe, preset, name, engines) for name in DECODER]
+    if engines is None and recipe.mode == "segmented":
+        terms = terms[-1:]
+    return Term("weights, VAE decoder", sum(term.bytes for term in terms), "estimated", place)
 
 
 def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
@@ -191,14 +203,14 @@ def _of_context(name: str) -> bool:
 def _arena_term(
     name: str, recipe: Recipe, preset: Preset, networks: tuple[str, ...], engines: Path | None, place: Place
 ) -> Term:
-    """What is passed between segments: exact for built segments; a whole plan has none; otherwise estimated."""
+    """What is passed between segments, in one arena for networks that take turns: exact once they are built."""
     graphs = [graph for network in networks if (graph := graph_of(engines, network)) is not None]
     if graphs:
         from longtake.runtime.backends.segmented_network import arena_layout
 
         sizes = [arena_layout(g, {*g.inputs, *g.outputs, *g.weights})[1] for g in graphs]
-        return Term(name, sum(sizes), "exact", place)
-    if engines is not None or recipe.mode == "fused" or place == "decode" or networks == DECODER:
+        return Term(name, max(sizes), "exact", place)
+    if engines is not None or recipe.mode == "fused" or networks == DECODER:  # whole plans pass nothing on
         return Term(name, 0, "exact" if engines else "estimated", place)
     dit = preset.dit
     rows = 2 * preset.chunk_tokens * (6 * dit.dim)  # q, k, v, the residual stream and what a segment hands on
@@ -225,7 +237,9 @@ def measured_scratch(engines: Path | None) -> dict[str, int]:
     if engines is None or not (engines / MEASURED).is_file():
         return {}
     try:
-        given = read_json(engines / MEASURED)["scratch_bytes"]
-        return {str(lane): int(size) for lane, size in given.items()}
-    except (LongtakeError, KeyError, TypeError, ValueError, AttributeError):
+        given = read_json(engines / MEASURED)
+        if given["bundle"] != sha256(engines / "bundle.json"):
+            return {}  # built anew since
+        return {str(lane): int(size) for lane, size in given["scratch_bytes"].items()}
+    except (LongtakeError, OSError, KeyError, TypeError, ValueError, AttributeError):
         return {}  # a figure of convenience: a damaged one is no reason to stop

@@ -18,6 +18,7 @@ from longtake.plugins.capability import Choice, backend_for
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget import Budget
 from longtake.runtime.budget_check import check_memory
+from longtake.runtime.budget_measured import record_scratch
 from longtake.runtime.budget_terms import Use, budget_of
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import read_json
@@ -158,12 +159,15 @@ def backend_from_source(
         from longtake.runtime.backends.reference import ReferenceBackend
 
         return ReferenceBackend(source.onnx, source.recipe, choice.reason)
-    module = importlib.import_module(f"longtake.runtime.backends.{choice.backend}")
     generate = torch.device(device or "cuda:0")
     decode = None if decode_device is None else torch.device(decode_device)
     _keep_promise(source, promise, generate, decode)
+    module = importlib.import_module(f"longtake.runtime.backends.{choice.backend}")
     elsewhere = {} if decode is None else {"decode_device": decode}
-    return module.open_backend(source.engines, reason=choice.reason, device=generate, **elsewhere)
+    opened: Backend = module.open_backend(source.engines, reason=choice.reason, device=generate, **elsewhere)
+    if source.engines is not None:
+        record_scratch(source.engines, opened)
+    return opened
 
 
 def _keep_promise(source: Source, promise: Promise, device: torch.device, decode_device: torch.device | None) -> None:

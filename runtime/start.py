@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from longtake.runtime.backends.base import Backend
@@ -50,13 +51,20 @@ class Start:
         Raises:
             LongtakeError: the picture or clip cannot be used, or `backend` cannot encode.
         """
-        clip = latents_from_clip(self.clip, backend) if isinstance(self.clip, (str, Path)) else self.clip
+        try:
+            clip = latents_from_clip(self.clip, backend) if isinstance(self.clip, (str, Path)) else self.clip
+            return self._first_latent(backend), clip
+        finally:
+            if backend.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the encoder took: the caches to come would not fit into its places
+
+    def _first_latent(self, backend: Backend) -> Tensor | None:
         if self.image is None:
-            return None, clip
+            return None
         size = backend.preset.height, backend.preset.width
         given = self.image
         pixels = image_from_pixels(given, *size) if isinstance(given, np.ndarray) else image_from_file(given, *size)
-        return backend.new_encoder().encode(pixels[:, None]).clone(), clip
+        return backend.new_encoder().encode(pixels[:, None]).clone()
 
 
 def start_of(

@@ -1,0 +1,222 @@
+"""The memory budget: its terms against tensors that are really allocated, what it refuses, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longtake.engines.recipe import recipe_named
+from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, TensorType, save
+from longtake.engines.spec import NETWORKS, network_spec
+from longtake.runtime import budget_check, sources
+from longtake.runtime.backends.host import HostBackend
+from longtake.runtime.budget import CUDA_CONTEXT_BYTES, Budget, Term, budget_table, require_fits
+from longtake.runtime.budget_measured import measured_terms, record_scratch
+from longtake.runtime.budget_terms import Use, budget_of, weight_bytes
+from longtake.runtime.cli import main
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.files import sha256
+from longtake.runtime.report import conditions_of_run
+from longtake.runtime.sources import Promise, Source, backend_from_source
+from longtake.training.networks import random_models
+from longtake.training.presets import TINY, WAN22_TI2V_5B
+
+RECIPE = recipe_named("tiny_bf16_sm90")
+LARGE = recipe_named("wan2.2-ti2v-5b_fp8_sm90")
+GB = 10**9
+
+
+def of(budget: Budget, name: str) -> int:
+    return next(term.bytes for term in budget.terms if term.name == name)
+
+
+# ---- terms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny_bf16_sm90", "tiny_w4a16_sm90"])
+def test_the_cache_is_what_a_backend_allocates(name: str) -> None:
+    recipe = recipe_named(name)
+
+    class Bare(HostBackend):
+        def call(self, network: str, inputs: Any, wanted: Any = None) -> Any:
+            raise NotImplementedError
+
+    cache = Bare(recipe, "test", torch.device("cpu")).new_cache()
+    # A host cache holds fp32 where a GPU's holds bf16; the other parts are the same bytes.
+    allocated = sum(t.nbytes // (2 if t.dtype == torch.float32 and recipe.cache == "bf16" else 1)
+                    for layer in cache for t in layer)  # fmt: skip
+    assert of(budget_of(recipe), "K/V cache") == allocated
+    assert of(budget_of(recipe, Use(guided=True)), "K/V cache") == 2 * allocated
+
+
+def test_weights_are_every_parameter_once() -> None:
+    models = random_models(TINY)
+    dit = sum(p.numel() for p in models.dit.parameters())
+    budget = budget_of(RECIPE)
+    assert of(budget, "weights, dit") + of(budget, "weights, context") == 2 * dit
+    decoder = sum(p.numel() for p in models.vae.decoder.parameters())
+    assert of(budget, "weights, VAE decoder") == pytest.approx(2 * decoder, rel=0.01)
+    whole = budget_of(replace(RECIPE, mode="fused"))  # two plans, each with its own
+    assert of(whole, "weights, VAE decoder") == pytest.approx(4 * decoder, rel=0.01)
+
+
+def test_a_lighter_precision_is_lighter_by_its_bits() -> None:
+    """The 300 linears of the large model hold 4,907,335,680 weights (reference 1.1)."""
+    linears = 4_907_335_680
+
+    def both(precision: str) -> int:
+        recipe = replace(LARGE, precision=precision)
+        return sum(weight_bytes(recipe, WAN22_TI2V_5B, name) for name in ("dit", "context"))
+
+    assert both("bf16") - both("fp8") == linears
+    assert both("bf16") - both("w4a16") == pytest.approx(linears * (2 - 9 / 16), abs=2)
+    assert both("nvfp4") == both("w4a16")
+
+
+def test_the_large_models_known_figures() -> None:
+    """K/V cache 2.92 GB in 4 bits and 10.38 in bf16 (reference 3.7); decoder 1.11 GB, its caches 3.22; within 19.4 GB."""
+    fp8 = budget_of(LARGE)
+    assert of(fp8, "K/V cache") == pytest.approx(2.92 * GB, rel=0.002)
+    assert of(budget_of(replace(LARGE, cache="bf16")), "K/V cache") == pytest.approx(10.38 * GB, rel=0.002)
+    assert of(fp8, "weights, VAE decoder") == pytest.approx(1.11 * GB, rel=0.01)
+    assert of(fp8, "VAE caches") == pytest.approx(3.22 * GB, rel=0.01)
+    assert fp8.total() < 19.4 * GB and not any("text_encoder" in term.name for term in fp8.terms)
+    assert any("text encoder" in term.name for term in fp8.apart)
+
+
+def test_decoding_elsewhere_moves_its_terms() -> None:
+    one, two = budget_of(LARGE), budget_of(LARGE, Use(decode_apart=True))
+    assert set(two.peak) == {"generate", "decode"}
+    assert two.total("generate") + two.total("decode") == one.total() + CUDA_CONTEXT_BYTES
+    assert two.peak["generate"] < one.peak["generate"]
+    assert of(budget_of(LARGE, Use(encode=True)), "K/V cache") == of(one, "K/V cache")
+    assert budget_of(LARGE, Use(encode=True)).apart[-1].bytes > 0.5 * GB
+
+
+def graph(network: str) -> SegmentedGraph:
+    """x -> [one] -> y -> [two] -> z -> [three] -> out, a MiB each, with 3 MiB of weights."""
+    mib = TensorType("int8", (1 << 20,))
+    tensors = dict.fromkeys(("x", "y", "z", "out"), mib) | {"w": TensorType("bf16", (3 << 19,))}
+    steps = [("one", ("x", "w"), ("y",)), ("two", ("y",), ("z",)), ("three", ("z",), ("out",))]
+    segments = tuple(Segment(n, i, o, {t: tensors[t] for t in (*i, *o)}) for n, i, o in steps)
+    return SegmentedGraph(network, ("x",), ("out",), ("w",), tensors, segments,
+                          tuple(Step("segment", n, i, o) for n, i, o in steps))  # fmt: skip
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Path:
+    for name in NETWORKS:
+        save(graph(name), tmp_path / f"{name}.segments.json")
+    (tmp_path / "bundle.json").write_text("{}")
+    return tmp_path
+
+
+def test_built_segments_make_weights_and_arena_exact(engines: Path) -> None:
+    budget = budget_of(RECIPE, Use(engines=engines))
+    known = {term.name: (term.bytes, term.known) for term in budget.terms}
+    assert known["weights, dit"] == known["weights, VAE decoder"] == (3 << 20, "exact")
+    assert known["DiT arena"] == known["VAE arena"] == (2 << 20, "exact")  # shared by those that take turns
+    assert known["denoise scratch"][1] == "estimated"
+
+
+class Part:
+    """The memory of a cut network, as runtime/backends/segmented_network.py keeps it."""
+
+    def __init__(self, name: str, scratch: int) -> None:
+        self.graph = graph(name)
+        self.scratch = type("Scratch", (), {"size": scratch})()
+        self.arena = type("Scratch", (), {"size": 2 << 20})()
+        self._fixed = {"w": torch.empty(3 << 19, dtype=torch.bfloat16), "y": torch.empty(1)}
+
+
+def test_a_run_writes_down_what_only_loaded_engines_tell(engines: Path, toy: Any) -> None:
+    toy.networks = {"dit": Part("dit", 7000), "context": Part("context", 7000), "vae_steady": Part("vae_steady", 500)}
+    record_scratch(engines, toy)
+    budget = budget_of(RECIPE, Use(engines=engines))
+    assert of(budget, "denoise scratch") == 7000 and of(budget, "decode scratch") == 500
+    assert {term.known for term in budget.terms if "scratch" in term.name} == {"measured"}
+    found = measured_terms(toy, [[(torch.zeros(10),)]])
+    assert found["weights, dit"] == 3 << 20 and found["DiT arena"] == 2 << 20 and found["K/V cache"] == 40
+    rows = {row["term"]: row for row in budget.against(found)}
+    assert rows["weights, dit"]["off_by"] == 0 and rows["total"]["measured_gb"] == 0.123
+    (engines / "bundle.json").write_text('{"built": "anew"}')
+    assert of(budget_of(RECIPE, Use(engines=engines)), "denoise scratch") != 7000
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"bundle": "BUNDLE", "scratch_bytes": 5}', '{"scratch_bytes": {}}'])
+def test_a_damaged_note_is_ignored(engines: Path, content: str) -> None:
+    (engines / "memory.json").write_text(content.replace("BUNDLE", sha256(engines / "bundle.json")))
+    assert budget_of(RECIPE, Use(engines=engines)) == budget_of(RECIPE, Use(engines=engines))
+
+
+def test_total_counts_every_spec_dimension() -> None:
+    """The slot table is the one dynamic input; it must not fall out of the sum."""
+    dit = network_spec(TINY, "bf16", "dit")
+    assert [b.name for b in dit.inputs if any(isinstance(n, str) for n in b.shape)] == ["table"]
+
+
+# ---- refusal ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget_check, "free_memory", lambda device: ("cuda:0 (a small one, 24 GB)", 20 * GB))
+    large = recipe_named("wan2.2-ti2v-5b_bf16_sm90")
+    with pytest.raises(LongtakeError) as caught:
+        budget_check.check_memory(large, Use(guided=True), torch.device("cuda:0"))
+    said = str(caught.value)
+    assert "wan2.2-ti2v-5b_bf16_sm90 does not fit the memory of cuda:0 (a small one, 24 GB)" in said
+    assert "got: 20.00 GB free" in said and "K/V cache 20.76" in said
+    assert "--guidance 1" in said and "--decode-device" in said and "close what else" in said
+    with pytest.raises(LongtakeError, match="take recipe wan2.2-ti2v-5b_fp8_sm90, which needs 1[0-9.]+ GB"):
+        budget_check.check_memory(large, Use(), torch.device("cuda:0"))
+    budget_check.check_memory(LARGE, Use(), torch.device("cuda:0"))
+
+
+def test_each_gpu_has_its_own_limit() -> None:
+    budget = Budget("r", (Term("a", 5 * GB, "exact"), Term("b", 9 * GB, "exact", "decode")), one_gpu=False)
+    require_fits(budget, {"generate": ("cuda:0", 5 * GB), "decode": ("cuda:1", 9 * GB)}, [])
+    with pytest.raises(LongtakeError, match="does not fit the memory of cuda:1"):
+        require_fits(budget, {"generate": ("cuda:0", 50 * GB), "decode": ("cuda:1", 8 * GB)}, [])
+
+
+def test_the_budget_is_announced_before_a_backend_is_opened(engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be imported or allocated before it is known to fit."""
+    said: list[Budget] = []
+    opened: list[str] = []
+    monkeypatch.setattr(sources, "choose_backend", lambda source, asked: sources.Choice("segmented", "a test"))
+    monkeypatch.setattr(sources, "_require_device", lambda *words: None)
+    monkeypatch.setattr(sources.importlib, "import_module", lambda name: opened.append(name))
+    monkeypatch.setattr(budget_check, "free_memory", lambda device: ("cuda:0", 1000))
+    source = Source(RECIPE, engines, engines, None)
+    with pytest.raises(LongtakeError, match="does not fit the memory of cuda:0"):
+        backend_from_source(source, "auto", None, promise=Promise(guided=False, announce=said.append))
+    assert len(said) == 1 and said[0].recipe == RECIPE.name and not opened
+
+
+# ---- how it is shown -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", "--recipe", "tiny_bf16_sm90", "--guidance", "1"]) == 0
+    table = capsys.readouterr().out
+    for part in ("K/V cache", "weights, dit", "CUDA context", "all of it", "estimated", "exact"):
+        assert part in table
+    assert main(["budget", "--recipe", "tiny_bf16_sm90", "--guidance", "1", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["total_gb"] == pytest.approx(sum(term["gb"] for term in shown["terms"]), abs=0.01)
+
+
+def test_the_table_names_both_gpus() -> None:
+    text = budget_table(budget_of(RECIPE, Use(decode_apart=True)))
+    assert "the GPU to generate" in text and "the GPU to decode" in text and "decode GPU" in text
+
+
+def test_the_report_holds_the_budget(toy: Any) -> None:
+    fields = conditions_of_run(toy, budget_of(RECIPE))
+    assert fields["budget"]["total_gb"] > 0.5 and fields["decode_device"] == "cpu"
+    assert conditions_of_run(toy)["budget"] is None
