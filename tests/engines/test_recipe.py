@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from longtake.plugins.capability import lookup
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.places import REPOSITORY
 
+REAL = "wan2.2-ti2v-5b"
 FLAVOUR_OF = {"9.0": "1.6.1.120"}
 
 
@@ -36,17 +38,22 @@ def test_recipes_that_share_onnx_files_share_a_cache() -> None:
 
 
 def test_a_recipe_of_the_real_model_says_how_large_a_card_must_be() -> None:
-    for name in recipe_names("wan2.2-ti2v-5b"):
+    for name in recipe_names(REAL):
         assert recipe_named(name).memory_gb in (16, 24, 80), name
-    assert set(recipe_names("tiny")) | set(recipe_names("wan2.2-ti2v-5b")) == set(recipe_names())
+
+
+def test_a_recipe_at_a_reduced_depth_is_that_of_the_real_model() -> None:
+    for reduced in map(recipe_named, recipe_names(f"{REAL}-check")):
+        real = recipe_named(reduced.name.replace("-check", ""))
+        assert replace(reduced, name=real.name, preset=real.preset, memory_gb=real.memory_gb) == real
 
 
 def test_the_documentation_lists_every_recipe_as_it_is() -> None:
     lines = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     documented = {row[0].strip("`"): row[2:6] for row in rows if len(row) == 7}
-    shipped = {r.name: [r.precision, r.cache, r.attention, r.mode] for r in map(recipe_named, recipe_names())}
-    assert documented == shipped
+    recipes = map(recipe_named, (*recipe_names("tiny"), *recipe_names(REAL)))
+    assert documented == {r.name: [r.precision, r.cache, r.attention, r.mode] for r in recipes}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,7 @@ def test_the_documentation_lists_every_recipe_as_it_is() -> None:
     [("9.0", "w4a16_sm90"), ("8.9", "w4a16_sm89"), ("8.6", "w4a16_sm86"), ("12.0", "nvfp4_sm120")],
 )
 def test_the_recipe_for_a_gpu_is_looked_for_within_the_preset(capability: str, recipe: str) -> None:
-    assert recipe_for(capability, "wan2.2-ti2v-5b") == f"wan2.2-ti2v-5b_{recipe}"
+    assert recipe_for(capability, REAL) == f"{REAL}_{recipe}"
 
 
 @pytest.mark.parametrize(
