@@ -11,9 +11,10 @@ from torch import Tensor
 from longtake.plugins.capability import attention_methods
 from longtake.plugins.cases import SIZES, op_inputs
 from longtake.plugins.kernels import dims_from_shapes
+from longtake.plugins.nvrtc import ARCHITECTURES, compile_cubin
 from longtake.plugins.sink_attention.library import WindowedAttention
 from longtake.plugins.sink_attention.reference import dequantize_kv
-from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, elements
+from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, elements, window_kernels
 from longtake.plugins.spec import CACHE_FORMATS, OPS
 from longtake.training.presets import WAN22_TI2V_5B as WAN  # the sizes that a workspace is promised for
 
@@ -133,3 +134,11 @@ def test_methods_end_with_the_one_that_always_works() -> None:
     assert attention_methods("9.0", "fp8", 128)[0] == ("cudnn", "fp8")
     assert attention_methods("9.0", "bf16", 128)[:2] == [("cudnn", "bf16"), ("torch", "bf16")]
     assert attention_methods("7.5", "fp8", 48) == [("portable", "bf16")]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_for_every_architecture(arch: str) -> None:
+    for fmt in CACHE_FORMATS:
+        for attention in ("bf16", "fp8"):
+            kernels = window_kernels(fmt, attention)
+            assert compile_cubin(kernels.source, {**kernels.macros({}), "COMPUTE_BF16": 1}, arch)[:4] == b"\x7fELF"
