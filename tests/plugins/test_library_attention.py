@@ -43,7 +43,12 @@ def run(launcher: Launcher, case: Attention, table: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize("fmt", CACHE_FORMATS)
 def test_every_table_equals_the_reference(fmt: str, dims: dict[str, int], method: str, kind: str) -> None:
     case = Attention(fmt, dims)
-    launcher = launcher_for(method, kind, case)
+    try:
+        launcher = launcher_for(method, kind, case)
+    except UnavailableError as error:
+        if (dims, kind) != (ODD, "fp8"):  # cuDNN need not take FP8 attention over odd lengths
+            raise
+        pytest.skip(str(error)[:500])
     for entries in ((-1,), (2,), (0, -1), (2, 0), (1, -1, 2), (0, 1, 2)):
         table = torch.tensor(entries, dtype=torch.int32, device="cuda")
         assert relative_error(run(launcher, case, table), case.reference(table)) <= TOLERANCE[kind], entries
