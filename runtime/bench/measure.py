@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from longtake.runtime.backends.base import Backend
+from longtake.runtime.backends.base import Backend, decode_device_of
 from longtake.runtime.bench.gpu import gpu_state, peak_bytes
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.timed_backend import TimedBackend
@@ -42,6 +42,8 @@ def measure(backend: Backend, options: BenchOptions, save: Save) -> dict[str, An
         if options.networks == ("vae",):
             _measure_decoder(timed, options, figures)
     figures["peak_gb"] = round(max(peak_bytes(backend.device), backend.peak_bytes()) / 1e9, 3)
+    if (decode_device := decode_device_of(backend)) != backend.device:
+        figures["decode_peak_gb"] = round(peak_bytes(decode_device) / 1e9, 3)
     figures["gpu_state"] = gpu_state(backend.device)
     save(figures)
     return figures

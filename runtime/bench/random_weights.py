@@ -22,7 +22,7 @@ from longtake.engines.segment import constants_of
 NORM_NAMES = ("gamma", "norm.weight", "norm_q.weight", "norm_k.weight", "norm3.weight", "layer_norm.weight")
 PACKED = (".values", ".scales", ".scale")
 INLINE_BYTES = 1024  # export.files.INLINE_BYTES, of bf16 values
-CHUNK = 1 << 24  # elements quantized at a time: the codec's fp32 and int32 intermediates take some 40 bytes each
+CHUNK = 1 << 22  # elements quantized at a time: the codec's fp32 and int32 intermediates take some 40 bytes each
 
 
 def seed_of(name: str) -> int:
@@ -79,6 +79,9 @@ def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]]
             if packed[0] != base:  # sorted: the parts of one weight come one after the other
                 packed = base, packed_parts(base, tensors, device)
             yield name, packed[1][name]
+        del packed
+        if device.type == "cuda":  # what quantizing took must not show in a peak of memory
+            torch.cuda.empty_cache()
 
     return weights
 
@@ -126,5 +129,7 @@ def fp8_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
     from longtake.export.lower import PLACEHOLDER_AMAX
     from longtake.export.lower_fp8 import multiplier, quantized_rows
 
-    codes, scales = quantized_rows(weight)
-    return {f"{base}.values": codes, f"{base}.scale": scales / float(multiplier(torch.tensor(PLACEHOLDER_AMAX)))}
+    pieces = [quantized_rows(piece) for piece in weight.split(max(1, CHUNK // weight.shape[1]))]
+    scales = torch.cat([scale for _, scale in pieces]) / float(multiplier(torch.tensor(PLACEHOLDER_AMAX)))
+    codes = torch.cat([code.view(torch.uint8) for code, _ in pieces])
+    return {f"{base}.values": codes.view(torch.float8_e4m3fn), f"{base}.scale": scales}
