@@ -60,6 +60,7 @@ class Recipe:
     attention: what the sink attention's two products are computed in, "bf16" or "fp8".
     memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
     vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
+    vae_fold_upsampling: whether the VAE decoder upsamples and convolves in one step (training/upsample_fold.py).
     """
 
     name: str
@@ -72,6 +73,7 @@ class Recipe:
     attention: str = "bf16"
     memory_gb: int = 0
     vae_latents_per_step: int = 1
+    vae_fold_upsampling: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in (
@@ -89,6 +91,10 @@ class Recipe:
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(number),
                                     expected=f"a whole number of at least {least}", fix=f"set {key}: {least}")  # fmt: skip
+
+        if not isinstance(self.vae_fold_upsampling, bool):
+            raise LongtakeError(f"recipe {self.name}: bad vae_fold_upsampling", got=repr(self.vae_fold_upsampling),
+                                expected="true or false", fix="set vae_fold_upsampling: false")  # fmt: skip
 
     @property
     def model(self) -> Preset:

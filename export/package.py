@@ -36,7 +36,7 @@ from longtake.training.presets import Preset
 FORMAT = 1
 INDEX = "export.json"
 SOURCES = ("export", "plugins", "engines/spec.py", *(f"training/{name}.py" for name in (
-    "dit", "vae", "vae_layers", "text_encoder", "networks", "pointwise", "presets",
+    "dit", "vae", "vae_layers", "upsample_fold", "text_encoder", "networks", "pointwise", "presets",
 )))  # fmt: skip
 VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB
 Progress = Callable[[str], None]
@@ -48,14 +48,16 @@ class PlainGraphs:
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
         self.models = hollow_models(preset, vocabulary)
-        self._made: dict[tuple[str, str, int], onnx.ModelProto] = {}
+        self._made: dict[tuple[str, str, int, bool], onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
         """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
-        key = name, recipe.cache if name == "dit" else "", recipe.vae_latents_per_step if name == "vae_steady" else 1
+        fold = recipe.vae_fold_upsampling and name in ("vae_first", "vae_steady")
+        latents = recipe.vae_latents_per_step if name == "vae_steady" else 1
+        key = name, recipe.cache if name == "dit" else "", latents, fold
         if key not in self._made:
             spec = recipe_spec(recipe, name, self.preset)
-            self._made[key] = onnx_from_model(network_module(self.models, name, recipe.cache), spec)
+            self._made[key] = onnx_from_model(network_module(self.models, name, recipe.cache, fold), spec)
         model = onnx.ModelProto()
         model.CopyFrom(self._made[key])
         return model
@@ -250,7 +252,8 @@ def code_digest() -> str:
 
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
-    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.vae_latents_per_step, versions()
+    vae = recipe.vae_latents_per_step, recipe.vae_fold_upsampling
+    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, *vae, versions()
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())
     if checkpoints is not None:

@@ -118,10 +118,11 @@ VAE_STEPS = {
 }
 
 
-def network_module(models: Models, name: str, cache: str = "nvfp4") -> nn.Module:
+def network_module(models: Models, name: str, cache: str = "nvfp4", fold: bool = False) -> nn.Module:
     """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
 
-    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it.
+    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `fold`: compute the VAE's
+    upsampling in its folded form (see `upsample_fold`).
     """
     if name == "text_encoder":
         return TextStep(models.text).eval()
@@ -130,7 +131,7 @@ def network_module(models: Models, name: str, cache: str = "nvfp4") -> nn.Module
     if name == "dit":
         return DiTStep(models.dit, cache).eval()
     if name in VAE_STEPS:
-        return VAE_STEPS[name](models.vae).eval()
+        return VAE_STEPS[name](models.vae, fold=fold).eval()
     known = ["text_encoder", "context", "dit", *VAE_STEPS]
     raise LongtakeError("unknown network", got=name, expected=", ".join(known))
 

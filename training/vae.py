@@ -140,9 +140,9 @@ def decode_step(vae: CausalVAE, latents: Tensor, stream: Stream) -> Tensor:
 class _Step(nn.Module):
     """A step of a stream as a pure function of tensors: what engines are made of.
 
-    Caches are the histories of the causal convolutions, in the order in which they run. A new cache is the last frames
-    of a convolution's own input and is read by nothing else in the call, so an executor may write it over the old one
-    once the call is done; PyTorch does so at once if `in_place`.
+    Caches are the histories of the causal convolutions, in the order in which they run. A new cache is the end of
+    [old cache, input], which the convolution reads, and nothing else in the call reads either: an executor may write it
+    over the old one as soon as that tensor is there, as PyTorch does if `in_place`.
     """
 
     def __init__(self, vae: CausalVAE, in_place: bool = False, fold: bool = False) -> None:

@@ -17,8 +17,8 @@ from longtake.training.upsample_fold import upsampled_conv
 class Stream:
     """Histories of the causal convolutions, consumed and produced in the order in which they run.
 
-    A new history is the last frames of a convolution's own input (with its old history in front while the input is
-    shorter than that), so it may be written over the old one as soon as the convolution has read it.
+    A new history is the end of [old history, input], the very tensor the convolution reads, and nothing else reads the
+    old one: so it may be written over the old one, if not before that tensor is there.
 
     Args:
         histories: what the previous call produced; None at the start of a clip, where the past is zeros.
@@ -35,7 +35,7 @@ class Stream:
         """Put the last `frames` frames of the past before `x` [B,C,T,H,W] and keep the last `frames` of the result."""
         old = None if self.fresh else next(self._old)
         longer = F.pad(x, (0, 0, 0, 0, frames, 0)) if old is None else torch.cat([old, x], 2)
-        self.keep((x if x.shape[2] >= frames else longer)[:, :, -frames:], old)
+        self.keep(longer[:, :, -frames:], old)
         return longer
 
     def keep(self, history: Tensor, old: Tensor | None = None) -> None:

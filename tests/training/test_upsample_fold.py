@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import onnx
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from longtake.engines.recipe import recipe_named
+from longtake.export.package import PlainGraphs
 from longtake.training.presets import TINY, WAN22_TI2V_5B
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes
 from longtake.training.vae_layers import UpConv
@@ -29,6 +34,21 @@ def test_folded_decoder_decodes_the_same() -> None:
         frames[fold] = torch.cat([first, DecoderSteady(vae, fold=fold)(latents[:, :, 1:], *caches)[0]], 2)
     assert (frames[True] - frames[False]).abs().max() <= 1e-5 * frames[False].abs().max()
     assert not frames[True].equal(frames[False])  # or nothing was folded
+
+
+def test_a_recipe_turns_it_on_without_touching_weights() -> None:
+    graphs, recipe = PlainGraphs(TINY), recipe_named("tiny_bf16_sm90")
+    plain, folded = (graphs.graph("vae_steady", r) for r in (recipe, replace(recipe, vae_fold_upsampling=True)))
+
+    def weights(model: onnx.ModelProto) -> dict[str, list[int]]:
+        return {t.name: list(t.dims) for t in model.graph.initializer if t.name.startswith("decoder.")}
+
+    def kernels(model: onnx.ModelProto) -> int:
+        """Convolutions whose kernel is a weight as it is."""
+        return sum(node.op_type == "Conv" and node.input[1] in weights(model) for node in model.graph.node)
+
+    assert weights(plain) == weights(folded) and len(weights(plain)) > 50
+    assert kernels(plain) - kernels(folded) == 3
 
 
 def test_it_saves_a_thirteenth_of_the_large_decoder() -> None:
