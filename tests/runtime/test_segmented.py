@@ -174,7 +174,7 @@ def test_only_writes_are_in_place() -> None:
 
 # ---- on a GPU: the whole backend against the reference -------------------------------------------------------------
 
-RECIPES = ("tiny_w4a16_sm90", "tiny_bf16_sm90")
+RECIPES = ("tiny_w4a16_sm90", "tiny_bf16_sm90", "tiny_fp8_sm90")
 REPOSITORY = Path(__file__).parents[2]
 
 
