@@ -34,6 +34,7 @@ RULE = "static_6"
 ACTIVATION_DOMAIN = "trt"
 ACTIVATION_OP = "TRT_FP4DynamicQuantize"
 WEIGHT_OP = "nvfp4_dequantize"
+CHUNK = 1 << 20  # elements packed at a time: the codec's intermediates take some 40 bytes each
 
 
 class Rewriter:
@@ -154,11 +155,14 @@ def packed_weight(precision: str, name: str, weight: Tensor, amax: Amax) -> dict
     known = _calibrated(amax, name, precision)
     if precision == "fp8":
         return packed_fp8_weight(name, weight, known["input"])
-    packed = quantize(weight.detach().float().cpu(), rule=RULE, order="modelopt", amax=known.get("weight"))
+    weight = weight.detach().cpu()
+    largest = known.get("weight", float(weight.abs().amax()))
+    rows = max(1, CHUNK // weight.shape[1])
+    pieces = [quantize(w.float(), rule=RULE, order="modelopt", amax=largest) for w in weight.split(rows)]
     return {
-        f"{name}.weight.values": packed.values.contiguous(),
-        f"{name}.weight.scales": packed.scales.view(torch.uint8).contiguous(),
-        f"{name}.weight.scale": torch.tensor(tensor_scale(float(packed.amax)), dtype=torch.float32),
+        f"{name}.weight.values": torch.cat([p.values for p in pieces]),
+        f"{name}.weight.scales": torch.cat([p.scales.view(torch.uint8) for p in pieces]),
+        f"{name}.weight.scale": torch.tensor(tensor_scale(float(pieces[0].amax)), dtype=torch.float32),
     }
 
 

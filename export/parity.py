@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from longtake.engines.recipe import Recipe
 from longtake.engines.spec import NetworkSpec, networks_of, recipe_spec
 from longtake.export.cases import Feeds, Run, cases, random_text, torch_runner
+from longtake.export.lower import CHUNK, RULE
 from longtake.plugins.spec import CACHE_FORMATS, cache_tensors
 from longtake.runtime.errors import GateError
 from longtake.training.networks import Models, apply_precision, quantized_linears
@@ -80,13 +81,29 @@ def recipe_models(models: Models, precision: str) -> Models:
 
     The quantized linears' weights go through NVFP4 from fp32; every other parameter is rounded to bf16.
     """
-    stored = copy.deepcopy(apply_precision(models, precision))
+    stored = apply_precision(models, precision)  # its DiT is a copy already
+    stored = replace(stored, vae=copy.deepcopy(stored.vae), text=copy.deepcopy(stored.text))
+    if precision == "nvfp4":
+        _quantize_weights_once(stored)
     packed = set() if precision == "bf16" else {f"{name}.weight" for name in quantized_linears(stored.dit)}
     for module in (stored.dit, stored.vae, stored.text):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if not (module is stored.dit and (name in packed or name.endswith("_amax"))):
                 tensor.copy_(tensor.to(torch.bfloat16))
     return stored
+
+
+def _quantize_weights_once(models: Models) -> None:
+    """Store each quantized weight as its quantizer yields it, bit for bit, and turn that off: it would do so anew in
+    every pass, which takes most of the time at real widths."""
+    from longtake.plugins.nvfp4.reference import fake_quantize
+    from longtake.training.quantize import quantizers
+
+    for name, sides in quantizers(models.dit).items():
+        weight, amax = models.dit.get_parameter(f"{name}.weight"), models.amax[name]["weight"]
+        for rows in weight.split(max(1, CHUNK // weight.shape[1])):
+            rows.copy_(fake_quantize(rows, rule=RULE, order="modelopt", amax=amax))
+        sides["weight"].disable()
 
 
 def require_parity(rows: list[Row], what: str) -> None:

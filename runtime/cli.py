@@ -17,6 +17,7 @@ from longtake.runtime.settings import configure_logging
 COMMANDS = {
     "doctor": "longtake.engines.doctor_cli",
     "train": "longtake.training.cli",
+    "random-weights": "longtake.training.random_weights_cli",
     "export": "longtake.export.cli",
     "engines": "longtake.engines.cli",
     "generate": "longtake.runtime.generate_cli",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from longtake.runtime.errors import LongtakeError
 
@@ -158,7 +158,20 @@ WAN22_TI2V_5B = Preset(
     checkpoints="checkpoints/wan2.2-ti2v-5b",
 )
 
-PRESETS = {preset.name: preset for preset in (TINY, WAN22_TI2V_5B)}
+# The widths of the 5B transformer, so every Linear is a real one, at a depth and size that a CPU checks in minutes.
+# Its other networks are narrow. Weights: longtake random-weights --preset wan2.2-ti2v-5b-check.
+WAN22_TI2V_5B_CHECK = replace(
+    WAN22_TI2V_5B,
+    name="wan2.2-ti2v-5b-check",
+    dit=replace(WAN22_TI2V_5B.dit, layers=2),
+    vae=replace(WAN22_TI2V_5B.vae, encoder_dim=32, decoder_dim=32),
+    text=replace(WAN22_TI2V_5B.text, layers=1, ffn_dim=256, vocabulary=512),
+    height=64,
+    width=64,
+    checkpoints="checkpoints/wan2.2-ti2v-5b-check",
+)
+
+PRESETS = {preset.name: preset for preset in (TINY, WAN22_TI2V_5B, WAN22_TI2V_5B_CHECK)}
 
 
 def preset_named(name: str) -> Preset:
