@@ -48,7 +48,9 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="module")
 def exported(models: Models, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / recipe.onnx_name
-    export_package(PlainGraphs(models.preset), recipe, folder, "inputs", lambda words: None, weights_from_models(models))
+    export_package(
+        PlainGraphs(models.preset), recipe, folder, "inputs", lambda words: None, weights_from_models(models)
+    )
     return folder
 
 
