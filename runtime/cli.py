@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": "longtake.engines.doctor_cli",
     "train": "longtake.training.cli",
     "random-weights": "longtake.training.random_weights_cli",
+    "convert": "longtake.training.convert.cli",
     "export": "longtake.export.cli",
     "engines": "longtake.engines.cli",
     "generate": "longtake.runtime.generate_cli",

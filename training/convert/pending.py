@@ -1,0 +1,69 @@
+"""A tensor that is yet to be made: its shape is known and checked long before its content is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.runtime.errors import IntegrityError
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Shape, dtype, and what makes the tensor; `make` may be called more than once."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype) -> Pending:
+        """The same tensor in another dtype, rounded to nearest."""
+        return Pending(self.shape, dtype, lambda: self.make().to(dtype))
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model's tensors under our names, each of them checked to be of the shape it must have, and what is told of them.
+
+    kind: "dit", "vae" or "text_encoder". meta: goes into the side file.
+    """
+
+    kind: str
+    preset: str
+    tensors: Mapping[str, Pending]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file it becomes, but for the header."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it in memory: for small models."""
+        return {name: made(name, tensor) for name, tensor in self.tensors.items()}
+
+
+def pending(tensor: Tensor) -> Pending:
+    """`tensor` itself, which may be a view of a mapped file."""
+    return Pending(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def made(name: str, tensor: Pending) -> Tensor:
+    """The content of `tensor`, checked to be finite.
+
+    Raises:
+        IntegrityError: it holds NaN or infinity, as given or once rounded to a narrower dtype.
+    """
+    content = tensor.make().detach()
+    if content.is_floating_point() and not torch.isfinite(content).all():
+        raise IntegrityError(f"weight {name} is not finite", got="NaN or infinity", expected="finite numbers",
+                             fix="get the file again; training may have diverged")  # fmt: skip
+    return content
