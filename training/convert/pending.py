@@ -63,7 +63,8 @@ def made(name: str, tensor: Pending) -> Tensor:
         IntegrityError: it holds NaN or infinity, as given or once rounded to a narrower dtype.
     """
     content = tensor.make().detach()
-    if content.is_floating_point() and not torch.isfinite(content).all():
+    extremes = content.aminmax() if content.numel() else ()  # both NaN if one element is; needs no memory
+    if not all(torch.isfinite(extreme) for extreme in extremes):
         raise IntegrityError(f"weight {name} is not finite", got="NaN or infinity", expected="finite numbers",
                              fix="get the file again; training may have diverged")  # fmt: skip
     return content
