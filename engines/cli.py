@@ -11,6 +11,7 @@ from typing import Any
 from longtake.engines.build import PlanResult, build_recipe, require_buildable
 from longtake.engines.bundle import write_bundle
 from longtake.engines.flavour import Flavour, flavour_for, gpu_compute_capability
+from longtake.engines.precheck import peak_memory
 from longtake.engines.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.runtime.errors import UnavailableError
 from longtake.runtime.places import ENGINES, EXPORTS
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         results = build(recipe, args.onnx / recipe.onnx_name, args.out / recipe.name, flavour, machine,
                         skeleton=args.skeleton, inside=args.weights_inside)  # fmt: skip
         print(format_results(results))
+        print(f"  peak host memory {peak_memory() / 1e9:.1f} GB")
     return 0
 
 

@@ -19,7 +19,7 @@ from longtake.runtime.errors import LongtakeError, UnavailableError
 from longtake.runtime.files import require_disk
 
 BASE = 1.5e9  # Python, torch, TensorRT and a plan's graph
-FACTOR = {"bf16": 3.3, "fp8": 3.6, "w4a16": 4.2, "nvfp4": 4.2}  # bytes of peak memory a byte of weights
+FACTOR = {"bf16": 3.3, "fp8": 3.6, "w4a16": 3.6, "nvfp4": 3.6}  # bytes of peak memory a byte of weights
 PLAN = 1.1  # bytes of plan a byte of weights
 SEGMENT = 50_000_000  # an upper bound of a plan without weights
 

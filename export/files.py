@@ -49,7 +49,7 @@ def write_onnx(model: onnx.ModelProto, path: Path, content: Content = ()) -> Non
         for name, raw in _raw(model, places, content, wanted):
             data.seek(places[name])
             data.write(raw)
-    _require_all(wanted, path)
+        _require_all(wanted, path)
     _write_graph(model, path)
 
 
