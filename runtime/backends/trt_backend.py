@@ -19,7 +19,14 @@ from longtake.runtime.backends.lane import Lane
 from longtake.runtime.backends.segmented_network import SegmentedNetwork
 from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
 from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtEngine, device_bytes_used
-from longtake.runtime.backends.trt_stream import Network, TrtDecoder, TrtEncoder, TrtStream, caches_in_place
+from longtake.runtime.backends.trt_stream import (
+    Network,
+    TrtDecoder,
+    TrtEncoder,
+    TrtStream,
+    caches_kept_twice,
+    carried_pairs,
+)
 from longtake.runtime.errors import LongtakeError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -116,9 +123,9 @@ class TrtBackend:
         self.networks: dict[str, Network] = {}
         self._static: dict[str, Tensor] = {}
         wanted = tuple(networks_in(bundle) if networks is None else networks)
-        # The decoder first: the proof that its caches can be in place needs two sets of them for a moment.
+        # The decoder first: finding out which caches can be in place needs two sets of them for a moment.
         self._load([name for name in wanted if name.startswith("vae") and name not in ENCODER], self.decode_device)
-        self._in_place = "vae_steady" in self.networks and self._prove_caches_in_place()
+        self._twice = self._find_caches_kept_twice() if "vae_steady" in self.networks else frozenset[str]()
         self._load([name for name in wanted if not name.startswith("vae")], self.device)
         if "dit" in self.networks:
             self._static = {b.name: self.allocate(b) for b in self.specs["dit"].inputs if not self._is_cache(b.name)}
@@ -141,12 +148,12 @@ class TrtBackend:
             network.prepare()
         return loaded
 
-    def _prove_caches_in_place(self) -> bool:
+    def _find_caches_kept_twice(self) -> frozenset[str]:
         with torch.cuda.device(self.decode_device):
             with self.lanes["decode"].turn():
-                proven = caches_in_place(self.networks["vae_steady"], self.specs["vae_steady"], self._allocate_decode)
+                found = caches_kept_twice(self.networks["vae_steady"], self.specs["vae_steady"], self._allocate_decode)
             torch.cuda.empty_cache()  # the second set: nothing else would fit its place
-        return proven
+        return found
 
     def _allocate_decode(self, binding: Binding) -> Tensor:
         return self.allocate(binding, device=self.decode_device)
@@ -274,7 +281,7 @@ class TrtBackend:
         specs = self.specs["vae_first"], self.specs["vae_steady"]
         networks = {spec.name: self.network(spec.name) for spec in specs}
         with torch.cuda.device(self.decode_device):
-            stream = TrtStream(networks, specs, self._allocate_decode, self.lanes["decode"], self._in_place)
+            stream = TrtStream(networks, specs, self._allocate_decode, self.lanes["decode"], self._twice)
         self._sample_memory()
         return TrtDecoder(stream)
 
@@ -285,7 +292,8 @@ class TrtBackend:
         with torch.cuda.device(self.device):
             networks = self._prepared(ENCODER, self.device)
             specs = self.specs[ENCODER[0]], self.specs[ENCODER[1]]
-            stream = TrtStream(networks, specs, self.allocate, Lane(self.device), in_place=False)
+            twice = frozenset(name for _, name in carried_pairs(specs[1]))
+            stream = TrtStream(networks, specs, self.allocate, Lane(self.device), twice)
         self._sample_memory()
         return TrtEncoder(stream)
 

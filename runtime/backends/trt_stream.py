@@ -1,11 +1,12 @@
 """Streaming VAE networks on TensorRT plans: feature caches in place where the plan allows it.
 
 A causal convolution's new cache is the end of [old cache, input], the very tensor the convolution reads, which
-TensorRT lays out as a whole: so writing the new cache over the old one is harmless, unless the plan writes an output
-before it has read the input. No plan promises not to, but a plan runs the same kernels in the same order every time,
-so one run tells (`caches_in_place`). At 704x1280 the caches are 3.2 GB, which a second set would double; cutting the
-network at every convolution instead, to update caches by a kernel, would make TensorRT leave its own tensor layout at
-each cut.
+TensorRT lays out as a whole: so writing the new cache over the old one is mostly harmless. Not always: where a step
+brings fewer frames than the cache holds, the new cache is the old one shifted, and a kernel that shifts in place reads
+what it has just overwritten; and a plan may write an output before it has read the input. No plan promises anything,
+but it runs the same kernels in the same order every time, so a few runs tell which caches need a second buffer
+(`caches_kept_twice`). At 704x1280 the caches are 3.2 GB, which a whole second set would double; cutting the network at
+every convolution instead, to update caches by a kernel, would make TensorRT leave its own tensor layout at each cut.
 """
 
 from __future__ import annotations
@@ -41,32 +42,62 @@ def carried_pairs(spec: NetworkSpec) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
-def caches_in_place(network: Network, spec: NetworkSpec, allocate: Allocate) -> bool:
-    """Whether `network` gives the same results, to the last bit, when each cache is written over its input.
-
-    Runs on torch's current stream. Needs two sets of caches for a moment.
+def caches_kept_twice(network: Network, spec: NetworkSpec, allocate: Allocate) -> frozenset[str]:
+    """Names of the caches that `network` may not write over their input: with all others in place its results are the
+    same, to the last bit, as with none. Runs on torch's current stream; needs two sets of caches for a moment.
     """
-    pairs = carried_pairs(spec)
-    sources = {name for _, name in pairs}
-    bindings = {b.name: b for b in (*spec.inputs, *spec.outputs)}
-    data = {b.name: random_like(allocate(b), seed) for seed, b in enumerate(spec.inputs) if b.name not in sources}
-    results = [b.name for b in spec.outputs if b.name not in {out for out, _ in pairs}]
-    old = {name: random_like(allocate(bindings[name]), 100 + i) for i, (_, name) in enumerate(pairs)}
-    new = {out: allocate(bindings[out]) for out, _ in pairs}
-    apart = {name: allocate(bindings[name]) for name in results}
-    over = {name: allocate(bindings[name]) for name in results}
-    network.run({**data, **old, **new, **apart})
-    try:
-        network.run({**data, **old, **{out: old[name] for out, name in pairs}, **over})
-    except LongtakeError as error:
-        log.warning("%s cannot write its caches in place, they are kept twice: %s", spec.name, error)
-        return False
-    compared = [(name, old[name], new[out]) for out, name in pairs] + [(n, apart[n], over[n]) for n in results]
-    # Bytes, not numbers: NaNs, which random weights may bring about, equal nothing.
-    differing = [name for name, a, b in compared if not same_bytes(a, b)]
-    if differing:
-        log.warning("%s cannot write its caches in place, they are kept twice: %s differ", spec.name, differing[:3])
-    return not differing
+    trial = _Trial(network, spec, allocate)
+    twice: set[str] = set()
+    for _ in trial.names:
+        try:
+            wrong = trial.first_difference(twice)
+        except LongtakeError as error:
+            log.warning("%s cannot write its caches in place, they are kept twice: %s", spec.name, error)
+            return frozenset(trial.names)
+        if wrong is None:
+            break
+        # What differs first is either shifted in place, or computed from the cache before it, overwritten too early.
+        suspects = [name for name in trial.names[max(0, wrong - 1) : wrong + 1] if name not in twice]
+        twice |= set(suspects or [name for name in trial.names if name not in twice][:1])
+    if twice:
+        log.info("%s keeps %d of %d caches twice: %s", spec.name, len(twice), len(trial.names), sorted(twice)[:4])
+    return frozenset(twice)
+
+
+class _Trial:
+    """One step on random tensors with every cache apart, to compare others with."""
+
+    def __init__(self, network: Network, spec: NetworkSpec, allocate: Allocate) -> None:
+        self.network, self.pairs = network, carried_pairs(spec)
+        self.names = [name for _, name in self.pairs]
+        self._bindings = {b.name: b for b in (*spec.inputs, *spec.outputs)}
+        self._allocate = allocate
+        outputs = {out for out, _ in self.pairs}
+        self._given = [b.name for b in spec.inputs if b.name not in self.names]
+        self._made = [b.name for b in spec.outputs if b.name not in outputs]
+        self._data = {name: random_like(self._new(name), i) for i, name in enumerate(self._given)}
+        self._old = {name: self._new(name) for name in self.names}
+        self._apart = {name: self._new(name) for name in (*outputs, *self._made)}
+        self._over = {name: self._new(name) for name in self._made}
+        self._run(self._apart)
+
+    def _new(self, name: str) -> Tensor:
+        return self._allocate(self._bindings[name])
+
+    def _run(self, outputs: Mapping[str, Tensor]) -> None:
+        for i, name in enumerate(self.names):
+            random_like(self._old[name], 100 + i)
+        self.network.run({**self._data, **self._old, **outputs})
+
+    def first_difference(self, twice: set[str]) -> int | None:
+        """Index of the first cache that comes out wrong when only `twice` are apart (their number if a result does)."""
+        outputs = {out: self._new(name) if name in twice else self._old[name] for out, name in self.pairs}
+        self._run({**outputs, **self._over})
+        # Bytes, not numbers: NaNs, which random weights may bring about, equal nothing.
+        for i, (out, _) in enumerate(self.pairs):
+            if not same_bytes(outputs[out], self._apart[out]):
+                return i
+        return None if all(same_bytes(self._over[n], self._apart[n]) for n in self._made) else len(self.pairs)
 
 
 def random_like(tensor: Tensor, seed: int) -> Tensor:
@@ -79,7 +110,7 @@ class TrtStream:
     """A network for the first call of a stream, one for all later ones, and the caches between them.
 
     Args:
-        in_place: whether the steady network may write caches over the old ones; else two sets take turns.
+        twice: the caches that the steady network may not write over the old ones: two buffers take turns.
     """
 
     def __init__(
@@ -88,15 +119,15 @@ class TrtStream:
         specs: tuple[NetworkSpec, NetworkSpec],
         allocate: Allocate,
         lane: Lane,
-        in_place: bool,
+        twice: frozenset[str],
     ) -> None:
         self.networks, self.lane = networks, lane
         self.first, self.steady = specs
         self._pairs = carried_pairs(self.steady)
         caches = {name for pair in self._pairs for name in pair}
         kept = [b for b in self.steady.inputs if b.name in caches]
-        sets = [{b.name: allocate(b) for b in kept} for _ in range(1 if in_place else 2)]
-        self._before, self._after = sets[0], sets[-1]
+        self._before = {b.name: allocate(b) for b in kept}
+        self._after = self._before | {b.name: allocate(b) for b in kept if b.name in twice}
         # A step's input and output may differ in size between the first call and the later ones; all buffers stay.
         self._io: dict[str, tuple[str, Tensor, str, Tensor]] = {}
         for spec in specs:

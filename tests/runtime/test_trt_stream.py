@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longtake.engines.spec import Binding, NetworkSpec
-from longtake.runtime.backends.trt_stream import TrtDecoder, TrtStream, caches_in_place
+from longtake.runtime.backends.trt_stream import TrtDecoder, TrtStream, caches_kept_twice
 
 CACHE = Binding("cache", "fp32", (1, 2, 5))
 OUT = Binding("cache_out", "fp32", (1, 2, 5))
@@ -48,14 +48,42 @@ def allocate(binding: Binding, **options: Any) -> Tensor:
 def stream_of(network: Causal, in_place: bool) -> TrtStream:
     lane: Any = SimpleNamespace(turn=nullcontext)
     networks = {"vae_first": Causal(), "vae_steady": network}
-    return TrtStream(networks, (FIRST, STEADY), allocate, lane, in_place)
+    return TrtStream(networks, (FIRST, STEADY), allocate, lane, frozenset() if in_place else frozenset({"cache"}))
 
 
-def test_the_proof_tells_a_network_that_writes_too_early(caplog: pytest.LogCaptureFixture) -> None:
-    assert caches_in_place(Causal(), STEADY, allocate)
-    with caplog.at_level(logging.WARNING):
-        assert not caches_in_place(Causal(early=True), STEADY, allocate)
-    assert "vae_steady cannot write its caches in place" in caplog.text
+def test_a_network_that_writes_too_early_needs_two_buffers(caplog: pytest.LogCaptureFixture) -> None:
+    assert not caches_kept_twice(Causal(), STEADY, allocate)
+    with caplog.at_level(logging.INFO):
+        assert caches_kept_twice(Causal(early=True), STEADY, allocate) == {"cache"}
+    assert "vae_steady keeps 1 of 1 caches twice" in caplog.text
+
+
+class Chain:
+    """Three running sums one after another; some write their new cache before they have read the old one."""
+
+    def __init__(self, early: set[int]) -> None:
+        self.stages = [Causal(early=i in early) for i in range(3)]
+
+    def prepare(self) -> None: ...
+
+    def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None:
+        x = tensors["latent"].clone()
+        for i, stage in enumerate(self.stages):
+            made = torch.empty_like(x)
+            own = {"latent": x, "frames": made, "cache": tensors[f"c{i}"], "cache_out": tensors[f"c{i}_out"]}
+            stage.run(own)
+            x = made
+        tensors["frames"].copy_(x)
+
+
+@pytest.mark.parametrize("early", [set(), {0}, {1}, {2}, {0, 1}, {0, 2}, {0, 1, 2}])
+def test_only_the_caches_that_need_it_are_kept_twice(early: set[int]) -> None:
+    caches = [Binding(f"c{i}", "fp32", (1, 2, 5)) for i in range(3)]
+    outs = [Binding(f"c{i}_out", "fp32", (1, 2, 5)) for i in range(3)]
+    pairs = tuple((f"c{i}_out", f"c{i}") for i in range(3))
+    spec = NetworkSpec("vae_steady", (LATENT, *caches), (FRAMES, *outs), carried=pairs)
+    twice = {int(name[1:]) for name in caches_kept_twice(Chain(early), spec, allocate)}
+    assert early <= twice and (early or not twice) and len(twice) <= 2 * len(early)
 
 
 @pytest.mark.parametrize("network, in_place", [(Causal(), True), (Causal(), False), (Causal(early=True), False)])
