@@ -81,7 +81,7 @@ def test_window_is_the_codec_to_the_last_bit(fmt: str, dims: dict[str, int]) -> 
     for pane, (name, fresh) in enumerate((("window_k", case.k), ("window_v", case.v))):
         window = bf16_at(places[name], (len(entries), *shape))
         for got, slot in zip(window, entries):
-            own = [part[slot : slot + 1] for part in case.cache]
+            own = [part[[slot]] for part in case.cache]
             cached = (dequantize_kv(*own) if fmt == "nvfp4" else own[0])[0, pane].to(torch.bfloat16)
             assert torch.equal(got, fresh if slot < 0 else cached), (name, slot)
 
