@@ -17,9 +17,11 @@ from longtake.engines.onnx_file import read_graph
 from longtake.engines.recipe import recipe_named
 from longtake.engines.segment import segments_from_onnx
 from longtake.engines.spec import networks_of
+from longtake.export import package as package_module
 from longtake.export.content import stored_tensors, weights_from_folder, weights_from_models
 from longtake.export.files import INLINE_BYTES, data_path, write_onnx
 from longtake.export.package import PlainGraphs, export_package, load_index, require_recipe
+from longtake.export.parity import parity_table
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.training.networks import Models, load_models
 from longtake.training.presets import PRESETS, TINY, WAN22_TI2V_5B
@@ -146,3 +148,15 @@ def test_the_5b_transformer_exports_without_its_weights(tmp_path: Path, layers: 
 def test_the_check_preset_has_the_real_linears() -> None:
     check = PRESETS["wan2.2-ti2v-5b-check"]
     assert check.dit == replace(WAN22_TI2V_5B.dit, layers=check.dit.layers)
+
+
+def test_a_steady_vae_of_two_latents_agrees_with_pytorch(
+    small_models: Models, small_graphs: PlainGraphs, tmp_path: Path
+) -> None:
+    recipe = replace(recipe_named("tiny_bf16_sm89"), vae_latents_per_step=2)
+    weights = weights_from_models(small_models)
+    package_module._export_network(small_graphs, recipe, "vae_steady", tmp_path, lambda words: None, weights)
+    rows = list(parity_table(small_models, recipe, tmp_path, networks=["vae_steady"]))
+    assert len(rows) == 4 and all(row.error < 1e-5 for row in rows)
+    frames = next(v for v in read_graph(tmp_path / "vae_steady.onnx").graph.output if v.name == "frames")
+    assert frames.type.tensor_type.shape.dim[2].dim_value == 8
