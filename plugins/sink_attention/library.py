@@ -111,11 +111,12 @@ class CudnnSinkAttention(WindowedAttention):
             out.fill_(0)
             try:
                 self._attend((q.data_ptr(), out.data_ptr()), base, entries, torch.cuda.current_stream().cuda_stream)
-                good = bool((out == one).all() if fp8 else ((out - 1).abs() < 0.02).all())
+                got = (out.view(torch.float8_e4m3fn) if fp8 else out).float()
+                # Hopper adds FP8 products up in fewer bits than fp32 has: over a long window ones come out a step off.
+                good = bool(((got - 1).abs() <= (0.13 if fp8 else 0.02)).all())
             except Exception as error:  # cuDNN's types, and RuntimeError
                 raise UnavailableError("cuDNN's attention fails", got=f"{type(error).__name__}: {error}") from None
             if not good:
-                got = out.view(torch.float8_e4m3fn if fp8 else torch.bfloat16).float()
                 raise UnavailableError(
                     f"cuDNN's {self.attention} attention over {entries} blocks of ones is wrong",
                     got=f"{got.min().item():.4g} to {got.max().item():.4g}",
