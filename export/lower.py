@@ -175,7 +175,7 @@ def _calibrated(amax: Amax, name: str, precision: str) -> dict[str, float]:
             f"no calibrated amax for {name}",
             got=dict(entry) or "nothing",
             expected=f"a positive amax of its {' and of its '.join(sides)}",
-            fix="train with --precision nvfp4, which calibrates, or export a w4a16 or bf16 recipe",
+            fix="train with --precision nvfp4, measure it (longtake convert --calibrate), or export a w4a16 or bf16 recipe",
         )
     return found
 

@@ -179,7 +179,7 @@ def restore_quantizers(dit: CausalDiT, amax: Amax, precision: str = "nvfp4") -> 
             "the checkpoint has no activation amax",
             got=f"none for {missing[0]} and {len(missing) - 1} more",
             expected="one for each quantized linear",
-            fix="fine-tune it under NVFP4: longtake train --stage dit --precision nvfp4 --init FOLDER",
+            fix="measure it: longtake convert --calibrate --out FOLDER (or fine-tune under NVFP4: longtake train --precision nvfp4)",
         )
     names = quantized_linears(dit)
     with quiet():

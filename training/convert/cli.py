@@ -34,9 +34,9 @@ Read are safetensors, sharded folders with an *.index.json, and .pt/.pth files, 
 Wan's, diffusers', Hugging Face's and LongLive's keys, LoRA, and packed 4-bit checkpoints. Nothing is written before
 every key and shape was checked.
 
-Wan2.2-TI2V-5B takes 10.0 GB (DiT), 1.4 GB (VAE) and 11.4 GB (umT5-XXL) of disk in --out, and about 5 GB of host memory
-for umT5's embedding, else under 2 GB: one tensor at a time. --calibrate takes 12 GB and the activations of a few chunks
-on --device (about 30 GB on one GPU).
+Wan2.2-TI2V-5B takes 10.0 GB (DiT), 1.4 GB (VAE) and 11.4 GB (umT5-XXL) of disk in --out. One tensor is in memory at a
+time: under 1 GB beside the mapped files (2.5 GB for a umT5 in fp32). --calibrate takes 10 GB for the weights, on
+--device, and the activations of a few chunks; on a CPU at 704x1280 that is hours, on a GPU minutes.
 """
 
 
@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args)
     require_folder(args.out)
     models = [model for model in (dit_from(args, preset), vae_from(args, preset), text_from(args, preset)) if model]
-    write(models, args.out)
+    if models:
+        write(models, args.out)
     if args.text:
         carry_tokenizer(args.text if args.text.is_dir() else args.text.parent, args.out)
     for model in models:
