@@ -10,7 +10,7 @@ from longtake.plugins.nvfp4.layout import swizzle_scales
 from longtake.plugins.nvfp4.reference import dequantize, quantize
 from longtake.runtime.errors import IntegrityError
 from longtake.training.convert.models import convert_dit
-from longtake.training.convert.packed import packed_linear
+from longtake.training.convert.packed import packed_linear, unpack
 from longtake.training.dit import CausalDiT
 from longtake.training.networks import quantized_linears
 from longtake.training.presets import Preset
@@ -80,3 +80,16 @@ def test_packed_parts_that_do_not_fit(preset: Preset, packed: State) -> None:
         convert_dit({**packed, key: packed[key][:-16]}, preset)
     with pytest.raises(IntegrityError, match="rounded by a cast"):
         convert_dit({**packed, key: packed[key].bfloat16()}, preset)
+
+
+def test_padding_is_cut_off() -> None:
+    weight = torch.randn(200, 144)
+    packed = quantize(torch.nn.functional.pad(weight, (0, 48, 0, 56)), rule="mse", order="longlive")
+    state = {
+        "x.quantized_weight_values": packed.values,
+        "x.quantized_weight_scale_factors": swizzle_scales(packed.scales),
+        "x.quantized_weight_amax": packed.amax,
+        "x.quantized_weight_metadata": torch.tensor([200, 144, 256, 192], dtype=torch.int32),
+    }
+    got = unpack(state, "mse")[0]["x.weight"].make()
+    assert torch.equal(got, dequantize(quantize(weight, rule="mse", order="longlive"), order="longlive"))
