@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from longtake.runtime.places import REPOSITORY
 EPILOG = """weights are random and made on the device, so no checkpoint is needed; speed does not depend on their values.
 examples:
   longtake bench --recipe wan2.2-ti2v-5b_fp8_sm90 --against torch
+  longtake bench --recipe wan2.2-ti2v-5b_fp8_sm90 --more wan2.2-ti2v-5b_bf16_sm90 --against torch
   longtake bench --recipe wan2.2-ti2v-5b_bf16_sm90 --quick --networks dit
   longtake bench --recipe tiny_w4a16_sm90 --steps 2       # on a CPU: the reference backend, to try it out
 """
@@ -41,6 +43,10 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--recipe", required=True, metavar="NAME", help="a shipped recipe or a .yaml file")
     parser.add_argument("--against", default="", metavar="torch", help="measure plain PyTorch in the same run, too")
+    parser.add_argument(
+        "--more", nargs="+", default=[], metavar="NAME",
+        help="recipes whose DiT is measured in the same run, against the same PyTorch; a report each, in --out/NAME",
+    )  # fmt: skip
     parser.add_argument("--networks", default="dit,vae", metavar="dit,vae", help="what to measure")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="denoise steps a chunk (default 4)")
     parser.add_argument("--chunks", type=int, metavar="N", help="steady chunks measured in each mode (default 4)")
@@ -89,19 +95,42 @@ def options_from_args(args: argparse.Namespace) -> BenchOptions:
 def run(args: argparse.Namespace) -> int:
     """Measure and report; 1 if a part failed (the others are reported all the same)."""
     options, started = options_from_args(args), time.perf_counter()
-    prepare(options)
-    parts: dict[str, Figures] = {}
-    for part in options.parts():
+    more = [of_another_recipe(options, name) for name in args.more]
+    for one in (options, *more):
+        prepare(one)
+    runs: list[tuple[BenchOptions, dict[str, Figures]]] = [(one, {}) for one in (options, *more)]
+
+    def measure(part: str, one: BenchOptions) -> Figures:
         left = options.seconds - (time.perf_counter() - started)
-        print(f"{part}: measuring (up to {min(left, PART_SECONDS.get(part, left)):.0f} s)", flush=True)
-        parts[part] = measured(part, options, min(left, PART_SECONDS.get(part, left)))
-        report = report_of(options, parts)
-        path = write_result(options.folder, report)
-        print(f"{part}: {parts[part].get('error') or parts[part].get('fps')}", flush=True)
-    print(table(report))
-    print(f"report: {path}")
-    print(f"plot:   {write_plot(report, options.folder / 'bench.png')}")
-    return int(any("error" in figures for figures in parts.values()))
+        limit = min(left, PART_SECONDS.get(part, left))
+        print(f"{one.the_recipe.name}, {part}: measuring (up to {limit:.0f} s)", flush=True)
+        figures = measured(part, one, limit)
+        print(f"{part}: {figures.get('error') or figures.get('fps')}", flush=True)
+        return figures
+
+    for one, parts in runs:
+        parts["engine"] = measure("engine", one)
+        write_result(one.folder, report_of(one, parts))
+    for part in options.parts()[1:]:
+        figures = measure(part, options)
+        for one, parts in runs:
+            parts[part] = figures
+            write_result(one.folder, report_of(one, parts))
+    for one, parts in runs:
+        report = report_of(one, parts)
+        print(table(report))
+        print(f"report: {write_result(one.folder, report)}")
+        print(f"plot:   {write_plot(report, one.folder / 'bench.png')}")
+    return int(any("error" in figures for _, parts in runs for figures in parts.values()))
+
+
+def of_another_recipe(options: BenchOptions, name: str) -> BenchOptions:
+    """The same benchmark of another recipe's DiT. Raises LongtakeError for an unknown recipe or another preset."""
+    recipe = recipe_named(name)
+    if recipe.preset != options.the_recipe.preset:
+        raise LongtakeError("--more takes recipes of the same preset", got=recipe.preset,
+                            expected=options.the_recipe.preset, fix="run the benchmark twice")  # fmt: skip
+    return replace(options, recipe=name, networks=("dit",), decode_device="", out=str(options.folder / recipe.name))
 
 
 def prepare(options: BenchOptions) -> None:
