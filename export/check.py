@@ -136,7 +136,7 @@ def _compare(
     runners = [
         TorchRunner(ORACLE, spec, module, marked),
         ViewRunner(VIEW, with_outputs(view, list(labels)), threads),
-        *([BackendRunner(backend, spec)] if backend else []),
+        *([BackendRunner(backend, spec)] if backend and spec.name != "vae_encoder_steady" else []),  # no caches to set
     ]
     with quiet_polygraphy():
         results = Comparator.run(runners, data_loader=[numpy_feeds(feed) for feed in feeds.values()])

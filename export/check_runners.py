@@ -159,6 +159,10 @@ class BackendRunner(_SpecRunner):
     def _vae_steady(self, feeds: dict[str, Tensor]) -> list[Tensor]:
         return self._decode(feeds["latent"], list(feeds.values())[1:])
 
+    def _vae_encoder_first(self, feeds: dict[str, Tensor]) -> list[Tensor]:
+        """The latent; an encoder's caches cannot be read."""
+        return [self.backend.new_encoder().encode(feeds["frames"][0])[:, :, None]]
+
     def _decode(self, latent: Tensor, caches: list[Tensor]) -> list[Tensor]:
         decoder = self.backend.new_decoder()
         decoder.load_state(caches)

@@ -47,13 +47,14 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = safe_open(path, framework="pt")
-        self._names = list(self._file.keys())
+        with safe_open(path, framework="pt") as file:
+            self._names = list(file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._file.get_tensor(name)
+        with safe_open(self.path, framework="pt") as file:  # anew: an open file's pages stay mapped, all that were read
+            return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

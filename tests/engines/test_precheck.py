@@ -75,6 +75,6 @@ def test_this_machine_says_what_is_free() -> None:
 
 def test_the_promise_covers_the_measured_build() -> None:
     measured = json.loads((REPOSITORY / "docs/measurements/build_5b_nvfp4_sm120.json").read_text())
-    for plan in measured["plans"]:
+    for plan in (plan for plan in measured["plans"] if "peak_rss_gb" in plan):
         promised = precheck.memory_needed("nvfp4", int(plan["weights_gb"] * 1e9)) / 1e9
         assert plan["peak_rss_gb"] <= promised < 24e9 / 1e9, plan

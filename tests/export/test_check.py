@@ -75,7 +75,14 @@ def test_a_backend_is_one_more_runner(small: tuple[Models, Recipe, Path]) -> Non
     models, recipe, folder = small
     rows = list(check_networks(models, recipe, folder, backend=TorchBackend(recipe, models)))
     own = [row for row in rows if row.against == "torch"]
-    assert {row.network for row in own} == {"text_encoder", "context", "dit", "vae_first", "vae_steady"}
+    assert {row.network for row in own} == {
+        "text_encoder",
+        "context",
+        "dit",
+        "vae_first",
+        "vae_steady",
+        "vae_encoder_first",
+    }
     assert {row.output for row in own if row.network == "dit"} == {"velocity", "cache_0", "cache_1"}
     assert max(row.error for row in own if "cache" not in row.output) < 2e-2
     require_gates(own, [], recipe)
