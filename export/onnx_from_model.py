@@ -106,7 +106,7 @@ def _without_content(model: onnx_ir.Model, names: set[str]) -> list[tuple[onnx_i
                 (
                     value,
                     onnx_ir.ExternalTensor(
-                        "", 0, 0, tensor.dtype, shape=onnx_ir.Shape([int(d) for d in tensor.shape]), name=name
+                        "", 0, 0, tensor.dtype, shape=onnx_ir.Shape([int(str(d)) for d in tensor.shape]), name=name
                     ),
                 )
             )
