@@ -44,7 +44,7 @@ def test_a_recipe_for_another_machine_stops_all_before_the_first_is_built(
 def test_by_default_everything_buildable_is_built_and_the_rest_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fake_build(recipe, onnx, out, flavour, machine):  # noqa: ANN001, ANN202
+    def fake_build(recipe, onnx, out, flavour, machine, **options):  # noqa: ANN001, ANN003, ANN202
         manifest = PlanManifest(
             "dit.plan", "dit", "", 12_340_000, "", flavour.name, flavour.version, "12.0",
             {"sink_attention_nvfp4": {}}, {}, recipe.name, "tiny", 321, 4.56,
