@@ -352,13 +352,13 @@ def _tensor_types(model: onnx.ModelProto, constants: dict[str, TensorProto]) -> 
 
 
 def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) -> None:
-    """An op's output has the type of the input it aliases, of q for attention; a dequantized weight is [N, K]."""
+    """An op's output i has the type of the input it aliases, else of input i; a dequantized weight is [N, K]."""
     for node in nodes:
         if node.domain != DOMAIN or node.op_type not in OPS or node.input[0] not in types:
             continue
         aliases = dict(OPS[node.op_type].aliases)
         for i, output in enumerate(node.output):
-            source = types.get(node.input[aliases.get(i, 0)])
+            source = types.get(node.input[aliases.get(i, i)])
             if output in types or source is None:
                 continue
             if node.op_type == "nvfp4_dequantize" and isinstance(source.shape[1], int):

@@ -24,6 +24,7 @@ from onnx.defs import OpSchema
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
+from longtake.plugins.kernels import shape_of
 from longtake.plugins.ops import REFERENCES, torch_op
 from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_ATTRIBUTES, OpSpec, TensorSpec
 from longtake.runtime.errors import LongtakeError
@@ -69,13 +70,13 @@ def op_schema(spec: OpSpec) -> OpSchema:
 
 
 def _infer_outputs(spec: OpSpec, context: Any) -> None:
-    """A cache comes out as it went in, attention is like q, a weight is bf16 [N, K]."""
+    """A cache comes out as it went in, output i is like input i, a weight is bf16 [N, K]."""
     if spec.name == "nvfp4_dequantize":
         values = context.get_input_type(0).tensor_type.shape.dim
         shape = [values[0].dim_value or None, 2 * values[1].dim_value or None] if len(values) == 2 else None
         context.set_output_type(0, helper.make_tensor_type_proto(TensorProto.BFLOAT16, shape))
         return
-    for output, source in spec.aliases or ((0, 0),):
+    for output, source in spec.aliases or ((i, i) for i in range(len(spec.outputs))):
         context.set_output_type(output, context.get_input_type(source))
 
 
@@ -147,7 +148,7 @@ def _sizes(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
     """(dimension formula, size) of a node's inputs where known; 0 stands for an unknown size."""
     for tensor, name in zip(_spec(node.op_type).inputs, node.input):
         for formula, size in zip(tensor.shape, shapes.get(name, ())):
-            if size and not formula.isdigit() and formula[0] not in _DYNAMIC:
+            if size and formula[0].isalpha() and formula[0] not in _DYNAMIC and "*" not in formula:
                 yield formula, size
 
 
@@ -208,7 +209,8 @@ class _Reference(nn.Module):
 
 def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> GraphProto:
     """The reference as a graph, its inputs in the order of the spec."""
-    unknown = sorted({f[0] for t in spec.inputs for f in t.shape if not f.isdigit()} - {*dims, *_DYNAMIC})
+    letters = {letter for t in spec.inputs for formula in t.shape for letter in formula if letter.isalpha()}
+    unknown = sorted(letters - {*dims, *_DYNAMIC})
     if unknown:
         raise LongtakeError(
             f"the sizes of {spec.name} are not known",
@@ -230,11 +232,7 @@ def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> Gr
 
 def _example(tensor: TensorSpec, dims: Mapping[str, int]) -> Tensor:
     sizes = {"W": 3, "N": 48, "K": 96, **dims}
-    shape = []
-    for formula in tensor.shape:
-        letter, _, divisor = formula.partition("/")
-        shape.append(int(formula) if formula.isdigit() else sizes[letter] // int(divisor or 1))
-    return torch.zeros(shape, dtype=_TORCH_DTYPES[tensor.dtype])
+    return torch.zeros(shape_of(tensor, sizes), dtype=_TORCH_DTYPES[tensor.dtype])
 
 
 def _dynamic_dims(tensor: TensorSpec) -> dict[int, Any]:

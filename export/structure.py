@@ -38,7 +38,8 @@ class Expected:
     @property
     def custom_ops(self) -> Counter[str]:
         """How many nodes of each op of the `longtake` domain there must be."""
-        ops = Counter({f"kv_cache_write_{self.cache}": self.layers, f"sink_attention_{self.cache}": self.layers})
+        names = (f"kv_cache_write_{self.cache}", f"sink_attention_{self.cache}", "qk_norm_rope")
+        ops = Counter(dict.fromkeys(names, self.layers))
         if self.precision == "w4a16":
             ops[WEIGHT_OP] = len(self.linears)
         return +ops

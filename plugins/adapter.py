@@ -216,7 +216,7 @@ def _known_sizes(trt: Any, kernels: Kernels, inputs: Sequence[Any], builder: Any
             known.setdefault(expression, exprs[axis])
     for expression, size in list(known.items()):
         letter, _, divisor = expression.partition("/")
-        if divisor and letter not in known:
+        if divisor and letter.isalpha() and letter not in known:
             known[letter] = builder.operation(trt.DimensionOperation.PROD, size, builder.constant(int(divisor)))
     return known
 

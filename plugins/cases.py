@@ -39,13 +39,18 @@ def op_inputs(
             made.append(torch.tensor(indices, dtype=torch.int32))
         elif tensor.name in cache:
             made.append(cache[tensor.name])
+        elif tensor.name.startswith("rope_"):
+            wave = torch.cos if tensor.name == "rope_cos" else torch.sin
+            made.append(wave(torch.outer(torch.arange(dims["L"]), torch.logspace(0, -4, dims["D"] // 2))))
         else:
             made.append(torch.randn(shape_of(tensor, dims), generator=generator).to(compute))
     return tuple(made)
 
 
 def _filled_cache(op_name: str, dims: Dims, compute: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
-    """Every slot written with data of its own magnitude; or a weight's random bytes."""
+    """Every slot written with data of its own magnitude, where the op has slots; or a weight's random bytes."""
+    if op_name == "qk_norm_rope":
+        return {}
     if op_name == "nvfp4_dequantize":
         rows, columns = dims["N"], dims["K"]
         values = torch.randint(-128, 128, (rows, columns // 2), generator=generator).to(torch.int8)

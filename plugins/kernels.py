@@ -21,7 +21,7 @@ Dims = Mapping[str, int]
 COMPUTE_DTYPES = ("bf16", "fp32")
 WORKSPACE, TABLE_LENGTH = "<workspace>", "<table length>"
 MAX_HEAD_DIM = 128
-_FOLDERS = ("kv_cache_write", "sink_attention", "nvfp4_dequantize")
+_FOLDERS = ("kv_cache_write", "sink_attention", "qk_norm_rope", "nvfp4_dequantize")
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def kernels_of(op_name: str) -> Kernels:
 
 
 def size_of(expression: str, dims: Dims) -> int:
-    """The value of a dimension of a TensorSpec: a number, a letter, or a letter divided by a number."""
-    letter, _, divisor = expression.partition("/")
-    return int(letter) if letter.isdigit() else dims[letter] // int(divisor or 1)
+    """The value of a dimension of a TensorSpec: a number, a letter, a product, or one of these divided by a number."""
+    product, _, divisor = expression.partition("/")
+    return math.prod(int(f) if f.isdigit() else dims[f] for f in product.split("*")) // int(divisor or 1)
 
 
 def shape_of(tensor: TensorSpec, dims: Dims) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ def dims_from_shapes(spec: OpSpec, shapes: Sequence[Sequence[int]]) -> dict[str,
     for tensor, shape in zip(spec.inputs, shapes):
         for expression, size in zip(tensor.shape, shape):
             letter, _, divisor = expression.partition("/")
-            if not letter.isdigit():
+            if letter.isalpha():
                 dims.setdefault(letter, size * int(divisor or 1))
         if len(shape) != len(tensor.shape) or tuple(shape) != shape_of(tensor, dims):
             known = ", ".join(f"{name}={size}" for name, size in dims.items())

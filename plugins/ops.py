@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longtake.plugins.kv_cache_write.reference import kv_cache_write_bf16, kv_cache_write_nvfp4
 from longtake.plugins.nvfp4_dequantize.reference import nvfp4_dequantize
+from longtake.plugins.qk_norm_rope.reference import qk_norm_rope
 from longtake.plugins.sink_attention.reference import sink_attention_bf16, sink_attention_nvfp4
 from longtake.plugins.spec import DOMAIN, OPS, OpSpec
 
@@ -21,6 +22,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "kv_cache_write_bf16": kv_cache_write_bf16,
     "sink_attention_nvfp4": sink_attention_nvfp4,
     "sink_attention_bf16": sink_attention_bf16,
+    "qk_norm_rope": qk_norm_rope,
     "nvfp4_dequantize": nvfp4_dequantize,
 }
 
@@ -38,7 +40,7 @@ def torch_op(name: str) -> Any:
 
 
 def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
-    """Outputs like the tensors they are written over; attention like q; a weight [N,K] from its bytes."""
+    """Outputs like the tensors they are written over; else output i like input i; a weight [N,K] from its bytes."""
 
     def fake(*inputs: Tensor) -> Any:
         if spec.aliases:
@@ -47,7 +49,8 @@ def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
         if spec.name == "nvfp4_dequantize":
             rows, columns = inputs[0].shape
             return inputs[0].new_empty((rows, columns * 2), dtype=torch.bfloat16)
-        return torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+        made = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x, _ in zip(inputs, spec.outputs))
+        return made if len(made) > 1 else made[0]
 
     return fake
 

@@ -20,7 +20,8 @@ from longtake.plugins.launch import run_kernel
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import OPS
 
-INDICES = {"kv": ((2,), (-1,)), "sink": ((-1,), (3, 0, 1, -1)), "nvfp4": ((0,),)}
+INDICES = {"kv": ((2,), (-1,)), "sink": ((-1,), (3, 0, 1, -1)), "nvfp4": ((0,),), "qk": ((0,),)}
+LIMITS = {"sink": {"bf16": 1e-2, "fp32": 1e-5}, "qk": {"bf16": 1e-3, "fp32": 1e-6}}  # the others are exact
 
 
 def worst_error(op_name: str, dims: Dims, dtype: str, indices: tuple[int, ...]) -> float:
@@ -39,9 +40,10 @@ def run_all() -> bool:
     for op_name in OPS:
         for dims in WEIGHT_SIZES[1:] if op_name == "nvfp4_dequantize" else (SIZES[1], SIZES[2], SIZES[4]):
             for dtype in ("bf16",) if op_name == "nvfp4_dequantize" else ("bf16", "fp32"):
-                for indices in INDICES[op_name.split("_")[0]]:
+                kind = op_name.split("_")[0]
+                for indices in INDICES[kind]:
                     error = worst_error(op_name, dims, dtype, indices)
-                    limit = 0.0 if "sink" not in op_name else {"bf16": 1e-2, "fp32": 1e-5}[dtype]
+                    limit = LIMITS[kind][dtype] if kind in LIMITS else 0.0
                     good &= error <= limit
                     print(f"{'ok ' if error <= limit else 'BAD'} {op_name} {dtype} {dims} {indices}: {error:.2e}")
     return good

@@ -14,13 +14,14 @@ PLUGIN_VERSION = "1"
 PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION}  # of an ONNX node
 
 CACHE_FORMATS = ("nvfp4", "bf16")
+QK_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor of an op. `dtype` is "compute" (the activation dtype), "int8", "int32" or "fp32".
 
-    `shape` names dimensions by letter or gives a formula in them, such as "D/2".
+    `shape` names dimensions by letter or gives a formula in them, such as "D/2" or "H*D".
     """
 
     name: str
@@ -77,6 +78,17 @@ def sink_attention(fmt: str) -> OpSpec:
     )
 
 
+def qk_norm_rope() -> OpSpec:
+    """RMSNorm over each token's whole vector (all heads; eps is `QK_NORM_EPS`), then RoPE, of queries and keys."""
+    weights = tuple(TensorSpec(f"{x}_weight", "compute", ("H*D",)) for x in "qk")
+    tables = tuple(TensorSpec(f"rope_{f}", "fp32", ("L", "D/2")) for f in ("cos", "sin"))
+    return OpSpec(
+        "qk_norm_rope",
+        inputs=(_block("q"), _block("k"), *weights, *tables),
+        outputs=(_block("q_out"), _block("k_out")),
+    )
+
+
 def nvfp4_dequantize() -> OpSpec:
     """E2M1 value x E4M3 block scale, exact in bf16; the per-tensor scale is applied to the product's output."""
     return OpSpec(
@@ -91,6 +103,7 @@ OPS: dict[str, OpSpec] = {
     for spec in (
         *(kv_cache_write(fmt) for fmt in CACHE_FORMATS),
         *(sink_attention(fmt) for fmt in CACHE_FORMATS),
+        qk_norm_rope(),
         nvfp4_dequantize(),
     )
 }

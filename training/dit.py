@@ -1,7 +1,8 @@
 """The causal video DiT of every preset: block math and state-dict keys of Wan 2.2's transformer.
 
 Attention over history is a strategy passed in (`attend`), so one model serves cached generation, where each chunk
-reads slots of a K/V cache, and teacher forcing, where a mask stands for the cache.
+reads slots of a K/V cache, and teacher forcing, where a mask stands for the cache. So is what happens to queries and
+keys before it (`norm_rope`): plain PyTorch, or an op of ours where a compiler makes too much of it.
 
 Legend: B batch (may be absent), C latent channels, F latent frames, T tokens = F * frame tokens in (f, h, w) order,
 H heads, D head_dim, E text length, S text segments (one a chunk). "..." is [B] or nothing.
@@ -22,6 +23,7 @@ from longtake.training.presets import DiTConfig
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 CrossAttend = Callable[[Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
+NormRope = Callable[["Attention", Tensor, Tensor, Rope], tuple[Tensor, Tensor]]
 
 
 class RMSNorm(nn.Module):
@@ -72,6 +74,11 @@ class Attention(nn.Module):
         return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
 
 
+def plain_norm_rope(own: Attention, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """q, k [..., T, dim] as `own` projects them to [..., T, H, D]: RMSNorm over dim, then RoPE."""
+    return apply_rope(own.split(own.norm_q(q)), *rope), apply_rope(own.split(own.norm_k(k)), *rope)
+
+
 class Block(nn.Module):
     """One transformer block: gated self-attention, cross-attention, gated FFN."""
 
@@ -86,18 +93,25 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / math.sqrt(config.dim))
 
     def forward(
-        self, x: Tensor, e0: Tensor, rope: Rope, context: Tensor, attend: Callable[..., Tensor], cross: CrossAttend
+        self,
+        x: Tensor,
+        e0: Tensor,
+        rope: Rope,
+        context: Tensor,
+        attend: Callable[..., Tensor],
+        cross: CrossAttend,
+        norm_rope: NormRope = plain_norm_rope,
     ) -> Tensor:
         """x [..., T, dim], e0 [..., F, 6, dim] -> [..., T, dim]; `attend(q, k, v)` is this layer's."""
         m = (self.modulation.float() + e0.float()).unbind(-2)
-        x = gated_add(x, self.self_attention(modulate(x, self.eps, m[1], m[0]), rope, attend), m[2])
+        x = gated_add(x, self.self_attention(modulate(x, self.eps, m[1], m[0]), rope, attend, norm_rope), m[2])
         x = x + self.cross_attention(x, context, cross)
         return gated_add(x, self.ffn(modulate(x, self.eps, m[4], m[3])), m[5])
 
-    def self_attention(self, x: Tensor, rope: Rope, attend: Callable[..., Tensor]) -> Tensor:
-        k, v = self.self_attn.keys_values(x)
-        q, k = apply_rope(self.self_attn.queries(x), *rope), apply_rope(k, *rope)
-        return self.self_attn.o(attend(q, k, v).flatten(-2))
+    def self_attention(self, x: Tensor, rope: Rope, attend: Callable[..., Tensor], norm_rope: NormRope) -> Tensor:
+        own = self.self_attn
+        q, k = norm_rope(own, own.q(x), own.k(x), rope)
+        return own.o(attend(q, k, own.split(own.v(x))).flatten(-2))
 
     def cross_attention(self, x: Tensor, context: Tensor, cross: CrossAttend) -> Tensor:
         normal = layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype)
@@ -188,13 +202,20 @@ class CausalDiT(nn.Module):
         return e, self.time_projection(e).unflatten(-1, (6, -1))
 
     def features(
-        self, latents: Tensor, e0: Tensor, rope: Rope, context: list[Tensor], attend: Attend, cross: CrossAttend
+        self,
+        latents: Tensor,
+        e0: Tensor,
+        rope: Rope,
+        context: list[Tensor],
+        attend: Attend,
+        cross: CrossAttend,
+        norm_rope: NormRope = plain_norm_rope,
     ) -> Tensor:
         """Tokens after the last block, [..., T, dim]."""
         embed = self.patch_embedding
         x = functional.linear(self.patchify(latents.to(self.dtype)), embed.weight.flatten(1), embed.bias)
         for layer, block in enumerate(self.blocks):
-            x = block(x, e0, rope, context[layer], _of_layer(attend, layer), cross)
+            x = block(x, e0, rope, context[layer], _of_layer(attend, layer), cross, norm_rope)
         return x
 
     def forward(
@@ -206,6 +227,7 @@ class CausalDiT(nn.Module):
         attend: Attend,
         cross: CrossAttend = segment_cross_attention,
         skip_frames: int = 0,
+        norm_rope: NormRope = plain_norm_rope,
     ) -> Tensor:
         """Velocity, fp32 [..., C, F - skip_frames, H, W].
 
@@ -217,9 +239,10 @@ class CausalDiT(nn.Module):
             attend: `attend(layer, q, k, v) -> out`, all [..., T, H, D], q and k after RoPE.
             cross: cross-attention of q over one layer's context.
             skip_frames: leading frames that don't go through the head (the clean half in teacher forcing).
+            norm_rope: `norm_rope(attention, q, k, rope)`, what makes q and k [..., T, H, D] of their projections.
         """
         e, e0 = self.time(sinusoid)
-        x = self.features(latents, e0, rope, context, attend, cross)
+        x = self.features(latents, e0, rope, context, attend, cross, norm_rope)
         frames, (height, width) = latents.shape[-3], latents.shape[-2:]
         skipped = skip_frames * (x.shape[-2] // frames)
         patches = self.head(x[..., skipped:, :], e[..., skip_frames:, :])

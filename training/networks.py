@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longtake.plugins.spec import cache_tensors
+from longtake.plugins.spec import QK_NORM_EPS, cache_tensors
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.places import REPOSITORY
-from longtake.training.dit import CausalDiT, dense_cross_attention
+from longtake.training.dit import Attention, CausalDiT, Rope, dense_cross_attention
 from longtake.training.presets import Preset
 from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
@@ -69,6 +69,12 @@ class ContextStep(nn.Module):
         return tuple(self.dit.context(embeddings[0]))
 
 
+def fused_norm_rope(own: Attention, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """`dit.plain_norm_rope` as one op of ours: from these nodes TensorRT makes kernels that carry fp32 copies along."""
+    weights = (norm.weight.to(q.dtype) for norm in (own.norm_q, own.norm_k))
+    return torch.ops.longtake.qk_norm_rope(own.split(q), own.split(k), *weights, *rope)
+
+
 class DiTStep(nn.Module):
     """One pass over one chunk through the cache ops; inputs and outputs as in `engines.spec.dit_spec`."""
 
@@ -81,6 +87,8 @@ class DiTStep(nn.Module):
         self.per_layer = len(cache_tensors(cache))
         self.write = getattr(torch.ops.longtake, f"kv_cache_write_{cache}")
         self.read = getattr(torch.ops.longtake, f"sink_attention_{cache}")
+        if dit.config.eps != QK_NORM_EPS:
+            raise LongtakeError("the op qk_norm_rope has another eps", got=dit.config.eps, expected=QK_NORM_EPS)
 
     def forward(
         self,
@@ -104,8 +112,9 @@ class DiTStep(nn.Module):
             caches[own] = [written] if isinstance(written, Tensor) else list(written)
             return self.read(q, k, v, *caches[own], table)
 
+        rope = (rope_cos, rope_sin)
         velocity = self.dit(
-            latents[0], timestep_sinusoid, (rope_cos, rope_sin), context, attend, cross=dense_cross_attention
+            latents[0], timestep_sinusoid, rope, context, attend, cross=dense_cross_attention, norm_rope=fused_norm_rope
         )
         return (velocity[None], *caches)
 

@@ -19,6 +19,8 @@ from longtake.export.functions import (
     register_schemas,
     translation_table,
 )
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.kernels import size_of
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import DOMAIN, OPS
 from longtake.runtime.errors import LongtakeError
@@ -32,9 +34,8 @@ def shape_of(dims: Sequence[str]) -> list[int | str]:
     """Numbers where the size is fixed, names where it is dynamic."""
     sizes: list[int | str] = []
     for formula in dims:
-        letter, _, divisor = formula.partition("/")
-        fixed = int(formula) if formula.isdigit() else SIZES.get(letter, 0) // int(divisor or 1)
-        sizes.append(fixed or formula.replace("/", "_"))
+        dynamic = any(letter in formula for letter in "WNK")
+        sizes.append(formula.replace("/", "_") if dynamic else size_of(formula, SIZES))
     return sizes
 
 
@@ -125,6 +126,13 @@ def test_weight_body_is_bit_equal_and_serves_every_size() -> None:
         assert torch.equal(run(model, (values, scales))[0], expected.float())
 
 
+def test_norm_and_rope_body_equals_the_reference() -> None:
+    model = inline_functions(model_of("qk_norm_rope"))
+    inputs = op_inputs("qk_norm_rope", SIZES, "fp32")
+    for ours, theirs in zip(run(model, inputs), REFERENCES["qk_norm_rope"](*inputs)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_one_body_serves_bf16_and_fp32_and_shapes_are_inferred(name: str) -> None:
     compute = {}
@@ -151,6 +159,8 @@ class AllOps(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         values, scales, amax, cache, table, slot, weight, weight_scales = rest
         ops = torch.ops.longtake
+        angle = cache[0, 0, :, 0, : D // 2].float()
+        q, k = ops.qk_norm_rope(q, k, q.flatten(1)[0], k.flatten(1)[0], angle, angle)
         attended = ops.sink_attention_nvfp4(q, k, v, values, scales, amax, table)
         attended = attended + ops.sink_attention_bf16(q, k, v, cache, table)
         product = attended.flatten(1) @ ops.nvfp4_dequantize(weight, weight_scales)

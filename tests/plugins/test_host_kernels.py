@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from longtake.plugins.cases import SIZES, WEIGHT_SIZES, op_inputs
 from longtake.plugins.ops import REFERENCES
@@ -49,6 +50,35 @@ def test_attention(host_device: Any, fmt: str, dtype: str, tolerance: float, rev
         wanted = REFERENCES[op](*inputs).double()
         (got,) = host_device.run(op, *inputs)
         assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("dtype", ("bf16", "fp32"))
+def test_norm_and_rope(host_device: Any, dtype: str, reverse: bool) -> None:
+    host_device.reverse = reverse
+    sizes = (*SIZES[2:], {"L": 5, "H": 24, "D": 128}, {"L": 3, "H": 40, "D": 128}, {"L": 3, "H": 1, "D": 112})
+    for dims in sizes:
+        inputs = op_inputs("qk_norm_rope", dims, dtype)
+        wanted = REFERENCES["qk_norm_rope"](*inputs)
+        for g, w in zip(host_device.run("qk_norm_rope", *inputs), wanted):
+            assert_one_step_at_most(g, w)
+
+
+def assert_one_step_at_most(got: Tensor, wanted: Tensor) -> None:
+    """Equal but where another order of the sum rounds a norm the other way: seldom, and by a step of bf16 then."""
+    step = {torch.bfloat16: 2**-7, torch.float32: 1e-6}[wanted.dtype]
+    pairs = wanted.double().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(*wanted.shape[:-1], -1, 2)
+    assert ((got.double() - wanted.double()).abs() <= step * pairs.flatten(-2)).all()
+    if wanted.dtype == torch.bfloat16:
+        assert (got != wanted).double().mean() < 1e-3
+
+
+def test_norm_and_rope_of_zeros_and_extremes(host_device: Any) -> None:
+    q, k, *rest = op_inputs("qk_norm_rope", SIZES[2], "bf16")
+    for scale in (0.0, 1e-20, 1e-4, 1e4):
+        inputs = (q * scale, k * scale, *rest)
+        for g, w in zip(host_device.run("qk_norm_rope", *inputs), REFERENCES["qk_norm_rope"](*inputs)):
+            assert_one_step_at_most(g, w)
 
 
 def test_dequantize(host_device: Any) -> None:

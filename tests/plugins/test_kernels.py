@@ -67,6 +67,17 @@ def test_attention_equals_the_reference_for_every_table(fmt: str, dtype: str, di
 
 
 @dtypes
+@pytest.mark.parametrize("dims", (*SIZES, {"L": 65, "H": 24, "D": 128}), ids=lambda d: "L{L}H{H}D{D}".format(**d))
+def test_norm_and_rope_equal_the_reference(dtype: str, dims: dict[str, int]) -> None:
+    inputs = op_inputs("qk_norm_rope", dims, dtype)
+    wanted = REFERENCES["qk_norm_rope"](*inputs)
+    for got, w in zip(run_kernel("qk_norm_rope", *(t.cuda() for t in inputs)), wanted):
+        assert relative_error(got, w) <= {"bf16": 1e-3, "fp32": 1e-6}[dtype]
+        if dtype == "bf16":
+            assert (got.cpu() != w).double().mean() < 1e-2, "only roundings on the edge may differ"
+
+
+@dtypes
 @pytest.mark.parametrize("dims", WEIGHT_SIZES, ids=lambda d: "N{N}K{K}".format(**d))
 def test_dequantize_is_exact(dtype: str, dims: dict[str, int]) -> None:
     inputs = op_inputs("nvfp4_dequantize", dims)

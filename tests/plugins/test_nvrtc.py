@@ -103,6 +103,14 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         dims_from_shapes(spec, good[:-1])
 
 
+def test_a_product_of_dims_is_checked() -> None:
+    spec = OPS["qk_norm_rope"]
+    good = [t.shape for t in op_inputs(spec.name, SIZES[0])]
+    assert dims_from_shapes(spec, good) == {"L": 128, "H": 4, "D": 64}
+    with pytest.raises(LongtakeError, match=r"q_weight has the wrong shape\n  got: \[255\]\n  expected: \[H\*D\] with"):
+        dims_from_shapes(spec, [*good[:2], (255,), *good[3:]])
+
+
 def test_cpu_tensors_are_refused_by_name() -> None:
     with pytest.raises(LongtakeError, match=r"values does not suit the kernel(.|\n)*CUDA device"):
         run_kernel("nvfp4_dequantize", *op_inputs("nvfp4_dequantize", WEIGHT_SIZES[1]))

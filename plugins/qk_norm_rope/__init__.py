@@ -1,0 +1,1 @@
+"""The qk_norm_rope op: reference, kernel, plugin."""
