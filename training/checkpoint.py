@@ -6,6 +6,8 @@ adds (amax of quantized linears, vocabulary, metrics).
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -39,16 +41,40 @@ def versions() -> dict[str, str]:
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write `tensors` and their side file, each whole or not at all, one rename right after the other.
+    """Write `tensors` and their side file so that a crash at any moment leaves the old pair or the new one.
 
-    A crash between the two renames leaves a pair whose digests disagree, which loading reports.
-    `meta` must hold "kind" and "preset"; digest, format and versions are added.
+    The new side file waits beside the old one until the tensors have their final name; `finish_save` ends a save that
+    was cut off between the two renames. `meta` must hold "kind" and "preset"; digest, format and versions are added.
     """
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as partial:
         save_file(flat, partial)
         digest = sha256(partial)
-        write_json(side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions()})
+        write_json(pending_side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions()})
+    _put_in_place(pending_side_file(path), side_file(path))
+
+
+def pending_side_file(path: Path) -> Path:
+    """Where a checkpoint's new side file waits until its tensors are in place."""
+    return path.with_name(f".{path.stem}.json.pending")
+
+
+def finish_save(path: Path) -> None:
+    """Give the pending side file its name if it describes the tensors that are there; else it is of no use yet."""
+    pending = pending_side_file(path)
+    if not pending.is_file():
+        return
+    try:
+        waiting = read_json(pending)
+    except LongtakeError:  # another process has just put it in place, or it is damaged
+        return
+    if path.is_file() and isinstance(waiting, dict) and waiting.get("sha256") == sha256(path):
+        _put_in_place(pending, side_file(path))
+
+
+def _put_in_place(pending: Path, final: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # a reader may have done it already
+        os.replace(pending, final)
 
 
 def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
@@ -61,6 +87,7 @@ def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
     if not path.is_file():
         raise LongtakeError(f"checkpoint {path} does not exist", expected=f"a {kind} checkpoint", fix=_train_fix(kind))
     refuse_pickle(path)
+    finish_save(path)
     side = side_file(path)
     if not side.is_file():
         raise LongtakeError(
@@ -107,6 +134,7 @@ def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Te
 
 def copy_checkpoint(path: Path, folder: Path) -> None:
     """Copy a checkpoint and its side file into `folder`, each of them whole or not at all."""
+    finish_save(path)
     for source in (path, side_file(path)):
         if source.resolve() != (folder / source.name).resolve():
             with atomic_path(folder / source.name) as partial:

@@ -15,8 +15,9 @@ from longtake.runtime.errors import LongtakeError, UnavailableError
 from longtake.training.noise import WEIGHTINGS
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.presets import PRESETS, preset_named
+from longtake.training.resume import require_resume_point
 from longtake.training.stages.base import Stage, StageOptions
-from longtake.training.trainer import TrainConfig, Trainer, resume_point
+from longtake.training.trainer import TrainConfig, Trainer
 
 STAGES = ("vae", "dit")
 
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     """Train as told; returns the exit code."""
     config = config_from(args)
     if config.resume:
-        resume_point(config)
+        require_resume_point(config.out)
     torch.manual_seed(args.seed)
     stage = stage_from(args)
     if args.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ class History:
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
 
     def add_samples(self, step: int, samples: Tensor | None) -> None:
-        """Show uint8 [N, T, 3, H, W] clips as a sheet: a row a clip, eight frames of it side by side."""
+        """Show uint8 [N, T, 3, H, W] clips: a sheet (a row a clip, eight frames of it side by side), and as they move."""
         if samples is None or self.writer is None:
             return
         picks = [round(i * (samples.shape[1] - 1) / 7) for i in range(8)]
         sheet = samples[:, picks].permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
         self.writer.add_image("samples", sheet.cpu(), step)
+        self.writer._get_file_writer().add_summary(moving_summary("sample_video", samples.cpu()), step)
 
     def save(self) -> None:
         """Write loss.json and flush TensorBoard."""
@@ -74,6 +76,23 @@ class History:
         with atomic_path(self.out / "loss.png") as partial:
             figure.savefig(partial, dpi=110)
         pyplot.close(figure)
+
+
+def moving_summary(tag: str, samples: Tensor) -> Any:
+    """TensorBoard's image of clips uint8 [N, T, 3, H, W] one above the other, as a GIF of 12 pictures a second.
+
+    SummaryWriter.add_video would do, but it needs a package that isn't among ours.
+    """
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    frames_THWC = samples[:, ::2].permute(1, 0, 3, 4, 2).flatten(1, 2).numpy()
+    first, *rest = (Image.fromarray(frame) for frame in frames_THWC)
+    encoded = io.BytesIO()
+    first.save(encoded, "GIF", save_all=True, append_images=rest, duration=1000 // 12, loop=0)
+    height, width = frames_THWC.shape[1:3]
+    picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
+    return Summary(value=[Summary.Value(tag=tag, image=picture)])
 
 
 def _summary_writer(folder: Path, resume_step: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,17 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
         return {"peak_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3), "peak_of": "torch's GPU memory"}
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"peak_gb": round(kib * 1024 / 1e9, 3), "peak_of": "resident memory of the process (CPU)"}
+
+
+def present_memory(device: torch.device) -> str:
+    """Memory for a progress bar: the GPU's peak, or what the process has resident now."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB peak"
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):  # not Linux
+        return f"{peak_memory(device)['peak_gb']:.1f} GB peak"
+    return f"{pages * resource.getpagesize() / 1e9:.1f} GB"
 
 
 def train_report(

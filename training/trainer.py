@@ -20,10 +20,18 @@ from tqdm import tqdm
 
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import require_disk, require_folder, write_json
-from longtake.training.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
+from longtake.training.checkpoint import copy_checkpoint, save_checkpoint
 from longtake.training.history import History
 from longtake.training.optimizer import Averaged, OptimizerConfig
-from longtake.training.report import train_report
+from longtake.training.report import present_memory, train_report
+from longtake.training.resume import (
+    check_same_run,
+    delete_older,
+    newest_whole,
+    require_resume_point,
+    set_aside,
+    sweep,
+)
 from longtake.training.stages.base import Metric, Stage
 
 logger = logging.getLogger(__name__)
@@ -31,7 +39,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long to train and what to leave on disk. Seconds count from the start of the run, preparation included."""
+    """How long to train and what to leave on disk. Seconds count from the start of the run, preparation included.
+
+    settings: what makes this run the one it is (JSON-ready); resuming with others is refused or warned about.
+    sample_steps: sample videos every so many steps; 0: with each evaluation.
+    """
 
     out: Path
     preset: str
@@ -45,8 +57,10 @@ class TrainConfig:
     save_seconds: float = 300.0
     evaluate_steps: int = 1000
     log_steps: int = 50
+    sample_steps: int = 0
     save_dtype: torch.dtype = torch.float32
     command: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.stop_at is not None and self.stop_at < 1):
@@ -68,6 +82,7 @@ class Trainer:
         self.step = 0
         self.generator = torch.Generator().manual_seed(config.seed)
         self.pending: list[dict[str, Metric]] = []
+        self.batches: list[object] = []  # what each pending step was trained on, where the stage says
 
     def fit(self) -> dict[str, float]:
         """Train to the end (or to the time limit) and save. Returns the last held-out metrics.
@@ -91,13 +106,17 @@ class Trainer:
 
     def prepare(self) -> None:
         """Stage, optimizer and history, at the start or where a saved run stood."""
-        resume = resume_point(self.config) if self.config.resume else None
+        if self.config.resume:
+            require_resume_point(self.config.out)
         self.stage.prepare(self.device)
         self.optimizer = Averaged(self.stage.modules, self.config.optimizer)
         weights = sum(param.numel() for param in self.optimizer.params)
         require_disk(self.config.out, 60 * weights + 2**24)
-        if resume is not None:
-            self.load_resume_point(resume)
+        sweep(self.config.out)
+        if self.config.resume:
+            self.load_resume_point()
+        else:
+            set_aside(self.config.out)
         self.history = History(self.config.out, self.step)
 
     def progress(self) -> Iterator[int]:
@@ -124,6 +143,7 @@ class Trainer:
         loss.backward()
         norm = self.optimizer.step(self.step - 1, self.config.steps)
         self.pending.append({"loss": loss.detach(), **metrics, "grad_norm": norm})
+        self.batches.append(getattr(self.stage, "batch_name", None))
 
     def housekeeping(self) -> None:
         """Log, evaluate and save when it is time."""
@@ -132,6 +152,8 @@ class Trainer:
             self.log()
         if config.evaluate_steps and step % config.evaluate_steps == 0 and step < config.steps:
             self.evaluate()
+        if config.sample_steps and step % config.sample_steps == 0 and step < config.steps:
+            self.show_samples()
         due = config.save_steps and step % config.save_steps == 0
         if due or time.monotonic() - self.saved_at > config.save_seconds:
             self.save_resume_point()
@@ -145,23 +167,27 @@ class Trainer:
         if not self.pending:
             return
         first = self.step - len(self.pending) + 1
+        batches = self.batches[-len(self.pending) :]
         names = list(self.pending[-1])
         table = torch.stack(
             [torch.stack([_scalar(m[name], self.device) for name in names]) for m in self.pending]
         ).cpu()
         self.pending.clear()
+        self.batches.clear()
         finite = table[:, [names.index("loss"), names.index("grad_norm")]].isfinite().all(1)
         if not finite.all():
-            raise self.divergence(first + int(finite.logical_not().nonzero()[0]))
+            bad = int(finite.logical_not().nonzero()[0])
+            raise self.divergence(first + bad, batches[bad])
         means = dict(zip(names, table.mean(0).tolist()))
         self.history.add(
             "train", self.step, {**means, "lr": self.config.optimizer.lr_at(self.step - 1, self.config.steps)}
         )
-        self.bar.set_postfix(loss=f"{means['loss']:.4f}")
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}", memory=present_memory(self.device))
 
-    def divergence(self, step: int) -> LongtakeError:
+    def divergence(self, step: int, batch: object) -> LongtakeError:
         return LongtakeError(
             f"training diverged: the loss or gradient of step {step} is not finite",
+            got=None if batch is None else f"the batch of {batch}",
             expected="finite numbers",
             fix=f"resume points in {self.config.out} are from before; lower --lr and start again, or --resume with it",
         )
@@ -170,33 +196,42 @@ class Trainer:
         """Held-out metrics of the EMA weights, recorded."""
         with self.optimizer.averaged_weights(), torch.no_grad():
             metrics = self.stage.evaluate()
-            self.history.add_samples(self.step, self.stage.samples())
+            if not self.config.sample_steps:
+                self.history.add_samples(self.step, self.stage.samples())
         self.history.add("held_out", self.step, metrics)
         self.history.save()
         self.bar.write(f"step {self.step}: held out " + ", ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
         return metrics
+
+    def show_samples(self) -> None:
+        """Sample videos of the EMA weights to TensorBoard."""
+        with self.optimizer.averaged_weights(), torch.no_grad():
+            self.history.add_samples(self.step, self.stage.samples())
 
     def save_resume_point(self) -> None:
         """Everything for a bit-identical continuation; older ones are deleted once it is whole."""
         self.log()
         path = self.config.out / f"resume-{self.step:07d}.safetensors"
         tensors = {**self.optimizer.state(), "generator": self.generator.get_state()}
-        save_checkpoint(path, tensors, {**self.side(), "kind": f"resume-{self.stage.name}"})
+        position = self.stage.position() if hasattr(self.stage, "position") else {}
+        side = {**self.side(), "kind": f"resume-{self.stage.name}", "position": position}
+        save_checkpoint(path, tensors, {**side, "settings": self.config.settings})
         self.history.save()
-        for old in sorted(self.config.out.glob("resume-*.safetensors"))[:-2]:
-            old.unlink()
-            old.with_suffix(".json").unlink(missing_ok=True)
+        delete_older(self.config.out)
         self.saved_at = time.monotonic()
 
-    def load_resume_point(self, path: Path) -> None:
-        """Restore modules, optimizer, EMA, generator and step."""
-        tensors, meta = load_checkpoint(path, kind=f"resume-{self.stage.name}", preset=self.config.preset)
+    def load_resume_point(self) -> None:
+        """Restore modules, optimizer, EMA, generator, step and the place in the data, of the newest whole one."""
+        path, tensors, meta = newest_whole(self.config.out, kind=f"resume-{self.stage.name}", preset=self.config.preset)
+        check_same_run(path, meta.get("settings", {}), self.config.settings)
         if meta["steps"] != self.config.steps:
             logger.warning(
                 "resuming with --steps %d, saved with %d: the schedule changes", self.config.steps, meta["steps"]
             )
         self.generator.set_state(tensors.pop("generator"))
         self.optimizer.load_state(tensors)
+        if hasattr(self.stage, "seek"):
+            self.stage.seek(meta.get("position", {}))
         self.step = int(meta["step"])
         logger.info("resumed from %s", path)
 
@@ -234,22 +269,6 @@ class Trainer:
             "seconds": round(time.monotonic() - self.started, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
-
-
-def resume_point(config: TrainConfig) -> Path:
-    """The newest resume point of a run.
-
-    Raises:
-        LongtakeError: there is none.
-    """
-    points = sorted(config.out.glob("resume-*.safetensors"))
-    if not points:
-        raise LongtakeError(
-            f"nothing to resume in {config.out}",
-            got="no resume-*.safetensors",
-            fix="drop --resume to start anew, or check --out",
-        )
-    return points[-1]
 
 
 def _scalar(value: Metric, device: torch.device) -> Tensor:

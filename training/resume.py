@@ -1,0 +1,106 @@
+"""Resume points: which one a run goes on from, whose it is, and what a killed run left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.training.checkpoint import finish_save, load_checkpoint, side_file
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2  # whole resume points on disk: the newest, and the one before it
+DECISIVE = ("data", "precision")  # another value of these makes it another run
+
+
+def resume_points(out: Path) -> list[Path]:
+    """Resume points of a folder, oldest first, whole or not."""
+    return sorted(out.glob("resume-*.safetensors"))
+
+
+def require_resume_point(out: Path) -> None:
+    """Raise LongtakeError if there is nothing to go on from."""
+    if not resume_points(out):
+        raise LongtakeError(
+            f"nothing to resume in {out}",
+            got="no resume-*.safetensors",
+            fix="drop --resume to start anew, or check --out",
+        )
+
+
+def newest_whole(out: Path, *, kind: str, preset: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest resume point that is whole, its tensors and its side file; damaged ones are named in the log.
+
+    Raises:
+        LongtakeError: there is none; of several damaged ones it says what is wrong with the newest.
+    """
+    require_resume_point(out)
+    first: LongtakeError | None = None
+    for path in reversed(resume_points(out)):
+        try:
+            return path, *load_checkpoint(path, kind=kind, preset=preset)
+        except LongtakeError as error:
+            logger.warning("cannot resume from %s: %s", path, error.what)
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def check_same_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Compare the settings a resume point was saved with to those of the run that wants it.
+
+    Raises:
+        IntegrityError: it belongs to a run on other data or in another precision.
+    """
+    changed = {key: saved[key] for key in saved if key in present and saved[key] != present[key]}
+    for key in DECISIVE:
+        if key in changed:
+            raise IntegrityError(
+                f"{path} belongs to another run: its --{key} differs",
+                got=changed[key],
+                expected=present[key],
+                fix=f"pass --{key} {changed[key]} to go on with that run, or another --out to start a new one",
+            )
+    for key, value in changed.items():
+        option = "--" + key.replace("_", "-")
+        logger.warning("resuming with %s %s, saved with %s: the rest is another run's", option, present[key], value)
+
+
+def set_aside(out: Path) -> Path | None:
+    """Move the resume points of an earlier run to `<out>/earlier/<n>`, so that they are neither taken for the new
+    run's nor lost. Returns that folder, or None if there were none."""
+    points = resume_points(out)
+    if not points:
+        return None
+    numbers = [int(path.name) for path in out.glob("earlier/*") if path.name.isdecimal()]
+    folder = out / "earlier" / str(max(numbers, default=0) + 1)
+    folder.mkdir(parents=True)
+    for path in points:
+        for part in (side_file(path), path):
+            if part.is_file():
+                part.rename(folder / part.name)
+    logger.warning("%s holds an earlier run: its %d resume points are now in %s", out, len(points), folder)
+    return folder
+
+
+def delete_older(out: Path) -> None:
+    """Keep the newest resume points, and nothing of the others."""
+    for old in resume_points(out)[:-KEPT]:
+        old.unlink()
+        side_file(old).unlink(missing_ok=True)
+
+
+def sweep(out: Path) -> None:
+    """End saves that kill -9 cut off, and delete what it left half-written. For use before anything is written."""
+    for tensors in out.glob("*.safetensors"):
+        finish_save(tensors)
+    for leftover in (*out.glob(".*.tmp.*"), *out.glob(".*.json.pending")):
+        leftover.unlink(missing_ok=True)
+    for side in out.glob("resume-*.json"):
+        if not side.with_suffix(".safetensors").is_file():
+            side.unlink(missing_ok=True)
