@@ -1,0 +1,150 @@
+"""Teacher forcing of which a rank computes a part: the blocks that a layout gives it.
+
+Equal to `teacher_forcing`, on any number of ranks: the gathered sequence is attended to by the rule of `window`, and
+the loss is the sum over all ranks divided by the number of frames that count on all ranks.
+
+Legend: B samples of a rank, N chunks, F latent frames of a chunk, E text length; a rank holds c clean and n noisy blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longtake.training.dit import Attend, CausalDiT
+from longtake.training.noise import add_noise
+from longtake.training.parallel.attention import attend_seen
+from longtake.training.parallel.layout import Layout
+from longtake.training.parallel.ranks import Ranks
+from longtake.training.parallel.ulysses import gather_heads, gather_tokens
+from longtake.training.presets import Preset
+from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.teacher_forcing import Clips, Noise
+
+Embed = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank feeds to the network, clean blocks before noisy ones.
+
+    latents: [B, (c+n) F, C, H, W]. timesteps: fp32 [B, (c+n) F]. positions: temporal ones, fp64 [B or none, (c+n) F].
+    tokens: a prompt for each different chunk, int32 [B, m, E]; prompt_of: which one a block reads. clean_frames: c F.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    positions: Tensor
+    tokens: Tensor
+    prompt_of: tuple[int, ...]
+    clean_frames: int
+
+
+def part_of(clips: Clips, noise: Noise, layout: Layout, place: int, frames: int) -> Part:
+    """The part of rank `place` of a sequence group. `frames`: latent frames of a chunk."""
+    clean, noisy = layout.clean(place), layout.noisy(place)
+    levels = per_frame(noise.levels[:, noisy], frames)
+    mixed = add_noise(
+        blocks(clips.latents, noisy, frames), blocks(noise.eps, noisy, frames), levels[..., 1, None, None, None]
+    )
+    own = blocks(clips.latents, clean, frames)
+    chunks = sorted({*clean, *noisy})
+    return Part(
+        latents=torch.cat((own, mixed), 1),
+        timesteps=torch.cat((levels.new_zeros(own.shape[:2]), levels[..., 0]), 1),
+        positions=positions(clips, clean + noisy, frames),
+        tokens=clips.tokens[:, chunks],
+        prompt_of=tuple(chunks.index(chunk) for chunk in clean + noisy),
+        clean_frames=own.shape[1],
+    )
+
+
+def blocks(x: Tensor, chunks: Sequence[int], frames: int) -> Tensor:
+    """The frames of some chunks of x [B, N F, ...]."""
+    return x.unflatten(1, (-1, frames))[:, list(chunks)].flatten(1, 2)
+
+
+def per_frame(x: Tensor, frames: int) -> Tensor:
+    """[B, N, ...] to [B, N F, ...]."""
+    return x.repeat_interleave(frames, 1)
+
+
+def positions(clips: Clips, chunks: Sequence[int], frames: int) -> Tensor:
+    """Absolute temporal positions of the frames of some chunks, shot offsets added: fp64 [..., len(chunks) F]."""
+    start = torch.tensor(chunks, dtype=torch.float64, device=clips.latents.device) * frames
+    if clips.offsets is not None:
+        start = start + clips.offsets[..., list(chunks)].to(torch.float64)
+    within = torch.arange(frames, dtype=torch.float64, device=start.device)
+    return (start[..., None] + within).flatten(-2)
+
+
+def attention(layout: Layout, history: Tensor, group: dist.ProcessGroup | None) -> Attend:
+    """Self-attention of the gathered sequence: all tokens and some heads on each rank.
+
+    Args:
+        history: bool [N, N] or [B, N, N] (see `window`).
+    """
+    rows = history.cpu()  # one wait a step, before any of its layers
+    seen = [layout.seen(row) for row in (rows[None] if rows.dim() == 2 else rows)]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (gather_tokens(x, group) for x in (q, k, v))
+        return gather_heads(attend_seen(q, k, v, seen), group)
+
+    return attend
+
+
+def part_velocity(dit: CausalDiT, preset: Preset, embed: Embed, part: Part, attend: Attend) -> Tensor:
+    """Velocity of the rank's noisy blocks, fp32 [B, n F, C, H, W]. `embed`: tokens int32 [P, E] to embeddings."""
+    embeddings = embed(part.tokens.flatten(0, 1)).unflatten(0, part.tokens.shape[:2])
+    prompts, total = list(part.prompt_of), part.latents.shape[1]
+    skipped = min(part.clean_frames, total - 1)  # a rank without noisy blocks sends a frame through the head, too
+    velocity = dit(
+        part.latents.transpose(1, 2),
+        timestep_sinusoid(part.timesteps, preset.dit.freq_dim),
+        rope_tables(preset.dit, part.positions, preset.grid_hw),
+        [c[:, prompts] for c in dit.context(embeddings)],
+        attend,
+        skip_frames=skipped,
+    )
+    return velocity.transpose(1, 2)[:, part.clean_frames - skipped :]
+
+
+def part_loss(
+    velocity: Tensor, clips: Clips, noise: Noise, layout: Layout, ranks: Ranks, frames: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weighted and plain flow loss of the whole batch; the gradient is this rank's share of it, times `ranks.world`.
+
+    Averaging gradients over all ranks, as FSDP does, then gives the gradient of the loss, however unevenly the frames
+    that count are spread over the ranks. Both values are the same on all ranks.
+
+    Args:
+        velocity: from `part_velocity`.
+        clips, noise: the samples of this rank's sequence group, whole.
+        mask: frames that count, bool [B, N F] of the whole samples; None: all.
+    """
+    chunks = layout.noisy(ranks.place)
+    target = blocks(noise.eps, chunks, frames) - blocks(clips.latents, chunks, frames)
+    error = (velocity.float() - target.float()).square().mean((2, 3, 4))
+    counted = torch.ones_like(error) if mask is None else blocks(mask, chunks, frames).to(error.dtype)
+    sums = torch.stack(
+        ((error * counted * per_frame(noise.levels[:, chunks, 2], frames)).sum(), (error * counted).sum())
+    )
+    totals = ranks.total(torch.cat((sums, counted.sum()[None])))
+    weighted, plain = totals[:2] / totals[2]
+    own = sums[0] * (ranks.world / totals[2])
+    return own + (weighted - own.detach()), plain
+
+
+def whole_velocity(velocity: Tensor, layout: Layout, ranks: Ranks, frames: int) -> Tensor:
+    """The velocities of all ranks of a sequence group put together, [B, N F, C, H, W], without gradient."""
+    shape = (len(velocity), layout.chunks * frames, *velocity.shape[2:])
+    whole = velocity.new_zeros(shape).unflatten(1, (-1, frames))
+    whole[:, layout.noisy(ranks.place)] = velocity.detach().unflatten(1, (-1, frames))
+    if ranks.group is not None:
+        dist.all_reduce(whole, group=ranks.group)
+    return whole.flatten(1, 2)

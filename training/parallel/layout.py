@@ -1,0 +1,101 @@
+"""Which blocks of the teacher-forced sequence each rank holds, and in which order the gathered sequence stands.
+
+The sequence has 2N blocks, places 0..N-1 the clean chunks and N..2N-1 the noisy ones. A layout is the order in which
+they stand when the ranks' parts are put one after the other:
+
+  balanced  rank r holds clean and noisy half of its own chunks: [c0 n0 | c1 n1 | ...]; every rank has as many clean,
+            noisy and loss tokens as any other, and its clean and noisy halves need the same latents and prompts
+  naive     [all clean, all noisy], cut into equal parts: some ranks have no token that the loss looks at
+  none      the same on one rank
+
+Legend: N chunks, P ranks, T tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.runtime.errors import LongtakeError
+from longtake.training.window import block_mask
+
+MODES = ("balanced", "naive")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The places of `chunks` chunks in the order of `mode` on `ranks` ranks."""
+
+    mode: str
+    chunks: int
+    ranks: int
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError where the blocks can't be dealt out evenly."""
+        if self.mode not in MODES:
+            raise LongtakeError(
+                "unknown --sp-mode", got=self.mode, expected=" or ".join(MODES), fix="--sp-mode balanced"
+            )
+        dealt = self.chunks if self.mode == "balanced" else 2 * self.chunks
+        if dealt < 1 or dealt % self.ranks:
+            raise LongtakeError(
+                f"{self.chunks} chunks can't be dealt out evenly to {self.ranks} ranks",
+                got=f"--chunks {self.chunks}, --sequence-parallel {self.ranks}, --sp-mode {self.mode}",
+                expected=f"{'chunks' if self.mode == 'balanced' else 'twice the chunks'} a multiple of {self.ranks}",
+                fix=f"--chunks {max(1, round(self.chunks / self.ranks)) * self.ranks}, or fewer ranks",
+            )
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The place that stands at each position of the gathered sequence."""
+        if self.mode == "naive":
+            return tuple(range(2 * self.chunks))
+        share = self.chunks // self.ranks
+        return tuple(
+            half * self.chunks + rank * share + i for rank in range(self.ranks) for half in (0, 1) for i in range(share)
+        )
+
+    def local(self, rank: int) -> tuple[int, ...]:
+        """The places that `rank` holds: clean ones first, each half in ascending order."""
+        share = 2 * self.chunks // self.ranks
+        return self.order[rank * share : (rank + 1) * share]
+
+    def clean(self, rank: int) -> list[int]:
+        """Chunks whose clean half `rank` holds."""
+        return [place for place in self.local(rank) if place < self.chunks]
+
+    def noisy(self, rank: int) -> list[int]:
+        """Chunks whose noisy half `rank` holds."""
+        return [place - self.chunks for place in self.local(rank) if place >= self.chunks]
+
+    def decode(self, index: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+        """(whether it is noisy, chunk) of token `index` of the gathered sequence, by arithmetic alone.
+
+        A mask for a compiled attention needs no table for it.
+        """
+        if self.mode == "naive":
+            half = self.chunks * chunk_tokens
+            return index >= half, index % half // chunk_tokens
+        share = self.chunks // self.ranks
+        half = share * chunk_tokens
+        within = index % (2 * half)
+        return within >= half, index // (2 * half) * share + within % half // chunk_tokens
+
+    def mask(self, history: Tensor) -> Tensor:
+        """`window.block_mask` of a history [..., N, N], rows and columns in this order: bool [..., 2N, 2N]."""
+        order = torch.tensor(self.order, device=history.device)
+        return block_mask(history)[..., order, :][..., order]
+
+    def seen(self, history: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Positions of the gathered sequence that the block at each position attends to, of one history [N, N].
+
+        The last clean chunk's is empty: nothing that the loss depends on looks at its output.
+        """
+        rows = self.mask(history.cpu()).tolist()
+        last = self.order.index(self.chunks - 1)
+        return tuple(
+            () if position == last else tuple(key for key, sees in enumerate(row) if sees)
+            for position, row in enumerate(rows)
+        )
