@@ -28,7 +28,7 @@ def attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Sequence[Seen]) -> Tensor
     """
     if len(set(seen)) == 1:
         return _attend(q, k, v, seen[0])
-    rows = [_attend(*(x[i : i + 1] for x in (q, k, v)), table) for i, table in enumerate(seen)]
+    rows = [_attend(q[i : i + 1], k[i : i + 1], v[i : i + 1], table) for i, table in enumerate(seen)]
     return torch.cat(rows)
 
 

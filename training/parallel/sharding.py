@@ -65,7 +65,7 @@ def whole(x: Tensor) -> Tensor:
 
 def own_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, sharing its memory."""
-    return [x.detach().to_local() if isinstance(x, DTensor) else x.detach() for x in tensors]
+    return [x.to_local().detach() if isinstance(x, DTensor) else x.detach() for x in tensors]
 
 
 @torch.no_grad()

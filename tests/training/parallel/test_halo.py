@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longtake.runtime.errors import LongtakeError
+from longtake.training.parallel.halo import (
+    REFERENCE_HALO,
+    Window,
+    encode_share,
+    encode_window,
+    halo_needed,
+    share,
+    window_of,
+)
+from longtake.training.presets import TINY, WAN22_TI2V_5B, VAEConfig
+from longtake.training.vae import CausalVAE
+from longtake.training.vae_layers import Stream
+
+# One block and two, with and without what the released VAE has: the look-back differs
+NARROW = replace(TINY.vae, z_channels=4, encoder_dim=4, decoder_dim=4, dim_mult=(1, 1, 1, 1))
+RELEASED = replace(WAN22_TI2V_5B.vae, z_channels=4, encoder_dim=4, decoder_dim=4, dim_mult=(1, 1, 1, 1))
+
+
+def vae_of(config: VAEConfig) -> CausalVAE:
+    torch.manual_seed(0)
+    return CausalVAE(config).eval().double()
+
+
+def test_the_windows_are_the_reference_s() -> None:
+    """96 latents on 4 ranks with a halo of 28: the worked example of the reference."""
+    windows = [window_of(*share(96, 4, rank), 28) for rank in range(4)]
+    assert windows == [Window(0, 93, 0), Window(0, 189, 24), Window(76, 285, 29), Window(172, 381, 29)]
+
+
+def test_the_wan_vae_needs_one_latent_less_than_the_reference_takes() -> None:
+    assert halo_needed(WAN22_TI2V_5B.vae) == 27
+
+
+@pytest.mark.parametrize("config", [NARROW, RELEASED], ids=["tiny", "released"])
+def test_the_needed_halo_is_how_far_a_latent_looks_back(config: VAEConfig) -> None:
+    """The first pixel frame that a latent's gradient reaches lies in the window of the needed halo, and only of that."""
+    vae, halo = vae_of(config), halo_needed(config)
+    latent = halo + 3
+    video = (torch.rand(1, 3, 1 + 4 * latent, 16, 16, dtype=torch.float64) * 2 - 1).requires_grad_()
+    vae.encode_raw(video, Stream())[:, :, latent].sum().backward()
+    assert video.grad is not None
+    first = int(video.grad.abs().amax((0, 1, 3, 4)).nonzero()[0])
+    assert window_of(latent, latent + 1, halo).start <= first < window_of(latent, latent + 1, halo - 1).start
+
+
+@pytest.mark.parametrize("config", [NARROW, RELEASED], ids=["tiny", "released"])
+@torch.no_grad()
+def test_a_window_with_the_needed_halo_gives_the_whole_clip_s_latents_and_with_little_does_not(
+    config: VAEConfig,
+) -> None:
+    vae, halo = vae_of(config), halo_needed(config)
+    latents = halo + 8
+    video = torch.rand(1, 3, 1 + 4 * (latents - 1), 16, 16, dtype=torch.float64) * 2 - 1
+    whole = vae.encode(video)
+    keep = (latents - 4, latents)
+    for used, equal in ((halo, True), (max(halo, REFERENCE_HALO), True), (2, False)):
+        window = window_of(*keep, used)
+        got = encode_window(vae, video[:, :, window.start : window.stop], window)
+        assert got.shape == whole[:, keep[0] :].shape
+        error = float((got - whole[:, keep[0] :]).abs().max() / whole.abs().max())
+        assert error <= 1e-6 if equal else error > 1e-3, (used, error)
+
+
+@torch.no_grad()
+def test_the_shares_of_all_ranks_are_the_clip() -> None:
+    vae = vae_of(NARROW)
+    video = torch.rand(1, 3, 1 + 4 * 31, 16, 16, dtype=torch.float64) * 2 - 1
+    whole = vae.encode(video)
+    for ranks in (2, 4):
+        parts = torch.cat([encode_share(vae, video, ranks, rank) for rank in range(ranks)], 1)
+        assert torch.allclose(parts, whole, atol=1e-6)
+
+
+def test_a_clip_that_can_t_be_cut_evenly_is_named() -> None:
+    with pytest.raises(LongtakeError, match="10 latents for 4 ranks"):
+        share(10, 4, 0)
