@@ -17,7 +17,7 @@ DIM = H * D
 
 
 def model_of_layers(layers: int, packed: bool = False, seed: int = 0) -> onnx.ModelProto:
-    """A transformer in miniature: shared conditioning, q/k/v, cache write and attention, projection with a scale."""
+    """A transformer in miniature: shared conditioning, q/k/v, the ops of a layer, projection with a scale."""
     rng = np.random.default_rng(seed)
     nodes: list[onnx.NodeProto] = []
     constants: list[TensorProto] = []
@@ -57,6 +57,10 @@ def model_of_layers(layers: int, packed: bool = False, seed: int = 0) -> onnx.Mo
             node("Reshape", [node("MatMul", [hidden, weight(f"{n}{i}.w")], f"{n}{i}.flat"), shape], f"{n}{i}")
             for n in "qkv"
         )
+        norms = [constant(f"norm_{n}{i}", rng.normal(size=DIM).astype("f4")) for n in "qk"]
+        turned = [f"{n}{i}.turned" for n in "qk"]
+        nodes.append(helper.make_node("qk_norm_rope", [q, k, *norms, "cos", "sin"], turned, domain=DOMAIN))
+        q, k = turned
         outputs.append(node("kv_cache_write_bf16", [k, v, f"cache_{i}", "write_slot"], f"cache_{i}_out", DOMAIN))
         out = node("sink_attention_bf16", [q, k, v, outputs[-1], "table"], f"attended{i}", DOMAIN)
         mixed = node("MatMul", [node("Reshape", [out, flat], f"a{i}"), weight(f"o{i}.w")], f"p{i}")
@@ -69,6 +73,7 @@ def model_of_layers(layers: int, packed: bool = False, seed: int = 0) -> onnx.Mo
     value = helper.make_tensor_value_info
     inputs = [value(n, f32, [T, DIM]) for n in ("latent", "time", *(f"context_{i}" for i in range(layers)))]
     inputs += [value(f"cache_{i}", f32, [4, 2, T, H, D]) for i in range(layers)]
+    inputs += [value(name, f32, [T, D // 2]) for name in ("cos", "sin")]
     inputs += [value("table", i32, ["W"]), value("write_slot", i32, [1])]
     caches = [value(name, f32, [4, 2, T, H, D]) for name in outputs]
     graph = helper.make_graph(
@@ -83,6 +88,10 @@ def fake_op(name: str, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     if name == "nvfp4_dequantize":
         values, scales = (a.astype(np.float32) for a in inputs)
         return [np.repeat(values, 2, axis=1) * np.repeat(scales, 16, axis=1)[:, : 2 * values.shape[1]] / 4e4]
+    if name == "qk_norm_rope":
+        *blocks, cos, sin = inputs
+        table = np.concatenate([cos, sin], axis=1)[:, None]
+        return [x * weight.reshape(H, D) + table for x, weight in zip(blocks[:2], blocks[2:])]
     if name == "kv_cache_write_bf16":
         k, v, cache, slot = inputs
         written = cache.copy()
@@ -102,6 +111,7 @@ def feeds_for(layers: int) -> dict[str, np.ndarray]:
     feeds = {
         n: rng.normal(size=(T, DIM)).astype("f4") for n in ("latent", "time", *(f"context_{i}" for i in range(layers)))
     }
+    feeds |= {n: rng.normal(size=(T, D // 2)).astype("f4") for n in ("cos", "sin")}
     feeds |= {f"cache_{i}": rng.normal(size=(4, 2, T, H, D)).astype("f4") for i in range(layers)}
     return feeds | {"table": np.array([0, 2, -1], np.int32), "write_slot": np.array([3], np.int32)}
 

@@ -59,6 +59,14 @@ def test_weights_are_inputs_and_plans_hold_only_equal_small_constants() -> None:
     assert "scale_0" in first.inputs and "scale_1" in second.inputs
 
 
+def test_ops_follow_each_other_and_take_their_weights_however_small() -> None:
+    graph = segments_from_onnx(model_of_layers(3), "dit").graph
+    ops = ["qk_norm_rope", "kv_cache_write_bf16", "sink_attention_bf16"]
+    assert [s.name for s in graph.steps] == ["dit_seg0", *ops, "dit_seg1", *ops, "dit_seg1", *ops, "dit_seg2"]
+    assert {"norm_q0", "norm_k2"} <= set(graph.weights)
+    assert graph.tensors["q1.turned"] == graph.tensors["k1.turned"] == graph.tensors["k1"]
+
+
 def test_packed_weights_stay_packed_until_just_before_their_segment() -> None:
     graph = segments_from_onnx(model_of_layers(3, packed=True), "dit").graph
     assert all(not name.endswith((".wide", ".fp")) for name in graph.weights)
