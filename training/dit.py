@@ -110,8 +110,9 @@ class Block(nn.Module):
 
     def self_attention(self, x: Tensor, rope: Rope, attend: Callable[..., Tensor], norm_rope: NormRope) -> Tensor:
         own = self.self_attn
-        q, k = norm_rope(own, own.q(x), own.k(x), rope)
-        return own.o(attend(q, k, own.split(own.v(x))).flatten(-2))
+        k, v, q = own.k(x), own.split(own.v(x)), own.q(x)  # this order is that of the gradients' sum
+        q, k = norm_rope(own, q, k, rope)
+        return own.o(attend(q, k, v).flatten(-2))
 
     def cross_attention(self, x: Tensor, context: Tensor, cross: CrossAttend) -> Tensor:
         normal = layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype)
