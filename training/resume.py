@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 KEPT = 2  # whole resume points on disk: the newest, and the one before it
 DECISIVE = ("data", "precision")  # another value of these makes it another run
+LEFTOVERS = (".*.tmp.*", ".*.json.pending", ".tmp??????")  # of files.py, of checkpoint.py and of safetensors itself
 
 
 def resume_points(out: Path) -> list[Path]:
@@ -99,8 +100,9 @@ def sweep(out: Path) -> None:
     """End saves that kill -9 cut off, and delete what it left half-written. For use before anything is written."""
     for tensors in out.glob("*.safetensors"):
         finish_save(tensors)
-    for leftover in (*out.glob(".*.tmp.*"), *out.glob(".*.json.pending")):
-        leftover.unlink(missing_ok=True)
+    for pattern in LEFTOVERS:
+        for leftover in out.glob(pattern):
+            leftover.unlink(missing_ok=True)
     for side in out.glob("resume-*.json"):
         if not side.with_suffix(".safetensors").is_file():
             side.unlink(missing_ok=True)
