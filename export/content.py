@@ -16,6 +16,7 @@ from torch import Tensor
 from longtake.engines.spec import networks_of
 from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
+from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
 from longtake.runtime.errors import IntegrityError
 from longtake.runtime.files import sha256
 from longtake.training.dit import CausalDiT
@@ -71,6 +72,7 @@ class Weights:
     tensors: Mapping[str, Mapping[str, Tensor]]
     amax: Amax = field(default_factory=dict)
     vocabulary: tuple[str, ...] = ()
+    formats: WeightFormats = UNRECORDED
 
     def of(self, network: str) -> Mapping[str, Tensor]:
         """The state dict that network `network` takes its weights from."""
@@ -91,7 +93,7 @@ def weights_from_models(models: Models) -> Weights:
     """The weights of models in memory."""
     tensors = {"dit": models.dit, "vae": models.vae, "text_encoder": models.text}
     states = {name: module.state_dict() for name, module in tensors.items() if module is not None}
-    return Weights(models.preset, states, models.amax, models.vocabulary)
+    return Weights(models.preset, states, models.amax, models.vocabulary, models.formats)
 
 
 def weights_from_folder(preset: Preset, folder: Path) -> Weights:
@@ -107,7 +109,8 @@ def weights_from_folder(preset: Preset, folder: Path) -> Weights:
         require_digest(folder / f"{kind}.safetensors", meta)
     tensors = {kind: LazyTensors(folder / f"{kind}.safetensors") for kind in kinds}
     words = metas.get("text_encoder", {}).get("vocabulary") or ()
-    return Weights(preset, tensors, metas["dit"].get("amax") or {}, tuple(words))
+    formats = formats_from_meta(metas["dit"])
+    return Weights(preset, tensors, metas["dit"].get("amax") or {}, tuple(words), formats)
 
 
 def require_digest(path: Path, meta: Mapping[str, Any]) -> None:
@@ -123,7 +126,12 @@ def require_digest(path: Path, meta: Mapping[str, Any]) -> None:
 
 
 def stored_tensors(
-    model: onnx.ModelProto, weights: Mapping[str, Tensor], precision: str, linears: Collection[str], amax: Amax
+    model: onnx.ModelProto,
+    weights: Mapping[str, Tensor],
+    precision: str,
+    linears: Collection[str],
+    amax: Amax,
+    formats: WeightFormats = UNRECORDED,
 ) -> Iterator[tuple[str, Tensor]]:
     """(initializer, content) for every reference of `model`: the weights of `linears` packed, the rest as they are.
 
@@ -138,7 +146,8 @@ def stored_tensors(
 
     def content() -> Iterator[tuple[str, Tensor]]:
         for name in linears:
-            yield from packed_weight(precision, name, _checked(weights, f"{name}.weight"), amax).items()
+            weight = _checked(weights, f"{name}.weight")
+            yield from packed_weight(precision, name, weight, amax, formats.of(name)).items()
         for tensor in plain:
             yield tensor.name, _plain(weights, tensor)
 

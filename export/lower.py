@@ -11,7 +11,8 @@ fp8     see lower_fp8
 Lowering touches the graph only: packed weights go in as references (name, type, shape), and `packed_weight` makes their
 content from one weight at a time, when the files are written. So a graph of any size is lowered without its weights.
 
-g = amax / (6 * 448). Codes and scales come from the codec (rule static_6, order modelopt), so they equal ModelOpt's.
+g = amax / (6 * 448) for activations and, unless the checkpoint says that its weights were trained or packed by another
+rule (`plugins.nvfp4.weight_format`), for weights: codes and scales of static_6 in ModelOpt's order equal ModelOpt's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from longtake.export.lower_fp8 import lower_fp8, packed_fp8_weight
-from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS, quantize
+from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS
+from longtake.plugins.nvfp4.weight_format import STATIC_6, WeightFormat
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.runtime.errors import LongtakeError
 
@@ -34,7 +36,6 @@ RULE = "static_6"
 ACTIVATION_DOMAIN = "trt"
 ACTIVATION_OP = "TRT_FP4DynamicQuantize"
 WEIGHT_OP = "nvfp4_dequantize"
-CHUNK = 1 << 20  # elements packed at a time: the codec's intermediates take some 40 bytes each
 
 
 class Rewriter:
@@ -95,7 +96,7 @@ def reference(name: str, kind: int, shape: list[int]) -> TensorProto:
 
 
 def tensor_scale(amax: float) -> float:
-    """g = amax / (6 * 448), rounded to fp32 as the codec does."""
+    """An activation's g = amax / (6 * 448), rounded to fp32 as the codec does."""
     m2, m3 = RULE_LIMITS[RULE]
     return float(np.float32(amax) / np.float32(m2 * m3))
 
@@ -142,12 +143,15 @@ def lower(model: onnx.ModelProto, precision: str, linears: Collection[str], amax
     return lowered
 
 
-def packed_weight(precision: str, name: str, weight: Tensor, amax: Amax) -> dict[str, Tensor]:
+def packed_weight(
+    precision: str, name: str, weight: Tensor, amax: Amax, form: WeightFormat = STATIC_6
+) -> dict[str, Tensor]:
     """Content of the initializers that `lower` put in place of Linear `name`'s weight, by initializer name.
 
     Args:
         weight: [N, K] as trained (fp32, or bf16 as published): codes are found before anything is rounded.
         amax: as for `lower`.
+        form: rule, order and scale layout of 4-bit weights, those the checkpoint was trained or packed with.
 
     Returns:
         CPU tensors of as many bytes as the initializer takes; 4-bit and 8-bit floats are given as uint8.
@@ -155,14 +159,11 @@ def packed_weight(precision: str, name: str, weight: Tensor, amax: Amax) -> dict
     known = _calibrated(amax, name, precision)
     if precision == "fp8":
         return packed_fp8_weight(name, weight, known["input"])
-    weight = weight.detach().cpu()
-    largest = known.get("weight", float(weight.abs().amax()))
-    rows = max(1, CHUNK // weight.shape[1])
-    pieces = [quantize(w.float(), rule=RULE, order="modelopt", amax=largest) for w in weight.split(rows)]
+    packed = form.pack(weight, form.amax_of(weight, known.get("weight")))
     return {
-        f"{name}.weight.values": torch.cat([p.values for p in pieces]),
-        f"{name}.weight.scales": torch.cat([p.scales.view(torch.uint8) for p in pieces]),
-        f"{name}.weight.scale": torch.tensor(tensor_scale(float(pieces[0].amax)), dtype=torch.float32),
+        f"{name}.weight.values": packed.values,
+        f"{name}.weight.scales": packed.scales.view(torch.uint8),
+        f"{name}.weight.scale": torch.tensor(form.tensor_scale(float(packed.amax)), dtype=torch.float32),
     }
 
 

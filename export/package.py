@@ -118,7 +118,8 @@ def _export_network(
     lowered = lower(model, recipe.precision, shapes, weights.amax if weights else None)
     attach_functions(model)
     if weights:
-        write_onnx(model, path, stored_tensors(model, weights.of(name), recipe.precision, lowered, weights.amax))
+        content = stored_tensors(model, weights.of(name), recipe.precision, lowered, weights.amax, weights.formats)
+        write_onnx(model, path, content)
     else:
         write_skeleton(model, path)
     progress(f"{name}: structure")

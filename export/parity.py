@@ -19,7 +19,6 @@ from torch import Tensor
 from longtake.engines.recipe import Recipe
 from longtake.engines.spec import NetworkSpec, networks_of, recipe_spec
 from longtake.export.cases import Feeds, Run, cases, random_text, torch_runner
-from longtake.export.lower import CHUNK, RULE
 from longtake.plugins.spec import CACHE_FORMATS, cache_tensors
 from longtake.runtime.errors import GateError
 from longtake.training.networks import Models, apply_precision, quantized_linears
@@ -96,13 +95,11 @@ def recipe_models(models: Models, precision: str) -> Models:
 def _quantize_weights_once(models: Models) -> None:
     """Store each quantized weight as its quantizer yields it, bit for bit, and turn that off: it would do so anew in
     every pass, which takes most of the time at real widths."""
-    from longtake.plugins.nvfp4.reference import fake_quantize
     from longtake.training.quantize import quantizers
 
     for name, sides in quantizers(models.dit).items():
-        weight, amax = models.dit.get_parameter(f"{name}.weight"), models.amax[name]["weight"]
-        for rows in weight.split(max(1, CHUNK // weight.shape[1])):
-            rows.copy_(fake_quantize(rows, rule=RULE, order="modelopt", amax=amax))
+        weight, form = models.dit.get_parameter(f"{name}.weight"), models.formats.of(name)
+        form.round_trip_(weight, form.amax_of(weight, models.amax[name]["weight"]))
         sides["weight"].disable()
 
 

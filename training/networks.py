@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
 from longtake.plugins.spec import QK_NORM_EPS, cache_tensors
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.places import REPOSITORY
@@ -32,6 +33,7 @@ class Models:
 
     amax: linear name -> {"input": amax of its input, "weight": amax of its weight}; empty when never calibrated.
     precision: what `apply_precision` made of them; "bf16" means untouched weights.
+    formats: how each linear's weight becomes 4 bits.
     """
 
     preset: Preset
@@ -40,6 +42,7 @@ class Models:
     text: AnyTextEncoder
     amax: Amax = field(default_factory=dict)
     precision: str = "bf16"
+    formats: WeightFormats = UNRECORDED
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -196,7 +199,7 @@ def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype |
     for name, module in modules.items():
         metas[name] = map_into(module, folder / f"{name}.safetensors", kind=name, preset=preset.name)
         module.to(dtype=dtype).eval()
-    return Models(preset, dit, vae, text, metas["dit"].get("amax") or {})
+    return Models(preset, dit, vae, text, metas["dit"].get("amax") or {}, formats=formats_from_meta(metas["dit"]))
 
 
 def weights_dtype(*modules: nn.Module) -> torch.dtype | None:
@@ -223,26 +226,23 @@ def apply_precision(models: Models, precision: str) -> Models:
     """A copy of `models` that computes as a recipe of `precision` does.
 
     "bf16": weights as they are. "w4a16": the listed linears' weights replaced by what their NVFP4 form decodes to
-    (weight amax = max |W|). "nvfp4" and "fp8": ModelOpt fake-quant of weights and activations with the stored
+    (weight amax = max |W|, or what they were packed with). "nvfp4" and "fp8": ModelOpt fake-quant of weights and activations with the stored
     amax, the accuracy oracle of native W4A4 and of 8-bit floats.
     """
     if precision not in ("bf16", "w4a16", "nvfp4", "fp8"):
         raise LongtakeError("unknown precision", got=precision, expected="bf16, w4a16, nvfp4 or fp8")
     dit = copy.deepcopy(models.dit)
     if precision == "w4a16":
-        fold_weights(dit)
+        fold_weights(dit, models.formats)
     elif precision != "bf16":
         from longtake.training.quantize import restore_quantizers
 
-        dit = restore_quantizers(dit, models.amax, precision)
+        dit = restore_quantizers(dit, models.amax, precision, models.formats)
     return replace(models, dit=dit, precision=precision)
 
 
-@torch.no_grad()
-def fold_weights(dit: CausalDiT) -> None:
-    """Replace each listed linear's weight by its NVFP4 round trip (static_6, ModelOpt's order), in place."""
-    from longtake.plugins.nvfp4.reference import fake_quantize
-
+def fold_weights(dit: CausalDiT, formats: WeightFormats = UNRECORDED) -> None:
+    """Replace each listed linear's weight by its NVFP4 round trip (static_6, ModelOpt's order, if not told otherwise)."""
     for name in quantized_linears(dit):
-        linear = dit.get_submodule(name)
-        linear.weight.copy_(fake_quantize(linear.weight, rule="static_6", order="modelopt"))  # type: ignore
+        weight = dit.get_parameter(f"{name}.weight")
+        formats.of(name).round_trip_(weight, formats.of(name).amax_of(weight))

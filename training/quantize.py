@@ -1,6 +1,6 @@
 """Quantized arithmetic in PyTorch: ModelOpt fake-quant of exactly the linears that recipes quantize.
 
-nvfp4: weights and activations in blocks of 16 along the contraction. fp8: E4M3, a scale a tensor for activations and a
+nvfp4: weights and activations in blocks of 16 along the contraction, by rules that can be chosen (`Rules`). fp8: E4M3, a scale a tensor for activations and a
 scale a row (output feature) for weights. Gradients pass straight through. A quantizer's amax is frozen by calibration,
 so training calibrates again every so often: weights would outgrow it.
 
@@ -16,12 +16,15 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from longtake.plugins.nvfp4.reference import fake_quantize
+from longtake.plugins.nvfp4.weight_format import STATIC_6, UNRECORDED, WeightFormat, WeightFormats
 from longtake.runtime.errors import LongtakeError
 from longtake.training.dit import CausalDiT
 from longtake.training.networks import Amax, quantized_linears
@@ -33,12 +36,40 @@ logger = logging.getLogger(__name__)
 # differ only in blocks whose scale is below 1e-5, which the Triton kernel doesn't scale by their own maximum.
 QUANT_IMPL = "auto"
 
-NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
-FORMATS: dict[str, dict[str, dict[str, Any]]] = {
-    "nvfp4": {"input": NVFP4, "weight": NVFP4},
-    "fp8": {"input": {"num_bits": (4, 3), "axis": None}, "weight": {"num_bits": (4, 3), "axis": 0}},
+NVFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+FP8: dict[str, dict[str, Any]] = {
+    "input": {"num_bits": (4, 3), "axis": None},
+    "weight": {"num_bits": (4, 3), "axis": 0},
 }
 SIDES = {"input": "input_quantizer", "weight": "weight_quantizer"}
+BACKEND = "longtake_nvfp4"  # our codec, for what ModelOpt's own NVFP4 can't: rules besides static_6, tiles of 16 x 16
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a DiT is quantized to NVFP4 in training.
+
+    input: rule of the activations. An engine's are static_6; another rule is only for training as LongLive did.
+    weight: rule, order and scale layout of the weights; exports pack them so. gradient: rule of the gradients where
+    they are quantized, too (see `gradient_quant`).
+    """
+
+    input: str = "static_6"
+    weight: WeightFormat = STATIC_6
+    gradient: str = "static_6"
+
+    def as_json(self) -> dict[str, Any]:
+        """What a side file records."""
+        return {"input": {"rule": self.input}, "weight": self.weight.as_json()}
+
+
+# Named after what LongLive trains with them: its stage 1, its generator under distillation, its inference.
+RULES = {
+    "static_6": Rules(),
+    "longlive-ar": Rules("mse", WeightFormat("static_6", block_2d=True), "mse"),
+    "longlive-dmd": Rules("mse", WeightFormat("mse", block_2d=True), "mse"),
+    "longlive-inference": Rules("mse", WeightFormat("mse"), "mse"),
+}
 
 
 @cache
@@ -52,6 +83,7 @@ def modelopt() -> Any:
         for device in codec_devices():
             library.impl("dynamic_block_quantize_op", block_quantize, device, allow_override=True)
     _LIBRARIES.append(library)
+    mtq.nn.register_quant_backend(BACKEND, codec_quantize)
     return mtq
 
 
@@ -96,8 +128,6 @@ def block_quantize(
     scale_exponent_bits: int,
 ) -> Tensor:
     """ModelOpt's dynamic block fake-quant through our codec, for NVFP4 only."""
-    from longtake.plugins.nvfp4.reference import fake_quantize
-
     if (block_size, num_bits, exponent_bits, scale_num_bits, scale_exponent_bits) != (16, 4, 2, 8, 4):
         raise LongtakeError(
             "block format is not NVFP4", got=(block_size, num_bits, scale_num_bits), expected=(16, 4, 8)
@@ -105,21 +135,59 @@ def block_quantize(
     return fake_quantize(inputs, rule="static_6", order="modelopt", amax=amax.max())
 
 
-def quantizer_config(names: list[str], precision: str) -> dict[str, Any]:
+class StraightThrough(torch.autograd.Function):
+    """fake_quantize(x) forwards, the identity backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, amax: Tensor, how: dict[str, Any]) -> Tensor:
+        return fake_quantize(x, amax=amax, **how)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
+
+
+def codec_quantize(inputs: Tensor, quantizer: Any) -> Tensor:
+    """ModelOpt's entry to our codec for a quantizer whose configuration names `BACKEND`."""
+    return StraightThrough.apply(inputs, quantizer.amax.max(), dict(quantizer.backend_extra_args))  # type: ignore[no-any-return]
+
+
+def nvfp4_config(form: WeightFormat) -> dict[str, Any]:
+    """ModelOpt's configuration of a quantizer: its own NVFP4 where that is what `form` says, our codec otherwise."""
+    if form.rule == "static_6" and form.order == "modelopt" and not form.block_2d:
+        return NVFP4
+    return {**NVFP4, "backend": BACKEND, "backend_extra_args": form.as_json()}
+
+
+def quantizer_config(
+    names: list[str], precision: str, rule: str = "static_6", formats: WeightFormats = UNRECORDED
+) -> dict[str, Any]:
     """Everything off, then weights and inputs of the named linears (the stock configs pick other layers)."""
+
+    def settings(name: str, side: str) -> dict[str, Any]:
+        if precision == "fp8":
+            return FP8[side]
+        return nvfp4_config(formats.of(name) if side == "weight" else WeightFormat(rule))
+
     wanted = [
-        {"quantizer_name": f"{name}.{quantizer}", "cfg": FORMATS[precision][side], "enable": True}
+        {"quantizer_name": f"{name}.{quantizer}", "cfg": settings(name, side), "enable": True}
         for name in names
         for side, quantizer in SIDES.items()
     ]
     return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *wanted], "algorithm": "max"}
 
 
-def insert_quantizers(dit: CausalDiT, calibrate: Callable[[nn.Module], object], precision: str = "nvfp4") -> CausalDiT:
-    """Put fake-quant ("nvfp4" or "fp8") on the listed linears of `dit`, in place, with amax from `calibrate(dit)`."""
+def insert_quantizers(
+    dit: CausalDiT, calibrate: Callable[[nn.Module], object], precision: str = "nvfp4", rules: Rules = Rules()
+) -> CausalDiT:
+    """Put fake-quant ("nvfp4" or "fp8") on the listed linears of `dit`, in place, with amax from `calibrate(dit)`.
+
+    rules: of NVFP4; "fp8" has none.
+    """
     names = quantized_linears(dit)
+    config = quantizer_config(names, precision, rules.input, WeightFormats(rules.weight))
     with torch.no_grad(), quiet():
-        modelopt().quantize(dit, quantizer_config(names, precision), forward_loop=calibrate)
+        modelopt().quantize(dit, config, forward_loop=calibrate)
     check_quantizers(dit, names)
     return dit
 
@@ -165,10 +233,12 @@ def read_amax(dit: nn.Module) -> Amax:
     }
 
 
-def restore_quantizers(dit: CausalDiT, amax: Amax, precision: str = "nvfp4") -> CausalDiT:
+def restore_quantizers(
+    dit: CausalDiT, amax: Amax, precision: str = "nvfp4", formats: WeightFormats = UNRECORDED
+) -> CausalDiT:
     """Put fake-quant with stored amax on the listed linears of `dit`, in place; no calibration data is needed.
 
-    Under "fp8" only the activations' amax is taken from `amax`: a weight's rows are scaled by what they hold.
+    Activations are quantized as engines do (static_6), weights by `formats`. Under "fp8" only the activations' amax is taken from `amax`: a weight's rows are scaled by what they hold.
 
     Raises:
         LongtakeError: a linear has no stored amax.
@@ -183,12 +253,15 @@ def restore_quantizers(dit: CausalDiT, amax: Amax, precision: str = "nvfp4") -> 
         )
     names = quantized_linears(dit)
     with quiet():
-        modelopt().quantize(dit, {**quantizer_config(names, precision), "algorithm": None})
+        modelopt().quantize(dit, {**quantizer_config(names, precision, formats=formats), "algorithm": None})
     check_quantizers(dit, names)
     for name, sides in quantizers(dit).items():
         weight = dit.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator]
         for side, quantizer in sides.items():
-            stored = torch.tensor(amax[name][side], dtype=torch.float32, device=weight.device)
+            found = amax[name][side]
+            if side == "weight" and precision == "nvfp4":
+                found = formats.of(name).amax_of(weight, found)
+            stored = torch.tensor(found, dtype=torch.float32, device=weight.device)
             by_row = precision == "fp8" and side == "weight"
             quantizer.amax = weight.float().abs().amax(dim=1, keepdim=True) if by_row else stored
     return dit

@@ -6,6 +6,8 @@ two. Rounding each linear piece half to even is exactly round-half-even on the f
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -57,10 +59,24 @@ def decode_nibbles(byte: Tensor) -> Tensor:
 
 def encode_e4m3(x: Tensor) -> Tensor:
     """E4M3 codes 0..126, as fp32 integers, of non-negative fp32 x: nearest, ties to even, saturating at 448."""
-    lines = torch.round(x.clamp(max=E4M3_MAX).unsqueeze(-1) * _E4M3_SLOPES.to(x.device))
-    return (lines + _E4M3_INTERCEPTS.to(x.device)).amin(dim=-1)
+    slopes, intercepts = _lines_on(x.device)
+    return (torch.round(x.clamp(max=E4M3_MAX).unsqueeze(-1) * slopes) + intercepts).amin(dim=-1)
 
 
 def decode_e4m3(byte: Tensor) -> Tensor:
     """The fp32 values of E4M3 bytes 0..255 given as int32."""
-    return embedding(byte, E4M3_VALUES.to(byte.device).unsqueeze(-1)).squeeze(-1)
+    return embedding(byte, _values_on(byte.device).unsqueeze(-1)).squeeze(-1)
+
+
+def _lines_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    return _copies(device)[:2] if device.type == "cuda" else (_E4M3_SLOPES.to(device), _E4M3_INTERCEPTS.to(device))
+
+
+def _values_on(device: torch.device) -> Tensor:
+    return _copies(device)[2] if device.type == "cuda" else E4M3_VALUES.to(device)
+
+
+@cache
+def _copies(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept on a GPU: copying from the host can't be captured in a CUDA graph."""
+    return _E4M3_SLOPES.to(device), _E4M3_INTERCEPTS.to(device), E4M3_VALUES.to(device)

@@ -62,6 +62,7 @@ RULE_LIMITS: dict[str, tuple[float, float]] = {
     "abs_max": (6.0, 256.0),
 }
 
+Rounding = Callable[[Tensor], Tensor]
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -115,27 +116,37 @@ def fake_quantize(
     order: str = "modelopt",
     amax: Tensor | float | None = None,
     block_2d: bool = False,
+    rounding: Rounding | None = None,
 ) -> Tensor:
-    """dequantize(quantize(x, ...)) in the dtype of x, without packing; no gradient of its own."""
+    """dequantize(quantize(x, ...)) in the dtype of x, without packing; no gradient of its own.
+
+    rounding: to E2M1 values, instead of to the nearest; four-over-six decides by what it gives.
+    """
     with torch.no_grad():
         blocks, amax = _prepare(x, rule, order, amax, block_2d)
-        scaled, scale = scale_blocks(blocks, amax, rule, order, block_2d)
+        scaled, scale = scale_blocks(blocks, amax, rule, order, block_2d, rounding)
         return dequantize_blocks(round_e2m1(scaled), scale, amax, rule, order).flatten(-2).to(x.dtype)
 
 
-def scale_blocks(x: Tensor, amax: Tensor, rule: str, order: str, block_2d: bool = False) -> tuple[Tensor, Tensor]:
+def scale_blocks(
+    x: Tensor, amax: Tensor, rule: str, order: str, block_2d: bool = False, rounding: Rounding | None = None
+) -> tuple[Tensor, Tensor]:
     """The codec's core, exportable to ONNX: fp32 blocks x [..., K/16, 16] to (scaled x, block scales [..., K/16]).
 
-    The scaled elements are still to be rounded (encode_e2m1, round_e2m1); the scales are fp32 and exact E4M3 values.
-    amax: fp32, broadcastable to [..., K/16].
+    The scaled elements are still to be rounded (encode_e2m1, round_e2m1), unless `rounding` has done so; the scales are
+    fp32 and exact E4M3 values. amax: fp32, broadcastable to [..., K/16].
     """
     m2, m3 = RULE_LIMITS[rule]
     blockmax = _over_tile(x.abs().amax(dim=-1), block_2d, torch.amax)
     base = _base_scale(blockmax, amax, m2, m3, order)
     six = _candidate(x, base, blockmax, amax, m2 * m3, order)
+    if rounding is not None:
+        six = rounding(six[0]), six[1]
     if rule.startswith("static"):
         return six
     four = _candidate(x, base * 1.5, blockmax, amax, m2 * m3, order)
+    if rounding is not None:
+        four = rounding(four[0]), four[1]
     error4, error6 = (
         _error(dequantize_blocks(round_e2m1(y), s, amax, rule, order) - x, rule, block_2d) for y, s in (four, six)
     )

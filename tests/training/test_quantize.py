@@ -8,11 +8,20 @@ from torch import Tensor, nn
 
 from longtake.export.lower_fp8 import multiplier, quantized_rows
 from longtake.plugins.nvfp4.reference import fake_quantize
+from longtake.plugins.nvfp4.weight_format import WeightFormat, WeightFormats
 from longtake.runtime.errors import LongtakeError
 from longtake.training.dit import CausalDiT, dense_cross_attention
 from longtake.training.networks import Models, apply_precision, quantized_linears
 from longtake.training.presets import Preset
-from longtake.training.quantize import insert_quantizers, quantizers, read_amax, recalibrate, restore_quantizers
+from longtake.training.quantize import (
+    RULES,
+    Rules,
+    insert_quantizers,
+    quantizers,
+    read_amax,
+    recalibrate,
+    restore_quantizers,
+)
 from longtake.training.rope import rope_tables, timestep_sinusoid
 
 
@@ -147,6 +156,46 @@ def test_precisions_leave_the_models_untouched(plain: CausalDiT, run: Run, small
     errors = [float((run(m.dit) - before).norm() / before.norm()) for m in (eight, weight_only, both)]
     assert 0 < errors[0] < errors[1] < errors[2] < 0.15
     assert quantizers(both.dit)[name]["input"].is_enabled
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_linear_computes_by_the_rules_asked_for_and_its_gradient_is_straight_through(
+    plain: CausalDiT, run: Run, name: str
+) -> None:
+    rules, linear_name = RULES[name], "blocks.1.ffn.0"
+    dit = insert_quantizers(copy.deepcopy(plain), run, rules=rules)
+    amax, linear = read_amax(dit)[linear_name], plain.get_submodule(linear_name)
+    x = torch.randn(5, linear.in_features, requires_grad=True)
+    form = rules.weight
+    weight = fake_quantize(linear.weight, rule=form.rule, amax=amax["weight"], block_2d=form.block_2d)
+    wanted = nn.functional.linear(fake_quantize(x, rule=rules.input, amax=amax["input"]), weight, linear.bias)
+    out = dit.get_submodule(linear_name)(x)
+    assert torch.equal(out, wanted)
+    out.sum().backward()
+    assert torch.allclose(x.grad, weight.sum(0).expand_as(x), atol=1e-5)
+    assert dit.get_submodule(linear_name)._parameters["weight"].grad.abs().sum() > 0
+
+
+def test_weights_in_tiles_quantize_like_their_transpose(plain: CausalDiT, run: Run) -> None:
+    dit = insert_quantizers(plain, run, rules=Rules(weight=WeightFormat("mse", block_2d=True)))
+    linear = dit.get_submodule("blocks.0.ffn.0")
+    weight = linear._parameters["weight"].detach()
+    straight, turned = linear.weight_quantizer(weight), linear.weight_quantizer(weight.T.contiguous())
+    assert torch.equal(straight, turned.T) and not torch.equal(straight, weight)
+
+
+def test_amax_follows_under_other_rules_and_restores_the_same_weights(plain: CausalDiT, run: Run) -> None:
+    rules = Rules(weight=WeightFormat("mse", block_2d=True))
+    dit = insert_quantizers(copy.deepcopy(plain), run, rules=rules)
+    with torch.no_grad():
+        dit.get_submodule("blocks.0.self_attn.q")._parameters["weight"].mul_(3)
+    recalibrate(dit, run)
+    amax = read_amax(dit)
+    assert amax["blocks.0.self_attn.q"]["weight"] == 3 * float(plain.blocks[0].self_attn.q.weight.detach().abs().max())
+    with torch.no_grad():
+        plain.blocks[0].self_attn.q.weight.mul_(3)
+    rebuilt = restore_quantizers(copy.deepcopy(plain), amax, formats=WeightFormats(rules.weight))
+    assert torch.equal(run(rebuilt), run(dit))
 
 
 @pytest.mark.gpu

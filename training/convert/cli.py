@@ -178,8 +178,8 @@ def calibrate(args: argparse.Namespace, preset: Preset) -> None:
 def report_amax(model: Converted) -> None:
     """Say that the converted DiT has no activation amax, and what a packed one was packed with."""
     if packed := model.meta.get("packed"):
-        print(f"{len(packed['amax'])} linears were packed in 4 bits by rule {packed['rule']}; they are weights again, and the"
-              " native W4A4 recipes pack them by rule static_6")  # fmt: skip
+        print(f"{len(packed['amax'])} linears were packed in 4 bits by rule {packed['rule']}; they are weights again, and"
+              " exports pack them by that rule and amax to the same values")  # fmt: skip
     print("the checkpoint has no activation amax: bf16 and w4a16 recipes need none; native W4A4 (nvfp4) and fp8 recipes use\n"
           "calibrated amax where LongLive takes each call's own. Measure it: longtake convert --calibrate --out FOLDER")  # fmt: skip
 
