@@ -74,10 +74,48 @@ def share(latents: int, ranks: int, rank: int) -> tuple[int, int]:
     return rank * each, (rank + 1) * each
 
 
+def evened(latents: int, ranks: int, halo: int) -> list[tuple[int, int]]:
+    """First and last-but-one latent of each rank's share so that all encode about as many, halo included.
+
+    Rank 0 needs no halo, so it keeps more; a rank's share may be empty where the clip is short.
+    """
+    for most in range(-(-latents // ranks), latents + 1):
+        bounds, start = [], 0
+        for _ in range(ranks):
+            stop = max((s for s in range(start, latents + 1) if encoded(start, s, halo) <= most), default=start)
+            bounds.append((start, stop))
+            start = stop
+        if start == latents:
+            return bounds
+    return [(0, latents), *[(latents, latents)] * (ranks - 1)]
+
+
+def encoded(start: int, stop: int, halo: int) -> int:
+    """Latents that a rank computes for those from `start` to `stop`."""
+    return 0 if start == stop else stop - start + window_of(start, stop, halo).drop
+
+
 @torch.no_grad()
-def encode_window(vae: CausalVAE, frames: Tensor, window: Window) -> Tensor:
-    """The kept latents, [B, F', C, h, w], of a window's frames fp32 [B, 3, stop - start, H, W]."""
-    return vae.encode(frames)[:, window.drop :]
+def encode_window(vae: CausalVAE, frames: Tensor, window: Window, at_once: int = 4) -> Tensor:
+    """The kept latents, [B, F', C, h, w], of a window's frames.
+
+    Args:
+        frames: [B, 3, stop - start, H, W], floating in [-1, 1] or uint8.
+        at_once: latents encoded in one call; the encoder's caches carry on from there, so only memory depends on it.
+    """
+    stride = vae.config.stride[0]
+    count = 1 + (frames.shape[2] - 1) // stride
+    found, histories = [], None
+    for start in range(0, count, at_once):
+        first, last = max(0, 1 + stride * (start - 1)), 1 + stride * (min(start + at_once, count) - 1)
+        latents, histories = vae.encode_chunk(as_float(frames[:, :, first:last]), histories)
+        found.append(latents)
+    return torch.cat(found, 1)[:, window.drop :]
+
+
+def as_float(frames: Tensor) -> Tensor:
+    """Pixels in [-1, 1] of uint8 ones; others as they are."""
+    return frames if frames.is_floating_point() else frames.float() / 127.5 - 1
 
 
 def encode_share(vae: CausalVAE, video: Tensor, ranks: int, rank: int, halo: int | None = None) -> Tensor:
@@ -93,17 +131,18 @@ def encode_share(vae: CausalVAE, video: Tensor, ranks: int, rank: int, halo: int
     return encode_window(vae, video[:, :, window.start : window.stop], window)
 
 
+@torch.no_grad()
 def encode_together(vae: CausalVAE, video: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All latents of `video`, [B, F, C, h, w], each rank of `group` having encoded its share with its halo.
-
-    A clip too short to be worth cutting, or that can't be cut evenly, is encoded whole by every rank.
-    """
-    latents = 1 + (video.shape[2] - 1) // vae.config.stride[0]
-    ranks = 1 if group is None else dist.get_world_size(group)
-    if group is None or latents % ranks:
-        with torch.no_grad():
-            return vae.encode(video)
-    own = encode_share(vae, video, ranks, dist.get_rank(group)).contiguous()
-    parts = [torch.empty_like(own) for _ in range(ranks)]
-    dist.all_gather(parts, own, group=group)
-    return torch.cat(parts, 1)
+    """All latents of `video`, fp32 [B, F, C, h, w], on every rank of `group`, which share the work evenly."""
+    stride, halo = vae.config.stride[0], halo_needed(vae.config)
+    latents = 1 + (video.shape[2] - 1) // stride
+    if group is None:
+        return encode_window(vae, video, Window(0, video.shape[2], 0))
+    start, stop = evened(latents, dist.get_world_size(group), halo)[dist.get_rank(group)]
+    height, width = (size // by for size, by in zip(video.shape[3:], vae.config.stride[1:]))
+    whole = torch.zeros(len(video), latents, vae.config.z_channels, height, width, device=video.device)
+    if stop > start:
+        window = window_of(start, stop, halo, stride)
+        whole[:, start:stop] = encode_window(vae, video[:, :, window.start : window.stop], window)
+    dist.all_reduce(whole, group=group)
+    return whole

@@ -6,9 +6,9 @@ they stand when the ranks' parts are put one after the other:
   balanced  rank r holds clean and noisy half of its own chunks: [c0 n0 | c1 n1 | ...]; every rank has as many clean,
             noisy and loss tokens as any other, and its clean and noisy halves need the same latents and prompts
   naive     [all clean, all noisy], cut into equal parts: some ranks have no token that the loss looks at
-  none      the same on one rank
+  none      the same on one rank, without the last clean chunk: nothing looks at it
 
-Legend: N chunks, P ranks, T tokens of a chunk.
+Legend: N chunks, P ranks, T tokens of a chunk, S blocks of the gathered sequence.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from longtake.runtime.errors import LongtakeError
 from longtake.training.window import block_mask
 
 MODES = ("balanced", "naive")
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         """Raise LongtakeError where the blocks can't be dealt out evenly."""
-        if self.mode not in MODES:
+        if self.mode not in MODES and (self.mode, self.ranks) != (NONE, 1):
             raise LongtakeError(
                 "unknown --sp-mode", got=self.mode, expected=" or ".join(MODES), fix="--sp-mode balanced"
             )
@@ -50,8 +51,8 @@ class Layout:
     @property
     def order(self) -> tuple[int, ...]:
         """The place that stands at each position of the gathered sequence."""
-        if self.mode == "naive":
-            return tuple(range(2 * self.chunks))
+        if self.mode != "balanced":
+            return tuple(place for place in range(2 * self.chunks) if self.mode == "naive" or place != self.chunks - 1)
         share = self.chunks // self.ranks
         return tuple(
             half * self.chunks + rank * share + i for rank in range(self.ranks) for half in (0, 1) for i in range(share)
@@ -59,7 +60,7 @@ class Layout:
 
     def local(self, rank: int) -> tuple[int, ...]:
         """The places that `rank` holds: clean ones first, each half in ascending order."""
-        share = 2 * self.chunks // self.ranks
+        share = len(self.order) // self.ranks
         return self.order[rank * share : (rank + 1) * share]
 
     def clean(self, rank: int) -> list[int]:
@@ -75,16 +76,17 @@ class Layout:
 
         A mask for a compiled attention needs no table for it.
         """
-        if self.mode == "naive":
-            half = self.chunks * chunk_tokens
-            return index >= half, index % half // chunk_tokens
+        if self.mode != "balanced":
+            half = (self.chunks - (self.mode == NONE)) * chunk_tokens
+            noisy = index >= half
+            return noisy, (index - half * noisy) // chunk_tokens
         share = self.chunks // self.ranks
         half = share * chunk_tokens
         within = index % (2 * half)
         return within >= half, index // (2 * half) * share + within % half // chunk_tokens
 
     def mask(self, history: Tensor) -> Tensor:
-        """`window.block_mask` of a history [..., N, N], rows and columns in this order: bool [..., 2N, 2N]."""
+        """`window.block_mask` of a history [..., N, N], rows and columns in this order: bool [..., S, S]."""
         order = torch.tensor(self.order, device=history.device)
         return block_mask(history)[..., order, :][..., order]
 
@@ -94,8 +96,7 @@ class Layout:
         The last clean chunk's is empty: nothing that the loss depends on looks at its output.
         """
         rows = self.mask(history.cpu()).tolist()
-        last = self.order.index(self.chunks - 1)
         return tuple(
-            () if position == last else tuple(key for key, sees in enumerate(row) if sees)
+            () if self.order[position] == self.chunks - 1 else tuple(key for key, sees in enumerate(row) if sees)
             for position, row in enumerate(rows)
         )

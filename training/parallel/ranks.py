@@ -82,6 +82,13 @@ def started_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launcher_variables() -> list[str]:
+    """Names of the variables that a launcher set for this process: not for one that starts a launcher of its own."""
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+           "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+    return [name for name in os.environ if name in own or name.startswith("TORCHELASTIC_")]
+
+
 @contextmanager
 def join_ranks(device_type: str, sequence: int) -> Iterator[Ranks]:
     """Join the other ranks, and leave them at the end. A process that torchrun didn't start is alone.

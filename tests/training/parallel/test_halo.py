@@ -11,6 +11,8 @@ from longtake.training.parallel.halo import (
     Window,
     encode_share,
     encode_window,
+    encoded,
+    evened,
     halo_needed,
     share,
     window_of,
@@ -82,3 +84,19 @@ def test_the_shares_of_all_ranks_are_the_clip() -> None:
 def test_a_clip_that_can_t_be_cut_evenly_is_named() -> None:
     with pytest.raises(LongtakeError, match="10 latents for 4 ranks"):
         share(10, 4, 0)
+
+
+@pytest.mark.parametrize("latents", [7, 30, 96, 192])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_evened_shares_cover_the_clip_and_cost_no_more_than_equal_ones(latents: int, ranks: int) -> None:
+    bounds = evened(latents, ranks, 27)
+    assert len(bounds) == ranks and bounds[0][0] == 0 and bounds[-1][1] == latents
+    assert all(one[1] == other[0] for one, other in zip(bounds, bounds[1:]))
+    costs = [encoded(*bound, 27) for bound in bounds]
+    assert max(costs) <= latents
+    if latents % ranks == 0:
+        assert max(costs) <= max(encoded(*share(latents, ranks, rank), 27) for rank in range(ranks))
+
+
+def test_two_ranks_share_16_seconds_evenly() -> None:
+    assert [encoded(*bound, 27) for bound in evened(96, 2, 27)] == [62, 62]
