@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,11 +17,17 @@ from longtake.runtime.errors import LongtakeError, UnavailableError
 from longtake.training.noise import WEIGHTINGS
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.presets import PRESETS, preset_named
+from longtake.training.recipe import RecipeOptions
 from longtake.training.resume import require_resume_point
 from longtake.training.stages.base import Stage, StageOptions
 from longtake.training.trainer import TrainConfig, Trainer
 
 STAGES = ("vae", "dit")
+# Options that a resumed run may have otherwise without being another one.
+ELSEWHERE = {
+    "run", "command", "recipe", "out", "resume", "stop_at", "max_seconds", "save_steps", "save_seconds", "save_dtype",
+    "evaluate_steps", "sample_steps", "device", "dry_run", "workers", "cache_dir", "max_bad_share", "no_graph", "init",
+}  # fmt: skip
 
 DESCRIPTION = """Train one stage and leave safetensors checkpoints (the averaged weights) in --out.
 
@@ -53,21 +61,23 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     add_vae(parser.add_argument_group("stage vae"))
     add_dit(parser.add_argument_group("stage dit"))
     add_optimizer(parser.add_argument_group("optimizer"))
+    add_data(parser.add_argument_group("data at scale"))
     add_saving(parser.add_argument_group("how long, and what is kept"))
-    parser.set_defaults(run=run)
+    options = RecipeOptions(parser, "train", required=("stage", "out"))
+    parser.set_defaults(run=lambda args: run(options.complete(args)))
 
 
 def add_what(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--stage", required=True, choices=STAGES)
+    group.add_argument("--stage", choices=STAGES, help="what is trained: " + " or ".join(STAGES))
     group.add_argument("--data", default="digits", help='"digits" (needs no download) or a folder of clips')
     group.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
-    group.add_argument("--out", type=Path, required=True, help="folder for checkpoints and curves")
+    group.add_argument("--out", type=Path, help="folder for checkpoints and curves")
     group.add_argument("--init", type=Path, help="folder of checkpoints to start from (default: random weights)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     group.add_argument("--fp32", action="store_true", help="compute in fp32 on the GPU too (default there: bf16)")
     group.add_argument("--cpu-bf16", action="store_true", help="compute in bf16 on the CPU, too (default there: fp32)")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--dry-run", action="store_true", help="print the modules' sizes and stop")
+    group.add_argument("--dry-run", action="store_true", help="print sizes, shapes, memory and cost, and stop")
 
 
 def add_dit(group: argparse._ArgumentGroup) -> None:
@@ -122,9 +132,36 @@ def add_optimizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch", type=int, default=8, help="clips (vae) or longest stories (dit) a step (default 8)")
     group.add_argument("--lr", type=float, default=default.lr)
     group.add_argument("--betas", type=float, nargs=2, default=default.betas, metavar=("B1", "B2"))
+    group.add_argument("--weight-decay", type=float, default=default.weight_decay)
     group.add_argument("--warmup", type=int, default=default.warmup, help="steps of linear warm-up, then cosine decay")
+    group.add_argument(
+        "--final-lr", type=float, default=default.final_lr, metavar="F", help="decay to F x lr; 1 keeps it constant"
+    )
     group.add_argument("--clip", type=float, default=default.clip, help="largest gradient norm")
     group.add_argument("--ema", type=float, default=default.ema, help="decay of the averaged weights")
+
+
+def add_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="stage dit: keep the encoded stories there instead of in memory; they are taken in epochs, each once",
+    )
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that decode and read ahead (same order for any N)",
+    )
+    group.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="folders: stop when more than this share of the clips cannot be used (default 0.5; skipped ones are named)",
+    )
 
 
 def add_saving(group: argparse._ArgumentGroup) -> None:
@@ -139,6 +176,13 @@ def add_saving(group: argparse._ArgumentGroup) -> None:
         "--save-seconds", type=float, default=300, metavar="S", help="... and every S seconds (default 300)"
     )
     group.add_argument("--evaluate-steps", type=int, default=1000, metavar="N", help="held-out metrics every N steps")
+    group.add_argument(
+        "--sample-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sample videos to TensorBoard every N steps (default: with each evaluation)",
+    )
     group.add_argument("--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the final checkpoints")
 
 
@@ -168,7 +212,13 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
         steps=args.steps,
         seed=args.seed,
         optimizer=OptimizerConfig(
-            lr=args.lr, betas=tuple(args.betas), clip=args.clip, warmup=args.warmup, ema=args.ema
+            lr=args.lr,
+            betas=tuple(args.betas),
+            weight_decay=args.weight_decay,
+            clip=args.clip,
+            warmup=args.warmup,
+            final_lr=args.final_lr,
+            ema=args.ema,
         ),
         resume=args.resume,
         stop_at=args.stop_at,
@@ -177,8 +227,16 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
         save_seconds=args.save_seconds,
         evaluate_steps=args.evaluate_steps,
         save_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype],
+        sample_steps=args.sample_steps,
         command=shlex.join(["longtake", *sys.argv[1:]]),
+        settings=settings_of(args),
     )
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What makes a run the one it is, JSON-ready: all options but those of where and how long it runs."""
+    kept = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def stage_from(args: argparse.Namespace) -> Stage:
@@ -208,6 +266,9 @@ def stage_from(args: argparse.Namespace) -> Stage:
         graph=not args.no_graph,
         cpu_bf16=args.cpu_bf16,
         decoder_only=args.decoder_only,
+        cache_dir=args.cache_dir,
+        workers=args.workers,
+        max_bad_share=args.max_bad_share,
     )
     return importlib.import_module(f"longtake.training.stages.{args.stage}").stage_from_options(options)
 

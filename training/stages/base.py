@@ -25,6 +25,8 @@ class StageOptions:
     context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
     cpu_bf16: compute in bf16 on the CPU, too. decoder_only: (vae) keep the encoder and the latents' statistics.
     loss_weighting: see `noise.sample_levels`.
+    cache_dir: where encoded stories are kept (None: in memory). workers: processes that decode and read ahead.
+    max_bad_share: of a folder's clips; above it, training stops.
     graph: on a GPU, capture the DiT's forward and backward pass in a CUDA graph.
     """
 
@@ -46,6 +48,9 @@ class StageOptions:
     decoder_only: bool = False
     loss_weighting: str = "bell"
     max_chunks_per_shot: int = 0
+    cache_dir: Path | None = None
+    workers: int = 0
+    max_bad_share: float = 1.0
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for numbers that nothing can be trained with."""
@@ -55,6 +60,8 @@ class StageOptions:
             ("--recalibrate", self.recalibrate, 1, 1 << 31, 100),
             ("--text-dropout", self.text_dropout, 0, 1, 0.1),
             ("--chunks", max(self.chunks), 1, 10_000, 6),
+            ("--workers", self.workers, 0, 256, 4),
+            ("--max-bad-share", self.max_bad_share, 0, 1, 0.5),
         ):
             if not least <= given <= most:
                 raise LongtakeError(f"bad {option}", got=given, expected=f"{least} to {most}", fix=f"{option} {usual}")
@@ -68,6 +75,8 @@ class Stage(Protocol):
     """A training stage. `modules` are trained, averaged (EMA) and saved, each under its name.
 
     A stage may have `companions`: frozen checkpoints copied beside its own at the end, so that --out is complete.
+    It may have `batch_name`: what the latest batch is called if it diverges. And `position() -> dict` with `seek(dict)`:
+    its place in the data, JSON-ready, for resume points.
     A stage module `training/stages/<name>.py` offers `stage_from_options(options: StageOptions) -> Stage`.
     """
 
