@@ -129,12 +129,20 @@ class Trainer:
             for step in range(first + 1, last + 1):
                 yield step
                 self.bar.update()
-                if self.interrupted:
+                if self.stop_asked():
                     self.save_resume_point()
                     raise KeyboardInterrupt
-                if time.monotonic() - self.started > self.config.max_seconds:
+                if self.past(self.started, self.config.max_seconds):
                     logger.warning("time limit reached after step %d of %d", step, self.config.steps)
                     return
+
+    def past(self, since: float, seconds: float) -> bool:
+        """Whether more than `seconds` went by since then."""
+        return time.monotonic() - since > seconds
+
+    def stop_asked(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self.interrupted
 
     def train_step(self) -> None:
         """One optimizer step; the host doesn't wait for the device."""
@@ -155,7 +163,7 @@ class Trainer:
         if config.sample_steps and step % config.sample_steps == 0 and step < config.steps:
             self.show_samples()
         due = config.save_steps and step % config.save_steps == 0
-        if due or time.monotonic() - self.saved_at > config.save_seconds:
+        if due or self.past(self.saved_at, config.save_seconds):
             self.save_resume_point()
 
     def log(self) -> None:
