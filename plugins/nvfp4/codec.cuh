@@ -46,19 +46,40 @@ __device__ __forceinline__ void unpack16(unsigned int low, unsigned int high, fl
   }
 }
 
+// What a magnitude decodes to, and before its division: E2M1 * E4M3 * amax, which may overflow where the quotient does
+// not.
+struct Level {
+  float product, quotient;
+};
+
+__device__ __forceinline__ Level decoded(float scaled, float amax) {
+  const float product = __fmul_rn(scaled, amax);
+  return {product, __fdiv_rn(product, LIMIT_E2M1 * LIMIT_E4M3)};
+}
+
+// The level of magnitude code 0..7, from those of 1 and 3/2: the others are these times a power of two, which is exact,
+// or so small (amax below 1e-30) that every squared error is 0. So a block needs two divisions, not one an element.
+__device__ __forceinline__ float level_of(unsigned int code, const Level& one, const Level& one_and_half) {
+  const bool odd = (code & 1u) && code > 1u;
+  const float power = __uint_as_float((126u + (code >> 1)) << 23);
+  const float product = __fmul_rn(odd ? one_and_half.product : one.product, power);
+  const float quotient = __fmul_rn(odd ? one_and_half.quotient : one.quotient, power);
+  return code == 0u ? 0.0f : product <= 3.402823466e38f ? quotient : product;
+}
+
 // Quantize with block scale `code`; returns the sum of squared errors, added up pairwise by halves (8, 4, 2, 1).
 __device__ __forceinline__ float pack16_with_scale(
     const float (&x)[16], unsigned int code, float decode, float amax, Packed16& packed) {
   const float scale = float_from_e4m3(code);
   const float inverse = scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, __fmul_rn(decode, scale));
+  const Level one = decoded(scale, amax), one_and_half = decoded(__fmul_rn(1.5f, scale), amax);
   float error[16];
   packed.low = packed.high = 0, packed.scale = code;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const unsigned int e2m1 = scale == 0.0f ? 0u : e2m1_from_float(__fmul_rn(x[i], inverse));
     (i < 8 ? packed.low : packed.high) |= e2m1 << (4 * (i & 7));
-    const float product = __fmul_rn(__fmul_rn(float_from_e2m1(e2m1), scale), amax);
-    const float difference = __fsub_rn(__fdiv_rn(product, LIMIT_E2M1 * LIMIT_E4M3), x[i]);
+    const float difference = __fsub_rn(level_of(e2m1 & 7u, one, one_and_half), fabsf(x[i]));
     error[i] = __fmul_rn(difference, difference);
   }
 #pragma unroll

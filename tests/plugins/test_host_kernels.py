@@ -32,7 +32,7 @@ def test_write(host_device: Any, fmt: str, reverse: bool) -> None:
 
 def test_many_writes_are_equal_to_the_last_bit(host_device: Any) -> None:
     op, dims = "kv_cache_write_nvfp4", {"S": 1, "L": 200, "H": 4, "D": 128}
-    for seed, scale in enumerate((1.0, 0.0, 1e-30, 3e-5, 117.0, 1e30)):
+    for seed, scale in enumerate((1.0, 0.0, 1e-36, 1e-30, 1e-22, 3e-5, 117.0, 1e30, 2e35, 1e37)):
         k, v, *rest = op_inputs(op, dims, "bf16", (0,), seed)
         inputs = (k * scale, v * scale, *rest)
         for g, w in zip(host_device.run(op, *inputs), REFERENCES[op](*inputs)):
