@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     add_dit(parser.add_argument_group("stage dit"))
     add_optimizer(parser.add_argument_group("optimizer"))
     add_data(parser.add_argument_group("data at scale"))
+    add_ranks(parser.add_argument_group("several GPUs (torchrun -m longtake.runtime.cli train ...; docs/multi-gpu.md)"))
     add_saving(parser.add_argument_group("how long, and what is kept"))
     options = RecipeOptions(parser, "train", required=("stage", "out"))
     parser.set_defaults(run=lambda args: run(options.complete(args)))
@@ -164,6 +166,23 @@ def add_data(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_ranks(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--sequence-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="stage dit: ranks that share a sample's tokens; groups of N ranks share a batch (default 1)",
+    )
+    group.add_argument(
+        "--sp-mode",
+        default="balanced",
+        choices=("balanced", "naive"),
+        help="each rank holds clean and noisy half of the same chunks (default), or all clean ones stand before all "
+        "noisy ones and are cut into parts",
+    )
+
+
 def add_saving(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--steps", type=int, default=1000)
     group.add_argument(
@@ -191,6 +210,10 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if config.resume:
         require_resume_point(config.out)
+    if args.sequence_parallel != 1 or "RANK" in os.environ:
+        from longtake.training.parallel.train_cli import run_parallel
+
+        return run_parallel(args, config, options_from(args), device_named(args.device), describe)
     torch.manual_seed(args.seed)
     stage = stage_from(args)
     if args.dry_run:
@@ -241,13 +264,19 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def stage_from(args: argparse.Namespace) -> Stage:
     """The stage named on the command line."""
+    options = options_from(args)
+    return importlib.import_module(f"longtake.training.stages.{args.stage}").stage_from_options(options)
+
+
+def options_from(args: argparse.Namespace) -> StageOptions:
+    """What the command line says to a stage."""
     if args.batch < 1:
         raise LongtakeError("bad batch size", got=args.batch, expected="at least 1", fix="--batch 8")
     if args.max_chunks_per_shot < 0:
         raise LongtakeError(
             "bad --max-chunks-per-shot", got=args.max_chunks_per_shot, expected="0 (never) or more", fix="leave it out"
         )
-    options = StageOptions(
+    return StageOptions(
         preset=preset_named(args.preset),
         data=args.data,
         batch=args.batch,
@@ -270,7 +299,6 @@ def stage_from(args: argparse.Namespace) -> Stage:
         workers=args.workers,
         max_bad_share=args.max_bad_share,
     )
-    return importlib.import_module(f"longtake.training.stages.{args.stage}").stage_from_options(options)
 
 
 def chunk_choices(text: str) -> tuple[int, ...]:

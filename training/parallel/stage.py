@@ -1,0 +1,138 @@
+"""Stage "dit" on many ranks: the same batches and noise as on one, of which each rank computes its part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from longtake.runtime.errors import LongtakeError
+from longtake.training.dit import CausalDiT
+from longtake.training.graphed import Losses
+from longtake.training.latent_cache import LatentCache
+from longtake.training.parallel.forcing import attention, part_loss, part_of, part_velocity, whole_velocity
+from longtake.training.parallel.halo import encode_together
+from longtake.training.parallel.layout import Layout
+from longtake.training.parallel.ranks import Ranks
+from longtake.training.parallel.sharding import recompute_blocks, require_heads, shard, shard_dit, whole
+from longtake.training.quantize import insert_quantizers, read_amax
+from longtake.training.stages.base import StageOptions
+from longtake.training.stages.dit import CALIBRATION_BATCHES, DiTStage
+from longtake.training.teacher_forcing import Clips, Noise
+from longtake.training.text_encoder import text_encoder_for
+
+
+class ParallelDiTStage(DiTStage):
+    """See `stages.base.Stage`. A batch is that of one rank, dealt out to the sequence groups."""
+
+    def __init__(self, options: StageOptions, ranks: Ranks, mode: str) -> None:
+        """Raise LongtakeError before anything is made where the ranks don't fit the model or the batch."""
+        require_heads(options.preset, ranks.sequence)
+        for chunks in options.chunks:
+            Layout(mode, chunks, ranks.sequence)
+        if options.batch < ranks.groups:
+            raise LongtakeError(
+                "the batch is smaller than the number of sequence groups that share it",
+                got=f"--batch {options.batch}, {ranks.groups} groups of {ranks.sequence} ranks",
+                expected=f"at least {ranks.groups}",
+                fix=f"--batch {ranks.groups}, or a larger --sequence-parallel",
+            )
+        super().__init__(replace(options, graph=False))
+        self.ranks, self.mode, self.sharded = ranks, mode, False
+
+    def prepare(self, device: torch.device) -> None:
+        """As on one rank, then shard the weights."""
+        super().prepare(device)
+        bf16 = self.options.computes_in_bf16(device)
+        recompute_blocks(self.dit)
+        shard_dit(self.dit, self.ranks, bf16)
+        if isinstance(self.text, nn.Module):
+            shard(self.text, self.ranks)
+        self.sharded = True
+
+    def cache(self, split: str, stories: int, seed: int) -> LatentCache:
+        """Encoded stories; the ranks encode a clip together, each its window."""
+        if self.ranks.mesh is not None:
+            self.vae.encode = partial(encode_together, self.vae, group=torch.distributed.group.WORLD)  # type: ignore[method-assign]
+        return super().cache(split, stories, seed)
+
+    def tensor_loss(self, latents: Tensor, tokens: Tensor, history: Tensor, offsets: Tensor, *noise: Tensor) -> Losses:
+        """Weighted and plain flow loss of the whole batch, of which this rank computes its part."""
+        rows = torch.arange(len(latents), device=latents.device).tensor_split(self.ranks.groups)[self.ranks.my_group]
+        seen = history[rows] if history.dim() == 3 else history
+        clips = Clips(latents[rows], tokens[rows], seen, tokens.shape[1], offsets[rows])
+        drawn = Noise(*(x[rows] for x in noise))
+        velocity, layout = self.own_velocity(clips, drawn)
+        return part_loss(velocity, clips, drawn, layout, self.ranks, self.preset.chunk_latents)
+
+    def own_velocity(self, clips: Clips, noise: Noise) -> tuple[Tensor, Layout]:
+        """Velocity of this rank's noisy blocks."""
+        layout = Layout(self.mode, clips.chunks, self.ranks.sequence)
+        part = part_of(clips, noise, layout, self.ranks.place, self.preset.chunk_latents)
+        attend = attention(layout, clips.history, self.ranks.group)
+        with self.autocast():
+            return part_velocity(self.dit, self.preset, self.text, part, attend), layout
+
+    def velocity(self, clips: Clips, noise: Noise) -> Tensor:
+        """Of all blocks, on every rank, for evaluation and calibration (no gradient once the weights are sharded)."""
+        if not self.sharded:
+            return super().velocity(clips, noise)
+        velocity, layout = self.own_velocity(clips, noise)
+        return whole_velocity(velocity, layout, self.ranks, self.preset.chunk_latents)
+
+    def calibrated_amax(self) -> dict[str, dict[str, float]]:
+        """Measured by the first rank alone on whole weights, so that it is what one rank would find."""
+        dit, text = self.whole_models()
+        if not self.ranks.first:
+            self.ranks.wait()
+            return {}
+        own = self.dit, self.text, self.sharded
+        self.dit, self.text, self.sharded = dit, text, False  # type: ignore[assignment]
+        try:
+            return read_amax(insert_quantizers(self.dit, self.calibration(0, CALIBRATION_BATCHES)))
+        finally:
+            self.dit, self.text, self.sharded = own
+            self.ranks.wait()
+
+    def whole_models(self) -> tuple[CausalDiT, nn.Module]:
+        """Unsharded copies of both models on the first rank; empty ones elsewhere. All must call."""
+        copies: list[nn.Module] = []
+        for module, make in ((self.dit, partial(CausalDiT, self.preset.dit)), (self.text, self.empty_text)):
+            gathered = {
+                name: whole(value.detach()) for name, value in module.state_dict().items() if "_quantizer" not in name
+            }
+            with torch.device("meta"):
+                copies.append(make())
+            if self.ranks.first:
+                copies[-1].load_state_dict(gathered, assign=True)
+        return copies[0], copies[1]  # type: ignore[return-value]
+
+    def empty_text(self) -> nn.Module:
+        return text_encoder_for(self.preset, self.text.vocabulary)
+
+    def on_step(self, step: int) -> None:
+        """As on one rank; amax is then the largest that any rank found."""
+        with self.unsharded():
+            super().on_step(step)
+
+    def evaluate(self) -> dict[str, float]:
+        with self.unsharded():
+            return super().evaluate()
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Whole weights on every rank while quantizers are calibrated; nothing to do in bf16."""
+        if self.options.precision != "nvfp4":
+            yield
+            return
+        sharded = [m for m in self.dit.modules() if isinstance(m, FSDPModule)]
+        for module in sharded:
+            module.unshard()
+        yield
+        for module in sharded:
+            module.reshard()
