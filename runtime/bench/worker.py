@@ -6,6 +6,7 @@ measured before is in OUT.json, which is written again after every stage.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import traceback
@@ -48,6 +49,7 @@ def main(words: list[str]) -> int:
     """Run from the command line; 1 if the part failed."""
     part, options, out = words
     configure_logging()
+    logging.getLogger("longtake").setLevel(logging.INFO)  # the part's log file says what was chosen and why
     return int("error" in measure_part(part, options_from_json(read_json(Path(options))), Path(out)))
 
 

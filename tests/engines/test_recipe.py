@@ -21,8 +21,7 @@ FLAVOUR_OF = {"9.0": "1.6.1.120"}
 def test_a_shipped_recipe_is_named_after_what_it_holds(name: str) -> None:
     recipe = recipe_named(name)
     target = f"sm{recipe.compute_capability.replace('.', '')}"
-    variant = "_fp8attention" if recipe.attention == "fp8" else ""
-    assert recipe.name == f"{recipe.preset}_{recipe.precision}_{target}{variant}" == name
+    assert recipe.name == f"{recipe.preset}_{recipe.precision}_{target}" == name
     assert recipe.onnx_name == f"{recipe.preset}_{recipe.precision}"
 
 
