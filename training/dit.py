@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from longtake.training.pointwise import apply_rope, gated_add, layer_norm, modulate, rms_norm
 from longtake.training.presets import DiTConfig
@@ -23,6 +26,7 @@ from longtake.training.presets import DiTConfig
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 CrossAttend = Callable[[Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
+RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
 NormRope = Callable[["Attention", Tensor, Tensor, Rope], tuple[Tensor, Tensor]]
 
 
@@ -141,12 +145,14 @@ class Head(nn.Module):
 class CausalDiT(nn.Module):
     """Velocity v = eps - x0 of a chunk (or of a teacher-forced sequence), given text context and history.
 
-    State-dict keys are those of Wan2.2-TI2V-5B. The compute dtype is the parameters' (or autocast's).
+    State-dict keys are those of Wan2.2-TI2V-5B. The compute dtype is the parameters' (or autocast's). With
+    `checkpointing` a backward pass computes each block again instead of keeping what is inside it.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(
@@ -216,7 +222,8 @@ class CausalDiT(nn.Module):
         embed = self.patch_embedding
         x = functional.linear(self.patchify(latents.to(self.dtype)), embed.weight.flatten(1), embed.bias)
         for layer, block in enumerate(self.blocks):
-            x = block(x, e0, rope, context[layer], _of_layer(attend, layer), cross, norm_rope)
+            run = partial(checkpoint, block, **RECOMPUTED) if self.checkpointing else block
+            x = run(x, e0, rope, context[layer], _of_layer(attend, layer), cross, norm_rope)
         return x
 
     def forward(
