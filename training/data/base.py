@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longtake.runtime.errors import LongtakeError
+from longtake.training.data.facts import Facts
 from longtake.training.presets import Preset
 
 CUT_PREFIX = "The scene transitions. "
@@ -30,6 +33,21 @@ class Batch:
     cuts: list[list[bool]]
 
 
+@dataclass(frozen=True)
+class Take:
+    """One story as worker processes hand it over.
+
+    key: digest of what it shows. frames: uint8 [T,H,W,3], None where `key` was already known. prompts, cuts: as in
+    `Batch`. facts: what was found out about clips on the way.
+    """
+
+    key: str
+    frames: np.ndarray | None
+    prompts: list[str]
+    cuts: list[bool]
+    facts: Facts
+
+
 class Dataset(Protocol):
     """A source of multi-shot videos. All randomness comes from the caller's CPU generator."""
 
@@ -39,6 +57,10 @@ class Dataset(Protocol):
 
     def clips(self, generator: torch.Generator, frames: int, batch: int, device: torch.device) -> Tensor:
         """Draw `batch` short clips, fp32 [B,3,frames,H,W] in [-1,1]."""
+        ...
+
+    def take(self, index: int, seed: int, chunks: int, known: Container[str] = ()) -> Take:
+        """Story `index` of the endless list that `seed` stands for, `chunks` chunks long; not rendered if known."""
         ...
 
 
@@ -57,8 +79,19 @@ def with_cut_prefix(caption: str, cut: bool) -> str:
     return CUT_PREFIX + caption if cut else caption
 
 
-def dataset_from_name(name: str | Path, preset: Preset, split: str = "train", max_chunks_per_shot: int = 0) -> Dataset:
-    """The data set called "digits", or the one in a folder of clips, whose shots may be split (see `folder.Folder`).
+def item_generator(seed: int, index: int) -> torch.Generator:
+    """The randomness of item `index` of a list of stories, whoever makes it."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+
+
+def dataset_from_name(
+    name: str | Path,
+    preset: Preset,
+    split: str = "train",
+    max_chunks_per_shot: int = 0,
+    max_bad_share: float = 1.0,
+) -> Dataset:
+    """The data set called "digits", or the one in a folder of clips (see `folder.Folder` for the rest).
 
     Raises:
         LongtakeError: neither a known name nor a folder, or a folder without a usable clip.
@@ -78,4 +111,4 @@ def dataset_from_name(name: str | Path, preset: Preset, split: str = "train", ma
         )
     from longtake.training.data.folder import Folder
 
-    return Folder(Path(name), preset, split, max_chunks_per_shot)
+    return Folder(Path(name), preset, split, max_chunks_per_shot, max_bad_share)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from tqdm import tqdm
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import read_json
 from longtake.runtime.video import frames_from_video, probe_video
+from longtake.training.data.facts import Facts
 from longtake.training.presets import Preset
-
-log = logging.getLogger(__name__)
 
 LAYOUT = 'video/<sample>/<n>.mp4 beside caption/<sample>/<n>.json, which holds {"caption": "..."}'
 REASONS_SHOWN = 5
 MEMORY = 1 << 30  # bytes of decoded clips kept
+PROBES = 8  # clips looked at side by side: it is waiting for the disk, mostly
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ def clips_from_folder(root: Path, preset: Preset) -> Index:
     samples: dict[str, list[Clip]] = {}
     skipped: dict[Path, str] = {}
     paths = sorted(root.glob("video/*/*.mp4"), key=lambda path: (path.parent.name, *_shot_number(path)))
-    for path in tqdm(paths, unit="clip", desc=f"look at {root.name}", disable=None, leave=False):
-        try:
-            clip = _clip(path, root / "caption" / path.parent.name / f"{path.stem}.json", preset)
-        except LongtakeError as error:
-            skipped[path] = one_line(error)
-        else:
-            samples.setdefault(path.parent.name, []).append(clip)
+    with ThreadPoolExecutor(PROBES) as pool:
+        looked = pool.map(lambda path: _clip_or_error(root, path, preset), paths)
+        bar = tqdm(looked, total=len(paths), unit="clip", desc=f"look at {root.name}", disable=None, leave=False)
+        for path, clip in zip(paths, bar):
+            if isinstance(clip, LongtakeError):
+                skipped[path] = one_line(clip)
+            else:
+                samples.setdefault(path.parent.name, []).append(clip)
     if not samples:
         raise _nothing(root, skipped)
     return Index(samples, skipped)
@@ -68,10 +69,10 @@ def one_line(error: LongtakeError) -> str:
 class ClipReader:
     """Decodes clips at the preset's size and rate, and keeps the latest ones in memory."""
 
-    def __init__(self, preset: Preset) -> None:
-        self.preset, self._bytes = preset, 0
+    def __init__(self, preset: Preset, memory: int = MEMORY) -> None:
+        self.preset, self.memory, self._bytes = preset, memory, 0
+        self.facts = Facts()
         self._kept: OrderedDict[Path, np.ndarray] = OrderedDict()
-        self._broken: dict[Path, LongtakeError] = {}
 
     def read(self, clip: Clip, start: int, frames: int) -> np.ndarray:
         """Frames start..start+frames of a clip, uint8 [frames,H,W,3].
@@ -79,12 +80,18 @@ class ClipReader:
         Raises:
             LongtakeError: the clip is broken, or ends before that.
         """
-        if clip.path in self._broken:
-            raise self._broken[clip.path]
+        self.facts.require(clip.path, start + frames)
         whole = self._whole(clip)
         if len(whole) < start + frames:
-            raise LongtakeError(f"{clip.path} ends early", got=f"{len(whole)} frames", expected=clip.frames)
+            error = LongtakeError(f"{clip.path} ends early", got=f"{len(whole)} frames", expected=clip.frames)
+            self.facts.note_short(clip.path, len(whole), one_line(error))
+            raise error
         return whole[start : start + frames]
+
+    def forget(self) -> None:
+        """Free the decoded clips."""
+        self._kept.clear()
+        self._bytes = 0
 
     def _whole(self, clip: Clip) -> np.ndarray:
         if clip.path in self._kept:
@@ -94,12 +101,11 @@ class ClipReader:
         try:
             frames, _ = frames_from_video(clip.path, size, self.preset.fps)
         except LongtakeError as error:
-            log.warning("skipped a clip that turned out broken: %s", one_line(error))
-            self._broken[clip.path] = error
+            self.facts.note_short(clip.path, 0, one_line(error))
             raise
         self._kept[clip.path] = frames
         self._bytes += frames.nbytes
-        while self._bytes > MEMORY and len(self._kept) > 1:
+        while self._bytes > self.memory and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return frames
 
@@ -107,6 +113,13 @@ class ClipReader:
 def _shot_number(path: Path) -> tuple[float, str]:
     """Numbers in numeric order, then other names."""
     return (int(path.stem), "") if path.stem.isdecimal() else (float("inf"), path.stem)
+
+
+def _clip_or_error(root: Path, path: Path, preset: Preset) -> Clip | LongtakeError:
+    try:
+        return _clip(path, root / "caption" / path.parent.name / f"{path.stem}.json", preset)
+    except LongtakeError as error:
+        return error
 
 
 def _clip(path: Path, caption_path: Path, preset: Preset) -> Clip:

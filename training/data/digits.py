@@ -6,7 +6,7 @@ identity across shots can be judged. Every fifth scan is held out for evaluation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.training.data.base import CUT_PREFIX, Batch, chunk_frames, with_cut_prefix
+from longtake.training.data.base import CUT_PREFIX, Batch, Take, chunk_frames, item_generator, with_cut_prefix
+from longtake.training.data.facts import Facts
+from longtake.training.data.shards import key_of
 from longtake.training.presets import Preset
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -147,6 +149,16 @@ class Digits:
         stories = [random_story(generator, chunks, self.split) for _ in range(batch)]
         prompts, cuts = zip(*(chunk_prompts(story) for story in stories))
         return Batch(self.render(stories, device), list(prompts), list(cuts))
+
+    def take(self, index: int, seed: int, chunks: int, known: Container[str] = ()) -> Take:
+        """Story `index` of `seed`, rendered on the CPU unless its key is known."""
+        story = random_story(item_generator(seed, index), chunks, self.split)
+        key = key_of("digits", self.preset.height, self.preset.width, self.preset.fps, story)
+        frames = None
+        if key not in known:
+            video_3THW = self.render([story], torch.device("cpu"))[0]
+            frames = video_3THW.mul(127.5).add_(127.5).round_().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+        return Take(key, frames, *chunk_prompts(story), Facts())
 
     def clips(self, generator: torch.Generator, frames: int, batch: int, device: torch.device) -> Tensor:
         """Draw `batch` clips of `frames` frames, each from a story of its own; two in five have a cut.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 
 from longtake.runtime.errors import LongtakeError
-from longtake.training.data.base import Batch, chunk_frames, chunk_starts, with_cut_prefix
+from longtake.training.data.base import Batch, Take, chunk_frames, chunk_starts, item_generator, with_cut_prefix
 from longtake.training.data.clips import Clip, ClipReader, clips_from_folder, one_line
+from longtake.training.data.facts import Facts
+from longtake.training.data.order import permutation
+from longtake.training.data.shards import key_of
 from longtake.training.presets import Preset
 
 log = logging.getLogger(__name__)
@@ -72,17 +75,91 @@ class Folder:
     """The clips of a folder. See `data.base.Dataset`.
 
     max_chunks_per_shot: after this many chunks of one clip one second is skipped and a cut is announced; 0 is never.
-    skipped: why clips were left out, by path.
+    max_bad_share: of all clips, how many may turn out unusable before it stops. skipped: why clips were left out.
     """
 
-    def __init__(self, root: Path, preset: Preset, split: str = "train", max_chunks_per_shot: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        preset: Preset,
+        split: str = "train",
+        max_chunks_per_shot: int = 0,
+        max_bad_share: float = 1.0,
+    ) -> None:
         self.root, self.preset, self.split, self.most = root, preset, split, max_chunks_per_shot
+        self.max_bad_share = max_bad_share
         index = clips_from_folder(root, preset)
         self.skipped = index.skipped
+        self.found = sum(map(len, index.samples.values()))
         self.samples = self._of_split(list(index.samples.values()))
         self._reader = ClipReader(preset)
         self._starts: dict[tuple[int, ...], list[Starts]] = {}
+        self._named: set[str] = set()
         self._report()
+        self._check_share()
+
+    @property
+    def facts(self) -> Facts:
+        """What decoding has shown about the clips so far."""
+        return self._reader.facts
+
+    def learn(self, facts: Facts) -> None:
+        """Take over what another process found out; clips that turned out broken are named.
+
+        Raises:
+            LongtakeError: too many are.
+        """
+        self.facts.merge(facts)
+        self._note_broken()
+
+    def take(self, index: int, seed: int, chunks: int, known: Container[str] = ()) -> Take:
+        """Story `index` of `seed`: of sample after sample in an order drawn anew when all have had their turn.
+
+        Raises:
+            LongtakeError: no sample is long enough, or hardly any clip can be decoded.
+        """
+        sizes, generator = self._sizes(chunks), item_generator(seed, index)
+        turn, place = divmod(index, len(self._places(sizes)))
+        first = int(permutation(len(self._places(sizes)), seed, turn)[place])
+        before = set(self.facts.short)
+        segments, key = self._usable(generator, sizes, first, known)
+        frames = None if key in known else self._read(segments)
+        found = Facts(
+            {str(s.clip.path): self.facts.digests[str(s.clip.path)] for s in segments},
+            {path: why for path, why in self.facts.short.items() if path not in before},
+        )
+        cuts = [segment.cut for segment in segments]
+        return Take(key, frames, [with_cut_prefix(s.clip.caption, s.cut) for s in segments], cuts, found)
+
+    def _usable(
+        self, generator: torch.Generator, sizes: tuple[int, ...], first: int, known: Container[str]
+    ) -> tuple[list[Segment], str]:
+        """A plan in sample `first`, or in one drawn after it, that can be decoded (or is known), and its key."""
+        error: LongtakeError | None = None
+        for attempt in range(TRIES):
+            segments = self._random_plan(generator, sizes, None if attempt else first)
+            try:
+                for segment in segments:
+                    self.facts.require(segment.clip.path, segment.start + segment.frames)
+                key = self._key(segments)
+                if key not in known:
+                    self._read(segments)
+                return segments, key
+            except LongtakeError as broken:
+                error = broken
+        raise self._hopeless(error)
+
+    def _key(self, segments: list[Segment]) -> str:
+        shown = [(self.facts.digest(s.clip.path), s.start, s.frames) for s in segments]
+        return key_of("folder", self.preset.height, self.preset.width, self.preset.fps, shown)
+
+    def _read(self, segments: list[Segment]) -> np.ndarray:
+        return np.concatenate([self._reader.read(s.clip, s.start, s.frames) for s in segments])
+
+    def _sizes(self, chunks: int) -> tuple[int, ...]:
+        """Frames of each segment of a story."""
+        ends = [*chunk_starts(self.preset, chunks)[1:], chunk_frames(self.preset, chunks)]
+        return tuple(end - begin for begin, end in zip([0, *ends], ends))
 
     def sample(self, generator: torch.Generator, chunks: int, batch: int, device: torch.device) -> Batch:
         """Draw `batch` videos of `chunks` chunks; for evaluation they begin where a clip begins.
@@ -90,8 +167,7 @@ class Folder:
         Raises:
             LongtakeError: no sample is long enough, or hardly any clip can be decoded.
         """
-        ends = [*chunk_starts(self.preset, chunks)[1:], chunk_frames(self.preset, chunks)]
-        sizes = tuple(end - begin for begin, end in zip([0, *ends], ends))
+        sizes = self._sizes(chunks)
         drawn = [self._draw(generator, sizes) for _ in range(batch)]
         prompts = [[with_cut_prefix(segment.clip.caption, segment.cut) for segment in story] for story, _ in drawn]
         cuts = [[segment.cut for segment in story] for story, _ in drawn]
@@ -117,18 +193,46 @@ class Folder:
         for _ in range(TRIES):
             segments = self._random_plan(generator, sizes)
             try:
-                return segments, np.concatenate([self._reader.read(s.clip, s.start, s.frames) for s in segments])
+                return segments, self._read(segments)
             except LongtakeError as broken:  # drawn again, so that the draws do not depend on what was read before
                 error = broken
-        raise LongtakeError(f"hardly any clip in {self.root} can be decoded", got=error and one_line(error),
-                            expected="playable mp4 files", fix="make them again")  # fmt: skip
+                self._note_broken()
+        raise self._hopeless(error)
 
-    def _random_plan(self, generator: torch.Generator, sizes: tuple[int, ...]) -> list[Segment]:
-        """Segments from a random place of a random sample."""
+    def _hopeless(self, error: LongtakeError | None) -> LongtakeError:
+        return LongtakeError(f"hardly any clip in {self.root} can be decoded", got=error and one_line(error),
+                             expected="playable mp4 files", fix="make them again")  # fmt: skip
+
+    def _note_broken(self) -> None:
+        """Name, once each, the clips that turned out broken, and stop if they are too many."""
+        for path in self.facts.short.keys() - self._named:
+            self._named.add(path)
+            log.warning("skipped a clip that turned out broken: %s", self.facts.short[path][2])
+        self._check_share()
+
+    def _check_share(self) -> None:
+        """Raise LongtakeError if more than `max_bad_share` of the clips cannot be used."""
+        bad, total = len(self.skipped) + len(self.facts.short), self.found + len(self.skipped)
+        if bad > self.max_bad_share * total:
+            reasons = [*self.skipped.values(), *(why for _, _, why in self.facts.short.values())]
+            raise LongtakeError(
+                f"too many clips in {self.root} cannot be used",
+                got=f"{bad} of {total}, such as: {'; '.join(reasons[:3])}",
+                expected=f"at most {100 * self.max_bad_share:g} % (--max-bad-share)",
+                fix="repair or remove these clips, or allow for more of them",
+            )
+
+    def _places(self, sizes: tuple[int, ...]) -> list[Starts]:
         if sizes not in self._starts:
             self._starts[sizes] = self._find_starts(sizes)
-        places = self._starts[sizes]
-        place = places[int(torch.randint(len(places), (), generator=generator))]
+        return self._starts[sizes]
+
+    def _random_plan(
+        self, generator: torch.Generator, sizes: tuple[int, ...], sample: int | None = None
+    ) -> list[Segment]:
+        """Segments from a random place of a sample, a random one unless it is given."""
+        places = self._places(sizes)
+        place = places[int(torch.randint(len(places), (), generator=generator)) if sample is None else sample]
         start = int(torch.randint(sum(place.counts), (), generator=generator))
         first = 0
         while start >= place.counts[first]:
