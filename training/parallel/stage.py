@@ -23,6 +23,7 @@ from longtake.training.parallel.sharding import recompute_blocks, require_heads,
 from longtake.training.quantize import insert_quantizers, read_amax
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import CALIBRATION_BATCHES, DiTStage
+from longtake.training.stored_stories import StoredStories
 from longtake.training.teacher_forcing import Clips, Noise
 from longtake.training.text_encoder import text_encoder_for
 
@@ -55,7 +56,7 @@ class ParallelDiTStage(DiTStage):
             shard(self.text, self.ranks)
         self.sharded = True
 
-    def cache(self, split: str, stories: int, seed: int) -> LatentCache:
+    def cache(self, split: str, stories: int, seed: int) -> LatentCache | StoredStories:
         """Encoded stories; the ranks encode a clip together, each its window."""
         if self.ranks.mesh is not None:
             self.vae.encode = partial(encode_together, self.vae, group=torch.distributed.group.WORLD)  # type: ignore[method-assign]
@@ -86,21 +87,20 @@ class ParallelDiTStage(DiTStage):
         return whole_velocity(velocity, layout, self.ranks, self.preset.chunk_latents)
 
     def calibrated_amax(self) -> dict[str, dict[str, float]]:
-        """Measured by the first rank alone on whole weights, so that it is what one rank would find."""
-        dit, text = self.whole_models()
-        if not self.ranks.first:
-            self.ranks.wait()
-            return {}
+        """Measured on whole weights by every rank alike, so it is what one rank would find.
+
+        ModelOpt takes the largest amax of all ranks, which therefore all have to calibrate.
+        """
         own = self.dit, self.text, self.sharded
-        self.dit, self.text, self.sharded = dit, text, False  # type: ignore[assignment]
+        self.dit, self.text = self.whole_models()  # type: ignore[assignment]
+        self.sharded = False
         try:
             return read_amax(insert_quantizers(self.dit, self.calibration(0, CALIBRATION_BATCHES)))
         finally:
             self.dit, self.text, self.sharded = own
-            self.ranks.wait()
 
     def whole_models(self) -> tuple[CausalDiT, nn.Module]:
-        """Unsharded copies of both models on the first rank; empty ones elsewhere. All must call."""
+        """Unsharded copies of both models, on every rank. All must call."""
         copies: list[nn.Module] = []
         for module, make in ((self.dit, partial(CausalDiT, self.preset.dit)), (self.text, self.empty_text)):
             gathered = {
@@ -108,8 +108,7 @@ class ParallelDiTStage(DiTStage):
             }
             with torch.device("meta"):
                 copies.append(make())
-            if self.ranks.first:
-                copies[-1].load_state_dict(gathered, assign=True)
+            copies[-1].load_state_dict(gathered, assign=True)
         return copies[0], copies[1]  # type: ignore[return-value]
 
     def empty_text(self) -> nn.Module:
