@@ -9,15 +9,19 @@ import math
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.training.error_recycling import RecyclingConfig
 from longtake.training.noise import WEIGHTINGS
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.presets import PRESETS, preset_named
+from longtake.training.quantize import RULES, Rules
 from longtake.training.recipe import RecipeOptions
 from longtake.training.resume import require_resume_point
 from longtake.training.stages.base import Stage, StageOptions
@@ -117,6 +121,58 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
         "with which a model trained from random weights learns to follow its prompt sooner",
     )
     group.add_argument("--recalibrate", type=int, default=100, metavar="N", help="nvfp4: refresh amax every N steps")
+    group.add_argument(
+        "--nvfp4-rules",
+        default="static_6",
+        choices=sorted(RULES),
+        help="nvfp4: rules of the block scales, those of engines (static_6, default) or of LongLive's stages, whose "
+        "activations by mse no TensorRT engine has",
+    )
+    group.add_argument(
+        "--weight-rule",
+        choices=sorted(RULE_LIMITS),
+        help="nvfp4: another rule for the weights; exports pack them by it",
+    )
+    group.add_argument(
+        "--weight-scales", choices=("1d", "2d"), help="nvfp4: 2d: a scale for 16 x 16 weights, alike in W and W^T"
+    )
+    group.add_argument(
+        "--quantize-gradients",
+        action="store_true",
+        help="nvfp4: gradients in 4 bits, too, with stochastic rounding; an emulation, which is slower than without",
+    )
+    group.add_argument(
+        "--i2v",
+        type=float,
+        nargs="?",
+        const=1.0,
+        default=0.0,
+        metavar="SHARE",
+        help="share of samples trained as image to video: first frame given, and not in the loss (alone: 1; default 0)",
+    )
+    group.add_argument(
+        "--error-recycling",
+        action="store_true",
+        help="add the model's errors of earlier steps to the noise, to what is noised and to the clean history",
+    )
+    group.add_argument(
+        "--error-capacity",
+        type=int,
+        default=RecyclingConfig().capacity,
+        metavar="N",
+        help="errors of a chunk kept for each of 50 noise levels (default 500; at 704x1280 all together 135 GB)",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute each block again in the backward pass: the same gradients from less memory and a third more work",
+    )
+    group.add_argument(
+        "--attention",
+        default="auto",
+        choices=("auto", "flex", "blocks"),
+        help="FlexAttention, or block by block; auto (default): the former on a GPU for 8,192 tokens or more",
+    )
     group.add_argument("--no-graph", action="store_true", help="GPU: launch every kernel by itself (no CUDA graph)")
     group.add_argument("--text-dropout", type=float, default=0.1, help="share of samples trained without a prompt")
 
@@ -298,7 +354,21 @@ def options_from(args: argparse.Namespace) -> StageOptions:
         cache_dir=args.cache_dir,
         workers=args.workers,
         max_bad_share=args.max_bad_share,
+        i2v=args.i2v,
+        recycling=RecyclingConfig(capacity=args.error_capacity) if args.error_recycling else None,
+        gradient_checkpointing=args.gradient_checkpointing,
+        attention=args.attention,
+        rules=rules_from(args),
+        quantize_gradients=args.quantize_gradients,
     )
+
+
+def rules_from(args: argparse.Namespace) -> Rules:
+    """NVFP4 rules by name, with what overrides them."""
+    rules = RULES[args.nvfp4_rules]
+    rule, scales = args.weight_rule or rules.weight.rule, args.weight_scales
+    tiles = rules.weight.block_2d if scales is None else scales == "2d"
+    return replace(rules, weight=replace(rules.weight, rule=rule, block_2d=tiles))
 
 
 def chunk_choices(text: str) -> tuple[int, ...]:

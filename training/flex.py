@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,15 +83,22 @@ def flex_attention_for(history: Tensor, chunks: int, block_tokens: int, order: S
     mask = tiled_mask(seen_places(history, order or natural_order(chunks)), block_tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        run = compiled() if q.is_cuda else flex_attention
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return run(q, k.to(q.dtype), v.to(q.dtype), block_mask=mask).transpose(1, 2)  # type: ignore[no-any-return]
+        kind = q.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+        out: Tensor = kernel(kind)(q, k, v, block_mask=mask)
+        return out.transpose(1, 2)
 
     return attend
 
 
 def _tile(blocks: int, block_tokens: int) -> int:
     return TILE if (blocks * block_tokens // TILE) ** 2 <= TILES or block_tokens % TILE else block_tokens
+
+
+def kernel(kind: str) -> Callable[..., Any]:
+    """FlexAttention on a kind of device: compiled on a GPU, as plain operations on the CPU."""
+    return compiled() if kind == "cuda" else cast(Callable[..., Any], flex_attention)
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-Losses = tuple[Tensor, Tensor]
+Losses = tuple[Tensor, ...]  # the loss, then what else is wanted, without gradient
 
 
 class LossModule(nn.Module):
@@ -23,8 +23,8 @@ class LossModule(nn.Module):
         self.loss = loss
 
     def forward(self, *tensors: Tensor) -> Losses:
-        weighted, plain = self.loss(*tensors)
-        return weighted, plain.detach()
+        weighted, *others = self.loss(*tensors)
+        return (weighted, *(other.detach() for other in others))
 
 
 class GraphedLoss:

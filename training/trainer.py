@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -221,6 +221,9 @@ class Trainer:
         self.log()
         path = self.config.out / f"resume-{self.step:07d}.safetensors"
         tensors = {**self.optimizer.state(), "generator": self.generator.get_state()}
+        if hasattr(self.stage, "state"):
+            tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
+        require_finite(tensors, path)
         position = self.stage.position() if hasattr(self.stage, "position") else {}
         side = {**self.side(), "kind": f"resume-{self.stage.name}", "position": position}
         save_checkpoint(path, tensors, {**side, "settings": self.config.settings})
@@ -238,6 +241,8 @@ class Trainer:
             )
         self.generator.set_state(tensors.pop("generator"))
         self.optimizer.load_state(tensors)
+        if hasattr(self.stage, "load_state"):
+            self.stage.load_state({k.removeprefix("stage/"): v for k, v in tensors.items() if k.startswith("stage/")})
         if hasattr(self.stage, "seek"):
             self.stage.seek(meta.get("position", {}))
         self.step = int(meta["step"])
@@ -261,6 +266,7 @@ class Trainer:
         state = {k: v for k, v in self.stage.modules[name].state_dict().items() if "_quantizer" not in k}
         dtype = self.config.save_dtype
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        require_finite(tensors, self.config.out / f"{name}.safetensors")
         save_checkpoint(self.config.out / f"{name}.safetensors", tensors, {**self.side(), "kind": name, **facts})
 
     def side(self) -> dict[str, Any]:
@@ -277,6 +283,18 @@ class Trainer:
             "seconds": round(time.monotonic() - self.started, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise LongtakeError rather than save a number that isn't one."""
+    bad = [name for name, x in tensors.items() if x.is_floating_point() and not bool(x.isfinite().all())]
+    if bad:
+        raise LongtakeError(
+            f"training diverged: {path.name} is not written, for its numbers are not finite",
+            got=", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
+            expected="finite numbers",
+            fix=f"resume points in {path.parent} are from before; lower --lr and start again, or --resume with it",
+        )
 
 
 def _scalar(value: Metric, device: torch.device) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from longtake.runtime.errors import LongtakeError
+from longtake.training.error_recycling import RecyclingConfig
 from longtake.training.presets import Preset
+from longtake.training.quantize import RULES, Rules
 
 Metric = float | Tensor
 
@@ -28,6 +30,9 @@ class StageOptions:
     cache_dir: where encoded stories are kept (None: in memory). workers: processes that decode and read ahead.
     max_bad_share: of a folder's clips; above it, training stops.
     graph: on a GPU, capture the DiT's forward and backward pass in a CUDA graph.
+    i2v: share of the samples whose first frame is given. recycling: error recycling's settings (None: off).
+    gradient_checkpointing: compute blocks again in the backward pass. attention: see `flex.chosen`.
+    rules, quantize_gradients: of nvfp4, see `quantize.Rules` and `gradient_quant`.
     """
 
     preset: Preset
@@ -51,6 +56,12 @@ class StageOptions:
     cache_dir: Path | None = None
     workers: int = 0
     max_bad_share: float = 1.0
+    i2v: float = 0.0
+    recycling: RecyclingConfig | None = None
+    gradient_checkpointing: bool = False
+    attention: str = "auto"
+    rules: Rules = RULES["static_6"]
+    quantize_gradients: bool = False
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for numbers that nothing can be trained with."""
@@ -62,9 +73,15 @@ class StageOptions:
             ("--chunks", max(self.chunks), 1, 10_000, 6),
             ("--workers", self.workers, 0, 256, 4),
             ("--max-bad-share", self.max_bad_share, 0, 1, 0.5),
+            ("--i2v", self.i2v, 0, 1, 0.5),
         ):
             if not least <= given <= most:
                 raise LongtakeError(f"bad {option}", got=given, expected=f"{least} to {most}", fix=f"{option} {usual}")
+        if self.precision != "nvfp4" and (self.quantize_gradients or self.rules != RULES["static_6"]):
+            raise LongtakeError(
+                "4-bit rules and gradients are of training under NVFP4", got=f"--precision {self.precision}",
+                fix="--precision nvfp4, or leave them out",
+            )  # fmt: skip
 
     def computes_in_bf16(self, device: torch.device) -> bool:
         """Whether forward passes on `device` run under bf16 autocast."""
@@ -75,7 +92,8 @@ class Stage(Protocol):
     """A training stage. `modules` are trained, averaged (EMA) and saved, each under its name.
 
     A stage may have `companions`: frozen checkpoints copied beside its own at the end, so that --out is complete.
-    It may have `batch_name`: what the latest batch is called if it diverges. And `position() -> dict` with `seek(dict)`:
+    It may have `batch_name`: what the latest batch is called if it diverges. And `state() -> dict` of tensors with
+    `load_state(dict)`, what resume points hold of it besides its modules. And `position() -> dict` with `seek(dict)`:
     its place in the data, JSON-ready, for resume points.
     A stage module `training/stages/<name>.py` offers `stage_from_options(options: StageOptions) -> Stage`.
     """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 
 from longtake.training.checkpoint import load_into
 from longtake.training.data.base import dataset_from_name
-from longtake.training.dit import CausalDiT
+from longtake.training.dit import Attend, CausalDiT
+from longtake.training.error_recycling import ErrorRecycling
+from longtake.training.flex import chosen, flex_attention_for
+from longtake.training.gradient_quant import quantize_gradients
 from longtake.training.graphed import GraphedLoss, Losses
 from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae, vae_checkpoint
 from longtake.training.networks import load_meta
@@ -25,6 +29,9 @@ from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
 HELD_OUT = 32
 EVALUATION_SEED = 20_000_003
 CALIBRATION_BATCHES = 4
+OF_CLIPS, OF_NOISE = ("given", "valid"), ("start", "context")  # what a batch may have besides the rest
+
+logger = logging.getLogger(__name__)
 
 
 class DiTStage:
@@ -39,6 +46,9 @@ class DiTStage:
             self.dit, self.text = self.initial_models()
         self.companions = [vae_checkpoint(self.preset, options.vae)]
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
+        shift, recycling = self.preset.sampling.shift, options.recycling
+        self.recycling = ErrorRecycling(recycling, shift) if recycling else None
+        self.extras: tuple[str, ...] = ()
 
     def initial_models(self) -> tuple[CausalDiT, AnyTextEncoder]:
         """Random models, or those of --init."""
@@ -58,12 +68,20 @@ class DiTStage:
         self.device_generator = torch.Generator(device)
         self.graphed = GraphedLoss(self.modules, self.tensor_loss, self.options.graph and device.type == "cuda")
         self.dit.to(device)
+        self.dit.checkpointing = self.options.gradient_checkpointing
         self.text.to(device)
+        chosen(self.options.attention, device, max(self.options.chunks), self.preset.chunk_tokens)  # or say why not
+        if self.recycling:
+            chunk = (self.preset.chunk_latents, self.preset.dit.channels, *self.preset.latent_hw)
+            size = self.recycling.bytes_at_most(chunk) / 1e9
+            logger.info("error buffers take up to %.3g GB of memory, and of each resume point", size)
         self.vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
         self.train = self.cache("train", self.options.stories, self.options.seed)
         self.held_out = self.cache("eval", min(HELD_OUT, self.options.stories), EVALUATION_SEED)
         if self.options.precision == "nvfp4":
-            insert_quantizers(self.dit, self.calibration(0))
+            insert_quantizers(self.dit, self.calibration(0), rules=self.options.rules)
+        if self.options.quantize_gradients:
+            quantize_gradients(self.dit, self.options.rules)
 
     def cache(self, split: str, stories: int, seed: int) -> LatentCache:
         """Encoded stories of a split of the data set."""
@@ -87,17 +105,28 @@ class DiTStage:
         """Weighted flow loss of one random batch."""
         clips = self.batch(generator)
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        clips = self.drop_text(clips)
+        clips = self.give_pictures(self.drop_text(clips))
         weighting = self.options.loss_weighting
         noise = draw_noise(clips, self.preset.sampling.shift, self.device_generator, weighting)
-        weighted, plain = self.graphed(*tensors_of(clips, noise))
+        if self.recycling:
+            noise = self.recycling.inject(clips, noise, step, generator)
+        if self.options.quantize_gradients:
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # of the stochastic rounding
+        self.extras = extras_of(clips, noise)
+        weighted, plain, *velocity = self.graphed(*tensors_of(clips, noise))
+        if self.recycling:
+            self.recycling.record(clips, noise, velocity[0], step, generator)
         return weighted, {"flow": plain.detach()}
 
     def tensor_loss(self, latents: Tensor, tokens: Tensor, history: Tensor, offsets: Tensor, *noise: Tensor) -> Losses:
-        """Weighted and plain flow loss of what `tensors_of` gives."""
+        """Weighted and plain flow loss of what `tensors_of` gives, and the velocity if errors are recycled."""
         unmasked = self.train.unmasked(tokens.shape[1])
-        clips, drawn = Clips(latents, tokens, history, unmasked, offsets), Noise(*noise)
-        return flow_loss(self.velocity(clips, drawn), clips, drawn)
+        more = dict(zip(self.extras, noise[2:]))
+        clips = Clips(latents, tokens, history, unmasked, offsets, *(more.get(name) for name in OF_CLIPS))
+        drawn = Noise(noise[0], noise[1], *(more.get(name) for name in OF_NOISE))
+        velocity = self.velocity(clips, drawn)
+        losses = flow_loss(velocity, clips, drawn)
+        return (*losses, velocity) if self.recycling else losses
 
     def batch(self, generator: torch.Generator) -> Clips:
         """Random stories, all cut to the same random length; the shorter, the more of them."""
@@ -113,10 +142,35 @@ class DiTStage:
         tokens = clips.tokens * (keep >= self.options.text_dropout)
         return replace(clips, tokens=tokens)
 
+    def give_pictures(self, clips: Clips) -> Clips:
+        """Give the first frame of some samples (image to video)."""
+        if not self.options.i2v:
+            return clips
+        drawn = torch.rand(len(clips.tokens), generator=self.device_generator, device=self.device)
+        given = torch.zeros(clips.latents.shape[:2], dtype=torch.bool, device=self.device)
+        given[:, 0] = drawn < self.options.i2v
+        return replace(clips, given=given)
+
     def velocity(self, clips: Clips, noise: Noise) -> Tensor:
         with self.autocast():
             embeddings = self.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
-            return predict_velocity(self.dit, self.preset, embeddings, clips, noise)
+            return predict_velocity(self.dit, self.preset, embeddings, clips, noise, self.attention(clips))
+
+    def attention(self, clips: Clips) -> Attend | None:
+        """FlexAttention where it is chosen; None: block by block."""
+        tokens = self.preset.chunk_tokens
+        if chosen(self.options.attention, self.device, clips.chunks, tokens):
+            return flex_attention_for(clips.history, clips.chunks, tokens)
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """The error buffers, for a resume point."""
+        return self.recycling.state() if self.recycling else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` gave."""
+        if self.recycling:
+            self.recycling.load_state(state)
 
     def calibration(self, step: int, batches: int = 1) -> Callable[[nn.Module], None]:
         """A run over training batches that depends on the seed and `step` only, for ModelOpt to measure amax on."""
@@ -173,13 +227,23 @@ class DiTStage:
             "context": options.context,
             "text_dropout": options.text_dropout,
             "loss_weighting": options.loss_weighting,
+            "i2v": options.i2v,
+            "error_recycling": asdict(options.recycling) if options.recycling else None,
             "vae_sha256": self.vae_digest,
             "sampling": {"steps": self.preset.sampling.steps, "guidance": self.preset.sampling.guidance},
         }
         return {
-            "dit": {**shared, "precision": options.precision, "amax": self.calibrated_amax()},
+            "dit": {**shared, "precision": options.precision, **self.numerics(), "amax": self.calibrated_amax()},
             "text_encoder": {**shared, "vocabulary": list(self.text.vocabulary)},
         }
+
+    def numerics(self) -> dict[str, Any]:
+        """How the DiT was quantized in training, which exports of it follow; nothing in bf16."""
+        if self.options.precision != "nvfp4":
+            return {}
+        rules = self.options.rules
+        gradient = {"rule": rules.gradient, "emulated": True} if self.options.quantize_gradients else None
+        return {"nvfp4": {**rules.as_json(), "gradient": gradient}}
 
     def calibrated_amax(self) -> dict[str, dict[str, float]]:
         """Amax for the present weights; a model trained in bf16 is measured on a quantized copy."""
@@ -195,9 +259,16 @@ class DiTStage:
 
 
 def tensors_of(clips: Clips, noise: Noise) -> tuple[Tensor, ...]:
-    """What varies from step to step: latents, tokens, history, offsets, eps, levels."""
+    """What varies from step to step: latents, tokens, history, offsets, eps, levels, and the rest by `extras_of`."""
     offsets = torch.zeros_like(clips.tokens[..., 0]) if clips.offsets is None else clips.offsets
-    return clips.latents, clips.tokens, clips.history, offsets, noise.eps, noise.levels
+    more = (getattr(noise if name in OF_NOISE else clips, name) for name in extras_of(clips, noise))
+    return clips.latents, clips.tokens, clips.history, offsets, noise.eps, noise.levels, *more
+
+
+def extras_of(clips: Clips, noise: Noise) -> tuple[str, ...]:
+    """Names of what this batch has besides; a run's batches agree in it."""
+    pairs = [(clips, name) for name in OF_CLIPS] + [(noise, name) for name in OF_NOISE]
+    return tuple(name for owner, name in pairs if getattr(owner, name) is not None)
 
 
 def stage_from_options(options: StageOptions) -> DiTStage:
