@@ -100,8 +100,7 @@ def cache_from_dataset(
 
     context: "full" (the reference's history and positions) or "window" (the runtime's window and shot offset).
     """
-    if context not in ("full", "window"):
-        raise LongtakeError("unknown context", got=context, expected="full or window", fix="--context window")
+    require_context(context)
     device = next(vae.parameters()).device
     latents, prompts, cuts = [], [], []
     for batch in batches(dataset, stories, chunks, seed, device, what):
@@ -109,8 +108,25 @@ def cache_from_dataset(
         prompts += [prompt for story in batch.prompts for prompt in story]
         cuts += batch.cuts
     tokens = text.tokenize(prompts).unflatten(0, (-1, chunks)).to(device)
-    if context == "full":
-        return LatentCache(preset, torch.cat(latents), tokens, full_history(chunks)[None].to(device), None)
-    history = torch.stack([window_history(story, preset.window_chunks) for story in cuts]).to(device)
-    offsets = torch.tensor([shot_offsets(story, preset.shot_rope_offset) for story in cuts], device=device)
+    history, offsets = histories(cuts, chunks, context, preset, device)
     return LatentCache(preset, torch.cat(latents), tokens, history, offsets)
+
+
+def histories(
+    cuts: list[list[bool]], chunks: int, context: str, preset: Preset, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Which clean chunks each chunk of stories sees, bool [S or 1, N, N], and its offset, int64 [S, N] or None.
+
+    context: "full" (the reference's history and positions) or "window" (the runtime's window and shot offset).
+    """
+    require_context(context)
+    if context == "full":
+        return full_history(chunks)[None].to(device), None
+    history = torch.stack([window_history(story, preset.window_chunks) for story in cuts]).to(device)
+    return history, torch.tensor([shot_offsets(story, preset.shot_rope_offset) for story in cuts], device=device)
+
+
+def require_context(context: str) -> None:
+    """Raise LongtakeError unless it is one that `histories` knows."""
+    if context not in ("full", "window"):
+        raise LongtakeError("unknown context", got=context, expected="full or window", fix="--context window")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longtake.runtime.errors import LongtakeError
 from longtake.training.data.base import Batch, Take, chunk_frames, chunk_starts, item_generator, with_cut_prefix
-from longtake.training.data.clips import Clip, ClipReader, clips_from_folder, one_line
+from longtake.training.data.clips import MEMORY, Clip, ClipReader, clips_from_folder, one_line
 from longtake.training.data.facts import Facts
 from longtake.training.data.order import permutation
 from longtake.training.data.shards import key_of
@@ -102,6 +102,11 @@ class Folder:
     def facts(self) -> Facts:
         """What decoding has shown about the clips so far."""
         return self._reader.facts
+
+    def share_memory(self, processes: int) -> None:
+        """Keep only this process's share of decoded clips in memory, and for now none: a copy travels lighter."""
+        self._reader.memory = MEMORY // processes
+        self._reader.forget()
 
     def learn(self, facts: Facts) -> None:
         """Take over what another process found out; clips that turned out broken are named.

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from longtake.training.latent_cache import LatentCache, cache_from_dataset, froz
 from longtake.training.networks import load_meta
 from longtake.training.quantize import insert_quantizers, read_amax, recalibrate
 from longtake.training.stages.base import Metric, StageOptions
+from longtake.training.stored_stories import StoredStories, stored_from_dataset
 from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
 from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
 
@@ -49,6 +50,7 @@ class DiTStage:
         shift, recycling = self.preset.sampling.shift, options.recycling
         self.recycling = ErrorRecycling(recycling, shift) if recycling else None
         self.extras: tuple[str, ...] = ()
+        self.batch_name: object = ""
 
     def initial_models(self) -> tuple[CausalDiT, AnyTextEncoder]:
         """Random models, or those of --init."""
@@ -83,18 +85,30 @@ class DiTStage:
         if self.options.quantize_gradients:
             quantize_gradients(self.dit, self.options.rules)
 
-    def cache(self, split: str, stories: int, seed: int) -> LatentCache:
-        """Encoded stories of a split of the data set."""
-        return cache_from_dataset(
-            dataset_from_name(self.options.data, self.preset, split, self.options.max_chunks_per_shot),
+    def cache(self, split: str, stories: int, seed: int) -> LatentCache | StoredStories:
+        """Encoded stories of a split of the data set, in memory or on disk."""
+        options = self.options
+        dataset = dataset_from_name(
+            options.data, self.preset, split, options.max_chunks_per_shot, options.max_bad_share
+        )
+        same = {
+            "stories": stories,
+            "chunks": max(options.chunks),
+            "context": options.context,
+            "seed": seed,
+            "what": f"{split} stories",
+        }
+        if options.cache_dir is None:
+            return cache_from_dataset(dataset, self.vae, self.text, self.preset, **same)  # type: ignore[arg-type]
+        return stored_from_dataset(
+            dataset,
             self.vae,
+            self.vae_digest,
             self.text,
             self.preset,
-            stories=stories,
-            chunks=max(self.options.chunks),
-            context=self.options.context,
-            seed=seed,
-            what=f"{split} stories",
+            cache_dir=options.cache_dir,
+            workers=options.workers,
+            **same,  # type: ignore[arg-type]
         )
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -103,7 +117,7 @@ class DiTStage:
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
         """Weighted flow loss of one random batch."""
-        clips = self.batch(generator)
+        clips = self.next_batch(generator)
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         clips = self.give_pictures(self.drop_text(clips))
         weighting = self.options.loss_weighting
@@ -128,13 +142,35 @@ class DiTStage:
         losses = flow_loss(velocity, clips, drawn)
         return (*losses, velocity) if self.recycling else losses
 
-    def batch(self, generator: torch.Generator) -> Clips:
-        """Random stories, all cut to the same random length; the shorter, the more of them."""
+    def batch_shape(self, generator: torch.Generator) -> tuple[int, int]:
+        """How many stories, all cut to how many chunks: a random length; the shorter, the more of them."""
         choices = self.options.chunks
         chunks = choices[int(torch.randint(len(choices), (), generator=generator))]
-        size = self.options.batch * max(choices) // chunks
+        return self.options.batch * max(choices) // chunks, chunks
+
+    def batch(self, generator: torch.Generator) -> Clips:
+        """Random stories of one length."""
+        size, chunks = self.batch_shape(generator)
         index = torch.randint(len(self.train), (size,), generator=generator)
+        self.batch_name = StoryNames(index)
         return self.train.clips(index.to(self.device, non_blocking=True), chunks)
+
+    def next_batch(self, generator: torch.Generator) -> Clips:
+        """What the next step trains on: the next stories in order where they are on disk, else random ones."""
+        if isinstance(self.train, LatentCache):
+            return self.batch(generator)
+        clips = self.train.take(*self.batch_shape(generator))
+        self.batch_name = self.train.batch_name
+        return clips
+
+    def position(self) -> dict[str, Any]:
+        """The place in the data, for resume points."""
+        return {} if isinstance(self.train, LatentCache) else self.train.position()
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Go on from there."""
+        if not isinstance(self.train, LatentCache):
+            self.train.seek(position)
 
     def drop_text(self, clips: Clips) -> Clips:
         """Empty all prompts of some samples, so that the model also learns to go without (for CFG)."""
@@ -256,6 +292,16 @@ class DiTStage:
             return read_amax(insert_quantizers(self.dit, calibrate))
         finally:
             self.dit = trained
+
+
+@dataclass(frozen=True)
+class StoryNames:
+    """What a batch is called, should it be asked for."""
+
+    index: Tensor
+
+    def __str__(self) -> str:
+        return f"stories {self.index.tolist()}"
 
 
 def tensors_of(clips: Clips, noise: Noise) -> tuple[Tensor, ...]:
