@@ -89,7 +89,7 @@ def check_networks(
 
     Args:
         models: unquantized; the recipe's precision is applied here.
-        folder: holds <network>.ort.onnx.
+        folder: holds <network>.ort.onnx. A network too large for a view is compared with `backend` alone.
         layers: also compare every Linear, convolution and transformer block of the view.
         backend: one more runner, such as TensorRT on a GPU.
         networks: which (default: all).
@@ -98,9 +98,8 @@ def check_networks(
     for name, feeds in network_feeds(oracle, recipe, seed).items():
         if networks is None or name in networks:
             spec = recipe_spec(recipe, name, oracle.preset)
-            view = read_onnx(folder / f"{name}.ort.onnx")
-            gate = gate_of(recipe, name)
-            yield from _compare(oracle, recipe, spec, view, feeds, gate, threads, layers, backend)
+            view = folder / f"{name}.ort.onnx"
+            yield from _compare(oracle, recipe, spec, view, feeds, threads, layers, backend)
 
 
 def network_feeds(oracle: Models, recipe: Recipe, seed: int) -> dict[str, dict[str, Feeds]]:
@@ -122,25 +121,28 @@ def _compare(
     oracle: Models,
     recipe: Recipe,
     spec: NetworkSpec,
-    view: onnx.ModelProto,
+    path: Path,
     feeds: dict[str, Feeds],
-    gate: float,
     threads: int,
     layers: bool,
     backend: Backend | None,
 ) -> Iterator[Row]:
     """Rows of one network: its cases through all runners, each compared with the torch model."""
-    marked = layer_tensors(view) if layers else {}
+    view: Path | onnx.ModelProto = read_onnx(path) if layers else path
+    marked = layer_tensors(view) if isinstance(view, onnx.ModelProto) else {}
+    if isinstance(view, onnx.ModelProto):
+        view = with_outputs(view, list(marked.values()))
     labels = {tensor: layer for layer, tensor in marked.items()}
     module = network_module(oracle, spec.name, recipe.cache)
     runners = [
         TorchRunner(ORACLE, spec, module, marked),
-        ViewRunner(VIEW, with_outputs(view, list(labels)), threads),
+        *([ViewRunner(VIEW, view, threads)] if backend is None or path.is_file() else []),
         *([BackendRunner(backend, spec)] if backend and spec.name != "vae_encoder_steady" else []),  # no caches to set
     ]
     with quiet_polygraphy():
         results = Comparator.run(runners, data_loader=[numpy_feeds(feed) for feed in feeds.values()])
     (_, wanted), *others = results
+    gate = gate_of(recipe, spec.name)
     for against, iterations in others:
         for case, one, other in zip(feeds, wanted, iterations):
             for output, (error, largest) in differences(spec, labels, one, other).items():

@@ -18,7 +18,7 @@ from longtake.runtime.errors import LongtakeError
 from longtake.runtime.generator import Generator
 from longtake.runtime.places import REPOSITORY
 from longtake.runtime.settings import settings_from_environment
-from longtake.runtime.sources import BACKEND_NAMES, Source, backend_from_source, source_from_name
+from longtake.runtime.sources import BACKEND_NAMES, Promise, Source, backend_from_source, source_from_name
 from longtake.training.networks import Models, load_models
 
 OUT = Path("runs") / "check"
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     source = source_from_name(args.engines or args.recipe)
     models = models_of_export(recipe, load_index(source.onnx), args.checkpoints)
     path = args.report or OUT / f"{recipe.name}.json"
-    with closing(backend_from_source(source, args.backend, None)) as backend:
+    promise = Promise(runs=args.story is not None)  # asked of the reference backend only: networks have runners here
+    with closing(backend_from_source(source, args.backend, None, promise=promise)) as backend:
         print(f"backend {backend.name}: {backend.reason}")
         rows = _network_rows(args, recipe, source, models, backend)
         print("\n".join(table(rows)))

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor, nn
 
 from longtake.engines.spec import NetworkSpec
+from longtake.export.ort_session import session_from_model, session_from_view
 from longtake.runtime.backends.base import Backend, Cache
-from longtake.runtime.errors import LongtakeError
 
 NUMPY = {"fp32": np.float32, "bf16": np.float32, "int32": np.int32, "int8": np.int8}
 Arrays = OrderedDict[str, np.ndarray]
@@ -98,22 +99,16 @@ def _keep(seen: dict[str, list[Tensor]], name: str) -> Any:
 
 
 class ViewRunner(OnnxrtRunner):
-    """ONNX Runtime on the CPU over a view, limited to `threads`."""
+    """ONNX Runtime on the CPU over a view (a file, or a model in memory), limited to `threads`."""
 
-    def __init__(self, name: str, model: onnx.ModelProto, threads: int) -> None:
-        super().__init__(lambda: session_from_onnx(model, threads), name=name)
+    def __init__(self, name: str, view: Path | onnx.ModelProto, threads: int) -> None:
+        super().__init__(lambda: _session(view, threads), name=name)
 
 
-def session_from_onnx(model: onnx.ModelProto, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU. Raises LongtakeError if the model does not load."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises a dozen types of its own
-        raise LongtakeError(f"ONNX Runtime cannot load {model.graph.name}", got=str(error).splitlines()[0]) from None
+def _session(view: Path | onnx.ModelProto, threads: int) -> Any:
+    if isinstance(view, Path):
+        return session_from_view(view, threads, few_passes=True)
+    return session_from_model(view, threads)
 
 
 class BackendRunner(_SpecRunner):

@@ -19,6 +19,7 @@ from torch import Tensor
 from longtake.engines.recipe import Recipe
 from longtake.engines.spec import NetworkSpec, networks_of, recipe_spec
 from longtake.export.cases import Feeds, Run, cases, random_text, torch_runner
+from longtake.export.ort_session import session_from_view
 from longtake.plugins.spec import CACHE_FORMATS, cache_tensors
 from longtake.runtime.errors import GateError
 from longtake.training.networks import Models, apply_precision, quantized_linears
@@ -123,9 +124,7 @@ def gate_of(recipe: Recipe, network: str) -> float:
 
 def onnx_runner(path: Path, spec: NetworkSpec) -> Run:
     """Runs a view on ONNX Runtime's CPU provider, outputs in spec order."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = session_from_view(path, few_passes=True)
     names = [binding.name for binding in spec.outputs]
     read = {value.name for value in session.get_inputs()}
 

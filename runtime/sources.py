@@ -123,12 +123,13 @@ class Promise:
     """What a backend is opened for, so that its memory is known first. announce: is told the budget, before it is used.
 
     guided: with classifier-free guidance (a second cache); None stands for the preset's own. encode: from a picture or
-    clip. check: refuse what does not fit the memory that is free.
+    clip. check: refuse what does not fit the memory that is free. runs: whether it will compute anything.
     """
 
     guided: bool | None = None
     encode: bool = False
     check: bool = True
+    runs: bool = True
     announce: Callable[[Budget], None] = lambda budget: None
 
 
@@ -158,7 +159,7 @@ def backend_from_source(
     if choice.backend == "reference":
         from longtake.runtime.backends.reference import ReferenceBackend
 
-        return ReferenceBackend(source.onnx, source.recipe, choice.reason)
+        return ReferenceBackend(source.onnx, source.recipe, choice.reason, runs=promise.runs)
     generate = torch.device(device or "cuda:0")
     decode = None if decode_device is None else torch.device(decode_device)
     _keep_promise(source, promise, generate, decode)

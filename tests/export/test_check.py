@@ -170,7 +170,7 @@ def command(small: tuple[Models, Recipe, Path], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(check_cli, "recipe_named", lambda name: recipe)
     monkeypatch.setattr(check_cli, "source_from_name", lambda name: argparse.Namespace(recipe=recipe, onnx=folder))
     monkeypatch.setattr(check_cli, "load_models", lambda preset, checkpoints: models)
-    monkeypatch.setattr(check_cli, "backend_from_source", lambda *_: backend)
+    monkeypatch.setattr(check_cli, "backend_from_source", lambda *_, **__: backend)
     monkeypatch.setattr(Recipe, "onnx_name", "tiny_w4a16")
 
 
