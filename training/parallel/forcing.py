@@ -16,14 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longtake.training.dit import Attend, CausalDiT
-from longtake.training.noise import add_noise
 from longtake.training.parallel.attention import attend_seen
 from longtake.training.parallel.layout import Layout
 from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.ulysses import gather_heads, gather_tokens
 from longtake.training.presets import Preset
 from longtake.training.rope import rope_tables, timestep_sinusoid
-from longtake.training.teacher_forcing import Clips, Noise
+from longtake.training.teacher_forcing import Clips, Noise, noisy_part
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -47,15 +46,12 @@ class Part:
 def part_of(clips: Clips, noise: Noise, layout: Layout, place: int, frames: int) -> Part:
     """The part of rank `place` of a sequence group. `frames`: latent frames of a chunk."""
     clean, noisy = layout.clean(place), layout.noisy(place)
-    levels = per_frame(noise.levels[:, noisy], frames)
-    mixed = add_noise(
-        blocks(clips.latents, noisy, frames), blocks(noise.eps, noisy, frames), levels[..., 1, None, None, None]
-    )
-    own = blocks(clips.latents, clean, frames)
+    mixed, timesteps = (blocks(x, noisy, frames) for x in noisy_part(clips, noise))
+    own = blocks(clips.latents if noise.context is None else noise.context, clean, frames)
     chunks = sorted({*clean, *noisy})
     return Part(
         latents=torch.cat((own, mixed), 1),
-        timesteps=torch.cat((levels.new_zeros(own.shape[:2]), levels[..., 0]), 1),
+        timesteps=torch.cat((timesteps.new_zeros(own.shape[:2]), timesteps), 1),
         positions=positions(clips, clean + noisy, frames),
         tokens=clips.tokens[:, chunks],
         prompt_of=tuple(chunks.index(chunk) for chunk in clean + noisy),

@@ -43,6 +43,9 @@ class ParallelDiTStage(DiTStage):
                 expected=f"at least {ranks.groups}",
                 fix=f"--batch {ranks.groups}, or a larger --sequence-parallel",
             )
+        if options.recycling:
+            raise LongtakeError("errors are recycled on one rank only", got="--error-recycling on many ranks",
+                                fix="leave it out, or start without torchrun")  # fmt: skip
         super().__init__(replace(options, graph=False))
         self.ranks, self.mode, self.sharded = ranks, mode, False
 
@@ -66,10 +69,11 @@ class ParallelDiTStage(DiTStage):
         """Weighted and plain flow loss of the whole batch, of which this rank computes its part."""
         rows = torch.arange(len(latents), device=latents.device).tensor_split(self.ranks.groups)[self.ranks.my_group]
         seen = history[rows] if history.dim() == 3 else history
-        clips = Clips(latents[rows], tokens[rows], seen, tokens.shape[1], offsets[rows])
-        drawn = Noise(*(x[rows] for x in noise))
+        more = {name: x[rows] for name, x in zip(self.extras, noise[2:])}
+        clips = Clips(latents[rows], tokens[rows], seen, tokens.shape[1], offsets[rows], **more)
+        drawn = Noise(*(x[rows] for x in noise[:2]))
         velocity, layout = self.own_velocity(clips, drawn)
-        return part_loss(velocity, clips, drawn, layout, self.ranks, self.preset.chunk_latents)
+        return part_loss(velocity, clips, drawn, layout, self.ranks, self.preset.chunk_latents, clips.counted)
 
     def own_velocity(self, clips: Clips, noise: Noise) -> tuple[Tensor, Layout]:
         """Velocity of this rank's noisy blocks."""
