@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-vae", action="store_true", help="latents are there already")
     p.add_argument("--halo", default="even", choices=("even", "equal"), help="balanced: latents that each rank encodes "
                    "(even, default) or keeps (equal, as in the reference) are as many on every rank")  # fmt: skip
+    p.add_argument("--attention", default="blocks", choices=("blocks", "flex"))
     p.add_argument("--fp32", action="store_true")
     p.add_argument("--longest", type=float, metavar="S", help="after that, in steps of 8 s and up to S seconds, the "
                    "longest clip that each mode fits: one iteration without warm-up each")  # fmt: skip
@@ -94,7 +95,7 @@ def worker(args: argparse.Namespace) -> int:
     """One mode at one length on one rank; the result goes to a file of the folder --record."""
     preset, mode = preset_of(args), args.modes[0]
     chunks = chunks_of(preset, args.seconds[0], int(os.environ["WORLD_SIZE"]))
-    case = Case(mode, chunks, args.iterations, args.warmup, not args.no_vae, args.halo, not args.fp32)
+    case = Case(mode, chunks, args.iterations, args.warmup, not args.no_vae, args.halo, args.attention, not args.fp32)
     with join_ranks(args.device, sequence_of(mode, int(os.environ["WORLD_SIZE"]))) as ranks:
         write_json(args.record / f"{ranks.rank}.json", measure(preset, case, ranks))
     return 0
@@ -130,6 +131,7 @@ def bench(args: argparse.Namespace, ranks: int, command: str) -> dict[str, Any]:
         "ranks": ranks,
         "precision": "fp32" if args.fp32 else "bf16",
         "halo": args.halo,
+        "attention": args.attention,
         "cases": cases,
         "ratio": ratios(cases),
         "longest_s": longest,
@@ -151,7 +153,7 @@ def measured(args: argparse.Namespace, ranks: int, mode: str, seconds: float, **
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
                  "longtake.training.parallel.bench", "--record", folder, "--modes", mode, "--seconds", str(seconds)]  # fmt: skip
-        for name in ("preset", "layers", "height", "width", "iterations", "warmup", "halo", "device"):
+        for name in ("preset", "layers", "height", "width", "iterations", "warmup", "halo", "attention", "device"):
             words += [f"--{name}", str(settings[name])] if settings[name] is not None else []
         words += [f"--{name.replace('_', '-')}" for name in ("no_vae", "fp32") if settings[name]]
         failure = ran(words, args.limit)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from longtake.training.data.base import chunk_frames
 from longtake.training.dit import CausalDiT
+from longtake.training.flex import flex_attention_for
 from longtake.training.parallel.forcing import attention, part_loss, part_of, part_velocity
 from longtake.training.parallel.halo import Window, encode_window, evened, halo_needed, share, window_of
 from longtake.training.parallel.layout import NONE, Layout
 from longtake.training.parallel.ranks import Ranks
-from longtake.training.parallel.sharding import recompute_blocks, shard_dit
+from longtake.training.parallel.sharding import shard_dit
 from longtake.training.presets import Preset
 from longtake.training.report import peak_memory
 from longtake.training.teacher_forcing import Clips, draw_noise
@@ -30,7 +31,8 @@ from longtake.training.window import full_history
 
 @dataclass(frozen=True)
 class Case:
-    """What to measure. halo: "even" gives all ranks as many latents to encode, "equal" to keep (the reference's)."""
+    """What to measure. halo: "even" gives all ranks as many latents to encode, "equal" to keep (the reference's).
+    attention: "blocks" (`attend_seen`) or "flex"."""
 
     mode: str
     chunks: int
@@ -38,6 +40,7 @@ class Case:
     warmup: int = 1
     vae: bool = True
     halo: str = "even"
+    attention: str = "blocks"
     bf16: bool = True
 
 
@@ -69,7 +72,7 @@ class Measurement:
         with ranks.device:
             self.dit = CausalDiT(preset.dit)
             torch.nn.init.normal_(self.dit.head.head.weight, std=0.02)
-        recompute_blocks(self.dit)
+        self.dit.checkpointing = True
         shard_dit(self.dit, ranks, bf16=case.bf16)
         self.adamw = torch.optim.AdamW(self.dit.parameters(), lr=1e-5, betas=(0.0, 0.999), weight_decay=0.0, fused=True)
         # Every rank of a sequence group draws the same; groups draw different samples
@@ -97,7 +100,7 @@ class Measurement:
         shape = (1, chunks * self.frames, preset.dit.channels, *preset.latent_hw)
         latents = torch.randn(shape, device=device, generator=self.generator)
         tokens = torch.zeros(1, chunks, preset.dit.text_len, dtype=torch.int32, device=device)
-        return Clips(latents, tokens, full_history(chunks), chunks)
+        return Clips(latents, tokens, full_history(chunks).to(device), chunks)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Random prompts, [P, E, text_dim]."""
@@ -137,7 +140,10 @@ class Measurement:
         clips, layout, place = self.clips, self.layout, self.ranks.place
         noise = draw_noise(clips, self.preset.sampling.shift, self.generator)
         part = part_of(clips, noise, layout, place, self.frames)
-        attend = attention(layout, clips.history, self.ranks.group)
+        whole = None
+        if self.case.attention == "flex":
+            whole = flex_attention_for(clips.history, clips.chunks, self.preset.chunk_tokens, layout.order)
+        attend = attention(layout, clips.history, self.ranks.group, whole=whole)
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.case.bf16):
             velocity = part_velocity(self.dit, self.preset, self.embed, part, attend)
         return part_loss(velocity, clips, noise, layout, self.ranks, self.frames)[0]

@@ -47,15 +47,15 @@ def part_of(clips: Clips, noise: Noise, layout: Layout, place: int, frames: int)
     """The part of rank `place` of a sequence group. `frames`: latent frames of a chunk."""
     clean, noisy = layout.clean(place), layout.noisy(place)
     mixed, timesteps = (blocks(x, noisy, frames) for x in noisy_part(clips, noise))
-    own = blocks(clips.latents if noise.context is None else noise.context, clean, frames)
+    shown = blocks(clips.latents if noise.context is None else noise.context, clean, frames)
     chunks = sorted({*clean, *noisy})
     return Part(
-        latents=torch.cat((own, mixed), 1),
-        timesteps=torch.cat((timesteps.new_zeros(own.shape[:2]), timesteps), 1),
+        latents=torch.cat((shown, mixed), 1),
+        timesteps=torch.cat((timesteps.new_zeros(shown.shape[:2]), timesteps), 1),
         positions=positions(clips, clean + noisy, frames),
         tokens=clips.tokens[:, chunks],
         prompt_of=tuple(chunks.index(chunk) for chunk in clean + noisy),
-        clean_frames=own.shape[1],
+        clean_frames=shown.shape[1],
     )
 
 
@@ -78,18 +78,26 @@ def positions(clips: Clips, chunks: Sequence[int], frames: int) -> Tensor:
     return (start[..., None] + within).flatten(-2)
 
 
-def attention(layout: Layout, history: Tensor, group: dist.ProcessGroup | None) -> Attend:
+def attention(
+    layout: Layout,
+    history: Tensor,
+    group: dist.ProcessGroup | None,
+    complete: bool = False,
+    whole: Attend | None = None,
+) -> Attend:
     """Self-attention of the gathered sequence: all tokens and some heads on each rank.
 
     Args:
         history: bool [N, N] or [B, N, N] (see `window`).
+        complete: see `Layout.seen`.
+        whole: what attends in the gathered sequence, in the layout's order; `attend_seen` if None.
     """
     rows = history.cpu()  # one wait a step, before any of its layers
-    seen = [layout.seen(row) for row in (rows[None] if rows.dim() == 2 else rows)]
+    seen = [layout.seen(row, complete) for row in (rows[None] if rows.dim() == 2 else rows)]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (gather_tokens(x, group) for x in (q, k, v))
-        return gather_heads(attend_seen(q, k, v, seen), group)
+        return gather_heads(whole(layer, q, k, v) if whole else attend_seen(q, k, v, seen), group)
 
     return attend
 
@@ -111,7 +119,7 @@ def part_velocity(dit: CausalDiT, preset: Preset, embed: Embed, part: Part, atte
 
 
 def part_loss(
-    velocity: Tensor, clips: Clips, noise: Noise, layout: Layout, ranks: Ranks, frames: int, mask: Tensor | None = None
+    velocity: Tensor, clips: Clips, noise: Noise, layout: Layout, ranks: Ranks, frames: int
 ) -> tuple[Tensor, Tensor]:
     """Weighted and plain flow loss of the whole batch; the gradient is this rank's share of it, times `ranks.world`.
 
@@ -121,26 +129,27 @@ def part_loss(
     Args:
         velocity: from `part_velocity`.
         clips, noise: the samples of this rank's sequence group, whole.
-        mask: frames that count, bool [B, N F] of the whole samples; None: all.
     """
     chunks = layout.noisy(ranks.place)
     target = blocks(noise.eps, chunks, frames) - blocks(clips.latents, chunks, frames)
     error = (velocity.float() - target.float()).square().mean((2, 3, 4))
-    counted = torch.ones_like(error) if mask is None else blocks(mask, chunks, frames).to(error.dtype)
-    sums = torch.stack(
-        ((error * counted * per_frame(noise.levels[:, chunks, 2], frames)).sum(), (error * counted).sum())
-    )
+    counted = torch.ones_like(error)
+    if clips.counted is not None:
+        mask = blocks(clips.counted, chunks, frames)
+        error, counted = error.where(mask, 0.0), mask.to(error.dtype)
+    sums = torch.stack(((error * per_frame(noise.levels[:, chunks, 2], frames)).sum(), error.sum()))
     totals = ranks.total(torch.cat((sums, counted.sum()[None])))
-    weighted, plain = totals[:2] / totals[2]
-    own = sums[0] * (ranks.world / totals[2])
+    count = totals[2].clamp(min=1)
+    own = sums[0] * (ranks.world / count)
+    weighted, plain = totals[:2] / count
     return own + (weighted - own.detach()), plain
 
 
 def whole_velocity(velocity: Tensor, layout: Layout, ranks: Ranks, frames: int) -> Tensor:
     """The velocities of all ranks of a sequence group put together, [B, N F, C, H, W], without gradient."""
     shape = (len(velocity), layout.chunks * frames, *velocity.shape[2:])
-    whole = velocity.new_zeros(shape).unflatten(1, (-1, frames))
-    whole[:, layout.noisy(ranks.place)] = velocity.detach().unflatten(1, (-1, frames))
+    put = velocity.new_zeros(shape).unflatten(1, (-1, frames))
+    put[:, layout.noisy(ranks.place)] = velocity.detach().unflatten(1, (-1, frames))
     if ranks.group is not None:
-        dist.all_reduce(whole, group=ranks.group)
-    return whole.flatten(1, 2)
+        dist.all_reduce(put, group=ranks.group)
+    return put.flatten(1, 2)

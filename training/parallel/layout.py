@@ -90,13 +90,15 @@ class Layout:
         order = torch.tensor(self.order, device=history.device)
         return block_mask(history)[..., order, :][..., order]
 
-    def seen(self, history: Tensor) -> tuple[tuple[int, ...], ...]:
+    def seen(self, history: Tensor, complete: bool = False) -> tuple[tuple[int, ...], ...]:
         """Positions of the gathered sequence that the block at each position attends to, of one history [N, N].
 
-        The last clean chunk's is empty: nothing that the loss depends on looks at its output.
+        Nothing that the loss depends on looks at the output of the last clean chunk: its list is empty, unless
+        `complete`. What quantizers measure must be complete, or they see activations that no model ever has.
         """
         rows = self.mask(history.cpu()).tolist()
+        unused = -1 if complete else self.chunks - 1
         return tuple(
-            () if self.order[position] == self.chunks - 1 else tuple(key for key, sees in enumerate(row) if sees)
+            () if self.order[position] == unused else tuple(key for key, sees in enumerate(row) if sees)
             for position, row in enumerate(rows)
         )

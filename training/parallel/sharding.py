@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 from longtake.runtime.errors import LongtakeError
 from longtake.training.dit import CausalDiT
@@ -26,12 +24,6 @@ def require_heads(preset: Preset, sequence: int) -> None:
             expected=f"a divisor of {preset.dit.heads}",
             fix=f"--sequence-parallel {max(n for n in range(1, sequence) if preset.dit.heads % n == 0)}",
         )
-
-
-def recompute_blocks(dit: CausalDiT) -> None:
-    """Gradient checkpointing: keep a block's input only, and run it again in the backward pass."""
-    for block in dit.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def shard_dit(dit: CausalDiT, ranks: Ranks, bf16: bool = False) -> None:

@@ -13,16 +13,17 @@ from torch.distributed.fsdp import FSDPModule
 
 from longtake.runtime.errors import LongtakeError
 from longtake.training.dit import CausalDiT
+from longtake.training.flex import flex_attention_for
 from longtake.training.graphed import Losses
 from longtake.training.latent_cache import LatentCache
 from longtake.training.parallel.forcing import attention, part_loss, part_of, part_velocity, whole_velocity
 from longtake.training.parallel.halo import encode_together
 from longtake.training.parallel.layout import Layout
 from longtake.training.parallel.ranks import Ranks
-from longtake.training.parallel.sharding import recompute_blocks, require_heads, shard, shard_dit, whole
+from longtake.training.parallel.sharding import require_heads, shard, shard_dit, whole
 from longtake.training.quantize import insert_quantizers, read_amax
 from longtake.training.stages.base import StageOptions
-from longtake.training.stages.dit import CALIBRATION_BATCHES, DiTStage
+from longtake.training.stages.dit import CALIBRATION_BATCHES, OF_CLIPS, OF_NOISE, DiTStage
 from longtake.training.stored_stories import StoredStories
 from longtake.training.teacher_forcing import Clips, Noise
 from longtake.training.text_encoder import text_encoder_for
@@ -48,12 +49,13 @@ class ParallelDiTStage(DiTStage):
                                 fix="leave it out, or start without torchrun")  # fmt: skip
         super().__init__(replace(options, graph=False))
         self.ranks, self.mode, self.sharded = ranks, mode, False
+        if self.recycling:  # every rank has the whole batch's errors already
+            self.recycling.record = partial(self.recycling.record, gather=lambda errors: errors)  # type: ignore[method-assign]
 
     def prepare(self, device: torch.device) -> None:
         """As on one rank, then shard the weights."""
         super().prepare(device)
         bf16 = self.options.computes_in_bf16(device)
-        recompute_blocks(self.dit)
         shard_dit(self.dit, self.ranks, bf16)
         if isinstance(self.text, nn.Module):
             shard(self.text, self.ranks)
@@ -66,22 +68,47 @@ class ParallelDiTStage(DiTStage):
         return super().cache(split, stories, seed)
 
     def tensor_loss(self, latents: Tensor, tokens: Tensor, history: Tensor, offsets: Tensor, *noise: Tensor) -> Losses:
-        """Weighted and plain flow loss of the whole batch, of which this rank computes its part."""
+        """Losses of the whole batch, of which this rank computes its part; the velocity if errors are recycled."""
+        more = dict(zip(self.extras, noise[2:]))
         rows = torch.arange(len(latents), device=latents.device).tensor_split(self.ranks.groups)[self.ranks.my_group]
-        seen = history[rows] if history.dim() == 3 else history
-        more = {name: x[rows] for name, x in zip(self.extras, noise[2:])}
-        clips = Clips(latents[rows], tokens[rows], seen, tokens.shape[1], offsets[rows], **more)
-        drawn = Noise(*(x[rows] for x in noise[:2]))
+        mine = {name: x[rows] for name, x in more.items()}
+        clips = Clips(
+            latents[rows],
+            tokens[rows],
+            history[rows] if history.dim() == 3 else history,
+            tokens.shape[1],
+            offsets[rows],
+            *(mine.get(name) for name in OF_CLIPS),
+        )
+        drawn = Noise(noise[0][rows], noise[1][rows], *(mine.get(name) for name in OF_NOISE))
         velocity, layout = self.own_velocity(clips, drawn)
-        return part_loss(velocity, clips, drawn, layout, self.ranks, self.preset.chunk_latents, clips.counted)
+        losses = part_loss(velocity, clips, drawn, layout, self.ranks, self.preset.chunk_latents)
+        if not self.recycling:
+            return losses
+        batch = torch.zeros_like(latents)
+        own = whole_velocity(velocity, layout, self.ranks, self.preset.chunk_latents)
+        if self.ranks.place == 0:
+            batch[rows] = own
+        return (*losses, self.ranks.total(batch))
 
     def own_velocity(self, clips: Clips, noise: Noise) -> tuple[Tensor, Layout]:
         """Velocity of this rank's noisy blocks."""
-        layout = Layout(self.mode, clips.chunks, self.ranks.sequence)
-        part = part_of(clips, noise, layout, self.ranks.place, self.preset.chunk_latents)
-        attend = attention(layout, clips.history, self.ranks.group)
+        tokens, order = self.preset.chunk_tokens, Layout(self.mode, clips.chunks, self.ranks.sequence)
+        part = part_of(clips, noise, order, self.ranks.place, self.preset.chunk_latents)
+        flex = self.options.attention == "flex"  # otherwise block by block, by the fastest kernel there is
+        attend = attention(
+            order,
+            clips.history,
+            self.ranks.group,
+            complete=self.options.precision != "bf16",
+            whole=flex_attention_for(clips.history, clips.chunks, tokens, order.order) if flex else None,
+        )
         with self.autocast():
-            return part_velocity(self.dit, self.preset, self.text, part, attend), layout
+            return part_velocity(self.dit, self.preset, self.text, part, attend), order
+
+    def state(self) -> dict[str, Tensor]:
+        """The error buffers, the same on every rank; the first one saves them."""
+        return super().state() if self.ranks.first else {}
 
     def velocity(self, clips: Clips, noise: Noise) -> Tensor:
         """Of all blocks, on every rank, for evaluation and calibration (no gradient once the weights are sharded)."""

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from longtake.training.parallel.attention import attend_seen
+from longtake.training.parallel.kernels import KERNELS, Kernel
+from longtake.training.parallel.layout import NONE, Layout
+from longtake.training.window import full_history, window_history
+
+TOKENS, HEADS, DIM = 6, 2, 16
+
+
+def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape) + shape[0])
+    return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Plain attention under a mask over blocks, bool [B or 1, S, S]."""
+    tokens = mask.repeat_interleave(TOKENS, -1).repeat_interleave(TOKENS, -2)[:, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=tokens).transpose(1, 2)
+
+
+@pytest.mark.parametrize("layout", [Layout(NONE, 6, 1), Layout("balanced", 6, 2), Layout("naive", 6, 2)])
+def test_output_and_gradients_are_those_of_masked_attention(layout: Layout) -> None:
+    histories = torch.stack([full_history(6), window_history([False, False, True, False, False, True])])
+    mask = layout.mask(histories)
+    q, k, v = (random("cpu", torch.float32, 2, mask.shape[-1] * TOKENS, HEADS, DIM) for _ in range(3))
+    with torch.no_grad():
+        k.mul_(0.7), v.add_(0.3)
+    got = attend_seen(q, k, v, [layout.seen(h, complete=True) for h in histories])
+    wanted = masked(q, k, v, mask)
+    weights = torch.randn_like(wanted)
+    ours = torch.autograd.grad((got * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((wanted * weights).sum(), (q, k, v))
+    for one, other in zip((got, *ours), (wanted, *theirs)):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_skipped_block_is_zero_and_gives_no_gradient() -> None:
+    layout = Layout("balanced", 2, 2)
+    q, k, v = (random("cpu", torch.float32, 1, 4 * TOKENS, HEADS, DIM) for _ in range(3))
+    out = attend_seen(q, k, v, [layout.seen(full_history(2))])
+    skipped = slice(2 * TOKENS, 3 * TOKENS)  # [c0 n0 | c1 n1]
+    assert not out[:, skipped].any() and out[:, : 2 * TOKENS].any()
+    for grad in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert not grad[:, skipped].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash", "cudnn", "efficient"])
+def test_a_gpu_s_kernels_agree_with_plain_attention(name: str) -> None:
+    kernel: Kernel = KERNELS[name]()
+    dtype = torch.float32 if name == "efficient" else torch.bfloat16
+    q, k, v = (random("cuda", dtype, 1, n, 2, 128) for n in (256, 512, 512))
+    views: list[Any] = [x.detach().transpose(1, 2) for x in (q, k, v)]
+    out, saved = kernel.forward(*views)
+    grad = torch.randn_like(out)
+    ours = kernel.backward(grad, *views, out, saved)
+    wide = [x.double().requires_grad_() for x in views]
+    wanted = functional.scaled_dot_product_attention(*wide)
+    theirs = torch.autograd.grad(wanted, wide, grad.double())
+    limit = 1e-3 if name == "efficient" else 2e-2
+    for one, other in zip((out, *ours), (wanted, *theirs)):
+        assert (one.double() - other).norm() <= limit * other.norm()
