@@ -195,7 +195,7 @@ class Trainer:
     def divergence(self, step: int, batch: object) -> LongtakeError:
         return LongtakeError(
             f"training diverged: the loss or gradient of step {step} is not finite",
-            got=None if batch is None else f"the batch of {batch}",
+            got=None if batch is None else f"the batch of {batch}, --seed {self.config.seed}",
             expected="finite numbers",
             fix=f"resume points in {self.config.out} are from before; lower --lr and start again, or --resume with it",
         )
