@@ -68,11 +68,13 @@ class DiTStage:
         """Encode the stories; insert quantizers when training under NVFP4."""
         self.device = device
         self.device_generator = torch.Generator(device)
-        self.graphed = GraphedLoss(self.modules, self.tensor_loss, self.options.graph and device.type == "cuda")
+        tokens = self.preset.chunk_tokens
+        flex = chosen(self.options.attention, device, max(self.options.chunks), tokens)  # long: launches don't matter
+        graph = self.options.graph and device.type == "cuda" and not flex
+        self.graphed = GraphedLoss(self.modules, self.tensor_loss, graph)
         self.dit.to(device)
         self.dit.checkpointing = self.options.gradient_checkpointing
         self.text.to(device)
-        chosen(self.options.attention, device, max(self.options.chunks), self.preset.chunk_tokens)  # or say why not
         if self.recycling:
             chunk = (self.preset.chunk_latents, self.preset.dit.channels, *self.preset.latent_hw)
             size = self.recycling.bytes_at_most(chunk) / 1e9
