@@ -1,0 +1,179 @@
+"""What is measured on generated stories: prompt fidelity, identity across cuts, drift; and the flow loss.
+
+Legend: B stories, N chunks, T frames that are looked at in a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longtake.training.data.digits import Digits, Story, scans_of
+from longtake.training.experiment.batched import Rollout, Sampling, decoded
+from longtake.training.experiment.classifier import DigitClassifier
+from longtake.training.experiment.shape import ink, iou, shapes
+from longtake.training.experiment.stories import scripts_of, shots_by_chunk
+from longtake.training.latent_cache import LatentCache, encode
+from longtake.training.networks import Models
+from longtake.training.stages.dit import EVALUATION_SEED
+from longtake.training.teacher_forcing import draw_noise, flow_loss, predict_velocity
+
+EVERY = 4  # one frame of so many is looked at
+Result = dict[str, float | list[float]]
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """Who looks at frames: the judge and the VAE that makes frames of latents, on one device."""
+
+    judge: DigitClassifier
+    vae: torch.nn.Module
+    device: torch.device
+
+
+def generated(
+    models: Models, eyes: Eyes, stories: Sequence[Story], sampling: Sampling, seed: int = 0
+) -> Iterable[Tensor]:
+    """Frames of each chunk, fp32 [B, 3, T, H, W], of stories that `models` makes up."""
+    rollout = Rollout(models, scripts_of(stories, seed), sampling, eyes.device)
+    return (frames for _, frames in decoded(eyes.vae, rollout))
+
+
+def rendered(eyes: Eyes, models: Models, stories: Sequence[Story]) -> Iterable[Tensor]:
+    """The same of the data set itself, through the VAE: what a perfect generator would give."""
+    parts = []
+    for story in stories:
+        video = Digits(models.preset, "eval").render([story], eyes.device)
+        parts.append(encode(eyes.vae, video).float())  # type: ignore[arg-type]
+    chunks = torch.cat(parts).split(models.preset.chunk_latents, 1)
+    return (frames for _, frames in decoded(eyes.vae, iter(chunks)))
+
+
+@torch.no_grad()
+def seen_digits(eyes: Eyes, frames_B3THW: Tensor) -> tuple[Tensor, Tensor]:
+    """What the judge sees in every few frames: digits int64 [B, T] and unit embeddings [B, T, E]."""
+    frames = frames_B3THW[:, :, ::EVERY].transpose(1, 2)
+    features = torch.cat([eyes.judge.embed(part) for part in frames.flatten(0, 1).split(256)])
+    digits = eyes.judge.head(features).argmax(1)
+    return digits.unflatten(0, frames.shape[:2]), torch.nn.functional.normalize(features, dim=1).unflatten(
+        0, frames.shape[:2]
+    )
+
+
+def fidelity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:
+    """Share of frames in which the judge sees the prompted digit: of all, of each chunk."""
+    shares = []
+    for number, frames in enumerate(chunks):
+        wanted = torch.tensor([shots_by_chunk(story)[number].digit for story in stories], device=eyes.device)
+        shares.append(float((seen_digits(eyes, frames)[0] == wanted[:, None]).float().mean()))
+    return {"fidelity": sum(shares) / len(shares), "by_chunk": shares}
+
+
+def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:
+    """How much the returning subject is the one of the first shot: stories of three shots, see `returning_stories`.
+
+    agreement: share of the last shot's frames in which the judge sees the digit that it saw most often in the first.
+    cosine: mean likeness of embeddings, frame of the last shot to the first shot's mean. iou: of the shape to the
+    first shot's mean shape (0 in a frame without a subject). Each over the whole last shot; iou_first and iou_last over
+    its first and last chunk.
+    """
+    seen = [_chunk(frames, stories, number, eyes) for number, frames in enumerate(chunks)]
+    begin, middle, end = (shot.chunks for shot in stories[0].shots)
+    first, last = _joined(seen[:begin]), _joined(seen[begin + middle :])
+    usual = first.digits.mode(1).values
+    mean_embedding = torch.nn.functional.normalize(first.embeddings.mean(1), dim=1)
+    weight = first.there.float()[..., None, None]
+    shape = (first.shapes * weight).sum(1) / weight.sum(1).clamp(min=1)
+    overlap = iou(shape[:, None], last.shapes) * last.there
+    by_chunk = overlap.unflatten(1, (end, -1)).mean((0, 2))
+    prompted = torch.tensor([story.shots[2].digit for story in stories], device=eyes.device)
+    return {
+        "agreement": float((last.digits == usual[:, None]).float().mean()),
+        "cosine": float((last.embeddings * mean_embedding[:, None]).sum(-1).mean()),
+        "iou": float(overlap.mean()),
+        "iou_first": float(by_chunk[0]),
+        "iou_last": float(by_chunk[-1]),
+        "iou_by_chunk": by_chunk.tolist(),
+        "fidelity_return": float((last.digits == prompted[:, None]).float().mean()),
+        "subjects_found": float(last.there.float().mean()),
+    }
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """digits [B, T], embeddings [B, T, E], shapes [B, T, SIZE, SIZE], there bool [B, T]."""
+
+    digits: Tensor
+    embeddings: Tensor
+    shapes: Tensor
+    there: Tensor
+
+
+def _chunk(frames: Tensor, stories: Sequence[Story], number: int, eyes: Eyes) -> _Seen:
+    """What is seen in one chunk. The video's first chunk has 29 frames, the others 32: each gives 8."""
+    digits, embeddings = seen_digits(eyes, frames)
+    found = [
+        shapes(ink(video[:, ::EVERY].transpose(0, 1), shots_by_chunk(story)[number]))
+        for video, story in zip(frames, stories)
+    ]
+    return _Seen(digits, embeddings, torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found]))
+
+
+def _joined(parts: Sequence[_Seen]) -> _Seen:
+    return _Seen(
+        *(torch.cat([getattr(p, name) for p in parts], 1) for name in ("digits", "embeddings", "shapes", "there"))
+    )
+
+
+def drift(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:
+    """Fidelity and image statistics of each chunk of long shots, and their means over the first and last five chunks.
+
+    brightness: mean of the pixels, 0..1. contrast: their standard deviation over a frame. saturation: mean of the
+    largest less the smallest colour. detail: mean difference of neighbouring pixels.
+    """
+    wanted = torch.tensor([story.shots[0].digit for story in stories], device=eyes.device)
+    rows = []
+    for frames in chunks:
+        x = frames[:, :, ::EVERY] / 2 + 0.5
+        share = (seen_digits(eyes, frames)[0] == wanted[:, None]).float().mean()
+        detail = (x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()) / 2
+        saturation = (x.amax(1) - x.amin(1)).mean()
+        rows.append(torch.stack((share, x.mean(), x.mean(1).flatten(2).std(-1).mean(), saturation, detail)))
+    table = torch.stack(rows).T.tolist()
+    names = ("fidelity", "brightness", "contrast", "saturation", "detail")
+    result: Result = {f"{name}_by_chunk": values for name, values in zip(names, table)}
+    for name, values in zip(names, table):
+        edge = max(1, min(5, len(values) // 3))
+        result[f"{name}_start"] = sum(values[:edge]) / edge
+        result[f"{name}_end"] = sum(values[-edge:]) / edge
+    return result
+
+
+@torch.no_grad()
+def held_out_flow(models: Models, cache: LatentCache, device: torch.device) -> Result:
+    """Plain flow loss of teacher forcing on held-out stories at fixed noise, as `longtake train` evaluates it."""
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+    total, chunks = 0.0, cache.tokens.shape[1]
+    for index in torch.arange(len(cache)).split(8):
+        clips = cache.clips(index.to(device), chunks)
+        noise = draw_noise(clips, models.preset.sampling.shift, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            embeddings = models.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
+            velocity = predict_velocity(models.dit, models.preset, embeddings, clips, noise)
+        total += float(flow_loss(velocity, clips, noise)[1]) * len(index)
+    return {"flow": total / len(cache)}
+
+
+def with_another_scan(stories: Sequence[Story]) -> list[Story]:
+    """The stories with another writer's digit in the last shot: how alike two subjects of one class are anyway."""
+
+    changed = []
+    for story in stories:
+        first, middle, last = story.shots
+        scans = scans_of(last.digit, "eval")
+        other = scans[(scans.index(last.scan) + 1) % len(scans)]
+        changed.append(Story((first, middle, replace(last, scan=other))))
+    return changed

@@ -1,0 +1,75 @@
+"""Plots of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longtake.runtime.files import atomic_path
+
+PICTURES = ("arms.png", "sinks.png", "drift.png")
+
+
+def draw(results: dict[str, dict[str, Any]], found: dict[str, Any], out: Path) -> None:
+    """Write each of PICTURES for which there are figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    _bars(
+        found["eval"], {"flow": "held-out flow loss (lower is better)", "fidelity": "prompt fidelity"}, out / "arms.png"
+    )
+    _bars(
+        found["sinks"],
+        {"iou": "shape IoU, first to returning subject", "agreement": "same digit seen"},
+        out / "sinks.png",
+    )
+    _curves(results, out / "drift.png")
+
+
+def _bars(rows: dict[str, Any], metrics: dict[str, str], path: Path) -> None:
+    """One panel a metric: mean, spread and each seed's value of every condition."""
+    from matplotlib import pyplot
+
+    names = [name for name, figures in rows.items() if set(metrics) <= set(figures)]
+    if not names:
+        return
+    figure, axes = pyplot.subplots(1, len(metrics), figsize=(5 * len(metrics), 3.4))
+    for axis, (metric, title) in zip(axes, metrics.items()):
+        figures = [rows[name][metric] for name in names]
+        axis.bar(names, [f["mean"] for f in figures], yerr=[f["spread"] for f in figures], capsize=4, color="#9db8d9")
+        for place, f in enumerate(figures):
+            axis.plot([place] * len(f["values"]), f["values"], "k.", markersize=4)
+        values = [v for f in figures for v in f["values"]]
+        room = max(1e-3, max(values) - min(values))
+        axis.set_ylim(max(0.0, min(values) - room), max(values) + room / 2)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(axis="x", labelsize=8)
+    figure.tight_layout()
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def _curves(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Fidelity and image statistics over the chunks of the long shots, the mean over seeds."""
+    from matplotlib import pyplot
+
+    metrics = ("fidelity", "contrast", "saturation", "detail")
+    conditions: dict[str, list[dict[str, Any]]] = {}
+    for name, result in results.items():
+        if name.startswith("drift-"):
+            conditions.setdefault(name[len("drift-") :].rpartition("-")[0], []).append(result)
+    if not conditions:
+        return
+    figure, axes = pyplot.subplots(1, len(metrics), figsize=(4 * len(metrics), 3.2))
+    for axis, metric in zip(axes, metrics):
+        for name, seeds in conditions.items():
+            curves = [seed[f"{metric}_by_chunk"] for seed in seeds]
+            axis.plot([sum(values) / len(values) for values in zip(*curves)], label=name)
+        axis.set_title(metric, fontsize=10)
+        axis.set_xlabel("chunk (1.33 s)")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    pyplot.close(figure)

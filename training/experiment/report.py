@@ -1,0 +1,168 @@
+"""The report: results.json, report.md, plots; and the same tables in a page of the documentation."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.files import atomic_path, write_json
+from longtake.training.experiment.plots import PICTURES, draw
+from longtake.training.experiment.settings import Settings
+from longtake.training.experiment.summary import Results, claims, max_teacher, summary
+
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+NAMES = {
+    "bf16": "BF16",
+    "bf16-fp4cache": "BF16, FP4 cache alone",
+    "ptq": "NVFP4 after training",
+    "nvfp4": "NVFP4-aware",
+    "both": "both sinks",
+    "global": "global sink",
+    "shot": "shot sink",
+    "none": "no sinks",
+}
+
+
+def write_report(
+    results: Results, settings: Settings, out: Path, device: torch.device, complete: bool, docs: Path | None = None
+) -> str:
+    """Write what there is so far; returns the tables as markdown.
+
+    Raises:
+        LongtakeError: `docs` has no place for results.
+    """
+    found, said = summary(results, settings), claims(results, settings)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    write_json(
+        out / "results.json",
+        {
+            "kind": "experiment",
+            "complete": complete,
+            "toy_size": settings.quick,
+            "device": machine,
+            "torch": torch.__version__,
+            "seconds": round(sum(r.get("seconds", 0.0) for r in results.values()), 1),
+            "settings": settings.as_json(),
+            "summary": found,
+            "claims": said,
+            "units": results,
+        },
+    )
+    text = markdown(results, settings, found, said, machine, complete)
+    with atomic_path(out / "report.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    draw(results, found, out)
+    if docs is not None:
+        fill(docs, text, out)
+    return text
+
+
+def markdown(
+    results: Results, settings: Settings, found: dict[str, Any], said: dict[str, Any], machine: str, complete: bool
+) -> str:
+    """All tables."""
+    parts = [_head(results, settings, machine, complete)]
+    parts.append(_table("Same budget, held-out stories (mean ± standard deviation over seeds)", found["eval"],
+                        {"flow": "flow loss", "fidelity": "prompt fidelity"}))  # fmt: skip
+    parts.append(_table("A subject that returns after a cut, by sinks (NVFP4-aware, FP4 cache)", found["sinks"],
+                        {"iou": "shape IoU", "iou_first": "… first chunk", "iou_last": "… last chunk",
+                         "cosine": "embedding cosine", "agreement": "same digit seen", "fidelity_return": "prompted digit seen"}))  # fmt: skip
+    parts.append(_reference(results))
+    seconds = settings.drift_chunks * 32 / 24
+    parts.append(_table(f"Drift over one shot of {seconds:.0f} s (start: first five chunks, end: last five)", found["drift"],
+                        {f"{m}_{e}": f"{m}, {e}" for m in ("fidelity", "contrast", "saturation", "detail") for e in ("start", "end")}))  # fmt: skip
+    parts.append(_students(results, settings, found))
+    parts.append(_claims(said))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def fill(page: Path, text: str, out: Path) -> None:
+    """Put `text` between the marks of `page`, and pictures and video into a folder beside it, named after it."""
+    before = page.read_text(encoding="utf-8")
+    if BEGIN not in before or END not in before:
+        raise LongtakeError(f"{page} has no place for results", expected=f"{BEGIN} and {END}", fix="restore the page")
+    folder = page.parent / page.stem
+    folder.mkdir(exist_ok=True)
+    links = []
+    for name in (*PICTURES, "sheet.png", "sheet.mp4", "results.json"):
+        if (out / name).is_file():
+            shutil.copyfile(out / name, folder / name)
+            links.append(f"![{Path(name).stem}]({page.stem}/{name})" if name.endswith("png") else f"[{name}]({page.stem}/{name})")  # fmt: skip
+    head, rest = before.split(BEGIN, 1)
+    inner = f"{BEGIN}\n{text}\n" + "\n\n".join(links) + f"\n{END}"
+    with atomic_path(page) as partial:
+        partial.write_text(head + inner + rest.split(END, 1)[1], encoding="utf-8")
+
+
+def _head(results: Results, settings: Settings, machine: str, complete: bool) -> str:
+    judge = results.get("judge", {})
+    lines = [] if complete else ["**Not complete: some units are still to be run.**", ""]
+    lines += ["**Toy size: the figures mean nothing.**", ""] if settings.quick else []
+    seconds = sum(r.get("seconds", 0.0) for r in results.values())
+    lines.append(
+        f"{machine}, {seconds / 60:.1f} minutes, {settings.seeds} seeds. Start: {settings.start}; then {settings.base_steps} "
+        f"steps in bf16 a seed, then {settings.branch_steps} steps for each arm from there. Sampled with {settings.steps} steps, "
+        f"guidance {settings.guidance:g}."
+    )
+    if judge:
+        lines.append(
+            f"The judge names {judge['rendered']:.1%} of held-out frames rightly as rendered, {judge['through_vae']:.1%} through the VAE."
+        )
+    return "\n".join(lines)
+
+
+def _table(title: str, rows: dict[str, Any], columns: dict[str, str]) -> str:
+    if not any(rows.values()):
+        return ""
+    lines = [f"### {title}", "", "| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, figures in rows.items():
+        if figures:
+            lines.append(f"| {NAMES[name]} | " + " | ".join(_cell(figures.get(c)) for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    return f"{figure['mean']:.4f} ± {figure['spread']:.4f}" if figure else "—"
+
+
+def _reference(results: Results) -> str:
+    found = results.get("reference")
+    if not found:
+        return ""
+    best, least = found["identity"], found["another_scan"]
+    return (
+        f"For comparison, the data set itself through the VAE: shape IoU {best['iou']:.3f}, cosine {best['cosine']:.3f}, same digit "
+        f"{best['agreement']:.3f}; another writer's digit of the same class: {least['iou']:.3f}, {least['cosine']:.3f}, "
+        f"{least['agreement']:.3f}. Prompt fidelity of the data set through the VAE: {found['fidelity']:.3f}."
+    )
+
+
+def _students(results: Results, settings: Settings, found: dict[str, Any]) -> str:
+    rows = {s: row for s, row in found["students"].items() if any(v is not None for v in row.values())}
+    if not rows:
+        return ""
+    teacher = max_teacher(results, settings)
+    lines = ["### Distilled students (NVFP4, FP4 cache): prompt fidelity", "", "| steps | student | same steps, not distilled | teacher |", "|---|---|---|---|"]  # fmt: skip
+    show = lambda v: "—" if v is None or math.isnan(v) else f"{v:.4f}"  # noqa: E731
+    for steps, row in rows.items():
+        lines.append(
+            f"| {steps} | {show(row['student'])} | {show(row['same steps, not distilled'])} | {show(teacher)} |"
+        )
+    for steps in rows:
+        if why := results.get(f"distill-{steps}", {}).get("skipped"):
+            lines += ["", f"No {steps}-step student: {why}."]
+    return "\n".join(lines)
+
+
+def _claims(said: dict[str, dict[str, Any]]) -> str:
+    word = {True: "yes", False: "**no**", None: "not measured"}
+    lines = ["### What it shows", "", "| claim | holds | difference | spread |", "|---|---|---|---|"]
+    for text, claim in said.items():
+        number = [f"{claim[k]:+.4f}" if k in claim else "—" for k in ("difference", "spread")]
+        lines.append(f"| {text} | {word[claim['holds']]} | {number[0]} | {number[1].lstrip('+')} |")
+    return "\n".join(lines)
