@@ -44,9 +44,6 @@ class ParallelDiTStage(DiTStage):
                 expected=f"at least {ranks.groups}",
                 fix=f"--batch {ranks.groups}, or a larger --sequence-parallel",
             )
-        if options.recycling:
-            raise LongtakeError("errors are recycled on one rank only", got="--error-recycling on many ranks",
-                                fix="leave it out, or start without torchrun")  # fmt: skip
         super().__init__(replace(options, graph=False))
         self.ranks, self.mode, self.sharded = ranks, mode, False
         if self.recycling:  # every rank has the whole batch's errors already
@@ -126,7 +123,10 @@ class ParallelDiTStage(DiTStage):
         self.dit, self.text = self.whole_models()  # type: ignore[assignment]
         self.sharded = False
         try:
-            return read_amax(insert_quantizers(self.dit, self.calibration(0, CALIBRATION_BATCHES)))
+            calibrate, rules = self.calibration(0, CALIBRATION_BATCHES), self.options.rules
+            if self.options.precision != "nvfp4":
+                return read_amax(insert_quantizers(self.dit, calibrate))
+            return read_amax(insert_quantizers(self.dit, calibrate, rules=rules))
         finally:
             self.dit, self.text, self.sharded = own
 

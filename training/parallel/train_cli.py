@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ from longtake.runtime.errors import LongtakeError
 from longtake.training.parallel.ranks import join_ranks
 from longtake.training.parallel.stage import ParallelDiTStage
 from longtake.training.parallel.trainer import ParallelTrainer, records_of, threads_of
-from longtake.training.stages.base import Stage, StageOptions
+from longtake.training.stages.base import StageOptions
 from longtake.training.trainer import TrainConfig
 
 
@@ -21,9 +20,8 @@ def run_parallel(
     config: TrainConfig,
     options: StageOptions,
     device: torch.device,
-    describe: Callable[[Stage], int],
 ) -> int:
-    """`longtake train --stage dit` under torchrun. Returns the exit code. `describe`: what a dry run does.
+    """`longtake train --stage dit` under torchrun. Returns the exit code.
 
     Raises:
         LongtakeError: another stage, or ranks that fit neither each other nor the model.
@@ -35,8 +33,6 @@ def run_parallel(
         threads_of(ranks)
         torch.manual_seed(args.seed)
         stage = ParallelDiTStage(options, ranks, args.sp_mode)
-        if args.dry_run:
-            return describe(stage)
         shape = {"ranks": ranks.world, "sequence_parallel": ranks.sequence, "sp_mode": args.sp_mode}
         print(f"training {args.stage} of preset {options.preset.name} on {ranks.world} ranks ({ranks.groups} groups of "
               f"{ranks.sequence}, {args.sp_mode}), {ranks.device.type}, for {config.steps} steps, into {config.out}")  # fmt: skip
