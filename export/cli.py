@@ -109,6 +109,9 @@ def export(
         own = _graphs(recipe, weights, {} if graphs is None else graphs)
         with tqdm(total=steps_of(recipe.model), desc=recipe.onnx_name, unit="step", leave=False) as bar:
             index = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
+        if not skeleton:  # where what is not exported is found at run time
+            index["checkpoints"] = str(source.resolve())
+            write_json(folder / INDEX, index)
     if parity:
         check_parity(recipe, source, folder, index)
     return index

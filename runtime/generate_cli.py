@@ -94,6 +94,12 @@ def register(subparsers: Any) -> None:
         help="engines, exported networks, or a recipe's name (default: the best there is)",
     )
     how.add_argument(
+        "--checkpoints",
+        type=Path,
+        metavar="FOLDER",
+        help="where a text or VAE encoder that was not exported lies (default: where the export was made from)",
+    )
+    how.add_argument(
         "--backend",
         default="auto",
         metavar="|".join(BACKEND_NAMES),
@@ -120,7 +126,12 @@ def run(args: argparse.Namespace) -> int:
     if story is not None:
         start_of(story, args.image, args.continue_from, _clip_words(args)).check()
     with Generator.from_engines(
-        args.engines, _backend_name(args.backend), args.device, args.decode_device, _promise(args, story)
+        args.engines,
+        _backend_name(args.backend),
+        args.device,
+        args.decode_device,
+        _promise(args, story),
+        args.checkpoints,
     ) as generator:
         return generate(generator, args, story, out)
 

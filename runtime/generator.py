@@ -13,7 +13,13 @@ from longtake.runtime.budget import Budget
 from longtake.runtime.conditions import Tokenize
 from longtake.runtime.session import Session, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
-from longtake.runtime.sources import NOTHING_SPECIAL, Promise, backend_from_source, source_from_name
+from longtake.runtime.sources import (
+    NOTHING_SPECIAL,
+    Promise,
+    backend_from_source,
+    require_checkpoints,
+    source_from_name,
+)
 from longtake.runtime.start import Clip, Picture, start_of, take_in
 from longtake.runtime.story import Script, check_fits, fit_segments, story_from_script
 
@@ -33,6 +39,7 @@ class Generator:
         device: torch.device | str | None = None,
         decode_device: torch.device | str | None = None,
         promise: Promise = NOTHING_SPECIAL,
+        checkpoints: Path | None = None,
     ) -> Generator:
         """Open a folder of engines or of exported networks, or a recipe by name; None takes the best one that is there.
 
@@ -42,6 +49,7 @@ class Generator:
             device: such as "cuda:0"; the backend's own choice if None.
             decode_device: another GPU for the VAE; the same if None.
             promise: what it will be used for, which its memory follows from, and who is told.
+            checkpoints: folder of a text or VAE encoder that was not exported; by default what the export was made from.
 
         Raises:
             LongtakeError: nothing is there, the name is unknown, or the GPU's memory does not suffice.
@@ -51,6 +59,8 @@ class Generator:
         from longtake.training.text_encoder import tokenizer_for
 
         source = source_from_name(engines)
+        if checkpoints is not None:
+            source = replace(source, checkpoints=require_checkpoints(checkpoints))
         tokenizer = tokenizer_for(source.recipe.model, source.vocabulary, source.onnx)
         announced: list[Budget] = []
 

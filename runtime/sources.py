@@ -35,12 +35,16 @@ BACKEND_NAMES = ("auto", "fused", "segmented", "reference")
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one recipe. engines: folder with bundle.json, or None if only exported. vocabulary: text encoder words."""
+    """Files of one recipe. engines: folder with bundle.json, or None if only exported. vocabulary: text encoder words.
+
+    checkpoints: where a text or VAE encoder that was not exported is loaded from; None for the preset's own folder.
+    """
 
     recipe: Recipe
     onnx: Path
     engines: Path | None
     vocabulary: tuple[str, ...] | None
+    checkpoints: Path | None = None
 
 
 def source_from_name(name: Path | str | None) -> Source:
@@ -95,7 +99,14 @@ def _best_source() -> Source:
 
 def _source_from_bundle(folder: Path) -> Source:
     bundle = load_bundle(folder)
-    return Source(bundle.recipe, bundle.onnx, folder, bundle.vocabulary)
+    index = bundle.onnx / "export.json"
+    return Source(
+        bundle.recipe,
+        bundle.onnx,
+        folder,
+        bundle.vocabulary,
+        _checkpoints(read_json(index)) if index.is_file() else None,
+    )
 
 
 def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
@@ -107,7 +118,13 @@ def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
             raise LongtakeError(f"no recipe fits the export in {folder}", got=wanted,
                                 expected=", ".join(recipe_names()))  # fmt: skip
         recipe = matching[0]
-    return Source(recipe, folder, None, tuple(_entry(given, "vocabulary", list, folder)))
+    return Source(recipe, folder, None, tuple(_entry(given, "vocabulary", list, folder)), _checkpoints(given))
+
+
+def _checkpoints(index: object) -> Path | None:
+    """The folder that networks were exported from, if it is recorded and still there."""
+    found = index.get("checkpoints") if isinstance(index, dict) else None
+    return Path(found) if isinstance(found, str) and Path(found).is_dir() else None
 
 
 def _entry(given: object, key: str, kind: type[Entry], folder: Path) -> Entry:
@@ -116,6 +133,14 @@ def _entry(given: object, key: str, kind: type[Entry], folder: Path) -> Entry:
         raise IntegrityError(f"{folder / 'export.json'} is no export description", got=f"{key!r}: {found!r}"[:80],
                              expected="what `longtake export` writes", fix=BUILD_FIX)  # fmt: skip
     return found
+
+
+def require_checkpoints(folder: Path) -> Path:
+    """`folder`, if it is one."""
+    if not folder.is_dir():
+        raise LongtakeError(f"{folder} is no folder of checkpoints", expected="what `longtake convert` wrote",
+                            fix="pass the folder with text_encoder.safetensors")  # fmt: skip
+    return folder
 
 
 @dataclass(frozen=True)
@@ -151,7 +176,7 @@ def backend_from_source(
     """
     if asked == ORACLE:
         module = importlib.import_module("longtake.runtime.backends.torch_oracle")
-        return module.TorchBackend(source.recipe, device=torch.device(device or "cpu"))
+        return module.TorchBackend(source.recipe, device=torch.device(device or "cpu"), checkpoints=source.checkpoints)
     choice = choose_backend(source, asked)
     _require_device(choice.backend, device, "--device")
     _require_device(choice.backend, decode_device, "--decode-device")
@@ -159,13 +184,17 @@ def backend_from_source(
     if choice.backend == "reference":
         from longtake.runtime.backends.reference import ReferenceBackend
 
-        return ReferenceBackend(source.onnx, source.recipe, choice.reason, runs=promise.runs)
+        return ReferenceBackend(
+            source.onnx, source.recipe, choice.reason, checkpoints=source.checkpoints, runs=promise.runs
+        )
     generate = torch.device(device or "cuda:0")
     decode = None if decode_device is None else torch.device(decode_device)
     _keep_promise(source, promise, generate, decode)
     module = importlib.import_module(f"longtake.runtime.backends.{choice.backend}")
-    elsewhere = {} if decode is None else {"decode_device": decode}
-    opened: Backend = module.open_backend(source.engines, reason=choice.reason, device=generate, **elsewhere)
+    options: dict[str, object] = {} if decode is None else {"decode_device": decode}
+    if source.checkpoints is not None:
+        options["checkpoints"] = source.checkpoints
+    opened: Backend = module.open_backend(source.engines, reason=choice.reason, device=generate, **options)
     if source.engines is not None:
         record_scratch(source.engines, opened)
     return opened

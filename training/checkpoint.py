@@ -85,7 +85,11 @@ def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
         IntegrityError: the side file is damaged.
     """
     if not path.is_file():
-        raise LongtakeError(f"checkpoint {path} does not exist", expected=f"a {kind} checkpoint", fix=_train_fix(kind))
+        raise LongtakeError(
+            f"checkpoint {path} does not exist",
+            expected=f"a {kind} checkpoint",
+            fix=_train_fix(kind, preset, path.parent),
+        )
     refuse_pickle(path)
     finish_save(path)
     side = side_file(path)
@@ -217,6 +221,10 @@ def _some(names: list[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + rest
 
 
-def _train_fix(kind: str) -> str:
+def _train_fix(kind: str, preset: str, folder: Path) -> str:
+    if preset.startswith("wan"):
+        option = {"vae": "--vae", "text_encoder": "--text"}.get(kind, "--dit")
+        return (f"convert it: longtake convert --preset {preset} {option} RELEASED --out {folder}; or name another folder "
+                "with --checkpoints")  # fmt: skip
     stage = "vae" if kind == "vae" else "dit"
     return f"train it: longtake train --stage {stage} --data digits --out runs/{stage}"
