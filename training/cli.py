@@ -266,14 +266,14 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     if config.resume:
         require_resume_point(config.out)
+    if args.dry_run:
+        return show_costs(args.stage, options_from(args))
     if args.sequence_parallel != 1 or "RANK" in os.environ:
         from longtake.training.parallel.train_cli import run_parallel
 
-        return run_parallel(args, config, options_from(args), device_named(args.device), describe)
+        return run_parallel(args, config, options_from(args), device_named(args.device))
     torch.manual_seed(args.seed)
     stage = stage_from(args)
-    if args.dry_run:
-        return describe(stage)
     device = device_named(args.device)
     print(f"training {args.stage} of preset {args.preset} on {device} for {args.steps} steps, into {args.out}")
     metrics = Trainer(stage, config, device).fit()
@@ -404,14 +404,9 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def describe(stage: Stage) -> int:
-    """Print the size of each module."""
-    total = 0
-    for name, module in stage.modules.items():
-        count = sum(param.numel() for param in module.parameters())
-        total += count
-        print(f"{name}: {count:,} parameters")
-        for child, part in module.named_children():
-            print(f"  {child}: {sum(param.numel() for param in part.parameters()):,}")
-    print(f"together: {total:,} parameters, {total * 4 / 1e6:.1f} MB in fp32; nothing was trained")
+def show_costs(stage: str, options: StageOptions) -> int:
+    """Print what a step takes, without making anything."""
+    from longtake.training.dry_run import describe
+
+    print("\n".join(describe(stage, options)))
     return 0
