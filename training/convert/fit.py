@@ -59,8 +59,11 @@ def check_fit(tensors: Mapping[str, Pending], expected: Shapes, what: str) -> No
     }  # fmt: skip
     found = [f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names]
     if found:
+        fix = "pass the checkpoint of this preset's model, whole"
+        if not expected.keys() & shapes.keys():
+            fix = "the file holds none of them, so another network: see which of --dit, --vae and --text it is for"
         raise IntegrityError(f"{what} doesn't fit", got="; ".join(found), expected=f"exactly {len(expected)} tensors",
-                             fix="pass the checkpoint of this preset's model, whole")  # fmt: skip
+                             fix=fix)  # fmt: skip
 
 
 def some(names: list[str], limit: int = 10) -> str:

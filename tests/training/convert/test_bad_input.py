@@ -119,3 +119,8 @@ def test_not_a_state_dict(preset: Preset) -> None:
         convert_dit({"epoch": 3, "x": OrderedDict()}, preset)
     with pytest.raises(IntegrityError, match="are the same once"):
         convert_dit({"x._fsdp_wrapped_module.w": torch.ones(1), "x.w": torch.ones(1)}, preset)
+
+
+def test_another_networks_file_is_told_apart(preset: Preset, stock_vae: State) -> None:
+    with pytest.raises(IntegrityError, match=r"DiT of preset small doesn't fit[\s\S]*fix: .*another network.*--vae"):
+        convert_dit(stock_vae, preset)
