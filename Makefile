@@ -18,7 +18,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup demo test lint format doctor train export engines profile generate check distill bench clean
+.PHONY: setup demo test lint format doctor train export engines profile generate check distill experiment bench clean
 
 setup: $(VENV)/.ready
 
@@ -80,6 +80,10 @@ profile: $(READY)
 # Speed and memory on random weights: make bench ARGS='--recipe wan2.2-ti2v-5b_fp8_sm90 --against torch'
 bench: $(READY)
 	$(LONGTAKE) bench $(if $(findstring --recipe,$(ARGS)),,--recipe $(RECIPE)) $(ARGS)
+
+# BF16, NVFP4 after and in training, students, sinks, drift: docs/experiment.md. make experiment ARGS='--resume'
+experiment: $(READY)
+	PYTHONPATH=$(CURDIR) $(PY) -m longtake.training.experiment $(if $(findstring --out,$(ARGS)),,--out $(OUT)/experiment) $(ARGS)
 
 distill:
 	@echo "make $@: not there yet; the README's table says what works" >&2; exit 2
