@@ -120,6 +120,8 @@ def train_arm(
     free_memory()
     if step < config.steps:
         raise OutOfTime(f"{arm}-{seed} stands at step {step} of {config.steps}")
+    for path in folder.glob("resume-*"):  # several times the weights, and no longer needed
+        path.unlink()
     return {"steps": float(step), "seconds_of_last_part": time.monotonic() - begun, **metrics}
 
 

@@ -71,7 +71,9 @@ class KVSlots:
                 cache[self.rows, write] = kept.to(cache.dtype)
             keys = torch.cat((past[:, :, 0].flatten(1, 2).to(q.dtype), k.to(q.dtype)), 1)
             values = torch.cat((past[:, :, 1].flatten(1, 2).to(q.dtype), v.to(q.dtype)), 1)
-            out = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values)))
+            out = functional.scaled_dot_product_attention(
+                q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+            )
             return out.transpose(1, 2)
 
         return run

@@ -107,6 +107,8 @@ def print_plan(left: list[Unit], bench: Bench, budget: float) -> None:
     """What is still to do and how long it may take."""
     total = sum(unit.seconds for unit in left)
     print(f"experiment on {bench.device}, {bench.settings.seeds} seeds, start: {bench.settings.start}, in {bench.out}")
+    if bench.settings.start == "shipped":
+        print("the shipped model was trained under NVFP4; its bf16 base steps come before the arms part")
     print(f"{len(bench.results)} units are done, {len(left)} are left: about {total / 60:.0f} minutes on an H100")
     print(f"this call stops after {budget:.0f} s at the latest; what is done is kept")
 

@@ -11,7 +11,7 @@ from longtake.training.experiment.classifier import JudgeTraining
 
 # Steps a second that an H100 makes at the full size, and what else takes how long there: for the plan only.
 STEPS_PER_SECOND = {"bf16": 30.0, "nvfp4": 20.0}
-JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 45.0, 12.0, 25.0
+JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 45.0, 9.0, 25.0
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Settings:
 
     start: str = "shipped"
     seeds: int = 3
-    base_steps: int = 1500
-    branch_steps: int = 2000
+    base_steps: int = 1200
+    branch_steps: int = 1600
     batch: int = 32
     chunks: tuple[int, ...] = (1, 1, 2, 5, 5)
     stories: int = 4000
@@ -75,15 +75,16 @@ def quick(settings: Settings) -> Settings:
         chunks=(1, 2),
         stories=2,
         recalibrate=1,
-        judge=JudgeTraining(steps=2, batch=4),
-        judge_clips=4,
-        fidelity_stories=2,
-        fidelity_chunks=2,
+        judge=JudgeTraining(steps=2, batch=2),
+        judge_clips=2,
+        fidelity_stories=1,
+        fidelity_chunks=1,
         identity_stories=1,
         identity_lengths=(1, 1, 1),
         drift_stories=1,
-        drift_chunks=3,
+        drift_chunks=2,
         steps=1,
+        students=(4,),
         distill_steps=1,
         quick=True,
     )

@@ -1,0 +1,150 @@
+"""The command: a plan, settings, stopping and going on, what a report says; at toy size from end to end (slow)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.runtime.errors import LongtakeError
+from longtake.training.experiment.batched import Rollout, Sampling, Script
+from longtake.training.experiment.classifier import JudgeTraining, trained_judge
+from longtake.training.experiment.cli import main, prepare, work
+from longtake.training.experiment.report import BEGIN, END, fill, write_report
+from longtake.training.experiment.settings import Settings, quick
+from longtake.training.experiment.summary import claims, summary
+from longtake.training.experiment.units import Bench, Unit, units
+from longtake.training.networks import random_models
+from longtake.training.presets import Preset
+
+CPU = torch.device("cpu")
+
+
+def bench_in(folder: Path) -> Bench:
+    return Bench(quick(Settings()), folder, CPU)
+
+
+def outcome(flow: float, fidelity: float) -> dict[str, float]:
+    return {"flow": flow, "fidelity": fidelity}
+
+
+def test_plan_fits_the_time_it_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--plan", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "this call stops after 1500 s" in said and "start: shipped" in said
+    assert sum(unit.seconds for unit in units(Settings())) < 26 * 60
+    names = [unit.name for unit in units(Settings())]
+    assert len(set(names)) == len(names) and {"train-nvfp4-2", "sinks-none-0", "drift-ptq-1", "student-2"} <= set(names)
+
+
+def test_another_experiment_in_the_folder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prepare(bench_in(tmp_path), resume=False)
+    assert main(["--quick", "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert "--resume, or another --out" in capsys.readouterr().err
+    assert (
+        main(["--quick", "--out", str(tmp_path), "--resume", "--seeds", "2", "--branch-steps", "9", "--device", "cpu"])
+        == 1
+    )
+    assert "branch_steps 2" in capsys.readouterr().err
+    assert main(["--start", str(tmp_path / "no"), "--out", str(tmp_path)]) == 1
+
+
+def test_stops_when_the_time_is_over_and_keeps_what_is_done(tmp_path: Path) -> None:
+    import time
+
+    bench = bench_in(tmp_path)
+    prepare(bench, resume=False)
+    ran: list[str] = []
+
+    def unit(name: str, seconds: float) -> Unit:
+        return Unit(name, seconds, lambda bench, left: ran.append(name) or {"x": 1.0})  # type: ignore[func-returns-value]
+
+    assert not work([unit("a", 9.0), unit("b", 1.0), unit("c", 60.0), unit("d", 0.1)], bench, time.monotonic() + 5)
+    assert ran == ["a", "b"]  # the first always runs; "c" would take too long
+    again = bench_in(tmp_path)
+    prepare(again, resume=True)
+    assert set(again.results) == {"a", "b"} and again.results["a"]["x"] == 1.0
+
+
+def results_of(ptq: list[float], aware: list[float]) -> dict[str, dict[str, float]]:
+    made = {}
+    for seed, (a, b) in enumerate(zip(ptq, aware)):
+        made |= {f"eval-ptq-{seed}": outcome(a, 0.5), f"eval-nvfp4-{seed}": outcome(b, 0.9)}
+        made |= {f"eval-bf16-{seed}": outcome(0.1, 0.9), f"eval-bf16-fp4cache-{seed}": outcome(0.1, 0.89)}
+    return made
+
+
+def test_a_claim_holds_only_beyond_the_spread() -> None:
+    name = "NVFP4-aware has a lower held-out flow loss than post-training NVFP4"
+    settings = Settings()
+    clear = claims(results_of([0.30, 0.31, 0.32], [0.20, 0.21, 0.22]), settings)[name]
+    assert clear["holds"] and clear["difference"] == pytest.approx(0.1) and clear["spread"] == pytest.approx(0.01)
+    assert not claims(results_of([0.2, 0.3, 0.4], [0.19, 0.29, 0.39]), settings)[name]["holds"]
+    assert claims({}, settings)[name]["holds"] is None
+    found = summary(results_of([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]), settings)["eval"]
+    assert found["ptq"]["flow"]["mean"] == 2.0 and found["ptq"]["flow"]["values"] == [1.0, 2.0, 3.0]
+    assert found["bf16"]["flow"]["spread"] == 0.0 and found["bf16-fp4cache"]["fidelity"]["mean"] == pytest.approx(0.89)
+
+
+def test_student_is_held_against_its_own_teacher() -> None:
+    results = results_of([0.3] * 3, [0.20, 0.19, 0.22])
+    results["eval-nvfp4-1"]["fidelity"] = 0.8
+    name = "the 4-step student is within 5 points of its teacher's prompt fidelity"
+    assert claims({**results, "student-4": {"fidelity": 0.76}}, Settings())[name]["holds"]
+    assert not claims({**results, "student-4": {"fidelity": 0.74}}, Settings())[name]["holds"]
+
+
+def test_report_fills_a_page_twice(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    for _ in range(2):
+        text = write_report(results_of([0.3, 0.4], [0.2, 0.3]), Settings(), out, CPU, True, page)
+    filled = page.read_text()
+    assert filled.startswith("before\n") and filled.endswith("after\n") and "stale" not in filled
+    assert filled.count("| NVFP4-aware | 0.2500 ± 0.0707 |") == 1 and "0.2500 ± 0.0707" in text
+    assert "![arms](page/arms.png)" in filled and (tmp_path / "page" / "arms.png").is_file()
+    assert json.loads((out / "results.json").read_text())["kind"] == "experiment"
+    page.write_text("no marks")
+    with pytest.raises(LongtakeError, match="no place for results"):
+        fill(page, text, out)
+
+
+def test_judge_is_the_same_on_every_run(small_preset: Preset) -> None:
+    from longtake.training.vae import CausalVAE
+
+    torch.manual_seed(3)
+    vae = CausalVAE(small_preset.vae).eval()
+    first, second = (trained_judge(vae, small_preset, JudgeTraining(steps=2, batch=2), CPU) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+
+
+@pytest.mark.slow
+def test_everything_at_toy_size(tmp_path: Path) -> None:
+    arguments = ["--quick", "--out", str(tmp_path), "--device", "cpu"]
+    assert main([*arguments, "--budget-seconds", "1"]) == 3  # one unit always runs
+    assert [p.stem for p in (tmp_path / "units").iterdir()] == ["judge"]
+    main([*arguments, "--resume"])
+    result = json.loads((tmp_path / "results.json").read_text())
+    done = set(result["units"])
+    assert {unit.name for unit in units(quick(Settings()))} <= done and result["toy_size"]
+    assert result["units"]["eval-ptq-0"]["flow"] != result["units"]["eval-bf16-0"]["flow"]
+    assert (
+        (tmp_path / "sheet.png").is_file() and (tmp_path / "sheet.mp4").is_file() and (tmp_path / "drift.png").is_file()
+    )
+    assert not list(tmp_path.glob("arms/*/resume-*"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_a_cpu(small_preset: Preset) -> None:
+    scripts = [Script(("a red two rises over a grey background, soft light",) * 6, (False,) * 3 + (True,) + (False,) * 2, s) for s in range(3)]  # fmt: skip
+    sampling = Sampling(steps=2, guidance=2.0, cache="nvfp4")
+    plain = random_models(small_preset, seed=1)
+    slow = torch.cat(list(Rollout(plain, scripts, sampling, CPU)), 1)
+    fast = replace(plain, dit=plain.dit.cuda(), text=plain.text.cuda(), vae=plain.vae.cuda())
+    got = torch.cat(list(Rollout(fast, scripts, sampling, torch.device("cuda"))), 1).cpu()
+    assert torch.cosine_similarity(got.flatten(1), slow.flatten(1)).min() > 0.99
