@@ -109,7 +109,7 @@ class Trainer:
         if self.config.resume:
             require_resume_point(self.config.out)
         self.stage.prepare(self.device)
-        self.optimizer = Averaged(self.stage.modules, self.config.optimizer)
+        self.optimizer = self.new_optimizer()
         weights = sum(param.numel() for param in self.optimizer.params)
         require_disk(self.config.out, 60 * weights + 2**24)
         sweep(self.config.out)
@@ -118,6 +118,10 @@ class Trainer:
         else:
             set_aside(self.config.out)
         self.history = History(self.config.out, self.step)
+
+    def new_optimizer(self) -> Averaged:
+        """What updates the stage's modules, once the stage is prepared."""
+        return Averaged(self.stage.modules, self.config.optimizer)
 
     def progress(self) -> Iterator[int]:
         """Step numbers, 1-based, until the end, the time limit, `stop_at` or Ctrl-C."""
