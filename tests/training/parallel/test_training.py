@@ -24,30 +24,51 @@ workers: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(workers)
 
 
+CPU = torch.device("cpu")
+
+
 def test_two_ranks_leave_what_one_leaves(tmp_path: Path, vae_folder: Path) -> None:
     shutil.copytree(vae_folder, tmp_path / "vae")
-    found = workers.started("training", 2, tmp_path)
-    alone = tmp_path / "alone"
-    metrics = Trainer(DiTStage(workers.options(tmp_path)), workers.config(alone), torch.device("cpu")).fit()
-    assert found["bf16"]["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
-    # The other rank shows and keeps nothing but its own curve; no checkpoint of its own lies anywhere
-    assert "dit.json" not in found["bf16 elsewhere"]
+    found = workers.started("training", 2, tmp_path)["resumed"]
+    alone, many = tmp_path / "alone", tmp_path / "run"
+    metrics = Trainer(DiTStage(workers.options(tmp_path)), workers.config(alone), CPU).fit()
+    assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
     for name in ("dit", "text_encoder"):
-        ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path / "bf16", alone))
+        ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (many, alone))
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
             assert torch.allclose(ours[key], tensor, rtol=1e-4, atol=2e-6), (name, key)
-    names = sorted(path.name for path in (tmp_path / "bf16").glob("*.safetensors"))
-    assert set(names) == {path.name for path in alone.glob("*.safetensors")} | {"resume-0000002.safetensors"}
-    resume, wanted = (load_file(folder / "resume-0000004.safetensors") for folder in (tmp_path / "bf16", alone))
+    left = {path.name for path in alone.iterdir()} | {"resume-0000001.safetensors", "resume-0000001.json"}
+    assert {path.name for path in many.iterdir()} == left
+    resume, wanted = (load_file(folder / "resume-0000002.safetensors") for folder in (many, alone))
     assert resume.keys() == wanted.keys() and all(resume[key].shape == x.shape for key, x in wanted.items())
-    one, other = (read_json(folder / "dit.json")["amax"] for folder in (tmp_path / "bf16", alone))
+    one, other = (read_json(folder / "dit.json")["amax"] for folder in (many, alone))
     assert one.keys() == other.keys()
     for linear, sides in other.items():
         for side, value in sides.items():
             assert one[linear][side] == pytest.approx(value, rel=1e-3), (linear, side)
-    under_nvfp4 = read_json(tmp_path / "nvfp4" / "dit.json")
-    assert under_nvfp4["precision"] == "nvfp4" and under_nvfp4["amax"].keys() == other.keys()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_under_nvfp4_and_recycle_errors(tmp_path: Path, vae_folder: Path) -> None:
+    """Rounding to 4 bits, or errors to bf16, turns a difference in the last bits into a small one."""
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    found = workers.started("special", 2, tmp_path)
+    for name, more in workers.SPECIAL.items():
+        alone, many = tmp_path / f"alone-{name}", tmp_path / name
+        metrics = Trainer(DiTStage(workers.options(tmp_path, **more)), workers.config(alone), CPU).fit()
+        assert found[name]["loss"] == pytest.approx(metrics["loss"], rel=1e-2), name
+        ours, theirs = (load_file(folder / "dit.safetensors") for folder in (many, alone))
+        for key, tensor in theirs.items():
+            # AdamW's first steps are all of one size: a gradient near zero may turn the other way
+            assert (ours[key] - tensor).norm() <= 0.1 * tensor.norm() + 1e-2, (name, key)
+    one, other = (load_file(tmp_path / f"{kind}nvfp4/resume-0000002.safetensors") for kind in ("", "alone-"))
+    amax = [key for key in other if key.endswith("weight_quantizer._amax")]
+    assert amax and all(torch.allclose(one[key], other[key], rtol=1e-2) for key in amax)
+    # Activations are measured on the last clean chunk, too, which one rank leaves out: amax may be larger
+    for key in other:
+        if key.endswith("input_quantizer._amax"):
+            assert 0.97 * other[key] <= one[key] <= 2 * other[key], key
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longtake.training.dit import CausalDiT
+from longtake.training.error_recycling import RecyclingConfig
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.parallel.forcing import attention, part_loss, part_of, part_velocity, whole_velocity
 from longtake.training.parallel.layout import Layout
@@ -147,30 +148,49 @@ def small_preset() -> Any:
 
 def options(folder: Path, **more: Any) -> StageOptions:
     """Training of the small preset on a few stories; `folder` holds its VAE."""
-    usual: dict[str, Any] = {"batch": 2, "stories": 3, "chunks": (2,), "seed": 5, "context": "window"}
+    usual: dict[str, Any] = {"batch": 2, "stories": 2, "chunks": (2,), "seed": 5, "context": "window"}
     return StageOptions(small_preset(), vae=folder / "vae", **{**usual, **more})
 
 
 def config(out: Path, **more: Any) -> TrainConfig:
     optimizer = OptimizerConfig(lr=1e-3, warmup=1)
     return TrainConfig(
-        out=out, preset="small", steps=4, seed=5, evaluate_steps=0, log_steps=1, optimizer=optimizer, **more
+        out=out, preset="small", steps=2, seed=5, evaluate_steps=0, log_steps=1, optimizer=optimizer, **more
     )
 
 
 def training(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """A run that stops and is resumed, in FOLDER/bf16; one under NVFP4 in FOLDER/nvfp4."""
-    done = {}
-    for name, more in (("bf16", {}), ("nvfp4", {"precision": "nvfp4", "recalibrate": 2, "chunks": (4,)})):
-        for steps in ({"stop_at": 2}, {"resume": True}) if name == "bf16" else ({},):
-            with records_of(ranks) as scratch:
-                stage = ParallelDiTStage(options(folder, **more), ranks, "balanced")
-                done[name] = ParallelTrainer(stage, config(folder / name, **steps), ranks, scratch).fit()
-                done[f"{name} elsewhere"] = sorted(path.name for path in scratch.glob("*.json"))
-    return done
+    """A run into FOLDER/run that stops, and is resumed."""
+    return {
+        "stopped": run(ranks, folder, "run", {}, stop_at=1),
+        "resumed": run(ranks, folder, "run", {}, resume=True),
+    }
 
 
-JOBS: dict[str, Callable[[Ranks, Path], dict[str, Any]]] = {"equality": equality, "training": training}
+def special(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Runs under NVFP4 and with recycled errors."""
+    return {name: run(ranks, folder, name, SPECIAL[name]) for name in SPECIAL}
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "nvfp4": {"precision": "nvfp4", "recalibrate": 1},
+    "recycled": {"recycling": RecyclingConfig(clean=0.0, warmup=1, capacity=2)},
+}
+
+
+def run(ranks: Ranks, folder: Path, name: str, more: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Held-out metrics, and what a rank other than the first would have left in its own folder."""
+    with records_of(ranks) as scratch:
+        stage = ParallelDiTStage(options(folder, **more), ranks, "balanced")
+        metrics = ParallelTrainer(stage, config(folder / name, **settings), ranks, scratch).fit()
+        return {**metrics, "kept apart": sorted(path.name for path in scratch.iterdir())}
+
+
+JOBS: dict[str, Callable[[Ranks, Path], dict[str, Any]]] = {
+    "equality": equality,
+    "training": training,
+    "special": special,
+}
 
 
 def started(job: str, ranks: int, folder: Path, limit: float = 240) -> Any:
