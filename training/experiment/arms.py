@@ -109,6 +109,7 @@ def train_arm(
         resume=bool(list(folder.glob("resume-*.safetensors"))),
         max_seconds=seconds,
         evaluate_steps=0,
+        save_seconds=100.0,
         command="longtake.training.experiment",
         settings={"arm": arm, **settings.as_json()},
     )

@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except LongtakeError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept: the same command with --resume goes on", file=sys.stderr)
+        return 130
 
 
 def parser() -> argparse.ArgumentParser:

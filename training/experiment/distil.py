@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from longtake.runtime.cli import COMMANDS
-from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import read_json
 from longtake.training.experiment.arms import OutOfTime
 from longtake.training.experiment.batched import Sampling
@@ -35,11 +34,10 @@ def student_sampling(out: Path, steps: int) -> Sampling:
 def distil(
     settings: Settings, teacher: Path, out: Path, steps: int, device: torch.device, seconds: float
 ) -> dict[str, Any]:
-    """Distil `teacher` to `steps` steps, or go on with it.
+    """Distil `teacher` to `steps` steps, or go on with it. Returns {"skipped": why} where that failed.
 
     Raises:
         OutOfTime: `seconds` were over first.
-        LongtakeError: the command failed.
     """
     if "distill" not in COMMANDS:
         return {"skipped": MISSING}
@@ -47,9 +45,8 @@ def distil(
     command = distil_command(settings, teacher, folder, steps, device, seconds)
     done = subprocess.run(command, text=True, capture_output=True)
     if done.returncode:
-        raise LongtakeError(
-            f"distillation to {steps} steps failed", got=done.stderr.strip()[-400:], fix=" ".join(command)
-        )
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        return {"skipped": f"`{' '.join(command[2:])}` failed: {' / '.join(said[-3:])}"}
     side = read_json(folder / "dit.json")
     if side["step"] < side["steps"]:
         raise OutOfTime(f"the student of {steps} steps stands at step {side['step']} of {side['steps']}")
@@ -61,9 +58,22 @@ def distil_command(
 ) -> list[str]:
     """The command line of one student."""
     resume = ["--resume"] if list(folder.glob("resume-*.safetensors")) else []
-    return [
-        *(sys.executable, "-m", "longtake.runtime.cli", "distill"),
-        *("--init", str(teacher), "--out", str(folder), "--device", str(device), "--student-steps", str(steps)),
-        *("--steps", str(settings.distill_steps), "--batch", str(settings.batch), "--seed", "0"),
-        *("--max-seconds", f"{seconds:.0f}", *resume),
-    ]
+    options = {
+        "--teacher": teacher,
+        "--student-steps": steps,
+        "--out": folder,
+        "--device": device,
+        "--precision": "nvfp4",
+        "--cache": "nvfp4",
+        "--guidance": settings.guidance - 1,  # `distill` counts it from the prompted side: c + s (c - u)
+        "--steps": settings.distill_steps,
+        "--batch": settings.distill_batch,
+        "--chunks": ",".join(str(n) for n in settings.distill_chunks),
+        "--stories": min(512, settings.stories),
+        "--seed": 0,
+        "--evaluate-steps": 0,
+        "--save-seconds": 100,
+        "--max-seconds": int(seconds),
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    return [sys.executable, "-m", "longtake.runtime.cli", "distill", *words, *resume]

@@ -13,7 +13,7 @@ from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import atomic_path, write_json
 from longtake.training.experiment.plots import PICTURES, draw
 from longtake.training.experiment.settings import Settings
-from longtake.training.experiment.summary import Results, claims, max_teacher, summary
+from longtake.training.experiment.summary import Results, claims, summary, teacher_fidelity, teacher_seed
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 NAMES = {
@@ -37,6 +37,7 @@ def write_report(
         LongtakeError: `docs` has no place for results.
     """
     found, said = summary(results, settings), claims(results, settings)
+    best = teacher_seed(results, settings)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     write_json(
         out / "results.json",
@@ -50,6 +51,7 @@ def write_report(
             "settings": settings.as_json(),
             "summary": found,
             "claims": said,
+            "best": None if best is None else f"arms/nvfp4-{best}",
             "units": results,
         },
     )
@@ -146,7 +148,7 @@ def _students(results: Results, settings: Settings, found: dict[str, Any]) -> st
     rows = {s: row for s, row in found["students"].items() if any(v is not None for v in row.values())}
     if not rows:
         return ""
-    teacher = max_teacher(results, settings)
+    teacher = teacher_fidelity(results, settings)
     lines = ["### Distilled students (NVFP4, FP4 cache): prompt fidelity", "", "| steps | student | same steps, not distilled | teacher |", "|---|---|---|---|"]  # fmt: skip
     show = lambda v: "—" if v is None or math.isnan(v) else f"{v:.4f}"  # noqa: E731
     for steps, row in rows.items():

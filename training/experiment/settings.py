@@ -10,8 +10,8 @@ from longtake.runtime.errors import LongtakeError
 from longtake.training.experiment.classifier import JudgeTraining
 
 # Steps a second that an H100 makes at the full size, and what else takes how long there: for the plan only.
-STEPS_PER_SECOND = {"bf16": 30.0, "nvfp4": 20.0}
-JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 45.0, 9.0, 25.0
+STEPS_PER_SECOND = {"bf16": 30.0, "nvfp4": 20.0, "distill": 5.0}
+JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 45.0, 7.0, 25.0
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Settings:
     """start: "random", "shipped" or a folder of checkpoints; every seed's base goes on from there in bf16.
 
     base_steps: that common bf16 part, of each seed. branch_steps: what each arm trains after it, bf16 or under NVFP4.
-    steps, guidance: of sampling, for models that aren't distilled. distill_steps: training steps of each student.
+    steps, guidance: of sampling, for models that aren't distilled. distill_steps: training steps of each student,
+    of which every fifth is the student's own and all are the critic's.
     """
 
     start: str = "shipped"
@@ -43,7 +44,9 @@ class Settings:
     steps: int = 16
     guidance: float = 3.0
     students: tuple[int, ...] = (4, 2)
-    distill_steps: int = 600
+    distill_steps: int = 1000
+    distill_batch: int = 32
+    distill_chunks: tuple[int, ...] = (3, 5)
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -86,5 +89,7 @@ def quick(settings: Settings) -> Settings:
         steps=1,
         students=(4,),
         distill_steps=1,
+        distill_batch=1,
+        distill_chunks=(1,),
         quick=True,
     )

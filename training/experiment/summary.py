@@ -85,13 +85,21 @@ def _beats(higher: Sequence[float], lower: Sequence[float]) -> dict[str, Any]:
 
 def _student(results: Results, settings: Settings) -> dict[str, Any]:
     fidelity = results.get("student-4", {}).get("fidelity")
-    teacher = max_teacher(results, settings)
+    teacher = teacher_fidelity(results, settings)
     if fidelity is None or teacher is None:
         return {"holds": None}
     return {"holds": teacher - fidelity <= FEW_POINTS, "difference": fidelity - teacher, "teacher": teacher}
 
 
-def max_teacher(results: Results, settings: Settings) -> float | None:
-    """Prompt fidelity of the students' teacher: the NVFP4-aware seed with the lowest flow loss."""
-    done = [results[n] for n in (f"eval-nvfp4-{s}" for s in range(settings.seeds)) if n in results]
-    return min(done, key=lambda r: r["flow"])["fidelity"] if len(done) == settings.seeds else None
+def teacher_seed(results: Results, settings: Settings) -> int | None:
+    """The seed whose NVFP4-aware model has the lowest held-out flow loss; None until all are measured."""
+    names = [f"eval-nvfp4-{seed}" for seed in range(settings.seeds)]
+    if not all(name in results for name in names):
+        return None
+    return min(range(settings.seeds), key=lambda seed: float(results[names[seed]]["flow"]))
+
+
+def teacher_fidelity(results: Results, settings: Settings) -> float | None:
+    """Prompt fidelity of the students' teacher."""
+    seed = teacher_seed(results, settings)
+    return None if seed is None else float(results[f"eval-nvfp4-{seed}"]["fidelity"])

@@ -31,6 +31,7 @@ from longtake.training.experiment.settings import Settings
 from longtake.training.experiment.sheet import contact_sheet
 from longtake.training.experiment.sinks import SINKS
 from longtake.training.experiment.stories import long_stories, mixed_stories, returning_stories
+from longtake.training.experiment.summary import teacher_seed
 from longtake.training.latent_cache import frozen_vae, vae_checkpoint
 from longtake.training.networks import Models, apply_precision, load_models
 
@@ -88,9 +89,9 @@ class Bench:
         s = self.settings
         return Sampling(s.steps, s.guidance, PRESET.sampling.shift, cache, sinks)
 
-    def teacher_seed(self) -> int:
-        """The seed whose NVFP4-aware model has the lowest held-out flow loss."""
-        return min(range(self.settings.seeds), key=lambda seed: self.results[f"eval-nvfp4-{seed}"]["flow"])
+    def teacher(self) -> int:
+        """The seed whose NVFP4-aware model is distilled: every seed has been measured when it is asked for."""
+        return teacher_seed(self.results, self.settings) or 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,12 @@ def units(settings: Settings) -> Iterator[Unit]:
             yield Unit(f"drift-{name}-{seed}", 2 * short, partial(drift_condition, name, seed))
     for steps in settings.students:
         yield Unit(f"few-{steps}", short, partial(few_steps, steps))
-        yield Unit(f"distill-{steps}", 30 + settings.distill_steps / 4, partial(distil_student, steps), True)
+        yield Unit(
+            f"distill-{steps}",
+            30 + settings.distill_steps / sizes.STEPS_PER_SECOND["distill"],
+            partial(distil_student, steps),
+            True,
+        )
         yield Unit(f"student-{steps}", short, partial(student, steps))
     yield Unit("sheet", short, sheet)
 
@@ -187,7 +193,7 @@ def drift_condition(name: str, seed: int, bench: Bench, seconds: float) -> dict[
 
 def few_steps(steps: int, bench: Bench, seconds: float) -> dict[str, Any]:
     """The teacher with a student's few steps, guided, without distillation: what distillation has to beat."""
-    models, s = bench.condition("nvfp4", bench.teacher_seed()), bench.settings
+    models, s = bench.condition("nvfp4", bench.teacher()), bench.settings
     return _fidelity(bench, models, Sampling(steps, s.guidance, PRESET.sampling.shift, "nvfp4"))
 
 
@@ -195,7 +201,7 @@ def distil_student(steps: int, bench: Bench, seconds: float) -> dict[str, Any]:
     """Distil the best NVFP4-aware model to `steps` steps."""
     bench._loaded = None
     free_memory()
-    teacher = arm_folder(bench.out, "nvfp4", bench.teacher_seed())
+    teacher = arm_folder(bench.out, "nvfp4", bench.teacher())
     return distil(bench.settings, teacher, bench.out, steps, bench.device, seconds)
 
 
@@ -227,7 +233,7 @@ def sheet(bench: Bench, seconds: float) -> dict[str, Any]:
 
 
 def _sheet_row(bench: Bench, name: str, sampling: Sampling, stories: list[Any]) -> Any:
-    return generated(bench.condition(name, bench.teacher_seed()), bench.eyes, stories, sampling)
+    return generated(bench.condition(name, bench.teacher()), bench.eyes, stories, sampling)
 
 
 def _student_row(bench: Bench, steps: int, stories: list[Any]) -> Any:
