@@ -130,8 +130,14 @@ def checkpointed(preset: Preset, cost: Cost, batch: int, chunks: int) -> Cost:
 
 
 def trains_text(preset: Preset) -> bool:
-    """Whether the text encoder learns with the DiT; umT5 is frozen, and its embeddings are kept on disk."""
+    """Whether the text encoder learns with the DiT; a released one is frozen."""
     return preset.text.kind == "words"
+
+
+def frozen_text(preset: Preset) -> int:
+    """Bytes of a text encoder that doesn't learn."""
+    with META:
+        return 0 if trains_text(preset) else FP32 * _count(text_encoder_for(preset))
 
 
 def vae_modules(preset: Preset) -> dict[str, nn.Module]:
@@ -182,7 +188,10 @@ def describe(stage: str, options: StageOptions) -> list[str]:
         cost = dit_cost(preset, modules, options.batch, max(options.chunks))
         if options.gradient_checkpointing:
             cost = checkpointed(preset, cost, options.batch, max(options.chunks))
-    return [*size_lines(modules), *cost_lines(cost, memory_of(modules, cost.activations))]
+    memory = memory_of(modules, cost.activations)
+    if stage == "dit" and (frozen := frozen_text(preset)):
+        memory["text encoder, frozen, fp32"] = frozen
+    return [*size_lines(modules), *cost_lines(cost, memory)]
 
 
 def size_lines(modules: dict[str, nn.Module]) -> list[str]:

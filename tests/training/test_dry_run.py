@@ -43,7 +43,7 @@ def test_5b_is_described_without_allocating_it(capsys: pytest.CaptureFixture[str
     linears = 2 * tokens * dit.layers * (6 * width**2 + 2 * width * dit.ffn_dim)  # q k v o, cross-attention's q and o
     pairs = block**2 * (1 + 1 + 2)  # clean 0 to itself, noisy 0 to itself, noisy 1 to clean 0 and itself
     attention = 4 * width * (pairs + tokens * dit.text_len) * dit.layers
-    least = (3 * linears + 3.5 * attention) / 1e12
+    least = (4 * linears + 4.5 * attention) / 1e12  # backward 2 and 2.5 times forward, which is computed twice
     told = float(text.split("a step: ")[1].split(" TFLOP")[0].replace(",", ""))
     assert least < told < 1.05 * least
     assert "dit: 4,999,787,712 parameters" in text and "[1, 16, 48, 44, 80]" in text and "nothing was trained" in text

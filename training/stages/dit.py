@@ -45,6 +45,7 @@ class DiTStage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.dit, self.text = self.initial_models()
+        self.text.requires_grad_(self.preset.text.kind == "words")  # released encoders are not trained
         self.companions = [vae_checkpoint(self.preset, options.vae)]
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
         shift, recycling = self.preset.sampling.shift, options.recycling
