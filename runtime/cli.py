@@ -17,6 +17,7 @@ from longtake.runtime.settings import configure_logging
 COMMANDS = {
     "doctor": "longtake.engines.doctor_cli",
     "train": "longtake.training.cli",
+    "distill": "longtake.training.distill.cli",
     "random-weights": "longtake.training.random_weights_cli",
     "convert": "longtake.training.convert.cli",
     "export": "longtake.export.cli",
@@ -32,6 +33,7 @@ COMMANDS = {
 EPILOG = """the usual way:
   longtake doctor                               what runs on this machine, and what is missing
   longtake train --stage dit --data digits      train (or fine-tune) under NVFP4
+  longtake distill --teacher runs/train --out runs/four    4 denoise steps a chunk instead of 16
   longtake export --recipe tiny_nvfp4_sm120     PyTorch to ONNX
   longtake engines --recipe tiny_nvfp4_sm120    ONNX to TensorRT
   longtake generate docs/stories/demo.yaml      a story to an mp4
