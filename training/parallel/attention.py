@@ -56,9 +56,9 @@ class SeenAttention(torch.autograd.Function):
                 kept.append(())
         ctx.seen, ctx.kernel, ctx.tokens = seen, kernel, tokens
         ctx.sizes = [len(saved) for saved in kept]
-        # What a kernel keeps besides tensors (lengths) is remembered as it is
+        # A kernel also keeps lengths, and None where it has no such tensor: they are remembered as they are
         flat = [value for saved in kept for value in saved]
-        ctx.plain = [None if isinstance(value, Tensor) else value for value in flat]
+        ctx.plain = [(isinstance(value, Tensor), None if isinstance(value, Tensor) else value) for value in flat]
         ctx.save_for_backward(q, k, v, out, *(value for value in flat if isinstance(value, Tensor)))
         return out
 
@@ -66,7 +66,7 @@ class SeenAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, *tensors = ctx.saved_tensors
         rest = iter(tensors)
-        flat = iter([next(rest) if value is None else value for value in ctx.plain])
+        flat = iter([next(rest) if is_tensor else value for is_tensor, value in ctx.plain])
         grad, tokens = grads[0], ctx.tokens
         # A key is seen by up to 2N blocks: their gradients are added up in fp32
         dq, dk, dv = torch.zeros_like(q), *(torch.zeros_like(x, dtype=torch.float32) for x in (k, v))

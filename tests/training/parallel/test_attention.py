@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longtake.training.parallel.attention import attend_seen
-from longtake.training.parallel.kernels import KERNELS, Kernel
+from longtake.training.parallel.kernels import KERNELS, CPUFlash, Gradients, Kernel
 from longtake.training.parallel.layout import NONE, Layout
 from longtake.training.window import full_history, window_history
 
@@ -51,6 +51,41 @@ def test_a_skipped_block_is_zero_and_gives_no_gradient() -> None:
     assert not out[:, skipped].any() and out[:, : 2 * TOKENS].any()
     for grad in torch.autograd.grad(out.square().sum(), (q, k, v)):
         assert not grad[:, skipped].any()
+
+
+class Talkative(CPUFlash):
+    """Keeps lengths and absent tensors too, as the kernels of a GPU do."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        out, (lse,) = super().forward(q, k, v)
+        return out, (None, lse, k.shape[2], None)
+
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple[Any, ...]) -> Gradients:
+        assert saved[0] is None and saved[3] is None and saved[2] == k.shape[2]
+        return super().backward(grad, q, k, v, out, saved[1:2])
+
+
+def test_what_a_kernel_keeps_comes_back_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = [Layout("balanced", 2, 2).seen(full_history(2))]
+    q, k, v = (random("cpu", torch.float32, 1, 4 * TOKENS, HEADS, DIM) for _ in range(3))
+    wanted = torch.autograd.grad(attend_seen(q, k, v, seen).square().sum(), (q, k, v))
+    monkeypatch.setattr("longtake.training.parallel.attention.kernel_for", lambda q: Talkative())
+    for one, other in zip(torch.autograd.grad(attend_seen(q, k, v, seen).square().sum(), (q, k, v)), wanted):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_sequence_is_that_of_the_cpu() -> None:
+    layout = Layout("balanced", 4, 2)
+    seen = [layout.seen(full_history(4))]
+    tensors = [torch.randn(1, 8 * 128, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
+    found = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device, torch.float32 if device == "cpu" else x.dtype).requires_grad_() for x in tensors]
+        out = attend_seen(*leaves, seen)  # type: ignore[arg-type, misc]
+        found.append([x.double().cpu() for x in (out, *torch.autograd.grad(out.float().square().sum(), leaves))])
+    for one, other in zip(*found):
+        assert (one - other).norm() <= 2e-2 * one.norm()
 
 
 @pytest.mark.gpu
