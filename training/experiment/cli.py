@@ -19,7 +19,7 @@ from longtake.training.experiment.report import write_report
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.units import Bench, Unit, units
 
-RESERVE = 20.0  # seconds kept for the end of a divisible unit (evaluation, checkpoints) and the report
+RESERVE = 30.0  # seconds kept for the end of a divisible unit (evaluation, checkpoints) and the report
 
 DESCRIPTION = """Train BF16, NVFP4 after training and NVFP4 in training from the same base, distil the best, and measure
 them on held-out stories: flow loss, prompt fidelity, identity across cuts by sinks, drift, the FP4 cache alone.
@@ -121,7 +121,7 @@ def work(left: list[Unit], bench: Bench, deadline: float) -> bool:
     skipped = False
     for number, unit in enumerate(left):
         seconds = deadline - time.monotonic()
-        needed = 2 * RESERVE if unit.divisible else unit.seconds
+        needed = 3 * RESERVE if unit.divisible else unit.seconds
         if seconds < needed and number:
             return False
         began = time.monotonic()
