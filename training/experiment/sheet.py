@@ -57,5 +57,5 @@ def _picture(videos: Mapping[str, np.ndarray], path: Path) -> None:
         axis.set_ylabel(name.replace(", ", "\n"), rotation=0, ha="right", va="center", fontsize=8)
     figure.tight_layout(pad=0.3)
     with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=90)
+        figure.savefig(partial, format="png", dpi=90, bbox_inches="tight")
     pyplot.close(figure)
