@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | train | export | engines | profile | generate | check | bench
+# make setup | demo | test | lint | train | distill | export | engines | profile | generate | check | bench
 # Another interpreter, with everything installed already (no network needed): make test PY=python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -85,8 +85,8 @@ bench: $(READY)
 experiment: $(READY)
 	PYTHONPATH=$(CURDIR) $(PY) -m longtake.training.experiment $(if $(findstring --out,$(ARGS)),,--out $(OUT)/experiment) $(ARGS)
 
-distill:
-	@echo "make $@: not there yet; the README's table says what works" >&2; exit 2
+distill: $(READY)
+	$(LONGTAKE) distill --teacher training/checkpoints/tiny --student-steps 4 --precision nvfp4 --out $(OUT)/distill
 
 clean:
 	rm -rf export/build engines/build runs

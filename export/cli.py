@@ -22,7 +22,7 @@ from longtake.export.parity import Row, parity_table, require_parity
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import write_json
 from longtake.runtime.places import EXPORTS, REPOSITORY
-from longtake.training.networks import load_models
+from longtake.training.networks import load_meta, load_models
 from longtake.training.pieces import carry_tokenizer
 
 Graphs = dict[tuple[str, tuple[str, ...]], PlainGraphs]
@@ -111,6 +111,7 @@ def export(
             index = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
         if not skeleton:  # where what is not exported is found at run time
             index["checkpoints"] = str(source.resolve())
+            index["sampling"] = load_meta(source / "dit.safetensors", "dit", recipe.model).get("sampling")
             write_json(folder / INDEX, index)
     if parity:
         check_parity(recipe, source, folder, index)

@@ -22,14 +22,22 @@ from longtake.runtime.sources import (
 )
 from longtake.runtime.start import Clip, Picture, start_of, take_in
 from longtake.runtime.story import Script, check_fits, fit_segments, story_from_script
+from longtake.training.presets import SamplingConfig
 
 
 class Generator:
     """One model on one device, ready to generate. Sessions made from it share its engines, not their state."""
 
-    def __init__(self, backend: Backend, tokenize: Tokenize, budget: Budget | None = None) -> None:
-        """`budget`: the GPU memory that was announced for `backend`, if any was."""
+    def __init__(
+        self,
+        backend: Backend,
+        tokenize: Tokenize,
+        budget: Budget | None = None,
+        sampling: SamplingConfig | None = None,
+    ) -> None:
+        """`budget`: the GPU memory that was announced for `backend`, if any was. `sampling`: the preset's if None."""
         self.backend, self._tokenize, self.budget = backend, tokenize, budget
+        self.sampling = sampling or backend.preset.sampling
 
     @classmethod
     def from_engines(
@@ -70,7 +78,7 @@ class Generator:
 
         told = replace(promise, announce=announce)
         opened = backend_from_source(source, backend, device, decode_device, told)
-        return cls(opened, tokenizer, announced[0] if announced else None)
+        return cls(opened, tokenizer, announced[0] if announced else None, source.sampling)
 
     def session(
         self,
@@ -111,10 +119,10 @@ class Generator:
         check_fits(story, preset, continued=start.clip is not None)
         options = SessionOptions(
             seed=_first(seed, story.seed),
-            steps=_first(steps, story.steps, preset.sampling.steps),
-            guidance=float(_first(guidance, story.guidance, preset.sampling.guidance)),
+            steps=_first(steps, story.steps, self.sampling.steps),
+            guidance=float(_first(guidance, story.guidance, self.sampling.guidance)),
             negative_prompt=_first(negative_prompt, story.negative_prompt, preset.negative_prompt),
-            shift=preset.sampling.shift,
+            shift=self.sampling.shift,
             decode=decode,
             endless=endless,
         )

@@ -23,6 +23,7 @@ from longtake.runtime.budget_terms import Use, budget_of
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import read_json
 from longtake.runtime.places import ENGINES, EXPORTS
+from longtake.training.presets import SamplingConfig
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Source:
     """Files of one recipe. engines: folder with bundle.json, or None if only exported. vocabulary: text encoder words.
 
     checkpoints: where a text or VAE encoder that was not exported is loaded from; None for the preset's own folder.
+    sampling: how this checkpoint is sampled (a student in few steps, without guidance); None: as the preset says.
     """
 
     recipe: Recipe
@@ -45,6 +47,7 @@ class Source:
     engines: Path | None
     vocabulary: tuple[str, ...] | None
     checkpoints: Path | None = None
+    sampling: SamplingConfig | None = None
 
 
 def source_from_name(name: Path | str | None) -> Source:
@@ -106,6 +109,7 @@ def _source_from_bundle(folder: Path) -> Source:
         folder,
         bundle.vocabulary,
         _checkpoints(read_json(index)) if index.is_file() else None,
+        _sampling(read_json(index)) if index.is_file() else None,
     )
 
 
@@ -118,7 +122,16 @@ def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
             raise LongtakeError(f"no recipe fits the export in {folder}", got=wanted,
                                 expected=", ".join(recipe_names()))  # fmt: skip
         recipe = matching[0]
-    return Source(recipe, folder, None, tuple(_entry(given, "vocabulary", list, folder)), _checkpoints(given))
+    words = tuple(_entry(given, "vocabulary", list, folder))
+    return Source(recipe, folder, None, words, _checkpoints(given), _sampling(given))
+
+
+def _sampling(index: object) -> SamplingConfig | None:
+    """How the exported checkpoint is sampled, if that is recorded."""
+    found = index.get("sampling") if isinstance(index, dict) else None
+    if not isinstance(found, dict):
+        return None
+    return SamplingConfig(int(found["steps"]), float(found["guidance"]), float(found.get("shift", 5.0)))
 
 
 def _checkpoints(index: object) -> Path | None:
@@ -203,7 +216,8 @@ def backend_from_source(
 def _keep_promise(source: Source, promise: Promise, device: torch.device, decode_device: torch.device | None) -> None:
     """Announce the memory budget, and raise LongtakeError if it is not free."""
     recipe = source.recipe
-    guided = recipe.model.sampling.guidance != 1.0 if promise.guided is None else promise.guided
+    sampling = source.sampling or recipe.model.sampling
+    guided = sampling.guidance != 1.0 if promise.guided is None else promise.guided
     apart = decode_device is not None and (decode_device.index or 0) != (device.index or 0)
     use = Use(guided=guided, decode_apart=apart, encode=promise.encode, engines=source.engines)
     promise.announce(budget_of(recipe, use))
