@@ -220,7 +220,7 @@ def describe(options: DistillOptions, config: TrainConfig) -> int:
         dit = CausalDiT(preset.dit)
     weights = sum(parameter.numel() for parameter in dit.parameters())
     linears = [dit.get_submodule(name) for name in quantized_linears(dit)]
-    trained = sum(rank * (x.in_features + x.out_features) for x in linears) if rank else weights  # type: ignore[operator]
+    trained = sum(rank * (x.in_features + x.out_features) for x in linears) if rank else weights  # type: ignore[operator, misc]
     chunks = max(options.chunks)
     passes = chunks * options.student_steps + chunks - 1
     copies = 1 if rank else 3

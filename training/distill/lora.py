@@ -29,7 +29,12 @@ def add_adapters(dit: CausalDiT, names: tuple[str, ...], rank: int, alpha: float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name in names:
-            config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=alpha,  # type: ignore[arg-type]
+                lora_dropout=0.0,
+                target_modules=targets,
+            )
             inject_adapter_in_model(config, dit, adapter_name=name)
     dit.to(device)
     use_adapter(dit, names[0])

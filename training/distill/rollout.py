@@ -71,8 +71,8 @@ class SlotCache:
                 cache[self.rows, slot] = (round_trip_kv(fresh) if self.fmt == "nvfp4" else fresh).to(cache.dtype)
             keys = torch.cat((past[:, :, 0].flatten(1, 2), k.to(q.dtype)), 1)
             values = torch.cat((past[:, :, 1].flatten(1, 2), v.to(q.dtype)), 1)
-            out = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values)))
-            return out.transpose(1, 2)
+            queries, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+            return functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
         return run
 

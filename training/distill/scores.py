@@ -76,8 +76,8 @@ def causal_attention(clips: Clips, block_tokens: int) -> Attend:
         out = []
         for block in range(clips.chunks):
             own, end = slice(block * block_tokens, (block + 1) * block_tokens), (block + 1) * block_tokens
-            parts = (x.transpose(1, 2) for x in (q[:, own], k[:, :end], v[:, :end]))
-            out.append(functional.scaled_dot_product_attention(*parts).transpose(1, 2))
+            queries, keys, values = (x.transpose(1, 2) for x in (q[:, own], k[:, :end], v[:, :end]))
+            out.append(functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2))
         return torch.cat(out, 1)
 
     return attend
