@@ -155,6 +155,7 @@ def test_export_command(
     monkeypatch.setattr(cli, "PlainGraphs", lambda preset, vocabulary: small_graphs)
     monkeypatch.setattr(cli, "weights_from_folder", lambda preset, folder: weights_from_models(small_models))
     monkeypatch.setattr(cli, "export_package", export)
+    monkeypatch.setattr(cli, "load_meta", lambda *given: {"sampling": {"steps": 4, "guidance": 1.0}})
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / "dit.safetensors").write_bytes(b"one")
@@ -166,6 +167,7 @@ def test_export_command(
     index = json.loads((tmp_path / "out" / "tiny_bf16" / "export.json").read_text())
     assert index["parity"] and all(row["passed"] for row in index["parity"])
     assert index["networks"]["dit"]["spec"]["name"] == "dit"
+    assert index["sampling"] == {"steps": 4, "guidance": 1.0}
     assert command.main(arguments) == 0 and len(made) == 1
     assert "up to date" in capsys.readouterr().out
     (checkpoints / "dit.safetensors").write_bytes(b"two")
