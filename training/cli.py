@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import math
-import os
 import shlex
 import sys
 from dataclasses import replace
@@ -20,6 +19,7 @@ from longtake.runtime.errors import LongtakeError, UnavailableError
 from longtake.training.error_recycling import RecyclingConfig
 from longtake.training.noise import WEIGHTINGS
 from longtake.training.optimizer import OptimizerConfig
+from longtake.training.parallel.ranks import started_by_torchrun
 from longtake.training.presets import PRESETS, preset_named
 from longtake.training.quantize import RULES, Rules
 from longtake.training.recipe import RecipeOptions
@@ -268,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
         require_resume_point(config.out)
     if args.dry_run:
         return show_costs(args.stage, options_from(args))
-    if args.sequence_parallel != 1 or "RANK" in os.environ:
+    if args.sequence_parallel != 1 or started_by_torchrun():
         from longtake.training.parallel.train_cli import run_parallel
 
         return run_parallel(args, config, options_from(args), device_named(args.device))
