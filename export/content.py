@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -18,13 +17,14 @@ from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
 from longtake.runtime.errors import IntegrityError
-from longtake.runtime.files import sha256
+from longtake.training.checkpoint import require_digest
 from longtake.training.dit import CausalDiT
 from longtake.training.networks import Amax, Models, load_meta
 from longtake.training.presets import Preset
 from longtake.training.text_encoder import text_encoder_for
 from longtake.training.vae import CausalVAE
 
+COPY_AGAIN = "copy the file again together with its .json, or make it again"
 CHECKPOINTS = {
     "text_encoder": "text_encoder",
     "context": "dit",
@@ -106,23 +106,11 @@ def weights_from_folder(preset: Preset, folder: Path) -> Weights:
     kinds = list(dict.fromkeys(CHECKPOINTS[name] for name in networks_of(preset)))
     metas = {kind: load_meta(folder / f"{kind}.safetensors", kind, preset) for kind in kinds}
     for kind, meta in metas.items():
-        require_digest(folder / f"{kind}.safetensors", meta)
+        require_digest(folder / f"{kind}.safetensors", meta, COPY_AGAIN)
     tensors = {kind: LazyTensors(folder / f"{kind}.safetensors") for kind in kinds}
     words = metas.get("text_encoder", {}).get("vocabulary") or ()
     formats = formats_from_meta(metas["dit"])
     return Weights(preset, tensors, metas["dit"].get("amax") or {}, tuple(words), formats)
-
-
-def require_digest(path: Path, meta: Mapping[str, Any]) -> None:
-    """Raise IntegrityError unless the file's digest is the one in its side file."""
-    digest = sha256(path)
-    if digest != meta["sha256"]:
-        raise IntegrityError(
-            f"checkpoint {path} is not the file its side file describes",
-            got=f"sha256 {digest[:16]}…, {path.stat().st_size} bytes",
-            expected=f"sha256 {str(meta['sha256'])[:16]}…",
-            fix="copy the file again together with its .json, or make it again",
-        )
 
 
 def stored_tensors(

@@ -113,6 +113,18 @@ def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
     return meta
 
 
+def require_digest(path: Path, meta: Mapping[str, Any], fix: str = RETRAIN) -> None:
+    """Raise IntegrityError unless the file's digest is the one in its side file."""
+    digest = sha256(path)
+    if digest != meta["sha256"]:
+        raise IntegrityError(
+            f"checkpoint {path} is not the file its side file describes",
+            got=f"sha256 {digest[:16]}…, {path.stat().st_size} bytes",
+            expected=f"sha256 {str(meta['sha256'])[:16]}…",
+            fix=fix,
+        )
+
+
 def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and side file of a checkpoint whose digest was verified before anything was parsed.
 
@@ -122,14 +134,7 @@ def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Te
     """
     path = Path(path)
     meta = read_side_file(path, kind=kind, preset=preset)
-    digest = sha256(path)
-    if digest != meta["sha256"]:
-        raise IntegrityError(
-            f"checkpoint {path} is not the file its side file describes",
-            got=f"sha256 {digest[:16]}…, {path.stat().st_size} bytes",
-            expected=f"sha256 {str(meta['sha256'])[:16]}…",
-            fix=RETRAIN,
-        )
+    require_digest(path, meta)
     try:
         return load_file(path), meta
     except (SafetensorError, ValueError) as error:

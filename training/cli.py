@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import math
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
-from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.runtime.errors import LongtakeError
 from longtake.training.error_recycling import RecyclingConfig
 from longtake.training.noise import WEIGHTINGS
 from longtake.training.optimizer import OptimizerConfig
@@ -24,16 +19,11 @@ from longtake.training.presets import PRESETS, preset_named
 from longtake.training.quantize import RULES, Rules
 from longtake.training.recipe import RecipeOptions
 from longtake.training.resume import require_resume_point
+from longtake.training.run_options import add_saving, chunk_choices, device_named, train_config
 from longtake.training.stages.base import Stage, StageOptions
 from longtake.training.trainer import TrainConfig, Trainer
 
 STAGES = ("vae", "dit")
-# Options that a resumed run may have otherwise without being another one.
-ELSEWHERE = {
-    "run", "command", "recipe", "out", "resume", "stop_at", "max_seconds", "save_steps", "save_seconds", "save_dtype",
-    "evaluate_steps", "sample_steps", "device", "dry_run", "workers", "cache_dir", "max_bad_share", "no_graph", "init",
-}  # fmt: skip
-
 DESCRIPTION = """Train one stage and leave safetensors checkpoints (the averaged weights) in --out.
 
   --stage vae   the causal video VAE: clips to latents and back
@@ -239,28 +229,6 @@ def add_ranks(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_saving(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--steps", type=int, default=1000)
-    group.add_argument(
-        "--stop-at", type=int, metavar="STEP", help="stop early, resumable, without changing the schedule"
-    )
-    group.add_argument("--max-seconds", type=float, default=math.inf, help="stop and save when this time is over")
-    group.add_argument("--resume", action="store_true", help="go on from the newest resume point in --out")
-    group.add_argument("--save-steps", type=int, default=0, metavar="N", help="resume point every N steps")
-    group.add_argument(
-        "--save-seconds", type=float, default=300, metavar="S", help="... and every S seconds (default 300)"
-    )
-    group.add_argument("--evaluate-steps", type=int, default=1000, metavar="N", help="held-out metrics every N steps")
-    group.add_argument(
-        "--sample-steps",
-        type=int,
-        default=0,
-        metavar="N",
-        help="sample videos to TensorBoard every N steps (default: with each evaluation)",
-    )
-    group.add_argument("--save-dtype", default="fp32", choices=("fp32", "bf16"), help="of the final checkpoints")
-
-
 def run(args: argparse.Namespace) -> int:
     """Train as told; returns the exit code."""
     config = config_from(args)
@@ -285,37 +253,16 @@ def run(args: argparse.Namespace) -> int:
 
 def config_from(args: argparse.Namespace) -> TrainConfig:
     """The loop's settings from the command line."""
-    return TrainConfig(
-        out=args.out,
-        preset=args.preset,
-        steps=args.steps,
-        seed=args.seed,
-        optimizer=OptimizerConfig(
-            lr=args.lr,
-            betas=tuple(args.betas),
-            weight_decay=args.weight_decay,
-            clip=args.clip,
-            warmup=args.warmup,
-            final_lr=args.final_lr,
-            ema=args.ema,
-        ),
-        resume=args.resume,
-        stop_at=args.stop_at,
-        max_seconds=args.max_seconds,
-        save_steps=args.save_steps,
-        save_seconds=args.save_seconds,
-        evaluate_steps=args.evaluate_steps,
-        save_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype],
-        sample_steps=args.sample_steps,
-        command=shlex.join(["longtake", *sys.argv[1:]]),
-        settings=settings_of(args),
+    optimizer = OptimizerConfig(
+        lr=args.lr,
+        betas=tuple(args.betas),
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        warmup=args.warmup,
+        final_lr=args.final_lr,
+        ema=args.ema,
     )
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What makes a run the one it is, JSON-ready: all options but those of where and how long it runs."""
-    kept = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
-    return json.loads(json.dumps(kept, default=str))
+    return train_config(args, optimizer)
 
 
 def stage_from(args: argparse.Namespace) -> Stage:
@@ -369,39 +316,6 @@ def rules_from(args: argparse.Namespace) -> Rules:
     rule, scales = args.weight_rule or rules.weight.rule, args.weight_scales
     tiles = rules.weight.block_2d if scales is None else scales == "2d"
     return replace(rules, weight=replace(rules.weight, rule=rule, block_2d=tiles))
-
-
-def chunk_choices(text: str) -> tuple[int, ...]:
-    """ "5", "4..6" or "1,1,5" to the lengths that are drawn from, all equally often."""
-    try:
-        first, _, last = text.partition("..")
-        choices = tuple(range(int(first), int(last) + 1)) if last else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        choices = ()
-    if not choices or min(choices) < 1:
-        raise LongtakeError(
-            "bad --chunks", got=repr(text), expected="N, N..M with 1 <= N <= M, or N,N,...", fix="--chunks 4..6"
-        )
-    return choices
-
-
-def device_named(name: str) -> torch.device:
-    """The torch device; "auto" takes a GPU where there is one.
-
-    Raises:
-        UnavailableError: a GPU was asked for and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise LongtakeError("unknown device", got=name, expected="auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnavailableError(
-            f"device {name} is not there", got=f"{torch.cuda.device_count()} GPUs", fix="--device cpu, or --device auto"
-        )
-    return device
 
 
 def show_costs(stage: str, options: StageOptions) -> int:

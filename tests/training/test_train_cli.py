@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from longtake.runtime.cli import main
-from longtake.training.cli import chunk_choices
+from longtake.training.run_options import chunk_choices
 
 
 def train(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:

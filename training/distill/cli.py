@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import shlex
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from longtake.runtime.errors import LongtakeError
-from longtake.training.cli import ELSEWHERE, add_saving, chunk_choices, device_named
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.scores import CONTEXTS
 from longtake.training.optimizer import OptimizerConfig
@@ -21,6 +15,7 @@ from longtake.training.presets import PRESETS, Preset, preset_named
 from longtake.training.quantize import RULES
 from longtake.training.recipe import RecipeOptions
 from longtake.training.resume import require_resume_point
+from longtake.training.run_options import add_saving, chunk_choices, device_named, train_config
 from longtake.training.trainer import TrainConfig
 
 DESCRIPTION = """Distil a model that was trained by teacher forcing (`longtake train --stage dit`) into one that needs
@@ -119,7 +114,7 @@ def add_optimizer(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     """Distil as told; returns the exit code."""
     preset = preset_named(args.preset)
-    options, config = options_from(args, preset), config_from(args)
+    options, config = options_from(args, preset), train_config(args, optimizer_from(args))
     if args.dry_run:
         return describe(options, config)
     from longtake.training.distill.stage import DistillStage
@@ -181,33 +176,6 @@ def optimizer_from(args: argparse.Namespace, critic: bool = False) -> OptimizerC
         final_lr=args.final_lr,
         ema=ema if critic or args.ema is None else args.ema,
     )
-
-
-def config_from(args: argparse.Namespace) -> TrainConfig:
-    """The loop's settings."""
-    return TrainConfig(
-        out=args.out,
-        preset=args.preset,
-        steps=args.steps,
-        seed=args.seed,
-        optimizer=optimizer_from(args),
-        resume=args.resume,
-        stop_at=args.stop_at,
-        max_seconds=args.max_seconds if args.max_seconds is not None else math.inf,
-        save_steps=args.save_steps,
-        save_seconds=args.save_seconds,
-        evaluate_steps=args.evaluate_steps,
-        sample_steps=args.sample_steps,
-        save_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype],
-        command=shlex.join(["longtake", *sys.argv[1:]]),
-        settings=settings_of(args),
-    )
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What makes a run the one it is, JSON-ready."""
-    kept = {key: value for key, value in vars(args).items() if key not in ELSEWHERE}
-    return json.loads(json.dumps(kept, default=str))  # type: ignore[no-any-return]
 
 
 def describe(options: DistillOptions, config: TrainConfig) -> int:

@@ -13,11 +13,11 @@ import torch
 
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import read_json, require_folder, write_json
-from longtake.training.cli import device_named
 from longtake.training.experiment.arms import OutOfTime
 from longtake.training.experiment.report import write_report
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.units import Bench, Unit, units
+from longtake.training.run_options import device_named
 
 RESERVE = 30.0  # seconds kept for the end of a divisible unit (evaluation, checkpoints) and the report
 
