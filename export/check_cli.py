@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.places import REPOSITORY
 from longtake.runtime.settings import settings_from_environment
 from longtake.runtime.sources import BACKEND_NAMES, Promise, Source, backend_from_source, source_from_name
+from longtake.runtime.story import story_from_script
 from longtake.training.networks import Models, load_models
+from longtake.training.presets import SamplingConfig
 
 OUT = Path("runs") / "check"
 STORY = REPOSITORY / "docs" / "stories" / "demo.yaml"
@@ -35,13 +38,18 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--recipe", required=True, metavar="NAME", help="a shipped recipe or a .yaml file")
     parser.add_argument("--engines", metavar="FOLDER", help="engines or exported networks (default: the recipe's)")
-    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: the preset's shipped checkpoints")
+    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: those that were exported")
     parser.add_argument("--backend", default="auto", choices=BACKEND_NAMES, help="default: the one that fits")
     parser.add_argument("--layers", action="store_true", help="also compare every Linear, convolution and block")
     parser.add_argument("--story", type=Path, metavar="FILE",
                         help="compare chunks of this story, too (default: the demo's on a GPU, none on a CPU)")  # fmt: skip
     parser.add_argument("--chunks", type=int, metavar="N", help="how many of them (default: the whole story)")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps of the story")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="sampling steps of the story (default: those of the exported checkpoint, else the preset's)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="default: runs/check/RECIPE.json; the plot is beside"
@@ -53,17 +61,20 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print, write the report; a failed gate is raised last, as GateError."""
     recipe = recipe_named(args.recipe)
     source = source_from_name(args.engines or args.recipe)
-    models = models_of_export(recipe, load_index(source.onnx), args.checkpoints)
+    models = models_of_export(recipe, load_index(source.onnx), args.checkpoints or source.checkpoints)
     path = args.report or OUT / f"{recipe.name}.json"
     promise = Promise(runs=args.story is not None)  # asked of the reference backend only: networks have runners here
     with closing(backend_from_source(source, args.backend, None, promise=promise)) as backend:
         print(f"backend {backend.name}: {backend.reason}")
         rows = _network_rows(args, recipe, source, models, backend)
         print("\n".join(table(rows)))
-        chunks, against = _chunk_rows(args, recipe, source, models, backend)
+        story = args.story or (STORY if backend.device.type == "cuda" else None)
+        sampling = sampling_of(source, story, args.steps)
+        chunks, against = _chunk_rows(args, source, models, backend, story, sampling)
         if chunks:
+            print(f"sampled with {sampling.steps} steps, guidance {sampling.guidance:g}, shift {sampling.shift:g}")
             print("\n".join(chunk_table(chunks, (backend.name, against))))
-        write_report(path, recipe, backend, rows, chunks, against)
+        write_report(path, recipe, backend, rows, chunks, against, sampling)
     print(f"report {path}\nplot   {path.with_suffix('.png')}")
     require_gates(rows, chunks, recipe)
     return 0
@@ -98,17 +109,29 @@ def _network_rows(
     return list(tqdm(rows, desc=f"{recipe.name}: networks", unit="tensor", leave=False, disable=None))
 
 
+def sampling_of(source: Source, story: Path | None, steps: int | None) -> SamplingConfig:
+    """How chunks are sampled: as asked, else as the story says, else the exported checkpoint (a student in few steps,
+    without guidance), else the preset."""
+    sampling = source.sampling or source.recipe.model.sampling
+    if story is not None:
+        told = story_from_script(story)
+        given = {name: value for name in ("steps", "guidance") if (value := getattr(told, name)) is not None}
+        sampling = replace(sampling, **given)
+    return sampling if steps is None else replace(sampling, steps=steps)
+
+
 def _chunk_rows(
-    args: argparse.Namespace, recipe: Recipe, source: Source, models: Models, backend: Backend
+    args: argparse.Namespace, source: Source, models: Models, backend: Backend, story: Path | None, how: SamplingConfig
 ) -> tuple[list[ChunkRow], str]:
     """Chunks of a story, and what they were compared with: the reference, or PyTorch if `backend` is the reference."""
-    story = args.story or (STORY if backend.device.type == "cuda" else None)
     if story is None:
         return [], ""
-    options = {} if args.steps is None else {"steps": args.steps}
+    recipe = source.recipe
     with closing(_other_backend(source, models, backend)) as other:
-        ours, theirs = (Generator(b, models_tokenizer(models)) for b in (backend, other))
-        rows = check_chunks(ours, theirs, story, recipe.gate, args.chunks, args.seed, **options)
+        ours, theirs = (Generator(b, models_tokenizer(models), sampling=how) for b in (backend, other))
+        rows = check_chunks(
+            ours, theirs, story, recipe.gate, args.chunks, args.seed, steps=how.steps, guidance=how.guidance
+        )
         return list(tqdm(rows, desc=f"{recipe.name}: chunks", unit="chunk", leave=False, disable=None)), other.name
 
 

@@ -12,6 +12,7 @@ from longtake.export.check import ChunkRow, Row
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.files import atomic_path, write_json
 from longtake.runtime.report import conditions_of_run
+from longtake.training.presets import SamplingConfig
 
 FLOOR = 1e-9  # an error of 0 is drawn here: the axis is logarithmic
 LABELS = 36  # more outputs than this are numbered instead of named
@@ -55,14 +56,25 @@ def chunk_table(chunks: Sequence[ChunkRow], names: tuple[str, str]) -> list[str]
 
 
 def write_report(
-    path: Path, recipe: Recipe, backend: Backend, rows: Sequence[Row], chunks: Sequence[ChunkRow], against: str
+    path: Path,
+    recipe: Recipe,
+    backend: Backend,
+    rows: Sequence[Row],
+    chunks: Sequence[ChunkRow],
+    against: str,
+    sampling: SamplingConfig | None = None,
 ) -> dict[str, Any]:
-    """Write the JSON report at `path` and the plot beside it (.png); returns the report."""
+    """Write the JSON report at `path` and the plot beside it (.png); returns the report.
+
+    sampling: of the chunks; the preset's if None.
+    """
     plot = path.with_suffix(".png")
+    sampling = sampling or recipe.model.sampling
     report = {
         "kind": "check",
         **conditions_of_run(backend),
-        "steps": recipe.model.sampling.steps,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
         "gate": asdict(recipe.gate),
         "passed": all(row.passed for row in rows) and all(row.passed for row in chunks),
         "fps": {},

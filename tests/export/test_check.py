@@ -22,8 +22,9 @@ from longtake.export.ssim import ssim
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.errors import GateError, LongtakeError
 from longtake.runtime.generator import Generator
+from longtake.runtime.sources import Source
 from longtake.training.networks import Models
-from longtake.training.presets import PRESETS
+from longtake.training.presets import PRESETS, SamplingConfig
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def command(small: tuple[Models, Recipe, Path], monkeypatch: pytest.MonkeyPatch)
     backend = TorchBackend(recipe, models)
     backend.name = "reference"
     monkeypatch.setattr(check_cli, "recipe_named", lambda name: recipe)
-    monkeypatch.setattr(check_cli, "source_from_name", lambda name: argparse.Namespace(recipe=recipe, onnx=folder))
+    monkeypatch.setattr(check_cli, "source_from_name", lambda name: Source(recipe, folder, None, None))
     monkeypatch.setattr(check_cli, "load_models", lambda preset, checkpoints: models)
     monkeypatch.setattr(check_cli, "backend_from_source", lambda *_, **__: backend)
     monkeypatch.setattr(Recipe, "onnx_name", "tiny_w4a16")
@@ -202,6 +203,40 @@ def test_a_failing_gate_exits_with_5_and_still_writes_the_report(
     assert "vae_" in str(caught.value) and "at most 1e-12" in str(caught.value)
     assert json.loads((tmp_path / "check.json").read_text())["passed"] is False
     assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("command")
+def test_chunks_are_sampled_as_the_exported_checkpoint_says(
+    small: tuple[Models, Recipe, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A student's steps and guidance, not the preset's; a story's own and --steps come first."""
+    models, recipe, folder = small
+    source = Source(recipe, folder, None, None, sampling=SamplingConfig(2, 1.0))
+    monkeypatch.setattr(check_cli, "source_from_name", lambda name: source)
+    seen: list[tuple[int, float]] = []
+    compared = check_cli.check_chunks
+
+    def noted(ours: Generator, theirs: Generator, *given: object, **options: object) -> object:
+        with theirs.session(["a green seven"], **options) as session:  # type: ignore[arg-type]
+            seen.append((session.options.steps, session.options.guidance))
+        return compared(ours, theirs, *given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(check_cli, "check_chunks", noted)
+    monkeypatch.setattr(check_cli, "_other_backend", lambda source, models, backend: TorchBackend(recipe, models))
+    monkeypatch.setattr(check_cli, "check_networks", lambda *_, **__: iter([]))
+    monkeypatch.setattr("longtake.export.check_report.draw", lambda *_: None)
+    own, plain = tmp_path / "own.yaml", tmp_path / "plain.yaml"
+    plain.write_text("shots:\n  - prompt: a green seven\n")
+    own.write_text("steps: 1\nguidance: 2\nshots:\n  - prompt: a green seven\n")
+    for story, steps in ((plain, None), (plain, 3), (own, None)):
+        assert check_cli.run(_args(tmp_path / "check.json", story=story, steps=steps)) == 0
+        report = json.loads((tmp_path / "check.json").read_text())
+        assert (report["steps"], report["guidance"]) == seen[-1]
+    assert seen == [(2, 1.0), (3, 1.0), (1, 2.0)]
+    assert "sampled with 2 steps, guidance 1" in capsys.readouterr().out
 
 
 def test_other_checkpoints_than_the_exported_ones_are_an_error(
