@@ -18,6 +18,7 @@ RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_PRESET = "tiny"  # its checkpoints are shipped: what commands take all recipes of when none is named
 PRECISIONS = ("nvfp4", "w4a16", "fp8", "bf16")  # from the fewest bits a weight to the most
 ATTENTIONS = ("bf16", "fp8")
+LINEARS = ("engine", "library")
 MODES = ("fused", "segmented")
 
 
@@ -58,6 +59,7 @@ class Recipe:
     precision: "nvfp4" (native W4A4), "w4a16" (4-bit weights, bf16 arithmetic), "fp8" (native W8A8) or "bf16".
     cache: "nvfp4" or "bf16". compute_capability: such as "12.0". mode: "fused" or "segmented".
     attention: what the sink attention's two products are computed in, "bf16" or "fp8".
+    linears: what multiplies in the DiT's blocks: the engine, or between engine segments a library ("library": cuBLASLt).
     memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
     vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
     vae_fold_upsampling: whether the VAE decoder upsamples and convolves in one step (training/upsample_fold.py).
@@ -71,6 +73,7 @@ class Recipe:
     mode: str
     gate: Gate
     attention: str = "bf16"
+    linears: str = "engine"
     memory_gb: int = 0
     vae_latents_per_step: int = 1
     vae_fold_upsampling: bool = False
@@ -78,7 +81,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for key, allowed in (
             ("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES), ("preset", tuple(PRESETS)),
-            ("attention", ATTENTIONS),
+            ("attention", ATTENTIONS), ("linears", LINEARS),
         ):  # fmt: skip
             if getattr(self, key) not in allowed:
                 raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(getattr(self, key)),
@@ -86,6 +89,10 @@ class Recipe:
         if not re.fullmatch(r"[0-9]+\.[0-9]", self.compute_capability):
             raise LongtakeError(f"recipe {self.name}: bad compute_capability", got=repr(self.compute_capability),
                                 expected="such as '12.0'", fix="compute_capability: '12.0'")  # fmt: skip
+        if self.linears == "library" and (self.mode != "segmented" or self.precision not in ("fp8", "bf16")):
+            raise LongtakeError(f"recipe {self.name}: a library cannot run these linears",
+                                got=f"{self.precision}, {self.mode}", expected="fp8 or bf16, segmented",
+                                fix="set linears: engine")  # fmt: skip
         for key, least in (("memory_gb", 0), ("vae_latents_per_step", 1)):
             number = getattr(self, key)
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
@@ -102,8 +109,8 @@ class Recipe:
 
     @property
     def onnx_name(self) -> str:
-        """Export depends on preset, precision and cache only; targets share the ONNX files."""
-        return f"{self.preset}_{self.precision}"
+        """Export depends on preset, precision, cache and who multiplies; targets share the ONNX files."""
+        return f"{self.preset}_{self.precision}" + ("_library" if self.linears == "library" else "")
 
 
 def recipe_from_file(path: Path) -> Recipe:

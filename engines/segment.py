@@ -2,7 +2,7 @@
 
 A node's depth is the number of custom ops passed on the way to it; the nodes of one depth become one ONNX model.
 Weights become inputs, tensors are renamed by position, and segments equal after that are one plan: all middle layers
-of a transformer. Nodes sit as late as their consumers allow, so that what only layer 7 needs is in layer 7's segment.
+of a transformer. A reshape between two custom ops is no segment but a view. Nodes sit as late as their consumers allow, so that what only layer 7 needs is in layer 7's segment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
-from longtake.plugins.spec import DOMAIN, OPS
+from longtake.plugins.spec import DOMAIN, OPS, made_shape
 from longtake.runtime.errors import LongtakeError
 
 WEIGHT_BYTES = 1024  # a constant above this becomes an input
@@ -104,14 +104,31 @@ class _GraphView:
         for node in nodes:
             if any(a.HasField("g") or a.graphs for a in node.attribute):
                 raise LongtakeError("cannot cut a graph with nested subgraphs", got=f"{node.op_type} {node.name}")
-        self.ops = [n for n in nodes if n.domain == DOMAIN]
+        self.ops = self._ops_and_views(nodes)
+        self.between = {id(n) for n in self.ops}
         self.fixed: dict[str, NodeProto] = {}  # nodes (and unpack ops) whose inputs are all constants, by output
         self._set_constant_nodes_apart(nodes)
         self.unpacks = {n.output[0]: n for n in self.ops if n.output[0] in self.fixed}
         self.ops = [n for n in self.ops if n.output[0] not in self.fixed]
-        self.nodes = [n for n in nodes if n.domain != DOMAIN and n.output[0] not in self.fixed]
+        self.nodes = [n for n in nodes if id(n) not in self.between and n.output[0] not in self.fixed]
         self.depth = self._depths([n for n in nodes if n.output[0] not in self.fixed])
         self.max_depth = max(self.depth.values(), default=0)
+
+    def _ops_and_views(self, nodes: list[NodeProto]) -> list[NodeProto]:
+        """What runs between segments: custom ops, and the reshapes that lead from one straight to others."""
+        read_inside = {i for n in nodes if n.domain != DOMAIN for i in n.input} | set(self.outputs)
+        made = {o for n in nodes if n.domain == DOMAIN for o in n.output}
+        return [
+            n
+            for n in nodes
+            if n.domain == DOMAIN
+            or (n.op_type == "Reshape" and n.input[0] in made and n.output[0] not in read_inside and self._is_fixed(n))
+        ]
+
+    def _is_fixed(self, node: NodeProto) -> bool:
+        """Whether the shape of its output is known."""
+        kind = self.types.get(node.output[0])
+        return kind is not None and all(isinstance(size, int) for size in kind.shape)
 
     def _set_constant_nodes_apart(self, nodes: list[NodeProto]) -> None:
         for node in nodes:
@@ -124,13 +141,14 @@ class _GraphView:
         made: dict[str, int] = defaultdict(int)  # ... at which an op can read it: ops of a depth run in order
         depth = {}
         for node in nodes:
-            own = max((made if node.domain == DOMAIN else after)[i] for i in node.input) if node.input else 0
+            between = id(node) in self.between
+            own = max((made if between else after)[i] for i in node.input) if node.input else 0
             depth[node.output[0]] = own
             made |= {o: own for o in node.output}
-            after |= {o: own + (node.domain == DOMAIN) for o in node.output}
+            after |= {o: own + between for o in node.output}
         late: dict[str, int] = {name: after[name] for name in self.outputs}
         for node in reversed(nodes):
-            if node.domain != DOMAIN:
+            if id(node) not in self.between:
                 wanted = [late[o] for o in node.output if o in late]
                 depth[node.output[0]] = min(wanted) if wanted else -1  # -1: nobody reads it
             for name in node.input:
@@ -288,11 +306,16 @@ def _ordered_steps(view: _GraphView, bodies: dict[int, _Body]) -> Iterable[Step]
         if body := bodies.get(depth):
             yield from (_op_step("unpack", view.unpacks[name]) for name in body.weights if name in view.unpacks)
             yield Step("segment", body.plan, tuple(body.inputs), tuple(body.outputs))
-        yield from (_op_step("op", op) for op in view.ops if view.depth[op.output[0]] == depth)
+        here = (op for op in view.ops if view.depth[op.output[0]] == depth)
+        yield from (_op_step("op", op) if op.domain == DOMAIN else _view_step(op) for op in here)
 
 
 def _op_step(kind: StepKind, node: NodeProto) -> Step:
     return Step(kind, node.op_type, tuple(node.input), tuple(node.output))
+
+
+def _view_step(node: NodeProto) -> Step:
+    return Step("view", node.op_type, (node.input[0],), (node.output[0],))
 
 
 def _renamed(tensor: TensorProto, name: str) -> TensorProto:
@@ -352,17 +375,21 @@ def _tensor_types(model: onnx.ModelProto, constants: dict[str, TensorProto]) -> 
 
 
 def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) -> None:
-    """An op's output i has the type of the input it aliases, else of input i; a dequantized weight is [N, K]."""
+    """An op's output i has the type of the input it aliases, else of input i; a weight or a product has its own."""
     for node in nodes:
         if node.domain != DOMAIN or node.op_type not in OPS or node.input[0] not in types:
             continue
-        aliases = dict(OPS[node.op_type].aliases)
+        spec = OPS[node.op_type]
+        aliases = dict(spec.aliases)
         for i, output in enumerate(node.output):
             source = types.get(node.input[aliases.get(i, i)])
             if output in types or source is None:
                 continue
-            if node.op_type == "nvfp4_dequantize" and isinstance(source.shape[1], int):
-                source = TensorType("bf16", (source.shape[0], 2 * source.shape[1]))
+            if made_shape(spec, [(0, 0)] * len(spec.inputs)) is not None:
+                if not all(name in types and isinstance(types[name].shape[-1], int) for name in node.input):
+                    continue
+                shape = made_shape(spec, [types[name].shape for name in node.input])
+                source = TensorType(source.dtype if spec.inputs[0].dtype == "compute" else "bf16", shape or ())
             types[output] = source
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from longtake.runtime.errors import IntegrityError
 from longtake.runtime.files import read_json, write_json
 
-StepKind = Literal["segment", "op", "unpack"]
+StepKind = Literal["segment", "op", "unpack", "view"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Step:
     """One thing to run, in order; `inputs` and `outputs` are tensors of the whole graph.
 
     segment: run plan `name`. op: launch custom op `name`. unpack: like op, but all inputs are weights, and the output
-    is needed only by the segment that follows, so it may live in reused scratch.
+    is needed only by the segment that follows, so it may live in reused scratch. view: the output is the input in
+    another shape, the same bytes.
     """
 
     kind: StepKind
@@ -105,6 +106,9 @@ def run_steps(
     """Execute the steps with any tensors and runners: what every executor of this graph must compute."""
     values = {**weights, **feeds}
     for step in graph.steps:
+        if step.kind == "view":
+            values[step.outputs[0]] = values[step.inputs[0]].reshape(graph.tensors[step.outputs[0]].shape)
+            continue
         run = segment if step.kind == "segment" else op
         values |= zip(step.outputs, run(step.name, [values[name] for name in step.inputs]), strict=True)
     return {name: values[name] for name in graph.outputs}

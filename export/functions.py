@@ -26,16 +26,21 @@ from torch import Tensor, nn
 
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.ops import REFERENCES, torch_op
-from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_ATTRIBUTES, OpSpec, TensorSpec
+from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_ATTRIBUTES, OpSpec, TensorSpec, made_shape
 from longtake.runtime.errors import LongtakeError
 
 DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23
 
-_DYNAMIC = ("W", "N", "K")  # a body serves every size of these; other dimensions are fixed when it is made
-_TYPES = {"int8": "tensor(int8)", "int32": "tensor(int32)", "fp32": "tensor(float)"}
+_DYNAMIC = ("W", "N", "K", "T")  # a body serves every size of these; other dimensions are fixed when it is made
+_TYPES = {
+    "int8": "tensor(int8)", "int32": "tensor(int32)", "fp32": "tensor(float)", "fp8": "tensor(float8e4m3fn)",
+}  # fmt: skip
 _COMPUTE_TYPES = ["tensor(bfloat16)", "tensor(float16)", "tensor(float)"]
-_TORCH_DTYPES = {"compute": torch.float32, "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32}
+_TORCH_DTYPES = {
+    "compute": torch.float32, "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
 
 
 # --- schemas
@@ -70,11 +75,13 @@ def op_schema(spec: OpSpec) -> OpSchema:
 
 
 def _infer_outputs(spec: OpSpec, context: Any) -> None:
-    """A cache comes out as it went in, output i is like input i, a weight is bf16 [N, K]."""
-    if spec.name == "nvfp4_dequantize":
-        values = context.get_input_type(0).tensor_type.shape.dim
-        shape = [values[0].dim_value or None, 2 * values[1].dim_value or None] if len(values) == 2 else None
-        context.set_output_type(0, helper.make_tensor_type_proto(TensorProto.BFLOAT16, shape))
+    """A cache comes out as it went in, output i is like input i, a weight [N, K] and a product [T, N] are made."""
+    types = [context.get_input_type(i).tensor_type for i in range(len(spec.inputs))]
+    shapes = [[d.dim_value for d in kind.shape.dim] for kind in types]
+    if made_shape(spec, [(0, 0)] * len(types)) is not None:
+        shape = [n or None for n in made_shape(spec, shapes) or ()] if all(shapes) else None
+        kind = types[0].elem_type if spec.inputs[0].dtype == "compute" else TensorProto.BFLOAT16
+        context.set_output_type(0, helper.make_tensor_type_proto(kind, shape))
         return
     for output, source in spec.aliases or ((i, i) for i in range(len(spec.outputs))):
         context.set_output_type(output, context.get_input_type(source))
@@ -121,7 +128,7 @@ def attach_functions(model: ModelProto) -> None:
 
 
 def function_protos(ops: Iterable[str], dims: Mapping[str, int], *, opset: int = DEFAULT_OPSET) -> list[FunctionProto]:
-    """The FunctionProto of each named op for these sizes: S, L, H and D (none for nvfp4_dequantize)."""
+    """The FunctionProto of each named op for these sizes: S, L, H and D (none for weights and linears)."""
     return [_function_proto(name, tuple(sorted(dims.items())), opset) for name in ops]
 
 
@@ -231,7 +238,7 @@ def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> Gr
 
 
 def _example(tensor: TensorSpec, dims: Mapping[str, int]) -> Tensor:
-    sizes = {"W": 3, "N": 48, "K": 96, **dims}
+    sizes = {"W": 3, "N": 48, "K": 96, "T": 24, **dims}
     return torch.zeros(shape_of(tensor, sizes), dtype=_TORCH_DTYPES[tensor.dtype])
 
 
@@ -239,7 +246,7 @@ def _dynamic_dims(tensor: TensorSpec) -> dict[int, Any]:
     """torch.export dimensions; K counts in blocks of 16, of which K/2 is eight times as many."""
     blocks = torch.export.Dim("K_16", min=1, max=1 << 20)
     known = {"K/16": blocks, "K/2": 8 * blocks}
-    known |= {letter: torch.export.Dim(letter, min=1, max=1 << 20) for letter in ("W", "N")}
+    known |= {letter: torch.export.Dim(letter, min=1, max=1 << 20) for letter in _DYNAMIC}
     return {i: known[formula] for i, formula in enumerate(tensor.shape) if formula in known}
 
 

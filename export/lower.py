@@ -8,6 +8,9 @@ nvfp4   y = Gemm( DQ(DQ(TRT_FP4DynamicQuantize(x))), DQ(DQ(W)), b )
         W as FLOAT4E2M1 and FLOAT8E4M3FN initializers; x quantized with its *calibrated* amax, block scales at run time
 fp8     see lower_fp8
 
+Where a library runs the linears (`library`), the products of fp8 and bf16 become ops of ours (bf16: with the bias, and
+with the GELU that follows, which the library computes on the way out), so that the graph is cut at them.
+
 Lowering touches the graph only: packed weights go in as references (name, type, shape), and `packed_weight` makes their
 content from one weight at a time, when the files are written. So a graph of any size is lowered without its weights.
 
@@ -17,7 +20,9 @@ rule (`plugins.nvfp4.weight_format`), for weights: codes and scales of static_6 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,8 +116,12 @@ CALIBRATED = {"w4a16": (), "nvfp4": ("weight", "input"), "fp8": ("input",)}  # w
 PLACEHOLDER_AMAX = 8.0  # of activations in a graph exported without checkpoints: it must compute, not be accurate
 
 
-def lower(model: onnx.ModelProto, precision: str, linears: Collection[str], amax: Amax | None) -> list[str]:
-    """Lower, in place, every Linear of `model` named in `linears`; return the names lowered. "bf16" changes nothing.
+def lower(
+    model: onnx.ModelProto, precision: str, linears: Collection[str], amax: Amax | None, library: bool = False
+) -> list[str]:
+    """Lower, in place, every Linear of `model` named in `linears`; return those whose weights are packed.
+
+    "bf16" packs nothing, and changes nothing unless `library`.
 
     Args:
         model: plain bf16 export; weights named by state-dict key, their content is not needed.
@@ -121,13 +130,16 @@ def lower(model: onnx.ModelProto, precision: str, linears: Collection[str], amax
         linears: state-dict prefixes, "blocks.0.ffn.2".
         amax: linear name -> {"input": amax of the activation, "weight": amax of the weight}; see CALIBRATED.
             None stands for not known: the graph gets placeholders.
+        library: whether the products become ops that a library runs; in "fp8" and "bf16" only.
 
     Raises:
         LongtakeError: a Linear is not a Gemm with a transposed weight, or has no usable amax.
     """
     if precision == "bf16":
+        if library:
+            _library_linears(model, linears)
         return []
-    lowering = LOWERINGS[precision]
+    lowering = LIBRARY_LOWERINGS[precision] if library else LOWERINGS[precision]
     rewriter, lowered = Rewriter(model), []
     for node in model.graph.node:
         name = linear_name(node)
@@ -139,8 +151,31 @@ def lower(model: onnx.ModelProto, precision: str, linears: Collection[str], amax
         lowering(rewriter, node, _calibrated(amax or {}, name, precision)["input"] if known else PLACEHOLDER_AMAX)
         lowered.append(name)
     rewriter.finish()
-    _import_domains(model, precision)
+    _import_domains(model, DOMAIN if library else {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}.get(precision))
     return lowered
+
+
+def _library_linears(model: onnx.ModelProto, linears: Collection[str]) -> None:
+    """Every Linear named in `linears` as a linear_bf16, or as a linear_gelu_bf16 where a GELU (tanh) alone reads it."""
+    rewriter, taken = Rewriter(model), set()
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    gelus = {n.input[0]: n for n in model.graph.node if _is_tanh_gelu(n) and readers[n.input[0]] == 1}
+    for node in model.graph.node:
+        if linear_name(node) not in linears:
+            if node.output[0] not in taken:
+                rewriter.nodes.append(node)
+            continue
+        _require_linear(node, linear_name(node))
+        gelu = gelus.get(node.output[0])
+        op, output = ("linear_gelu_bf16", gelu.output[0]) if gelu else ("linear_bf16", node.output[0])
+        taken |= {output} if gelu else set()
+        rewriter.node(op, list(node.input), output, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
+    rewriter.finish()
+    _import_domains(model, DOMAIN)
+
+
+def _is_tanh_gelu(node: NodeProto) -> bool:
+    return node.op_type == "Gelu" and any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
 
 
 def packed_weight(
@@ -249,8 +284,7 @@ def _dequantize(rewriter: Rewriter, values: str, scales: str, scale: str, base: 
     return rewriter.node("Cast", [dense], f"{base}.bf16", to=TensorProto.BFLOAT16)
 
 
-def _import_domains(model: onnx.ModelProto, precision: str) -> None:
-    domain = {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}.get(precision)
+def _import_domains(model: onnx.ModelProto, domain: str | None) -> None:
     if domain and domain not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(domain, 1))
 
@@ -260,3 +294,4 @@ LOWERINGS: dict[str, Callable[[Rewriter, NodeProto, float], None]] = {
     "nvfp4": _weight_and_activation,
     "fp8": lower_fp8,
 }
+LIBRARY_LOWERINGS: dict[str, Callable[[Rewriter, NodeProto, float], None]] = {"fp8": partial(lower_fp8, library=True)}

@@ -17,7 +17,7 @@ import onnx
 import torch
 
 from longtake.engines.describe_onnx import tensor_bytes
-from longtake.engines.recipe import Recipe
+from longtake.engines.recipe import LINEARS, Recipe
 from longtake.engines.spec import networks_of, recipe_spec
 from longtake.export.content import Weights, hollow_models, stored_tensors
 from longtake.export.files import data_path, is_reference, read_onnx, write_onnx, write_skeleton
@@ -35,6 +35,7 @@ from longtake.training.presets import Preset
 
 FORMAT = 1
 INDEX = "export.json"
+LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
 SOURCES = ("export", "plugins", "engines/spec.py", *(f"training/{name}.py" for name in (
     "dit", "vae", "vae_layers", "upsample_fold", "text_encoder", "networks", "pointwise", "presets",
 )))  # fmt: skip
@@ -87,6 +88,7 @@ def export_package(
         "preset": recipe.preset,
         "precision": recipe.precision,
         "cache": recipe.cache,
+        "linears": recipe.linears,
         "opset": OPSET,
         "plugin_version": PLUGIN_VERSION,
         "inputs": inputs,
@@ -115,7 +117,8 @@ def _export_network(
     progress(f"{name}: PyTorch to ONNX")
     model = graphs.graph(name, recipe)
     shapes = linears_of(graphs.models, model)
-    lowered = lower(model, recipe.precision, shapes, weights.amax if weights else None)
+    library = recipe.linears == "library" and name in LIBRARY_NETWORKS
+    lowered = lower(model, recipe.precision, shapes, weights.amax if weights else None, library)
     attach_functions(model)
     if weights:
         content = stored_tensors(model, weights.of(name), recipe.precision, lowered, weights.amax, weights.formats)
@@ -124,7 +127,7 @@ def _export_network(
         write_skeleton(model, path)
     progress(f"{name}: structure")
     layers = graphs.preset.dit.layers if name == "dit" else 0
-    expected = Expected(spec, recipe.precision, recipe.cache, layers, {n: shapes[n] for n in lowered})
+    expected = Expected(spec, recipe.precision, recipe.cache, layers, {n: shapes[n] for n in lowered}, library)
     check_structure(path, expected, skeleton=weights is None)
     progress(f"{name}: view for ONNX Runtime")
     files = [path] if weights is None else [path, data_path(path), *_view(path)]
@@ -215,8 +218,12 @@ def require_recipe(index: dict[str, Any], folder: Path, recipe: Recipe, content:
 
     `content`: whether the weights must be there; a skeleton has none.
     """
-    given = {key: index.get(key) for key in ("preset", "precision", "cache")}
-    wanted = {"preset": recipe.preset, "precision": recipe.precision, "cache": recipe.cache}
+    given = {key: index.get(key) for key in ("preset", "precision", "cache")} | {
+        "linears": index.get("linears", LINEARS[0])
+    }
+    wanted = {
+        "preset": recipe.preset, "precision": recipe.precision, "cache": recipe.cache, "linears": recipe.linears,
+    }  # fmt: skip
     fix = f"longtake export --recipe {recipe.name}"
     if given != wanted:
         raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
@@ -254,7 +261,7 @@ def code_digest() -> str:
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
     vae = recipe.vae_latents_per_step, recipe.vae_fold_upsampling
-    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, *vae, versions()
+    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.linears, *vae, versions()
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())
     if checkpoints is not None:

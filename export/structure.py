@@ -27,6 +27,7 @@ class Expected:
     """What an exported network must hold.
 
     linears: name -> (N, K) of each Linear lowered to 4 or 8 bits. layers: transformer layers with a K/V cache (0 if none).
+    library: whether the linears are ops that a library runs.
     """
 
     spec: NetworkSpec
@@ -34,6 +35,7 @@ class Expected:
     cache: str
     layers: int = 0
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    library: bool = False
 
     @property
     def custom_ops(self) -> Counter[str]:
@@ -42,6 +44,10 @@ class Expected:
         ops = Counter(dict.fromkeys(names, self.layers))
         if self.precision == "w4a16":
             ops[WEIGHT_OP] = len(self.linears)
+        if self.library and self.precision == "fp8":
+            ops["linear_fp8"] = len(self.linears)
+        if self.library and self.precision == "bf16":  # q, k, v and o, cross-attention's q and o, the FFN's two
+            ops.update({"linear_bf16": 7 * self.layers, "linear_gelu_bf16": self.layers})
         return +ops
 
     @property

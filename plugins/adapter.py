@@ -16,7 +16,7 @@ from typing import Any
 from longtake.plugins.kernels import Kernels, dims_from_shapes, kernels_of
 from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import source_digest
-from longtake.plugins.spec import OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, TensorSpec
+from longtake.plugins.spec import KERNEL_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, TensorSpec
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def register_plugins(trt: Any) -> dict[str, Any]:
     """
     _require_python_plugins(trt)
     registry = trt.get_plugin_registry()
-    creators = {name: _creator_class(trt)(trt, kernels_of(name)) for name in OPS}
+    creators = {name: _creator_class(trt)(trt, kernels_of(name)) for name in KERNEL_OPS}
     for name, creator in creators.items():
         if not registry.register_creator(creator, PLUGIN_NAMESPACE):
             raise LongtakeError(f"TensorRT refused plugin {name}", fix="is another version of longtake loaded as well?")

@@ -241,6 +241,33 @@ ATTENTION_TABLE: tuple[AttentionRow, ...] = (
 )
 
 
+LINEAR_METHODS = ("cublaslt",)
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """A library that runs the linear ops of `kind` ("bf16" or "fp8") between engine segments."""
+
+    method: str
+    kind: str
+    capabilities: tuple[str, ...]
+    status: Status
+    reason: str
+
+
+_CUBLASLT = "torch calls cuBLASLt between the segments"
+
+LINEAR_TABLE: tuple[LinearRow, ...] = (
+    LinearRow("cublaslt", "fp8", FP8_TARGETS, "not run", f"{_CUBLASLT}, in E4M3"),
+    LinearRow("cublaslt", "bf16", DATA_CENTRE_TARGETS, "not run", _CUBLASLT),
+)
+
+
+def linear_method(capability: str, kind: str) -> str | None:
+    """The library that runs linears of `kind` on this GPU, or None."""
+    return next((r.method for r in LINEAR_TABLE if r.kind == kind and capability in r.capabilities), None)
+
+
 def attention_methods(capability: str, attention: str, head_dim: int) -> list[tuple[str, str]]:
     """(method, kind) to try in this order for a recipe's `attention` ("bf16" or "fp8"); the last one always works."""
     kinds = ("fp8", "bf16") if attention == "fp8" else ("bf16",)

@@ -8,8 +8,9 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, kernels_of, shape_of
+from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, shape_of
 from longtake.plugins.kv_cache_write.reference import quantize_kv
+from longtake.plugins.spec import LIBRARY_OPS, OPS
 
 SLOTS = 4
 TINY = {"S": SLOTS, "L": 128, "H": 4, "D": 64}
@@ -21,6 +22,7 @@ SIZES: tuple[dict[str, int], ...] = (
     {"S": SLOTS, "L": 1, "H": 1, "D": 16},
 )
 WEIGHT_SIZES: tuple[dict[str, int], ...] = ({"N": 256, "K": 1024}, {"N": 5, "K": 48}, {"N": 1, "K": 16})
+LINEAR_SIZES: tuple[dict[str, int], ...] = ({"T": 64, "N": 48, "K": 96}, {"T": 200, "N": 512, "K": 256})
 WRITE_SLOTS = (-1, 0, 1, 2, 3)
 TABLES = tuple(t for length in range(1, SLOTS + 1) for t in permutations((0, 1, 2, 3, -1), length))
 
@@ -30,7 +32,7 @@ def op_inputs(
 ) -> tuple[Tensor, ...]:
     """CPU inputs of an op in spec order. `indices` is the write_slot [1] or the table [W]."""
     generator = torch.Generator().manual_seed(seed)
-    spec = kernels_of(op_name).spec
+    spec = OPS[op_name]
     compute = torch.bfloat16 if dtype == COMPUTE_DTYPES[0] else torch.float32
     cache = _filled_cache(op_name, dims, compute, generator)
     made = []
@@ -43,13 +45,14 @@ def op_inputs(
             wave = torch.cos if tensor.name == "rope_cos" else torch.sin
             made.append(wave(torch.outer(torch.arange(dims["L"]), torch.logspace(0, -4, dims["D"] // 2))))
         else:
-            made.append(torch.randn(shape_of(tensor, dims), generator=generator).to(compute))
+            values = torch.randn(shape_of(tensor, dims), generator=generator)
+            made.append(values.to(torch.float8_e4m3fn if tensor.dtype == "fp8" else compute))
     return tuple(made)
 
 
 def _filled_cache(op_name: str, dims: Dims, compute: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
     """Every slot written with data of its own magnitude, where the op has slots; or a weight's random bytes."""
-    if op_name == "qk_norm_rope":
+    if op_name == "qk_norm_rope" or op_name in LIBRARY_OPS:
         return {}
     if op_name == "nvfp4_dequantize":
         rows, columns = dims["N"], dims["K"]

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
-from longtake.plugins.spec import OPS, OpSpec, TensorSpec
+from longtake.plugins.spec import KERNEL_OPS, OpSpec, TensorSpec
 from longtake.runtime.errors import LongtakeError
 
 Dims = Mapping[str, int]
@@ -57,12 +57,12 @@ def limit_macros(rule: str) -> dict[str, str | int | float]:
 
 @cache
 def kernels_of(op_name: str) -> Kernels:
-    """The kernels of an op of OPS. Raises LongtakeError for an unknown name."""
+    """The kernels of an op of KERNEL_OPS. Raises LongtakeError for an unknown name."""
     for folder in _FOLDERS:
         found = importlib.import_module(f"longtake.plugins.{folder}.plugin").KERNELS.get(op_name)
         if found is not None:
             return found
-    raise LongtakeError("unknown op", got=op_name, expected=", ".join(OPS))
+    raise LongtakeError("unknown op", got=op_name, expected=", ".join(KERNEL_OPS))
 
 
 def size_of(expression: str, dims: Dims) -> int:

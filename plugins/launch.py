@@ -5,6 +5,7 @@ Everything happens in the current CUDA context, which is torch's (and TensorRT's
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -25,78 +26,39 @@ from longtake.plugins.kernels import (
     shape_of,
 )
 from longtake.plugins.nvrtc import compile_cubin
-from longtake.plugins.spec import TensorSpec
+from longtake.plugins.spec import OpSpec, TensorSpec
 from longtake.runtime.errors import LongtakeError
 
 ALIGNMENT = 16  # bytes; the kernels load vectors of that size
-TORCH_DTYPES = {"int8": torch.int8, "int32": torch.int32, "fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES = {
+    "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32, "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
 
 
-class Launcher:
-    """The kernels of one op for fixed dims and compute dtype.
+class OpLauncher(ABC):
+    """One op for fixed dims. method: how it is computed, a name of capability.ATTENTION_METHODS or LINEAR_METHODS."""
 
-    Args:
-        op_name: a name of OPS.
-        dims: sizes of the op's letters; W may be missing, since launch() is told the table's length.
-        dtype: compute dtype, "bf16" or "fp32".
-        arch: such as "sm_90a"; by default that of the current device.
-        kernels: other kernels of the same op; by default the portable ones that kernels_of() names.
-    """
+    method = ""
+    workspace_bytes = 0
 
-    method = "portable"  # how the op is computed, a name of capability.ATTENTION_METHODS
+    def __init__(self, spec: OpSpec, dims: Dims) -> None:
+        self.spec, self.dims = spec, dict(dims)
 
-    def __init__(
-        self,
-        op_name: str,
-        dims: Dims,
-        dtype: str = "bf16",
-        arch: str | None = None,
-        kernels: Kernels | None = None,
-    ) -> None:
-        if dtype not in COMPUTE_DTYPES:
-            raise LongtakeError(f"{op_name}: unknown compute dtype", got=dtype, expected=" | ".join(COMPUTE_DTYPES))
-        self.kernels: Kernels = kernels or kernels_of(op_name)
-        self.dims = dict(dims)
-        self.dtype = dtype
-        self.workspace_bytes = self.kernels.workspace_bytes(dims)
-        self._arch = arch
-        self._calls = self.kernels.calls(dims)
-        self._functions: list[Any] | None = None
+    @abstractmethod
+    def prepare(self) -> OpLauncher:
+        """Make ready for launches in the current context. Call it before capturing a CUDA graph."""
 
-    def cubin(self, arch: str) -> bytes:
-        """The compiled kernels for `arch`; needs no GPU."""
-        return compile_kernels(self.kernels, self.dims, self.dtype, arch)
-
-    def prepare(self) -> Launcher:
-        """Compile and load the kernels into the current context. Call it before capturing a CUDA graph."""
-        if self._functions is None:
-            device = driver.ensure_context()
-            cubin = self.cubin(self._arch or driver.device_arch(device))
-            self._functions = driver.load_functions(cubin, [call.function for call in self._calls])
-        return self
-
+    @abstractmethod
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
-        """Enqueue the kernels on raw stream handle `stream`.
+        """Enqueue the op on raw stream handle `stream`.
 
         pointers: device addresses, inputs then outputs in spec order; an aliased output has its input's address.
         workspace: device address of workspace_bytes bytes. table_len: W, for the ops that have it.
         """
-        self._check(pointers, workspace, table_len)
-        self.prepare()
-        driver.ensure_context()
-        for call, function in zip(self._calls, self._functions or ()):
-            values = self.arguments(call, pointers, workspace, table_len)
-            driver.launch(function, call.grid, call.threads, stream, values)
-
-    def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
-        """The values of a call's arguments: addresses and int32."""
-        spec = self.kernels.spec
-        known = dict(zip((t.name for t in (*spec.inputs, *spec.outputs)), pointers))
-        known |= {WORKSPACE: workspace, TABLE_LENGTH: table_len}
-        return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)
 
     def _check(self, pointers: Sequence[int], workspace: int, table_len: int) -> None:
-        spec = self.kernels.spec
+        spec = self.spec
         tensors = (*spec.inputs, *spec.outputs)
         if len(pointers) != len(tensors):
             raise LongtakeError(f"{spec.name}: wrong number of pointers", got=len(pointers), expected=len(tensors))
@@ -116,6 +78,66 @@ class Launcher:
             raise LongtakeError(f"{spec.name}: no workspace", expected=f"{self.workspace_bytes} bytes")
         if any("W" in t.shape for t in spec.inputs) and table_len < 1:
             raise LongtakeError(f"{spec.name}: empty table", got=table_len, expected="at least one entry")
+
+
+class Launcher(OpLauncher):
+    """The kernels of one op for fixed dims and compute dtype.
+
+    Args:
+        op_name: a name of OPS.
+        dims: sizes of the op's letters; W may be missing, since launch() is told the table's length.
+        dtype: compute dtype, "bf16" or "fp32".
+        arch: such as "sm_90a"; by default that of the current device.
+        kernels: other kernels of the same op; by default the portable ones that kernels_of() names.
+    """
+
+    method = "portable"
+
+    def __init__(
+        self,
+        op_name: str,
+        dims: Dims,
+        dtype: str = "bf16",
+        arch: str | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        if dtype not in COMPUTE_DTYPES:
+            raise LongtakeError(f"{op_name}: unknown compute dtype", got=dtype, expected=" | ".join(COMPUTE_DTYPES))
+        self.kernels: Kernels = kernels or kernels_of(op_name)
+        super().__init__(self.kernels.spec, dims)
+        self.dtype = dtype
+        self.workspace_bytes = self.kernels.workspace_bytes(dims)
+        self._arch = arch
+        self._calls = self.kernels.calls(dims)
+        self._functions: list[Any] | None = None
+
+    def cubin(self, arch: str) -> bytes:
+        """The compiled kernels for `arch`; needs no GPU."""
+        return compile_kernels(self.kernels, self.dims, self.dtype, arch)
+
+    def prepare(self) -> Launcher:
+        """Compile and load the kernels into the current context. Call it before capturing a CUDA graph."""
+        if self._functions is None:
+            device = driver.ensure_context()
+            cubin = self.cubin(self._arch or driver.device_arch(device))
+            self._functions = driver.load_functions(cubin, [call.function for call in self._calls])
+        return self
+
+    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
+        """See OpLauncher.launch."""
+        self._check(pointers, workspace, table_len)
+        self.prepare()
+        driver.ensure_context()
+        for call, function in zip(self._calls, self._functions or ()):
+            values = self.arguments(call, pointers, workspace, table_len)
+            driver.launch(function, call.grid, call.threads, stream, values)
+
+    def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
+        """The values of a call's arguments: addresses and int32."""
+        spec = self.kernels.spec
+        known = dict(zip((t.name for t in (*spec.inputs, *spec.outputs)), pointers))
+        known |= {WORKSPACE: workspace, TABLE_LENGTH: table_len}
+        return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)
 
 
 _SCALARS = (("1",), ("W",), ("S", "2"))  # read element by element, so the alignment of their type is enough

@@ -18,7 +18,7 @@ from longtake.plugins.cases import SIZES, TINY, WEIGHT_SIZES, op_inputs
 from longtake.plugins.kernels import Dims
 from longtake.plugins.launch import run_kernel
 from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import OPS
+from longtake.plugins.spec import KERNEL_OPS
 
 INDICES = {"kv": ((2,), (-1,)), "sink": ((-1,), (3, 0, 1, -1)), "nvfp4": ((0,),), "qk": ((0,),)}
 LIMITS = {"sink": {"bf16": 1e-2, "fp32": 1e-5}, "qk": {"bf16": 1e-3, "fp32": 1e-6}}  # the others are exact
@@ -37,7 +37,7 @@ def worst_error(op_name: str, dims: Dims, dtype: str, indices: tuple[int, ...]) 
 def run_all() -> bool:
     """Every op, both dtypes, small sizes. True if all agree with their references."""
     good = True
-    for op_name in OPS:
+    for op_name in KERNEL_OPS:
         for dims in WEIGHT_SIZES[1:] if op_name == "nvfp4_dequantize" else (SIZES[1], SIZES[2], SIZES[4]):
             for dtype in ("bf16",) if op_name == "nvfp4_dequantize" else ("bf16", "fp32"):
                 kind = op_name.split("_")[0]
@@ -51,7 +51,7 @@ def run_all() -> bool:
 
 def time_all(repeats: int = 200) -> None:
     """Mean time of an op inside a CUDA graph, so that Python's share does not count."""
-    for op_name in OPS:
+    for op_name in KERNEL_OPS:
         dims = WEIGHT_SIZES[0] if op_name == "nvfp4_dequantize" else TINY
         inputs = [t.cuda() for t in op_inputs(op_name, dims, "bf16", (0, 1, 2, -1) if "sink" in op_name else (1,))]
         run_kernel(op_name, *inputs)

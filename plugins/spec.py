@@ -1,12 +1,14 @@
 """What an op looks like, written once: torch op, ONNX schema, plugin and kernel launcher all read it.
 
-Legend: S slots, L tokens of a block, H heads, D head_dim, W window length, N out features, K in features.
+Legend: S slots, L tokens of a block, H heads, D head_dim, W window length, N out features, K in features, T tokens.
 Packed bytes are typed INT8 everywhere: the runtimes that must carry them have no common 4-bit or FP8 type.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 DOMAIN = "longtake"
 PLUGIN_NAMESPACE = "longtake"
@@ -19,7 +21,7 @@ QK_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor of an op. `dtype` is "compute" (the activation dtype), "int8", "int32" or "fp32".
+    """A tensor of an op. `dtype` is "compute" (the activation dtype), "int8", "int32", "fp32" or "fp8" (E4M3).
 
     `shape` names dimensions by letter or gives a formula in them, such as "D/2" or "H*D".
     """
@@ -98,7 +100,38 @@ def nvfp4_dequantize() -> OpSpec:
     )
 
 
-OPS: dict[str, OpSpec] = {
+def linear_bf16(gelu: bool = False) -> OpSpec:
+    """x W^T + b, then GELU (tanh) if asked for, in fp32, rounded once."""
+    return OpSpec(
+        "linear_gelu_bf16" if gelu else "linear_bf16",
+        inputs=(
+            TensorSpec("x", "compute", ("T", "K")),
+            TensorSpec("weight", "compute", ("N", "K")),
+            TensorSpec("bias", "compute", ("N",)),
+        ),
+        outputs=(TensorSpec("out", "compute", ("T", "N")),),
+    )
+
+
+def linear_fp8() -> OpSpec:
+    """x W^T of codes as they stand, rounded to bf16: scales and bias are the graph's, before and behind the product."""
+    return OpSpec(
+        "linear_fp8",
+        inputs=(TensorSpec("x", "fp8", ("T", "K")), TensorSpec("weight", "fp8", ("N", "K"))),
+        outputs=(TensorSpec("out", "compute", ("T", "N")),),
+    )
+
+
+def made_shape(spec: OpSpec, shapes: Sequence[Sequence[Any]]) -> tuple[Any, Any] | None:
+    """The output's shape of an op with one output that is like none of its inputs, from theirs; else None."""
+    if spec.name == "nvfp4_dequantize":
+        return shapes[0][0], shapes[0][1] * 2
+    return (shapes[0][0], shapes[1][0]) if spec.name in LIBRARY_OPS else None
+
+
+LIBRARY_OPS: dict[str, OpSpec] = {spec.name: spec for spec in (linear_bf16(), linear_bf16(gelu=True), linear_fp8())}
+
+KERNEL_OPS: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
         *(kv_cache_write(fmt) for fmt in CACHE_FORMATS),
@@ -107,3 +140,6 @@ OPS: dict[str, OpSpec] = {
         nvfp4_dequantize(),
     )
 }
+"""Ops with a kernel of ours, which are plugins as well; LIBRARY_OPS run through a library, between engines only."""
+
+OPS: dict[str, OpSpec] = KERNEL_OPS | LIBRARY_OPS

@@ -16,6 +16,7 @@ from torch import Tensor
 from longtake.plugins import driver
 from longtake.plugins.capability import attention_methods
 from longtake.plugins.kernels import Call, Dims
+from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.cudnn_graph import AMAX, CudnnAttention, frontend
 from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, window_kernels
@@ -152,9 +153,8 @@ class TorchSinkAttention(WindowedAttention):
         """See WindowedAttention.attend."""
         queries, heads, dim = self.dims["L"], self.dims["H"], self.dims["D"]
         sizes = {"q": queries, "k": table_len * queries, "v": table_len * queries, "out": queries}
-        q, k, v, out = (bf16_at(pointers[name], (n, heads, dim)) for name, n in sizes.items())
-        current = torch.cuda.current_stream()
-        with torch.cuda.stream(current if current.cuda_stream == stream else torch.cuda.ExternalStream(stream)):
+        q, k, v, out = (tensor_at(pointers[name], (n, heads, dim)) for name, n in sizes.items())
+        with on_stream(stream):
             out.copy_(torch_attention(q, k, v))
 
 
@@ -165,20 +165,6 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-
-
-class _Memory:
-    """Device memory as __cuda_array_interface__ describes it, which has no bf16."""
-
-    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": shape, "typestr": "<i2", "data": (address, False), "version": 3, "strides": None,
-        }  # fmt: skip
-
-
-def bf16_at(address: int, shape: tuple[int, ...]) -> Tensor:
-    """The device memory at `address` as a contiguous bf16 tensor; whoever owns it must outlive the tensor."""
-    return torch.as_tensor(_Memory(address, shape), device="cuda").view(torch.bfloat16)
 
 
 def attention_launcher(op_name: str, dims: Dims, attention: str = "bf16", compute_capability: str = "") -> Launcher:

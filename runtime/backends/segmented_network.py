@@ -18,9 +18,10 @@ from longtake.engines.build import segment_spec
 from longtake.engines.onnx_file import WeightSource, weights_from_onnx
 from longtake.engines.segmented_graph import SegmentedGraph, Step, TensorType
 from longtake.plugins.kernels import dims_from_shapes
-from longtake.plugins.launch import Launcher
+from longtake.plugins.launch import Launcher, OpLauncher
+from longtake.plugins.linear.library import linear_launcher
 from longtake.plugins.sink_attention.library import attention_launcher
-from longtake.plugins.spec import OPS
+from longtake.plugins.spec import LIBRARY_OPS, OPS
 from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext
 from longtake.runtime.errors import LongtakeError
 
@@ -36,19 +37,23 @@ def storage_bytes(kind: TensorType) -> int:
 def arena_layout(graph: SegmentedGraph, given: set[str]) -> tuple[dict[str, int], int]:
     """Byte offsets of all tensors made on the way, and the arena's size; memory is reused after the last reader.
 
-    Tensors in `given` (inputs, outputs, weights) and outputs written over an input need no place.
+    Tensors in `given` (inputs, outputs, weights) and outputs written over an input need no place; a view has the place
+    of what it shows, which is kept until both have been read.
     """
-    last = {name: i for i, step in enumerate(graph.steps) for name in (*step.inputs, *step.outputs)}
+    shown = {step.outputs[0]: step.inputs[0] for step in graph.steps if step.kind == "view"}
+    last = {
+        shown.get(name, name): i for i, step in enumerate(graph.steps) for name in (*step.inputs, *step.outputs)
+    }
     offsets: dict[str, int] = {}
     space = FreeSpace()
     for i, step in enumerate(graph.steps):
         for name in step.outputs:
             if name not in given and name not in aliases_of(step):
                 offsets[name] = space.take(storage_bytes(graph.tensors[name]))
-        for name in dict.fromkeys((*step.inputs, *step.outputs)):
+        for name in dict.fromkeys(shown.get(name, name) for name in (*step.inputs, *step.outputs)):
             if last[name] == i and name in offsets:
                 space.give_back(offsets[name], storage_bytes(graph.tensors[name]))
-    return offsets, space.end
+    return offsets | {view: offsets[source] for view, source in shown.items() if source in offsets}, space.end
 
 
 class FreeSpace:
@@ -87,6 +92,8 @@ def aliases_of(step: Step) -> dict[str, str]:
     """Outputs of a step that are written over one of its inputs."""
     if step.kind == "segment":
         return {}
+    if step.kind == "view":
+        return {step.outputs[0]: step.inputs[0]}
     return {step.outputs[out]: step.inputs[source] for out, source in OPS[step.name].aliases}
 
 
@@ -125,7 +132,7 @@ class SegmentedNetwork:
         self.arena.reserve(size)
         self._contexts: dict[tuple[str, int], TrtContext] = {}
         self._fixed: dict[str, Tensor] = {}
-        self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], Launcher] = {}
+        self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], OpLauncher] = {}
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Upload the weights, one at a time."""
@@ -157,7 +164,8 @@ class SegmentedNetwork:
                 self._contexts[key] = self.engines[step.name].context(self.scratch)
         for engine in self.engines.values():
             engine.keep_compiled_kernels()
-        self._launchers = {i: self._launcher(step) for i, step in enumerate(self.graph.steps) if step.kind != "segment"}
+        ops = {i: step for i, step in enumerate(self.graph.steps) if step.kind in ("op", "unpack")}
+        self._launchers = {i: self._launcher(step) for i, step in ops.items()}
         self.scratch.reserve(max((launcher.workspace_bytes for launcher in self._launchers.values()), default=0))
         for name, offset in self._offsets.items():
             kind = self.graph.tensors[name]
@@ -165,17 +173,19 @@ class SegmentedNetwork:
             piece = self.arena.memory[offset : offset + size]
             self._fixed[name] = piece.view(TORCH_DTYPES[kind.dtype]).view(tuple(map(int, kind.shape)))
 
-    def _launcher(self, step: Step) -> Launcher:
+    def _launcher(self, step: Step) -> OpLauncher:
         """The op's kernels, compiled and loaded for this step's shapes; a table's length is told at each launch."""
         shapes = [[n if isinstance(n, int) else 1 for n in self.graph.tensors[name].shape] for name in step.inputs]
         dims = dims_from_shapes(OPS[step.name], shapes)
         fixed = tuple(sorted((letter, size) for letter, size in dims.items() if letter != "W"))
         if (step.name, fixed) not in self._compiled:
-            self._compiled[step.name, fixed] = (
-                attention_launcher(step.name, dict(fixed), self.attention)
-                if step.name.startswith("sink_attention")
-                else Launcher(step.name, dict(fixed), "bf16").prepare()
-            )
+            if step.name.startswith("sink_attention"):
+                made: OpLauncher = attention_launcher(step.name, dict(fixed), self.attention)
+            elif step.name in LIBRARY_OPS:
+                made = linear_launcher(step.name, dict(fixed))
+            else:
+                made = Launcher(step.name, dict(fixed), "bf16").prepare()
+            self._compiled[step.name, fixed] = made
         return self._compiled[step.name, fixed]
 
     def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None:
@@ -197,6 +207,8 @@ class SegmentedNetwork:
             context = self._contexts[step.name, index if self.contexts_per_step else 0]
             context.run({binding: values[name] for binding, name in names})
             return
+        if step.kind == "view":
+            return  # it has its own place, or rather the one of what it shows, since `prepare`
         aliases = aliases_of(step)
         values |= {output: values[source] for output, source in aliases.items()}
         if write or not aliases:

@@ -7,13 +7,13 @@ import torch
 
 from longtake.plugins.attention_bench import Attention, launcher_for, main, relative_error
 from longtake.plugins.capability import attention_methods
+from longtake.plugins.device_memory import tensor_at
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.library import (
     CudnnSinkAttention,
     TorchSinkAttention,
     WindowedAttention,
     attention_launcher,
-    bf16_at,
 )
 from longtake.plugins.sink_attention.reference import dequantize_kv
 from longtake.plugins.sink_attention.window import addresses
@@ -84,7 +84,7 @@ def test_window_is_the_codec_to_the_last_bit(fmt: str, dims: dict[str, int]) -> 
     places = addresses(dims | {"W": dims["S"]}, "bf16", workspace.data_ptr())[0]
     shape = (dims["L"], dims["H"], dims["D"])
     for pane, (name, fresh) in enumerate((("window_k", case.k), ("window_v", case.v))):
-        window = bf16_at(places[name], (len(entries), *shape))
+        window = tensor_at(places[name], (len(entries), *shape))
         for got, slot in zip(window, entries):
             own = [part[[slot]] for part in case.cache]
             cached = (dequantize_kv(*own) if fmt == "nvfp4" else own[0])[0, pane].to(torch.bfloat16)

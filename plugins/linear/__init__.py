@@ -1,0 +1,1 @@
+"""The linear ops: reference, and the library that runs them."""
