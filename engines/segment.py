@@ -16,7 +16,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
-from longtake.plugins.spec import DOMAIN, OPS, made_shape
+from longtake.plugins.spec import DOMAIN, LIBRARY_OPS, OPS, made_shape
 from longtake.runtime.errors import LongtakeError
 
 WEIGHT_BYTES = 1024  # a constant above this becomes an input
@@ -111,6 +111,7 @@ class _GraphView:
         self.unpacks = {n.output[0]: n for n in self.ops if n.output[0] in self.fixed}
         self.ops = [n for n in self.ops if n.output[0] not in self.fixed]
         self.nodes = [n for n in nodes if id(n) not in self.between and n.output[0] not in self.fixed]
+        self.widened = self._widening_casts()
         self.depth = self._depths([n for n in nodes if n.output[0] not in self.fixed])
         self.max_depth = max(self.depth.values(), default=0)
 
@@ -134,6 +135,20 @@ class _GraphView:
         for node in nodes:
             if node.input and all(not i or i in self.constants or i in self.fixed for i in node.input):
                 self.fixed |= {output: node for output in node.output}
+
+    def _widening_casts(self) -> dict[str, NodeProto]:
+        """Casts from bf16 to fp32 by output, where a library runs the linears: each segment that reads one casts anew.
+
+        Between many small segments memory traffic counts, and bf16 is half of it. Other cuts stay as they were measured.
+        """
+        if not any(n.op_type in LIBRARY_OPS for n in self.ops):
+            return {}
+        casts = [n for n in self.nodes if n.op_type == "Cast" and n.output[0] in self.types and n.input[0] in self.types]
+        return {
+            n.output[0]: n
+            for n in casts
+            if (self.types[n.input[0]].dtype, self.types[n.output[0]].dtype) == ("bf16", "fp32")
+        }
 
     def _depths(self, nodes: list[NodeProto]) -> dict[str, int]:
         """Depth by first output name: as early as inputs allow, then ordinary nodes moved as late as consumers do."""
@@ -196,6 +211,8 @@ class _Body:
             for name in node.input:
                 if name in self.view.fixed and name not in self.view.unpacks:
                     add(self.view.fixed[name])
+                elif name in self.view.widened:
+                    add(self.view.widened[name])
             ordered.setdefault(id(node), node)
 
         for node in own:
@@ -206,7 +223,12 @@ class _Body:
         inside = {id(n) for n in own}
         others = (n for n in (*self.view.nodes, *self.view.ops) if id(n) not in inside)
         live = (n for n in others if self.view.depth[n.output[0]] >= 0)
-        return {i for n in live for i in n.input} | set(self.view.outputs)
+        return {self._source(n, i) for n in live for i in n.input} | set(self.view.outputs)
+
+    def _source(self, reader: NodeProto, name: str) -> str:
+        """What a segment or op takes in when `reader` reads `name`: of a widening cast, a segment takes the input."""
+        inside = id(reader) not in self.view.between
+        return self.view.widened[name].input[0] if inside and name in self.view.widened else name
 
     @property
     def inputs(self) -> list[str]:

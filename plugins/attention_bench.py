@@ -168,8 +168,9 @@ def rows(
                 yield row
 
 
-def line(row: dict[str, Any]) -> str:
-    cells = (f"{row.get(c, ''):.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in COLUMNS)
+def line_of(row: dict[str, Any], columns: tuple[str, ...]) -> str:
+    """A row of a table, its cells 10 wide."""
+    cells = (f"{row.get(c, ''):.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
     return "  ".join(cell.rjust(10) for cell in cells)
 
 
@@ -195,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stdout.write("  ".join(c.rjust(10) for c in COLUMNS) + "\n")
     found = []
     for row in rows(formats, dims, ways, args.repeats):
-        sys.stdout.write(line(row) + "\n")
+        sys.stdout.write(line_of(row, COLUMNS) + "\n")
         sys.stdout.flush()
         found.append(row)
     if args.json:

@@ -71,6 +71,8 @@ def test_the_recipe_for_a_gpu_is_looked_for_within_the_preset(capability: str, r
         ({"memory_gb": -1}, "bad memory_gb"),
         ({"memory_gb": "24 GB"}, "bad memory_gb"),
         ({"vae_latents_per_step": 0}, "bad vae_latents_per_step"),
+        ({"linears": "library", "mode": "fused"}, r"a library cannot run these linears[\s\S]*fp8 or bf16, segmented"),
+        ({"linears": "cublas"}, r"bad linears[\s\S]*engine \| library"),
         ({"precision": "fp6"}, r"bad precision[\s\S]*nvfp4 \| w4a16 \| fp8 \| bf16"),
         ({"atention": "bf16"}, r"did you mean 'attention'"),
     ],

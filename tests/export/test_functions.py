@@ -19,12 +19,13 @@ from longtake.export.functions import (
     register_schemas,
     translation_table,
 )
-from longtake.plugins.cases import op_inputs
+from longtake.plugins.cases import LINEAR_SIZES, op_inputs
 from longtake.plugins.kernels import size_of
 from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import DOMAIN, OPS
+from longtake.plugins.spec import DOMAIN, KERNEL_OPS, LIBRARY_OPS, OPS
 from longtake.runtime.errors import LongtakeError
 
+MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
 S, L, H, D = 4, 24, 3, 32
 SIZES = {"S": S, "L": L, "H": H, "D": D}
 FLOAT, BF16, INT8, INT32 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT32
@@ -34,7 +35,7 @@ def shape_of(dims: Sequence[str]) -> list[int | str]:
     """Numbers where the size is fixed, names where it is dynamic."""
     sizes: list[int | str] = []
     for formula in dims:
-        dynamic = any(letter in formula for letter in "WNK")
+        dynamic = any(letter in formula for letter in "WNKT")
         sizes.append(formula.replace("/", "_") if dynamic else size_of(formula, SIZES))
     return sizes
 
@@ -42,10 +43,10 @@ def shape_of(dims: Sequence[str]) -> list[int | str]:
 def model_of(name: str, compute: int = FLOAT) -> ModelProto:
     """A model of one node of the op, as an exported graph holds it, function body attached."""
     spec = OPS[name]
-    kinds = {"compute": compute, "fp32": FLOAT, "int8": INT8, "int32": INT32}
+    kinds = {"compute": compute, "fp32": FLOAT, "int8": INT8, "int32": INT32, "fp8": TensorProto.FLOAT8E4M3FN}
     inputs = [helper.make_tensor_value_info(t.name, kinds[t.dtype], shape_of(t.shape)) for t in spec.inputs]
     outputs = [f"{t.name}_out" for t in spec.outputs]
-    kinds["compute"] = BF16 if name == "nvfp4_dequantize" else compute
+    kinds["compute"] = BF16 if name in MAKES_BF16 else compute
     typed = [helper.make_tensor_value_info(o, kinds[t.dtype], shape_of(t.shape)) for o, t in zip(outputs, spec.outputs)]
     node = helper.make_node(name, [t.name for t in spec.inputs], outputs, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
     graph = helper.make_graph([node], name, inputs, typed)
@@ -133,6 +134,14 @@ def test_norm_and_rope_body_equals_the_reference() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["linear_bf16", "linear_gelu_bf16"])
+def test_linear_body_equals_the_reference_at_every_size(name: str) -> None:
+    model = inline_functions(model_of(name))
+    for dims in LINEAR_SIZES:
+        inputs = op_inputs(name, dims, "fp32")
+        torch.testing.assert_close(run(model, inputs)[0], REFERENCES[name](*inputs), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_one_body_serves_bf16_and_fp32_and_shapes_are_inferred(name: str) -> None:
     compute = {}
@@ -145,9 +154,9 @@ def test_one_body_serves_bf16_and_fp32_and_shapes_are_inferred(name: str) -> Non
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
         for tensor, value in zip(spec.outputs, inferred.graph.output):
             kind = value.type.tensor_type
-            expected = {"compute": BF16 if name == "nvfp4_dequantize" else dtype, "int8": INT8, "fp32": FLOAT}
+            expected = {"compute": BF16 if name in MAKES_BF16 else dtype, "int8": INT8, "fp32": FLOAT}
             assert kind.elem_type == expected[tensor.dtype]
-            if name != "nvfp4_dequantize":
+            if name not in MAKES_BF16 and name not in LIBRARY_OPS:
                 assert [d.dim_value for d in kind.shape.dim] == shape_of(tensor.shape)
         compute[dtype] = model.functions[0].SerializeToString()
     assert compute[BF16] == compute[FLOAT]
@@ -187,13 +196,13 @@ def test_the_exporter_emits_nodes_that_tensorrt_takes_for_plugins() -> None:
     attach_functions(model)
     onnx.checker.check_model(model, full_check=True)
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
-    assert {node.op_type for node in nodes} == set(OPS) == {f.name for f in model.functions}
+    assert {node.op_type for node in nodes} == set(KERNEL_OPS) == {f.name for f in model.functions}
     for node in nodes:
         attributes = {a.name: helper.get_attribute_value(a).decode() for a in node.attribute}
         assert attributes == {"plugin_namespace": "longtake", "plugin_version": "1"}
         assert len(node.input) == len(OPS[node.op_type].inputs)
     attach_functions(model)
-    assert len(model.functions) == len(OPS)
+    assert len(model.functions) == len(KERNEL_OPS)
 
 
 def test_registering_schemas_again_is_harmless() -> None:

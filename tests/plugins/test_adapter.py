@@ -18,7 +18,7 @@ from longtake.plugins.cases import SIZES, TINY, WEIGHT_SIZES, op_inputs
 from longtake.plugins.kernels import kernels_of, shape_of, size_of
 from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from longtake.plugins.spec import DOMAIN, KERNEL_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 
 ONNX_TYPES = {
@@ -41,7 +41,7 @@ def trt() -> Any:
 
 def model_of(op: str, version: str = PLUGIN_VERSION, compute: int = TensorProto.BFLOAT16) -> onnx.ModelProto:
     """An ONNX file with one node, the op; the table's length is dynamic."""
-    spec, dims = OPS[op], WEIGHT_SIZES[0] if op == "nvfp4_dequantize" else TINY
+    spec, dims = KERNEL_OPS[op], WEIGHT_SIZES[0] if op == "nvfp4_dequantize" else TINY
     types = {**ONNX_TYPES, "compute": compute}
     inputs, outputs = (
         [
@@ -86,7 +86,7 @@ def build(trt: Any, op: str, target: str, compute: int = TensorProto.BFLOAT16) -
 
 
 @pytest.mark.parametrize("target", ("89", "120"))
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_an_engine_with_the_plugin_builds_without_a_gpu(trt: Any, op: str, target: str) -> None:
     plan = build(trt, op, target)
     assert op.encode() in plan
@@ -104,8 +104,8 @@ def test_another_plugin_version_is_not_parsed(trt: Any) -> None:
 
 def test_registering_twice_registers_once(trt: Any) -> None:
     assert register_plugins(trt) is register_plugins(trt)
-    mine = [c.name for c in trt.get_plugin_registry().all_creators if c.name in OPS]
-    assert sorted(mine) == sorted(OPS)
+    mine = [c.name for c in trt.get_plugin_registry().all_creators if c.name in KERNEL_OPS]
+    assert sorted(mine) == sorted(KERNEL_OPS)
 
 
 def test_a_serialized_plugin_with_another_kernel_is_refused(trt: Any) -> None:
@@ -177,7 +177,7 @@ def descriptor(api: Any, tensor: Tensor) -> Any:
 def enqueue(api: Any, op: str, inputs: tuple[Tensor, ...], stream: int) -> tuple[Tensor, ...]:
     """The plugin's enqueue as TensorRT calls it: descriptors, addresses, workspace, stream."""
     plugin = plugin_from_op(api, op).attach_to_context(None)
-    spec = OPS[op]
+    spec = KERNEL_OPS[op]
     aliases = dict(spec.aliases)
     dims = (
         {"N": inputs[0].shape[0], "K": inputs[0].shape[-1] * 2}
@@ -201,7 +201,7 @@ def enqueue(api: Any, op: str, inputs: tuple[Tensor, ...], stream: int) -> tuple
     return outputs
 
 
-CASES = [(op, dtype) for op in OPS for dtype in ("bf16", "fp32") if (op, dtype) != ("nvfp4_dequantize", "fp32")]
+CASES = [(op, dtype) for op in KERNEL_OPS for dtype in ("bf16", "fp32") if (op, dtype) != ("nvfp4_dequantize", "fp32")]
 
 
 def check_enqueue(api: Any, op: str, dtype: str, device: str, stream: int) -> None:
@@ -217,7 +217,7 @@ def check_enqueue(api: Any, op: str, dtype: str, device: str, stream: int) -> No
             assert (g.cpu().double() - w.double()).norm() <= tolerance * w.double().norm(), indices
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", KERNEL_OPS)
 def test_enqueue_equals_the_reference_on_the_host(api: Any, host_device: Any, op: str) -> None:
     check_enqueue(api, op, "bf16", "cpu", stream=77)
     assert {stream for stream, _ in host_device.launches} == {77}, "everything goes to TensorRT's stream"

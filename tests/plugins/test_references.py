@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import longtake.plugins.ops
+from longtake.plugins.cases import LINEAR_SIZES, op_inputs
 from longtake.plugins.nvfp4.reference import dequantize, quantize
 from longtake.plugins.ops import torch_op, torch_schema
 from longtake.plugins.sink_attention.reference import dequantize_kv
-from longtake.plugins.spec import OPS
+from longtake.plugins.spec import LIBRARY_OPS, OPS
 
 S, L, H, D = 4, 24, 3, 32
 
@@ -138,6 +139,8 @@ def arguments(name: str) -> tuple[Tensor, ...]:
         return (block(0), block(1), block(2), *filled_cache(fmt), int32(0, -1))
     if name == "qk_norm_rope":
         return (block(0), block(1), *torch.randn(2, H * D), *torch.randn(2, L, D // 2))
+    if name in LIBRARY_OPS:
+        return op_inputs(name, LINEAR_SIZES[0], "fp32")
     return torch.zeros(48, 32, dtype=torch.int8), torch.zeros(48, 4, dtype=torch.int8)
 
 
@@ -158,5 +161,5 @@ def test_a_gpu_runs_the_operators_alike(name: str) -> None:
     given = arguments(name)
     here, there = torch_op(name)(*given), torch_op(name)(*(t.cuda() for t in given))
     for ours, theirs in zip(*(out if isinstance(out, tuple) else (out,) for out in (here, there))):
-        exact = not name.startswith(("sink_attention", "qk_norm_rope"))
+        exact = not name.startswith(("sink_attention", "qk_norm_rope", "linear"))
         torch.testing.assert_close(theirs.cpu(), ours, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)

@@ -1,0 +1,99 @@
+"""Time and check the linear ops through their library at the sizes of Wan2.2-TI2V-5B, or other ones.
+
+python -m longtake.plugins.linear_bench            a table; seconds on an H100
+python -m longtake.plugins.linear_bench --json F   the rows as JSON too
+python -m longtake.plugins.linear_bench --tokens 256 --dim 128 --ffn 512    smaller
+
+Each row: milliseconds in a CUDA graph, TFLOP/s, relative L2 error against fp32 over the same inputs; FP8 with and without
+fast accumulation. In FP8 the reference multiplies the codes, so the error is that of adding up and of rounding to bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.plugins.attention_bench import line_of, milliseconds, relative_error
+from longtake.plugins.kernels import shape_of
+from longtake.plugins.linear.library import CublasLtLinear
+from longtake.plugins.ops import REFERENCES
+from longtake.plugins.spec import LIBRARY_OPS
+from longtake.runtime.errors import LongtakeError
+
+COLUMNS = ("op", "T", "N", "K", "accum", "ms", "tflops", "error", "note")
+E4M3_MAX = 448.0
+
+
+def tensors_for(op_name: str, dims: dict[str, int]) -> list[Tensor]:
+    """Inputs as in a network: normal activations, weights that keep their size; in FP8 codes that use E4M3's range."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def made(name: str, shape: tuple[int, ...], kind: str) -> Tensor:
+        values = torch.randn(shape, device="cuda", generator=generator)
+        if kind == "fp8":
+            return (values * (E4M3_MAX / values.abs().max())).to(torch.float8_e4m3fn)
+        return (values * (shape[-1] ** -0.5 if name == "weight" else 1.0)).bfloat16()
+
+    return [made(t.name, shape_of(t, dims), t.dtype) for t in LIBRARY_OPS[op_name].inputs]
+
+
+def measure(op_name: str, dims: dict[str, int], fast: bool, repeats: int) -> dict[str, Any]:
+    """One row's figures. Raises LongtakeError where the library declines."""
+    given = tensors_for(op_name, dims)
+    out = torch.full((dims["T"], dims["N"]), float("nan"), dtype=torch.bfloat16, device="cuda")
+    launcher = CublasLtLinear(op_name, dims, fast).prepare()
+    pointers = [tensor.data_ptr() for tensor in (*given, out)]
+    ms = milliseconds(lambda: launcher.launch(pointers, torch.cuda.current_stream().cuda_stream), repeats)
+    tflops = 2 * dims["T"] * dims["N"] * dims["K"] / ms / 1e9
+    return {"ms": ms, "tflops": tflops, "error": relative_error(out, REFERENCES[op_name](*given))}
+
+
+def rows(tokens: int, dim: int, ffn: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Every measurement; a size that the library declines gives a row with the reason."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # of the reference
+    for op_name in LIBRARY_OPS:
+        shapes = {"linear_gelu_bf16": ((ffn, dim),)}.get(op_name, ((dim, dim), (ffn, dim), (dim, ffn)))
+        for n, k in shapes:
+            for fast in (True, False) if op_name == "linear_fp8" else (True,):
+                dims = {"T": tokens, "N": n, "K": k}
+                accum = ("fast" if fast else "promoted") if op_name == "linear_fp8" else "fp32"
+                row: dict[str, Any] = {"op": op_name, **dims, "accum": accum}
+                try:
+                    row |= measure(op_name, dims, fast, repeats)
+                except (LongtakeError, RuntimeError) as error:
+                    row["note"] = " ".join(str(error).split())[:300]
+                yield row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m longtake.plugins.linear_bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=7040, help="tokens of a chunk")
+    parser.add_argument("--dim", type=int, default=3072)
+    parser.add_argument("--ffn", type=int, default=14336)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.stderr.write("needs an NVIDIA GPU: torch.cuda.is_available() is False here\n")
+        return 1
+    sys.stdout.write("  ".join(c.rjust(10) for c in COLUMNS) + "\n")
+    found = []
+    for row in rows(args.tokens, args.dim, args.ffn, args.repeats):
+        sys.stdout.write(line_of(row, COLUMNS) + "\n")
+        sys.stdout.flush()
+        found.append(row)
+    if args.json:
+        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": found}, indent=1))
+    return 0 if all("ms" in row for row in found) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Recipes whose linears a library runs, from export to plans: parity, where the graph is cut, what is shared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from longtake.engines.build import _segment_job, engine_from_onnx
+from longtake.engines.flavour import flavour_for
+from longtake.engines.onnx_file import read_graph
+from longtake.engines.recipe import Recipe, recipe_from_file
+from longtake.engines.segment import CutNetwork, segments_from_onnx
+from longtake.engines.spec import network_spec
+from longtake.export.content import weights_from_models
+from longtake.export.package import export_package, require_recipe
+from longtake.export.parity import parity_table, require_parity
+from longtake.export.structure import Expected, check_structure
+from longtake.runtime.backends.segmented_network import aliases_of, arena_layout, storage_bytes
+from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.runtime.places import REPOSITORY
+
+PRECISIONS = ("fp8", "bf16")
+Package = tuple[Recipe, Path]
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def exported(request, small_models, small_graphs, tmp_path_factory) -> Package:  # type: ignore[no-untyped-def]
+    recipe = recipe_from_file(REPOSITORY / "docs" / "recipes_library" / f"tiny_{request.param}_library_sm90.yaml")
+    folder = tmp_path_factory.mktemp(request.param)
+    export_package(small_graphs, recipe, folder, "inputs", lambda words: None, weights_from_models(small_models))
+    return recipe, folder
+
+
+@pytest.fixture(scope="module")
+def cut(exported: Package) -> CutNetwork:
+    return segments_from_onnx(read_graph(exported[1] / "dit.onnx"), "dit")
+
+
+def test_every_network_agrees_with_pytorch(exported: Package, small_models) -> None:  # type: ignore[no-untyped-def]
+    recipe, folder = exported
+    rows = list(parity_table(small_models, recipe, folder))
+    for row in rows:
+        assert row.error < (2e-2 if recipe.precision == "fp8" and row.network in ("dit", "context") else 1e-5), row
+    require_parity(rows, "test")
+
+
+def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_models) -> None:  # type: ignore[no-untyped-def]
+    recipe, folder = exported
+    assert recipe.onnx_name == f"tiny_{recipe.precision}_library"
+    with pytest.raises(LongtakeError, match="are of another recipe"):
+        require_recipe({"preset": "tiny", "precision": recipe.precision, "cache": recipe.cache}, folder, recipe)
+    with pytest.raises(IntegrityError, match="another number of custom ops"):
+        spec = network_spec(small_models.preset, recipe.cache, "dit")
+        check_structure(folder / "dit.onnx", Expected(spec, recipe.precision, recipe.cache, 2))
+
+
+def test_the_graph_is_cut_at_the_linears_and_layers_share_plans(exported: Package, cut: CutNetwork) -> None:
+    fp8, layers = exported[0].precision == "fp8", 2
+    kinds = Counter(step.kind for step in cut.graph.steps)
+    ops = Counter(step.name for step in cut.graph.steps if step.kind == "op")
+    linears = {"linear_fp8": 8} if fp8 else {"linear_bf16": 7, "linear_gelu_bf16": 1}
+    assert {name: ops[name] for name in linears} == {name: n * layers for name, n in linears.items()}
+    assert kinds["segment"] == (7 if fp8 else 4) * layers + 1
+    assert kinds["view"] == (0 if fp8 else 4 * layers)
+    assert len(cut.graph.segments) == (9 if fp8 else 6)  # the first, the last, and one of each kind between
+
+
+def test_no_segment_multiplies_by_a_weight_of_the_blocks(cut: CutNetwork) -> None:
+    packed = {name for name in cut.graph.weights if name.startswith("blocks.") and len(cut.graph.tensors[name].shape) == 2}
+    read = {name for step in cut.graph.steps if step.kind == "segment" for name in step.inputs}
+    assert not {name for name in packed if ".weight" in name} & read
+
+
+def test_activations_cross_in_few_bits(exported: Package, cut: CutNetwork) -> None:
+    """What a segment hands on for every token is bf16 or E4M3; an operand of an FP8 product is E4M3."""
+    tokens = cut.graph.tensors[next(s for s in cut.graph.steps if s.kind == "op").inputs[0]].shape[0]
+    made = [name for step in cut.graph.steps[:-1] if step.kind == "segment" for name in step.outputs]
+    kinds = {cut.graph.tensors[name].dtype for name in made if cut.graph.tensors[name].shape[0] == tokens}
+    assert kinds == ({"fp8", "bf16"} if exported[0].precision == "fp8" else {"bf16"})
+    for step in cut.graph.steps:
+        if step.name == "linear_fp8":
+            assert [cut.graph.tensors[n].dtype for n in (*step.inputs, *step.outputs)] == ["fp8", "fp8", "bf16"]
+
+
+def test_a_view_has_the_place_of_what_it_shows_until_both_are_read(cut: CutNetwork) -> None:
+    graph = cut.graph
+    offsets, end = arena_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights})
+    shown = {s.outputs[0]: s.inputs[0] for s in graph.steps if s.kind == "view"}
+    assert all(offsets[view] == offsets[source] for view, source in shown.items())
+    content: dict[int, str] = {}  # first byte -> the tensor written there last
+    for step in graph.steps:
+        for name in step.inputs:
+            if name in offsets:
+                assert content[offsets[name]] == shown.get(name, name)
+        for name in step.outputs if step.kind != "view" else ():
+            if name in offsets and name not in aliases_of(step):
+                first, stop = offsets[name], offsets[name] + storage_bytes(graph.tensors[name])
+                content = {at: old for at, old in content.items()
+                           if at >= stop or at + storage_bytes(graph.tensors[old]) <= first} | {first: name}  # fmt: skip
+                assert stop <= end
+
+
+@pytest.mark.parametrize("target", ["9.0", "8.9"])
+def test_every_segment_builds(cut: CutNetwork, target: str) -> None:
+    for segment in cut.graph.segments:
+        plan, _ = engine_from_onnx(_segment_job(segment, cut.models[segment.name]), target, flavour_for(None), False)
+        assert plan

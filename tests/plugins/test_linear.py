@@ -1,0 +1,93 @@
+"""The linear ops through their library: against the reference on a GPU, and what is refused without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longtake.plugins.attention_bench import relative_error
+from longtake.plugins.capability import linear_method
+from longtake.plugins.cases import LINEAR_SIZES, op_inputs
+from longtake.plugins.linear.library import CublasLtLinear, linear_launcher
+from longtake.plugins.linear_bench import main, tensors_for
+from longtake.plugins.ops import REFERENCES
+from longtake.plugins.spec import LIBRARY_OPS
+from longtake.runtime.errors import LongtakeError, UnavailableError
+
+gpu = pytest.mark.gpu
+LARGE = {"T": 7040, "N": 3072, "K": 14336}
+TOLERANCE = 6e-3  # bf16's rounding is 0.002; Hopper's fast accumulation of E4M3 products adds up to 0.004
+
+
+@pytest.mark.parametrize("op", LIBRARY_OPS)
+def test_the_call_computes_the_reference(op: str) -> None:
+    """The arguments that torch is given, on the CPU; its GELU there is the exact one, a little off tanh's."""
+    given = op_inputs(op, LINEAR_SIZES[1])
+    out = torch.full((200, 512), float("nan"), dtype=torch.bfloat16)
+    CublasLtLinear(op, LINEAR_SIZES[1]).multiply(*given, out, one=torch.ones(()))
+    assert relative_error(out, REFERENCES[op](*given)) < TOLERANCE
+
+
+def test_what_cannot_run_is_refused_by_name() -> None:
+    assert (linear_method("9.0", "fp8"), linear_method("8.6", "fp8"), linear_method("8.6", "bf16")) == (
+        "cublaslt", None, "cublaslt",
+    )  # fmt: skip
+    with pytest.raises(UnavailableError, match=r"no library runs linear_fp8 here[\s\S]*8.6[\s\S]*linears: engine"):
+        linear_launcher("linear_fp8", LINEAR_SIZES[0], "8.6")
+    with pytest.raises(UnavailableError, match=r"does not multiply these sizes in FP8[\s\S]*N=24, K=32"):
+        CublasLtLinear("linear_fp8", {"T": 8, "N": 24, "K": 32})
+    with pytest.raises(LongtakeError, match="no library runs this op"):
+        linear_launcher("qk_norm_rope", {}, "9.0")
+
+
+def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main([]) == 1
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@gpu
+@pytest.mark.parametrize("dims", [*LINEAR_SIZES, LARGE], ids=["small", "odd", "large"])
+@pytest.mark.parametrize("op", LIBRARY_OPS)
+def test_every_size_equals_the_reference(op: str, dims: dict[str, int]) -> None:
+    given = tensors_for(op, dims)
+    out = torch.full((dims["T"], dims["N"]), float("nan"), dtype=torch.bfloat16, device="cuda")
+    pointers = [t.data_ptr() for t in (*given, out)]
+    linear_launcher(op, dims).launch(pointers, torch.cuda.current_stream().cuda_stream)
+    assert relative_error(out, REFERENCES[op](*given)) < TOLERANCE
+
+
+@gpu
+@pytest.mark.parametrize("op", LIBRARY_OPS)
+def test_a_captured_graph_follows_its_input_on_its_stream_and_allocates_nothing(op: str) -> None:
+    dims = LINEAR_SIZES[1]
+    given = tensors_for(op, dims)
+    out = torch.empty((dims["T"], dims["N"]), dtype=torch.bfloat16, device="cuda")
+    launcher, pointers = linear_launcher(op, dims), [t.data_ptr() for t in (*given, out)]
+
+    def work() -> None:
+        launcher.launch(pointers, torch.cuda.current_stream().cuda_stream)
+
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    allocated, free = torch.cuda.memory_stats()["allocation.all.allocated"], torch.cuda.mem_get_info()[0]
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
+    assert torch.cuda.mem_get_info()[0] == free
+    given[0].copy_(given[0].float().flip(0).to(given[0].dtype))
+    out.fill_(float("nan"))
+    graph.replay()
+    assert relative_error(out, REFERENCES[op](*given)) < TOLERANCE
+
+
+@gpu
+def test_bench_prints_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tokens", "256", "--dim", "128", "--ffn", "512", "--repeats", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("promoted") == 3 and printed.count("linear_bf16") == 3
