@@ -5,7 +5,7 @@ Everything happens in the current CUDA context, which is torch's (and TensorRT's
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -36,7 +36,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-class OpLauncher(ABC):
+class OpLauncher:
     """One op for fixed dims. method: how it is computed, a name of capability.ATTENTION_METHODS or LINEAR_METHODS."""
 
     method = ""
