@@ -143,7 +143,9 @@ class _GraphView:
         """
         if not any(n.op_type in LIBRARY_OPS for n in self.ops):
             return {}
-        casts = [n for n in self.nodes if n.op_type == "Cast" and n.output[0] in self.types and n.input[0] in self.types]
+        casts = [
+            n for n in self.nodes if n.op_type == "Cast" and n.output[0] in self.types and n.input[0] in self.types
+        ]
         return {
             n.output[0]: n
             for n in casts

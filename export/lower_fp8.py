@@ -88,9 +88,7 @@ def _activation_codes(rewriter: Rewriter, x: str, one: str, amax: float) -> str:
         wide = rewriter.node("Cast", [x], f"{base}.wide", to=TensorProto.FLOAT)
         scaled = rewriter.node("Mul", [wide, factor], f"{base}.scaled")
         kind = TensorProto.FLOAT8E4M3FN
-        rewriter.shared[x, amax] = rewriter.node(
-            "QuantizeLinear", [scaled, one], f"{base}.values", output_dtype=kind
-        )
+        rewriter.shared[x, amax] = rewriter.node("QuantizeLinear", [scaled, one], f"{base}.values", output_dtype=kind)
     return rewriter.shared[x, amax]
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from longtake.plugins import driver
 from longtake.plugins.capability import attention_methods
-from longtake.plugins.kernels import Call, Dims
 from longtake.plugins.device_memory import on_stream, tensor_at
+from longtake.plugins.kernels import Call, Dims
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.cudnn_graph import AMAX, CudnnAttention, frontend
 from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, window_kernels

@@ -41,9 +41,7 @@ def arena_layout(graph: SegmentedGraph, given: set[str]) -> tuple[dict[str, int]
     of what it shows, which is kept until both have been read.
     """
     shown = {step.outputs[0]: step.inputs[0] for step in graph.steps if step.kind == "view"}
-    last = {
-        shown.get(name, name): i for i, step in enumerate(graph.steps) for name in (*step.inputs, *step.outputs)
-    }
+    last = {shown.get(name, name): i for i, step in enumerate(graph.steps) for name in (*step.inputs, *step.outputs)}
     offsets: dict[str, int] = {}
     space = FreeSpace()
     for i, step in enumerate(graph.steps):

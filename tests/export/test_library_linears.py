@@ -68,7 +68,9 @@ def test_the_graph_is_cut_at_the_linears_and_layers_share_plans(exported: Packag
 
 
 def test_no_segment_multiplies_by_a_weight_of_the_blocks(cut: CutNetwork) -> None:
-    packed = {name for name in cut.graph.weights if name.startswith("blocks.") and len(cut.graph.tensors[name].shape) == 2}
+    packed = {
+        name for name in cut.graph.weights if name.startswith("blocks.") and len(cut.graph.tensors[name].shape) == 2
+    }
     read = {name for step in cut.graph.steps if step.kind == "segment" for name in step.inputs}
     assert not {name for name in packed if ".weight" in name} & read
 

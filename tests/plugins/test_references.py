@@ -147,7 +147,9 @@ def arguments(name: str) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", OPS)
 def test_operators_are_registered_as_the_spec_says(name: str) -> None:
     assert str(torch_op(name)._schema) == f"longtake::{name}{torch_schema(OPS[name])}"
-    checks = ("test_faketensor",) if name == "linear_fp8" else ("test_schema", "test_faketensor")  # torch can't compare FP8
+    checks = (
+        ("test_faketensor",) if name == "linear_fp8" else ("test_schema", "test_faketensor")
+    )  # torch can't compare FP8
     torch.library.opcheck(torch_op(name), arguments(name), test_utils=checks)
 
 
