@@ -20,6 +20,7 @@ PRECISIONS = ("nvfp4", "w4a16", "fp8", "bf16")  # from the fewest bits a weight 
 ATTENTIONS = ("bf16", "fp8")
 LINEARS = ("engine", "library")
 MODES = ("fused", "segmented")
+VAE_OPS = ("engine", "plugin")
 
 
 def reject_unknown_keys(given: dict[str, Any], known: list[str], where: str) -> None:
@@ -63,6 +64,8 @@ class Recipe:
     memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
     vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
     vae_fold_upsampling: whether the VAE decoder upsamples and convolves in one step (training/upsample_fold.py).
+    vae_ops: what normalises, activates and extends the streams of the steady VAE decoder and writes its caches, "engine"
+        (TensorRT) or "plugin" (our op `norm_silu_extend`, at which a segmented recipe cuts; caches are channels last).
     """
 
     name: str
@@ -77,11 +80,12 @@ class Recipe:
     memory_gb: int = 0
     vae_latents_per_step: int = 1
     vae_fold_upsampling: bool = False
+    vae_ops: str = "engine"
 
     def __post_init__(self) -> None:
         for key, allowed in (
             ("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES), ("preset", tuple(PRESETS)),
-            ("attention", ATTENTIONS), ("linears", LINEARS),
+            ("attention", ATTENTIONS), ("linears", LINEARS), ("vae_ops", VAE_OPS),
         ):  # fmt: skip
             if getattr(self, key) not in allowed:
                 raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(getattr(self, key)),

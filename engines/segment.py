@@ -399,7 +399,7 @@ def _tensor_types(model: onnx.ModelProto, constants: dict[str, TensorProto]) -> 
 
 
 def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) -> None:
-    """An op's output i has the type of the input it aliases, else of input i; a weight or a product has its own."""
+    """An op's output i has the type of the input it aliases, else of input i; a made one (see made_shape) has its own."""
     for node in nodes:
         if node.domain != DOMAIN or node.op_type not in OPS or node.input[0] not in types:
             continue
@@ -409,11 +409,13 @@ def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) 
             source = types.get(node.input[aliases.get(i, i)])
             if output in types or source is None:
                 continue
-            if made_shape(spec, [(0, 0)] * len(spec.inputs)) is not None:
+            if i == 0 and made_shape(spec, [(0, 0)] * len(spec.inputs)) is not None:
                 if not all(name in types and isinstance(types[name].shape[-1], int) for name in node.input):
                     continue
-                shape = made_shape(spec, [types[name].shape for name in node.input])
-                source = TensorType(source.dtype if spec.inputs[0].dtype == "compute" else "bf16", shape or ())
+                shape = made_shape(spec, [types[name].shape for name in node.input]) or ()
+                if 0 in shape:
+                    continue
+                source = TensorType(source.dtype if spec.inputs[0].dtype == "compute" else "bf16", shape)
             types[output] = source
 
 

@@ -29,9 +29,9 @@ Feeds = dict[str, Tensor]
 Run = Callable[[Feeds], list[Tensor]]
 
 
-def torch_runner(models: Models, name: str, cache: str) -> Run:
+def torch_runner(models: Models, name: str, recipe: Recipe) -> Run:
     """Runs the torch module of a network on named fp32 feeds, outputs in spec order."""
-    module = network_module(models, name, cache)
+    module = network_module(models, name, recipe.cache, vae_ops=recipe.vae_ops)
 
     @torch.no_grad()
     def run(feeds: Feeds) -> list[Tensor]:
@@ -67,7 +67,7 @@ def cases(
     else:
         name = name.replace("steady", "first")
         first = recipe_spec(recipe, name, preset)
-        outputs = torch_runner(models, name, recipe.cache)({first.inputs[0].name: _random(first, generator)})
+        outputs = torch_runner(models, name, recipe)({first.inputs[0].name: _random(first, generator)})
         names = [b.name for b in spec.inputs]
         for step in ("second step", "third step"):
             feeds = dict(zip(names, [_random(spec, generator), *outputs[1:]]))

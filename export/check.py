@@ -109,7 +109,7 @@ def network_feeds(oracle: Models, recipe: Recipe, seed: int) -> dict[str, dict[s
     names = networks_of(oracle.preset)
     text = {} if "text_encoder" in names else random_text(oracle.preset, generator)
     for name in names:
-        run = torch_runner(oracle, name, recipe.cache)
+        run = torch_runner(oracle, name, recipe)
         found[name] = dict(cases(oracle, recipe, name, text, run, generator))
         if name in ("text_encoder", "context"):
             outputs = recipe_spec(recipe, name, oracle.preset).outputs
@@ -133,7 +133,7 @@ def _compare(
     if isinstance(view, onnx.ModelProto):
         view = with_outputs(view, list(marked.values()))
     labels = {tensor: layer for layer, tensor in marked.items()}
-    module = network_module(oracle, spec.name, recipe.cache)
+    module = network_module(oracle, spec.name, recipe.cache, vae_ops=recipe.vae_ops)
     runners = [
         TorchRunner(ORACLE, spec, module, marked),
         *([ViewRunner(VIEW, view, threads)] if backend is None or path.is_file() else []),

@@ -32,7 +32,7 @@ from longtake.runtime.errors import LongtakeError
 DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23
 
-_DYNAMIC = ("W", "N", "K", "T")  # a body serves every size of these; other dimensions are fixed when it is made
+_DYNAMIC = ("W", "N", "K", "T", "Y", "X", "C")  # a body serves every size of these; others are fixed when it is made
 _TYPES = {
     "int8": "tensor(int8)", "int32": "tensor(int32)", "fp32": "tensor(float)", "fp8": "tensor(float8e4m3fn)",
 }  # fmt: skip
@@ -75,16 +75,16 @@ def op_schema(spec: OpSpec) -> OpSchema:
 
 
 def _infer_outputs(spec: OpSpec, context: Any) -> None:
-    """A cache comes out as it went in, output i is like input i, a weight [N, K] and a product [T, N] are made."""
+    """A cache comes out as it went in, output i is like input i; what made_shape knows has a shape of its own."""
     types = [context.get_input_type(i).tensor_type for i in range(len(spec.inputs))]
     shapes = [[d.dim_value for d in kind.shape.dim] for kind in types]
-    if made_shape(spec, [(0, 0)] * len(types)) is not None:
+    aliases, made = dict(spec.aliases), made_shape(spec, [(0, 0)] * len(types)) is not None
+    if made:
         shape = [n or None for n in made_shape(spec, shapes) or ()] if all(shapes) else None
         kind = types[0].elem_type if spec.inputs[0].dtype == "compute" else TensorProto.BFLOAT16
         context.set_output_type(0, helper.make_tensor_type_proto(kind, shape))
-        return
-    for output, source in spec.aliases or ((i, i) for i in range(len(spec.outputs))):
-        context.set_output_type(output, context.get_input_type(source))
+    for output in range(int(made), len(spec.outputs)):
+        context.set_output_type(output, context.get_input_type(aliases.get(output, output)))
 
 
 # --- torch operators to nodes
@@ -238,7 +238,7 @@ def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> Gr
 
 
 def _example(tensor: TensorSpec, dims: Mapping[str, int]) -> Tensor:
-    sizes = {"W": 3, "N": 48, "K": 96, "T": 24, **dims}
+    sizes = {"W": 3, "N": 48, "K": 96, "T": 24, "Y": 5, "X": 6, "C": 32, **dims}
     return torch.zeros(shape_of(tensor, sizes), dtype=_TORCH_DTYPES[tensor.dtype])
 
 

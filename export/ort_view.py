@@ -58,7 +58,7 @@ def _viewed(node: NodeProto) -> Iterator[NodeProto]:
     """The nodes that stand for `node` in the view."""
     if node.op_type == "DequantizeLinear":
         yield from _dequantize(node)
-    elif node.domain == DOMAIN and OPS[node.op_type].aliases:
+    elif node.domain == DOMAIN and OPS[node.op_type].inputs[-1].name == "write_slot":
         yield from _guarded_write(node)
     else:
         yield node

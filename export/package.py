@@ -32,10 +32,12 @@ from longtake.runtime.files import atomic_path, read_json, require_disk, sha256,
 from longtake.runtime.places import REPOSITORY
 from longtake.training.networks import Models, network_module, quantized_linears
 from longtake.training.presets import Preset
+from longtake.training.vae import stream_ops
 
 FORMAT = 1
 INDEX = "export.json"
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
+DECODER = ("vae_first", "vae_steady")
 SOURCES = ("export", "plugins", "engines/spec.py", *(f"training/{name}.py" for name in (
     "dit", "vae", "vae_layers", "upsample_fold", "text_encoder", "networks", "pointwise", "presets",
 )))  # fmt: skip
@@ -49,16 +51,17 @@ class PlainGraphs:
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
         self.models = hollow_models(preset, vocabulary)
-        self._made: dict[tuple[str, str, int, bool], onnx.ModelProto] = {}
+        self._made: dict[tuple[str, str, int, bool, str], onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
         """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
-        fold = recipe.vae_fold_upsampling and name in ("vae_first", "vae_steady")
+        fold = recipe.vae_fold_upsampling and name in DECODER
+        ops = recipe.vae_ops if name in DECODER else "engine"
         latents = recipe.vae_latents_per_step if name == "vae_steady" else 1
-        key = name, recipe.cache if name == "dit" else "", latents, fold
+        key = name, recipe.cache if name == "dit" else "", latents, fold, ops
         if key not in self._made:
             spec = recipe_spec(recipe, name, self.preset)
-            self._made[key] = onnx_from_model(network_module(self.models, name, recipe.cache, fold), spec)
+            self._made[key] = onnx_from_model(network_module(self.models, name, recipe.cache, fold, ops), spec)
         model = onnx.ModelProto()
         model.CopyFrom(self._made[key])
         return model
@@ -127,7 +130,9 @@ def _export_network(
         write_skeleton(model, path)
     progress(f"{name}: structure")
     layers = graphs.preset.dit.layers if name == "dit" else 0
-    expected = Expected(spec, recipe.precision, recipe.cache, layers, {n: shapes[n] for n in lowered}, library)
+    streams = stream_ops(graphs.models.vae) if recipe.vae_ops == "plugin" and name == "vae_steady" else {}
+    lowered_shapes = {n: shapes[n] for n in lowered}
+    expected = Expected(spec, recipe.precision, recipe.cache, layers, lowered_shapes, library, streams)
     check_structure(path, expected, skeleton=weights is None)
     progress(f"{name}: view for ONNX Runtime")
     files = [path] if weights is None else [path, data_path(path), *_view(path)]
@@ -260,7 +265,7 @@ def code_digest() -> str:
 
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
-    vae = recipe.vae_latents_per_step, recipe.vae_fold_upsampling
+    vae = recipe.vae_latents_per_step, recipe.vae_fold_upsampling, recipe.vae_ops
     fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.linears, *vae, versions()
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())

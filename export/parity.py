@@ -63,7 +63,7 @@ def parity_table(
     text = {} if "text_encoder" in names else random_text(oracle.preset, generator)
     for name in names:
         spec = recipe_spec(recipe, name, oracle.preset)
-        torch_run = torch_runner(oracle, name, recipe.cache)
+        torch_run = torch_runner(oracle, name, recipe)
         onnx_run = onnx_runner(folder / f"{name}.ort.onnx", spec) if networks is None or name in networks else None
         for case, feeds in cases(oracle, recipe, name, text, torch_run, generator):
             if onnx_run is None and name not in ("text_encoder", "context"):

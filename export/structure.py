@@ -27,7 +27,7 @@ class Expected:
     """What an exported network must hold.
 
     linears: name -> (N, K) of each Linear lowered to 4 or 8 bits. layers: transformer layers with a K/V cache (0 if none).
-    library: whether the linears are ops that a library runs.
+    library: whether the linears are ops that a library runs. streams: op name -> nodes that extend a video stream.
     """
 
     spec: NetworkSpec
@@ -36,6 +36,7 @@ class Expected:
     layers: int = 0
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     library: bool = False
+    streams: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def custom_ops(self) -> Counter[str]:
@@ -48,7 +49,7 @@ class Expected:
             ops["linear_fp8"] = len(self.linears)
         if self.library and self.precision == "bf16":  # q, k, v and o, cross-attention's q and o, the FFN's two
             ops.update({"linear_bf16": 7 * self.layers, "linear_gelu_bf16": self.layers})
-        return +ops
+        return +ops + Counter(self.streams)
 
     @property
     def weight_parts(self) -> tuple[str, ...]:

@@ -209,7 +209,7 @@ def _text(field: Any) -> str:
 
 
 def _known_sizes(trt: Any, kernels: Kernels, inputs: Sequence[Any], builder: Any) -> dict[str, Any]:
-    """Every dimension expression that the inputs determine: as it stands there, or its letter by multiplication."""
+    """Every dimension expression that the inputs determine: as it stands there, its letter by multiplication, a sum."""
     known: dict[str, Any] = {}
     for tensor, exprs in zip(kernels.spec.inputs, inputs):
         for axis, expression in enumerate(tensor.shape):
@@ -218,6 +218,9 @@ def _known_sizes(trt: Any, kernels: Kernels, inputs: Sequence[Any], builder: Any
         letter, _, divisor = expression.partition("/")
         if divisor and letter.isalpha() and letter not in known:
             known[letter] = builder.operation(trt.DimensionOperation.PROD, size, builder.constant(int(divisor)))
+    for expression in {e for tensor in kernels.spec.outputs for e in tensor.shape if "+" in e}:
+        first, second = (known[letter] for letter in expression.split("+"))
+        known[expression] = builder.operation(trt.DimensionOperation.SUM, first, second)
     return known
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, shape_of
 from longtake.plugins.kv_cache_write.reference import quantize_kv
-from longtake.plugins.spec import LIBRARY_OPS, OPS
+from longtake.plugins.spec import LIBRARY_OPS, OPS, STREAM_OPS
 
 SLOTS = 4
 TINY = {"S": SLOTS, "L": 128, "H": 4, "D": 64}
@@ -21,10 +21,22 @@ SIZES: tuple[dict[str, int], ...] = (
     {"S": SLOTS, "L": 128, "H": 3, "D": 128},
     {"S": SLOTS, "L": 1, "H": 1, "D": 16},
 )
+STREAM_SIZES: tuple[dict[str, int], ...] = (
+    {"T": 4, "Y": 9, "X": 7, "C": 256, "F": 2},
+    {"T": 1, "Y": 5, "X": 7, "C": 1024, "F": 2},
+    {"T": 2, "Y": 3, "X": 11, "C": 48, "F": 2},
+    {"T": 3, "Y": 1, "X": 1, "C": 16, "F": 1},
+    {"T": 1, "Y": 4, "X": 40, "C": 512, "F": 1},
+)
 WEIGHT_SIZES: tuple[dict[str, int], ...] = ({"N": 256, "K": 1024}, {"N": 5, "K": 48}, {"N": 1, "K": 16})
 LINEAR_SIZES: tuple[dict[str, int], ...] = ({"T": 64, "N": 48, "K": 96}, {"T": 200, "N": 512, "K": 256})
 WRITE_SLOTS = (-1, 0, 1, 2, 3)
 TABLES = tuple(t for length in range(1, SLOTS + 1) for t in permutations((0, 1, 2, 3, -1), length))
+
+
+def sizes_for(op_name: str) -> tuple[dict[str, int], ...]:
+    """The sizes to try an op with, the plain one first."""
+    return {"nvfp4_dequantize": WEIGHT_SIZES, **dict.fromkeys(STREAM_OPS, STREAM_SIZES)}.get(op_name, SIZES)
 
 
 def op_inputs(
@@ -52,7 +64,7 @@ def op_inputs(
 
 def _filled_cache(op_name: str, dims: Dims, compute: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
     """Every slot written with data of its own magnitude, where the op has slots; or a weight's random bytes."""
-    if op_name == "qk_norm_rope" or op_name in LIBRARY_OPS:
+    if op_name == "qk_norm_rope" or op_name in (*LIBRARY_OPS, *STREAM_OPS):
         return {}
     if op_name == "nvfp4_dequantize":
         rows, columns = dims["N"], dims["K"]

@@ -1,6 +1,6 @@
 """How an op's kernels are compiled and launched, as data: each plugin.py describes its own with these types.
 
-`Dims` maps the letters of plugins/spec.py (S, L, H, D, W, N, K) to sizes.
+`Dims` maps the letters of plugins/spec.py (S, L, H, D, W, N, K, T, F, Y, X, C) to sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Dims = Mapping[str, int]
 COMPUTE_DTYPES = ("bf16", "fp32")
 WORKSPACE, TABLE_LENGTH = "<workspace>", "<table length>"
 MAX_HEAD_DIM = 128
-_FOLDERS = ("kv_cache_write", "sink_attention", "qk_norm_rope", "nvfp4_dequantize")
+MAX_HISTORY = 2  # frames
+_FOLDERS = ("kv_cache_write", "sink_attention", "qk_norm_rope", "stream_extend", "nvfp4_dequantize")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def kernels_of(op_name: str) -> Kernels:
 
 
 def size_of(expression: str, dims: Dims) -> int:
-    """The value of a dimension of a TensorSpec: a number, a letter, a product, or one of these divided by a number."""
+    """The value of a dimension of a TensorSpec: a number, a letter, a sum, a product, or one of these divided by a number."""
+    if "+" in expression:
+        return sum(size_of(term, dims) for term in expression.split("+"))
     product, _, divisor = expression.partition("/")
     return math.prod(int(f) if f.isdigit() else dims[f] for f in product.split("*")) // int(divisor or 1)
 
@@ -105,7 +108,9 @@ def _check_dims(spec: OpSpec, dims: Dims) -> None:
     for letter, size in dims.items():
         if size < 1:
             raise LongtakeError(f"{spec.name}: empty dimension", got=f"{letter}={size}", expected="at least 1")
-    inner = "D" if "D" in dims else "K"
+    if dims.get("F", 1) > MAX_HISTORY:
+        raise LongtakeError(f"{spec.name}: too long a history", got=dims["F"], expected=f"at most {MAX_HISTORY} frames")
+    inner = next(letter for letter in "DCK" if letter in dims)
     if dims[inner] % 16 or dims.get("D", 16) > MAX_HEAD_DIM:
         raise LongtakeError(
             f"{spec.name}: the kernels do not take {inner}={dims[inner]}",

@@ -17,6 +17,7 @@ from longtake.plugins.nvfp4_dequantize.reference import nvfp4_dequantize
 from longtake.plugins.qk_norm_rope.reference import qk_norm_rope
 from longtake.plugins.sink_attention.reference import sink_attention_bf16, sink_attention_nvfp4
 from longtake.plugins.spec import DOMAIN, OPS, OpSpec, made_shape
+from longtake.plugins.stream_extend.reference import norm_silu_extend, stream_extend
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "kv_cache_write_nvfp4": kv_cache_write_nvfp4,
@@ -24,6 +25,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "sink_attention_nvfp4": sink_attention_nvfp4,
     "sink_attention_bf16": sink_attention_bf16,
     "qk_norm_rope": qk_norm_rope,
+    "norm_silu_extend": norm_silu_extend,
+    "stream_extend": stream_extend,
     "nvfp4_dequantize": nvfp4_dequantize,
     "linear_bf16": linear_bf16,
     "linear_gelu_bf16": linear_gelu_bf16,
@@ -44,17 +47,19 @@ def torch_op(name: str) -> Any:
 
 
 def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
-    """Outputs like the tensors they are written over; else output i like input i; a weight or a product has its own shape."""
+    """Outputs like the tensors they are written over; else output i like input i; what made_shape knows has its own."""
+
+    aliases = dict(spec.aliases)
 
     def fake(*inputs: Tensor) -> Any:
-        if spec.aliases:
-            outputs = tuple(torch.empty_like(inputs[i]) for _, i in spec.aliases)
-            return outputs if len(outputs) > 1 else outputs[0]
+        made = [
+            torch.empty_like(inputs[aliases.get(i, i)], memory_format=torch.contiguous_format)
+            for i in range(len(spec.outputs))
+        ]
         if (shape := made_shape(spec, [x.shape for x in inputs])) is not None:
             compute = spec.inputs[0].dtype == "compute"
-            return inputs[0].new_empty(shape, dtype=inputs[0].dtype if compute else torch.bfloat16)
-        made = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x, _ in zip(inputs, spec.outputs))
-        return made if len(made) > 1 else made[0]
+            made[0] = inputs[0].new_empty(shape, dtype=inputs[0].dtype if compute else torch.bfloat16)
+        return tuple(made) if len(made) > 1 else made[0]
 
     return fake
 

@@ -14,14 +14,25 @@ import sys
 
 import torch
 
-from longtake.plugins.cases import SIZES, TINY, WEIGHT_SIZES, op_inputs
+from longtake.plugins.cases import SIZES, op_inputs, sizes_for
 from longtake.plugins.kernels import Dims
 from longtake.plugins.launch import run_kernel
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import KERNEL_OPS
 
-INDICES = {"kv": ((2,), (-1,)), "sink": ((-1,), (3, 0, 1, -1)), "nvfp4": ((0,),), "qk": ((0,),)}
-LIMITS = {"sink": {"bf16": 1e-2, "fp32": 1e-5}, "qk": {"bf16": 1e-3, "fp32": 1e-6}}  # the others are exact
+INDICES = {
+    "kv": ((2,), (-1,)),
+    "sink": ((-1,), (3, 0, 1, -1)),
+    "nvfp4": ((0,),),
+    "qk": ((0,),),
+    "norm": ((0,),),
+    "stream": ((0,),),
+}
+LIMITS = {
+    "sink": {"bf16": 1e-2, "fp32": 1e-5},
+    "qk": {"bf16": 1e-3, "fp32": 1e-6},
+    "norm": {"bf16": 1e-3, "fp32": 1e-6},
+}  # the others are exact
 
 
 def worst_error(op_name: str, dims: Dims, dtype: str, indices: tuple[int, ...]) -> float:
@@ -38,7 +49,7 @@ def run_all() -> bool:
     """Every op, both dtypes, small sizes. True if all agree with their references."""
     good = True
     for op_name in KERNEL_OPS:
-        for dims in WEIGHT_SIZES[1:] if op_name == "nvfp4_dequantize" else (SIZES[1], SIZES[2], SIZES[4]):
+        for dims in (SIZES[1], SIZES[2], SIZES[4]) if sizes_for(op_name) is SIZES else sizes_for(op_name)[1:]:
             for dtype in ("bf16",) if op_name == "nvfp4_dequantize" else ("bf16", "fp32"):
                 kind = op_name.split("_")[0]
                 for indices in INDICES[kind]:
@@ -52,7 +63,7 @@ def run_all() -> bool:
 def time_all(repeats: int = 200) -> None:
     """Mean time of an op inside a CUDA graph, so that Python's share does not count."""
     for op_name in KERNEL_OPS:
-        dims = WEIGHT_SIZES[0] if op_name == "nvfp4_dequantize" else TINY
+        dims = sizes_for(op_name)[0]
         inputs = [t.cuda() for t in op_inputs(op_name, dims, "bf16", (0, 1, 2, -1) if "sink" in op_name else (1,))]
         run_kernel(op_name, *inputs)
         torch.cuda.synchronize()

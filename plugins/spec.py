@@ -1,6 +1,7 @@
 """What an op looks like, written once: torch op, ONNX schema, plugin and kernel launcher all read it.
 
-Legend: S slots, L tokens of a block, H heads, D head_dim, W window length, N out features, K in features, T tokens.
+Legend: S slots, L tokens of a block, H heads, D head_dim, W window length, N out features, K in features, T tokens; of a
+video stream T frames of a step, F frames of history, Y, X sizes of a frame, C channels.
 Packed bytes are typed INT8 everywhere: the runtimes that must carry them have no common 4-bit or FP8 type.
 """
 
@@ -17,13 +18,15 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLU
 
 CACHE_FORMATS = ("nvfp4", "bf16")
 QK_NORM_EPS = 1e-6
+STREAM_OPS = ("norm_silu_extend", "stream_extend")
+CHANNEL_NORM_EPS = 1e-24  # on the mean square: only keeps zeros zero
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor of an op. `dtype` is "compute" (the activation dtype), "int8", "int32", "fp32" or "fp8" (E4M3).
 
-    `shape` names dimensions by letter or gives a formula in them, such as "D/2" or "H*D".
+    `shape` names dimensions by letter or gives a formula in them, such as "D/2", "H*D" or "T+F".
     """
 
     name: str
@@ -91,6 +94,15 @@ def qk_norm_rope() -> OpSpec:
     )
 
 
+def stream_extend(norm: bool) -> OpSpec:
+    """Put a causal convolution's history before x, and the end of that over the history, in place. `norm`: x goes
+    through an RMS norm over its channels (eps is `CHANNEL_NORM_EPS`) and SiLU first."""
+    x, cache, y = (TensorSpec(n, "compute", (t, "Y", "X", "C")) for n, t in (("x", "T"), ("cache", "F"), ("y", "T+F")))
+    gamma = (TensorSpec("gamma", "compute", ("C",)),) if norm else ()
+    name = "norm_silu_extend" if norm else "stream_extend"
+    return OpSpec(name, inputs=(x, *gamma, cache), outputs=(y, cache), aliases=((1, 1 + len(gamma)),))
+
+
 def nvfp4_dequantize() -> OpSpec:
     """E2M1 value x E4M3 block scale, exact in bf16; the per-tensor scale is applied to the product's output."""
     return OpSpec(
@@ -122,10 +134,13 @@ def linear_fp8() -> OpSpec:
     )
 
 
-def made_shape(spec: OpSpec, shapes: Sequence[Sequence[Any]]) -> tuple[Any, Any] | None:
-    """The output's shape of an op with one output that is like none of its inputs, from theirs; else None."""
+def made_shape(spec: OpSpec, shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...] | None:
+    """The first output's shape where it is like none of the inputs, from theirs (0: not known); else None."""
     if spec.name == "nvfp4_dequantize":
         return shapes[0][0], shapes[0][1] * 2
+    if spec.name in STREAM_OPS:
+        known = all(not isinstance(shape[0], str) and shape[0] for shape in (shapes[0], shapes[-1]))
+        return (shapes[0][0] + shapes[-1][0] if known else 0, *shapes[0][1:])
     return (shapes[0][0], shapes[1][0]) if spec.name in LIBRARY_OPS else None
 
 
@@ -137,6 +152,8 @@ KERNEL_OPS: dict[str, OpSpec] = {
         *(kv_cache_write(fmt) for fmt in CACHE_FORMATS),
         *(sink_attention(fmt) for fmt in CACHE_FORMATS),
         qk_norm_rope(),
+        stream_extend(norm=True),
+        stream_extend(norm=False),
         nvfp4_dequantize(),
     )
 }

@@ -76,7 +76,7 @@ def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
 
 
 def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Term]:
-    steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_latents_per_step)
+    steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_latents_per_step, recipe.vae_ops)
     first = network_spec(preset, recipe.cache, "vae_first")
     frames = (preset.vae.stride[0] * recipe.vae_latents_per_step, preset.height, preset.width, 3)
     own = total_bytes((steady.inputs[0], steady.outputs[0], first.inputs[0], first.outputs[0]))

@@ -130,11 +130,14 @@ VAE_STEPS = {
 }
 
 
-def network_module(models: Models, name: str, cache: str = "nvfp4", fold: bool = False) -> nn.Module:
+def network_module(
+    models: Models, name: str, cache: str = "nvfp4", fold: bool = False, vae_ops: str = "engine"
+) -> nn.Module:
     """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
 
     `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `fold`: compute the VAE's
-    upsampling in its folded form (see `upsample_fold`).
+    upsampling in its folded form (see `upsample_fold`). `vae_ops`: "plugin" has the VAE decoder extend its streams by
+    our ops (a recipe's field).
     """
     if name == "text_encoder":
         return TextStep(models.text).eval()
@@ -143,7 +146,7 @@ def network_module(models: Models, name: str, cache: str = "nvfp4", fold: bool =
     if name == "dit":
         return DiTStep(models.dit, cache).eval()
     if name in VAE_STEPS:
-        return VAE_STEPS[name](models.vae, fold=fold).eval()
+        return VAE_STEPS[name](models.vae, fold=fold, ops=vae_ops == "plugin" and "encoder" not in name).eval()
     known = ["text_encoder", "context", "dit", *VAE_STEPS]
     raise LongtakeError("unknown network", got=name, expected=", ".join(known))
 

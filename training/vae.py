@@ -10,16 +10,16 @@ Legend: B batch, C channels, F latent frames, T pixel frames (T = 1 + 4 (F - 1) 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.runtime.errors import LongtakeError
 from longtake.training.presets import Preset, VAEConfig
-from longtake.training.vae_layers import CausalConv3d, Down, Level, Middle, RMSNorm, Stream, Up
+from longtake.training.vae_layers import CausalConv3d, Down, Level, Middle, OpStream, ResBlock, RMSNorm, Stream, Up
 
 PATCH = 2  # pixel unshuffle before the encoder, pixel shuffle after the decoder
 
@@ -38,7 +38,7 @@ class Coder(nn.Module):
         x = self.conv_in(x, stream)
         for stage in self.stages:
             x = stage(x, stream)
-        return self.conv_out(F.silu(self.norm(x)), stream)
+        return self.conv_out(x, stream, self.norm)
 
 
 def _encoder(config: VAEConfig) -> Coder:
@@ -145,17 +145,20 @@ class _Step(nn.Module):
     over the old one as soon as that tensor is there, as PyTorch does if `in_place`.
     """
 
-    def __init__(self, vae: CausalVAE, in_place: bool = False, fold: bool = False) -> None:
-        """`in_place`, `fold`: see `vae_layers.Stream`."""
+    def __init__(self, vae: CausalVAE, in_place: bool = False, fold: bool = False, ops: bool = False) -> None:
+        """`in_place`, `fold`: see `vae_layers.Stream`. `ops`: the stream is `vae_layers.OpStream`, caches [T,H,W,C]."""
         super().__init__()
         self.vae, self.in_place, self.fold = vae, in_place, fold
+        self.stream = OpStream if ops else Stream
+        if ops:
+            import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
 
 
 class DecoderFirst(_Step):
     """latent fp32 [1,z,F,h,w] -> (frames fp32 [1,3,1+4(F-1),H,W], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream(fold=self.fold)
+        stream = self.stream(fold=self.fold)
         return decode_step(self.vae, latent, stream), *stream.new
 
 
@@ -166,7 +169,7 @@ class DecoderSteady(_Step):
     """
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream(caches, self.in_place, self.fold)
+        stream = self.stream(caches, self.in_place, self.fold)
         return decode_step(self.vae, latent, stream), *stream.new
 
 
@@ -174,7 +177,7 @@ class VAEEncoderFirst(_Step):
     """frames fp32 [1,3,1+4(F-1),H,W] -> (latent fp32 [1,z,F,h,w], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream(fold=self.fold)
+        stream = self.stream(fold=self.fold)
         return encode_step(self.vae, frames, stream), *stream.new
 
 
@@ -182,16 +185,16 @@ class VAEEncoderSteady(_Step):
     """(frames fp32 [1,3,4F,H,W], *caches) -> (latent fp32 [1,z,F,h,w], *new caches): later groups of four frames."""
 
     def forward(self, frames: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream(caches, self.in_place, self.fold)
+        stream = self.stream(caches, self.in_place, self.fold)
         return encode_step(self.vae, frames, stream), *stream.new
 
 
 @lru_cache
-def decoder_cache_shapes(preset: Preset) -> list[tuple[int, ...]]:
-    """Shapes of the decoder's caches, in binding order (found by a run without data)."""
+def decoder_cache_shapes(preset: Preset, ops: bool = False) -> list[tuple[int, ...]]:
+    """Shapes of the decoder's caches, in binding order (found by a run without data). `ops`: see `_Step`."""
     with torch.device("meta"):
         latent = torch.empty(1, preset.vae.z_channels, 1, *preset.latent_hw)
-        return [tuple(cache.shape) for cache in DecoderFirst(CausalVAE(preset.vae))(latent)[1:]]
+        return [tuple(cache.shape) for cache in DecoderFirst(CausalVAE(preset.vae), ops=ops)(latent)[1:]]
 
 
 @lru_cache
@@ -200,6 +203,15 @@ def encoder_cache_shapes(preset: Preset) -> list[tuple[int, ...]]:
     with torch.device("meta"):
         frame = torch.empty(1, 3, 1, preset.height, preset.width)
         return [tuple(cache.shape) for cache in VAEEncoderFirst(CausalVAE(preset.vae))(frame)[1:]]
+
+
+def stream_ops(vae: CausalVAE) -> Counter[str]:
+    """How many nodes of each op a step of the decoder holds whose stream is `OpStream`."""
+    modules = list(vae.decoder.modules())
+    blocks = sum(isinstance(module, ResBlock) for module in modules)
+    past = sum(isinstance(module, CausalConv3d) and module.past > 0 for module in modules)
+    normed = 2 * blocks + 1  # two in a block, one before the last convolution
+    return Counter({"norm_silu_extend": normed, "stream_extend": past - normed})
 
 
 def _check_video(video: Tensor, config: VAEConfig, first: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.plugins.spec import CHANNEL_NORM_EPS
 from longtake.training.upsample_fold import upsampled_conv
 
 
@@ -31,8 +32,17 @@ class Stream:
         self._old = iter(histories or ())
         self.new: list[Tensor] = []
 
-    def extend(self, x: Tensor, frames: int) -> Tensor:
-        """Put the last `frames` frames of the past before `x` [B,C,T,H,W] and keep the last `frames` of the result."""
+    def hold(self, x: Tensor) -> Tensor:
+        """`x`, which is to be extended and used otherwise too."""
+        return x
+
+    def extend(self, x: Tensor, frames: int, norm: RMSNorm | None = None) -> Tensor:
+        """Put the last `frames` frames of the past before `x` [B,C,T,H,W] and keep the last `frames` of the result.
+
+        With `norm`, `x` goes through it and SiLU first.
+        """
+        if norm is not None:
+            x = F.silu(norm(x))
         old = None if self.fresh else next(self._old)
         longer = F.pad(x, (0, 0, 0, 0, frames, 0)) if old is None else torch.cat([old, x], 2)
         self.keep(longer[:, :, -frames:], old)
@@ -46,6 +56,49 @@ class Stream:
             self.new.append(history if history.requires_grad else history.contiguous())
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """[1,C,T,H,W] to [T,H,W,C]."""
+    return x[0].permute(1, 2, 3, 0)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """[T,H,W,C] to [1,C,T,H,W]."""
+    return x.permute(3, 0, 1, 2)[None]
+
+
+class OpStream(Stream):
+    """Histories [T,H,W,C], extended by the ops `longtake::norm_silu_extend` and `stream_extend`; of one clip.
+
+    A tensor that `hold` returned is kept channels last, so that a cut network carries it across its cuts only once.
+    """
+
+    _held: tuple[Tensor, Tensor] | None = None  # (as the layers have it, channels last)
+
+    def hold(self, x: Tensor) -> Tensor:
+        if self.fresh:
+            return x
+        if self._held is None or self._held[0] is not x:
+            last = channels_last(x).contiguous()
+            self._held = channels_first(last), last
+        return self._held[0]
+
+    def extend(self, x: Tensor, frames: int, norm: RMSNorm | None = None) -> Tensor:
+        old = None if self.fresh else next(self._old)
+        if old is None:
+            return super().extend(x, frames, norm)
+        held = self._held is not None and self._held[0] is x
+        last = self._held[1] if held and self._held else channels_last(x).contiguous()
+        ops = torch.ops.longtake
+        y, new = (
+            ops.stream_extend(last, old) if norm is None else ops.norm_silu_extend(last, norm.gamma.to(x.dtype), old)
+        )
+        self.new.append(old.copy_(new) if self.in_place else new)
+        return channels_first(y)
+
+    def keep(self, history: Tensor, old: Tensor | None = None) -> None:
+        self.new.append(channels_last(history).contiguous())
+
+
 class CausalConv3d(nn.Module):
     """3-D convolution that sees the present and `kernel[0] - 1` past frames."""
 
@@ -54,11 +107,12 @@ class CausalConv3d(nn.Module):
         self.past = kernel[0] - 1
         self.conv = nn.Conv3d(in_dim, out_dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.conv(stream.extend(x, self.past) if self.past else x)
+    def forward(self, x: Tensor, stream: Stream, norm: RMSNorm | None = None) -> Tensor:
+        """`norm`: applied to `x` first, then SiLU; for a convolution that sees the past."""
+        return self.conv(stream.extend(x, self.past, norm) if self.past else x)
 
 
-RMS_EPS = 1e-24  # on the mean square: only keeps zeros zero, as the reference's clamp of the norm at 1e-12 does
+RMS_EPS = CHANNEL_NORM_EPS  # in the place of the reference's clamp of the norm at 1e-12
 
 
 class RMSNorm(nn.Module):
@@ -84,8 +138,9 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)), stream)
-        return self.conv2(F.silu(self.norm2(y)), stream) + self.shortcut(x)
+        x = stream.hold(x)
+        y = self.conv1(x, stream, self.norm1)
+        return self.conv2(y, stream, self.norm2) + self.shortcut(x)
 
 
 class FrameAttention(nn.Module):
@@ -208,7 +263,7 @@ class Level(nn.Module):
         self.out_dim = out_dim
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = x
+        y = x = x if self.resample is None and not self.shortcut else stream.hold(x)
         for block in self.blocks:
             y = block(y, stream)
         if self.resample is None:

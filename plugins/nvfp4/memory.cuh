@@ -60,6 +60,37 @@ __device__ __forceinline__ void store16(float* p, const float (&x)[16]) {
   for (int i = 0; i < 4; ++i) words[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
 }
 
+// Eight elements, likewise.
+__device__ __forceinline__ void load8(const unsigned short* p, float (&x)[8]) {
+  const uint4 w = *reinterpret_cast<const uint4*>(p);
+  const unsigned int pairs[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    x[2 * j] = float_from_bf16(pairs[j] & 0xffffu);
+    x[2 * j + 1] = float_from_bf16(pairs[j] >> 16);
+  }
+}
+
+__device__ __forceinline__ void load8(const float* p, float (&x)[8]) {
+  const float4* words = reinterpret_cast<const float4*>(p);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float4 w = words[i];
+    x[4 * i] = w.x, x[4 * i + 1] = w.y, x[4 * i + 2] = w.z, x[4 * i + 3] = w.w;
+  }
+}
+
+__device__ __forceinline__ void store8(unsigned short* p, const float (&x)[8]) {
+  *reinterpret_cast<uint4*>(p) =
+      make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
+}
+
+__device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
+  float4* words = reinterpret_cast<float4*>(p);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) words[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+}
+
 __device__ __forceinline__ void store1(unsigned short* p, float x) { *p = bf16_from_float(x); }
 __device__ __forceinline__ void store1(float* p, float x) { *p = x; }
 

@@ -8,15 +8,6 @@
 __device__ __forceinline__ float rounded(float x, const unsigned short*) { return float_from_bf16(bf16_from_float(x)); }
 __device__ __forceinline__ float rounded(float x, const float*) { return x; }
 
-__device__ __forceinline__ void load8(const float* p, float (&x)[8]) {
-  const float4* words = reinterpret_cast<const float4*>(p);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float4 w = words[i];
-    x[4 * i] = w.x, x[4 * i + 1] = w.y, x[4 * i + 2] = w.z, x[4 * i + 3] = w.w;
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) qk_norm_rope(
     const compute_t* __restrict__ q, const compute_t* __restrict__ k, const compute_t* __restrict__ q_weight,
     const compute_t* __restrict__ k_weight, const float* __restrict__ cosine, const float* __restrict__ sine,

@@ -37,7 +37,7 @@ class HostBackend(ABC):
         self.recipe, self.preset, self.reason, self.device = recipe, preset or recipe.model, reason, device
         self.checkpoints = checkpoints
         self._text: TextRunner | None = None
-        self.specs = {name: network_spec(self.preset, recipe.cache, name) for name in NETWORKS}
+        self.specs = {name: network_spec(self.preset, recipe.cache, name, vae_ops=recipe.vae_ops) for name in NETWORKS}
 
     @abstractmethod
     def call(

@@ -37,7 +37,10 @@ class TorchBackend(HostBackend):
         self.vocabulary = tuple(plain.vocabulary)
         oracle = recipe_models(plain, recipe.precision)
         self._vae = oracle.vae
-        self._modules = {name: network_module(oracle, name, recipe.cache).to(self.device) for name in NETWORKS}
+        self._modules = {
+            name: network_module(oracle, name, recipe.cache, vae_ops=recipe.vae_ops).to(self.device)
+            for name in NETWORKS
+        }
 
     @torch.no_grad()
     def call(

@@ -47,6 +47,8 @@ def caches_kept_twice(network: Network, spec: NetworkSpec, allocate: Allocate) -
     """Names of the caches that `network` may not write over their input: with all others in place its results are the
     same, to the last bit, as with none. Runs on torch's current stream; needs two sets of caches for a moment.
     """
+    if not spec.carried:  # our kernels write all of them in place, and only so
+        return frozenset()
     trial = _Trial(network, spec, allocate)
     if not trial.settles():
         log.warning("%s does not give the same bits twice, so its caches are kept twice", spec.name)

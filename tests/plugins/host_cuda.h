@@ -46,6 +46,8 @@ static unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 }
 static float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
 static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fdividef(float a, float b) { return a / b; }
+#define __expf std::exp  // a name that the C library has as well
 static float __fsqrt_rn(float a) { return std::sqrt(a); }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }

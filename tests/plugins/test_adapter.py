@@ -14,8 +14,8 @@ from torch import Tensor
 
 from longtake.engines.flavour import flavour_for
 from longtake.plugins.adapter import DIGEST_FIELD, plugin_from_op, register_plugins
-from longtake.plugins.cases import SIZES, TINY, WEIGHT_SIZES, op_inputs
-from longtake.plugins.kernels import kernels_of, shape_of, size_of
+from longtake.plugins.cases import SIZES, op_inputs, sizes_for
+from longtake.plugins.kernels import dims_from_shapes, kernels_of, shape_of, size_of
 from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import DOMAIN, KERNEL_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
@@ -41,7 +41,7 @@ def trt() -> Any:
 
 def model_of(op: str, version: str = PLUGIN_VERSION, compute: int = TensorProto.BFLOAT16) -> onnx.ModelProto:
     """An ONNX file with one node, the op; the table's length is dynamic."""
-    spec, dims = KERNEL_OPS[op], WEIGHT_SIZES[0] if op == "nvfp4_dequantize" else TINY
+    spec, dims = KERNEL_OPS[op], sizes_for(op)[0]
     types = {**ONNX_TYPES, "compute": compute}
     inputs, outputs = (
         [
@@ -179,11 +179,7 @@ def enqueue(api: Any, op: str, inputs: tuple[Tensor, ...], stream: int) -> tuple
     plugin = plugin_from_op(api, op).attach_to_context(None)
     spec = KERNEL_OPS[op]
     aliases = dict(spec.aliases)
-    dims = (
-        {"N": inputs[0].shape[0], "K": inputs[0].shape[-1] * 2}
-        if op == "nvfp4_dequantize"
-        else {"L": inputs[0].shape[0], "H": inputs[0].shape[1], "D": inputs[0].shape[2], "S": 4}
-    )
+    dims = dims_from_shapes(spec, [t.shape for t in inputs])
     compute = torch.bfloat16 if op == "nvfp4_dequantize" else inputs[0].dtype
     outputs = tuple(
         inputs[aliases[i]]
@@ -205,13 +201,13 @@ CASES = [(op, dtype) for op in KERNEL_OPS for dtype in ("bf16", "fp32") if (op, 
 
 
 def check_enqueue(api: Any, op: str, dtype: str, device: str, stream: int) -> None:
-    dims = WEIGHT_SIZES[1] if op == "nvfp4_dequantize" else SIZES[2]
+    dims = SIZES[2] if sizes_for(op) is SIZES else sizes_for(op)[1]
     for indices in ((2,), (-1,), *(((3, -1, 0),) if "sink" in op else ())):
         inputs = op_inputs(op, dims, dtype, indices)
         wanted = REFERENCES[op](*inputs)
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)
         for g, w in zip(enqueue(api, op, tuple(t.to(device) for t in inputs), stream), wanted):
-            limits = {"sink": (1e-2, 1e-5), "qk_n": (1e-3, 1e-6)}.get(op[:4], (0.0, 0.0))
+            limits = {"sink": (1e-2, 1e-5), "qk_n": (1e-3, 1e-6), "norm": (1e-3, 1e-6)}.get(op[:4], (0.0, 0.0))
             tolerance = limits[dtype == "fp32"]
             assert g.dtype == w.dtype
             assert (g.cpu().double() - w.double()).norm() <= tolerance * w.double().norm(), indices

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import longtake.plugins.ops
-from longtake.plugins.cases import LINEAR_SIZES, op_inputs
+from longtake.plugins.cases import LINEAR_SIZES, STREAM_SIZES, op_inputs
 from longtake.plugins.nvfp4.reference import dequantize, quantize
 from longtake.plugins.ops import torch_op, torch_schema
 from longtake.plugins.sink_attention.reference import dequantize_kv
-from longtake.plugins.spec import LIBRARY_OPS, OPS
+from longtake.plugins.spec import LIBRARY_OPS, OPS, STREAM_OPS
 
 S, L, H, D = 4, 24, 3, 32
 
@@ -141,6 +141,8 @@ def arguments(name: str) -> tuple[Tensor, ...]:
         return (block(0), block(1), *torch.randn(2, H * D), *torch.randn(2, L, D // 2))
     if name in LIBRARY_OPS:
         return op_inputs(name, LINEAR_SIZES[0], "fp32")
+    if name in STREAM_OPS:
+        return op_inputs(name, STREAM_SIZES[2], "fp32")
     return torch.zeros(48, 32, dtype=torch.int8), torch.zeros(48, 4, dtype=torch.int8)
 
 
@@ -164,5 +166,5 @@ def test_a_gpu_runs_the_operators_alike(name: str) -> None:
     given = arguments(name)
     here, there = torch_op(name)(*given), torch_op(name)(*(t.cuda() for t in given))
     for ours, theirs in zip(*(out if isinstance(out, tuple) else (out,) for out in (here, there))):
-        exact = not name.startswith(("sink_attention", "qk_norm_rope", "linear"))
+        exact = not name.startswith(("sink_attention", "qk_norm_rope", "norm_silu", "linear"))
         torch.testing.assert_close(theirs.cpu(), ours, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)

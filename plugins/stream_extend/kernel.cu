@@ -1,0 +1,87 @@
+// y = [cache, x], where NORM with x normalised over its channels, scaled by gamma and put through SiLU; the last PAST
+// frames of y are written over the cache. x [frames,P,C], cache [PAST,P,C], y [PAST+frames,P,C]; gridDim.y: frames.
+// LANES threads of a warp hold one position's channels in registers, UNITS x 8 each; they do ROWS positions at once, so
+// that several loads are under way. Who writes a place of the cache has read it before: no other thread touches it.
+#include "memory.cuh"
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+extern "C" __global__ void __launch_bounds__(THREADS) stream_extend(
+    const compute_t* __restrict__ x,
+#if NORM
+    const compute_t* __restrict__ gamma,
+#endif
+    compute_t* cache, compute_t* __restrict__ y, int frames, int positions) {
+  constexpr int GROUPS = THREADS / LANES;
+  const int lane = (int)threadIdx.x % LANES, group = (int)threadIdx.x / LANES, frame = blockIdx.y;
+  const size_t pane = (size_t)positions * CHANNELS;
+
+  float held[ROWS][UNITS][8];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int position = (blockIdx.x * ROWS + r) * GROUPS + group;
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+      const int channel = (u * LANES + lane) * 8;
+      if (position < positions && channel < CHANNELS) {
+        load8(x + frame * pane + (size_t)position * CHANNELS + channel, held[r][u]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) held[r][u][i] = 0.0f;
+      }
+    }
+  }
+
+#if NORM
+  float scale[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += held[r][u][i] * held[r][u][i];
+#pragma unroll
+    for (int mask = LANES / 2; mask > 0; mask >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, mask);
+    scale[r] = __fdiv_rn(1.0f, __fsqrt_rn(squares / (float)CHANNELS + EPS));
+  }
+#endif
+
+#pragma unroll
+  for (int u = 0; u < UNITS; ++u) {
+    const int channel = (u * LANES + lane) * 8;
+    if (channel >= CHANNELS) continue;
+#if NORM
+    float weight[8];
+    load8(gamma + channel, weight);
+#endif
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int position = (blockIdx.x * ROWS + r) * GROUPS + group;
+      if (position >= positions) continue;
+      float(&out)[8] = held[r][u];
+#if NORM
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[i] = silu(out[i] * scale[r] * weight[i]);
+#endif
+      const size_t place = (size_t)position * CHANNELS + channel;
+      store8(y + (PAST + frame) * pane + place, out);
+      const int kept = frame - (frames - PAST);  // the frame of the cache that this one becomes
+      if (kept < 0) continue;
+      if (frames >= PAST) {
+        float old[8];
+        load8(cache + kept * pane + place, old);
+        store8(y + kept * pane + place, old);
+      } else {  // one frame only, so this thread moves the older ones up too
+        float old[8];
+#pragma unroll
+        for (int f = 0; f < PAST; ++f) {
+          load8(cache + f * pane + place, old);
+          store8(y + f * pane + place, old);
+          if (f > 0) store8(cache + (f - 1) * pane + place, old);
+        }
+      }
+      store8(cache + kept * pane + place, out);
+    }
+  }
+}

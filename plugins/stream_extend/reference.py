@@ -1,0 +1,29 @@
+"""Put a causal convolution's history before its input, and keep the new history: the plain PyTorch truth.
+
+Functional: new tensors come out. Exports to ONNX as it stands. Channels last, because the norm is over channels.
+Legend: T frames of a step, F frames of history, Y, X sizes of a frame, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from longtake.plugins.spec import CHANNEL_NORM_EPS
+
+
+def norm_silu_extend(x: Tensor, gamma: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T,Y,X,C]; gamma [C]; cache [F,Y,X,C], activated frames. Returns y [T+F,Y,X,C] and its last F frames.
+
+    y = [cache, silu(x / rms(x) * gamma)], computed in fp32 and rounded once.
+    """
+    full = x.to(torch.float32)
+    scale = torch.rsqrt((full * full).mean(-1, keepdim=True) + CHANNEL_NORM_EPS)
+    return stream_extend(functional.silu(full * scale * gamma.to(torch.float32)).to(x.dtype), cache)
+
+
+def stream_extend(x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T,Y,X,C]; cache [F,Y,X,C]. Returns y = [cache, x] [T+F,Y,X,C] and its last F frames."""
+    y = torch.cat((cache.to(x.dtype), x))
+    return y, y[x.shape[0] :].clone()

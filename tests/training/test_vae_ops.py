@@ -1,0 +1,69 @@
+"""The VAE decoder with its streams extended by ops: the same frames and caches, and a graph that is cut at the ops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from longtake.engines.recipe import Recipe, recipe_named
+from longtake.engines.segment import segments_from_onnx
+from longtake.engines.spec import recipe_spec
+from longtake.export import package
+from longtake.engines.onnx_file import read_graph
+from longtake.export.package import PlainGraphs
+from longtake.plugins.spec import DOMAIN, STREAM_OPS
+from longtake.training.presets import TINY
+from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes, stream_ops
+from longtake.training.vae_layers import channels_last
+
+
+@pytest.fixture()
+def recipe() -> Recipe:
+    return replace(recipe_named("tiny_bf16_sm89"), vae_ops="plugin")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", (1, 2))
+@pytest.mark.parametrize("in_place", (False, True))
+def test_the_same_frames_and_caches_over_a_stream(count: int, in_place: bool) -> None:
+    torch.manual_seed(0)
+    vae = CausalVAE(TINY.vae).eval()
+    latents = torch.randn(1, TINY.vae.z_channels, 1 + 3 * count, 4, 4)
+    wanted, *plain = DecoderFirst(vae)(latents[:, :, :1])
+    got, *caches = DecoderFirst(vae, ops=True)(latents[:, :, :1])
+    assert torch.equal(got, wanted)
+    for start in range(1, latents.shape[2], count):
+        step = latents[:, :, start : start + count]
+        wanted, *plain = DecoderSteady(vae)(step, *plain)
+        got, *caches = DecoderSteady(vae, in_place=in_place, ops=True)(step, *caches)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(caches, plain, strict=True):
+            torch.testing.assert_close(ours, channels_last(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_both_networks_have_the_same_caches(recipe: Recipe) -> None:
+    first, steady = (recipe_spec(recipe, name) for name in ("vae_first", "vae_steady"))
+    shapes = decoder_cache_shapes(TINY, True)
+    assert [b.shape for b in first.outputs[1:]] == [b.shape for b in steady.inputs[1:]] == shapes
+    assert len(steady.aliases) == len(shapes) == sum(stream_ops(CausalVAE(TINY.vae)).values())
+    assert not steady.carried and len(first.carried) == len(shapes)
+    plain = [t for _, *t in decoder_cache_shapes(TINY)]
+    assert [(c, t, h, w) for t, h, w, c in shapes] == [tuple(s) for s in plain]
+
+
+def test_the_graph_is_cut_at_the_ops_and_blocks_share_plans(recipe: Recipe, tmp_path: Path) -> None:
+    graphs = PlainGraphs(TINY)
+    package._export_network(graphs, recipe, "vae_steady", tmp_path, lambda words: None, None)
+    cut = segments_from_onnx(read_graph(tmp_path / "vae_steady.onnx"), "vae_steady")
+    ops = [step for step in cut.graph.steps if step.kind == "op"]
+    assert len(ops) == len(decoder_cache_shapes(TINY, True))
+    assert {step.name for step in ops} == set(STREAM_OPS)
+    segments = [step.name for step in cut.graph.steps if step.kind == "segment"]
+    assert len(segments) == len(ops) + 1 and len(set(segments)) < len(segments)
+    for model in cut.models.values():
+        onnx.checker.check_model(model)
+        assert all(node.domain != DOMAIN for node in model.graph.node)
