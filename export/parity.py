@@ -139,7 +139,7 @@ def _rows(
     spec: NetworkSpec, case: str, feeds: Feeds, wanted: list[Tensor], got: list[Tensor], gate: float
 ) -> Iterator[Row]:
     """One row a kind of output, with the worst of its kind; the K/V cache is compared decoded, where it was written."""
-    in_place = {name for name, _ in spec.aliases}
+    in_place = {name for name, _ in spec.aliases} if "write_slot" in feeds else set()
     pairs = {binding.name: pair for binding, pair in zip(spec.outputs, zip(wanted, got))}
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, pair in pairs.items():
