@@ -27,7 +27,7 @@ from longtake.runtime.errors import LongtakeError
 
 MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
 S, L, H, D = 4, 24, 3, 32
-SIZES = {"S": S, "L": L, "H": H, "D": D}
+SIZES = {"S": S, "L": L, "H": H, "D": D, "T": 3, "F": 2, "Y": 5, "X": 4, "C": 16}
 FLOAT, BF16, INT8, INT32 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT32
 
 
@@ -174,7 +174,9 @@ class AllOps(nn.Module):
         attended = attended + ops.sink_attention_bf16(q, k, v, cache, table)
         product = attended.flatten(1) @ ops.nvfp4_dequantize(weight, weight_scales)
         written = ops.kv_cache_write_nvfp4(k, v, values, scales, amax, slot)
-        return product, *written, ops.kv_cache_write_bf16(k, v, cache, slot)
+        y, history = ops.norm_silu_extend(cache[0], q[0, 0], cache[1])
+        streamed = (*ops.stream_extend(y, history), history)
+        return product, *written, ops.kv_cache_write_bf16(k, v, cache, slot), *streamed
 
 
 def test_the_exporter_emits_nodes_that_tensorrt_takes_for_plugins() -> None:

@@ -9,11 +9,11 @@ import onnx
 import pytest
 import torch
 
+from longtake.engines.onnx_file import read_graph
 from longtake.engines.recipe import Recipe, recipe_named
 from longtake.engines.segment import segments_from_onnx
 from longtake.engines.spec import recipe_spec
 from longtake.export import package
-from longtake.engines.onnx_file import read_graph
 from longtake.export.package import PlainGraphs
 from longtake.plugins.spec import DOMAIN, STREAM_OPS
 from longtake.training.presets import TINY
