@@ -80,7 +80,7 @@ def _infer_outputs(spec: OpSpec, context: Any) -> None:
     shapes = [[d.dim_value for d in kind.shape.dim] for kind in types]
     aliases, made = dict(spec.aliases), made_shape(spec, [(0, 0)] * len(types)) is not None
     if made:
-        shape = [n or None for n in made_shape(spec, shapes) or ()] if all(shapes) else None
+        shape: Any = [n or None for n in made_shape(spec, shapes) or ()] if all(shapes) else None
         kind = types[0].elem_type if spec.inputs[0].dtype == "compute" else TensorProto.BFLOAT16
         context.set_output_type(0, helper.make_tensor_type_proto(kind, shape))
     for output in range(int(made), len(spec.outputs)):
