@@ -1,15 +1,18 @@
 """Tensors on disk by key, in safetensors files of a few dozen: written whole or not at all, read through mmap.
 
-A file's name is the digest of its keys, so processes that share a folder never overwrite each other's.
+A file's name is the digest of its keys, so processes that share a folder never overwrite each other's. It says each
+tensor's checksum, too: what was damaged later is found when it is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import zlib
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +29,11 @@ SHARD_TENSORS = 64
 def key_of(*parts: object) -> str:
     """A key for what `parts` (of plain values) describe."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def checksum(tensor: Tensor) -> str:
+    """CRC-32 of a CPU tensor's bytes."""
+    return f"{zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data):08x}"
 
 
 class Shards:
@@ -62,13 +70,23 @@ class Shards:
         if key in self._gathered:
             return self._gathered[key]
         path = self.places[key]
+        again = "delete it and start again: it is made anew"
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(key)
+                tensor, sums = file.get_tensor(key), file.metadata() or {}
         except (SafetensorError, OSError) as error:
+            raise IntegrityError(f"{path} can no longer be read", got=str(error), fix=again) from None
+        if key in sums and sums[key] != checksum(tensor):
             raise IntegrityError(
-                f"{path} can no longer be read", got=str(error), fix="delete it and start again: it is made anew"
-            ) from None
+                f"{path} is damaged", got=f"checksum {checksum(tensor)} of {key}", expected=sums[key], fix=again
+            )
+        return tensor
+
+    def leave_out(self, key: str) -> None:
+        """Delete the file that holds `key`, which is damaged, and forget all that is in it."""
+        path = self.places[key]
+        path.unlink(missing_ok=True)
+        self.places = {key: place for key, place in self.places.items() if place != path}
 
     def add(self, key: str, tensor: Tensor) -> None:
         """Keep a copy of `tensor` under `key`."""
@@ -83,7 +101,7 @@ class Shards:
             return
         path = self.folder / f"{key_of(*sorted(self._gathered))}.safetensors"
         with atomic_path(path) as partial:
-            save_file(self._gathered, partial)
+            save_file(self._gathered, partial, {key: checksum(x) for key, x in self._gathered.items()})
         self.places |= dict.fromkeys(self._gathered, path)
         self._gathered = {}
 
