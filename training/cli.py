@@ -164,6 +164,9 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
         help="FlexAttention, or block by block; auto (default): the former on a GPU for 8,192 tokens or more",
     )
     group.add_argument("--no-graph", action="store_true", help="GPU: launch every kernel by itself (no CUDA graph)")
+    group.add_argument(
+        "--freeze-text", action="store_true", help="don't train the text encoder (a released one never is)"
+    )
     group.add_argument("--text-dropout", type=float, default=0.1, help="share of samples trained without a prompt")
 
 
@@ -178,6 +181,13 @@ def add_vae(group: argparse._ArgumentGroup) -> None:
 def add_optimizer(group: argparse._ArgumentGroup) -> None:
     default = OptimizerConfig()
     group.add_argument("--batch", type=int, default=8, help="clips (vae) or longest stories (dit) a step (default 8)")
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a step's batch is N times --batch, computed in N parts whose gradients add up (default 1)",
+    )
     group.add_argument("--lr", type=float, default=default.lr)
     group.add_argument("--betas", type=float, nargs=2, default=default.betas, metavar=("B1", "B2"))
     group.add_argument("--weight-decay", type=float, default=default.weight_decay)
@@ -194,7 +204,8 @@ def add_data(group: argparse._ArgumentGroup) -> None:
         "--cache-dir",
         type=Path,
         metavar="DIR",
-        help="stage dit: keep the encoded stories there instead of in memory; they are taken in epochs, each once",
+        help="stage dit: keep the encoded stories there instead of in memory (they are taken in epochs, each once), and "
+        "the embeddings of prompts where the text encoder is frozen",
     )
     group.add_argument(
         "--workers",
@@ -307,6 +318,8 @@ def options_from(args: argparse.Namespace) -> StageOptions:
         attention=args.attention,
         rules=rules_from(args),
         quantize_gradients=args.quantize_gradients,
+        freeze_text=args.freeze_text,
+        accumulate=args.accumulate,
     )
 
 

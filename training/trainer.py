@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,11 +151,16 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step; the host doesn't wait for the device."""
         self.stage.on_step(self.step - 1)
-        loss, metrics = self.stage.loss(self.step - 1, self.generator)
-        loss.backward()
+        metrics = backward(self.parts())
         norm = self.optimizer.step(self.step - 1, self.config.steps)
-        self.pending.append({"loss": loss.detach(), **metrics, "grad_norm": norm})
+        self.pending.append({**metrics, "grad_norm": norm})
         self.batches.append(getattr(self.stage, "batch_name", None))
+
+    def parts(self) -> Iterable[tuple[Tensor, dict[str, Metric]]]:
+        """The step's loss and metrics, in parts where the stage accumulates gradients."""
+        if hasattr(self.stage, "losses"):
+            return self.stage.losses(self.step - 1, self.generator)
+        return [self.stage.loss(self.step - 1, self.generator)]
 
     def housekeeping(self) -> None:
         """Log, evaluate and save when it is time."""
@@ -287,6 +292,16 @@ class Trainer:
             "seconds": round(time.monotonic() - self.started, 1),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
+
+
+def backward(parts: Iterable[tuple[Tensor, dict[str, Metric]]]) -> dict[str, Metric]:
+    """Backward passes of a loss that comes in parts, each before the next is computed; the sums, "loss" among them."""
+    total: dict[str, Metric] = {}
+    for loss, metrics in parts:
+        loss.backward()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            total[name] = total[name] + value if name in total else value
+    return total
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -115,12 +115,12 @@ def test_divergence_names_the_batch_and_saves_nothing(
     seen: list[str] = []
 
     def poisoned(self: DiTStage, *args: Any) -> Any:
-        weighted, metrics = honest(self, *args)
-        seen.append(str(self.batch_name))
-        return (weighted * float("inf") if len(seen) == 3 else weighted), metrics
+        for weighted, metrics in honest(self, *args):
+            seen.append(str(self.batch_name))
+            yield (weighted * float("inf") if len(seen) == 3 else weighted), metrics
 
-    honest = DiTStage.loss
-    monkeypatch.setattr(DiTStage, "loss", poisoned)
+    honest = DiTStage.losses
+    monkeypatch.setattr(DiTStage, "losses", poisoned)
     with pytest.raises(LongtakeError, match="step 3 is not finite") as caught:
         train(tmp_path, options(small_preset, vae_folder), steps=8, save_steps=2, log_steps=50)
     assert seen[2] in str(caught.value) and "stories" in seen[2] and "--seed 5" in str(caught.value)

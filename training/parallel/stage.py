@@ -101,7 +101,7 @@ class ParallelDiTStage(DiTStage):
             whole=flex_attention_for(clips.history, clips.chunks, tokens, order.order) if flex else None,
         )
         with self.autocast():
-            return part_velocity(self.dit, self.preset, self.text, part, attend), order
+            return part_velocity(self.dit, self.preset, self.embed, part, attend), order
 
     def state(self) -> dict[str, Tensor]:
         """The error buffers, the same on every rank; the first one saves them."""

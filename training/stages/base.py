@@ -33,6 +33,8 @@ class StageOptions:
     i2v: share of the samples whose first frame is given. recycling: error recycling's settings (None: off).
     gradient_checkpointing: compute blocks again in the backward pass. attention: see `flex.chosen`.
     rules, quantize_gradients: of nvfp4, see `quantize.Rules` and `gradient_quant`.
+    freeze_text: don't train the text encoder (a released one never is); its embeddings are then kept in cache_dir, too.
+    accumulate: parts that a step's batch, so many times `batch`, is computed in, one after the other.
     """
 
     preset: Preset
@@ -62,6 +64,8 @@ class StageOptions:
     attention: str = "auto"
     rules: Rules = RULES["static_6"]
     quantize_gradients: bool = False
+    freeze_text: bool = False
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for numbers that nothing can be trained with."""
@@ -74,6 +78,7 @@ class StageOptions:
             ("--workers", self.workers, 0, 256, 4),
             ("--max-bad-share", self.max_bad_share, 0, 1, 0.5),
             ("--i2v", self.i2v, 0, 1, 0.5),
+            ("--accumulate", self.accumulate, 1, 1 << 16, 1),
         ):
             if not least <= given <= most:
                 raise LongtakeError(f"bad {option}", got=given, expected=f"{least} to {most}", fix=f"{option} {usual}")
@@ -94,7 +99,8 @@ class Stage(Protocol):
     A stage may have `companions`: frozen checkpoints copied beside its own at the end, so that --out is complete.
     It may have `batch_name`: what the latest batch is called if it diverges. And `state() -> dict` of tensors with
     `load_state(dict)`, what resume points hold of it besides its modules. And `position() -> dict` with `seek(dict)`:
-    its place in the data, JSON-ready, for resume points.
+    its place in the data, JSON-ready, for resume points. And `losses(step, generator)`, an iterator of what `loss` gives,
+    in parts to be added up: a part's backward pass comes before the next part is asked for.
     A stage module `training/stages/<name>.py` offers `stage_from_options(options: StageOptions) -> Stage`.
     """
 

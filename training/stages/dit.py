@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtake.runtime.errors import IntegrityError
+from longtake.training.accumulate import own_gradients, parts_of
 from longtake.training.checkpoint import load_into
 from longtake.training.data.base import dataset_from_name
 from longtake.training.dit import Attend, CausalDiT
+from longtake.training.embedding_cache import CachedText, digest_of_state, embeddings_from_cache
 from longtake.training.error_recycling import ErrorRecycling
 from longtake.training.flex import chosen, flex_attention_for
 from longtake.training.gradient_quant import quantize_gradients
@@ -45,7 +48,8 @@ class DiTStage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.dit, self.text = self.initial_models()
-        self.text.requires_grad_(self.preset.text.kind == "words")  # released encoders are not trained
+        self.text.requires_grad_(trains_text(options))
+        self.cached_text: CachedText | None = None
         self.companions = [vae_checkpoint(self.preset, options.vae)]
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
         shift, recycling = self.preset.sampling.shift, options.recycling
@@ -57,11 +61,14 @@ class DiTStage:
         """Random models, or those of --init."""
         preset, folder = self.preset, self.options.init
         if folder is None:
-            return CausalDiT(preset.dit), text_encoder_for(preset)
+            dit, text = CausalDiT(preset.dit), text_encoder_for(preset)
+            cached = self.options.cache_dir is not None and not trains_text(self.options)
+            self.text_digest = digest_of_state(text) if cached else ""
+            return dit, text
         text_file, dit_file = folder / "text_encoder.safetensors", folder / "dit.safetensors"
         text = text_encoder_for(preset, load_meta(text_file, "text_encoder", preset).get("vocabulary"), folder)
         dit = CausalDiT(preset.dit)
-        load_into(text, text_file, kind="text_encoder", preset=preset.name)
+        self.text_digest = load_into(text, text_file, kind="text_encoder", preset=preset.name)["sha256"]
         load_into(dit, dit_file, kind="dit", preset=preset.name)
         return dit, text
 
@@ -72,10 +79,8 @@ class DiTStage:
         tokens = self.preset.chunk_tokens
         flex = chosen(self.options.attention, device, max(self.options.chunks), tokens)  # long: launches don't matter
         graph = self.options.graph and device.type == "cuda" and not flex
-        self.graphed = GraphedLoss(self.modules, self.tensor_loss, graph)
         self.dit.to(device)
         self.dit.checkpointing = self.options.gradient_checkpointing
-        self.text.to(device)
         if self.recycling:
             chunk = (self.preset.chunk_latents, self.preset.dit.channels, *self.preset.latent_hw)
             size = self.recycling.bytes_at_most(chunk) / 1e9
@@ -83,6 +88,12 @@ class DiTStage:
         self.vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
         self.train = self.cache("train", self.options.stories, self.options.seed)
         self.held_out = self.cache("eval", min(HELD_OUT, self.options.stories), EVALUATION_SEED)
+        self.cached_text = self.cache_text()
+        if self.cached_text is None:
+            self.text.to(device)
+        captured = self.cached_text is None or self.cached_text.resident  # a capture can't read from disk
+        learn = {name: module for name, module in self.modules.items() if learns(module)}
+        self.graphed = GraphedLoss(learn, self.tensor_loss, graph and captured)
         if self.options.precision == "nvfp4":
             insert_quantizers(self.dit, self.calibration(0), rules=self.options.rules)
         if self.options.quantize_gradients:
@@ -114,12 +125,27 @@ class DiTStage:
             **same,  # type: ignore[arg-type]
         )
 
+    def cache_text(self) -> CachedText | None:
+        """Every prompt's embedding on disk, where the encoder is frozen and there is a folder for it."""
+        if self.options.cache_dir is None or trains_text(self.options):
+            return None
+        tokens = torch.cat([stories.tokens.flatten(0, 1).cpu() for stories in (self.train, self.held_out)])
+        return embeddings_from_cache(
+            self.text, self.text_digest, tokens, self.preset,
+            cache_dir=self.options.cache_dir, device=self.device, autocast=self.autocast,
+            bf16=self.options.computes_in_bf16(self.device),
+        )  # fmt: skip
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens int32 [P, E] -> fp32 embeddings [P, E, dim], computed or from the cache."""
+        return (self.cached_text or self.text)(tokens)  # type: ignore[no-any-return]
+
     def autocast(self) -> AbstractContextManager[None]:
         enabled = self.options.computes_in_bf16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)  # for capture
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
-        """Weighted flow loss of one random batch."""
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+        """Weighted flow loss of one random batch, in parts that add up to it (see `stages.base.Stage`)."""
         clips = self.next_batch(generator)
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         clips = self.give_pictures(self.drop_text(clips))
@@ -130,10 +156,21 @@ class DiTStage:
         if self.options.quantize_gradients:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # of the stochastic rounding
         self.extras = extras_of(clips, noise)
-        weighted, plain, *velocity = self.graphed(*tensors_of(clips, noise))
+        if self.options.accumulate > 1 and self.graphed.enabled:
+            own_gradients(self.modules)
+        velocities = []
+        for part, drawn, share in parts_of(clips, noise, self.options.accumulate):
+            weighted, plain, *velocity = self.graphed(*tensors_of(part, drawn))
+            velocities += [x.detach().clone() for x in velocity]
+            # Products, so new tensors: those of a CUDA graph are written over by its next run.
+            yield weighted * share, {"flow": plain.detach() * share}
         if self.recycling:
-            self.recycling.record(clips, noise, velocity[0], step, generator)
-        return weighted, {"flow": plain.detach()}
+            self.recycling.record(clips, noise, torch.cat(velocities), step, generator)
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
+        """The batch's loss, all parts together."""
+        found = list(self.losses(step, generator))
+        return torch.stack([loss for loss, _ in found]).sum(), {"flow": sum(metrics["flow"] for _, metrics in found)}
 
     def tensor_loss(self, latents: Tensor, tokens: Tensor, history: Tensor, offsets: Tensor, *noise: Tensor) -> Losses:
         """Weighted and plain flow loss of what `tensors_of` gives, and the velocity if errors are recycled."""
@@ -151,27 +188,34 @@ class DiTStage:
         chunks = choices[int(torch.randint(len(choices), (), generator=generator))]
         return self.options.batch * max(choices) // chunks, chunks
 
-    def batch(self, generator: torch.Generator) -> Clips:
-        """Random stories of one length."""
+    def batch(self, generator: torch.Generator, parts: int = 1) -> Clips:
+        """Random stories of one length, so many times as many."""
         size, chunks = self.batch_shape(generator)
-        index = torch.randint(len(self.train), (size,), generator=generator)
+        index = torch.randint(len(self.train), (parts * size,), generator=generator)
         self.batch_name = StoryNames(index)
         return self.train.clips(index.to(self.device, non_blocking=True), chunks)
 
     def next_batch(self, generator: torch.Generator) -> Clips:
         """What the next step trains on: the next stories in order where they are on disk, else random ones."""
         if isinstance(self.train, LatentCache):
-            return self.batch(generator)
-        clips = self.train.take(*self.batch_shape(generator))
+            return self.batch(generator, self.options.accumulate)
+        size, chunks = self.batch_shape(generator)
+        clips = self.train.take(self.options.accumulate * size, chunks)
         self.batch_name = self.train.batch_name
         return clips
 
     def position(self) -> dict[str, Any]:
-        """The place in the data, for resume points."""
-        return {} if isinstance(self.train, LatentCache) else self.train.position()
+        """The place in the data, for resume points; and which encoder cached embeddings are of."""
+        place = {} if isinstance(self.train, LatentCache) else self.train.position()
+        return {**place, "text_sha256": self.text_digest} if self.cached_text else place
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go on from there."""
+        if self.cached_text and position.get("text_sha256", self.text_digest) != self.text_digest:
+            raise IntegrityError(
+                "the run to resume had another text encoder", got=f"sha256 {self.text_digest[:16]}…",
+                expected=f"sha256 {position['text_sha256'][:16]}…", fix="pass the --init that it began with",
+            )  # fmt: skip
         if not isinstance(self.train, LatentCache):
             self.train.seek(position)
 
@@ -192,7 +236,7 @@ class DiTStage:
 
     def velocity(self, clips: Clips, noise: Noise) -> Tensor:
         with self.autocast():
-            embeddings = self.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
+            embeddings = self.embed(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
             return predict_velocity(self.dit, self.preset, embeddings, clips, noise, self.attention(clips))
 
     def attention(self, clips: Clips) -> Attend | None:
@@ -295,6 +339,15 @@ class DiTStage:
             return read_amax(insert_quantizers(self.dit, calibrate))
         finally:
             self.dit = trained
+
+
+def trains_text(options: StageOptions) -> bool:
+    """Whether the text encoder learns with the DiT: a released one never does."""
+    return options.preset.text.kind == "words" and not options.freeze_text
+
+
+def learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

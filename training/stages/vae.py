@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,7 +58,21 @@ class VAEStage:
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
         """L1 + MSE + edges of the reconstruction from noised latents, and a pull of the latents towards unit scale."""
-        frames = CLIP_FRAMES[int(torch.randint(len(CLIP_FRAMES), (), generator=generator))]
+        return self.clip_loss(self.frames(generator), generator)
+
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+        """Of several batches of one length, their mean in parts."""
+        frames, share = self.frames(generator), 1 / self.options.accumulate
+        for _ in range(self.options.accumulate):
+            loss, metrics = self.clip_loss(frames, generator)
+            yield loss * share, {name: value * share for name, value in metrics.items()}
+
+    def frames(self, generator: torch.Generator) -> int:
+        """A random length."""
+        return CLIP_FRAMES[int(torch.randint(len(CLIP_FRAMES), (), generator=generator))]
+
+    def clip_loss(self, frames: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
+        """`loss` of clips of so many frames."""
         video = self.train.clips(generator, frames, self.options.batch, self.device)
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         with self.autocast():
