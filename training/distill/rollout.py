@@ -7,8 +7,7 @@ own exit pass only, never through the cache of chunks before it.
 Slots, window, sinks, positions (with the offset of every cut), timesteps and solver are those of a session, so with the
 last step as the exit the rollout is what a session generates.
 
-Legend: B stories, N chunks, F latent frames of a chunk, L tokens of a chunk, S slots, W window, H heads, D head_dim,
-E text length, C, h, w latent sizes.
+Legend: B stories, N chunks, F latent frames of a chunk, L tokens of a chunk, H heads, D head_dim, E text length, C, h, w latent sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch.nn import functional
 
 from longtake.runtime.conditions import frame_positions
 from longtake.runtime.sampler import UniPC
-from longtake.runtime.slots import SlotTable
+from longtake.runtime.slots import visible_blocks
 from longtake.training.dit import Attend, CausalDiT
 from longtake.training.experiment.batched import round_trip_kv
 from longtake.training.presets import Preset
@@ -47,44 +46,40 @@ class Story:
         return self.embeddings.shape[1]
 
 
-class SlotCache:
-    """K and V of all layers and stories, in slots; `fmt` "nvfp4" keeps what the 4-bit cache would give back."""
+class KeptChunks:
+    """K and V of all layers and stories, chunk by chunk; which of them a chunk sees is the slot table's word.
 
-    def __init__(self, preset: Preset, cuts: Sequence[Sequence[bool]], like: Tensor, fmt: str) -> None:
-        shape = (len(cuts), preset.window_chunks, 2, preset.chunk_tokens, preset.dit.heads, preset.dit.head_dim)
-        self.fmt = fmt
-        self.layers = [like.new_zeros(shape) for _ in range(preset.dit.layers)]
-        self.rows = torch.arange(len(cuts), device=like.device)
-        self.plans = [_plans(story, preset.window_chunks) for story in cuts]
+    They are not kept in slots that are written over: a backward pass that computes a block again (gradient
+    checkpointing) has to find what it saw. A chunk that no later one sees is let go. `fmt` "nvfp4" keeps what the 4-bit
+    cache would give back.
+    """
+
+    def __init__(self, preset: Preset, cuts: Sequence[Sequence[bool]], dtype: torch.dtype, fmt: str) -> None:
+        self.fmt, self.dtype = fmt, dtype
+        self.layers: list[dict[int, Tensor]] = [{} for _ in range(preset.dit.layers)]  # by chunk: [B, 2, L, H, D]
+        self.visible = [visible_blocks(story, preset.window_chunks) for story in cuts]
 
     def attend(self, chunk: int, write: bool) -> Attend:
-        """Self-attention of chunk `chunk` over the slots it sees and itself, which is kept if `write`."""
-        device = self.rows.device
-        table = torch.tensor([plan[chunk][0] for plan in self.plans], dtype=torch.long, device=device)
-        slot = torch.tensor([plan[chunk][1] for plan in self.plans], device=device)
+        """Self-attention of chunk `chunk` over the chunks it sees and itself, which is kept if `write`."""
+        needed = {seen for story in self.visible for later in story[chunk:] for seen in later}
+        self.layers = [{seen: kept for seen, kept in layer.items() if seen in needed} for layer in self.layers]
+        rows = [(story, seen) for story, blocks in enumerate(self.visible) for seen in blocks[chunk][:-1]]
+        held, stories = [dict(layer) for layer in self.layers], len(self.visible)
 
         def run(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = self.layers[layer]
-            past = cache[self.rows[:, None], table].to(q.dtype)  # a copy, so that a later write leaves this graph alone
             if write:
                 fresh = torch.stack((k, v), 1).detach()
-                cache[self.rows, slot] = (round_trip_kv(fresh) if self.fmt == "nvfp4" else fresh).to(cache.dtype)
-            keys = torch.cat((past[:, :, 0].flatten(1, 2), k.to(q.dtype)), 1)
-            values = torch.cat((past[:, :, 1].flatten(1, 2), v.to(q.dtype)), 1)
-            queries, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+                kept = round_trip_kv(fresh) if self.fmt == "nvfp4" else fresh
+                self.layers[layer][chunk] = kept.to(self.dtype)
+            own = k.to(q.dtype), v.to(q.dtype)
+            if rows:
+                past = torch.stack([held[layer][seen][story] for story, seen in rows]).to(q.dtype)
+                past = past.unflatten(0, (stories, -1))
+                own = tuple(torch.cat((past[:, :, i].flatten(1, 2), x), 1) for i, x in enumerate(own))  # type: ignore[assignment]
+            queries, keys, values = (x.transpose(1, 2) for x in (q, *own))
             return functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
         return run
-
-
-def _plans(cuts: Sequence[bool], capacity: int) -> list[tuple[tuple[int, ...], int]]:
-    """Each chunk's slots to read, without its own, and the slot it is written to."""
-    table, plans = SlotTable(capacity), []
-    for cut in cuts:
-        plan = table.plan(bool(cut))
-        plans.append((plan.table[:-1], plan.write_slot))
-        table = plan.after
-    return plans
 
 
 @dataclass(frozen=True)
@@ -101,10 +96,8 @@ class Rollout:
         gradient: keep it through the exit passes.
         """
         frames, device = self.preset.chunk_latents, story.noise.device
-        like = torch.empty(
-            0, device=device, dtype=torch.bfloat16 if torch.is_autocast_enabled(device.type) else dit.dtype
-        )
-        cache = SlotCache(self.preset, story.cuts, like, self.cache)
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else dit.dtype
+        cache = KeptChunks(self.preset, story.cuts, dtype, self.cache)
         with torch.set_grad_enabled(gradient):
             context = dit.context(story.embeddings)
         done = []
@@ -118,7 +111,7 @@ class Rollout:
     def _chunk(
         self,
         dit: CausalDiT,
-        cache: SlotCache,
+        cache: KeptChunks,
         chunk: int,
         sample: Tensor,
         context: list[Tensor],
@@ -157,12 +150,12 @@ class Rollout:
         """Temporal positions of a chunk's frames, fp64 [B, F], each shot begun so far offset as in a session."""
         shots = [sum(map(bool, story[1 : chunk + 1])) for story in cuts]
         found = [frame_positions(self.preset, chunk, shot) for shot in shots]
-        return torch.tensor(found, dtype=torch.float64, device=device)
+        return torch.tensor(found, dtype=torch.float64).to(device, non_blocking=True)
 
     def _sinusoid(self, timestep: int, pinned: bool, device: torch.device) -> Tensor:
         frames = self.preset.chunk_latents
         times = [0.0 if pinned and frame == 0 else float(timestep) for frame in range(frames)]
-        return timestep_sinusoid(torch.tensor(times, device=device), self.preset.dit.freq_dim)[None]
+        return timestep_sinusoid(times, self.preset.dit.freq_dim)[None].to(device, non_blocking=True)
 
 
 def pinned_first(sample: Tensor, first: Tensor | None) -> Tensor:
