@@ -66,6 +66,11 @@ def add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--out", type=Path, help="folder for checkpoints and curves")
     group.add_argument("--data", default="digits", help='"digits" (needs no download) or a folder of clips, for prompts, '
                        "cuts and given frames")  # fmt: skip
+    group.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep encoded stories and the embeddings of prompts "
+                       "there, as `longtake train` does, instead of in memory")  # fmt: skip
+    group.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode clips for --cache-dir"
+    )
     group.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     group.add_argument("--vae", type=Path, help="folder of the frozen VAE (default: the shipped checkpoint)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
@@ -76,6 +81,8 @@ def add_what(group: argparse._ArgumentGroup) -> None:
 
 def add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch", type=int, default=8, help="stories generated a step (default 8)")
+    group.add_argument("--accumulate", type=int, default=1, metavar="N",
+                       help="a step's batch is N times --batch, computed in N parts whose gradients add up (default 1)")  # fmt: skip
     group.add_argument("--stories", type=int, default=512, help="stories whose prompts are drawn from (default 512)")
     group.add_argument("--chunks", default="4", metavar="N..M", help="length of a story in chunks, drawn for every step: "
                        "N, N..M or a list (default 4; longer ones also train the sinks)")  # fmt: skip
@@ -160,6 +167,9 @@ def options_from(args: argparse.Namespace, preset: Preset) -> DistillOptions:
         seed=args.seed,
         amp=not args.fp32,
         gradient_checkpointing=args.gradient_checkpointing,
+        accumulate=args.accumulate,
+        cache_dir=args.cache_dir,
+        workers=args.workers,
     )
 
 
@@ -196,7 +206,8 @@ def describe(options: DistillOptions, config: TrainConfig) -> int:
     for line in (
         f"a DiT: {weights:,} parameters; student and critic train {trained:,} each"
         + (f" (LoRA of rank {rank} on {len(linears)} linears, one frozen base)" if rank else " (three copies)"),
-        f"latents of a step: {[options.batch, chunks * preset.chunk_latents, preset.dit.channels, *preset.latent_hw]}",
+        f"latents of a step{f' (in {options.accumulate} parts)' if options.accumulate > 1 else ''}: "
+        f"{[options.accumulate * options.batch, chunks * preset.chunk_latents, preset.dit.channels, *preset.latent_hw]}",
         f"a rollout: up to {passes} passes over {preset.chunk_tokens} tokens x {options.batch}, "
         f"{chunks} of them with a gradient in the student's update",
         f"the student's update (1 step in {options.ratio}): a rollout, 3 score passes; the critic's: a rollout, 1 pass",

@@ -44,6 +44,9 @@ class DistillOptions:
     seed: int = 0
     amp: bool = True
     gradient_checkpointing: bool = False
+    accumulate: int = 1
+    cache_dir: Path | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be distilled with."""
@@ -54,6 +57,8 @@ class DistillOptions:
             ("--stories", self.stories, 1, 512),
             ("--critic-updates", self.ratio, 1, 5),
             ("--recalibrate", self.recalibrate, 1, 100),
+            ("--accumulate", self.accumulate, 1, 1),
+            ("--workers", self.workers, 0, 4),
             ("--lora-rank", self.lora_rank, 0, 128),
         ):
             if given < least:

@@ -14,7 +14,7 @@ from longtake.training.distill.lora import Adapter
 from longtake.training.distill.stage import DistillStage
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.stages.base import Metric
-from longtake.training.trainer import TrainConfig, Trainer, require_finite
+from longtake.training.trainer import TrainConfig, Trainer, backward, require_finite
 
 CRITIC = "critic/"
 
@@ -67,14 +67,12 @@ class DistillTrainer(Trainer):
         stage.on_step(step)
         scene = stage.scene(self.generator)
         if step % stage.options.ratio == 0:
-            loss, metrics = stage.generator_loss(scene)
-            loss.backward()
+            found = backward(stage.generator_losses(scene))
             norm = both.generator.step(step, self.config.steps)  # type: ignore[attr-defined]
-            self.latest = {"dmd": loss.detach(), **metrics, "generator_norm": norm}
-        loss, metrics = stage.critic_loss(scene)
-        loss.backward()
+            self.latest = {"dmd": found["loss"], "dmd_gradient": found["dmd_gradient"], "generator_norm": norm}
+        found = backward(stage.critic_losses(scene))
         norm = both.critic.step(step, self.config.steps)  # type: ignore[attr-defined]
-        self.pending.append({"loss": loss.detach(), **metrics, **self.latest, "grad_norm": norm})
+        self.pending.append({**found, **self.latest, "grad_norm": norm})
         self.batches.append(None)
 
     def save_module(self, name: str, facts: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def test_a_run_resumes_bit_by_bit(small_preset: Preset, teacher: Path, tmp_path:
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert any(not torch.equal(whole[key], start[key]) for key in whole)
     side = read_json(tmp_path / "whole" / "dit.json")
-    assert side["sampling"] == {"steps": 2, "guidance": 1.0, "shift": 5.0}
+    assert side["sampling"] == {"steps": 2, "guidance": 1.0, "shift": 5.0, "timesteps": [999, 833]}
     models = load_models(small_preset, tmp_path / "whole")
     assert set(models.amax) == set(quantized_linears(models.dit))
     assert (tmp_path / "whole" / "dit_lora.safetensors").is_file() == bool(options.get("lora_rank"))
@@ -76,13 +76,13 @@ def test_the_two_networks_do_not_touch_each_other(small_preset: Preset, teacher:
     run.prepare()
     run.step, run.bar = 1, None  # type: ignore[assignment]
     before = {name: value.clone() for name, value in run.stage.modules["dit"].state_dict().items()}  # type: ignore[attr-defined]
-    loss, _ = run.distill.critic_loss(run.distill.scene(run.generator))
+    loss, _ = next(run.distill.critic_losses(run.distill.scene(run.generator)))
     loss.backward()
     assert all(p.grad is None for p in run.distill.modules["dit"].parameters())
     assert any(p.grad is not None for p in run.distill.critic_modules["fake_score"].parameters())
     for p in run.distill.critic_modules["fake_score"].parameters():
         p.grad = None
-    loss, _ = run.distill.generator_loss(run.distill.scene(run.generator))
+    loss, _ = next(run.distill.generator_losses(run.distill.scene(run.generator)))
     loss.backward()
     assert all(p.grad is None for p in run.distill.critic_modules["fake_score"].parameters())
     assert any(p.grad is not None for p in run.distill.modules["dit"].parameters())
