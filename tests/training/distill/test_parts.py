@@ -1,0 +1,188 @@
+"""Distillation in parts, from caches on disk, and on a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from longtake.runtime.files import read_json
+from longtake.training.checkpoint import save_checkpoint
+from longtake.training.distill.options import DistillOptions
+from longtake.training.distill.rollout import Rollout, Story
+from longtake.training.distill.stage import DistillStage
+from longtake.training.distill.trainer import DistillTrainer
+from longtake.training.networks import load_models, quantized_linears, random_models
+from longtake.training.optimizer import OptimizerConfig
+from longtake.training.presets import Preset
+from longtake.training.text_encoder import TextEncoder
+from longtake.training.trainer import TrainConfig, backward
+
+CPU = torch.device("cpu")
+RATE = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), warmup=1, ema=0.0)
+EVERYTHING: dict[str, Any] = {
+    "lora_rank": 4,
+    "precision": "nvfp4",
+    "gradient_checkpointing": True,
+    "i2v": True,
+    "accumulate": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, small_preset: Preset) -> Path:
+    """A folder with random networks of the small preset."""
+    folder = tmp_path_factory.mktemp("teacher")
+    models = random_models(small_preset)
+    for name, module in (("dit", models.dit), ("text_encoder", models.text), ("vae", models.vae)):
+        words = {"vocabulary": list(models.vocabulary)} if name == "text_encoder" else {}
+        save_checkpoint(
+            folder / f"{name}.safetensors", module.state_dict(), {"kind": name, "preset": small_preset.name, **words}
+        )
+    return folder
+
+
+def stage_of(preset: Preset, teacher: Path, **options: Any) -> DistillStage:
+    given = {"student_steps": 2, "batch": 2, "chunks": (2,), "stories": 2, "ratio": 2, "recalibrate": 2, **options}
+    return DistillStage(DistillOptions(preset, teacher, vae=teacher, **given))
+
+
+def gradients(stage: DistillStage, device: torch.device = CPU) -> dict[str, Tensor]:
+    """Of the generator's update and of the critic's, on one scene."""
+    stage.prepare(device)
+    scene = stage.scene(torch.Generator().manual_seed(3))
+    found: dict[str, Tensor] = {}
+    for name, losses, modules in (
+        ("generator", stage.generator_losses, stage.modules),
+        ("critic", stage.critic_losses, stage.critic_modules),
+    ):
+        found[f"{name} loss"] = torch.as_tensor(backward(losses(scene))["loss"])
+        for owner, module in modules.items():
+            found |= {f"{name} {owner}/{n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return found
+
+
+def worst(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Largest difference of a tensor, in units of the largest gradient of its network."""
+    assert one.keys() == other.keys() and len(one) > 20
+    ratios = []
+    for network in ("generator", "critic"):
+        names = [name for name in one if name.startswith(network) and "loss" not in name]
+        scale = max(float(one[name].norm()) for name in names)
+        ratios += [float((one[name] - other[name]).norm()) / scale for name in names]
+        ratios.append(float((one[f"{network} loss"] / other[f"{network} loss"] - 1).abs()))
+    return max(ratios)
+
+
+@pytest.mark.parametrize("i2v", [False, True], ids=["text", "picture"])
+def test_parts_add_up_to_the_batch(small_preset: Preset, teacher: Path, i2v: bool) -> None:
+    """Both networks' gradients; the cache unquantized, whose rounding would make steps of the smallest differences."""
+    same: dict[str, Any] = {"cache": "bf16", "i2v": i2v}
+    whole = gradients(stage_of(small_preset, teacher, batch=4, **same))
+    assert worst(whole, gradients(stage_of(small_preset, teacher, batch=1, accumulate=4, **same))) <= 1e-5
+
+
+def test_a_second_run_encodes_neither_stories_nor_prompts(
+    tmp_path: Path, small_preset: Preset, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gradients(stage_of(small_preset, teacher))
+    cached = gradients(stage_of(small_preset, teacher, cache_dir=tmp_path))
+    assert len(list(tmp_path.glob("text/*/*.safetensors"))) == 1 and list(tmp_path.glob("latents/*/*.safetensors"))
+
+    def never(self: TextEncoder, tokens: Tensor) -> Tensor:
+        raise AssertionError("the text encoder was called")
+
+    monkeypatch.setattr(TextEncoder, "forward", never)
+    again = gradients(stage_of(small_preset, teacher, cache_dir=tmp_path))
+    assert worst(cached, again) == 0.0 and cached.keys() == plain.keys()
+    with pytest.raises(AssertionError, match="was called"):
+        gradients(stage_of(small_preset, teacher, cache_dir=tmp_path, seed=5))
+
+
+def story(preset: Preset, device: torch.device, chunks: int = 6) -> Story:
+    """Two stories with cuts in different places."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(2, chunks, preset.text.length, preset.dit.text_dim, generator=generator)
+    noise = torch.randn(
+        2, chunks * preset.chunk_latents, preset.dit.channels, *preset.latent_hw, generator=generator
+    )  # fmt: skip
+    cuts = [[False, False, True, False, False, True], [False, True, False, False, False, False]]
+    return Story(text.to(device), cuts, noise.to(device))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_gpu_s_rollout_is_the_cpu_s(small_preset: Preset) -> None:
+    """In fp32 the same; with 4-bit keys and values, and in bf16, about so. Six chunks: the window moves on."""
+    dit, gpu = random_models(small_preset, seed=1).dit, torch.device("cuda")
+    wanted = Rollout(small_preset, 2, "bf16")(dit, story(small_preset, CPU), 1)
+    rounded = Rollout(small_preset, 2, "nvfp4")(dit, story(small_preset, CPU), 1)
+    dit.to(gpu)
+    got = Rollout(small_preset, 2, "bf16")(dit, story(small_preset, gpu), 1).cpu()
+    assert (got - wanted).norm() <= 1e-3 * wanted.norm()
+    four_bits = Rollout(small_preset, 2, "nvfp4")(dit, story(small_preset, gpu), 1).cpu()
+    assert (four_bits - rounded).norm() <= 3e-2 * rounded.norm()
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        half = Rollout(small_preset, 2, "bf16")(dit, story(small_preset, gpu), 1).cpu()
+    assert half.dtype == torch.float32 and (half - wanted).norm() <= 5e-2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_on_a_gpu_recomputed_blocks_have_the_same_gradients(small_preset: Preset, bf16: bool) -> None:
+    gpu, found = torch.device("cuda"), []
+    for checkpointing in (False, True):
+        dit = random_models(small_preset, seed=1).dit.to(gpu)
+        dit.checkpointing = checkpointing
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
+            video = Rollout(small_preset, 2, "nvfp4")(dit, story(small_preset, gpu), 1, gradient=True)
+        video.square().mean().backward()
+        found.append({name: p.grad for name, p in dit.named_parameters() if p.grad is not None})
+    scale = max(float(grad.norm()) for grad in found[0].values())
+    assert all(float((found[0][n] - found[1][n]).norm()) <= 1e-3 * scale for n in found[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["all weights", "everything"])
+def test_distillation_on_a_gpu(tmp_path: Path, small_preset: Preset, teacher: Path, options: dict[str, Any]) -> None:
+    """Through the trainer, with ModelOpt's own kernels where they run; stopped once, and gone on with."""
+    gpu = torch.device("cuda")
+    for more in ({"stop_at": 2}, {"resume": True}):
+        stage = stage_of(small_preset, teacher, cache_dir=tmp_path / "cache", **options)
+        config = TrainConfig(
+            tmp_path / "run", small_preset.name, 4, optimizer=RATE, evaluate_steps=0, log_steps=1, **more
+        )
+        metrics = DistillTrainer(stage, config, RATE, gpu).fit()
+        assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
+    trained, start = (load_file(folder / "dit.safetensors") for folder in (tmp_path / "run", teacher))
+    assert trained.keys() == start.keys() and any(not torch.equal(trained[key], start[key]) for key in start)
+    models = load_models(small_preset, tmp_path / "run")
+    assert set(models.amax) == set(quantized_linears(models.dit))
+    assert read_json(tmp_path / "run" / "dit.json")["sampling"]["steps"] == 2
+    assert stage.cached_text is not None and stage.cached_text.resident
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_gradients_are_the_cpu_s(small_preset: Preset, teacher: Path) -> None:
+    """One scene drawn on each device would differ, so the CPU's is moved over. fp32, unquantized cache."""
+    gpu, found = torch.device("cuda"), []
+    for device in (CPU, gpu):
+        stage = stage_of(small_preset, teacher, cache="bf16", amp=False)
+        stage.prepare(device)
+        host = torch.Generator().manual_seed(4)
+        scene = stage.scene_of(stage.train, torch.tensor([0, 1]), 2, 1, host)
+        noise = stage.score_noise(scene, host)
+        loss, _ = stage.generator_loss(scene, noise)
+        loss.backward()
+        critic, _ = stage.critic_loss(scene, noise)
+        critic.backward()
+        modules = {"generator": stage.modules["dit"], "critic": stage.critic_modules["fake_score"]}
+        own = {
+            f"{o} {n}": p.grad.cpu() for o, m in modules.items() for n, p in m.named_parameters() if p.grad is not None
+        }
+        found.append({**own, "generator loss": loss.detach().cpu(), "critic loss": critic.detach().cpu()})
+    assert worst(*found) <= 2e-2
