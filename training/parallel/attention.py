@@ -87,12 +87,17 @@ class SeenAttention(torch.autograd.Function):
 
 def block(x: Tensor, position: int, tokens: int) -> Tensor:
     """View of one block of x [B, L, H, D], [B, H, T, D]."""
-    return x[:, position * tokens : (position + 1) * tokens].transpose(1, 2)
+    return cut(x, position * tokens, (position + 1) * tokens).transpose(1, 2)
+
+
+def cut(x: Tensor, start: int, stop: int) -> Tensor:
+    """x[:, start:stop]. A single sample's stride is that of a tensor of this size: cuDNN plans anew for other strides."""
+    return x[0, start:stop][None] if len(x) == 1 else x[:, start:stop]
 
 
 def gather(x: Tensor, positions: Sequence[int], tokens: int) -> Tensor:
     """Blocks of x [B, L, H, D] one after the other, [B, H, n T, D]; a view where they stand so."""
     first, count = positions[0], len(positions)
     if list(positions) == list(range(first, first + count)):
-        return x[:, first * tokens : (first + count) * tokens].transpose(1, 2)
+        return cut(x, first * tokens, (first + count) * tokens).transpose(1, 2)
     return torch.cat([x[:, p * tokens : (p + 1) * tokens] for p in positions], 1).transpose(1, 2)

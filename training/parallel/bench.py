@@ -3,7 +3,8 @@
   torchrun --nproc-per-node 2 -m longtake.training.parallel.bench --layers 8 --seconds 16 32 --out bench.json
   python -m longtake.training.parallel.bench --nproc 2 --preset tiny --device cpu --layers 1 --seconds 2 --iterations 1
 
-Every mode and length runs in processes of its own, so that one that runs out of memory is a result and not the end.
+The cases run one after another in the same processes, which are started anew after one that ran out of memory: that is a
+result, not the end. The report is written after each case, and all ends in the time that --budget-seconds gives.
 With --mode none every rank has a sample of its own: an iteration is then as many samples as ranks, and "s_per_sample"
 is what to compare throughput by. Under the others all ranks share one sample.
 """
@@ -15,9 +16,9 @@ import json
 import logging
 import os
 import shlex
-import subprocess
 import sys
-import tempfile
+import time
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ import torch
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import write_json
 from longtake.runtime.report import commit, cpu_name, versions
-from longtake.training.parallel.bench_worker import Case, measure, sequence_of, sized
+from longtake.training.parallel.bench_runs import Plan, Runs
+from longtake.training.parallel.bench_table import ratios, table
+from longtake.training.parallel.bench_worker import Case, Models, measure, sized
 from longtake.training.parallel.layout import MODES, NONE
-from longtake.training.parallel.ranks import join_ranks, launcher_variables, started_by_torchrun
+from longtake.training.parallel.ranks import join_ranks, started_by_torchrun
 from longtake.training.parallel.sharding import require_heads
 from longtake.training.presets import PRESETS, Preset, preset_named
 
@@ -53,20 +56,23 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--width", type=int)
     p.add_argument("--seconds", type=float, nargs="+", default=[16, 32], help="lengths of the clip (default 16 32)")
     p.add_argument("--modes", nargs="+", default=list(WAYS), choices=WAYS)
-    p.add_argument("--iterations", type=int, default=2)
-    p.add_argument("--warmup", type=int, default=1)
+    p.add_argument("--iterations", type=int, default=3, help="timed, where time allows (default 3); one at least")
+    p.add_argument("--warmup", type=int, default=1, help="0 for none; the first has all shapes and "
+                   "as much memory, but little work")  # fmt: skip
     p.add_argument("--no-vae", action="store_true", help="latents are there already")
     p.add_argument("--halo", default="even", choices=("even", "equal"), help="balanced: latents that each rank encodes "
                    "(even, default) or keeps (equal, as in the reference) are as many on every rank")  # fmt: skip
     p.add_argument("--attention", default="blocks", choices=("blocks", "flex"))
     p.add_argument("--fp32", action="store_true")
     p.add_argument("--longest", type=float, metavar="S", help="after that, in steps of 8 s and up to S seconds, the "
-                   "longest clip that each mode fits: one iteration without warm-up each")  # fmt: skip
-    p.add_argument("--limit", type=float, default=500, metavar="S", help="give a measurement up after S seconds")
+                   "longest clip that each mode fits: iterations with a real one's memory and little work")  # fmt: skip
+    p.add_argument("--budget-seconds", type=float, default=240, metavar="S", help="time for everything (default 240); "
+                   "what isn't measured by then is left out")  # fmt: skip
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     p.add_argument("--nproc", type=int, help="ranks, where torchrun didn't start this")
     p.add_argument("--out", type=Path, help="write the report there, too")
     p.add_argument("--record", type=Path, help=argparse.SUPPRESS)
+    p.add_argument("--rehearse-oom", default="", metavar="MODE", help=argparse.SUPPRESS)  # its last rank fails
     return p
 
 
@@ -77,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         if args.record:
-            return worker(args)
+            worker(args)
+            return 0
         if started_by_torchrun() and os.environ["RANK"] != "0":
             return 0
         ranks = args.nproc or int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
@@ -85,39 +92,44 @@ def main(arguments: list[str] | None = None) -> int:
     except LongtakeError as error:
         sys.stderr.write(f"bench: error: {error}\n")
         return error.exit_code
-    if args.out:
-        write_json(args.out, result)
     sys.stdout.write(json.dumps(result, indent=2) + "\n\n" + table(result) + "\n")
     return 0
 
 
-def worker(args: argparse.Namespace) -> int:
-    """One mode at one length on one rank; the result goes to a file of the folder --record."""
-    preset, mode = preset_of(args), args.modes[0]
-    chunks = chunks_of(preset, args.seconds[0], int(os.environ["WORLD_SIZE"]))
-    case = Case(mode, chunks, args.iterations, args.warmup, not args.no_vae, args.halo, args.attention, not args.fp32)
-    with join_ranks(args.device, sequence_of(mode, int(os.environ["WORLD_SIZE"]))) as ranks:
-        write_json(args.record / f"{ranks.rank}.json", measure(preset, case, ranks))
-    return 0
+def worker(args: argparse.Namespace) -> None:
+    """All cases on one rank; results go to files of the folder --record.
+
+    A rank that fails is gone at once: leaving the process group would wait for ranks that wait for this one.
+    """
+    preset = preset_of(args)
+    cases = [Case(**case) for case in json.loads((args.record / "cases.json").read_text())]
+    try:
+        with join_ranks(args.device, int(os.environ["WORLD_SIZE"])) as ranks:
+            models = Models(preset, ranks, bf16=not args.fp32, vae=not args.no_vae)
+            for number, case in enumerate(cases):
+                started = time.monotonic()
+                found = measure(models, case, ranks)
+                write_json(args.record / f"{number}-{ranks.rank}.json", {**found, "took_s": time.monotonic() - started})
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def preset_of(args: argparse.Namespace) -> Preset:
     return sized(preset_named(args.preset), args.layers, args.height, args.width)
 
 
-def chunks_of(preset: Preset, seconds: float, ranks: int) -> int:
-    """Chunks of a clip of about `seconds`, a multiple of the ranks."""
-    chunk = preset.chunk_latents * preset.vae.stride[0] / preset.fps
-    return max(1, round(seconds / chunk / ranks)) * ranks
-
-
 def bench(args: argparse.Namespace, ranks: int, command: str) -> dict[str, Any]:
     """The report."""
     preset = preset_of(args)
     require_heads(preset, ranks)
-    cases = [measured(args, ranks, mode, seconds) for seconds in args.seconds for mode in args.modes]
-    longest = {mode: longest_of(args, ranks, mode, cases) for mode in args.modes} if args.longest else {}
-    return {
+    plan = Plan(preset, ranks, args.halo, args.attention, not args.fp32, not args.no_vae, args.rehearse_oom)
+    words = ["-m", "longtake.training.parallel.bench"]
+    for name in ("preset", "layers", "height", "width", "device"):
+        words += [f"--{name}", str(getattr(args, name))] if getattr(args, name) is not None else []
+    words += [f"--{name.replace('_', '-')}" for name in ("no_vae", "fp32") if getattr(args, name)]
+    result: dict[str, Any] = {
         "kind": "bench",
         "command": command,
         "commit": commit(),
@@ -132,119 +144,19 @@ def bench(args: argparse.Namespace, ranks: int, command: str) -> dict[str, Any]:
         "precision": "fp32" if args.fp32 else "bf16",
         "halo": args.halo,
         "attention": args.attention,
-        "cases": cases,
-        "ratio": ratios(cases),
-        "longest_s": longest,
     }
 
+    def save(cases: list[dict[str, Any]], longest: dict[str, Any]) -> None:
+        result.update(cases=cases, ratio=ratios(cases), longest=longest)
+        if args.out:
+            write_json(args.out, result)
 
-def measured(args: argparse.Namespace, ranks: int, mode: str, seconds: float, **changed: Any) -> dict[str, Any]:
-    """One case in processes of its own."""
-    settings = {**vars(args), **changed}
-    preset = preset_of(args)
-    chunks = chunks_of(preset, seconds, ranks)
-    head = {
-        "mode": mode,
-        "seconds": round((1 + preset.vae.stride[0] * (preset.chunk_latents * chunks - 1)) / preset.fps, 2),
-        "chunks": chunks,
-        "tokens": 2 * chunks * preset.chunk_tokens,
-        "samples": 1 if mode != NONE else ranks,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
-                 "longtake.training.parallel.bench", "--record", folder, "--modes", mode, "--seconds", str(seconds)]  # fmt: skip
-        for name in ("preset", "layers", "height", "width", "iterations", "warmup", "halo", "attention", "device"):
-            words += [f"--{name}", str(settings[name])] if settings[name] is not None else []
-        words += [f"--{name.replace('_', '-')}" for name in ("no_vae", "fp32") if settings[name]]
-        failure = ran(words, args.limit)
-        found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    if failure or len(found) < ranks:
-        logger.warning("%s at %.0f s: %s", mode, seconds, failure)
-        return {**head, "failed": failure or "a rank left no result"}
-    slowest = max(one["iteration_s"] for one in found)
-    logger.info("%s at %.0f s: %.2f s an iteration", mode, seconds, slowest)
-    return {
-        **head,
-        "s_per_iteration": slowest,
-        "s_per_sample": slowest / head["samples"],
-        "peak_gb": max(one["peak_gb"] for one in found),
-        "ranks": found,
-    }
-
-
-def ran(words: list[str], limit: float) -> str | None:
-    """Run a command; None, or why it failed in a few words."""
-    env = {name: value for name, value in os.environ.items() if name not in launcher_variables()}
-    env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    env.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return f"not done after {limit:.0f} s"
-    if done.returncode == 0:
-        return None
-    if "OutOfMemoryError" in done.stderr or "out of memory" in done.stderr:
-        return "out of memory"
-    lines = [line for line in done.stderr.splitlines() if "Error" in line]
-    return (lines[0] if lines else f"exit code {done.returncode}")[:300]
-
-
-def longest_of(args: argparse.Namespace, ranks: int, mode: str, cases: list[dict[str, Any]]) -> float:
-    """Seconds of the longest clip that ran."""
-    done = [case["seconds"] for case in cases if case["mode"] == mode and "failed" not in case]
-    failed = [case["seconds"] for case in cases if case["mode"] == mode and "failed" in case]
-    longest: float = max(done, default=0.0)
-    seconds = 8 * (longest // 8 + 1)
-    while seconds <= args.longest and seconds < min(failed, default=float("inf")):
-        case = measured(args, ranks, mode, seconds, iterations=1, warmup=0)
-        if "failed" in case:
-            break
-        longest, seconds = case["seconds"], seconds + 8
-    return longest
-
-
-def ratios(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Balanced SP against the other modes at the same length: times and memory, theirs divided by ours."""
-    found = []
-    for ours in cases:
-        for theirs in cases:
-            same = theirs["chunks"] == ours["chunks"] and theirs["mode"] != "balanced" == ours["mode"]
-            if same and "failed" not in ours and "failed" not in theirs:
-                names = ("s_per_iteration", "s_per_sample", "peak_gb")
-                numbers = {name: round(theirs[name] / ours[name], 3) for name in names}
-                found.append({"seconds": ours["seconds"], "against": theirs["mode"], **numbers})
-    return found
-
-
-def table(result: dict[str, Any]) -> str:
-    """The report for reading, in Markdown."""
-    lines = [
-        f"{result['gpu'] or result['cpu']} x {result['ranks']}, {result['preset']} with {result['layers']} layers, "
-        f"{result['resolution']}, {result['precision']}",
-        "",
-        "| mode | clip s | s / iteration | s / sample | VAE s by rank | loss tokens by rank | peak GB by rank |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for case in result["cases"]:
-        if "failed" in case:
-            lines.append(f"| {case['mode']} | {case['seconds']} | {case['failed']} | | | | |")
-            continue
-        vae, tokens, peak = (
-            ", ".join(f"{one[name]:{form}}" for one in case["ranks"])
-            for name, form in (("vae_s", ".2f"), ("loss_tokens", "d"), ("peak_gb", ".1f"))
-        )
-        lines.append(
-            f"| {case['mode']} | {case['seconds']} | {case['s_per_iteration']:.2f} | {case['s_per_sample']:.2f} "
-            f"| {vae} | {tokens} | {peak} |"
-        )
-    for one in result["ratio"]:
-        lines.append(
-            f"\nat {one['seconds']} s, {one['against']} / balanced: {one['s_per_iteration']} per iteration, "
-            f"{one['s_per_sample']} per sample, {one['peak_gb']} memory"
-        )
-    for mode, seconds in result["longest_s"].items():
-        lines.append(f"\nlongest clip, {mode}: {seconds} s")
-    return "\n".join(lines)
+    runs = Runs(plan, words, time.monotonic() + args.budget_seconds, save)
+    runs.measure(args.seconds, args.modes, args.iterations, args.warmup)
+    if args.longest:
+        memory = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else 0
+        runs.find_longest(args.modes, args.longest, memory)
+    return result
 
 
 if __name__ == "__main__":
