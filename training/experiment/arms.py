@@ -1,4 +1,4 @@
-"""Training of the arms by the trainer's Python API: a common bf16 base a seed, then bf16 or NVFP4 for the same steps."""
+"""Training of the arms by the trainer's Python API: a common bf16 base, then bf16 or NVFP4 for the same steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from longtake.training.latent_cache import LatentCache, frozen_vae, vae_checkpoi
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.presets import TINY, Preset
 from longtake.training.stages.base import StageOptions
-from longtake.training.stages.dit import EVALUATION_SEED, HELD_OUT, DiTStage
+from longtake.training.stages.dit import EVALUATION_SEED, DiTStage
 from longtake.training.trainer import TrainConfig, Trainer
 
 PRESET: Preset = TINY
 CACHE_TENSORS = ("latents", "tokens", "history", "offsets")
-DATA_SEED = 11  # of the training stories, which all seeds share
+DATA_SEED = 11  # of the training stories, which all seeds share; each part has the next
+HELD_OUT_FILE = "held-out.safetensors"
 
 
 class OutOfTime(Exception):
@@ -30,7 +31,7 @@ class OutOfTime(Exception):
 
 
 class ArmStage(DiTStage):
-    """The stage "dit" whose encoded stories are those of all arms, encoded once and kept in a file."""
+    """The stage "dit" whose encoded stories are those of all arms, encoded once and kept in files."""
 
     kept: dict[Path, LatentCache] = {}
 
@@ -39,14 +40,42 @@ class ArmStage(DiTStage):
         self.folder = folder
 
     def cache(self, split: str, stories: int, seed: int) -> LatentCache:
-        """See DiTStage.cache; the training stories don't depend on the arm's seed."""
-        path = self.folder / f"{split}-{stories}.safetensors"
+        """See DiTStage.cache; `encode_stories` has made them."""
+        if split == "eval":
+            return first_of(self.read(HELD_OUT_FILE), stories)
+        files = self.folder.glob("train-*.safetensors")
+        return joined([self.read(path.name) for path in sorted(files)])
+
+    def read(self, name: str) -> LatentCache:
+        """A file of encoded stories on the device, read once a process."""
+        path = self.folder / name
         if path not in self.kept:
-            if not path.is_file():
-                made = super().cache(split, stories, DATA_SEED if split == "train" else seed)
-                save_cache(made, path)  # type: ignore[arg-type]
             self.kept[path] = read_cache(path, self.device)
         return self.kept[path]
+
+
+def encode_stories(settings: Settings, out: Path, device: torch.device, part: int | None) -> dict[str, float]:
+    """Encode a part of the training stories, or the held-out ones (None), into a file."""
+    stage = stage_of(replace(settings, start="shipped"), out, "base", 0)
+    stage.device, stage.vae = device, frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)[0]
+    if part is None:
+        made = DiTStage.cache(stage, "eval", settings.flow_stories, EVALUATION_SEED)
+    else:
+        count = len(range(part, settings.stories, settings.story_parts))
+        made = DiTStage.cache(stage, "train", count, DATA_SEED + part)
+    name = HELD_OUT_FILE if part is None else f"train-{part}.safetensors"
+    save_cache(made, out / "stories" / name)  # type: ignore[arg-type]
+    return {"stories": float(len(made))}
+
+
+def joined(parts: list[LatentCache]) -> LatentCache:
+    """Several as one."""
+    return LatentCache(PRESET, **{n: torch.cat([getattr(part, n) for part in parts]) for n in CACHE_TENSORS})
+
+
+def first_of(cache: LatentCache, count: int) -> LatentCache:
+    """The first `count` stories."""
+    return LatentCache(PRESET, **{name: getattr(cache, name)[:count] for name in CACHE_TENSORS})
 
 
 def save_cache(cache: LatentCache, path: Path) -> None:
@@ -68,12 +97,12 @@ def shipped() -> Path:
 
 
 def arm_folder(out: Path, arm: str, seed: int) -> Path:
-    """Where an arm ("base", "bf16" or "nvfp4") of a seed is kept."""
-    return out / "arms" / f"{arm}-{seed}"
+    """Where an arm ("base", "bf16" or "nvfp4") of a seed is kept; there is one base."""
+    return out / "arms" / (arm if arm == "base" else f"{arm}-{seed}")
 
 
 def stage_of(settings: Settings, out: Path, arm: str, seed: int) -> ArmStage:
-    """The stage of an arm: the base begins as told, the others with their seed's base."""
+    """The stage of an arm: the base begins as told, the others with the base."""
     begin = {"random": None, "shipped": shipped()}.get(settings.start, Path(settings.start))
     options = StageOptions(
         preset=PRESET,
@@ -109,7 +138,8 @@ def train_arm(
         resume=bool(list(folder.glob("resume-*.safetensors"))),
         max_seconds=seconds,
         evaluate_steps=0,
-        save_seconds=100.0,
+        save_seconds=60.0,
+        save_dtype=torch.bfloat16,
         command="longtake.training.experiment",
         settings={"arm": arm, **settings.as_json()},
     )
@@ -129,8 +159,8 @@ def train_arm(
 def held_out(settings: Settings, out: Path, device: torch.device) -> LatentCache:
     """The encoded held-out stories that flow losses are measured on."""
     stage = stage_of(replace(settings, start="shipped"), out, "base", 0)
-    stage.device, stage.vae = device, frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)[0]
-    return stage.cache("eval", min(HELD_OUT, settings.stories), EVALUATION_SEED)
+    stage.device = device
+    return stage.cache("eval", settings.flow_stories, EVALUATION_SEED)
 
 
 def free_memory() -> None:

@@ -164,7 +164,7 @@ class Rollout:
 
 @torch.no_grad()
 def decoded(
-    vae: torch.nn.Module, chunks: Iterator[Tensor] | Rollout, batch: int = 16
+    vae: torch.nn.Module, chunks: Iterator[Tensor] | Rollout, batch: int = 32
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(latents, frames) of each chunk; frames fp32 [B, 3, T, H, W] in [-1, 1], decoded as a stream, `batch` stories at a time."""
     histories: dict[int, list[Tensor]] = {}

@@ -1,16 +1,17 @@
-"""The students: `longtake distill` from the best NVFP4-aware model."""
+"""The students: `longtake distill` from an NVFP4-aware model."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longtake.runtime.cli import COMMANDS
-from longtake.runtime.files import read_json
+from longtake.runtime.files import read_json, write_json
 from longtake.training.experiment.arms import OutOfTime
 from longtake.training.experiment.batched import Sampling
 from longtake.training.experiment.settings import Settings
@@ -41,16 +42,24 @@ def distil(
     """
     if "distill" not in COMMANDS:
         return {"skipped": MISSING}
-    folder = student_folder(out, steps)
-    command = distil_command(settings, teacher, folder, steps, device, seconds)
-    done = subprocess.run(command, text=True, capture_output=True)
+    folder, begun = student_folder(out, steps), time.monotonic()
+    spent_file = folder / "spent.json"
+    spent = float(read_json(spent_file)["seconds"]) if spent_file.is_file() else 0.0
+    own = max(1.0, settings.distill_seconds - spent)  # what this student's training may still take
+    command = distil_command(settings, teacher, folder, steps, device, min(seconds, own))
+    done = subprocess.run(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         return {"skipped": f"`{' '.join(command[2:])}` failed: {' / '.join(said[-3:])}"}
+    spent += time.monotonic() - begun
+    write_json(spent_file, {"seconds": spent})
     side = read_json(folder / "dit.json")
-    if side["step"] < side["steps"]:
+    if side["step"] < side["steps"] and seconds < own:
         raise OutOfTime(f"the student of {steps} steps stands at step {side['step']} of {side['steps']}")
-    return {"steps": side["step"], "metrics": side.get("metrics", {}), "teacher": teacher.name}
+    for path in folder.glob("resume-*"):
+        path.unlink()
+    metrics = side.get("metrics", {})
+    return {"steps": side["step"], "trained_seconds": round(spent), "metrics": metrics, "teacher": teacher.name}
 
 
 def distil_command(
@@ -70,9 +79,11 @@ def distil_command(
         "--batch": settings.distill_batch,
         "--chunks": ",".join(str(n) for n in settings.distill_chunks),
         "--stories": min(512, settings.stories),
+        "--critic-updates": settings.distill_ratio,
+        "--save-dtype": "bf16",
         "--seed": 0,
         "--evaluate-steps": 0,
-        "--save-seconds": 100,
+        "--save-seconds": 60,
         "--max-seconds": int(seconds),
     }
     words = [str(word) for pair in options.items() for word in pair]

@@ -19,7 +19,7 @@ from longtake.training.experiment.stories import scripts_of, shots_by_chunk
 from longtake.training.latent_cache import LatentCache, encode
 from longtake.training.networks import Models
 from longtake.training.stages.dit import EVALUATION_SEED
-from longtake.training.teacher_forcing import draw_noise, flow_loss, predict_velocity
+from longtake.training.teacher_forcing import draw_noise, predict_velocity
 
 EVERY = 4  # one frame of so many is looked at
 Result = dict[str, float | list[float]]
@@ -44,9 +44,9 @@ def generated(
 
 def rendered(eyes: Eyes, models: Models, stories: Sequence[Story]) -> Iterable[Tensor]:
     """The same of the data set itself, through the VAE: what a perfect generator would give."""
-    parts = []
-    for story in stories:
-        video = Digits(models.preset, "eval").render([story], eyes.device)
+    parts, size = [], 16 if eyes.device.type == "cuda" else 1
+    for start in range(0, len(stories), size):
+        video = Digits(models.preset, "eval").render(stories[start : start + size], eyes.device)
         parts.append(encode(eyes.vae, video).float())  # type: ignore[arg-type]
     chunks = torch.cat(parts).split(models.preset.chunk_latents, 1)
     return (frames for _, frames in decoded(eyes.vae, iter(chunks)))
@@ -64,12 +64,22 @@ def seen_digits(eyes: Eyes, frames_B3THW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fidelity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:
-    """Share of frames in which the judge sees the prompted digit: of all, of each chunk."""
-    shares = []
+    """Share of frames in which the judge sees the prompted digit: of all, of each chunk, of each story."""
+    rows = []
     for number, frames in enumerate(chunks):
         wanted = torch.tensor([shots_by_chunk(story)[number].digit for story in stories], device=eyes.device)
-        shares.append(float((seen_digits(eyes, frames)[0] == wanted[:, None]).float().mean()))
-    return {"fidelity": sum(shares) / len(shares), "by_chunk": shares}
+        rows.append((seen_digits(eyes, frames)[0] == wanted[:, None]).float().mean(1))
+    table = torch.stack(rows)  # [N, B]
+    return {
+        "fidelity": float(table.mean()),
+        "by_chunk": table.mean(1).tolist(),
+        "fidelity_by_story": rounded(table.mean(0)),
+    }
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Short numbers, of which a result may hold hundreds."""
+    return [round(value, 4) for value in values.tolist()]
 
 
 def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:
@@ -80,9 +90,13 @@ def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> 
     first shot's mean shape (0 in a frame without a subject). Each over the whole last shot; iou_first and iou_last over
     its first and last chunk.
     """
-    seen = [_chunk(frames, stories, number, eyes) for number, frames in enumerate(chunks)]
     begin, middle, end = (shot.chunks for shot in stories[0].shots)
-    first, last = _joined(seen[:begin]), _joined(seen[begin + middle :])
+    seen = [
+        _chunk(frames, stories, number, eyes)
+        for number, frames in enumerate(chunks)
+        if not begin <= number < begin + middle
+    ]
+    first, last = _joined(seen[:begin]), _joined(seen[begin:])
     usual = first.digits.mode(1).values
     mean_embedding = torch.nn.functional.normalize(first.embeddings.mean(1), dim=1)
     weight = first.there.float()[..., None, None]
@@ -97,6 +111,8 @@ def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> 
         "iou_first": float(by_chunk[0]),
         "iou_last": float(by_chunk[-1]),
         "iou_by_chunk": by_chunk.tolist(),
+        "agreement_by_story": rounded((last.digits == usual[:, None]).float().mean(1)),
+        "iou_by_story": rounded(overlap.mean(1)),
         "fidelity_return": float((last.digits == prompted[:, None]).float().mean()),
         "subjects_found": float(last.there.float().mean()),
     }
@@ -153,18 +169,21 @@ def drift(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Res
 
 
 @torch.no_grad()
-def held_out_flow(models: Models, cache: LatentCache, device: torch.device) -> Result:
-    """Plain flow loss of teacher forcing on held-out stories at fixed noise, as `longtake train` evaluates it."""
+def held_out_flow(models: Models, cache: LatentCache, device: torch.device, draws: int = 1) -> Result:
+    """Plain flow loss of teacher forcing on held-out stories, each noised `draws` times, always with the same noise."""
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
-    total, chunks = 0.0, cache.tokens.shape[1]
-    for index in torch.arange(len(cache)).split(8):
-        clips = cache.clips(index.to(device), chunks)
-        noise = draw_noise(clips, models.preset.sampling.shift, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            embeddings = models.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
-            velocity = predict_velocity(models.dit, models.preset, embeddings, clips, noise)
-        total += float(flow_loss(velocity, clips, noise)[1]) * len(index)
-    return {"flow": total / len(cache)}
+    chunks, found = cache.tokens.shape[1], []
+    for index in torch.arange(len(cache)).split(16):
+        clips, own = cache.clips(index.to(device), chunks), []
+        for _ in range(draws):
+            noise = draw_noise(clips, models.preset.sampling.shift, generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                embeddings = models.text(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
+                velocity = predict_velocity(models.dit, models.preset, embeddings, clips, noise)
+            own.append((velocity.float() - (noise.eps - clips.latents)).square().mean((1, 2, 3, 4)))
+        found.append(torch.stack(own).mean(0))
+    by_story = torch.cat(found).double()
+    return {"flow": float(by_story.mean()), "flow_by_story": [round(x, 6) for x in by_story.tolist()]}
 
 
 def with_another_scan(stories: Sequence[Story]) -> list[Story]:

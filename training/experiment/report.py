@@ -13,7 +13,7 @@ from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import atomic_path, write_json
 from longtake.training.experiment.plots import PICTURES, draw
 from longtake.training.experiment.settings import Settings
-from longtake.training.experiment.summary import Results, claims, summary, teacher_fidelity, teacher_seed
+from longtake.training.experiment.summary import Results, best_seed, claims, summary, teacher_fidelity
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 NAMES = {
@@ -29,25 +29,34 @@ NAMES = {
 
 
 def write_report(
-    results: Results, settings: Settings, out: Path, device: torch.device, complete: bool, docs: Path | None = None
+    results: Results,
+    settings: Settings,
+    out: Path,
+    machine: str,
+    missing: dict[str, str],
+    docs: Path | None = None,
+    seconds: float = 0.0,
 ) -> str:
     """Write what there is so far; returns the tables as markdown.
+
+    machine: what it ran on. missing: units without a result, and why. seconds: that it took, by the clock.
 
     Raises:
         LongtakeError: `docs` has no place for results.
     """
     found, said = summary(results, settings), claims(results, settings)
-    best = teacher_seed(results, settings)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    best = best_seed(results, settings)
     write_json(
         out / "results.json",
         {
             "kind": "experiment",
-            "complete": complete,
+            "complete": not missing,
+            "missing": missing,
             "toy_size": settings.quick,
             "device": machine,
             "torch": torch.__version__,
-            "seconds": round(sum(r.get("seconds", 0.0) for r in results.values()), 1),
+            "seconds": round(seconds, 1),
+            "seconds_of_units": round(sum(r.get("seconds", 0.0) for r in results.values()), 1),
             "settings": settings.as_json(),
             "summary": found,
             "claims": said,
@@ -55,7 +64,7 @@ def write_report(
             "units": results,
         },
     )
-    text = markdown(results, settings, found, said, machine, complete)
+    text = markdown(results, settings, found, said, _head(results, settings, machine, missing, seconds))
     with atomic_path(out / "report.md") as partial:
         partial.write_text(text, encoding="utf-8")
     draw(results, found, out)
@@ -64,11 +73,9 @@ def write_report(
     return text
 
 
-def markdown(
-    results: Results, settings: Settings, found: dict[str, Any], said: dict[str, Any], machine: str, complete: bool
-) -> str:
-    """All tables."""
-    parts = [_head(results, settings, machine, complete)]
+def markdown(results: Results, settings: Settings, found: dict[str, Any], said: dict[str, Any], head: str) -> str:
+    """All tables, after `head`."""
+    parts = [head]
     parts.append(_table("Same budget, held-out stories (mean ± standard deviation over seeds)", found["eval"],
                         {"flow": "flow loss", "fidelity": "prompt fidelity"}))  # fmt: skip
     parts.append(_table("A subject that returns after a cut, by sinks (NVFP4-aware, FP4 cache)", found["sinks"],
@@ -101,21 +108,38 @@ def fill(page: Path, text: str, out: Path) -> None:
         partial.write_text(head + inner + rest.split(END, 1)[1], encoding="utf-8")
 
 
-def _head(results: Results, settings: Settings, machine: str, complete: bool) -> str:
-    judge = results.get("judge", {})
-    lines = [] if complete else ["**Not complete: some units are still to be run.**", ""]
+def _head(results: Results, settings: Settings, machine: str, missing: dict[str, str], seconds: float) -> str:
+    judge, habit = results.get("judge", {}), results.get("habit", {})
+    lines = [f"**Not complete: {_missing(missing)}.**", ""] if missing else []
     lines += ["**Toy size: the figures mean nothing.**", ""] if settings.quick else []
-    seconds = sum(r.get("seconds", 0.0) for r in results.values())
     lines.append(
         f"{machine}, {seconds / 60:.1f} minutes, {settings.seeds} seeds. Start: {settings.start}; then {settings.base_steps} "
-        f"steps in bf16 a seed, then {settings.branch_steps} steps for each arm from there. Sampled with {settings.steps} steps, "
-        f"guidance {settings.guidance:g}."
+        f"steps in bf16 that all have in common, then {settings.branch_steps} steps for each arm and seed from there. Sampled "
+        f"with {settings.steps} steps, guidance {settings.guidance:g}. {settings.flow_stories} held-out stories, each noised "
+        f"{settings.flow_draws} times, for the flow loss; {settings.fidelity_stories} for prompt fidelity, "
+        f"{settings.identity_stories} for identity, {settings.drift_stories} for drift."
     )
     if judge:
         lines.append(
             f"The judge names {judge['rendered']:.1%} of held-out frames rightly as rendered, {judge['through_vae']:.1%} through the VAE."
         )
+    if habit:
+        lines.append(
+            f"What 4 bits cost in flow loss before the arms part: {habit['shipped_nvfp4'] - habit['shipped_bf16']:+.5f} for the "
+            f"shipped model, {habit['base_nvfp4'] - habit['base_bf16']:+.5f} for the bf16 base."
+        )
     return "\n".join(lines)
+
+
+def _missing(missing: dict[str, str]) -> str:
+    """Names by reason; of many, some."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        reasons.setdefault(why, []).append(name)
+    return "; ".join(
+        f"{', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}: {why}"
+        for why, names in reasons.items()
+    )
 
 
 def _table(title: str, rows: dict[str, Any], columns: dict[str, str]) -> str:
@@ -163,8 +187,9 @@ def _students(results: Results, settings: Settings, found: dict[str, Any]) -> st
 
 def _claims(said: dict[str, dict[str, Any]]) -> str:
     word = {True: "yes", False: "**no**", None: "not measured"}
-    lines = ["### What it shows", "", "| claim | holds | difference | spread |", "|---|---|---|---|"]
+    lines = ["### What it shows", "", "| claim | holds | difference | 95 % over stories | spread over seeds |", "|---" * 5 + "|"]  # fmt: skip
     for text, claim in said.items():
         number = [f"{claim[k]:+.4f}" if k in claim else "—" for k in ("difference", "spread")]
-        lines.append(f"| {text} | {word[claim['holds']]} | {number[0]} | {number[1].lstrip('+')} |")
+        around = " to ".join(f"{x:+.4f}" for x in claim["interval"]) if claim.get("interval") else "—"
+        lines.append(f"| {text} | {word[claim['holds']]} | {number[0]} | {around} | {number[1].lstrip('+')} |")
     return "\n".join(lines)

@@ -10,48 +10,59 @@ from longtake.runtime.errors import LongtakeError
 from longtake.training.experiment.classifier import JudgeTraining
 
 # Steps a second that an H100 makes at the full size, and what else takes how long there: for the plan only.
-STEPS_PER_SECOND = {"bf16": 30.0, "nvfp4": 20.0, "distill": 5.0}
-JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 45.0, 7.0, 25.0
+STEPS_PER_SECOND = {"bf16": 25.0, "nvfp4": 25.0}
+JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 40.0, 8.0, 10.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """start: "random", "shipped" or a folder of checkpoints; every seed's base goes on from there in bf16.
+    """start: "random", "shipped" or a folder of checkpoints; the base goes on from there in bf16.
 
-    base_steps: that common bf16 part, of each seed. branch_steps: what each arm trains after it, bf16 or under NVFP4.
-    steps, guidance: of sampling, for models that aren't distilled. distill_steps: training steps of each student,
-    of which every fifth is the student's own and all are the critic's.
+    base_steps: of that bf16 part, which all arms of all seeds have in common. branch_steps: what each arm trains after
+    it, bf16 or under NVFP4. story_parts: pieces that the training stories are encoded in, by as many processes.
+    flow_stories, flow_draws: held-out stories of the flow loss and how often each is noised. teacher: the seed whose
+    NVFP4-aware model is distilled; "first" is chosen before anything is measured, "best" by the lowest flow loss.
+    steps, guidance: of sampling, for models that aren't distilled. distill_steps, distill_seconds: a student's training
+    ends with whichever comes first; distill_ratio: the critic's steps for one of the student.
     """
 
     start: str = "shipped"
     seeds: int = 3
-    base_steps: int = 1200
-    branch_steps: int = 1600
-    batch: int = 32
-    chunks: tuple[int, ...] = (1, 1, 2, 5, 5)
+    base_steps: int = 1500
+    branch_steps: int = 1200
+    batch: int = 20
+    chunks: tuple[int, ...] = (1, 2, 5, 8, 8)
     stories: int = 4000
+    story_parts: int = 4
     base_lr: float = 6e-4
     branch_lr: float = 3e-4
     recalibrate: int = 200
     judge: JudgeTraining = JudgeTraining()
     judge_clips: int = 1024
-    fidelity_stories: int = 64
-    fidelity_chunks: int = 6
-    identity_stories: int = 50
-    identity_lengths: tuple[int, int, int] = (2, 4, 5)
-    drift_stories: int = 20
+    flow_stories: int = 256
+    flow_draws: int = 2
+    fidelity_stories: int = 384
+    fidelity_chunks: int = 5
+    identity_stories: int = 160
+    identity_lengths: tuple[int, int, int] = (2, 4, 3)
+    drift_stories: int = 40
     drift_chunks: int = 45
     steps: int = 16
     guidance: float = 3.0
     students: tuple[int, ...] = (4, 2)
-    distill_steps: int = 1000
-    distill_batch: int = 32
-    distill_chunks: tuple[int, ...] = (3, 5)
+    teacher: str = "first"
+    distill_steps: int = 1500
+    distill_seconds: float = 200.0
+    distill_ratio: int = 2
+    distill_batch: int = 48
+    distill_chunks: tuple[int, ...] = (1, 2, 4)
     quick: bool = False
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise LongtakeError("no seeds", got=self.seeds, expected="1 or more", fix="--seeds 3")
+        if self.teacher not in ("first", "best"):
+            raise LongtakeError("unknown teacher", got=self.teacher, expected="first or best", fix="--teacher first")
         known = self.start in ("random", "shipped") or (Path(self.start) / "dit.safetensors").is_file()
         if not known:
             raise LongtakeError(
@@ -66,6 +77,13 @@ class Settings:
         described = asdict(self)
         return {key: list(v) if isinstance(v, tuple) else v for key, v in described.items()}
 
+    @classmethod
+    def from_json(cls, described: dict[str, Any]) -> Settings:
+        """What `as_json` described."""
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in described.items()}
+        plain["judge"] = JudgeTraining(**described["judge"])
+        return cls(**plain)
+
 
 def quick(settings: Settings) -> Settings:
     """The same at toy size: minutes become seconds and its figures mean nothing."""
@@ -76,7 +94,10 @@ def quick(settings: Settings) -> Settings:
         branch_steps=2,
         batch=1,
         chunks=(1, 2),
-        stories=2,
+        stories=4,
+        story_parts=2,
+        flow_stories=2,
+        flow_draws=1,
         recalibrate=1,
         judge=JudgeTraining(steps=2, batch=2),
         judge_clips=2,
@@ -88,7 +109,8 @@ def quick(settings: Settings) -> Settings:
         drift_chunks=2,
         steps=1,
         students=(4,),
-        distill_steps=1,
+        distill_steps=2,
+        distill_seconds=600.0,
         distill_batch=1,
         distill_chunks=(1,),
         quick=True,

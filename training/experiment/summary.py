@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from longtake.training.experiment.settings import Settings
 from longtake.training.experiment.sinks import SINKS
 
@@ -15,10 +17,15 @@ FEW_POINTS = 0.05  # how much prompt fidelity a 4-step student may lose
 
 def values_of(results: Results, kind: str, condition: str, metric: str) -> list[float]:
     """One value a seed, of the units <kind>-<condition>-<seed> that are done."""
+    return [float(value) for value in rows_of(results, kind, condition, metric)]
+
+
+def rows_of(results: Results, kind: str, condition: str, metric: str) -> list[Any]:
+    """What the units <kind>-<condition>-<seed> that are done say of a metric, by seed."""
     names = sorted(
         (n for n in results if n.rpartition("-")[0] == f"{kind}-{condition}"), key=lambda n: int(n.rpartition("-")[2])
     )
-    return [float(results[name][metric]) for name in names if metric in results[name]]
+    return [results[name][metric] for name in names if metric in results[name]]
 
 
 def spread_of(values: Sequence[float]) -> float:
@@ -57,41 +64,85 @@ def summary(results: Results, settings: Settings) -> dict[str, Any]:
 def claims(results: Results, settings: Settings) -> dict[str, dict[str, Any]]:
     """Each claim: true, false, or None where results are missing; with the numbers it rests on.
 
-    "More than the spread" compares the difference of the means with the larger standard deviation over seeds.
+    "More than the spread" compares the difference of the means with the larger standard deviation over seeds. A claim
+    about arms uses the seeds that both have.
     """
-    eval_ = lambda c, m: values_of(results, "eval", c, m)  # noqa: E731
-    sinks = lambda c, m: values_of(results, "sinks", c, m)  # noqa: E731
+
+    def beats(kind: str, m: str, a: str, b: str) -> dict[str, Any]:
+        part = of_common_seeds(results, kind, a, b)
+        by_story = [values_by_story(part, kind, c, m) for c in (a, b)]
+        return _beats(values_of(part, kind, a, m), values_of(part, kind, b, m), by_story[0], by_story[1])
+
     made = {
-        "NVFP4-aware has a lower held-out flow loss than post-training NVFP4": _beats(eval_("ptq", "flow"), eval_("nvfp4", "flow")),
-        "NVFP4-aware has a higher prompt fidelity than post-training NVFP4": _beats(eval_("nvfp4", "fidelity"), eval_("ptq", "fidelity")),
-        "both sinks keep the subject's shape across cuts better than none": _beats(sinks("both", "iou"), sinks("none", "iou")),
-        "both sinks keep the subject's class across cuts better than none": _beats(sinks("both", "agreement"), sinks("none", "agreement")),
-    }  # fmt: skip
+        "NVFP4-aware has a lower held-out flow loss than post-training NVFP4": beats("eval", "flow", "ptq", "nvfp4"),
+        "NVFP4-aware has a higher prompt fidelity than post-training NVFP4": beats("eval", "fidelity", "nvfp4", "ptq"),
+        "both sinks keep the subject's shape across cuts better than none": beats("sinks", "iou", "both", "none"),
+        "both sinks keep the subject's class across cuts better than none": beats("sinks", "agreement", "both", "none"),
+    }
     made["the 4-step student is within 5 points of its teacher's prompt fidelity"] = _student(results, settings)
     return made
 
 
-def _beats(higher: Sequence[float], lower: Sequence[float]) -> dict[str, Any]:
+def of_common_seeds(results: Results, kind: str, first: str, second: str) -> Results:
+    """The results of two conditions, of the seeds that both have."""
+    seeds = [
+        {name.rpartition("-")[2] for name in results if name.rpartition("-")[0] == f"{kind}-{c}"}
+        for c in (first, second)
+    ]
+    kept = [f"{kind}-{c}-{seed}" for c in (first, second) for seed in seeds[0] & seeds[1]]
+    return {name: results[name] for name in kept}
+
+
+def values_by_story(results: Results, kind: str, condition: str, metric: str) -> list[list[float]]:
+    """[seeds][stories]; every condition and seed has the same stories and noise."""
+    return [list(map(float, row)) for row in rows_of(results, kind, condition, f"{metric}_by_story")]
+
+
+def paired_interval(higher: Sequence[Sequence[float]], lower: Sequence[Sequence[float]]) -> list[float] | None:
+    """95 % interval of the mean difference, from 2000 draws of the stories with replacement; seeds averaged first."""
+    if not higher or np.shape(higher) != np.shape(lower) or np.ndim(higher) != 2:
+        return None
+    difference = (np.array(higher) - np.array(lower)).mean(0)
+    drawn = np.random.default_rng(0).integers(len(difference), size=(2000, len(difference)))
+    return [float(x) for x in np.percentile(difference[drawn].mean(1), (2.5, 97.5))]
+
+
+def _beats(
+    higher: Sequence[float],
+    lower: Sequence[float],
+    higher_by_story: Sequence[Sequence[float]] = (),
+    lower_by_story: Sequence[Sequence[float]] = (),
+) -> dict[str, Any]:
     if not higher or len(higher) != len(lower):
         return {"holds": None}
     gain, spread = statistics.fmean(higher) - statistics.fmean(lower), max(spread_of(higher), spread_of(lower))
     return {
-        "holds": gain > spread,
+        "holds": gain > spread if len(higher) > 1 else None,
         "difference": gain,
         "spread": spread,
+        "seeds": len(higher),
         "by_seed": [a - b for a, b in zip(higher, lower)],
+        "interval": paired_interval(higher_by_story, lower_by_story),
     }
 
 
 def _student(results: Results, settings: Settings) -> dict[str, Any]:
-    fidelity = results.get("student-4", {}).get("fidelity")
-    teacher = teacher_fidelity(results, settings)
-    if fidelity is None or teacher is None:
+    student, seed = results.get("student-4", {}), teacher_seed(results, settings)
+    teacher = results.get(f"eval-nvfp4-{seed}", {})
+    if "fidelity" not in student or "fidelity" not in teacher:
         return {"holds": None}
-    return {"holds": teacher - fidelity <= FEW_POINTS, "difference": fidelity - teacher, "teacher": teacher}
+    interval = paired_interval(
+        *([found["fidelity_by_story"]] if "fidelity_by_story" in found else [] for found in (student, teacher))
+    )
+    return {
+        "holds": teacher["fidelity"] - student["fidelity"] <= FEW_POINTS,
+        "difference": student["fidelity"] - teacher["fidelity"],
+        "teacher": teacher["fidelity"],
+        "interval": interval,
+    }
 
 
-def teacher_seed(results: Results, settings: Settings) -> int | None:
+def best_seed(results: Results, settings: Settings) -> int | None:
     """The seed whose NVFP4-aware model has the lowest held-out flow loss; None until all are measured."""
     names = [f"eval-nvfp4-{seed}" for seed in range(settings.seeds)]
     if not all(name in results for name in names):
@@ -99,7 +150,13 @@ def teacher_seed(results: Results, settings: Settings) -> int | None:
     return min(range(settings.seeds), key=lambda seed: float(results[names[seed]]["flow"]))
 
 
+def teacher_seed(results: Results, settings: Settings) -> int | None:
+    """The seed of the students' teacher; None if that isn't known yet."""
+    return 0 if settings.teacher == "first" else best_seed(results, settings)
+
+
 def teacher_fidelity(results: Results, settings: Settings) -> float | None:
     """Prompt fidelity of the students' teacher."""
     seed = teacher_seed(results, settings)
-    return None if seed is None else float(results[f"eval-nvfp4-{seed}"]["fidelity"])
+    found = results.get(f"eval-nvfp4-{seed}", {}).get("fidelity")
+    return None if found is None else float(found)

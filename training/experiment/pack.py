@@ -1,0 +1,87 @@
+"""What goes on elsewhere: the report, and what `--resume` needs, in a few files of limited size.
+
+Nothing is taken along that is quicker made again (encoded stories, resume points) or that nobody will read any more.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longtake.runtime.errors import LongtakeError
+from longtake.runtime.files import atomic_path
+from longtake.training.experiment.arms import shipped
+from longtake.training.experiment.plots import PICTURES
+from longtake.training.experiment.units import Unit, wanted
+
+REPORT = ("results.json", "report.md", *PICTURES, "sheet.png", "sheet.mp4")
+
+
+def bring(
+    out: Path, to: Path, every: Sequence[Unit], results: dict[str, Any], megabytes: float
+) -> tuple[list[Path], list[str]]:
+    """Write report.tar, state.tar (results, judge) and model-*.tar (models that somebody still needs, the best and the
+    students) to `to`; models that don't fit are left out, which costs their training if they are needed.
+    Returns the files, and the names of models left out."""
+    to.mkdir(parents=True, exist_ok=True)
+    made = [_tar(to / "report.tar", out, [out / name for name in REPORT])]
+    logs = sorted((out / "logs").glob("*.log"))
+    small = [out / name for name in ("settings.json", "seconds.json", "judge.safetensors", "sheet.png", "sheet.mp4", "progress.json")]  # fmt: skip
+    made.append(_tar(to / "state.tar", out, [*small, *sorted((out / "units").glob("*.json")), *logs]))
+    room = megabytes * 1e6 - sum(path.stat().st_size for path in made)
+    left: list[str] = []
+    for folder in models_in_order(out, every, results):
+        files = [file for name in ("dit", "text_encoder") for file in sorted(folder.glob(f"{name}.*"))]
+        size = sum(file.stat().st_size for file in files)
+        if size > room:
+            left.append(folder.name)
+            continue
+        room -= size
+        made.append(_tar(to / f"model-{folder.parent.name}-{folder.name}.tar", out, files))
+    return made, left
+
+
+def models_in_order(out: Path, every: Sequence[Unit], results: dict[str, Any]) -> list[Path]:
+    """Folders of models, the most useful first: those that units still need, then the students, then the best arm."""
+    from longtake.runtime.files import read_json
+    from longtake.training.experiment.settings import Settings
+    from longtake.training.experiment.summary import best_seed
+
+    open_ = {name for unit in wanted(every, results, out) for name in unit.needs}
+    needed = [unit for unit in every if unit.name in open_ and unit.name in results]
+    settings = Settings.from_json(read_json(out / "settings.json"))
+    best = best_seed(results, settings)
+    last = [f"distill-{steps}" for steps in settings.students] + ([] if best is None else [f"train-nvfp4-{best}"])
+    order = [*needed, *(unit for name in last for unit in every if unit.name == name and name in results)]
+    found = [(out / unit.product).parent for unit in order if unit.product and unit.product.endswith("dit.safetensors")]
+    return list(dict.fromkeys(folder for folder in found if (folder / "dit.safetensors").is_file()))
+
+
+def restore(folder: Path, out: Path) -> None:
+    """Unpack what `bring` wrote. The VAE beside each model is the shipped one.
+
+    Raises:
+        LongtakeError: there is no state in `folder`, or `out` holds results already.
+    """
+    if not (folder / "state.tar").is_file():
+        raise LongtakeError(f"{folder} holds no experiment", expected="state.tar", fix="the folder given to --bring")
+    if (out / "settings.json").is_file():
+        raise LongtakeError(f"{out} holds an experiment already", fix="--resume without --restore, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for path in [folder / "state.tar", *sorted(folder.glob("model-*.tar"))]:
+        with tarfile.open(path) as tar:
+            tar.extractall(out, filter="data")
+    for dit in [*out.glob("arms/*/dit.safetensors"), *out.glob("students/*/dit.safetensors")]:
+        for source in shipped().glob("vae.*"):
+            shutil.copyfile(source, dit.with_name(source.name))
+
+
+def _tar(path: Path, out: Path, files: Sequence[Path]) -> Path:
+    with atomic_path(path) as partial, tarfile.open(partial, "w") as tar:
+        for file in files:
+            if file.is_file():
+                tar.add(file, file.relative_to(out))
+    return path
