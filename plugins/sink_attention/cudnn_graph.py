@@ -37,11 +37,15 @@ class CudnnAttention:
     """softmax(q k^T / sqrt(D)) v over dense [tokens, H, D] tensors, for fixed sizes.
 
     `attention`: "bf16", or "fp8" for E4M3 with the scales FACTORS. `device`: a cuDNN device profile to plan for, where
-    there is no GPU; the graph can then be planned, not run.
+    there is no GPU; the graph can then be planned, not run. `stats`: also write the log-sum-exp of each query's scaled
+    scores, fp32 [H, L].
     """
 
-    def __init__(self, queries: int, keys: int, heads: int, dim: int, attention: str, handle: Any, device: Any = None):
-        self._cudnn, self._handle = frontend(), handle
+    def __init__(
+        self, queries: int, keys: int, heads: int, dim: int, attention: str, handle: Any, device: Any = None,
+        stats: bool = False,
+    ):  # fmt: skip
+        self._cudnn, self._handle, self._stats = frontend(), handle, stats
         declined = []
         for option in ("AUTO", "COMPOSITE") if attention == "bf16" else (False, True):
             try:
@@ -70,23 +74,27 @@ class CudnnAttention:
         )  # fmt: skip
         sizes = {"q": queries, "k": keys, "v": keys}
         tensors = {name: graph.tensor(name=name, data_type=io, **_dense(n, heads, dim)) for name, n in sizes.items()}
-        options: dict[str, Any] = {"attn_scale": dim**-0.5, "generate_stats": False, "name": "attention"}
+        options: dict[str, Any] = {"attn_scale": dim**-0.5, "generate_stats": self._stats, "name": "attention"}
         if attention == "bf16":
             implementation = getattr(self._cudnn.attention_implementation, option)
-            out, _ = graph.sdpa(**tensors, **options, implementation=implementation)
+            out, logs = graph.sdpa(**tensors, **options, implementation=implementation)
         else:
             tensors |= {name: graph.tensor(name=name, data_type=types.FLOAT, **_one()) for name in FACTORS}
-            out, _, *found = graph.sdpa_fp8(**tensors, **options)
+            out, logs, *found = graph.sdpa_fp8(**tensors, **options)
             for name, tensor in zip(AMAX, found, strict=True):
                 tensor.set_output(option).set_dim(_one()["dim"]).set_stride(_one()["stride"]).set_data_type(types.FLOAT)
                 if option:
                     tensors[name] = tensor
         layout = _dense(queries, heads, dim)
         out.set_output(True).set_dim(layout["dim"]).set_stride(layout["stride"]).set_data_type(io)
+        if self._stats:
+            rows = {"dim": [1, heads, queries, 1], "stride": [heads * queries, queries, 1, 1]}
+            logs.set_output(True).set_dim(rows["dim"]).set_stride(rows["stride"]).set_data_type(types.FLOAT)
+            tensors["stats"] = logs
         self._graph, self._tensors = graph, {**tensors, "out": out}
 
     def run(self, pointers: Mapping[str, int], workspace: int, stream: int) -> None:
-        """Enqueue on a raw stream handle. `pointers`: addresses of q, k, v, out; for fp8 also FACTORS and AMAX."""
+        """Enqueue on a raw stream handle. `pointers`: addresses of q, k, v, out; for fp8 also FACTORS and AMAX, and stats."""
         self._cudnn.set_stream(self._handle, stream)
         given = {tensor.uid: pointers[name] for name, tensor in self._tensors.items()}
         self._graph.execute(given, workspace, handle=self._handle)

@@ -19,7 +19,8 @@ from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Call, Dims
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.cudnn_graph import AMAX, CudnnAttention, frontend
-from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, window_kernels
+from longtake.plugins.sink_attention.trial import ONES, trials
+from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, parts, window_kernels
 from longtake.runtime.errors import LongtakeError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,18 @@ class WindowedAttention(Launcher):
         self.prepare()
         driver.ensure_context()
         for step, function in zip(self.kernels.calls({**self.dims, "W": table_len}), self._functions or ()):
-            if step.function == "widen_out":
-                self._attend(pointers, workspace, table_len, stream)
+            if step.function != "widen_out":
+                values = self.arguments(step, pointers, workspace, table_len)
+                driver.launch(function, step.grid, step.threads, stream, values)
+        self._attend(pointers, workspace, table_len, stream)
+        self._merge(pointers, workspace, table_len, stream)
+
+    def _merge(self, pointers: Sequence[int], workspace: int, table_len: int, stream: int) -> None:
+        """What follows attention: for fp8, the parts' outputs as one, in bf16."""
+        if self.attention == "fp8":
+            step, function = self.kernels.calls({**self.dims, "W": table_len})[-1], (self._functions or ())[-1]
             values = self.arguments(step, pointers, workspace, table_len)
             driver.launch(function, step.grid, step.threads, stream, values)
-        if self.attention == "bf16":
-            self._attend(pointers, workspace, table_len, stream)
 
     def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
         """See Launcher.arguments; the workspace's buffers have names as well."""
@@ -65,19 +72,22 @@ class WindowedAttention(Launcher):
         if self.attention == "fp8":
             given |= {"q": found["query8"], "out": found["out8"]}
             given |= {name: found["factors"] + i * FACTOR_BYTES for i, name in enumerate(FACTORS)}
-            given |= {name: found[name] for name in AMAX}
+            given |= {name: found[name] for name in (*AMAX, "stats")}
         self.attend(given, end, table_len, stream)
 
     @abstractmethod
     def attend(self, pointers: Mapping[str, int], workspace: int, table_len: int, stream: int) -> None:
-        """Enqueue attention over a window of `table_len` blocks; `workspace` is what lies after the buffers."""
+        """Enqueue attention over a window of `table_len` blocks; `workspace` is what lies after the buffers.
+
+        For fp8: over each of window.parts() apart, into out [parts, L,H,D] and, if there are several, stats [parts, H,L].
+        """
 
 
 class CudnnSinkAttention(WindowedAttention):
-    """Through cuDNN's frontend. prepare() plans a graph for every window length, so none is planned on the way."""
+    """Through cuDNN's frontend. prepare() plans a graph for every length, so none is planned on the way."""
 
     method = "cudnn"
-    _graphs: dict[int, CudnnAttention] | None = None
+    _graphs: dict[tuple[int, bool], CudnnAttention] | None = None
 
     def prepare(self) -> Launcher:
         """See Launcher.prepare. Raises UnavailableError without the frontend or if cuDNN declines the sizes."""
@@ -86,48 +96,76 @@ class CudnnSinkAttention(WindowedAttention):
             cudnn, dims = frontend(), self.dims
             self._handle = cudnn.create_handle()
             self._graphs = {
-                w: CudnnAttention(dims["L"], w * dims["L"], dims["H"], dims["D"], self.attention, self._handle)
-                for w in range(1, dims["S"] + 1)
+                (keys, stats): CudnnAttention(
+                    dims["L"], keys, dims["H"], dims["D"], self.attention, self._handle, stats=stats
+                )
+                for keys, stats in sorted({plan for w in range(1, dims["S"] + 1) for plan in self._plans(w)})
             }
             self.workspace_bytes += max(graph.workspace_bytes for graph in self._graphs.values())
             self._try()
         return self
 
+    def _parts(self, entries: int) -> tuple[tuple[int, int], ...]:
+        """(first key, keys) of each run of cuDNN for a window of `entries` blocks."""
+        tokens = self.dims["L"]
+        return parts(tokens, entries) if self.attention == "fp8" else ((0, entries * tokens),)
+
+    def _plans(self, entries: int) -> list[tuple[int, bool]]:
+        """The graph of each part: its keys, and whether it writes statistics."""
+        cut = self._parts(entries)
+        return [(keys, len(cut) > 1) for _, keys in cut]
+
     def _try(self) -> None:
-        """Attend once over each window of nothing but ones, which gives ones: what fails must fail before the run.
+        """Attend over windows with a known answer, of every length: what fails must fail before the run.
 
         Raises UnavailableError. Takes the workspace, queries and an output for a moment.
         """
         fp8, dims = self.attention == "fp8", self.dims
-        one, dtype = (0x38, torch.uint8) if fp8 else (1.0, torch.bfloat16)
-        memory = torch.empty(self.workspace_bytes // dtype.itemsize + 1, dtype=dtype, device="cuda").fill_(one)
+        memory = torch.empty(-(-self.workspace_bytes // 4) * 4, dtype=torch.uint8, device="cuda")
         q, out = torch.ones(2, dims["L"], dims["H"], dims["D"], dtype=torch.bfloat16, device="cuda")
-        base = memory.data_ptr()
-        if fp8:  # E4M3's code 0x38 is 1; every factor is 1, too
-            places = {name: place - base for name, place in addresses(dims, "fp8", base)[0].items()}
-            start, end = places["factors"], places["factors"] + FACTOR_BYTES * len(FACTORS)
-            memory[start:end].view(torch.float32).fill_(1.0)
-            out = memory[places["out8"] : places["out8"] + out.numel()]
+        base, pointers = memory.data_ptr(), (q.data_ptr(), out.data_ptr())
+        places = {name: place - base for name, place in addresses(dims, self.attention, base)[0].items()}
+        if not fp8:
+            memory.view(torch.bfloat16).fill_(1.0)
         for entries in range(1, dims["S"] + 1):
-            out.fill_(0)
-            try:
-                self._attend((q.data_ptr(), out.data_ptr()), base, entries, torch.cuda.current_stream().cuda_stream)
-                got = (out.view(torch.float8_e4m3fn) if fp8 else out).float()
-                # Hopper adds FP8 products up in about 14 bits: a step off is rounding, more is a sum that stood still.
-                good = bool(((got - 1).abs() <= (0.13 if fp8 else 0.02)).all())
-            except Exception as error:  # cuDNN's types, and RuntimeError
-                raise UnavailableError("cuDNN's attention fails", got=f"{type(error).__name__}: {error}") from None
-            if not good:
-                raise UnavailableError(
-                    f"cuDNN's {self.attention} attention over {entries} blocks of ones is wrong",
-                    got=f"{got.min().item():.4g} to {got.max().item():.4g}",
-                    expected="1",
-                )
+            for trial in trials(dims, entries) if fp8 else ONES:
+                expected = trial.fill(memory, places, dims, entries) if fp8 else 1.0
+                bounds = (expected, trial.tolerance if fp8 else 0.02)
+                self._try_one(f"{entries} blocks {trial.name}", bounds, pointers, out, base, entries)
+
+    def _try_one(
+        self, what: str, bounds: tuple[float, float], pointers: tuple[int, int], out: Tensor, base: int, entries: int
+    ) -> None:
+        out.fill_(float("nan"))
+        stream = torch.cuda.current_stream().cuda_stream
+        try:
+            self._attend(pointers, base, entries, stream)
+            known = [0] * (len(self.kernels.spec.inputs)) + [pointers[-1]]  # the merge reads no input of the op
+            self._merge(known, base, entries, stream)
+            low, high = out.min().item(), out.max().item()
+        except Exception as error:  # cuDNN's types, and RuntimeError
+            raise UnavailableError("cuDNN's attention fails", got=f"{type(error).__name__}: {error}") from None
+        expected, tolerance = bounds
+        if not (expected - tolerance <= low and high <= expected + tolerance):  # a NaN is refused, too
+            raise UnavailableError(
+                f"cuDNN's {self.attention} attention over {what} is wrong",
+                got=f"{low:.4g} to {high:.4g}",
+                expected=f"{expected:.4g}",
+            )
 
     def attend(self, pointers: Mapping[str, int], workspace: int, table_len: int, stream: int) -> None:
         """See WindowedAttention.attend."""
         assert self._graphs is not None  # launch() has called prepare()
-        self._graphs[table_len].run(pointers, workspace, stream)
+        dims, size = self.dims, 1 if self.attention == "fp8" else 2
+        row = dims["H"] * dims["D"] * size
+        cut = self._parts(table_len)
+        for index, (first, keys) in enumerate(cut):
+            given = dict(pointers)
+            given["k"], given["v"] = (pointers[name] + first * row for name in ("k", "v"))
+            given["out"] += index * dims["L"] * row
+            if len(cut) > 1:
+                given["stats"] += index * dims["L"] * dims["H"] * 4
+            self._graphs[keys, len(cut) > 1].run(given, workspace, stream)
 
 
 class TorchSinkAttention(WindowedAttention):

@@ -20,6 +20,9 @@ ALIGNMENT = 256  # bytes, of every buffer in the workspace
 FACTORS = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")  # enum Factor of window_fp8.cu
 FACTOR_BYTES = 16  # FACTOR_STRIDE floats
 _FACTOR_SLOTS = 16
+PART_KEYS = 2**14  # Hopper's FP8 accumulation stops growing after so many equal terms
+STATS_TO_LOG2 = 1.4426950408889634  # log2(e): cuDNN's statistics are natural logarithms (start-up trial checks it)
+_TILE = 128  # keys: a block too long for a part is cut at multiples of it
 
 
 def elements(dims: Dims) -> int:
@@ -27,14 +30,30 @@ def elements(dims: Dims) -> int:
     return dims["L"] * dims["H"] * dims["D"]
 
 
+def parts(tokens: int, entries: int) -> tuple[tuple[int, int], ...]:
+    """(first key, keys) of each part that FP8 attention runs over: whole blocks of `tokens` where one fits in a part."""
+    if tokens <= PART_KEYS:
+        length, end = PART_KEYS // tokens * tokens, entries * tokens
+        return tuple((first, min(length, end - first)) for first in range(0, end, length))
+    pieces = -(-tokens // PART_KEYS)
+    length = -(-tokens // (pieces * _TILE)) * _TILE
+    return tuple(
+        (block * tokens + first, min(length, tokens - first))
+        for block in range(entries)
+        for first in range(0, tokens, length)
+    )
+
+
 def buffers(dims: Dims, attention: str) -> dict[str, int]:
     """Bytes of each buffer for a window of W entries (dims has W), in the order they lie in."""
     block, window = elements(dims), dims["W"] * elements(dims)
     if attention == "bf16":
         return {"window_k": 2 * window, "window_v": 2 * window}
+    split = len(parts(dims["L"], dims["W"]))
     partial = 4 * (2 * dims["W"] + 1) * _partials(dims)
     return {
-        "window_k": window, "window_v": window, "query8": block, "out8": block,
+        "window_k": window, "window_v": window, "query8": block, "out8": split * block,
+        "stats": 4 * split * dims["L"] * dims["H"],
         "partial": partial, "factors": FACTOR_BYTES * _FACTOR_SLOTS, "amax_s": 4, "amax_o": 4,
     }  # fmt: skip
 
@@ -57,6 +76,7 @@ def window_kernels(fmt: str, attention: str) -> Kernels:
             "THREADS": THREADS,
             "ITEMS": ITEMS,
             "CACHE_NVFP4": int(fmt == "nvfp4"),
+            "STATS_TO_LOG2": f"{STATS_TO_LOG2}f",
             **limit_macros(RULE),
         },
         calls=lambda dims: _calls_bf16(fmt, dims) if attention == "bf16" else _calls_fp8(fmt, dims),
@@ -74,12 +94,13 @@ def _calls_fp8(fmt: str, dims: Dims) -> tuple[Call, ...]:
     units, panes, partials = elements(dims) // 16, 2 * dims["W"] + 1, _partials(dims)
     read: tuple[str, ...] = ("q", "k", "v", *_cache(fmt), "table")
     blocks = blocks_of(units, THREADS)
+    sizes = (units, len(parts(dims["L"], dims["W"])), dims["L"], dims["H"])
     written = ("factors", "query8", "window_k", "window_v")
     return (
         Call("window_amax", (partials, panes), THREADS, (*read, "partial", dims["S"], units)),
         Call("window_factors", (1, 1), THREADS, ("partial", "factors", panes, partials)),
         Call("window_fp8", (blocks, panes), THREADS, (*read, *written, dims["S"], units)),
-        Call("widen_out", (blocks, 1), THREADS, ("out8", "factors", "out", units)),
+        Call("widen_out", (blocks, 1), THREADS, ("out8", "stats", "factors", "out", *sizes)),
     )
 
 

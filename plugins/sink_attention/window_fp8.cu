@@ -1,6 +1,6 @@
 // Queries, and the keys and values that `table` lists, as E4M3 with one scale each: what FP8 attention reads.
 // q, k, v, out [L,H,D]; values [S,2,L,H,D/2], scales [S,2,L,H,D/16], amax [S,2] or cache [S,2,L,H,D]; table [W].
-// query8 [L,H,D], window_k, window_v [W*L,H,D], out8 [L,H,D] in E4M3. A unit is 16 elements.
+// query8 [L,H,D], window_k, window_v [W*L,H,D] in E4M3. A unit is 16 elements.
 // gridDim.y: 2 * W + 1 panes: 2 * entry, plus 1 for V, and the queries last. partial [panes, gridDim.x].
 // factors: FACTORS floats, FACTOR_STRIDE apart, in the order of enum Factor.
 #include "levels.cuh"
@@ -124,15 +124,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) window_fp8(
                         e4m3_quad(x[8], x[9], x[10], x[11]), e4m3_quad(x[12], x[13], x[14], x[15]));
 }
 
+// The parts' outputs as one: each weighs exp(its log-sum-exp). out8 [parts, L,H,D], stats [parts, H,L] (natural
+// logarithms, see STATS_TO_LOG2). With a single part the statistics are not read.
 extern "C" __global__ void __launch_bounds__(THREADS) widen_out(
-    const unsigned char* __restrict__ out8, const float* __restrict__ factors, compute_t* __restrict__ out, int units) {
+    const unsigned char* __restrict__ out8, const float* __restrict__ stats, const float* __restrict__ factors,
+    compute_t* __restrict__ out, int units, int parts, int tokens, int heads) {
   const int unit = blockIdx.x * THREADS + threadIdx.x;
   if (unit >= units) return;
-  const float factor = factors[DESCALE_O * FACTOR_STRIDE];
-  const uint4 w = reinterpret_cast<const uint4*>(out8)[unit];
-  const unsigned int words[4] = {w.x, w.y, w.z, w.w};
-  float x[16];
+  const int rows = tokens * heads, row = unit / (units / rows);
+  const float* logs = stats + (row % heads) * tokens + row / heads;
+  float top = 0.0f, total = 1.0f;
+  if (parts > 1) {
+    top = logs[0], total = 0.0f;
+    for (int part = 1; part < parts; ++part) top = fmaxf(top, logs[(size_t)part * rows]);
+  }
+  float sum[16] = {};
+  for (int part = 0; part < parts; ++part) {
+    float weight = 1.0f;
+    if (parts > 1) {
+      weight = exp2f((logs[(size_t)part * rows] - top) * STATS_TO_LOG2);
+      total += weight;
+    }
+    const uint4 w = reinterpret_cast<const uint4*>(out8)[(size_t)part * units + unit];
+    const unsigned int words[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-  for (int i = 0; i < 16; ++i) x[i] = float_from_e4m3(words[i / 4] >> (8 * (i % 4)) & 0xffu) * factor;
-  store16(out + (size_t)unit * 16, x);
+    for (int i = 0; i < 16; ++i) sum[i] += weight * float_from_e4m3(words[i / 4] >> (8 * (i % 4)) & 0xffu);
+  }
+  const float factor = factors[DESCALE_O * FACTOR_STRIDE] / total;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sum[i] *= factor;
+  store16(out + (size_t)unit * 16, sum);
 }

@@ -12,9 +12,11 @@ from longtake.plugins.capability import attention_methods
 from longtake.plugins.cases import SIZES, op_inputs
 from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.nvrtc import ARCHITECTURES, compile_cubin
+from longtake.plugins.sink_attention import window
 from longtake.plugins.sink_attention.library import WindowedAttention
 from longtake.plugins.sink_attention.reference import dequantize_kv
-from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, elements, window_kernels
+from longtake.plugins.sink_attention.trial import UNEVEN, trials
+from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, elements, parts, window_kernels
 from longtake.plugins.spec import CACHE_FORMATS, OPS
 from longtake.training.presets import WAN22_TI2V_5B as WAN  # the sizes that a workspace is promised for
 
@@ -33,7 +35,13 @@ class Recorded(WindowedAttention):
         self.q = self.at(pointers["q"], block)
         if self.fp8:
             self.factors = {n: self.view(pointers[n], 1, torch.float32).item() for n in FACTORS}
-        self.view(pointers["out"], elements(d), self.q.dtype).copy_(self.q.flatten())
+        for part in range(len(parts(d["L"], table_len)) if self.fp8 else 1):  # queries, less in every part
+            self.view(pointers["out"] + part * elements(d), elements(d), self.q.dtype).copy_(
+                (self.q.float() / 2**part).to(self.q.dtype).flatten() if part else self.q.flatten()
+            )
+            if self.fp8:
+                logs = self.view(pointers["stats"] + 4 * part * d["L"] * d["H"], d["L"] * d["H"], torch.float32)
+                logs.copy_(torch.randn(logs.shape, generator=torch.Generator().manual_seed(part)) * 3 + 80)
 
     def view(self, address: int, count: int, dtype: torch.dtype) -> Tensor:
         start = address - self.memory.data_ptr()
@@ -114,6 +122,52 @@ def test_fp8_window_and_queries(host_device: Any, fmt: str, reverse: bool) -> No
             assert torch.equal(out, wide.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("part_keys", (128, 80, 40, 33))
+def test_parts_merge_by_their_log_sum_exp(host_device: Any, monkeypatch: pytest.MonkeyPatch, part_keys: int) -> None:
+    monkeypatch.setattr(window, "PART_KEYS", part_keys)
+    monkeypatch.setattr(window, "_TILE", 16)
+    for dims in (LARGE | {"S": 4}, {"S": 3, "L": 37, "H": 3, "D": 48}):
+        for entries in range(1, dims["S"] + 1):
+            found, _, out = run("nvfp4", "fp8", dims, tuple(range(-1, entries - 1)))
+            cut = parts(dims["L"], entries)
+            assert sum(keys for _, keys in cut) == entries * dims["L"]
+            assert all(keys <= part_keys for _, keys in cut)
+            assert [first for first, _ in cut] == [sum(k for _, k in cut[:i]) for i in range(len(cut))]
+            logs = [
+                torch.randn(dims["L"] * dims["H"], generator=torch.Generator().manual_seed(part)) * 3 + 80
+                for part in range(len(cut))
+            ]
+            weights = torch.stack(logs).softmax(0).view(len(cut), dims["H"], dims["L"]).transpose(1, 2)[..., None]
+            answers = [(found.q.float() / 2**part).to(found.q.dtype).float() for part in range(len(cut))]
+            wanted = (weights * torch.stack(answers)).sum(0) * found.factors["descale_v"]
+            assert torch.allclose(out.float(), wanted, rtol=2**-8, atol=1e-6), (part_keys, entries)
+
+
+def test_the_large_model_is_cut_into_two() -> None:
+    assert parts(7040, 4) == ((0, 14080), (14080, 14080))
+    assert parts(7040, 3) == ((0, 14080), (14080, 7040))
+    assert parts(7040, 2) == ((0, 14080),)
+
+
+@pytest.mark.parametrize("mistake", ("none", "base 2", "no scale"))
+def test_a_trial_tells_conventions_apart(mistake: str) -> None:
+    dims = {"S": 4, "L": 7040, "H": 1, "D": 64, "W": 4}
+    places, end = addresses(dims, "fp8", 0)
+    memory = torch.empty(end, dtype=torch.uint8)
+    assert [trial.uneven for trial in trials(dims, 2)] == [False]
+    wanted = trials(dims, 4)[1].fill(memory, places, dims, 4)
+    k, v = (
+        memory[places[name] :][: 28160 * 64].view(torch.float8_e4m3fn).float().view(28160, 64)
+        for name in ("window_k", "window_v")
+    )
+    scale = memory[places["factors"] :][:4].view(torch.float32) if mistake != "no scale" else 1.0
+    scores = k.sum(1) * 64**-0.5 * scale  # the queries are ones
+    logs = torch.stack([part.logsumexp(0) for part in scores.split(14080)])
+    weights = (logs / 1.4427 if mistake == "base 2" else logs).softmax(0)
+    got = float((weights * torch.stack([part[0, 0] for part in v.split(14080)])).sum())
+    assert (abs(got - wanted) <= UNEVEN.tolerance) == (mistake == "none"), (got, wanted)
+
+
 def test_buffers_are_aligned_and_apart() -> None:
     dims = {"S": 4, "L": 33, "H": 3, "D": 48, "W": 4}
     for attention in ("bf16", "fp8"):
@@ -127,7 +181,7 @@ def test_buffers_are_aligned_and_apart() -> None:
 def test_workspace_of_the_large_model() -> None:
     dims = {"S": WAN.window_chunks, "L": WAN.chunk_tokens, "H": WAN.dit.heads, "D": WAN.dit.head_dim}
     assert WindowedAttention("sink_attention_nvfp4", dims, "bf16").workspace_bytes == 4 * 28160 * 3072
-    assert WindowedAttention("sink_attention_nvfp4", dims, "fp8").workspace_bytes < 2.6 * 28160 * 3072
+    assert WindowedAttention("sink_attention_nvfp4", dims, "fp8").workspace_bytes < 2.8 * 28160 * 3072
 
 
 def test_methods_end_with_the_one_that_always_works() -> None:
