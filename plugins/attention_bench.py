@@ -167,7 +167,7 @@ def rows(
             wanted = case.reference(case.table(entries))
             unpacked_ms = 0.0  # cuDNN's bf16 attention alone, over keys and values that lie unpacked already
             for method, kind in ways:
-                row = {"cache": fmt, "keys": entries * dims["L"], "method": method, "kind": kind}
+                row: dict[str, Any] = {"cache": fmt, "keys": entries * dims["L"], "method": method, "kind": kind}
                 try:
                     row |= measure(case, method, kind, entries, wanted, repeats)
                     if (method, kind) == ("cudnn", "bf16"):

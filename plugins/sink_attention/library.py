@@ -55,7 +55,8 @@ class WindowedAttention(Launcher):
     def _merge(self, pointers: Sequence[int], workspace: int, table_len: int, stream: int) -> None:
         """What follows attention: for fp8, the parts' outputs as one, in bf16."""
         if self.attention == "fp8":
-            step, function = self.kernels.calls({**self.dims, "W": table_len})[-1], (self._functions or ())[-1]
+            assert self._functions is not None  # prepare() has loaded them
+            step, function = self.kernels.calls({**self.dims, "W": table_len})[-1], self._functions[-1]
             values = self.arguments(step, pointers, workspace, table_len)
             driver.launch(function, step.grid, step.threads, stream, values)
 
