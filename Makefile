@@ -12,6 +12,8 @@ RECIPE ?= $(shell PYTHONPATH=$(CURDIR) $(PY) -m longtake.runtime.cli doctor --pi
 STORY ?= docs/stories/demo.yaml
 OUT ?= runs
 STEPS ?= 24
+# Processes that share the tests, a file at a time; one where there is a GPU, whose memory they would share
+JOBS ?= $(if $(shell command -v nvidia-smi),1,$(shell nproc))
 LONGTAKE = PYTHONPATH=$(CURDIR) $(PY) -m longtake.runtime.cli
 
 ifeq ($(PY),$(VENV)/bin/python)
@@ -44,7 +46,9 @@ demo: $(READY)
 	echo "check:  $(OUT)/demo/check.json"
 
 test: $(READY)
-	PYTHONPATH=$(CURDIR) $(PY) -m pytest
+	@if [ $(JOBS) -gt 1 ] && $(PY) -c 'import xdist' 2>/dev/null; then \
+	  export OMP_NUM_THREADS=1 PARALLEL='-n $(JOBS) --dist loadfile'; fi; \
+	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest $$PARALLEL $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -81,7 +85,7 @@ profile: $(READY)
 bench: $(READY)
 	$(LONGTAKE) bench $(if $(findstring --recipe,$(ARGS)),,--recipe $(RECIPE)) $(ARGS)
 
-# BF16, NVFP4 after and in training, students, sinks, drift: docs/experiment.md. make experiment ARGS='--resume'
+# BF16, NVFP4 after and in training, students, sinks, drift, on all GPUs: docs/experiment.md. make experiment ARGS='--resume'
 experiment: $(READY)
 	PYTHONPATH=$(CURDIR) $(PY) -m longtake.training.experiment $(if $(findstring --out,$(ARGS)),,--out $(OUT)/experiment) $(ARGS)
 

@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--docs", type=Path, help="fill the tables of this page, and put pictures beside it")
     made.add_argument("--bring", type=Path, metavar="FOLDER",
                       help="at the end, pack the report and what --resume needs elsewhere into a few files there")  # fmt: skip
-    made.add_argument("--bring-mb", type=float, default=45.0, help="of which all together are no larger (default 45)")
+    made.add_argument("--bring-mb", type=float, default=55.0, help="of which all together are no larger (default 55)")
     made.add_argument("--restore", type=Path, metavar="FOLDER", help="begin with what --bring packed into this folder")
     return made
 

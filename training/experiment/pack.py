@@ -18,6 +18,7 @@ from longtake.training.experiment.plots import PICTURES
 from longtake.training.experiment.units import Unit, wanted
 
 REPORT = ("results.json", "report.md", *PICTURES, "sheet.png", "sheet.mp4")
+FILES = 8  # at most, all together
 
 
 def bring(
@@ -36,7 +37,7 @@ def bring(
     for folder in models_in_order(out, every, results):
         files = [file for name in ("dit", "text_encoder") for file in sorted(folder.glob(f"{name}.*"))]
         size = sum(file.stat().st_size for file in files)
-        if size > room:
+        if size > room or len(made) == FILES:
             left.append(folder.name)
             continue
         room -= size

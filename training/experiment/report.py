@@ -61,7 +61,7 @@ def write_report(
             "summary": found,
             "claims": said,
             "best": None if best is None else f"arms/nvfp4-{best}",
-            "units": results,
+            "units": {name: _short(result) for name, result in results.items()},
         },
     )
     text = markdown(results, settings, found, said, _head(results, settings, machine, missing, seconds))
@@ -71,6 +71,11 @@ def write_report(
     if docs is not None:
         fill(docs, text, out)
     return text
+
+
+def _short(result: dict[str, Any]) -> dict[str, Any]:
+    """Without the numbers of single stories, which units/*.json keep."""
+    return {key: value for key, value in result.items() if not key.endswith("_by_story")}
 
 
 def markdown(results: Results, settings: Settings, found: dict[str, Any], said: dict[str, Any], head: str) -> str:
