@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longtake.runtime.files import read_json
-from longtake.training.checkpoint import save_checkpoint
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Rollout, Story
 from longtake.training.distill.stage import DistillStage
@@ -31,19 +30,6 @@ EVERYTHING: dict[str, Any] = {
     "i2v": True,
     "accumulate": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, small_preset: Preset) -> Path:
-    """A folder with random networks of the small preset."""
-    folder = tmp_path_factory.mktemp("teacher")
-    models = random_models(small_preset)
-    for name, module in (("dit", models.dit), ("text_encoder", models.text), ("vae", models.vae)):
-        words = {"vocabulary": list(models.vocabulary)} if name == "text_encoder" else {}
-        save_checkpoint(
-            folder / f"{name}.safetensors", module.state_dict(), {"kind": name, "preset": small_preset.name, **words}
-        )
-    return folder
 
 
 def stage_of(preset: Preset, teacher: Path, **options: Any) -> DistillStage:

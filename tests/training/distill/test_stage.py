@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import read_json
-from longtake.training.checkpoint import save_checkpoint
 from longtake.training.distill.lora import adapter_parameters, add_adapters, lora_layers, merged, use_adapter
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.stage import DistillStage
@@ -24,19 +23,6 @@ from longtake.training.window import full_history
 
 CPU = torch.device("cpu")
 RATE = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), warmup=1, ema=0.0)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, small_preset: Preset) -> Path:
-    """A folder with random networks of the small preset."""
-    folder = tmp_path_factory.mktemp("teacher")
-    models = random_models(small_preset)
-    for name, module in (("dit", models.dit), ("text_encoder", models.text), ("vae", models.vae)):
-        words = {"vocabulary": list(models.vocabulary)} if name == "text_encoder" else {}
-        save_checkpoint(
-            folder / f"{name}.safetensors", module.state_dict(), {"kind": name, "preset": small_preset.name, **words}
-        )
-    return folder
 
 
 def trainer(

@@ -1,0 +1,24 @@
+"""A teacher small enough that a step of distillation takes milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longtake.training.checkpoint import save_checkpoint
+from longtake.training.networks import random_models
+from longtake.training.presets import Preset
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, small_preset: Preset) -> Path:
+    """A folder with random networks of the small preset."""
+    folder = tmp_path_factory.mktemp("teacher")
+    models = random_models(small_preset)
+    for name, module in (("dit", models.dit), ("text_encoder", models.text), ("vae", models.vae)):
+        words = {"vocabulary": list(models.vocabulary)} if name == "text_encoder" else {}
+        save_checkpoint(
+            folder / f"{name}.safetensors", module.state_dict(), {"kind": name, "preset": small_preset.name, **words}
+        )
+    return folder
