@@ -114,7 +114,9 @@ class DecodeQueue:
     def state(self) -> list[Tensor]:
         """The decoder's feature caches, copied, after everything submitted."""
         self.drain()
-        return [tensor.detach().clone() for tensor in self.decoder.state()]
+        copies = [tensor.detach().clone() for tensor in self.decoder.state()]
+        self._settle_second_gpu()
+        return copies
 
     def load_state(self, tensors: list[Tensor]) -> None:
         """Continue from `tensors` (see Decoder.load_state); forgets an earlier error."""
@@ -122,7 +124,13 @@ class DecodeQueue:
             self._last.wait()
         # Copied on the caller's stream, after the decode thread's last use and before the event of the next `submit`.
         self.decoder.load_state(tensors)
+        self._settle_second_gpu()
         self._error = self._last = None
+
+    def _settle_second_gpu(self) -> None:
+        """Wait for what the caller enqueued on the decoder's GPU: the event of `submit` is one of the generator's GPU."""
+        if self._hand_over is not None:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def close(self, discard: bool = False) -> None:
         """Finish what is queued, or drop it, and end the thread. Calling it twice is harmless.

@@ -118,6 +118,7 @@ class TrtBackend:
         self.specs = {name: recipe_spec(self.recipe, name) for name in NETWORKS}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self.lanes = {"denoise": Lane(self.device), "decode": Lane(self.decode_device)}
+        self._capture_stream = torch.cuda.Stream(self.device)
         self._text: TextRunner | None = None
         self._peak = 0
         self.networks: dict[str, Network] = {}
@@ -136,6 +137,7 @@ class TrtBackend:
         """Networks that run one after another: they share scratch, which those on another stream may not."""
         with torch.cuda.device(device):
             self.networks |= self._prepared(names, device)
+            torch.cuda.synchronize(device)  # weights made there: another GPU's events say nothing about this one
 
     def _prepared(self, names: Sequence[str], device: torch.device) -> dict[str, Network]:
         host, scratch, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device), Scratch(device)
@@ -265,8 +267,8 @@ class TrtBackend:
         torch.cuda.current_stream(self.device).synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the decode thread may allocate memory meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # thread_local: the decode thread may allocate memory meanwhile. torch's own stream is one GPU's, the first's.
+            with torch.cuda.graph(graph, stream=self._capture_stream, capture_error_mode="thread_local"):
                 self.network("dit").run(tensors, write)
         except (RuntimeError, LongtakeError) as error:
             self.cuda_graphs = False

@@ -79,6 +79,7 @@ def budget(options: BenchOptions) -> dict[str, Any]:
     """What `longtake budget` promises for this run, or why that is not known."""
 
     def work_out() -> dict[str, Any]:
+        from longtake.runtime.budget import gigabytes
         from longtake.runtime.budget_terms import Use, budget_of
 
         built = engine_folder(options)
@@ -86,7 +87,9 @@ def budget(options: BenchOptions) -> dict[str, Any]:
             decode="vae" in options.networks, decode_apart=bool(options.decode_device),
             engines=built if (built / "bundle.json").is_file() else None,
         )  # fmt: skip
-        return budget_of(options.the_recipe, use).as_json()
+        found = budget_of(options.the_recipe, use)
+        apart = {} if found.one_gpu else {f"{place}_gb": gigabytes(found.total(place)) for place in found.peak}
+        return found.as_json() | apart
 
     return attempt(work_out)
 

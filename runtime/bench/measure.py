@@ -143,7 +143,7 @@ def _overlapped(session: Session, options: BenchOptions, figures: dict[str, Any]
 
 def _measure_decoder(timed: TimedBackend, options: BenchOptions, figures: dict[str, Any]) -> None:
     """The decoder alone: the first latent, one steady chunk to warm up, then the chunks that count."""
-    preset, device = timed.inner.preset, timed.inner.device
+    preset, device = timed.inner.preset, decode_device_of(timed.inner)
     decoder, many = timed.new_decoder(), preset.chunk_latents
     latents = torch.randn(many, 1, preset.vae.z_channels, *preset.latent_hw, device=device)
     for latent in (latents[0], *latents):

@@ -83,7 +83,8 @@ def ratios(parts: dict[str, Figures]) -> dict[str, float]:
 
 def budget_beside(ours: Figures) -> Figures | None:
     """{"gb", "measured_gb", "off_by"}: the promise and the peak. None without a promise or a GPU's peak."""
-    promised, measured = (ours.get("budget") or {}).get("total_gb"), ours.get("peak_gb")
+    budget = ours.get("budget") or {}  # with a decoder on another GPU: of the generator's, as the peak is
+    promised, measured = budget.get("generate_gb", budget.get("total_gb")), ours.get("peak_gb")
     if not promised or not measured or not ours.get("machine", {}).get("gpu"):
         return None
     return {"gb": promised, "measured_gb": measured, "off_by": round(measured / promised - 1, 4)}
@@ -111,7 +112,7 @@ def write_result(folder: Path, report: Figures) -> Path:
 def table(report: Figures) -> str:
     """The report as lines for people."""
     rows = [
-        f"{report['recipe']} on {report['gpu'] or report['machine'].get('cpu')}: {report['resolution']}, {report['steps']} steps "
+        f"{report['recipe']} on {machine_name(report)}: {report['resolution']}, {report['steps']} steps "
         f"and a clean pass, chunk {report['chunk_latents']}, window {report['window_latents']} latents, "
         f"{report['sinks']} sink, {report['weights']} weights",
     ]
@@ -134,6 +135,13 @@ def table(report: Figures) -> str:
     for name, distance in report["agreement"].items():
         rows.append(f"  first chunk's latents differ from {name}'s by {distance:.2%}")
     return "\n".join(rows)
+
+
+def machine_name(report: Figures) -> str:
+    """What the figures were taken on."""
+    machine: Figures = report["machine"]
+    decoding = f", decoding on a second {machine['decode_gpu']}" if machine.get("decode_gpu") else ""
+    return f"{report['gpu'] or machine.get('cpu')}{decoding}"
 
 
 def _side_row(name: str, side: Figures) -> str:

@@ -23,7 +23,10 @@ def measure_part(part: str, options: BenchOptions, out: Path) -> dict[str, Any]:
     """Run one part; an error is recorded beside what was measured until then, not raised."""
     started = time.perf_counter()
     device = device_from_name(options.device)
-    kept: dict[str, Any] = {"part": part, "machine": machine(device), "gpu_state_before": gpu_state(device)}
+    where = machine(device)
+    if options.decode_device and part == "engine":
+        where["decode_gpu"] = machine(device_from_name(options.decode_device)).get("gpu")
+    kept: dict[str, Any] = {"part": part, "machine": where, "gpu_state_before": gpu_state(device)}
 
     def save(figures: dict[str, Any]) -> None:
         kept.update(figures)
