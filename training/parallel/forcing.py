@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from longtake.training.dit import Attend, CausalDiT
+from longtake.training.dit import RECOMPUTED, Attend, Attention, CausalDiT, Rope, plain_norm_rope
 from longtake.training.parallel.attention import attend_seen
 from longtake.training.parallel.layout import Layout
 from longtake.training.parallel.ranks import Ranks
@@ -114,8 +115,16 @@ def part_velocity(dit: CausalDiT, preset: Preset, embed: Embed, part: Part, atte
         [c[:, prompts] for c in dit.context(embeddings)],
         attend,
         skip_frames=skipped,
+        norm_rope=lean_norm_rope if dit.checkpointing else plain_norm_rope,
     )
     return velocity.transpose(1, 2)[:, part.clean_frames - skipped :]
+
+
+def lean_norm_rope(own: Attention, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """`plain_norm_rope`, computed once more by the backward pass: otherwise that would hold four fp32 copies of q or k,
+    a fifth of what a block takes while it is computed again."""
+    found: tuple[Tensor, Tensor] = checkpoint(plain_norm_rope, own, q, k, rope, **RECOMPUTED)  # type: ignore[no-untyped-call]
+    return found
 
 
 def part_loss(
