@@ -191,7 +191,12 @@ def describe(stage: str, options: StageOptions) -> list[str]:
     memory = memory_of(modules, cost.activations)
     if stage == "dit" and (frozen := frozen_text(preset)):
         memory["text encoder, frozen, fp32"] = frozen
-    return [*size_lines(modules), *cost_lines(cost, memory)]
+    lines, parts = [*size_lines(modules), *cost_lines(cost, memory)], options.accumulate
+    if parts > 1:
+        lines.insert(
+            -1, f"with --accumulate {parts} a step is {parts} of these: so many times the arithmetic, no more memory"
+        )
+    return lines
 
 
 def size_lines(modules: dict[str, nn.Module]) -> list[str]:
