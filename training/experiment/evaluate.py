@@ -44,7 +44,7 @@ def generated(
 
 def rendered(eyes: Eyes, models: Models, stories: Sequence[Story]) -> Iterable[Tensor]:
     """The same of the data set itself, through the VAE: what a perfect generator would give."""
-    parts, size = [], 16 if eyes.device.type == "cuda" else 1
+    parts, size = [], 8 if eyes.device.type == "cuda" else 1
     for start in range(0, len(stories), size):
         video = Digits(models.preset, "eval").render(stories[start : start + size], eyes.device)
         parts.append(encode(eyes.vae, video).float())  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def main() -> int:
     try:
         return work(Path(sys.argv[1]), sys.argv[2], orders, answers)
     except KeyboardInterrupt:
-        return 130
+        os._exit(130)  # at once: the reading thread may hold its file, and others (TensorBoard's) wait for nothing
 
 
 def read(orders: queue.Queue[str]) -> None:

@@ -145,6 +145,17 @@ def test_everything_at_toy_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
+def test_everything_at_toy_size_on_a_gpu(tmp_path: Path) -> None:
+    arguments = ["--quick", "--devices", "cuda:0", "--jobs-per-device", "3", "--out", str(tmp_path)]
+    assert main([*arguments, "--budget-seconds", "400"]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["complete"] and "distill-4" in result["units"]
+    logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+    assert "without CUDA graphs" not in logs and "slower codec" not in logs
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_as_on_a_cpu(small_preset: Preset) -> None:
     scripts = [Script(("a red two rises over a grey background, soft light",) * 6, (False,) * 3 + (True,) + (False,) * 2, s) for s in range(3)]  # fmt: skip
     sampling = Sampling(steps=2, guidance=2.0, cache="nvfp4")
