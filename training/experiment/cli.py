@@ -109,8 +109,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     stopped = guarded(scheduler)
     done = not scheduler.left
+    missing = scheduler.missing()
     machine = f"{len(devices)} x {device_name(devices[0])}" if len(devices) > 1 else device_name(devices[0])
-    missing, seconds = scheduler.missing(), spent(args.out, time.monotonic() - begun)
+    machine, seconds = spent(args.out, machine, time.monotonic() - begun, scheduler.ran)
     print(write_report(scheduler.results, settings, args.out, machine, missing, args.docs, seconds))
     if args.bring:
         made, left = bring(args.out, args.bring, every, scheduler.results, args.bring_mb)
@@ -144,12 +145,16 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else "CPU"
 
 
-def spent(out: Path, seconds: float) -> float:
-    """Seconds of all calls so far, this one's counted in."""
+def spent(out: Path, machine: str, seconds: float, ran: bool) -> tuple[str, float]:
+    """The machines and the seconds of all calls in which something ran, this one counted in."""
     path = out / "seconds.json"
-    total = seconds + (float(read_json(path)["seconds"]) if path.is_file() else 0.0)
-    write_json(path, {"seconds": round(total, 1)})
-    return total
+    known = read_json(path) if path.is_file() else {}
+    machines, total = list(known.get("machines", [])), float(known.get("seconds", 0.0))
+    if ran:
+        machines += [] if machine in machines else [machine]
+        total = round(total + seconds, 1)
+        write_json(path, {"machines": machines, "seconds": total})
+    return " and ".join(machines) or machine, total
 
 
 def prepare(settings: Settings, out: Path, resume: bool) -> None:

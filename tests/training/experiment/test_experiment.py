@@ -12,7 +12,7 @@ import torch
 from longtake.runtime.errors import LongtakeError
 from longtake.training.experiment.batched import Rollout, Sampling, Script
 from longtake.training.experiment.classifier import JudgeTraining, trained_judge
-from longtake.training.experiment.cli import main, prepare
+from longtake.training.experiment.cli import main, prepare, spent
 from longtake.training.experiment.report import BEGIN, END, fill, write_report
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.summary import claims, paired_interval, summary
@@ -81,6 +81,12 @@ def test_interval_is_over_stories_that_both_have() -> None:
     least, most = paired_interval([[1.0, 0.0] * 50], [[0.0, 0.0] * 50])  # type: ignore[misc]
     assert 0.35 < least < 0.5 < most < 0.65
     assert paired_interval([], []) is None and paired_interval([[1.0]], [[1.0, 2.0]]) is None
+
+
+def test_a_report_alone_is_not_time_spent(tmp_path: Path) -> None:
+    assert spent(tmp_path, "2 x H100", 100.0, True) == ("2 x H100", 100.0)
+    assert spent(tmp_path, "CPU", 5.0, False) == ("2 x H100", 100.0)
+    assert spent(tmp_path, "CPU", 5.0, True) == ("2 x H100 and CPU", 105.0)
 
 
 def test_settings_survive_json() -> None:
