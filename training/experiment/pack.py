@@ -18,7 +18,7 @@ from longtake.training.experiment.plots import PICTURES
 from longtake.training.experiment.units import Unit, wanted
 
 REPORT = ("results.json", "report.md", *PICTURES, "sheet.png", "sheet.mp4")
-FILES = 8  # at most, all together
+FILES = 7  # at most, all together
 
 
 def bring(
