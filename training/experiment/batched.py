@@ -82,8 +82,19 @@ class KVSlots:
 class Rollout:
     """Iterates over the chunks of a batch of scripts of one length: latents fp32 [B, F, C, h, w], normalized."""
 
-    def __init__(self, models: Models, scripts: Sequence[Script], sampling: Sampling, device: torch.device) -> None:
-        """`models` must be on `device`; on a GPU passes run under bf16 autocast, as in training."""
+    def __init__(
+        self,
+        models: Models,
+        scripts: Sequence[Script],
+        sampling: Sampling,
+        device: torch.device,
+        given: Tensor | None = None,
+    ) -> None:
+        """`models` must be on `device`; on a GPU passes run under bf16 autocast, as in training.
+
+        given: the first chunks' latents fp32 [B, k F, C, h, w], which are then not generated, only written to the cache.
+        """
+        self.given = () if given is None else given.split(models.preset.chunk_latents, 1)
         self.models, self.scripts, self.sampling, self.device = models, scripts, sampling, device
         self.copies = 1 if sampling.guidance == 1.0 else 2
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -105,7 +116,9 @@ class Rollout:
         table = self.repeat(torch.tensor([plans[chunk][0] for plans in self.plans], dtype=torch.long))
         write = self.repeat(torch.tensor([plans[chunk][1] for plans in self.plans]))
         sample, solver = self.noise(chunk), UniPC(self.sampling.steps, self.sampling.shift)
-        for step in solver.schedule:
+        if chunk < len(self.given):
+            sample = self.given[chunk].to(sample).transpose(1, 2)
+        for step in solver.schedule if chunk >= len(self.given) else ():
             velocity = self.velocity(sample, step.timestep, rope, context, self.slots.attend(table, None))
             sample = solver.step(velocity, sample)
         self.velocity(sample, 0, rope, context, self.slots.attend(table, write))

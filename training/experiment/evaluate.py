@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from longtake.training.data.base import chunk_frames
 from longtake.training.data.digits import Digits, Story, scans_of
 from longtake.training.experiment.batched import Rollout, Sampling, decoded
 from longtake.training.experiment.classifier import DigitClassifier
@@ -35,21 +36,27 @@ class Eyes:
 
 
 def generated(
-    models: Models, eyes: Eyes, stories: Sequence[Story], sampling: Sampling, seed: int = 0
+    models: Models, eyes: Eyes, stories: Sequence[Story], sampling: Sampling, given: int = 0
 ) -> Iterable[Tensor]:
-    """Frames of each chunk, fp32 [B, 3, T, H, W], of stories that `models` makes up."""
-    rollout = Rollout(models, scripts_of(stories, seed), sampling, eyes.device)
+    """Frames of each chunk, fp32 [B, 3, T, H, W], of stories that `models` makes up, after `given` chunks of the data."""
+    latents = torch.cat(encoded(eyes, models, stories, given)[:given], 1) if given else None
+    rollout = Rollout(models, scripts_of(stories, 0), sampling, eyes.device, latents)
     return (frames for _, frames in decoded(eyes.vae, rollout))
 
 
 def rendered(eyes: Eyes, models: Models, stories: Sequence[Story]) -> Iterable[Tensor]:
     """The same of the data set itself, through the VAE: what a perfect generator would give."""
+    return (frames for _, frames in decoded(eyes.vae, iter(encoded(eyes, models, stories))))
+
+
+def encoded(eyes: Eyes, models: Models, stories: Sequence[Story], chunks: int | None = None) -> list[Tensor]:
+    """Latents fp32 [B, F, C, h, w] of the first `chunks` chunks (None: all) of stories of the data set."""
     parts, size = [], 8 if eyes.device.type == "cuda" else 1
+    frames = None if chunks is None else chunk_frames(models.preset, chunks)
     for start in range(0, len(stories), size):
-        video = Digits(models.preset, "eval").render(stories[start : start + size], eyes.device)
+        video = Digits(models.preset, "eval").render(stories[start : start + size], eyes.device, frames)
         parts.append(encode(eyes.vae, video).float())  # type: ignore[arg-type]
-    chunks = torch.cat(parts).split(models.preset.chunk_latents, 1)
-    return (frames for _, frames in decoded(eyes.vae, iter(chunks)))
+    return list(torch.cat(parts).split(models.preset.chunk_latents, 1))
 
 
 @torch.no_grad()

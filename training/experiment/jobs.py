@@ -97,11 +97,14 @@ def _fidelity(bench: Bench, models: Models, sampling: Sampling) -> dict[str, Any
 
 
 def sink_condition(sinks: str, seed: int, bench: Bench, seconds: float) -> dict[str, Any]:
-    """Identity across cuts of the NVFP4-aware model with some of its sinks."""
-    s = bench.settings
+    """Identity across cuts of the NVFP4-aware model with some of its sinks: of subjects that it made up, and of subjects
+    of the data set, whose first shot is given."""
+    s, sampling = bench.settings, bench.sampling("nvfp4", sinks)
     stories = returning_stories(s.identity_stories, s.identity_lengths, RETURN_SEED)
-    models = bench.condition("nvfp4", seed)
-    return dict(identity(generated(models, bench.eyes, stories, bench.sampling("nvfp4", sinks)), stories, bench.eyes))
+    models, begin = bench.condition("nvfp4", seed), s.identity_lengths[0]
+    made_up = identity(generated(models, bench.eyes, stories, sampling), stories, bench.eyes)
+    given = identity(generated(models, bench.eyes, stories, sampling, begin), stories, bench.eyes)
+    return {**made_up, **{f"given_{name}": value for name, value in given.items()}}
 
 
 def drift_condition(name: str, seed: int, bench: Bench, seconds: float) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def markdown(results: Results, settings: Settings, found: dict[str, Any], said: 
                         {"flow": "flow loss", "fidelity": "prompt fidelity"}))  # fmt: skip
     parts.append(_table("A subject that returns after a cut, by sinks (NVFP4-aware, FP4 cache)", found["sinks"],
                         {"iou": "shape IoU", "iou_first": "… first chunk", "iou_last": "… last chunk",
-                         "cosine": "embedding cosine", "agreement": "same digit seen", "fidelity_return": "prompted digit seen"}))  # fmt: skip
+                         "cosine": "embedding cosine", "agreement": "same digit seen", "fidelity_return": "prompted digit seen", "given_iou": "given subject: shape IoU", "given_agreement": "given: same digit seen"}))  # fmt: skip
     parts.append(_reference(results))
     seconds = settings.drift_chunks * 32 / 24
     parts.append(_table(f"Drift over one shot of {seconds:.0f} s (start: first five chunks, end: last five)", found["drift"],

@@ -43,7 +43,7 @@ def summary(results: Results, settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, conditions, metrics in (
         ("eval", ("bf16", "bf16-fp4cache", "ptq", "nvfp4"), ("flow", "fidelity")),
-        ("sinks", SINKS, ("agreement", "cosine", "iou", "iou_first", "iou_last", "fidelity_return", "subjects_found")),
+        ("sinks", SINKS, ("agreement", "cosine", "iou", "iou_first", "iou_last", "fidelity_return", "subjects_found", "given_iou", "given_cosine", "given_agreement")),
         ("drift", ("bf16", "bf16-fp4cache", "ptq", "nvfp4"),
          tuple(f"{m}_{e}" for m in ("fidelity", "contrast", "saturation", "detail") for e in ("start", "end"))),
     ):  # fmt: skip
@@ -77,6 +77,9 @@ def claims(results: Results, settings: Settings) -> dict[str, dict[str, Any]]:
         "NVFP4-aware has a lower held-out flow loss than post-training NVFP4": beats("eval", "flow", "ptq", "nvfp4"),
         "NVFP4-aware has a higher prompt fidelity than post-training NVFP4": beats("eval", "fidelity", "nvfp4", "ptq"),
         "both sinks keep the subject's shape across cuts better than none": beats("sinks", "iou", "both", "none"),
+        "both sinks keep a given subject's shape across cuts better than none": beats(
+            "sinks", "given_iou", "both", "none"
+        ),
         "both sinks keep the subject's class across cuts better than none": beats("sinks", "agreement", "both", "none"),
     }
     made["the 4-step student is within 5 points of its teacher's prompt fidelity"] = _student(results, settings)

@@ -79,3 +79,13 @@ def test_equals_a_session_story_by_story(name: str, cache: str, small_preset: Si
         error = (got[row] - wanted[0]).abs().max() / wanted.abs().max()
         # A K/V value near a rounding boundary of E2M1 may fall to the other side: fp32 sums in another order.
         assert error < (1e-4 if cache == "bf16" else 0.05), error
+
+
+def test_given_chunks_are_kept_and_seen(small_preset: SimpleNamespace) -> None:
+    models = random_models(small_preset, seed=1)  # type: ignore[arg-type]
+    script, sampling = Script((SEVEN,) * 2, (False,) * 2), Sampling(steps=2, cache="bf16")
+    plain = list(Rollout(models, [script], sampling, torch.device("cpu")))
+    again = list(Rollout(models, [script], sampling, torch.device("cpu"), plain[0]))
+    assert torch.equal(again[0], plain[0]) and torch.allclose(again[1], plain[1], atol=1e-5)
+    other = list(Rollout(models, [script], sampling, torch.device("cpu"), plain[0] + 1))
+    assert torch.equal(other[0], plain[0] + 1) and not torch.allclose(other[1], plain[1], atol=1e-3)
