@@ -14,9 +14,10 @@ from typing import Any
 import onnx
 
 from longtake.engines import segmented_graph
+from longtake.engines.channels_last import inner_videos, set_format, with_channels_last
 from longtake.engines.flavour import Flavour
 from longtake.engines.manifest import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
-from longtake.engines.messages import Messages
+from longtake.engines.messages import Messages, forget_scratch, scratch_of_last_build
 from longtake.engines.onnx_file import onnx_digest, read_graph
 from longtake.engines.precheck import require_resources
 from longtake.engines.progress import BuildProgress, Interrupts
@@ -40,13 +41,16 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class PlanJob:
-    """One plan to build. source: an ONNX file, or a segment's model. plugins: how often each op must be a plugin."""
+    """One plan to build. source: an ONNX file, or a segment's model. plugins: how often each op must be a plugin.
+    channels_last: bindings that the plan has as [1, C, T, Y, X] in that layout (see channels_last.py): the same bytes.
+    """
 
     name: str
     source: Path | onnx.ModelProto
     onnx_sha256: str
     spec: dict[str, Any]
     plugins: Counter[str] = field(default_factory=Counter)
+    channels_last: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,13 @@ def build_recipe(
     machine: str | None,
     show_progress: bool = True,
     inside: Collection[str] = (),
+    channels_last: bool = True,
 ) -> list[PlanResult]:
     """Build every plan of `recipe` into `out`; plans that are up to date are left alone.
 
     Args:
         inside: networks of a segmented recipe that are built in one piece, weights inside; without custom ops only.
+        channels_last: have video streams between segments in the layout of convolutions, not transposed by each plan.
 
     Raises:
         UnavailableError: this machine cannot build it, or lacks memory or disk for it.
@@ -103,12 +109,18 @@ def build_recipe(
     """
     require_buildable(recipe, flavour, machine)
     names = networks_of(recipe.model)
-    jobs = [job for name in names for job in _jobs_of(recipe, name, onnx_folder / f"{name}.onnx", out, inside)]
+    jobs = [
+        job
+        for name in names
+        for job in _jobs_of(recipe, name, onnx_folder / f"{name}.onnx", out, inside, channels_last)
+    ]
     require_resources(recipe, [job.source for job in jobs], out)
     return [_built(job, recipe, out, flavour, show_progress) for job in jobs]
 
 
-def _jobs_of(recipe: Recipe, network: str, path: Path, out: Path, inside: Collection[str]) -> list[PlanJob]:
+def _jobs_of(
+    recipe: Recipe, network: str, path: Path, out: Path, inside: Collection[str], channels_last: bool = True
+) -> list[PlanJob]:
     """The plans of one network. A segmented recipe's networks are cut, those without custom ops into one segment: their
     weights go from the exported file to the device, and no plan holds them."""
     model = read_graph(path)
@@ -120,12 +132,19 @@ def _jobs_of(recipe: Recipe, network: str, path: Path, out: Path, inside: Collec
         return [PlanJob(network, path, onnx_digest(path), spec, ops)]
     cut = segments_from_onnx(model, network)
     segmented_graph.save(cut.graph, segments)
-    return [_segment_job(segment, cut.models[segment.name]) for segment in cut.graph.segments]
+    jobs = []
+    for segment in cut.graph.segments:
+        model, names = cut.models[segment.name], tuple[str, ...]()
+        if channels_last and recipe.vae_ops == "plugin" and network.startswith("vae"):
+            model, names = with_channels_last(model, inner_videos(cut.graph, segment.name))
+        jobs.append(_segment_job(segment, model, names))
+    return jobs
 
 
-def _segment_job(segment: Segment, model: onnx.ModelProto) -> PlanJob:
-    digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
-    return PlanJob(segment.name, model, digest, segment_spec(segment))
+def _segment_job(segment: Segment, model: onnx.ModelProto, channels_last: tuple[str, ...] = ()) -> PlanJob:
+    layout = repr(channels_last).encode() if channels_last else b""
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True) + layout).hexdigest()
+    return PlanJob(segment.name, model, digest, segment_spec(segment), channels_last=channels_last)
 
 
 def segment_spec(segment: Segment) -> dict[str, Any]:
@@ -155,7 +174,7 @@ def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progr
     manifest = PlanManifest(
         plan.name, job.name, hashlib.sha256(content).hexdigest(), len(content), job.onnx_sha256,
         flavour.name, flavour.version, recipe.compute_capability, plugin_identities(list(job.plugins)), job.spec,
-        recipe.name, recipe.preset, layers, round(time.monotonic() - start, 2),
+        recipe.name, recipe.preset, layers, round(time.monotonic() - start, 2), scratch_of_last_build(),
     )  # fmt: skip
     write_manifest(plan, manifest)
     return PlanResult(plan, manifest, False)
@@ -183,7 +202,9 @@ def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress:
     parser = trt.OnnxParser(network, logger.logger)
     _parse(parser, job, logger)
     check_network(trt, network, job)
+    set_format(trt, network, job.channels_last)
     plan = None
+    forget_scratch()
     for named in _targets(trt, target, flavour):
         config = _config(trt, builder, job)
         if named is not None:
@@ -285,6 +306,9 @@ def check_network(trt: Any, network: Any, job: PlanJob) -> None:
 def _check_bindings(job: PlanJob, kind: str, tensors: list[Any]) -> None:
     found = {t.name: (DTYPE_NAMES.get(t.dtype.name, t.dtype.name), _shape(t.shape)) for t in tensors}
     wanted = {n: (dtype, [-1 if isinstance(d, str) else d for d in shape]) for n, dtype, shape in job.spec[kind]}
+    for name in wanted.keys() & set(job.channels_last):
+        dtype, shape = wanted[name]
+        wanted[name] = (dtype, [1, shape[3], *shape[:3]] if len(shape) == 4 else shape)
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             raise IntegrityError(

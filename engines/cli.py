@@ -45,6 +45,12 @@ def register(subparsers: Any) -> None:
         metavar="NETWORK",
         help="of a segmented recipe: build this network (a VAE one, say) with its weights inside; may be repeated",
     )
+    parser.add_argument(
+        "--transposed",
+        action="store_true",
+        help="with vae_ops: plugin: let each plan of the VAE transpose its streams, as the exported graph says (more "
+        "memory, slower; for comparison)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -59,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
         print(f"  {flavour.reason}")
         results = build(recipe, args.onnx / recipe.onnx_name, args.out / recipe.name, flavour, machine,
-                        skeleton=args.skeleton, inside=args.weights_inside)  # fmt: skip
+                        skeleton=args.skeleton, inside=args.weights_inside,
+                        channels_last=not args.transposed)  # fmt: skip
         print(format_results(results))
         print(f"  peak host memory {peak_memory() / 1e9:.1f} GB")
     return 0
@@ -93,12 +100,13 @@ def build(
     *,
     skeleton: bool = False,
     inside: Collection[str] = (),
+    channels_last: bool = True,
 ) -> list[PlanResult]:
     """Export if need be, build, and describe the folder in bundle.json.
 
     Args:
         skeleton: an export without weights will do.
-        inside: see `build_recipe`.
+        inside, channels_last: see `build_recipe`.
 
     Raises:
         IntegrityError: an exported file is not what was exported; no plan is built from it.
@@ -111,7 +119,7 @@ def build(
         print(f"  {onnx} is not exported yet; exporting first")
         export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
     require_recipe(load_index(onnx), onnx, recipe, content=recipe.mode == "fused")
-    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside)
+    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside, channels_last)
     write_bundle(out, recipe, flavour, onnx, [result.path for result in results])
     return results
 

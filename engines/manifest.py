@@ -29,6 +29,7 @@ class PlanManifest:
     plan: file name. network: engine spec name, or that of a segment. onnx_sha256: digest of the ONNX it came from.
     plugins: op name -> {"version", "kernel" (source digest)} of the ops inside the plan. spec: its bindings.
     layers, seconds: what the build said, for people.
+    scratch_bytes: device memory that a context wants while it runs, as the build said; None if it did not.
     """
 
     plan: str
@@ -45,6 +46,7 @@ class PlanManifest:
     preset: str
     layers: int = 0
     seconds: float = 0.0
+    scratch_bytes: int | None = None
     format: int = field(default=FORMAT)
 
 

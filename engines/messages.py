@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 log = logging.getLogger("longtake.tensorrt")
+
+
+SCRATCH = re.compile(r"Total Activation Memory: ([0-9]+) bytes")
+_scratch: list[int] = []  # of the process: TensorRT goes on with the first logger it was given, whoever gave it
+
+
+def scratch_of_last_build() -> int | None:
+    """Bytes of scratch that a context of the plan built last will want, as the builder said; None if it did not."""
+    return _scratch[-1] if _scratch else None
+
+
+def forget_scratch() -> None:
+    """Before a build, so that `scratch_of_last_build` is about it."""
+    _scratch.clear()
 
 
 class Messages:
@@ -24,6 +39,8 @@ class Messages:
                 if level in (severity.ERROR, severity.INTERNAL_ERROR):
                     errors.append(message)
                     del errors[:-8]
+                if found := SCRATCH.search(message):
+                    _scratch.append(int(found[1]))
                 log.log(levels.get(level, logging.DEBUG), "%s", message)
 
         self.errors, self.logger = errors, Logger()

@@ -19,6 +19,9 @@ Place = Literal["generate", "decode"]  # the GPU that generates; the one that de
 # What a process takes on a GPU before it allocates anything: context, torch's and cuBLAS's modules. About 0.5 GB as the
 # driver counts it (NVML, one H100, driver 580, torch 2.11 with CUDA 13).
 CUDA_CONTEXT_BYTES = 500_000_000
+# What comes on top once plans and libraries are at work: their kernels' code, cuDNN's and cuBLASLt's handles and
+# workspaces, CUDA graphs, and the ends of torch's blocks.
+KERNEL_BYTES = 250_000_000
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from longtake.engines import segmented_graph
 from longtake.engines.recipe import Recipe
 from longtake.engines.segmented_graph import SegmentedGraph
 from longtake.engines.spec import Binding, NetworkSpec, cache_bindings, context_bindings, network_spec
-from longtake.runtime.budget import CUDA_CONTEXT_BYTES, Budget, Place, Term
+from longtake.runtime.budget import CUDA_CONTEXT_BYTES, KERNEL_BYTES, Budget, Known, Place, Term
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import read_json, sha256
 from longtake.runtime.frames import staging_bytes
@@ -24,11 +24,13 @@ from longtake.training.text_runner import KEPT
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int32": 4, "int64": 8, "bool": 1, "fp4": 0.5}
 # Bytes of a weight of a quantized linear: E2M1 with one E4M3 scale in 16; the rest of every network is bf16.
 LINEAR_BYTES = {"bf16": 2.0, "fp8": 1.0, "w4a16": 9 / 16, "nvfp4": 9 / 16}
-MEASURED = "memory.json"  # beside the plans: scratch bytes by lane, written by a run that loaded them
-PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena, one scratch
+MEASURED = "memory.json"  # beside the plans: arena bytes by lane, written by a run that loaded them: what their lanes' arenas take
+PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena
 DECODER = ("vae_first", "vae_steady")
+LANES = {"denoise": PLAIN, "decode": DECODER}
+WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}
 # Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
-FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 2
+FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 4.4
 SOLVER_LATENTS = 8  # noise, sample, corrected, predictions, velocity and its copy, in fp32
 
 
@@ -47,7 +49,8 @@ def budget_of(recipe: Recipe, use: Use = Use(), preset: Preset | None = None) ->
     """The budget of `recipe`; `preset` overrides the recipe's (tests use smaller ones)."""
     model = preset or recipe.model
     place: Place = "decode" if use.decode_apart else "generate"
-    terms = [Term("CUDA context", CUDA_CONTEXT_BYTES, "estimated"), *_generating(recipe, model, use)]
+    terms = [Term("CUDA context", CUDA_CONTEXT_BYTES, "estimated"), Term("kernels, libraries", KERNEL_BYTES, "estimated"),
+             *_generating(recipe, model, use)]  # fmt: skip
     if use.decode:
         terms += _decoding(recipe, model, use, place)
     if use.decode_apart:
@@ -70,23 +73,25 @@ def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
         Term("static buffers", total_bytes(static_bindings(dit)), "exact"),
         Term("prompts' K/V and embeddings", kept, "exact"),
         Term("solver", latents, "exact"),
-        _arena_term("DiT arena", recipe, preset, PLAIN, use.engines, "generate"),
-        _scratch_term("denoise", preset, use.engines, "generate"),
+        _working_term("denoise", recipe, preset, use.engines, "generate"),
     ]
 
 
 def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Term]:
     steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_latents_per_step, recipe.vae_ops)
     first = network_spec(preset, recipe.cache, "vae_first")
+    # Once: our op writes them in place. TensorRT's plans do where they pass their proof, which only a run can tell (see
+    # trt_stream.py); what they then keep twice, all of it at worst, is written down and known to the next budget.
+    caches = total_bytes(steady.inputs[1:])
+    twice = 0 if recipe.vae_ops == "plugin" else measured_arena(use.engines).get("caches twice", 0)
+    known: Known = "exact" if recipe.vae_ops == "plugin" else "measured" if measured_arena(use.engines) else "estimated"
     frames = (preset.vae.stride[0] * recipe.vae_latents_per_step, preset.height, preset.width, 3)
     own = total_bytes((steady.inputs[0], steady.outputs[0], first.inputs[0], first.outputs[0]))
     return [
         decoder_weights(recipe, preset, use.engines, place),
-        # Once: they are written in place, unless a plan fails its proof, which is then logged (see trt_stream.py).
-        Term("VAE caches", total_bytes(steady.inputs[1:]), "exact", place),
+        Term("VAE caches", caches + twice, known, place),
         Term("decode buffers", own + staging_bytes("cuda", frames), "exact", place),
-        _arena_term("VAE arena", recipe, preset, DECODER, use.engines, place),
-        _scratch_term("decode", preset, use.engines, place, recipe.vae_latents_per_step),
+        _working_term("decode", recipe, preset, use.engines, place),
     ]
 
 
@@ -200,46 +205,84 @@ def _of_context(name: str) -> bool:
 # ---- memory of the executor --------------------------------------------------------------------------------------
 
 
-def _arena_term(
-    name: str, recipe: Recipe, preset: Preset, networks: tuple[str, ...], engines: Path | None, place: Place
-) -> Term:
-    """What is passed between segments, in one arena for networks that take turns: exact once they are built."""
-    graphs = [graph for network in networks if (graph := graph_of(engines, network)) is not None]
-    if graphs:
-        from longtake.runtime.backends.segmented_network import arena_layout
+def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | None, place: Place) -> Term:
+    """What is passed between segments and what a plan or op wants while it runs, in one arena for networks that take
+    turns: as an earlier run of these engines wrote it down; else exact as far as the plans' manifests tell; or estimated.
+    """
+    name = WORKING[lane]
+    if (measured := measured_arena(engines).get(lane)) is not None:
+        return Term(name, measured, "measured", place)
+    sizes = [_network_working(recipe, engines, network) for network in LANES[lane]] if engines else []
+    if found := [size for size in sizes if size is not None]:
+        return Term(name, max(found), "exact" if lane == "decode" else "estimated", place)
+    estimate = _denoise_estimate if lane == "denoise" else _decode_estimate
+    return Term(name, estimate(recipe, preset), "estimated", place)
 
-        sizes = [arena_layout(g, {*g.inputs, *g.outputs, *g.weights})[1] for g in graphs]
-        return Term(name, max(sizes), "exact", place)
-    if engines is not None or recipe.mode == "fused" or networks == DECODER:  # whole plans pass nothing on
-        return Term(name, 0, "exact" if engines else "estimated", place)
+
+def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
+    """Arena bytes of a network among `engines`: None if it is not there, or its plans do not say what they want."""
+    from longtake.runtime.backends.segmented_network import aligned, memory_layout, step_scratch
+
+    graph = graph_of(engines, network)
+    if graph is None:
+        return scratch_of_plan(engines / f"{network}.plan")
+    wanted = {segment.name: scratch_of_plan(engines / f"{segment.name}.plan") for segment in graph.segments}
+    if any(size is None for size in wanted.values()):
+        return None
+    ops = {i: _workspace(recipe, graph, i) for i, step in enumerate(graph.steps) if step.name.startswith("sink_att")}
+    scratch = step_scratch(graph, {name: aligned(size or 1) for name, size in wanted.items()}, ops)
+    return memory_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights}, scratch)[2]
+
+
+def _workspace(recipe: Recipe, graph: SegmentedGraph, index: int) -> int:
+    """What laying the attention's window out takes; the library's own workspace, some MB, is not known here."""
+    from longtake.plugins.kernels import dims_from_shapes
+    from longtake.plugins.sink_attention.window import addresses
+    from longtake.plugins.spec import OPS
+
+    step = graph.steps[index]
+    shapes = [[n if isinstance(n, int) else 1 for n in graph.tensors[name].shape] for name in step.inputs]
+    dims = dims_from_shapes(OPS[step.name], shapes)
+    return addresses({**dims, "W": dims["S"]}, recipe.attention, 0)[1] if recipe.compute_capability == "9.0" else 0
+
+
+def scratch_of_plan(plan: Path) -> int | None:
+    """Bytes that a plan's context wants, as its manifest says; None if it does not."""
+    from longtake.engines.manifest import read_manifest
+
+    try:
+        return read_manifest(plan).scratch_bytes
+    except LongtakeError:
+        return None
+
+
+def _denoise_estimate(recipe: Recipe, preset: Preset) -> int:
+    """Tensors between segments, the FFN's inner ones (or the attention's window, which is less), unpacked weights."""
     dit = preset.dit
+    hidden = FFN_TENSORS_ALIVE * 2 * preset.chunk_tokens * dit.ffn_dim
+    if recipe.mode == "fused":
+        return hidden
     rows = 2 * preset.chunk_tokens * (6 * dit.dim)  # q, k, v, the residual stream and what a segment hands on
     unpacked = 2 * (dit.dim * (6 * dit.dim + 2 * dit.ffn_dim)) if recipe.precision in ("w4a16", "nvfp4") else 0
-    return Term(name, rows + unpacked, "estimated", place)
+    return rows + unpacked + hidden
 
 
-def _scratch_term(lane: str, preset: Preset, engines: Path | None, place: Place, latents: int = 1) -> Term:
-    """TensorRT's own scratch: what an earlier run of these engines wrote down, or estimated."""
-    measured = measured_scratch(engines).get(lane)
-    if measured is not None:
-        return Term(f"{lane} scratch", measured, "measured", place)
-    if lane == "denoise":
-        hidden = 2 * preset.chunk_tokens * preset.dit.ffn_dim
-        return Term("denoise scratch", FFN_TENSORS_ALIVE * hidden, "estimated", place)
-    # The largest activation enters the last level: full size of the pixel patches, width of the level before.
-    frames, width = preset.vae.stride[0] * latents, preset.vae.decoder_dim * preset.vae.dim_mult[1]
+def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
+    """Multiples of the largest activation, which enters the last level: full size of the pixel patches, width of the
+    level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive."""
+    frames, width = preset.vae.stride[0] * recipe.vae_latents_per_step, preset.vae.decoder_dim * preset.vae.dim_mult[1]
     largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
-    return Term("decode scratch", DECODER_TENSORS_ALIVE * largest, "estimated", place)
+    return int(DECODER_TENSORS_ALIVE * largest)
 
 
-def measured_scratch(engines: Path | None) -> dict[str, int]:
-    """Scratch bytes by lane ("denoise", "decode") that a run of these engines wrote down; {} if none did."""
+def measured_arena(engines: Path | None) -> dict[str, int]:
+    """Arena bytes by lane ("denoise", "decode") that a run of these engines wrote down; {} if none did."""
     if engines is None or not (engines / MEASURED).is_file():
         return {}
     try:
         given = read_json(engines / MEASURED)
         if given["bundle"] != sha256(engines / "bundle.json"):
             return {}  # built anew since
-        return {str(lane): int(size) for lane, size in given["scratch_bytes"].items()}
+        return {str(lane): int(size) for lane, size in given["arena_bytes"].items()}
     except (LongtakeError, OSError, KeyError, TypeError, ValueError, AttributeError):
         return {}  # a figure of convenience: a damaged one is no reason to stop

@@ -18,7 +18,7 @@ from longtake.plugins.capability import Choice, backend_for
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget import Budget
 from longtake.runtime.budget_check import check_memory
-from longtake.runtime.budget_measured import record_scratch
+from longtake.runtime.budget_measured import record_arenas
 from longtake.runtime.budget_terms import Use, budget_of
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.files import read_json
@@ -209,7 +209,7 @@ def backend_from_source(
         options["checkpoints"] = source.checkpoints
     opened: Backend = module.open_backend(source.engines, reason=choice.reason, device=generate, **options)
     if source.engines is not None:
-        record_scratch(source.engines, opened)
+        record_arenas(source.engines, opened)
     return opened
 
 

@@ -6,7 +6,8 @@ device and are unpacked just before the segment that needs them, into memory tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -30,60 +31,81 @@ ALIGNMENT = 256  # bytes, what TensorRT asks of a binding's address
 
 def storage_bytes(kind: TensorType) -> int:
     """Bytes of a tensor, rounded up to ALIGNMENT."""
-    size = prod(int(n) for n in kind.shape) * TORCH_DTYPES[kind.dtype].itemsize
+    return aligned(prod(int(n) for n in kind.shape) * TORCH_DTYPES[kind.dtype].itemsize)
+
+
+def aligned(size: int) -> int:
+    """`size` bytes, at least one, rounded up to ALIGNMENT."""
     return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
 
 
 def arena_layout(graph: SegmentedGraph, given: set[str]) -> tuple[dict[str, int], int]:
-    """Byte offsets of all tensors made on the way, and the arena's size; memory is reused after the last reader.
+    """`memory_layout` without scratch: byte offsets of all tensors made on the way, and the arena's size."""
+    offsets, _, size = memory_layout(graph, given, [0] * len(graph.steps))
+    return offsets, size
+
+
+def memory_layout(
+    graph: SegmentedGraph, given: set[str], scratch: Sequence[int]
+) -> tuple[dict[str, int], list[int], int]:
+    """Byte offsets of all tensors made on the way and of each step's scratch, and the arena's size; memory is reused
+    after the last reader, scratch after its step: the step that wants most need not be the one when most is kept.
+
+    Args:
+        scratch: bytes that each step wants while it runs.
 
     Tensors in `given` (inputs, outputs, weights) and outputs written over an input need no place; a view has the place
     of what it shows, which is kept until both have been read.
     """
     shown = {step.outputs[0]: step.inputs[0] for step in graph.steps if step.kind == "view"}
     last = {shown.get(name, name): i for i, step in enumerate(graph.steps) for name in (*step.inputs, *step.outputs)}
-    offsets: dict[str, int] = {}
-    space = FreeSpace()
-    for i, step in enumerate(graph.steps):
-        for name in step.outputs:
-            if name not in given and name not in aliases_of(step):
-                offsets[name] = space.take(storage_bytes(graph.tensors[name]))
-        for name in dict.fromkeys(shown.get(name, name) for name in (*step.inputs, *step.outputs)):
-            if last[name] == i and name in offsets:
-                space.give_back(offsets[name], storage_bytes(graph.tensors[name]))
-    return offsets | {view: offsets[source] for view, source in shown.items() if source in offsets}, space.end
+    pieces = [
+        Piece(name, storage_bytes(graph.tensors[name]), i, last[name])
+        for i, step in enumerate(graph.steps)
+        for name in step.outputs
+        if name not in given and name not in aliases_of(step)
+    ]
+    pieces += [Piece(i, aligned(size), i, i) for i, size in enumerate(scratch) if size]
+    found, end = placed(pieces)
+    offsets = {name: offset for name, offset in found.items() if isinstance(name, str)}
+    offsets |= {view: offsets[source] for view, source in shown.items() if source in offsets}
+    return offsets, [found.get(i, 0) for i in range(len(scratch))], end
 
 
-class FreeSpace:
-    """Which bytes of an arena are free: the tightest gap that fits is taken, neighbouring gaps become one."""
+@dataclass(frozen=True)
+class Piece:
+    """Memory that is wanted from step `first` to step `last`: a tensor by name, or a step's scratch by its number."""
 
-    def __init__(self) -> None:
-        self.end = 0  # bytes the arena needs
-        self._gaps: list[tuple[int, int]] = []  # (first byte, one past the last), in order
+    name: str | int
+    size: int
+    first: int
+    last: int
 
-    def take(self, size: int) -> int:
-        """The offset of `size` bytes."""
-        fitting = [gap for gap in self._gaps if gap[1] - gap[0] >= size]
-        if not fitting:  # the end grows; a gap that ends there is used as well
-            at_end = [gap for gap in self._gaps if gap[1] == self.end]
-            start = at_end[0][0] if at_end else self.end
-            self._gaps = [gap for gap in self._gaps if gap not in at_end]
-            self.end = start + size
-            return start
-        start, stop = min(fitting, key=lambda gap: (gap[1] - gap[0], gap[0]))
-        self._gaps.remove((start, stop))
-        if stop > start + size:
-            self._gaps = sorted([*self._gaps, (start + size, stop)])
-        return start
+    def meets(self, other: Piece) -> bool:
+        """Whether there is a step in which both are wanted."""
+        return self.first <= other.last and other.first <= self.last
 
-    def give_back(self, offset: int, size: int) -> None:
-        """Free what `take` returned."""
-        joined: list[tuple[int, int]] = []
-        for start, stop in sorted([*self._gaps, (offset, offset + size)]):
-            if joined and joined[-1][1] == start:
-                start = joined.pop()[0]
-            joined.append((start, stop))
-        self._gaps = joined
+
+def placed(pieces: Sequence[Piece]) -> tuple[dict[str | int, int], int]:
+    """Byte offsets by name, and the end: the largest first, each as low as those allow that it meets. Placing them in the
+    order they come up leaves gaps that a large one does not fit (12 % more for the VAE decoder's)."""
+    offsets: dict[str | int, int] = {}
+    done: list[Piece] = []
+    for piece in sorted(pieces, key=lambda p: (-p.size, p.first)):
+        offset = 0
+        for other in sorted((p for p in done if piece.meets(p)), key=lambda p: offsets[p.name]):
+            if offset + piece.size <= offsets[other.name]:
+                break
+            offset = max(offset, offsets[other.name] + other.size)
+        offsets[piece.name] = offset
+        done.append(piece)
+    return offsets, max((offsets[p.name] + p.size for p in pieces), default=0)
+
+
+def step_scratch(graph: SegmentedGraph, segments: Mapping[str, int], ops: Mapping[int, int]) -> list[int]:
+    """Scratch bytes of each step, from those of the segments by name and of the ops by step; one segment's contexts
+    are given as much wherever they run."""
+    return [segments[step.name] if step.kind == "segment" else ops.get(i, 0) for i, step in enumerate(graph.steps)]
 
 
 def aliases_of(step: Step) -> dict[str, str]:
@@ -104,8 +126,8 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 class SegmentedNetwork:
     """One cut network on the device. `run` takes the whole network's inputs and outputs by name.
 
-    scratch: what a plan or an op needs while it runs; they take turns. arena: the tensors between steps, which nobody
-    needs after `run`. Both may be shared by networks that run one after another.
+    arena: the tensors between steps, and beside them what the plan or op that runs needs for itself; nobody needs any of
+    it after `run`, so networks that run one after another may share it, and `scratch` of whole plans with it.
     attention: what the recipe wants sink attention computed in, "bf16" or "fp8". shared: weights on the device by name,
     of networks that may have some in common (the two of a VAE decoder do); they are kept once.
     """
@@ -114,20 +136,19 @@ class SegmentedNetwork:
         self,
         host: EngineHost,
         graph: SegmentedGraph,
-        scratch: Scratch,
+        arena: Scratch,
         contexts_per_step: bool = False,
         attention: str = "bf16",
-        arena: Scratch | None = None,
         shared: dict[str, Tensor] | None = None,
     ) -> None:
-        self.graph, self.device, self.scratch = graph, host.device, scratch
+        self.graph, self.device, self.arena = graph, host.device, arena
         self.contexts_per_step, self.attention = contexts_per_step, attention
         self.engines = {s.name: host.load(s.name, segment_spec(s)) for s in graph.segments}
-        for engine in self.engines.values():
-            scratch.reserve(engine.scratch_bytes)
-        self.arena, self._shared = arena or Scratch(host.device), {} if shared is None else shared
-        self._offsets, size = arena_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights})
-        self.arena.reserve(size)
+        self._shared = {} if shared is None else shared
+        self._offsets: dict[str, int] = {}
+        self._places: list[int] = []
+        self.step_scratch: list[int] = []
+        self._placed = False
         self._contexts: dict[tuple[str, int], TrtContext] = {}
         self._fixed: dict[str, Tensor] = {}
         self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], OpLauncher] = {}
@@ -152,24 +173,34 @@ class SegmentedNetwork:
             )
 
     def prepare(self) -> None:
-        """Create the contexts (TensorRT-RTX compiles kernels here) and keep them for next time; place the arena.
-
-        All networks that share scratch or arena must have been constructed: neither grows after this.
+        """Create the contexts (TensorRT-RTX compiles kernels here) and keep them for next time; say how much arena it
+        takes. All networks that share the arena must be prepared before one of them runs: it does not grow after that.
         """
         for i, step in enumerate(self.graph.steps):
             key = (step.name, i if self.contexts_per_step else 0)
             if step.kind == "segment" and key not in self._contexts:
-                self._contexts[key] = self.engines[step.name].context(self.scratch)
+                self._contexts[key] = self.engines[step.name].context(self.arena)
         for engine in self.engines.values():
             engine.keep_compiled_kernels()
         ops = {i: step for i, step in enumerate(self.graph.steps) if step.kind in ("op", "unpack")}
         self._launchers = {i: self._launcher(step) for i, step in ops.items()}
-        self.scratch.reserve(max((launcher.workspace_bytes for launcher in self._launchers.values()), default=0))
+        segments = {name: aligned(engine.scratch_bytes) for name, engine in self.engines.items()}
+        own = {i: launcher.workspace_bytes for i, launcher in self._launchers.items()}
+        self.step_scratch = step_scratch(self.graph, segments, own)
+        given = {*self.graph.inputs, *self.graph.outputs, *self.graph.weights}
+        self._offsets, self._places, size = memory_layout(self.graph, given, self.step_scratch)
+        self.arena.reserve(size)
+        self._placed = False
+
+    def place(self) -> None:
+        """Give every tensor between steps its place in the arena, which is allocated here at the latest: once all
+        networks that share it are prepared, and before the first run."""
         for name, offset in self._offsets.items():
             kind = self.graph.tensors[name]
             size = prod(map(int, kind.shape)) * TORCH_DTYPES[kind.dtype].itemsize
             piece = self.arena.memory[offset : offset + size]
             self._fixed[name] = piece.view(TORCH_DTYPES[kind.dtype]).view(tuple(map(int, kind.shape)))
+        self._placed = True
 
     def _launcher(self, step: Step) -> OpLauncher:
         """The op's kernels, compiled and loaded for this step's shapes; a table's length is told at each launch."""
@@ -203,7 +234,8 @@ class SegmentedNetwork:
             segment = self.graph.segment(step.name)
             names = zip((*segment.inputs, *segment.outputs), (*step.inputs, *step.outputs), strict=True)
             context = self._contexts[step.name, index if self.contexts_per_step else 0]
-            context.run({binding: values[name] for binding, name in names})
+            place = self.arena.address + self._places[index], self.step_scratch[index]
+            context.run({binding: values[name] for binding, name in names}, place)
             return
         if step.kind == "view":
             return  # it has its own place, or rather the one of what it shows, since `prepare`
@@ -214,6 +246,8 @@ class SegmentedNetwork:
 
     def values_for(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every tensor by name before the first step, for callers that run step by step (the profiler)."""
+        if not self._placed:
+            self.place()
         return {**self._fixed, **tensors}
 
     def _launch(self, index: int, step: Step, values: Mapping[str, Tensor]) -> None:
@@ -221,4 +255,4 @@ class SegmentedNetwork:
         inputs = zip(OPS[step.name].inputs, step.inputs, strict=True)
         table_length = next((values[name].numel() for spec, name in inputs if spec.shape == ("W",)), 0)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._launchers[index].launch(pointers, stream, self.scratch.address, table_length)
+        self._launchers[index].launch(pointers, stream, self.arena.address + self._places[index], table_length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from longtake.engines.onnx_file import WeightSource
 from longtake.engines.spec import NETWORKS, Binding, context_bindings, recipe_spec
 from longtake.runtime.backends.base import Cache, Encoder
 from longtake.runtime.backends.lane import Lane
+from longtake.runtime.backends.memory_log import MemoryLog
 from longtake.runtime.backends.segmented_network import SegmentedNetwork
 from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
-from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtEngine, device_bytes_used
+from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtEngine
 from longtake.runtime.backends.trt_stream import (
     Network,
     TrtDecoder,
@@ -38,12 +40,12 @@ ENCODER = ("vae_encoder_first", "vae_encoder_steady")  # loaded while one is in 
 class WholeNetwork:
     """A network that is one plan, plugins inside or not."""
 
-    def __init__(self, engine: TrtEngine, scratch: Scratch) -> None:
-        self.engine, self.scratch = engine, scratch
-        scratch.reserve(engine.scratch_bytes)
+    def __init__(self, engine: TrtEngine, arena: Scratch) -> None:
+        self.engine, self.arena = engine, arena
+        arena.reserve(engine.scratch_bytes)
 
     def prepare(self) -> None:
-        self.context = self.engine.context(self.scratch)
+        self.context = self.engine.context(self.arena)
         self.engine.keep_compiled_kernels()
 
     def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None:
@@ -55,7 +57,6 @@ def network_from_bundle(
     bundle: Bundle,
     name: str,
     host: EngineHost,
-    scratch: Scratch,
     arena: Scratch,
     shared: dict[str, Tensor],
     weights: WeightSource | None = None,
@@ -66,10 +67,10 @@ def network_from_bundle(
         if weights is not None:
             raise LongtakeError(f"{name}.plan holds its own weights", got="other ones", fix="use a segmented recipe")
         spec = recipe_spec(bundle.recipe, name).as_json()
-        return WholeNetwork(host.load(name, spec), scratch)
+        return WholeNetwork(host.load(name, spec), arena)
     bundle.check_file(cut)
     graph, attention = segmented_graph.load(cut), bundle.recipe.attention
-    network = SegmentedNetwork(host, graph, scratch, attention=attention, arena=arena, shared=shared)
+    network = SegmentedNetwork(host, graph, arena, attention=attention, shared=shared)
     network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
 
@@ -120,18 +121,24 @@ class TrtBackend:
         self.lanes = {"denoise": Lane(self.device), "decode": Lane(self.decode_device)}
         self._capture_stream = torch.cuda.Stream(self.device)
         self._text: TextRunner | None = None
-        self._peak = 0
+        self.memory = MemoryLog(self.device)
+        self.memory.add("the CUDA context", "CUDA context")
+        self.sizes: dict[str, int] = {}  # bytes by the name of the budget's term, of what sessions allocate
         self.networks: dict[str, Network] = {}
         self._static: dict[str, Tensor] = {}
         wanted = tuple(networks_in(bundle) if networks is None else networks)
         # The decoder first: finding out which caches can be in place needs two sets of them for a moment.
         self._load([name for name in wanted if name.startswith("vae") and name not in ENCODER], self.decode_device)
+        self.memory.add("loading the VAE", "weights, VAE decoder", "VAE working memory")
         self._twice = self._find_caches_kept_twice() if "vae_steady" in self.networks else frozenset[str]()
+        self.memory.add("trying its caches in place")
         self._load([name for name in wanted if not name.startswith("vae")], self.device)
+        self.memory.add("loading the DiT", "weights, context", "weights, dit", "weights, text_encoder",
+                        "DiT working memory")  # fmt: skip
         if "dit" in self.networks:
             self._static = {b.name: self.allocate(b) for b in self.specs["dit"].inputs if not self._is_cache(b.name)}
             self._static |= {"velocity": self.allocate(self.specs["dit"].outputs[0])}
-        self._sample_memory()
+        self.memory.add("its buffers", "static buffers")
 
     def _load(self, names: Sequence[str], device: torch.device) -> None:
         """Networks that run one after another: they share scratch, which those on another stream may not."""
@@ -140,14 +147,17 @@ class TrtBackend:
             torch.cuda.synchronize(device)  # weights made there: another GPU's events say nothing about this one
 
     def _prepared(self, names: Sequence[str], device: torch.device) -> dict[str, Network]:
-        host, scratch, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device), Scratch(device)
+        host, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device)
         shared: dict[str, Tensor] = {}
         loaded = {
-            name: network_from_bundle(self.bundle, name, host, scratch, arena, shared, self._weights.get(name))
-            for name in names
+            name: network_from_bundle(self.bundle, name, host, arena, shared, self._weights.get(name)) for name in names
         }
-        for network in loaded.values():  # only now: each has said how much it needs
+        for network in loaded.values():
             network.prepare()
+        # What loading, quantizing and trying took in passing would stay with torch's allocator, to no use.
+        torch.cuda.empty_cache()
+        if loaded:
+            _ = arena.memory  # only now: each has said how much it needs; nothing is allocated in the loop
         return loaded
 
     def _find_caches_kept_twice(self) -> frozenset[str]:
@@ -156,6 +166,11 @@ class TrtBackend:
                 found = caches_kept_twice(self.networks["vae_steady"], self.specs["vae_steady"], self._allocate_decode)
             torch.cuda.empty_cache()  # the second set: nothing else would fit its place
         return found
+
+    def bytes_kept_twice(self) -> int:
+        """Bytes of the VAE caches that need a second buffer."""
+        caches = [b for b in self.specs["vae_steady"].inputs if b.name in self._twice]
+        return sum(prod(int(n) for n in b.shape) * TORCH_DTYPES[b.dtype].itemsize for b in caches)
 
     def _allocate_decode(self, binding: Binding) -> Tensor:
         return self.allocate(binding, device=self.decode_device)
@@ -209,7 +224,8 @@ class TrtBackend:
         bindings = [b for b in self.specs["dit"].inputs if self._is_cache(b.name)]
         tensors = [self.allocate(binding, zero=True) for binding in bindings]
         size = len(tensors) // self.preset.dit.layers
-        self._sample_memory()
+        self.sizes["K/V cache"] = sum(tensor.nbytes for tensor in tensors)
+        self.memory.add("a K/V cache", "K/V cache")
         return [tuple(tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
     @torch.no_grad()
@@ -261,7 +277,7 @@ class TrtBackend:
         self.network("dit").run(tensors, write)
         if self.cuda_graphs:
             self._capture(key, tensors, write)
-            self._sample_memory()
+            self.memory.add("a pass and its CUDA graph", "prompts' K/V and embeddings", "solver")
 
     def _capture(self, key: tuple[int, ...], tensors: Mapping[str, Tensor], write: bool) -> None:
         torch.cuda.current_stream(self.device).synchronize()
@@ -284,7 +300,8 @@ class TrtBackend:
         networks = {spec.name: self.network(spec.name) for spec in specs}
         with torch.cuda.device(self.decode_device):
             stream = TrtStream(networks, specs, self._allocate_decode, self.lanes["decode"], self._twice)
-        self._sample_memory()
+        self.sizes |= stream.sizes()
+        self.memory.add("a decoder", "VAE caches", "decode buffers")
         return TrtDecoder(stream)
 
     def new_encoder(self) -> Encoder:
@@ -296,17 +313,13 @@ class TrtBackend:
             specs = self.specs[ENCODER[0]], self.specs[ENCODER[1]]
             twice = frozenset(name for _, name in carried_pairs(specs[1]))
             stream = TrtStream(networks, specs, self.allocate, Lane(self.device), twice)
-        self._sample_memory()
+        self.memory.add("a VAE encoder")
         return TrtEncoder(stream)
 
-    def _sample_memory(self) -> None:
-        """All memory is allocated at a few known points, so sampling there finds the peak."""
-        self._peak = max(self._peak, device_bytes_used(self.device))
-
     def peak_bytes(self) -> int:
-        """See Backend.peak_bytes; from the driver, in bytes."""
-        self._sample_memory()
-        return self._peak
+        """See Backend.peak_bytes; from the driver, in bytes: all is allocated at a few known points, noted there."""
+        self.memory.add("running")
+        return self.memory.peak
 
     def close(self) -> None:
         """See Backend.close."""

@@ -209,10 +209,13 @@ class TrtContext:
 
     def __init__(self, engine: TrtEngine, context: Any, scratch: Scratch) -> None:
         self.engine, self.context, self.scratch = engine, context, scratch
-        self._has_memory = False
+        self._memory: tuple[int, int] | None = None
 
-    def run(self, tensors: Mapping[str, Tensor]) -> None:
-        """Enqueue on torch's current stream. `tensors` holds every binding, contiguous, in the plan's dtype."""
+    def run(self, tensors: Mapping[str, Tensor], memory: tuple[int, int] | None = None) -> None:
+        """Enqueue on torch's current stream. `tensors` holds every binding, contiguous, in the plan's dtype.
+
+        memory: address and bytes of what it may use as scratch in this run; by default all of its Scratch.
+        """
         for name in (*self.engine.inputs, *self.engine.outputs):
             tensor = tensors[name]
             if tensor.dtype != self.engine.dtypes[name] or not tensor.is_contiguous():
@@ -224,9 +227,10 @@ class TrtContext:
             if name in self.engine.dynamic:
                 self.context.set_input_shape(name, tuple(tensor.shape))
             self.context.set_tensor_address(name, tensor.data_ptr())
-        if not self._has_memory:  # only now: by the first run every engine has said how much it needs
-            self.context.set_device_memory(self.scratch.address, self.scratch.size)
-            self._has_memory = True
+        memory = memory or (self.scratch.address, self.scratch.size)  # by the first run all have said what they need
+        if memory != self._memory:
+            self.context.set_device_memory(*memory)
+            self._memory = memory
         stream = torch.cuda.current_stream(self.engine.host.device).cuda_stream
         if not self.context.execute_async_v3(stream):
             raise LongtakeError(f"{self.engine.plan.stem} failed to run", got=self.engine.host.messages.last_errors())

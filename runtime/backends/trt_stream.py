@@ -150,6 +150,12 @@ class TrtStream:
             self._io[spec.name] = given.name, allocate(given), made.name, allocate(made)
         self.started = False
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes by the name of the memory budget's term."""
+        caches = {t.data_ptr(): t.nbytes for t in (*self._before.values(), *self._after.values())}
+        buffers = sum(given.nbytes + made.nbytes for _, given, _, made in self._io.values())
+        return {"VAE caches": sum(caches.values()), "decode buffers": buffers}
+
     @torch.no_grad()
     def step(self, tensor: Tensor) -> Tensor:
         """The first output, a buffer that the next call overwrites, for `tensor` of the first input's shape."""

@@ -60,11 +60,16 @@ def decode_device_from(options: BenchOptions) -> torch.device | None:
 
 def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
     """The figures of our side."""
+    promised = budget(options)  # before anything is allocated
+    save({"budget": promised})
     started = time.perf_counter()
     backend = open_engines(options)
-    save({"open_s": round(time.perf_counter() - started, 2), "budget": budget(options)})
+    save({"open_s": round(time.perf_counter() - started, 2)})
     try:
-        figures = measure(backend, options, save)
+        try:
+            figures = measure(backend, options, save)
+        finally:
+            save({"memory": attempt(lambda: memory(backend, options, promised))})
         if backend.device.type == "cuda" and "dit" in options.networks:
             from longtake.runtime.bench.breakdown import dit_breakdown
 
@@ -92,6 +97,24 @@ def budget(options: BenchOptions) -> dict[str, Any]:
         return found.as_json() | apart
 
     return attempt(work_out)
+
+
+def memory(backend: Backend, options: BenchOptions, promised: dict[str, Any]) -> dict[str, Any]:
+    """Promised beside measured, step by step as the driver saw it and term by term; {} without a GPU."""
+    from longtake.runtime.budget_measured import measured_terms, memory_rows, record_arenas
+
+    if backend.device.type != "cuda" or not hasattr(backend, "memory"):
+        return {}
+    folder = engine_folder(options)
+    if (folder / "bundle.json").is_file():
+        record_arenas(folder, backend)
+    found = measured_terms(backend)
+    terms = [{"term": term["name"], "known": term["known"], "promised_gb": term["gb"],
+              "measured_gb": round(found[term["name"]] / 1e9, 3) if term["name"] in found else None}
+             for term in promised.get("terms", [])]  # fmt: skip
+    steps = memory_rows(backend.memory.rows, promised)
+    return {"steps": steps, "terms": terms, "total_measured_gb": round(backend.peak_bytes() / 1e9, 3),
+            "total_promised_gb": promised.get("total_gb")}  # fmt: skip
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -132,6 +132,7 @@ def table(report: Figures) -> str:
         rows.append(
             f"  memory: {budget['measured_gb']} GB measured, {budget['gb']} GB promised ({budget['off_by']:+.1%})"
         )
+    rows += memory_lines(report["engine"].get("memory") or {})
     for name, distance in report["agreement"].items():
         rows.append(f"  first chunk's latents differ from {name}'s by {distance:.2%}")
     return "\n".join(rows)
@@ -142,6 +143,21 @@ def machine_name(report: Figures) -> str:
     machine: Figures = report["machine"]
     decoding = f", decoding on a second {machine['decode_gpu']}" if machine.get("decode_gpu") else ""
     return f"{report['gpu'] or machine.get('cpu')}{decoding}"
+
+
+def memory_lines(memory: Figures) -> list[str]:
+    """The memory's two tables: what each step added by the driver's figure, and each term, promised and measured, GB."""
+    if not memory.get("steps"):
+        return [f"  memory step by step: {memory['error']}"] if memory.get("error") else []
+    lines = [f"  {'memory, GB, after':32} {'driver':>8} {'added':>8} {'promised':>8} {'slack':>8} {'outside':>8}"]
+    keys = ("gb", "added_gb", "promised_gb", "slack_gb", "outside_gb")
+    lines += [f"  {row['step']:32} " + " ".join(f"{row[key]:8.3f}" for key in keys) for row in memory["steps"]]
+    lines.append("  slack: held by torch without a tensor; outside: not torch's (context, kernels, libraries)")
+    lines.append(f"  {'memory, GB, of':32} {'promised':>8} {'measured':>8}")
+    for row in memory["terms"]:
+        measured = "-" if row["measured_gb"] is None else f"{row['measured_gb']:.3f}"
+        lines.append(f"  {row['term']:32} {row['promised_gb']:8.3f} {measured:>8}  {row['known']}")
+    return lines
 
 
 def _side_row(name: str, side: Figures) -> str:

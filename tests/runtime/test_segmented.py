@@ -17,10 +17,12 @@ from torch import Tensor
 from longtake.engines.segment import constants_of, segments_from_onnx
 from longtake.engines.segmented_graph import SegmentedGraph, Step
 from longtake.runtime.backends.segmented_network import (
-    FreeSpace,
+    Piece,
     SegmentedNetwork,
     aliases_of,
     arena_layout,
+    memory_layout,
+    placed,
     storage_bytes,
 )
 from longtake.runtime.backends.trt_engine import Scratch
@@ -40,15 +42,22 @@ class OnnxEngine:
         self.model = model
 
     def context(self, scratch: Scratch) -> OnnxEngine:
-        assert scratch.size >= self.scratch_bytes
+        self.scratch = scratch
         return self
 
     def keep_compiled_kernels(self) -> None: ...
 
-    def run(self, tensors: Mapping[str, Tensor]) -> None:
+    def run(self, tensors: Mapping[str, Tensor], memory: tuple[int, int] | None = None) -> None:
+        """Overwrites all of the scratch it is given, before it reads and once it has written."""
+        address, size = memory or (0, 0)
+        assert size >= self.scratch_bytes
+        offset = address - self.scratch.address
+        assert 0 <= offset <= self.scratch.size - size
+        self.scratch.memory[offset : offset + size] = 0xFF
         arrays = [tensors[value.name].numpy().copy() for value in self.model.graph.input]
         for value, result in zip(self.model.graph.output, miniature.run_segment_model(self.model, arrays)):
             tensors[value.name].copy_(torch.from_numpy(result))
+        self.scratch.memory[offset : offset + size] = 0xFF
 
 
 class CpuNetwork(SegmentedNetwork):
@@ -63,11 +72,11 @@ class CpuNetwork(SegmentedNetwork):
             values[name].copy_(torch.from_numpy(result))
 
 
-def network_of(model: Any, scratch: Scratch | None = None, arena: Scratch | None = None) -> CpuNetwork:
+def network_of(model: Any, arena: Scratch | None = None) -> CpuNetwork:
     cut = segments_from_onnx(model, "dit")
     cpu = torch.device("cpu")
     host = SimpleNamespace(device=cpu, load=lambda name, spec: OnnxEngine(cut.models[name]))
-    network = CpuNetwork(host, cut.graph, scratch or Scratch(cpu), arena=arena)
+    network = CpuNetwork(host, cut.graph, arena or Scratch(cpu))
     constants = constants_of(model)
     network.load_weights((n, torch.from_numpy(numpy_helper.to_array(constants[n]).copy())) for n in cut.graph.weights)
     network.prepare()
@@ -126,8 +135,8 @@ def test_tensors_alive_together_never_overlap_and_depth_costs_no_memory(packed: 
 
 def test_networks_that_take_turns_share_their_memory() -> None:
     cpu = torch.device("cpu")
-    scratch, arena = Scratch(cpu), Scratch(cpu)
-    networks = [network_of(miniature.model_of_layers(layers), scratch, arena) for layers in (4, 2)]
+    arena = Scratch(cpu)
+    networks = [network_of(miniature.model_of_layers(layers), arena) for layers in (4, 2)]
     for layers, network in zip((4, 2), networks):
         tensors = tensors_for(layers)
         whole = miniature.run_whole(miniature.model_of_layers(layers), miniature.feeds_for(layers))
@@ -148,14 +157,28 @@ def test_weights_in_common_are_kept_once_and_only_if_equal() -> None:
     assert [one._fixed[n] is two._fixed[n] for n in "abc"] == [True, False, True]
 
 
-def test_gaps_of_an_arena_are_used_and_joined() -> None:
-    space = FreeSpace()
-    a, b, c = (space.take(size) for size in (100, 200, 300))
-    space.give_back(a, 100)
-    space.give_back(b, 200)
-    assert space.take(250) == a and space.end == 600
-    space.give_back(c, 300)
-    assert space.take(400) == 250 and space.end == 650  # the free end is used before the arena grows
+def test_a_large_piece_takes_the_place_of_small_ones_that_are_over() -> None:
+    """In the order they come up, the last piece would find two gaps that are each too small."""
+    pieces = [Piece("a", 100, 0, 1), Piece("kept", 50, 0, 3), Piece("b", 100, 0, 1), Piece("late", 200, 2, 3)]
+    offsets, end = placed(pieces)
+    assert end == 250 and offsets["late"] == 0
+    assert placed([]) == ({}, 0)
+
+
+def test_a_steps_scratch_is_beside_what_is_alive_then_and_nowhere_else() -> None:
+    graph = segments_from_onnx(miniature.model_of_layers(2), "dit").graph
+    given = {*graph.inputs, *graph.outputs, *graph.weights}
+    plain = arena_layout(graph, given)[1]
+    for i in range(len(graph.steps)):
+        scratch = [1 << 20 if j == i else 0 for j in range(len(graph.steps))]
+        offsets, places, end = memory_layout(graph, given, scratch)
+        alive = alive_ranges(graph, set(offsets))
+        for name, (first, last) in alive.items():
+            start, stop = offsets[name], offsets[name] + storage_bytes(graph.tensors[name])
+            assert not first <= i <= last or stop <= places[i] or start >= places[i] + scratch[i], name
+        assert 1 << 20 <= end <= plain + (1 << 20)
+    least = memory_layout(graph, given, [1 << 20] * len(graph.steps))[2]
+    assert least < plain + (1 << 21)
 
 
 def test_a_source_that_lacks_weights_is_named() -> None:
