@@ -122,11 +122,9 @@ def test_built_segments_make_weights_and_arena_exact(engines: Path) -> None:
     known = {term.name: (term.bytes, term.known) for term in budget.terms}
     assert known["weights, dit"] == known["weights, VAE decoder"] == (3 << 20, "exact")
     assert known["VAE working memory"][1] == "estimated"  # the plans do not say what they want
-    for name in NETWORKS:
-        for plan in ("one", "two", "three"):
-            wanted = {"one": 5 << 20, "two": 1 << 20, "three": 0}[plan]
-            manifest = PlanManifest(f"{plan}.plan", plan, "", 0, "", "", "", "", {}, {}, "", "", scratch_bytes=wanted)
-            write_manifest(engines / f"{plan}.plan", manifest)
+    for plan, wanted in {"one": 5 << 20, "two": 1 << 20, "three": 0}.items():
+        manifest = PlanManifest(f"{plan}.plan", plan, "", 0, "", "", "", "", {}, {}, "", "", scratch_bytes=wanted)
+        write_manifest(engines / f"{plan}.plan", manifest)
     budget = budget_of(RECIPE, Use(engines=engines))
     known = {term.name: (term.bytes, term.known) for term in budget.terms}
     # `one` runs beside its output, and nothing else is alive then; y and z beside `two`'s scratch are less.
