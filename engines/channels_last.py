@@ -75,8 +75,8 @@ class _Rewriting:
             if unsqueeze.output[0] in self.given_out:
                 kept = helper.make_node("Identity", [value.name], list(unsqueeze.output), name=unsqueeze.name)
                 self.graph.node.insert(place, kept)
-                continue
-            for node in self._readers(unsqueeze.output[0]):
+            own = unsqueeze.output[0] not in self.given_out
+            for node in self._readers(unsqueeze.output[0]) if own else []:
                 node.input[:] = [value.name if name == unsqueeze.output[0] else name for name in node.input]
             if not self._readers(transpose.output[0]):
                 self.graph.node.remove(transpose)
