@@ -22,7 +22,7 @@ from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableEr
 log = logging.getLogger(__name__)
 
 DIGEST_FIELD = "kernel_digest"  # hex SHA-256 of the kernel's source, in every serialized plugin
-_DTYPE_NAMES = {"int8": "INT8", "int32": "INT32", "fp32": "FLOAT", "bf16": "BF16"}
+_DTYPE_NAMES = {"int8": "INT8", "int32": "INT32", "fp32": "FLOAT", "bf16": "BF16", "fp8": "FP8"}
 
 
 @cache

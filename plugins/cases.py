@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, shape_of
 from longtake.plugins.kv_cache_write.reference import quantize_kv
-from longtake.plugins.spec import LIBRARY_OPS, OPS, STREAM_OPS
+from longtake.plugins.spec import BLOCK_OPS, LIBRARY_OPS, LINEAR_OPS, OPS, STREAM_OPS
 
 SLOTS = 4
 TINY = {"S": SLOTS, "L": 128, "H": 4, "D": 64}
@@ -30,13 +30,23 @@ STREAM_SIZES: tuple[dict[str, int], ...] = (
 )
 WEIGHT_SIZES: tuple[dict[str, int], ...] = ({"N": 256, "K": 1024}, {"N": 5, "K": 48}, {"N": 1, "K": 16})
 LINEAR_SIZES: tuple[dict[str, int], ...] = ({"T": 64, "N": 48, "K": 96}, {"T": 200, "N": 512, "K": 256})
+BLOCK_SIZES: tuple[dict[str, int], ...] = (
+    {"L": 128, "C": 256, "F": 4},
+    {"L": 22, "C": 3072, "F": 2},
+    {"L": 7, "C": 48, "F": 1},
+    {"L": 27, "C": 4112, "F": 3},
+    {"L": 9, "C": 16, "F": 9},
+)
+CROSS_SIZES: tuple[dict[str, int], ...] = ({"L": 128, "E": 32, "H": 4, "D": 64}, {"L": 33, "E": 17, "H": 3, "D": 48})
 WRITE_SLOTS = (-1, 0, 1, 2, 3)
 TABLES = tuple(t for length in range(1, SLOTS + 1) for t in permutations((0, 1, 2, 3, -1), length))
 
 
 def sizes_for(op_name: str) -> tuple[dict[str, int], ...]:
     """The sizes to try an op with, the plain one first."""
-    return {"nvfp4_dequantize": WEIGHT_SIZES, **dict.fromkeys(STREAM_OPS, STREAM_SIZES)}.get(op_name, SIZES)
+    known = {"nvfp4_dequantize": WEIGHT_SIZES, "cross_attention": CROSS_SIZES, **dict.fromkeys(STREAM_OPS, STREAM_SIZES)}
+    known |= dict.fromkeys(LINEAR_OPS, LINEAR_SIZES) | dict.fromkeys(BLOCK_OPS, BLOCK_SIZES)
+    return known.get(op_name, SIZES)
 
 
 def op_inputs(
@@ -56,15 +66,19 @@ def op_inputs(
         elif tensor.name.startswith("rope_"):
             wave = torch.cos if tensor.name == "rope_cos" else torch.sin
             made.append(wave(torch.outer(torch.arange(dims["L"]), torch.logspace(0, -4, dims["D"] // 2))))
+        elif tensor.name == "factor":
+            made.append(torch.tensor([150.0]))  # of values from -4 to 4, some go beyond E4M3's range
         else:
             values = torch.randn(shape_of(tensor, dims), generator=generator)
-            made.append(values.to(torch.float8_e4m3fn if tensor.dtype == "fp8" else compute))
+            values = values.abs() + 0.1 if tensor.name.endswith("scale") else values
+            kinds = {"fp8": torch.float8_e4m3fn, "fp32": torch.float32}
+            made.append(values.to(kinds.get(tensor.dtype, compute)))
     return tuple(made)
 
 
 def _filled_cache(op_name: str, dims: Dims, compute: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
     """Every slot written with data of its own magnitude, where the op has slots; or a weight's random bytes."""
-    if op_name == "qk_norm_rope" or op_name in (*LIBRARY_OPS, *STREAM_OPS):
+    if op_name == "qk_norm_rope" or op_name in (*LIBRARY_OPS, *STREAM_OPS, *BLOCK_OPS):
         return {}
     if op_name == "nvfp4_dequantize":
         rows, columns = dims["N"], dims["K"]

@@ -1,6 +1,6 @@
 """How an op's kernels are compiled and launched, as data: each plugin.py describes its own with these types.
 
-`Dims` maps the letters of plugins/spec.py (S, L, H, D, W, N, K, T, F, Y, X, C) to sizes.
+`Dims` maps the letters of plugins/spec.py (S, L, H, D, W, N, K, T, F, Y, X, C, E) to sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
-from longtake.plugins.spec import KERNEL_OPS, OpSpec, TensorSpec
+from longtake.plugins.spec import BLOCK_OPS, KERNEL_OPS, STREAM_OPS, OpSpec, TensorSpec
 from longtake.runtime.errors import LongtakeError
 
 Dims = Mapping[str, int]
@@ -22,7 +22,7 @@ COMPUTE_DTYPES = ("bf16", "fp32")
 WORKSPACE, TABLE_LENGTH = "<workspace>", "<table length>"
 MAX_HEAD_DIM = 128
 MAX_HISTORY = 2  # frames
-_FOLDERS = ("kv_cache_write", "sink_attention", "qk_norm_rope", "stream_extend", "nvfp4_dequantize")
+_FOLDERS = ("kv_cache_write", "sink_attention", "qk_norm_rope", "stream_extend", "nvfp4_dequantize", "block_norm", "quantize_fp8")
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,11 @@ def _check_dims(spec: OpSpec, dims: Dims) -> None:
     for letter, size in dims.items():
         if size < 1:
             raise LongtakeError(f"{spec.name}: empty dimension", got=f"{letter}={size}", expected="at least 1")
-    if dims.get("F", 1) > MAX_HISTORY:
+    if spec.name in STREAM_OPS and dims["F"] > MAX_HISTORY:
         raise LongtakeError(f"{spec.name}: too long a history", got=dims["F"], expected=f"at most {MAX_HISTORY} frames")
+    if spec.name in BLOCK_OPS and dims["L"] % dims.get("F", 1):
+        raise LongtakeError(f"{spec.name}: the frames do not share the tokens alike", got=f"L={dims['L']}, F={dims['F']}",
+                            expected="a multiple of F")  # fmt: skip
     inner = next(letter for letter in "DCK" if letter in dims)
     if dims[inner] % 16 or dims.get("D", 16) > MAX_HEAD_DIM:
         raise LongtakeError(

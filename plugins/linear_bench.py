@@ -24,7 +24,7 @@ from longtake.plugins.attention_bench import line_of, milliseconds, relative_err
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.linear.library import CublasLtLinear
 from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import LIBRARY_OPS
+from longtake.plugins.spec import LINEAR_OPS
 from longtake.runtime.errors import LongtakeError
 
 COLUMNS = ("op", "T", "N", "K", "accum", "ms", "tflops", "error", "note")
@@ -39,9 +39,11 @@ def tensors_for(op_name: str, dims: dict[str, int]) -> list[Tensor]:
         values = torch.randn(shape, device="cuda", generator=generator)
         if kind == "fp8":
             return (values * (E4M3_MAX / values.abs().max())).to(torch.float8_e4m3fn)
+        if kind == "fp32":
+            return values.abs() * 1e-4
         return (values * (shape[-1] ** -0.5 if name == "weight" else 1.0)).bfloat16()
 
-    return [made(t.name, shape_of(t, dims), t.dtype) for t in LIBRARY_OPS[op_name].inputs]
+    return [made(t.name, shape_of(t, dims), t.dtype) for t in LINEAR_OPS[op_name].inputs]
 
 
 def measure(op_name: str, dims: dict[str, int], fast: bool, repeats: int) -> dict[str, Any]:
@@ -58,12 +60,12 @@ def measure(op_name: str, dims: dict[str, int], fast: bool, repeats: int) -> dic
 def rows(tokens: int, dim: int, ffn: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Every measurement; a size that the library declines gives a row with the reason."""
     torch.backends.cuda.matmul.allow_tf32 = False  # of the reference
-    for op_name in LIBRARY_OPS:
+    for op_name in LINEAR_OPS:
         shapes = {"linear_gelu_bf16": ((ffn, dim),)}.get(op_name, ((dim, dim), (ffn, dim), (dim, ffn)))
         for n, k in shapes:
-            for fast in (True, False) if op_name == "linear_fp8" else (True,):
+            for fast in (True, False) if op_name.endswith("fp8") else (True,):
                 dims = {"T": tokens, "N": n, "K": k}
-                accum = ("fast" if fast else "promoted") if op_name == "linear_fp8" else "fp32"
+                accum = ("fast" if fast else "promoted") if op_name.endswith("fp8") else "fp32"
                 row: dict[str, Any] = {"op": op_name, **dims, "accum": accum}
                 try:
                     row |= measure(op_name, dims, fast, repeats)

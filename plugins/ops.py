@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.plugins.block_norm.reference import BLOCK_NORM_REFERENCES, rms_norm
+from longtake.plugins.cross_attention.reference import cross_attention
 from longtake.plugins.kv_cache_write.reference import kv_cache_write_bf16, kv_cache_write_nvfp4
-from longtake.plugins.linear.reference import linear_bf16, linear_fp8, linear_gelu_bf16
+from longtake.plugins.linear.reference import linear_bf16, linear_fp8, linear_gelu_bf16, linear_rows_fp8
 from longtake.plugins.nvfp4_dequantize.reference import nvfp4_dequantize
 from longtake.plugins.qk_norm_rope.reference import qk_norm_rope
+from longtake.plugins.quantize_fp8.reference import gelu_quantize_fp8, quantize_fp8
 from longtake.plugins.sink_attention.reference import sink_attention_bf16, sink_attention_nvfp4
-from longtake.plugins.spec import DOMAIN, OPS, OpSpec, made_shape
+from longtake.plugins.spec import DOMAIN, OPS, OpSpec, made_dtype, made_shape
 from longtake.plugins.stream_extend.reference import norm_silu_extend, stream_extend
 
 REFERENCES: dict[str, Callable[..., Any]] = {
@@ -31,7 +34,18 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "linear_bf16": linear_bf16,
     "linear_gelu_bf16": linear_gelu_bf16,
     "linear_fp8": linear_fp8,
+    "linear_rows_fp8": linear_rows_fp8,
+    "cross_attention": cross_attention,
+    "rms_norm": rms_norm,
+    "quantize_fp8": quantize_fp8,
+    "gelu_quantize_fp8": gelu_quantize_fp8,
+    **BLOCK_NORM_REFERENCES,
 }
+
+
+DTYPES = {
+    "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn,
+}  # fmt: skip
 
 
 def torch_schema(spec: OpSpec) -> str:
@@ -52,13 +66,12 @@ def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
     aliases = dict(spec.aliases)
 
     def fake(*inputs: Tensor) -> Any:
-        made = [
-            torch.empty_like(inputs[aliases.get(i, i)], memory_format=torch.contiguous_format)
-            for i in range(len(spec.outputs))
-        ]
-        if (shape := made_shape(spec, [x.shape for x in inputs])) is not None:
-            compute = spec.inputs[0].dtype == "compute"
-            made[0] = inputs[0].new_empty(shape, dtype=inputs[0].dtype if compute else torch.bfloat16)
+        made = []
+        for i in range(len(spec.outputs)):
+            like = inputs[aliases.get(i, i)]
+            kind = DTYPES.get(made_dtype(spec, i, ""), inputs[0].dtype) if i not in aliases else like.dtype
+            shape = made_shape(spec, [x.shape for x in inputs]) if i == 0 else None
+            made.append(like.new_empty(like.shape if shape is None else shape, dtype=kind))
         return tuple(made) if len(made) > 1 else made[0]
 
     return fake

@@ -1,7 +1,8 @@
 """What an op looks like, written once: torch op, ONNX schema, plugin and kernel launcher all read it.
 
 Legend: S slots, L tokens of a block, H heads, D head_dim, W window length, N out features, K in features, T tokens; of a
-video stream T frames of a step, F frames of history, Y, X sizes of a frame, C channels.
+video stream T frames of a step, F frames of history, Y, X sizes of a frame, C channels; of the DiT's blocks C features, F
+latent frames of a chunk, E text length.
 Packed bytes are typed INT8 everywhere: the runtimes that must carry them have no common 4-bit or FP8 type.
 """
 
@@ -18,6 +19,7 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLU
 
 CACHE_FORMATS = ("nvfp4", "bf16")
 QK_NORM_EPS = 1e-6
+BLOCK_NORM_EPS = 1e-6
 STREAM_OPS = ("norm_silu_extend", "stream_extend")
 CHANNEL_NORM_EPS = 1e-24  # on the mean square: only keeps zeros zero
 
@@ -112,6 +114,72 @@ def nvfp4_dequantize() -> OpSpec:
     )
 
 
+@dataclass(frozen=True)
+class BlockNorm:
+    """Which row of a block's modulation (0 to 5) a norm of the DiT takes for what. gate: of the y that is added to x
+    before; None: y is added as it is. scale, shift: None for an affine norm (weight, bias). following: scale and shift
+    are those of the next block. residual: whether there is a y."""
+
+    gate: int | None = None
+    scale: int | None = None
+    shift: int | None = None
+    residual: bool = True
+    following: bool = False
+
+
+BLOCK_NORMS: dict[str, BlockNorm] = {
+    "norm_modulate": BlockNorm(scale=1, shift=0, residual=False),  # before the first block's self-attention
+    "gated_norm_affine": BlockNorm(gate=2),  # self-attention's end, cross-attention's norm
+    "residual_norm_modulate": BlockNorm(scale=4, shift=3),  # cross-attention's end, the FFN's norm
+    "gated_norm_modulate": BlockNorm(gate=5, scale=1, shift=0, following=True),  # the FFN's end, the next block's norm
+}
+
+
+def block_norm(name: str, fp8: bool = False) -> OpSpec:
+    """x' = x + gate * y and n = LN(x') * (1 + scale) + shift in fp32 (eps is `BLOCK_NORM_EPS`), modulated by the sum of a
+    block's table and that of the frame's time, e. fp8: y is a product without its scale and bias, and n comes out as
+    codes of n * factor."""
+    form = BLOCK_NORMS[name]
+    rows, one = ("L", "C"), ("1", "6", "C")
+    given = [TensorSpec("x", "compute", rows)]
+    given += [TensorSpec("y", "compute", rows)] if form.residual else []
+    given += [TensorSpec("y_scale", "fp32", ("C",)), _features("y_bias")] if form.residual and fp8 else []
+    given += [TensorSpec("e", "compute", ("F", "6", "C")), TensorSpec("modulation", "compute", one)]
+    given += [TensorSpec("next_modulation", "compute", one)] if form.following else []
+    given += [_features("weight"), _features("bias")] if form.scale is None else []
+    given += [FACTOR] if fp8 else []
+    made = [TensorSpec("x_out", "compute", rows)] if form.residual else []
+    made += [TensorSpec("n", "fp8" if fp8 else "compute", rows)]
+    return OpSpec(f"{name}_fp8" if fp8 else name, tuple(given), tuple(made))
+
+
+FACTOR = TensorSpec("factor", "fp32", ("1",))  # 448 / amax: what brings a tensor into E4M3's range
+
+
+def _features(name: str) -> TensorSpec:
+    return TensorSpec(name, "compute", ("C",))
+
+
+def rms_norm() -> OpSpec:
+    """RMSNorm over a token's whole vector (eps is `QK_NORM_EPS`), of cross-attention's queries."""
+    x = TensorSpec("x", "compute", ("L", "C"))
+    return OpSpec("rms_norm", inputs=(x, _features("weight")), outputs=(TensorSpec("n", "compute", ("L", "C")),))
+
+
+def quantize_fp8(gelu: bool = False) -> OpSpec:
+    """E4M3 codes of x * factor; `gelu`: of GELU(x * scale + bias), where x is a product without its scale and bias."""
+    ends = (TensorSpec("scale", "fp32", ("C",)), _features("bias")) if gelu else ()
+    inputs = (TensorSpec("x", "compute", ("L", "C")), *ends, FACTOR)
+    codes = TensorSpec("codes", "fp8", ("L", "C"))
+    return OpSpec("gelu_quantize_fp8" if gelu else "quantize_fp8", inputs, (codes,))
+
+
+def cross_attention() -> OpSpec:
+    """Attention of one block's queries over a prompt's keys and values, all of them."""
+    context = TensorSpec("context", "compute", ("2", "E", "H", "D"))
+    return OpSpec("cross_attention", inputs=(_block("q"), context), outputs=(_block("out"),))
+
+
 def linear_bf16(gelu: bool = False) -> OpSpec:
     """x W^T + b, then GELU (tanh) if asked for, in fp32, rounded once."""
     return OpSpec(
@@ -125,11 +193,13 @@ def linear_bf16(gelu: bool = False) -> OpSpec:
     )
 
 
-def linear_fp8() -> OpSpec:
-    """x W^T of codes as they stand, rounded to bf16: scales and bias are the graph's, before and behind the product."""
+def linear_fp8(whole: bool = False) -> OpSpec:
+    """x W^T of codes as they stand, rounded to bf16: scales and bias are of the op that follows. `whole`: with a scale
+    a row of W, which is the activation's as well, and the bias, both in fp32 before the one rounding."""
+    ends = (TensorSpec("scale", "fp32", ("N",)), TensorSpec("bias", "compute", ("N",))) if whole else ()
     return OpSpec(
-        "linear_fp8",
-        inputs=(TensorSpec("x", "fp8", ("T", "K")), TensorSpec("weight", "fp8", ("N", "K"))),
+        "linear_rows_fp8" if whole else "linear_fp8",
+        inputs=(TensorSpec("x", "fp8", ("T", "K")), TensorSpec("weight", "fp8", ("N", "K")), *ends),
         outputs=(TensorSpec("out", "compute", ("T", "N")),),
     )
 
@@ -141,10 +211,32 @@ def made_shape(spec: OpSpec, shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...]
     if spec.name in STREAM_OPS:
         known = all(not isinstance(shape[0], str) and shape[0] for shape in (shapes[0], shapes[-1]))
         return (shapes[0][0] + shapes[-1][0] if known else 0, *shapes[0][1:])
-    return (shapes[0][0], shapes[1][0]) if spec.name in LIBRARY_OPS else None
+    return (shapes[0][0], shapes[1][0]) if spec.name in LINEAR_OPS else None
 
 
-LIBRARY_OPS: dict[str, OpSpec] = {spec.name: spec for spec in (linear_bf16(), linear_bf16(gelu=True), linear_fp8())}
+def made_dtype(spec: OpSpec, output: int, like: str) -> str:
+    """The dtype of an output that is written over no input: `like` is that of the op's activations, if it has any."""
+    kind = spec.outputs[output].dtype
+    if kind != "compute":
+        return kind
+    return like if spec.inputs[0].dtype == "compute" else "bf16"
+
+
+LINEAR_OPS: dict[str, OpSpec] = {
+    spec.name: spec for spec in (linear_bf16(), linear_bf16(gelu=True), linear_fp8(), linear_fp8(whole=True))
+}
+LIBRARY_OPS: dict[str, OpSpec] = {**LINEAR_OPS, "cross_attention": cross_attention()}
+
+BLOCK_OPS: dict[str, OpSpec] = {
+    spec.name: spec
+    for spec in (
+        *(block_norm(name, fp8) for name in BLOCK_NORMS for fp8 in (False, True)),
+        rms_norm(),
+        quantize_fp8(),
+        quantize_fp8(gelu=True),
+    )
+}
+"""What lies between the linears of the DiT's blocks."""
 
 KERNEL_OPS: dict[str, OpSpec] = {
     spec.name: spec
@@ -155,6 +247,7 @@ KERNEL_OPS: dict[str, OpSpec] = {
         stream_extend(norm=True),
         stream_extend(norm=False),
         nvfp4_dequantize(),
+        *BLOCK_OPS.values(),
     )
 }
 """Ops with a kernel of ours, which are plugins as well; LIBRARY_OPS run through a library, between engines only."""

@@ -6,6 +6,7 @@ once: what fails must fail before the run, and cuBLAS's handle and workspace mus
 
 bf16: bias and GELU (tanh) are the product's epilogue, in fp32 before the one rounding.
 fp8: E4M3 codes with scales of 1, A by rows and B by columns, as cuBLASLt wants them; [N, K] is B by columns as it stands.
+Whole ones (linear_rows_fp8) have a scale a row of W and the bias in the epilogue; A's scales, one a token, are 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from longtake.plugins.capability import linear_method
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims, shape_of
 from longtake.plugins.launch import TORCH_DTYPES, OpLauncher
-from longtake.plugins.spec import LIBRARY_OPS
+from longtake.plugins.spec import LINEAR_OPS
 from longtake.runtime.errors import LongtakeError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,15 @@ SIZE_STEP = 16  # cuBLASLt's FP8 wants K and N in multiples of it
 
 
 class CublasLtLinear(OpLauncher):
-    """One of LIBRARY_OPS. dims: T, N and K. fast: whether FP8 products are added up with fast accumulation."""
+    """One of LINEAR_OPS. dims: T, N and K. fast: whether FP8 products are added up with fast accumulation."""
 
     method = "cublaslt"
 
     def __init__(self, op_name: str, dims: Dims, fast: bool = FAST_ACCUMULATION) -> None:
-        super().__init__(LIBRARY_OPS[op_name], dims)
+        super().__init__(LINEAR_OPS[op_name], dims)
         self.fast = fast
         self._one: Tensor | None = None
-        if op_name == "linear_fp8" and (dims["N"] % SIZE_STEP or dims["K"] % SIZE_STEP):
+        if op_name.endswith("fp8") and (dims["N"] % SIZE_STEP or dims["K"] % SIZE_STEP):
             raise UnavailableError(
                 "cuBLASLt does not multiply these sizes in FP8", got=f"N={dims['N']}, K={dims['K']}",
                 expected=f"multiples of {SIZE_STEP}", fix="set linears: engine in the recipe",
@@ -54,7 +55,7 @@ class CublasLtLinear(OpLauncher):
     def prepare(self) -> CublasLtLinear:
         """See OpLauncher.prepare. Raises UnavailableError if the library declines the sizes. Takes memory for a moment."""
         if self._one is None:
-            one = torch.ones((), dtype=torch.float32, device="cuda")
+            one = self.ones("cuda")
             kinds = [TORCH_DTYPES["bf16" if t.dtype == "compute" else t.dtype] for t in self._tensors]
             try:
                 self.multiply(*(one.new_zeros(s, dtype=t) for s, t in zip(self._shapes(), kinds)), one=one)
@@ -75,12 +76,18 @@ class CublasLtLinear(OpLauncher):
         with on_stream(stream):
             self.multiply(*tensors, one=self._one)
 
+    def ones(self, device: str) -> Tensor:
+        """What `multiply` takes as the scale of FP8 activations: fp32 1, or one for each token."""
+        return torch.ones((self.dims["T"], 1) if self.spec.name == "linear_rows_fp8" else (), device=device)
+
     def multiply(self, *tensors: Tensor, one: Tensor | None) -> None:
-        """Inputs, then the output, all contiguous; `one` is fp32 1 on the device."""
+        """Inputs, then the output, all contiguous; `one` is `ones` on their device."""
         *given, out = tensors
         x, weight = given[0], given[1].t()
         if self.spec.name == "linear_fp8":
             _scaled_mm(x, weight, one, one, out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out)
+        elif self.spec.name == "linear_rows_fp8":
+            _scaled_mm(x, weight, one, given[2][None], given[3], out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out)
         elif self.spec.name == "linear_gelu_bf16":
             torch.ops.aten._addmm_activation.out(given[2], x, weight, use_gelu=True, out=out)
         else:
@@ -105,8 +112,8 @@ def linear_launcher(op_name: str, dims: Dims, compute_capability: str = "") -> O
         UnavailableError: the capability table has none, or the library declines the sizes.
         LongtakeError: no such op.
     """
-    if op_name not in LIBRARY_OPS:
-        raise LongtakeError("no library runs this op", got=op_name, expected=", ".join(LIBRARY_OPS))
+    if op_name not in LINEAR_OPS:
+        raise LongtakeError("no library runs this op", got=op_name, expected=", ".join(LINEAR_OPS))
     if not compute_capability:
         major, minor = torch.cuda.get_device_capability()
         compute_capability = f"{major}.{minor}"

@@ -23,3 +23,8 @@ def linear_gelu_bf16(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
     """x E4M3 [T,K], weight E4M3 [N,K] to bf16 [T,N]: codes multiplied as they stand and added up in fp32."""
     return functional.linear(x.float(), weight.float()).to(torch.bfloat16)
+
+
+def linear_rows_fp8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The same times `scale` fp32 [N], plus `bias` [N], before the rounding."""
+    return (functional.linear(x.float(), weight.float()) * scale + bias.float()).to(torch.bfloat16)

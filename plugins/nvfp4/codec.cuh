@@ -3,35 +3,7 @@
 // __f*_rn, which the compiler may neither fuse nor reorder. LIMIT_E2M1 and LIMIT_E4M3 come from that file as macros.
 #pragma once
 
-// 2^126 and 2^120 move the tiny exponent fields of E2M1 and E4M3 to fp32's; fp32 subnormals are kept, so the
-// formats' own subnormals come out exact.
-__device__ __forceinline__ float float_from_e2m1(unsigned int code) {
-  const float magnitude = __uint_as_float((code & 7u) << 22) * 0x1p126f;
-  return code & 8u ? -magnitude : magnitude;
-}
-
-__device__ __forceinline__ float float_from_e4m3(unsigned int code) {
-  if ((code & 0x7fu) == 0x7fu) return __uint_as_float(0x7fc00000u);
-  const float magnitude = __uint_as_float((code & 0x7fu) << 20) * 0x1p120f;
-  return code & 0x80u ? -magnitude : magnitude;
-}
-
-// Code of `magnitude` >= 0 in a format with `mantissa` bits whose smallest normal is 2^lowest, half to even.
-// In units of the local step the value is n; codes are consecutive across binades, so a carry needs no care.
-__device__ __forceinline__ unsigned int minifloat_code(float magnitude, int mantissa, int lowest) {
-  const int exponent = max((int)(__float_as_uint(magnitude) >> 23) - 127, lowest);
-  const float per_step = __uint_as_float((unsigned int)(127 + mantissa - exponent) << 23);
-  const int n = (int)rintf(__fmul_rn(magnitude, per_step));
-  return (unsigned int)(((exponent - lowest) << mantissa) + n);
-}
-
-// Saturates at 6. A negative number that rounds to zero keeps its sign (code 8); -0.0 has code 0.
-__device__ __forceinline__ unsigned int e2m1_from_float(float x) {
-  return minifloat_code(fminf(fabsf(x), 6.0f), 1, 0) | (x < 0.0f ? 8u : 0u);
-}
-
-// For x >= 0 (a block scale); saturates at 448.
-__device__ __forceinline__ unsigned int e4m3_from_scale(float x) { return minifloat_code(fminf(x, 448.0f), 3, -6); }
+#include "minifloat.cuh"
 
 // Sixteen codes, element i in bits 4i: byte-wise the low nibble is the even index.
 struct Packed16 {

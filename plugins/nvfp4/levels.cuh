@@ -39,14 +39,6 @@ __device__ __forceinline__ uint4 bf16_from_codes(unsigned int codes, float scale
   return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-__device__ __forceinline__ unsigned int e4m3_from_float(float x) {
-  return e4m3_from_scale(fabsf(x)) | (x < 0.0f ? 0x80u : 0u);
-}
-
-__device__ __forceinline__ unsigned int e4m3_quad(float a, float b, float c, float d) {
-  return e4m3_from_float(a) | e4m3_from_float(b) << 8 | e4m3_from_float(c) << 16 | e4m3_from_float(d) << 24;
-}
-
 // Sixteen codes as E4M3 of e2m1 * factor.
 __device__ __forceinline__ uint4 e4m3_from_codes(uint2 codes, float factor) {
   float level[8];

@@ -91,6 +91,39 @@ __device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
   for (int i = 0; i < 2; ++i) words[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
 }
 
+// x as it is after a round trip through memory.
+__device__ __forceinline__ float rounded(float x, const unsigned short*) { return float_from_bf16(bf16_from_float(x)); }
+__device__ __forceinline__ float rounded(float x, const float*) { return x; }
+
+// Sixteen elements as they lie in memory, loaded long before they are needed.
+struct Packed {
+  uint4 words[sizeof(compute_t)];
+};
+
+__device__ __forceinline__ Packed fetch16(const compute_t* p) {
+  Packed packed;
+#pragma unroll
+  for (int i = 0; i < (int)sizeof(compute_t); ++i) packed.words[i] = reinterpret_cast<const uint4*>(p)[i];
+  return packed;
+}
+
+__device__ __forceinline__ void widen16(const Packed& packed, float (&x)[16]) {
+#pragma unroll
+  for (int i = 0; i < (int)sizeof(compute_t); ++i) {
+    const uint4 w = packed.words[i];
+    const unsigned int words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#if COMPUTE_BF16
+      x[8 * i + 2 * j] = float_from_bf16(words[j] & 0xffffu);
+      x[8 * i + 2 * j + 1] = __uint_as_float(words[j] & 0xffff0000u);
+#else
+      x[4 * i + j] = __uint_as_float(words[j]);
+#endif
+    }
+  }
+}
+
 __device__ __forceinline__ void store1(unsigned short* p, float x) { *p = bf16_from_float(x); }
 __device__ __forceinline__ void store1(float* p, float x) { *p = x; }
 

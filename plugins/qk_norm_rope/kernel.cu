@@ -5,9 +5,6 @@
 #include "memory.cuh"
 #include "reduce.cuh"
 
-__device__ __forceinline__ float rounded(float x, const unsigned short*) { return float_from_bf16(bf16_from_float(x)); }
-__device__ __forceinline__ float rounded(float x, const float*) { return x; }
-
 extern "C" __global__ void __launch_bounds__(THREADS) qk_norm_rope(
     const compute_t* __restrict__ q, const compute_t* __restrict__ k, const compute_t* __restrict__ q_weight,
     const compute_t* __restrict__ k_weight, const float* __restrict__ cosine, const float* __restrict__ sine,

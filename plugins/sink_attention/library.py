@@ -197,12 +197,13 @@ class TorchSinkAttention(WindowedAttention):
             out.copy_(torch_attention(q, k, v))
 
 
-def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """bf16 [L, H, D], [N, H, D] twice to [L, H, D]. Raises RuntimeError if neither cuDNN nor flash takes it."""
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, fused: bool = True) -> Tensor:
+    """bf16 [L, H, D], [N, H, D] twice to [L, H, D]. `fused`: raise RuntimeError if neither cuDNN nor flash takes it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+    others = [] if fused else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *others], set_priority=True):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 

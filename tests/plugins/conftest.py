@@ -68,7 +68,7 @@ class HostDevice:
         outputs = tuple(
             tensors[aliases[i]]
             if i in aliases
-            else torch.full(shape_of(t, dims), nan, dtype=TORCH_DTYPES[launcher.dtype])
+            else torch.full(shape_of(t, dims), nan).to(TORCH_DTYPES.get(t.dtype, TORCH_DTYPES[launcher.dtype]))
             for i, t in enumerate(spec.outputs)
         )
         workspace = torch.full((max(launcher.workspace_bytes, 1),), 0x7F, dtype=torch.uint8)

@@ -22,7 +22,8 @@ from longtake.plugins.spec import DOMAIN, KERNEL_OPS, PLUGIN_NAMESPACE, PLUGIN_V
 from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 
 ONNX_TYPES = {
-    "compute": TensorProto.BFLOAT16, "int8": TensorProto.INT8, "int32": TensorProto.INT32, "fp32": TensorProto.FLOAT
+    "compute": TensorProto.BFLOAT16, "int8": TensorProto.INT8, "int32": TensorProto.INT32, "fp32": TensorProto.FLOAT,
+    "fp8": TensorProto.FLOAT8E4M3FN,
 }  # fmt: skip
 
 

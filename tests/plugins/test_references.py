@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import longtake.plugins.ops
-from longtake.plugins.cases import LINEAR_SIZES, STREAM_SIZES, op_inputs
+from longtake.plugins.cases import STREAM_SIZES, op_inputs, sizes_for
 from longtake.plugins.nvfp4.reference import dequantize, quantize
 from longtake.plugins.ops import torch_op, torch_schema
 from longtake.plugins.sink_attention.reference import dequantize_kv
-from longtake.plugins.spec import LIBRARY_OPS, OPS, STREAM_OPS
+from longtake.plugins.spec import BLOCK_OPS, LIBRARY_OPS, OPS, STREAM_OPS
 
 S, L, H, D = 4, 24, 3, 32
 
@@ -139,8 +139,8 @@ def arguments(name: str) -> tuple[Tensor, ...]:
         return (block(0), block(1), block(2), *filled_cache(fmt), int32(0, -1))
     if name == "qk_norm_rope":
         return (block(0), block(1), *torch.randn(2, H * D), *torch.randn(2, L, D // 2))
-    if name in LIBRARY_OPS:
-        return op_inputs(name, LINEAR_SIZES[0], "fp32")
+    if name in LIBRARY_OPS or name in BLOCK_OPS:
+        return op_inputs(name, sizes_for(name)[0], "fp32")
     if name in STREAM_OPS:
         return op_inputs(name, STREAM_SIZES[2], "fp32")
     return torch.zeros(48, 32, dtype=torch.int8), torch.zeros(48, 4, dtype=torch.int8)
@@ -150,7 +150,7 @@ def arguments(name: str) -> tuple[Tensor, ...]:
 def test_operators_are_registered_as_the_spec_says(name: str) -> None:
     assert str(torch_op(name)._schema) == f"longtake::{name}{torch_schema(OPS[name])}"
     checks = (
-        ("test_faketensor",) if name == "linear_fp8" else ("test_schema", "test_faketensor")
+        ("test_faketensor",) if name.endswith("fp8") else ("test_schema", "test_faketensor")
     )  # torch can't compare FP8
     torch.library.opcheck(torch_op(name), arguments(name), test_utils=checks)
 
@@ -166,5 +166,7 @@ def test_a_gpu_runs_the_operators_alike(name: str) -> None:
     given = arguments(name)
     here, there = torch_op(name)(*given), torch_op(name)(*(t.cuda() for t in given))
     for ours, theirs in zip(*(out if isinstance(out, tuple) else (out,) for out in (here, there))):
-        exact = not name.startswith(("sink_attention", "qk_norm_rope", "norm_silu", "linear"))
-        torch.testing.assert_close(theirs.cpu(), ours, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
+        exact = name.startswith(("kv_cache", "stream", "nvfp4", "quantize"))
+        step = 2**-3 if ours.dtype == torch.float8_e4m3fn else 1e-5
+        given = theirs.cpu().float(), ours.float()
+        torch.testing.assert_close(*given, rtol=0 if exact else step, atol=0 if exact else 1e-5 if step < 0.1 else 0.02)

@@ -1,0 +1,1 @@
+"""The op cross_attention: reference, and the library that runs it."""

@@ -1,0 +1,132 @@
+"""Cross-attention through a library: cuDNN as it stands, or torch's SDPA, over the same addresses as any launcher.
+
+No allocation (torch's SDPA excepted, whose output a CUDA graph keeps in its pool), on our stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from longtake.plugins.capability import attention_methods
+from longtake.plugins.device_memory import on_stream, tensor_at
+from longtake.plugins.kernels import Dims
+from longtake.plugins.launch import OpLauncher
+from longtake.plugins.sink_attention.cudnn_graph import CudnnAttention, frontend
+from longtake.plugins.sink_attention.library import torch_attention
+from longtake.plugins.spec import cross_attention
+from longtake.runtime.errors import UnavailableError
+
+log = logging.getLogger(__name__)
+
+BYTES = 2  # of a bf16 number
+
+
+class CudnnCrossAttention(OpLauncher):
+    """Through cuDNN's frontend. dims: L, E, H and D."""
+
+    method = "cudnn"
+    _graph: CudnnAttention | None = None
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__(cross_attention(), dims)
+
+    def prepare(self) -> CudnnCrossAttention:
+        """See OpLauncher.prepare. Raises UnavailableError without the frontend or if cuDNN declines the sizes."""
+        if self._graph is None:
+            dims, handle = self.dims, frontend().create_handle()
+            graph = CudnnAttention(dims["L"], dims["E"], dims["H"], dims["D"], "bf16", handle)
+            self.workspace_bytes = graph.workspace_bytes
+            _require_ones(self.dims, self.method, lambda *pointers: self._run(graph, *pointers), graph.workspace_bytes)
+            self._graph = graph
+        return self
+
+    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
+        """See OpLauncher.launch."""
+        self._check(pointers, workspace, table_len)
+        self.prepare()
+        assert self._graph is not None
+        self._run(self._graph, pointers, stream, workspace)
+
+    def _run(self, graph: CudnnAttention, pointers: Sequence[int], stream: int, workspace: int) -> None:
+        q, context, out = pointers
+        values = context + self.dims["E"] * self.dims["H"] * self.dims["D"] * BYTES
+        graph.run({"q": q, "k": context, "v": values, "out": out}, workspace, stream)
+
+
+class TorchCrossAttention(OpLauncher):
+    """Through torch's scaled_dot_product_attention: cuDNN's or flash's, or whatever torch has for the sizes."""
+
+    method = "torch"
+    _tried = False
+
+    def __init__(self, dims: Dims, fused: bool = True) -> None:
+        super().__init__(cross_attention(), dims)
+        self.fused = fused
+
+    def prepare(self) -> TorchCrossAttention:
+        """See OpLauncher.prepare. Raises UnavailableError if torch has no fused attention for the sizes."""
+        if not self._tried:
+            _require_ones(self.dims, self.method, self._run, 0)
+            self._tried = True
+        return self
+
+    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
+        """See OpLauncher.launch."""
+        self._check(pointers, workspace, table_len)
+        self.prepare()
+        self._run(pointers, stream, workspace)
+
+    def _run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
+        row = self.dims["H"], self.dims["D"]
+        q, out = (tensor_at(pointers[i], (self.dims["L"], *row)) for i in (0, 2))
+        k, v = tensor_at(pointers[1], (2, self.dims["E"], *row))
+        with on_stream(stream):
+            out.copy_(torch_attention(q, k, v, fused=self.fused))
+
+
+def _require_ones(dims: Dims, method: str, run: Any, workspace_bytes: int) -> None:
+    """Attend once over nothing but ones, which gives ones: what fails must fail before the run, and a library's handles
+    must be there before a capture. Raises UnavailableError."""
+    row = dims["H"], dims["D"]
+    q, out = torch.ones(2, dims["L"], *row, dtype=torch.bfloat16, device="cuda")
+    out.zero_()
+    context = torch.ones(2, dims["E"], *row, dtype=torch.bfloat16, device="cuda")
+    workspace = torch.empty(workspace_bytes + 1, dtype=torch.uint8, device="cuda")
+    try:
+        pointers = [t.data_ptr() for t in (q, context, out)]
+        run(pointers, torch.cuda.current_stream().cuda_stream, workspace.data_ptr())
+        worst = float((out.float() - 1).abs().max())
+    except Exception as error:  # cuDNN's types, and RuntimeError
+        raise UnavailableError(f"{method}'s attention fails", got=f"{type(error).__name__}: {error}") from None
+    if not worst <= 0.02:
+        raise UnavailableError(f"{method}'s attention over ones is wrong", got=f"off by {worst:.3g}", expected="1")
+
+
+def cross_attention_launcher(dims: Dims, compute_capability: str = "") -> OpLauncher:
+    """The fastest way to compute cross-attention here, prepared; says which, and why faster ones don't run.
+
+    Args:
+        dims: L, E, H and D. compute_capability: such as "9.0"; by default that of the current device.
+    """
+    if not compute_capability:
+        major, minor = torch.cuda.get_device_capability()
+        compute_capability = f"{major}.{minor}"
+    for method, _ in attention_methods(compute_capability, "bf16", dims["D"]):
+        if method not in LAUNCHERS:
+            continue
+        try:
+            launcher: OpLauncher = LAUNCHERS[method](dims).prepare()
+        except UnavailableError as error:
+            log.warning("cross_attention cannot run through %s: %s", method, error)
+            continue
+        log.info("cross_attention runs through %s", method)
+        return launcher
+    log.info("cross_attention runs through whatever torch has for these sizes")
+    return TorchCrossAttention(dims, fused=False).prepare()
+
+
+LAUNCHERS: dict[str, Any] = {"cudnn": CudnnCrossAttention, "torch": TorchCrossAttention}
