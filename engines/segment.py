@@ -16,7 +16,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
-from longtake.plugins.spec import DOMAIN, LIBRARY_OPS, OPS, made_shape
+from longtake.plugins.spec import DOMAIN, LIBRARY_OPS, OPS, made_dtype, made_shape
 from longtake.runtime.errors import LongtakeError
 
 WEIGHT_BYTES = 1024  # a constant above this becomes an input
@@ -409,14 +409,17 @@ def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) 
             source = types.get(node.input[aliases.get(i, i)])
             if output in types or source is None:
                 continue
+            if i in aliases:
+                types[output] = source
+                continue
+            shape = source.shape
             if i == 0 and made_shape(spec, [(0, 0)] * len(spec.inputs)) is not None:
                 if not all(name in types and isinstance(types[name].shape[-1], int) for name in node.input):
                     continue
                 shape = made_shape(spec, [types[name].shape for name in node.input]) or ()
                 if 0 in shape:
                     continue
-                source = TensorType(source.dtype if spec.inputs[0].dtype == "compute" else "bf16", shape)
-            types[output] = source
+            types[output] = TensorType(made_dtype(spec, i, types[node.input[0]].dtype), shape)
 
 
 def _infer_standard_ops(model: onnx.ModelProto, types: dict[str, TensorType]) -> None:

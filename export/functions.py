@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.ops import REFERENCES, torch_op
-from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_ATTRIBUTES, OpSpec, TensorSpec, made_shape
+from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_ATTRIBUTES, OpSpec, TensorSpec, made_dtype, made_shape
 from longtake.runtime.errors import LongtakeError
 
 DOMAIN_VERSION = 1
@@ -35,6 +35,10 @@ DEFAULT_OPSET = 23
 _DYNAMIC = ("W", "N", "K", "T", "Y", "X", "C")  # a body serves every size of these; others are fixed when it is made
 _TYPES = {
     "int8": "tensor(int8)", "int32": "tensor(int32)", "fp32": "tensor(float)", "fp8": "tensor(float8e4m3fn)",
+}  # fmt: skip
+_ELEMENT_TYPES = {
+    "int8": TensorProto.INT8, "int32": TensorProto.INT32, "fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16,
+    "fp8": TensorProto.FLOAT8E4M3FN,
 }  # fmt: skip
 _COMPUTE_TYPES = ["tensor(bfloat16)", "tensor(float16)", "tensor(float)"]
 _TORCH_DTYPES = {
@@ -78,13 +82,19 @@ def _infer_outputs(spec: OpSpec, context: Any) -> None:
     """A cache comes out as it went in, output i is like input i; what made_shape knows has a shape of its own."""
     types = [context.get_input_type(i).tensor_type for i in range(len(spec.inputs))]
     shapes = [[d.dim_value for d in kind.shape.dim] for kind in types]
-    aliases, made = dict(spec.aliases), made_shape(spec, [(0, 0)] * len(types)) is not None
-    if made:
-        shape: Any = [n or None for n in made_shape(spec, shapes) or ()] if all(shapes) else None
-        kind = types[0].elem_type if spec.inputs[0].dtype == "compute" else TensorProto.BFLOAT16
-        context.set_output_type(0, helper.make_tensor_type_proto(kind, shape))
-    for output in range(int(made), len(spec.outputs)):
-        context.set_output_type(output, context.get_input_type(aliases.get(output, output)))
+    aliases = dict(spec.aliases)
+    for output in range(len(spec.outputs)):
+        if output in aliases:
+            context.set_output_type(output, context.get_input_type(aliases[output]))
+            continue
+        kind = _ELEMENT_TYPES.get(made_dtype(spec, output, ""), types[0].elem_type)
+        dims: Any = [d.dim_value or d.dim_param or None for d in types[output].shape.dim]
+        if output == 0 and (made := made_shape(spec, [(0, 0)] * len(types))) is not None:
+            made = made_shape(spec, shapes) if all(shapes) else None
+            dims = None if made is None else [n or None for n in made]
+        elif not types[output].HasField("shape"):
+            dims = None
+        context.set_output_type(output, helper.make_tensor_type_proto(kind, dims))
 
 
 # --- torch operators to nodes

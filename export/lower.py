@@ -9,7 +9,8 @@ nvfp4   y = Gemm( DQ(DQ(TRT_FP4DynamicQuantize(x))), DQ(DQ(W)), b )
 fp8     see lower_fp8
 
 Where a library runs the linears (`library`), the products of fp8 and bf16 become ops of ours (bf16: with the bias, and
-with the GELU that follows, which the library computes on the way out), so that the graph is cut at them.
+with the GELU that follows, which the library computes on the way out; fp8: see lower_fp8_library), so that the graph is
+cut at them.
 
 Lowering touches the graph only: packed weights go in as references (name, type, shape), and `packed_weight` makes their
 content from one weight at a time, when the files are written. So a graph of any size is lowered without its weights.
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from longtake.export.lower_fp8 import lower_fp8, packed_fp8_weight
+from longtake.export.lower_fp8_library import Fp8LibraryLowering
 from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS
 from longtake.plugins.nvfp4.weight_format import STATIC_6, WeightFormat
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
@@ -139,19 +140,28 @@ def lower(
         if library:
             _library_linears(model, linears)
         return []
-    lowering = LIBRARY_LOWERINGS[precision] if library else LOWERINGS[precision]
     rewriter, lowered = Rewriter(model), []
+    if library:
+        found = {linear_name(node): node for node in model.graph.node if linear_name(node) in linears}
+        for name, node in found.items():
+            _require_linear(node, name)
+        known = {name: PLACEHOLDER_AMAX if amax is None else _calibrated(amax, name, precision)["input"] for name in found}
+        Fp8LibraryLowering(rewriter, found, known.__getitem__).run()
+        rewriter.finish()
+        _import_domains(model, DOMAIN)
+        return list(found)
+    lowering = LOWERINGS[precision]
     for node in model.graph.node:
         name = linear_name(node)
         if name not in linears:
             rewriter.nodes.append(node)
             continue
         _require_linear(node, name)
-        known = CALIBRATED[precision] and amax is not None
-        lowering(rewriter, node, _calibrated(amax or {}, name, precision)["input"] if known else PLACEHOLDER_AMAX)
+        calibrated = CALIBRATED[precision] and amax is not None
+        lowering(rewriter, node, _calibrated(amax or {}, name, precision)["input"] if calibrated else PLACEHOLDER_AMAX)
         lowered.append(name)
     rewriter.finish()
-    _import_domains(model, DOMAIN if library else {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}.get(precision))
+    _import_domains(model, {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}.get(precision))
     return lowered
 
 
@@ -294,4 +304,3 @@ LOWERINGS: dict[str, Callable[[Rewriter, NodeProto, float], None]] = {
     "nvfp4": _weight_and_activation,
     "fp8": lower_fp8,
 }
-LIBRARY_LOWERINGS: dict[str, Callable[[Rewriter, NodeProto, float], None]] = {"fp8": partial(lower_fp8, library=True)}

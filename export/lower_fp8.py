@@ -2,7 +2,6 @@
 
 fp8     y = Cast_bf16( Cast_f32( Gemm(DQ(Q(x * 448 / amax, 1), 1), DQ(codes, 1)) ) * scale ) + b
         codes E4M3 [N, K], one scale a row of W, times the activation's: scale fp32 [N]
-        or, where a library runs the linears, with linear_fp8(Q(x * 448 / amax, 1), codes) for the Gemm over both DQ
 
 TensorRT fuses Q, DQ and Gemm into an FP8 kernel only if the scales of Q and DQ are constants; given as inputs it
 dequantizes and multiplies in bf16. But a plan that serves all layers takes what differs between them as inputs. So Q
@@ -18,7 +17,6 @@ import torch
 from onnx import NodeProto, TensorProto
 from torch import Tensor
 
-from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 
 if TYPE_CHECKING:
     from longtake.export.lower import Rewriter
@@ -51,24 +49,16 @@ def packed_fp8_weight(name: str, weight: Tensor, input_amax: float) -> dict[str,
     }
 
 
-def lower_fp8(rewriter: Rewriter, gemm: NodeProto, input_amax: float, library: bool = False) -> None:
-    """Replace one `Gemm(x, W, b, transB=1)`; `input_amax` is the calibrated amax of x.
-
-    library: the product becomes an op of ours that a library runs, and stays one over 8-bit tensors.
-    """
+def lower_fp8(rewriter: Rewriter, gemm: NodeProto, input_amax: float) -> None:
+    """Replace one `Gemm(x, W, b, transB=1)`; `input_amax` is the calibrated amax of x."""
     name, out = gemm.input[1], gemm.output[0]
     rows, columns = rewriter.weight_shape(name)
     codes = rewriter.reference(f"{name}.values", TensorProto.FLOAT8E4M3FN, [rows, columns])
     scale = rewriter.reference(f"{name}.scale", TensorProto.FLOAT, [rows])
     one = rewriter.scalar(ONE, 1.0)
-    product = f"{out}.unscaled"
-    if library:
-        activation = _activation_codes(rewriter, gemm.input[0], one, input_amax)
-        rewriter.node("linear_fp8", [activation, codes], product, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
-    else:
-        weight = _dequantized(rewriter, codes, one, name)
-        activation = _quantized_activation(rewriter, gemm.input[0], one, input_amax)
-        rewriter.node("Gemm", [activation, weight], product, transB=1)
+    weight = _dequantized(rewriter, codes, one, name)
+    activation = _quantized_activation(rewriter, gemm.input[0], one, input_amax)
+    product = rewriter.node("Gemm", [activation, weight], f"{out}.unscaled", transB=1)
     rewriter.scale_and_add(product, scale, gemm.input[2:], out)
 
 

@@ -39,7 +39,7 @@ INDEX = "export.json"
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
 DECODER = ("vae_first", "vae_steady")
 SOURCES = ("export", "plugins", "engines/spec.py", *(f"training/{name}.py" for name in (
-    "dit", "vae", "vae_layers", "upsample_fold", "text_encoder", "networks", "pointwise", "presets",
+    "dit", "fused_block", "vae", "vae_layers", "upsample_fold", "text_encoder", "networks", "pointwise", "presets",
 )))  # fmt: skip
 VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB
 Progress = Callable[[str], None]
@@ -51,17 +51,19 @@ class PlainGraphs:
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
         self.models = hollow_models(preset, vocabulary)
-        self._made: dict[tuple[str, str, int, bool, str], onnx.ModelProto] = {}
+        self._made: dict[tuple[str, str, int, bool, str, str], onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
         """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
         fold = recipe.vae_fold_upsampling and name in DECODER
         ops = recipe.vae_ops if name in DECODER else "engine"
         latents = recipe.vae_latents_per_step if name == "vae_steady" else 1
-        key = name, recipe.cache if name == "dit" else "", latents, fold, ops
+        linears = recipe.linears if name in LIBRARY_NETWORKS else LINEARS[0]
+        key = name, recipe.cache if name == "dit" else "", latents, fold, ops, linears
         if key not in self._made:
             spec = recipe_spec(recipe, name, self.preset)
-            self._made[key] = onnx_from_model(network_module(self.models, name, recipe.cache, fold, ops), spec)
+            module = network_module(self.models, name, recipe.cache, fold, ops, linears)
+            self._made[key] = onnx_from_model(module, spec)
         model = onnx.ModelProto()
         model.CopyFrom(self._made[key])
         return model

@@ -45,11 +45,26 @@ class Expected:
         ops = Counter(dict.fromkeys(names, self.layers))
         if self.precision == "w4a16":
             ops[WEIGHT_OP] = len(self.linears)
-        if self.library and self.precision == "fp8":
-            ops["linear_fp8"] = len(self.linears)
-        if self.library and self.precision == "bf16":  # q, k, v and o, cross-attention's q and o, the FFN's two
-            ops.update({"linear_bf16": 7 * self.layers, "linear_gelu_bf16": self.layers})
+        if self.library and self.layers:
+            ops += self._library_ops()
         return +ops + Counter(self.streams)
+
+    def _library_ops(self) -> Counter[str]:
+        """The linears (q, k, v, o, cross-attention's q and o, the FFN's two) and what lies between them, of all layers."""
+        each = Counter({"gated_norm_affine": 1, "residual_norm_modulate": 1, "gated_norm_modulate": 1})
+        fp8 = self.precision == "fp8"
+        norms = Counter({name: n * self.layers for name, n in each.items()})
+        norms += Counter({"norm_modulate": 1})
+        norms["gated_norm_modulate"] -= 1  # the last block's end is the head's
+        linears = {"linear_bf16": 7, "linear_gelu_bf16": 1}
+        if fp8:
+            norms = Counter({f"{name}_fp8": n for name, n in norms.items()})
+            linears = {"linear_fp8": 4, "linear_rows_fp8": 4, "quantize_fp8": 2, "gelu_quantize_fp8": 1}
+        own = Counter({name: n * self.layers for name, n in (linears | {"rms_norm": 1, "cross_attention": 1}).items()})
+        if fp8:  # what follows the last block is the engine's: it takes the whole output
+            own += Counter({"linear_rows_fp8": 1})
+            own["linear_fp8"] -= 1
+        return +(own + norms)
 
     @property
     def weight_parts(self) -> tuple[str, ...]:
@@ -180,7 +195,8 @@ def _check_activations(
     path: Path, quantized: list[NodeProto], tensors: Mapping[str, TensorProto], expected: Expected
 ) -> None:
     """TensorRT wants each activation's per-tensor scale as an initializer: without, it refuses or multiplies in bf16."""
-    if expected.precision in ("nvfp4", "fp8") and expected.linears and not quantized:
+    own = expected.library and expected.layers  # counted with the custom ops
+    if expected.precision in ("nvfp4", "fp8") and expected.linears and not quantized and not own:
         raise _broken(path, "quantizes no activations", 0, "one quantizer an input of a quantized linear")
     for node in quantized:
         if node.input[1] not in tensors:

@@ -28,6 +28,7 @@ CrossAttend = Callable[[Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
 NormRope = Callable[["Attention", Tensor, Tensor, Rope], tuple[Tensor, Tensor]]
+Blocks = Callable[["CausalDiT", Tensor, Tensor, Rope, list[Tensor], Attend, NormRope], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -217,10 +218,13 @@ class CausalDiT(nn.Module):
         attend: Attend,
         cross: CrossAttend,
         norm_rope: NormRope = plain_norm_rope,
+        blocks: Blocks | None = None,
     ) -> Tensor:
         """Tokens after the last block, [..., T, dim]."""
         embed = self.patch_embedding
         x = functional.linear(self.patchify(latents.to(self.dtype)), embed.weight.flatten(1), embed.bias)
+        if blocks is not None:
+            return blocks(self, x, e0, rope, context, attend, norm_rope)
         for layer, block in enumerate(self.blocks):
             run = partial(checkpoint, block, **RECOMPUTED) if self.checkpointing else block
             x = run(x, e0, rope, context[layer], _of_layer(attend, layer), cross, norm_rope)
@@ -236,6 +240,7 @@ class CausalDiT(nn.Module):
         cross: CrossAttend = segment_cross_attention,
         skip_frames: int = 0,
         norm_rope: NormRope = plain_norm_rope,
+        blocks: Blocks | None = None,
     ) -> Tensor:
         """Velocity, fp32 [..., C, F - skip_frames, H, W].
 
@@ -248,9 +253,10 @@ class CausalDiT(nn.Module):
             cross: cross-attention of q over one layer's context.
             skip_frames: leading frames that don't go through the head (the clean half in teacher forcing).
             norm_rope: `norm_rope(attention, q, k, rope)`, what makes q and k [..., T, H, D] of their projections.
+            blocks: what runs all blocks in place of their own forward (`cross` is then its own); see `fused_block`.
         """
         e, e0 = self.time(sinusoid)
-        x = self.features(latents, e0, rope, context, attend, cross, norm_rope)
+        x = self.features(latents, e0, rope, context, attend, cross, norm_rope, blocks)
         frames, (height, width) = latents.shape[-3], latents.shape[-2:]
         skipped = skip_frames * (x.shape[-2] // frames)
         patches = self.head(x[..., skipped:, :], e[..., skip_frames:, :])

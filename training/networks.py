@@ -18,6 +18,7 @@ from longtake.plugins.spec import QK_NORM_EPS, cache_tensors
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.places import REPOSITORY
 from longtake.training.dit import Attention, CausalDiT, Rope, dense_cross_attention
+from longtake.training.fused_block import fused_blocks
 from longtake.training.presets import Preset
 from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
@@ -79,14 +80,17 @@ def fused_norm_rope(own: Attention, q: Tensor, k: Tensor, rope: Rope) -> tuple[T
 
 
 class DiTStep(nn.Module):
-    """One pass over one chunk through the cache ops; inputs and outputs as in `engines.spec.dit_spec`."""
+    """One pass over one chunk through the cache ops; inputs and outputs as in `engines.spec.dit_spec`.
 
-    def __init__(self, dit: CausalDiT, cache: str) -> None:
+    fused: whether ops of ours do what lies between the blocks' linears."""
+
+    def __init__(self, dit: CausalDiT, cache: str, fused: bool = False) -> None:
         super().__init__()
         import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
 
         self.dit = dit
         self.cache = cache
+        self.blocks = fused_blocks if fused else None
         self.per_layer = len(cache_tensors(cache))
         self.write = getattr(torch.ops.longtake, f"kv_cache_write_{cache}")
         self.read = getattr(torch.ops.longtake, f"sink_attention_{cache}")
@@ -117,8 +121,9 @@ class DiTStep(nn.Module):
 
         rope = (rope_cos, rope_sin)
         velocity = self.dit(
-            latents[0], timestep_sinusoid, rope, context, attend, cross=dense_cross_attention, norm_rope=fused_norm_rope
-        )
+            latents[0], timestep_sinusoid, rope, context, attend, cross=dense_cross_attention,
+            norm_rope=fused_norm_rope, blocks=self.blocks,
+        )  # fmt: skip
         return (velocity[None], *caches)
 
 
@@ -131,20 +136,21 @@ VAE_STEPS = {
 
 
 def network_module(
-    models: Models, name: str, cache: str = "nvfp4", fold: bool = False, vae_ops: str = "engine"
+    models: Models, name: str, cache: str = "nvfp4", fold: bool = False, vae_ops: str = "engine", linears: str = "engine"
 ) -> nn.Module:
     """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
 
     `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `fold`: compute the VAE's
     upsampling in its folded form (see `upsample_fold`). `vae_ops`: "plugin" has the VAE decoder extend its streams by
-    our ops (a recipe's field).
+    our ops (a recipe's field). `linears`: "library" has the DiT do all that lies between the blocks' linears by our ops
+    (a recipe's field, too).
     """
     if name == "text_encoder":
         return TextStep(models.text).eval()
     if name == "context":
         return ContextStep(models.dit).eval()
     if name == "dit":
-        return DiTStep(models.dit, cache).eval()
+        return DiTStep(models.dit, cache, fused=linears == "library").eval()
     if name in VAE_STEPS:
         return VAE_STEPS[name](models.vae, fold=fold, ops=vae_ops == "plugin" and "encoder" not in name).eval()
     known = ["text_encoder", "context", "dit", *VAE_STEPS]
