@@ -56,15 +56,35 @@ def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_
         check_structure(folder / "dit.onnx", Expected(spec, recipe.precision, recipe.cache, 2))
 
 
-def test_the_graph_is_cut_at_the_linears_and_layers_share_plans(exported: Package, cut: CutNetwork) -> None:
-    fp8, layers = exported[0].precision == "fp8", 2
-    kinds = Counter(step.kind for step in cut.graph.steps)
+LAYERS = 2
+BETWEEN = {"norm_modulate": 1, "gated_norm_affine": LAYERS, "residual_norm_modulate": LAYERS, "gated_norm_modulate": LAYERS - 1}
+OWN = {"rms_norm": LAYERS, "cross_attention": LAYERS, "qk_norm_rope": LAYERS}
+
+
+def test_a_layer_is_ops_and_nothing_of_it_is_left_to_the_engine(exported: Package, cut: CutNetwork) -> None:
+    """Two plans: the embeddings before the first op, the last block's residual and the head behind the last one."""
+    fp8 = exported[0].precision == "fp8"
+    kinds = [step.kind for step in cut.graph.steps]
+    assert [i for i, kind in enumerate(kinds) if kind == "segment"] == [0, len(kinds) - 1]
     ops = Counter(step.name for step in cut.graph.steps if step.kind == "op")
-    linears = {"linear_fp8": 8} if fp8 else {"linear_bf16": 7, "linear_gelu_bf16": 1}
-    assert {name: ops[name] for name in linears} == {name: n * layers for name, n in linears.items()}
-    assert kinds["segment"] == (7 if fp8 else 4) * layers + 1
-    assert kinds["view"] == (0 if fp8 else 4 * layers)
-    assert len(cut.graph.segments) == (9 if fp8 else 6)  # the first, the last, and one of each kind between
+    linears = {"linear_fp8": 4 * LAYERS - 1, "linear_rows_fp8": 4 * LAYERS + 1, "quantize_fp8": 2 * LAYERS,
+               "gelu_quantize_fp8": LAYERS} if fp8 else {"linear_bf16": 7 * LAYERS, "linear_gelu_bf16": LAYERS}  # fmt: skip
+    between = {f"{name}_fp8" if fp8 else name: count for name, count in BETWEEN.items()}
+    cache = {f"kv_cache_write_{exported[0].cache}": LAYERS, f"sink_attention_{exported[0].cache}": LAYERS}
+    assert ops == linears | between | OWN | cache
+
+
+def test_a_layers_ops_run_in_this_order(exported: Package, cut: CutNetwork) -> None:
+    names = [step.name.removesuffix("_fp8").removesuffix("_bf16").removesuffix("_rows")
+             for step in cut.graph.steps if step.kind == "op"]  # fmt: skip
+    short = [name.removesuffix("_nvfp4") for name in names if name != "quantize"]
+    first = short[: short.index("gated_norm_modulate") + 1]
+    ffn = ["linear", "gelu_quantize"] if exported[0].precision == "fp8" else ["linear_gelu"]
+    assert first == [
+        "norm_modulate", "linear", "linear", "qk_norm_rope", "linear", "kv_cache_write", "sink_attention", "linear",
+        "gated_norm_affine", "linear", "rms_norm", "cross_attention", "linear", "residual_norm_modulate", *ffn, "linear",
+        "gated_norm_modulate",
+    ]  # fmt: skip
 
 
 def test_no_segment_multiplies_by_a_weight_of_the_blocks(cut: CutNetwork) -> None:
@@ -80,10 +100,12 @@ def test_activations_cross_in_few_bits(exported: Package, cut: CutNetwork) -> No
     tokens = cut.graph.tensors[next(s for s in cut.graph.steps if s.kind == "op").inputs[0]].shape[0]
     made = [name for step in cut.graph.steps[:-1] if step.kind == "segment" for name in step.outputs]
     kinds = {cut.graph.tensors[name].dtype for name in made if cut.graph.tensors[name].shape[0] == tokens}
-    assert kinds == ({"fp8", "bf16"} if exported[0].precision == "fp8" else {"bf16"})
+    assert kinds == {"bf16"}
     for step in cut.graph.steps:
-        if step.name == "linear_fp8":
-            assert [cut.graph.tensors[n].dtype for n in (*step.inputs, *step.outputs)] == ["fp8", "fp8", "bf16"]
+        if step.name.startswith("linear"):
+            kind = "fp8" if exported[0].precision == "fp8" else "bf16"
+            assert [cut.graph.tensors[n].dtype for n in step.inputs[:2]] == [kind, kind]
+            assert cut.graph.tensors[step.outputs[0]].dtype == "bf16"
 
 
 def test_a_view_has_the_place_of_what_it_shows_until_both_are_read(cut: CutNetwork) -> None:
