@@ -145,7 +145,9 @@ def lower(
         found = {linear_name(node): node for node in model.graph.node if linear_name(node) in linears}
         for name, node in found.items():
             _require_linear(node, name)
-        known = {name: PLACEHOLDER_AMAX if amax is None else _calibrated(amax, name, precision)["input"] for name in found}
+        known = {
+            name: PLACEHOLDER_AMAX if amax is None else _calibrated(amax, name, precision)["input"] for name in found
+        }
         Fp8LibraryLowering(rewriter, found, known.__getitem__).run()
         rewriter.finish()
         _import_domains(model, DOMAIN)

@@ -17,7 +17,6 @@ import torch
 from onnx import NodeProto, TensorProto
 from torch import Tensor
 
-
 if TYPE_CHECKING:
     from longtake.export.lower import Rewriter
 

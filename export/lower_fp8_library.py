@@ -32,9 +32,7 @@ class Fp8LibraryLowering:
         linears: linear name -> its node. input_amax: the calibrated amax of a linear's input, by name.
     """
 
-    def __init__(
-        self, rewriter: Rewriter, linears: dict[str, NodeProto], input_amax: Callable[[str], float]
-    ) -> None:
+    def __init__(self, rewriter: Rewriter, linears: dict[str, NodeProto], input_amax: Callable[[str], float]) -> None:
         self.rewriter, self.input_amax = rewriter, input_amax
         self.named = {node.output[0]: name for name, node in linears.items()}  # output -> linear
         self.bias = {node.output[0]: node.input[2] for node in linears.values()}
@@ -66,7 +64,9 @@ class Fp8LibraryLowering:
 
     def _is_gelu(self, node: NodeProto) -> bool:
         tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
-        return node.op_type == "Gelu" and tanh and self._is_raw(node.input[0]) and self._only_linears_read(node.output[0])
+        return (
+            node.op_type == "Gelu" and tanh and self._is_raw(node.input[0]) and self._only_linears_read(node.output[0])
+        )
 
     def _only_linears_read(self, name: str) -> bool:
         readers = self.readers[name]
@@ -132,8 +132,9 @@ class Fp8LibraryLowering:
                 "linears of one input have another amax each", got=amax, expected="the amax of their input",
                 fix="calibrate the checkpoint again (longtake convert --calibrate), or set linears: engine",
             )  # fmt: skip
-        value = float(multiplier(torch.tensor(next(iter(amax.values())))))
-        return self.rewriter.tensor(numpy_helper.from_array(np.array([value], np.float32), f"{x}.factor"))
+        value = np.array([float(multiplier(torch.tensor(next(iter(amax.values())))))], np.float32)
+        name = f"{x}_factor".replace(".", "_")  # a dot is in names of parameters only, which a benchmark makes up
+        return self.rewriter.tensor(numpy_helper.from_array(value, name))
 
     def _op(self, op: str, inputs: Collection[str], outputs: list[str]) -> None:
         name = f"{outputs[-1]}/{op}"

@@ -44,7 +44,11 @@ TABLES = tuple(t for length in range(1, SLOTS + 1) for t in permutations((0, 1, 
 
 def sizes_for(op_name: str) -> tuple[dict[str, int], ...]:
     """The sizes to try an op with, the plain one first."""
-    known = {"nvfp4_dequantize": WEIGHT_SIZES, "cross_attention": CROSS_SIZES, **dict.fromkeys(STREAM_OPS, STREAM_SIZES)}
+    known = {
+        "nvfp4_dequantize": WEIGHT_SIZES,
+        "cross_attention": CROSS_SIZES,
+        **dict.fromkeys(STREAM_OPS, STREAM_SIZES),
+    }
     known |= dict.fromkeys(LINEAR_OPS, LINEAR_SIZES) | dict.fromkeys(BLOCK_OPS, BLOCK_SIZES)
     return known.get(op_name, SIZES)
 

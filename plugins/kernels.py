@@ -22,7 +22,15 @@ COMPUTE_DTYPES = ("bf16", "fp32")
 WORKSPACE, TABLE_LENGTH = "<workspace>", "<table length>"
 MAX_HEAD_DIM = 128
 MAX_HISTORY = 2  # frames
-_FOLDERS = ("kv_cache_write", "sink_attention", "qk_norm_rope", "stream_extend", "nvfp4_dequantize", "block_norm", "quantize_fp8")
+_FOLDERS = (
+    "kv_cache_write",
+    "sink_attention",
+    "qk_norm_rope",
+    "stream_extend",
+    "nvfp4_dequantize",
+    "block_norm",
+    "quantize_fp8",
+)
 
 
 @dataclass(frozen=True)

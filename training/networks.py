@@ -136,7 +136,12 @@ VAE_STEPS = {
 
 
 def network_module(
-    models: Models, name: str, cache: str = "nvfp4", fold: bool = False, vae_ops: str = "engine", linears: str = "engine"
+    models: Models,
+    name: str,
+    cache: str = "nvfp4",
+    fold: bool = False,
+    vae_ops: str = "engine",
+    linears: str = "engine",
 ) -> nn.Module:
     """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
 

@@ -87,7 +87,9 @@ class CublasLtLinear(OpLauncher):
         if self.spec.name == "linear_fp8":
             _scaled_mm(x, weight, one, one, out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out)
         elif self.spec.name == "linear_rows_fp8":
-            _scaled_mm(x, weight, one, given[2][None], given[3], out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out)
+            _scaled_mm(
+                x, weight, one, given[2][None], given[3], out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out
+            )
         elif self.spec.name == "linear_gelu_bf16":
             torch.ops.aten._addmm_activation.out(given[2], x, weight, use_gelu=True, out=out)
         else:

@@ -18,11 +18,12 @@ from torch import Tensor
 from longtake.engines.build import segment_spec
 from longtake.engines.onnx_file import WeightSource, weights_from_onnx
 from longtake.engines.segmented_graph import SegmentedGraph, Step, TensorType
+from longtake.plugins.cross_attention.library import cross_attention_launcher
 from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.launch import Launcher, OpLauncher
 from longtake.plugins.linear.library import linear_launcher
 from longtake.plugins.sink_attention.library import attention_launcher
-from longtake.plugins.spec import LIBRARY_OPS, OPS
+from longtake.plugins.spec import LINEAR_OPS, OPS
 from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext
 from longtake.runtime.errors import LongtakeError
 
@@ -210,7 +211,9 @@ class SegmentedNetwork:
         if (step.name, fixed) not in self._compiled:
             if step.name.startswith("sink_attention"):
                 made: OpLauncher = attention_launcher(step.name, dict(fixed), self.attention)
-            elif step.name in LIBRARY_OPS:
+            elif step.name == "cross_attention":
+                made = cross_attention_launcher(dict(fixed))
+            elif step.name in LINEAR_OPS:
                 made = linear_launcher(step.name, dict(fixed))
             else:
                 made = Launcher(step.name, dict(fixed), "bf16").prepare()

@@ -25,10 +25,11 @@ from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import DOMAIN, KERNEL_OPS, LIBRARY_OPS, OPS
 from longtake.runtime.errors import LongtakeError
 
-MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
+MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8", "linear_rows_fp8")  # whatever the inputs' dtype
 S, L, H, D = 4, 24, 3, 32
-SIZES = {"S": S, "L": L, "H": H, "D": D, "T": 3, "F": 2, "Y": 5, "X": 4, "C": 16}
+SIZES = {"S": S, "L": L, "H": H, "D": D, "T": 3, "F": 2, "Y": 5, "X": 4, "C": 16, "E": 5}
 FLOAT, BF16, INT8, INT32 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT32
+FP8 = TensorProto.FLOAT8E4M3FN
 
 
 def shape_of(dims: Sequence[str]) -> list[int | str]:
@@ -154,7 +155,7 @@ def test_one_body_serves_bf16_and_fp32_and_shapes_are_inferred(name: str) -> Non
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
         for tensor, value in zip(spec.outputs, inferred.graph.output):
             kind = value.type.tensor_type
-            expected = {"compute": BF16 if name in MAKES_BF16 else dtype, "int8": INT8, "fp32": FLOAT}
+            expected = {"compute": BF16 if name in MAKES_BF16 else dtype, "int8": INT8, "fp32": FLOAT, "fp8": FP8}
             assert kind.elem_type == expected[tensor.dtype]
             if name not in MAKES_BF16 and name not in LIBRARY_OPS:
                 known = [size if isinstance(size, int) else 0 for size in shape_of(tensor.shape)]

@@ -57,7 +57,12 @@ def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_
 
 
 LAYERS = 2
-BETWEEN = {"norm_modulate": 1, "gated_norm_affine": LAYERS, "residual_norm_modulate": LAYERS, "gated_norm_modulate": LAYERS - 1}
+BETWEEN = {
+    "norm_modulate": 1,
+    "gated_norm_affine": LAYERS,
+    "residual_norm_modulate": LAYERS,
+    "gated_norm_modulate": LAYERS - 1,
+}
 OWN = {"rms_norm": LAYERS, "cross_attention": LAYERS, "qk_norm_rope": LAYERS}
 
 

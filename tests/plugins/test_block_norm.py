@@ -52,7 +52,9 @@ def test_a_row_of_one_value_and_a_large_mean(host_device: Any, op: str) -> None:
 @pytest.mark.gpu
 @ops
 @dtypes
-@pytest.mark.parametrize("dims", [*BLOCK_SIZES, {"L": 7040, "C": 3072, "F": 8}], ids=lambda d: "L{L}C{C}F{F}".format(**d))
+@pytest.mark.parametrize(
+    "dims", [*BLOCK_SIZES, {"L": 7040, "C": 3072, "F": 8}], ids=lambda d: "L{L}C{C}F{F}".format(**d)
+)
 def test_the_kernel_equals_the_reference(op: str, dtype: str, dims: dict[str, int]) -> None:
     inputs = op_inputs(op, dims, dtype)
     check(run_kernel(op, *(t.cuda() for t in inputs)), REFERENCES[op](*inputs))
@@ -93,7 +95,9 @@ def test_codes_are_those_of_modelopt() -> None:
     assert torch.equal(got.float(), (wanted * factor).clamp(-448, 448).to(FP8).float())
 
 
-@pytest.mark.parametrize("op", [name for name in BLOCK_OPS if name.endswith("_fp8") and "y" in {t.name for t in OPS[name].inputs}])
+@pytest.mark.parametrize(
+    "op", [name for name in BLOCK_OPS if name.endswith("_fp8") and "y" in {t.name for t in OPS[name].inputs}]
+)
 def test_scale_and_bias_of_the_product_are_applied_first(op: str) -> None:
     given = dict(zip((t.name for t in OPS[op].inputs), op_inputs(op, BLOCK_SIZES[0], "fp32")))
     wide, codes = REFERENCES[op](*given.values())
