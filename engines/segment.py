@@ -419,7 +419,9 @@ def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) 
                 shape = made_shape(spec, [types[name].shape for name in node.input]) or ()
                 if 0 in shape:
                     continue
-            types[output] = TensorType(made_dtype(spec, i, types[node.input[0]].dtype), shape)
+            types[output] = TensorType(
+                made_dtype(spec, i, [types[n].dtype if n in types else "bf16" for n in node.input]), shape
+            )
 
 
 def _infer_standard_ops(model: onnx.ModelProto, types: dict[str, TensorType]) -> None:

@@ -87,7 +87,8 @@ def _infer_outputs(spec: OpSpec, context: Any) -> None:
         if output in aliases:
             context.set_output_type(output, context.get_input_type(aliases[output]))
             continue
-        kind = _ELEMENT_TYPES.get(made_dtype(spec, output, ""), types[0].elem_type)
+        made_kind = made_dtype(spec, output, [str(kind.elem_type) for kind in types])
+        kind = _ELEMENT_TYPES[made_kind] if made_kind in _ELEMENT_TYPES else int(made_kind)
         dims: Any = [d.dim_value or d.dim_param or None for d in types[output].shape.dim]
         if output == 0 and (made := made_shape(spec, [(0, 0)] * len(types))) is not None:
             made = made_shape(spec, shapes) if all(shapes) else None

@@ -47,6 +47,8 @@ DTYPES = {
     "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 def torch_schema(spec: OpSpec) -> str:
     """The torch operator schema of an op, for example "(Tensor values, Tensor scales) -> Tensor"."""
@@ -69,7 +71,7 @@ def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
         made = []
         for i in range(len(spec.outputs)):
             like = inputs[aliases.get(i, i)]
-            kind = DTYPES.get(made_dtype(spec, i, ""), inputs[0].dtype) if i not in aliases else like.dtype
+            kind = like.dtype if i in aliases else DTYPES[made_dtype(spec, i, [NAMES.get(x.dtype, "") for x in inputs])]
             shape = made_shape(spec, [x.shape for x in inputs]) if i == 0 else None
             made.append(like.new_empty(like.shape if shape is None else shape, dtype=kind))
         return tuple(made) if len(made) > 1 else made[0]

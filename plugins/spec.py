@@ -214,12 +214,13 @@ def made_shape(spec: OpSpec, shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...]
     return (shapes[0][0], shapes[1][0]) if spec.name in LINEAR_OPS else None
 
 
-def made_dtype(spec: OpSpec, output: int, like: str) -> str:
-    """The dtype of an output that is written over no input: `like` is that of the op's activations, if it has any."""
+def made_dtype(spec: OpSpec, output: int, likes: Sequence[str]) -> str:
+    """The dtype of an output that is written over no input, from those of the inputs: activations come out as they
+    went in, or as bf16 where none did."""
     kind = spec.outputs[output].dtype
     if kind != "compute":
         return kind
-    return like if spec.inputs[0].dtype == "compute" else "bf16"
+    return next((like for like, tensor in zip(likes, spec.inputs) if tensor.dtype == "compute"), "bf16")
 
 
 LINEAR_OPS: dict[str, OpSpec] = {

@@ -26,5 +26,5 @@ def linear_fp8(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_rows_fp8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The same times `scale` fp32 [N], plus `bias` [N], before the rounding."""
-    return (functional.linear(x.float(), weight.float()) * scale + bias.float()).to(torch.bfloat16)
+    """The same times `scale` fp32 [N], plus `bias` [N], rounded to its dtype after that."""
+    return (functional.linear(x.float(), weight.float()) * scale + bias.float()).to(bias.dtype)

@@ -25,7 +25,7 @@ from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import DOMAIN, KERNEL_OPS, LIBRARY_OPS, OPS
 from longtake.runtime.errors import LongtakeError
 
-MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8", "linear_rows_fp8")  # whatever the inputs' dtype
+MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
 S, L, H, D = 4, 24, 3, 32
 SIZES = {"S": S, "L": L, "H": H, "D": D, "T": 3, "F": 2, "Y": 5, "X": 4, "C": 16, "E": 5}
 FLOAT, BF16, INT8, INT32 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT32
