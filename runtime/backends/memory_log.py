@@ -31,7 +31,7 @@ class MemoryLog:
         if known and found <= self.peak:
             return
         self.peak = max(self.peak, found)
-        row = {
+        row: dict[str, Any] = {
             "step": step, "terms": list(terms), "bytes": found,
             "torch_bytes": torch.cuda.memory_allocated(self.device),
             "reserved_bytes": torch.cuda.memory_reserved(self.device),
