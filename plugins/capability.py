@@ -242,11 +242,12 @@ ATTENTION_TABLE: tuple[AttentionRow, ...] = (
 
 
 LINEAR_METHODS = ("cublaslt",)
+CONV_METHODS = ("cudnn", "torch")
 
 
 @dataclass(frozen=True)
 class LinearRow:
-    """A library that runs the linear ops of `kind` ("bf16" or "fp8") between engine segments."""
+    """A library that runs the linear ops of `kind` ("bf16" or "fp8"), or the convolutions ("conv"), between segments."""
 
     method: str
     kind: str
@@ -260,7 +261,14 @@ _CUBLASLT = "torch calls cuBLASLt between the segments"
 LINEAR_TABLE: tuple[LinearRow, ...] = (
     LinearRow("cublaslt", "fp8", FP8_TARGETS, "not run", f"{_CUBLASLT}, in E4M3"),
     LinearRow("cublaslt", "bf16", DATA_CENTRE_TARGETS, "not run", _CUBLASLT),
+    LinearRow("cudnn", "conv", DATA_CENTRE_TARGETS, "not run", "cuDNN's graphs, the fastest plan of several tried"),
+    LinearRow("torch", "conv", DATA_CENTRE_TARGETS, "not run", "torch calls cuDNN, which benchmarks its algorithms"),
 )
+
+
+def conv_methods(capability: str) -> list[str]:
+    """The libraries to try for the VAE's convolutions on this GPU, in this order."""
+    return [row.method for row in LINEAR_TABLE if row.kind == "conv" and capability in row.capabilities]
 
 
 def linear_method(capability: str, kind: str) -> str | None:

@@ -23,14 +23,9 @@ WORKSPACE, TABLE_LENGTH = "<workspace>", "<table length>"
 MAX_HEAD_DIM = 128
 MAX_HISTORY = 2  # frames
 _FOLDERS = (
-    "kv_cache_write",
-    "sink_attention",
-    "qk_norm_rope",
-    "stream_extend",
-    "nvfp4_dequantize",
-    "block_norm",
+    "kv_cache_write", "sink_attention", "qk_norm_rope", "stream_extend", "upsample", "nvfp4_dequantize", "block_norm",
     "quantize_fp8",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,9 +70,13 @@ def kernels_of(op_name: str) -> Kernels:
 
 
 def size_of(expression: str, dims: Dims) -> int:
-    """The value of a dimension of a TensorSpec: a number, a letter, a sum, a product, or one of these divided by a number."""
+    """The value of a dimension of a TensorSpec: a number, a letter, a sum, a difference, a product, or one of these divided
+    by a number."""
     if "+" in expression:
         return sum(size_of(term, dims) for term in expression.split("+"))
+    if "-" in expression:
+        first, _, rest = expression.partition("-")
+        return size_of(first, dims) - size_of(rest, dims)
     product, _, divisor = expression.partition("/")
     return math.prod(int(f) if f.isdigit() else dims[f] for f in product.split("*")) // int(divisor or 1)
 

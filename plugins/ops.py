@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longtake.plugins.block_norm.reference import BLOCK_NORM_REFERENCES, rms_norm
+from longtake.plugins.conv.reference import conv_1x1x1, conv_1x3x3, conv_3x1x1, conv_3x3x3, conv_3x3x3_add
 from longtake.plugins.cross_attention.reference import cross_attention
 from longtake.plugins.kv_cache_write.reference import kv_cache_write_bf16, kv_cache_write_nvfp4
 from longtake.plugins.linear.reference import linear_bf16, linear_fp8, linear_gelu_bf16, linear_rows_fp8
@@ -21,6 +22,7 @@ from longtake.plugins.quantize_fp8.reference import gelu_quantize_fp8, quantize_
 from longtake.plugins.sink_attention.reference import sink_attention_bf16, sink_attention_nvfp4
 from longtake.plugins.spec import DOMAIN, OPS, OpSpec, made_dtype, made_shape
 from longtake.plugins.stream_extend.reference import norm_silu_extend, stream_extend
+from longtake.plugins.upsample.reference import duplicate_up, duplicate_up_time, upsample_space, upsample_time
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "kv_cache_write_nvfp4": kv_cache_write_nvfp4,
@@ -40,6 +42,15 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize_fp8": quantize_fp8,
     "gelu_quantize_fp8": gelu_quantize_fp8,
     **BLOCK_NORM_REFERENCES,
+    "conv_3x3x3": conv_3x3x3,
+    "conv_3x3x3_add": conv_3x3x3_add,
+    "conv_3x1x1": conv_3x1x1,
+    "conv_1x3x3": conv_1x3x3,
+    "conv_1x1x1": conv_1x1x1,
+    "upsample_space": upsample_space,
+    "upsample_time": upsample_time,
+    "duplicate_up": duplicate_up,
+    "duplicate_up_time": duplicate_up_time,
 }
 
 

@@ -1,8 +1,8 @@
 """What an op looks like, written once: torch op, ONNX schema, plugin and kernel launcher all read it.
 
 Legend: S slots, L tokens of a block, H heads, D head_dim, W window length, N out features, K in features, T tokens; of a
-video stream T frames of a step, F frames of history, Y, X sizes of a frame, C channels; of the DiT's blocks C features, F
-latent frames of a chunk, E text length.
+video stream T frames of a step, F frames of history, Y, X sizes of a frame, C channels, N channels that come out; of the
+DiT's blocks C features, F latent frames of a chunk, E text length.
 Packed bytes are typed INT8 everywhere: the runtimes that must carry them have no common 4-bit or FP8 type.
 """
 
@@ -28,7 +28,7 @@ CHANNEL_NORM_EPS = 1e-24  # on the mean square: only keeps zeros zero
 class TensorSpec:
     """A tensor of an op. `dtype` is "compute" (the activation dtype), "int8", "int32", "fp32" or "fp8" (E4M3).
 
-    `shape` names dimensions by letter or gives a formula in them, such as "D/2", "H*D" or "T+F".
+    `shape` names dimensions by letter or gives a formula in them, such as "D/2", "H*D", "T+F" or "T-2".
     """
 
     name: str
@@ -204,6 +204,45 @@ def linear_fp8(whole: bool = False) -> OpSpec:
     )
 
 
+CONV_KERNELS = {
+    "conv_3x3x3": (3, 3, 3), "conv_3x3x3_add": (3, 3, 3), "conv_3x1x1": (3, 1, 1), "conv_1x3x3": (1, 3, 3),
+    "conv_1x1x1": (1, 1, 1),
+}  # fmt: skip
+UP_OPS = {"upsample_space": 1, "upsample_time": 2}  # frames that come out for each
+DUPLICATE_OPS = {"duplicate_up": 1, "duplicate_up_time": 2}
+
+
+def conv(name: str) -> OpSpec:
+    """A convolution with bias of a stream's frames, channels last: the frame is padded, time is not (the history is in
+    x). `_add`: a residual is added before the one rounding. The weight is as in PyTorch; a library may be handed it with
+    its channels last (see plugins/conv)."""
+    kernel = CONV_KERNELS[name]
+    frames = f"T-{kernel[0] - 1}" if kernel[0] > 1 else "T"
+    out = (frames, "Y", "X", "N")
+    inputs = (
+        TensorSpec("x", "compute", ("T", "Y", "X", "C")),
+        TensorSpec("weight", "compute", ("N", "C", *map(str, kernel))),
+        TensorSpec("bias", "compute", ("N",)),
+        *((TensorSpec("residual", "compute", out),) if name.endswith("_add") else ()),
+    )
+    return OpSpec(name, inputs, outputs=(TensorSpec("out", "compute", out),))
+
+
+def upsample(name: str) -> OpSpec:
+    """Repeat each position twice in both directions. "upsample_time": the two halves of the channels are two frames."""
+    time = UP_OPS[name]
+    wide = ("T", "Y", "X", "C")
+    out = ("T", "2*Y", "2*X", "C") if time == 1 else ("2*T", "2*Y", "2*X", "C/2")
+    return OpSpec(name, (TensorSpec("x", "compute", wide),), (TensorSpec("out", "compute", out),))
+
+
+def duplicate_up(name: str) -> OpSpec:
+    """y + x, whose channels are repeated and unfolded into 2x2 positions and, "_time", two frames: a shortcut."""
+    out = TensorSpec("out", "compute", ("T" if DUPLICATE_OPS[name] == 1 else "2*T", "2*Y", "2*X", "N"))
+    x = TensorSpec("x", "compute", ("T", "Y", "X", "C"))
+    return OpSpec(name, (x, TensorSpec("y", out.dtype, out.shape)), (out,))
+
+
 def made_shape(spec: OpSpec, shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...] | None:
     """The first output's shape where it is like none of the inputs, from theirs (0: not known); else None."""
     if spec.name == "nvfp4_dequantize":
@@ -211,7 +250,21 @@ def made_shape(spec: OpSpec, shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...]
     if spec.name in STREAM_OPS:
         known = all(not isinstance(shape[0], str) and shape[0] for shape in (shapes[0], shapes[-1]))
         return (shapes[0][0] + shapes[-1][0] if known else 0, *shapes[0][1:])
+    if spec.name in DUPLICATE_OPS:
+        return tuple(shapes[1])
+    if spec.name in UP_OPS or spec.name in CONV_KERNELS:
+        return _frames_shape(spec.name, *shapes[:2])
     return (shapes[0][0], shapes[1][0]) if spec.name in LINEAR_OPS else None
+
+
+def _frames_shape(name: str, x: Sequence[Any], weight: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """[T,Y,X,C] of what a convolution or upsampling makes; sizes that are not known are 0."""
+    if len(x) != 4 or any(isinstance(size, str) or not size for size in x):
+        return (0,) * 4
+    if name in CONV_KERNELS:
+        return (x[0] - CONV_KERNELS[name][0] + 1, x[1], x[2], weight[0])
+    time = UP_OPS[name]
+    return (time * x[0], 2 * x[1], 2 * x[2], x[3] // time)
 
 
 def made_dtype(spec: OpSpec, output: int, likes: Sequence[str]) -> str:
@@ -247,10 +300,14 @@ KERNEL_OPS: dict[str, OpSpec] = {
         qk_norm_rope(),
         stream_extend(norm=True),
         stream_extend(norm=False),
+        *map(upsample, UP_OPS),
+        *map(duplicate_up, DUPLICATE_OPS),
         nvfp4_dequantize(),
         *BLOCK_OPS.values(),
     )
 }
-"""Ops with a kernel of ours, which are plugins as well; LIBRARY_OPS run through a library, between engines only."""
+"""Ops with a kernel of ours, which are plugins as well; the others run through a library, between engines only."""
 
-OPS: dict[str, OpSpec] = KERNEL_OPS | LIBRARY_OPS
+CONV_OPS: dict[str, OpSpec] = {name: conv(name) for name in CONV_KERNELS}
+
+OPS: dict[str, OpSpec] = KERNEL_OPS | LIBRARY_OPS | CONV_OPS

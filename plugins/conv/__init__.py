@@ -1,0 +1,1 @@
+"""The convolution ops of the VAE decoder: reference, and the libraries that run them."""

@@ -1,0 +1,180 @@
+"""The convolution ops through a library: launchers like those of our kernels, over the same addresses.
+
+The weight at its address is [N, kt, kh, kw, C], channels last as all the rest (`library_weight` makes it, once, when
+weights are loaded). cuDNN's plans are chosen in prepare(); a launch allocates nothing, so a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.plugins.capability import conv_methods
+from longtake.plugins.conv.cudnn_conv import CudnnConv, Geometry, geometry, handle_of
+from longtake.plugins.conv.plans import choice_key, remember, remembered, timed_plans
+from longtake.plugins.device_memory import on_stream, tensor_at
+from longtake.plugins.kernels import Dims, shape_of
+from longtake.plugins.launch import OpLauncher
+from longtake.plugins.linear.library import CublasLtLinear
+from longtake.plugins.spec import CONV_OPS
+from longtake.runtime.errors import LongtakeError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+
+def library_weight(weight: Tensor) -> Tensor:
+    """[N,C,kt,kh,kw] as stored to [N,kt,kh,kw,C], contiguous."""
+    return weight.permute(0, 2, 3, 4, 1).contiguous()
+
+
+def trial_tensors(op_name: str, dims: Dims) -> dict[str, Tensor]:
+    """Random tensors of an op's sizes by name, on the GPU, for one try; the weight as `library_weight` leaves it."""
+    made = {}
+    for tensor in (*CONV_OPS[op_name].inputs, *CONV_OPS[op_name].outputs):
+        values = torch.empty(shape_of(tensor, dims), dtype=torch.bfloat16, device="cuda").normal_()
+        if tensor.name == "weight":
+            values = library_weight(values).mul_(math.prod(values.shape[1:]) ** -0.5)
+        made[tensor.name] = values
+    return made
+
+
+class CudnnLibraryConv(OpLauncher):
+    """Through cuDNN's graphs: bias and residual are part of the convolution."""
+
+    method = "cudnn"
+    _conv: CudnnConv | None = None
+
+    def __init__(self, op_name: str, dims: Dims) -> None:
+        super().__init__(CONV_OPS[op_name], dims)
+
+    def prepare(self) -> CudnnLibraryConv:
+        """See OpLauncher.prepare. Raises UnavailableError if no plan runs. Takes the tensors' memory for a moment,
+        unless the choice is remembered."""
+        if self._conv is None:
+            name, key = self.spec.name, choice_key(self.spec.name, self.dims)
+            conv = CudnnConv(name, self.dims, handle_of(torch.cuda.current_device()))
+            self._plan = remembered(key)
+            try:
+                self.workspace_bytes = conv.build(self._plan) if self._plan in conv.plans else -1
+            except Exception as error:  # cuDNN's types, and RuntimeError
+                log.warning("the plan kept for %s fails: %s", key, error)
+                self.workspace_bytes = -1
+            if self.workspace_bytes < 0:
+                self._choose(conv, key)
+            self._conv = conv
+        return self
+
+    def _choose(self, conv: CudnnConv, key: str) -> None:
+        tensors = trial_tensors(self.spec.name, self.dims)
+        rows = list(timed_plans(conv, {name: tensor.data_ptr() for name, tensor in tensors.items()}))
+        del tensors
+        torch.cuda.empty_cache()  # these tensors may be a large part of what the GPU has
+        good = [row for row in rows if "ms" in row]
+        if not good:
+            raise UnavailableError(f"no plan of cuDNN runs {key}", got="; ".join(str(row) for row in rows[:4]))
+        best = min(good, key=lambda row: row["ms"])
+        log.info("%s: %s, %.3f ms, the fastest of %d plans", key, best["plan"], best["ms"], len(good))
+        self._plan, self.workspace_bytes = best["plan"], best["workspace"]
+        remember(key, self._plan)
+
+    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
+        """See OpLauncher.launch."""
+        self._check(pointers, workspace, table_len)
+        self.prepare()
+        assert self._conv is not None
+        names = (tensor.name for tensor in (*self.spec.inputs, *self.spec.outputs))
+        self._conv.run(self._plan, dict(zip(names, pointers)), workspace, stream)
+
+
+class TorchConv(OpLauncher):
+    """Through torch's call of cuDNN, benchmarked at the first call; bias and residual are passes of their own."""
+
+    method = "torch"
+    _tried = False
+
+    def __init__(self, op_name: str, dims: Dims) -> None:
+        super().__init__(CONV_OPS[op_name], dims)
+        self.geometry = geometry(op_name, dims)
+
+    def prepare(self) -> TorchConv:
+        """See OpLauncher.prepare. Raises UnavailableError if torch declines."""
+        if not self._tried:
+            try:
+                self.convolve(trial_tensors(self.spec.name, self.dims))
+            except RuntimeError as error:
+                raise UnavailableError(f"torch does not run {self.spec.name}", got=f"{self.dims}: {error}") from None
+            torch.cuda.empty_cache()
+            self._tried = True
+        return self
+
+    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
+        """See OpLauncher.launch."""
+        self._check(pointers, workspace, table_len)
+        self.prepare()
+        kinds = (*self.spec.inputs, *self.spec.outputs)
+        tensors = {t.name: tensor_at(p, shape_of(t, self.dims)) for t, p in zip(kinds, pointers)}
+        with on_stream(stream):
+            self.convolve(tensors)
+
+    def convolve(self, tensors: dict[str, Tensor]) -> None:
+        """Write `out` from x, weight, bias and perhaps residual."""
+        x, weight, out = views(self.geometry, tensors)
+        ones = [1] * len(self.geometry.padding)
+        torch.ops.aten.cudnn_convolution.out(
+            x, weight, self.geometry.padding, ones, ones, 1, True, False, False, out=out
+        )  # fmt: skip
+        tensors["out"].add_(tensors["bias"])
+        if "residual" in tensors:
+            tensors["out"].add_(tensors["residual"])
+
+
+def views(sizes: Geometry, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and out, whatever the shape of their contiguous memory, channels first over channels last."""
+
+    def view(name: str, shape: tuple[int, ...]) -> Tensor:
+        return tensors[name].view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+    return view("x", sizes.x), view("weight", sizes.weight), view("out", sizes.out)
+
+
+def _linear(op_name: str, dims: Dims) -> OpLauncher:
+    """A 1x1x1 convolution is a product over all positions."""
+    return CublasLtLinear("linear_bf16", {"T": dims["T"] * dims["Y"] * dims["X"], "N": dims["N"], "K": dims["C"]})
+
+
+LAUNCHERS: dict[str, Any] = {"cudnn": CudnnLibraryConv, "torch": TorchConv}
+
+
+def conv_launcher(op_name: str, dims: Dims, compute_capability: str = "") -> OpLauncher:
+    """A library's launcher of a convolution op for this GPU, prepared; says which, and why others don't run.
+
+    Raises:
+        UnavailableError: no library takes these sizes here.
+        LongtakeError: no such op.
+    """
+    if op_name not in CONV_OPS:
+        raise LongtakeError("no library runs this op", got=op_name, expected=", ".join(CONV_OPS))
+    if not compute_capability:
+        major, minor = torch.cuda.get_device_capability()
+        compute_capability = f"{major}.{minor}"
+    sizes = " x ".join(str(dims[letter]) for letter in "TYXCN")
+    methods = [LAUNCHERS[method] for method in conv_methods(compute_capability)]
+    declined = []
+    for make in [_linear, *methods] if op_name == "conv_1x1x1" and methods else methods:
+        try:
+            launcher = make(op_name, dims).prepare()
+        except UnavailableError as error:
+            declined.append(str(error))
+            log.warning("%s [%s] goes on to the next library: %s", op_name, sizes, error)
+            continue
+        log.info("%s [%s] runs through %s", op_name, sizes, launcher.method)
+        return launcher
+    raise UnavailableError(
+        f"no library runs {op_name} here", got="; ".join(declined) or f"compute capability {compute_capability}",
+        expected="cuDNN", fix="set vae_ops: plugin in the recipe",
+    )  # fmt: skip
