@@ -20,7 +20,7 @@ PRECISIONS = ("nvfp4", "w4a16", "fp8", "bf16")  # from the fewest bits a weight 
 ATTENTIONS = ("bf16", "fp8")
 LINEARS = ("engine", "library")
 MODES = ("fused", "segmented")
-VAE_OPS = ("engine", "plugin")
+VAE_OPS = ("engine", "plugin", "library")
 
 
 def reject_unknown_keys(given: dict[str, Any], known: list[str], where: str) -> None:
@@ -65,7 +65,8 @@ class Recipe:
     vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
     vae_fold_upsampling: whether the VAE decoder upsamples and convolves in one step (training/upsample_fold.py).
     vae_ops: what normalises, activates and extends the streams of the steady VAE decoder and writes its caches, "engine"
-        (TensorRT) or "plugin" (our op `norm_silu_extend`, at which a segmented recipe cuts; caches are channels last).
+        (TensorRT) or "plugin" (our op `norm_silu_extend`, at which a segmented recipe cuts; caches are channels last);
+        "library": cuDNN runs the convolutions too, our kernels upsample, and the engine has attention and the head left.
     """
 
     name: str
@@ -97,6 +98,10 @@ class Recipe:
             raise LongtakeError(f"recipe {self.name}: a library cannot run these linears",
                                 got=f"{self.precision}, {self.mode}", expected="fp8 or bf16, segmented",
                                 fix="set linears: engine")  # fmt: skip
+        if self.vae_ops == "library" and (self.mode != "segmented" or self.vae_fold_upsampling):
+            raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder",
+                                got=f"{self.mode}, vae_fold_upsampling: {str(self.vae_fold_upsampling).lower()}",
+                                expected="segmented, not folded", fix="set vae_ops: engine")  # fmt: skip
         for key, least in (("memory_gb", 0), ("vae_latents_per_step", 1)):
             number = getattr(self, key)
             if isinstance(number, bool) or not isinstance(number, int) or number < least:

@@ -127,12 +127,12 @@ def vae_spec(preset: Preset, name: str, latents: int = 1, vae_ops: str = "engine
 
     vae_first: one latent to one frame and fresh caches; vae_steady: `latents` latents and caches to four frames each.
     vae_encoder_first and vae_encoder_steady: the same from frames to latents, one group at a time.
-    With `vae_ops` "plugin" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
+    With `vae_ops` other than "engine" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
     """
     from longtake.training.vae import decoder_cache_shapes, encoder_cache_shapes
 
     encoder, first = name.startswith("vae_encoder"), name.endswith("first")
-    ops = vae_ops == "plugin" and not encoder
+    ops = vae_ops != "engine" and not encoder
     count = 1 if first or encoder else latents
     frames = 1 if first else count * preset.vae.stride[0]
     latent = Binding("latent", "fp32", (1, preset.vae.z_channels, count, *preset.latent_hw))

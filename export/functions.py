@@ -242,7 +242,7 @@ def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> Gr
             tuple(_example(t, dims) for t in spec.inputs),
             dynamo=True,
             opset_version=opset,
-            dynamic_shapes=(tuple(_dynamic_dims(t) for t in spec.inputs),),
+            dynamic_shapes=(tuple(_dynamic_dims(t, spec) for t in spec.inputs),),
             verbose=False,
         )
     return program.model_proto.graph
@@ -253,11 +253,14 @@ def _example(tensor: TensorSpec, dims: Mapping[str, int]) -> Tensor:
     return torch.zeros(shape_of(tensor, sizes), dtype=_TORCH_DTYPES[tensor.dtype])
 
 
-def _dynamic_dims(tensor: TensorSpec) -> dict[int, Any]:
+def _dynamic_dims(tensor: TensorSpec, spec: OpSpec) -> dict[int, Any]:
     """torch.export dimensions; K counts in blocks of 16, of which K/2 is eight times as many."""
+    frames = 3 if any("T-2" in t.shape for t in spec.outputs) else 1
     blocks = torch.export.Dim("K_16", min=1, max=1 << 20)
     known = {"K/16": blocks, "K/2": 8 * blocks}
     known |= {letter: torch.export.Dim(letter, min=1, max=1 << 20) for letter in _DYNAMIC}
+    known["T"] = torch.export.Dim("T", min=frames, max=1 << 20)
+    known |= {"T-2": torch.export.Dim.AUTO, **{f"2*{letter}": 2 * known[letter] for letter in "TYX"}}
     return {i: known[formula] for i, formula in enumerate(tensor.shape) if formula in known}
 
 

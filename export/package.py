@@ -33,13 +33,15 @@ from longtake.runtime.places import REPOSITORY
 from longtake.training.networks import Models, network_module, quantized_linears
 from longtake.training.presets import Preset
 from longtake.training.vae import stream_ops
+from longtake.training.vae_library import library_ops
 
 FORMAT = 1
 INDEX = "export.json"
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
 DECODER = ("vae_first", "vae_steady")
 SOURCES = ("export", "plugins", "engines/spec.py", *(f"training/{name}.py" for name in (
-    "dit", "fused_block", "vae", "vae_layers", "upsample_fold", "text_encoder", "networks", "pointwise", "presets",
+    "dit", "fused_block", "vae", "vae_layers", "vae_library", "upsample_fold", "text_encoder", "networks", "pointwise",
+    "presets",
 )))  # fmt: skip
 VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB
 Progress = Callable[[str], None]
@@ -132,7 +134,8 @@ def _export_network(
         write_skeleton(model, path)
     progress(f"{name}: structure")
     layers = graphs.preset.dit.layers if name == "dit" else 0
-    streams = stream_ops(graphs.models.vae) if recipe.vae_ops == "plugin" and name == "vae_steady" else {}
+    made = {"plugin": stream_ops, "library": library_ops}.get(recipe.vae_ops)
+    streams = made(graphs.models.vae) if made and name == "vae_steady" else {}
     lowered_shapes = {n: shapes[n] for n in lowered}
     expected = Expected(spec, recipe.precision, recipe.cache, layers, lowered_shapes, library, streams)
     check_structure(path, expected, skeleton=weights is None)

@@ -27,7 +27,7 @@ class Expected:
     """What an exported network must hold.
 
     linears: name -> (N, K) of each Linear lowered to 4 or 8 bits. layers: transformer layers with a K/V cache (0 if none).
-    library: whether the linears are ops that a library runs. streams: op name -> nodes that extend a video stream.
+    library: whether the linears are ops that a library runs. streams: op name -> nodes of a VAE decoder.
     """
 
     spec: NetworkSpec

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, shape_of
 from longtake.plugins.kv_cache_write.reference import quantize_kv
-from longtake.plugins.spec import BLOCK_OPS, LIBRARY_OPS, LINEAR_OPS, OPS, STREAM_OPS
+from longtake.plugins.spec import (
+    BLOCK_OPS,
+    CONV_OPS,
+    DUPLICATE_OPS,
+    LIBRARY_OPS,
+    LINEAR_OPS,
+    OPS,
+    STREAM_OPS,
+    UP_OPS,
+)  # fmt: skip
 
 SLOTS = 4
 TINY = {"S": SLOTS, "L": 128, "H": 4, "D": 64}
@@ -28,6 +37,21 @@ STREAM_SIZES: tuple[dict[str, int], ...] = (
     {"T": 3, "Y": 1, "X": 1, "C": 16, "F": 1},
     {"T": 1, "Y": 4, "X": 40, "C": 512, "F": 1},
 )
+UP_SIZES: tuple[dict[str, int], ...] = (
+    {"T": 2, "Y": 9, "X": 7, "C": 256},
+    {"T": 1, "Y": 5, "X": 3, "C": 48},
+    {"T": 3, "Y": 1, "X": 1, "C": 16},
+)
+DUPLICATE_SIZES: tuple[dict[str, int], ...] = (
+    {"T": 2, "Y": 9, "X": 7, "C": 256, "N": 128},
+    {"T": 1, "Y": 5, "X": 3, "C": 48, "N": 48},
+    {"T": 3, "Y": 1, "X": 1, "C": 32, "N": 8},
+)
+CONV_SIZES: tuple[dict[str, int], ...] = (
+    {"T": 6, "Y": 12, "X": 20, "C": 64, "N": 32},
+    {"T": 3, "Y": 7, "X": 5, "C": 48, "N": 128},
+    {"T": 4, "Y": 1, "X": 9, "C": 16, "N": 16},
+)
 WEIGHT_SIZES: tuple[dict[str, int], ...] = ({"N": 256, "K": 1024}, {"N": 5, "K": 48}, {"N": 1, "K": 16})
 LINEAR_SIZES: tuple[dict[str, int], ...] = ({"T": 64, "N": 48, "K": 96}, {"T": 200, "N": 512, "K": 256})
 BLOCK_SIZES: tuple[dict[str, int], ...] = (
@@ -44,13 +68,12 @@ TABLES = tuple(t for length in range(1, SLOTS + 1) for t in permutations((0, 1, 
 
 def sizes_for(op_name: str) -> tuple[dict[str, int], ...]:
     """The sizes to try an op with, the plain one first."""
-    known = {
-        "nvfp4_dequantize": WEIGHT_SIZES,
-        "cross_attention": CROSS_SIZES,
-        **dict.fromkeys(STREAM_OPS, STREAM_SIZES),
-    }
-    known |= dict.fromkeys(LINEAR_OPS, LINEAR_SIZES) | dict.fromkeys(BLOCK_OPS, BLOCK_SIZES)
-    return known.get(op_name, SIZES)
+    groups = (
+        (STREAM_OPS, STREAM_SIZES), (UP_OPS, UP_SIZES), (DUPLICATE_OPS, DUPLICATE_SIZES), (CONV_OPS, CONV_SIZES),
+        (LINEAR_OPS, LINEAR_SIZES), (BLOCK_OPS, BLOCK_SIZES),
+    )  # fmt: skip
+    known = {name: sizes for names, sizes in groups for name in names}
+    return {"nvfp4_dequantize": WEIGHT_SIZES, "cross_attention": CROSS_SIZES, **known}.get(op_name, SIZES)
 
 
 def op_inputs(
@@ -82,7 +105,8 @@ def op_inputs(
 
 def _filled_cache(op_name: str, dims: Dims, compute: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
     """Every slot written with data of its own magnitude, where the op has slots; or a weight's random bytes."""
-    if op_name == "qk_norm_rope" or op_name in (*LIBRARY_OPS, *STREAM_OPS, *BLOCK_OPS):
+    without = (*LIBRARY_OPS, *STREAM_OPS, *UP_OPS, *DUPLICATE_OPS, *CONV_OPS, *BLOCK_OPS)
+    if op_name == "qk_norm_rope" or op_name in without:
         return {}
     if op_name == "nvfp4_dequantize":
         rows, columns = dims["N"], dims["K"]

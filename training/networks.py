@@ -22,6 +22,7 @@ from longtake.training.fused_block import fused_blocks
 from longtake.training.presets import Preset
 from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
+from longtake.training.vae_library import LibrarySteady
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +148,8 @@ def network_module(
 
     `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `fold`: compute the VAE's
     upsampling in its folded form (see `upsample_fold`). `vae_ops`: "plugin" has the VAE decoder extend its streams by
-    our ops (a recipe's field). `linears`: "library" has the DiT do all that lies between the blocks' linears by our ops
-    (a recipe's field, too).
+    our ops, "library" runs nearly all of it as ops (a recipe's field). `linears`: "library" has the DiT do all that lies
+    between the blocks' linears by our ops (a recipe's field, too).
     """
     if name == "text_encoder":
         return TextStep(models.text).eval()
@@ -157,7 +158,9 @@ def network_module(
     if name == "dit":
         return DiTStep(models.dit, cache, fused=linears == "library").eval()
     if name in VAE_STEPS:
-        return VAE_STEPS[name](models.vae, fold=fold, ops=vae_ops == "plugin" and "encoder" not in name).eval()
+        if vae_ops == "library" and name == "vae_steady":
+            return LibrarySteady(models.vae).eval()
+        return VAE_STEPS[name](models.vae, fold=fold, ops=vae_ops != "engine" and "encoder" not in name).eval()
     known = ["text_encoder", "context", "dit", *VAE_STEPS]
     raise LongtakeError("unknown network", got=name, expected=", ".join(known))
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from longtake.engines.build import segment_spec
 from longtake.engines.onnx_file import WeightSource, weights_from_onnx
 from longtake.engines.segmented_graph import SegmentedGraph, Step, TensorType
+from longtake.plugins.conv.library import conv_launcher, library_weight
 from longtake.plugins.cross_attention.library import cross_attention_launcher
 from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.launch import Launcher, OpLauncher
 from longtake.plugins.linear.library import linear_launcher
 from longtake.plugins.sink_attention.library import attention_launcher
-from longtake.plugins.spec import LINEAR_OPS, OPS
+from longtake.plugins.spec import CONV_OPS, LINEAR_OPS, OPS
 from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext
 from longtake.runtime.errors import LongtakeError
 
@@ -151,6 +152,7 @@ class SegmentedNetwork:
         self.step_scratch: list[int] = []
         self._placed = False
         self._contexts: dict[tuple[str, int], TrtContext] = {}
+        self._conv_weights = {step.inputs[1] for step in graph.steps if step.name in CONV_OPS}
         self._fixed: dict[str, Tensor] = {}
         self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], OpLauncher] = {}
 
@@ -158,6 +160,8 @@ class SegmentedNetwork:
         """Upload the weights, one at a time."""
         for name, tensor in tensors:
             placed = tensor.to(self.device)
+            if name in self._conv_weights:
+                placed = library_weight(placed)
             kept = self._shared.setdefault(name, placed)
             self._fixed[name] = kept if same_bytes(kept, placed) else placed
 
@@ -215,6 +219,8 @@ class SegmentedNetwork:
                 made = cross_attention_launcher(dict(fixed))
             elif step.name in LINEAR_OPS:
                 made = linear_launcher(step.name, dict(fixed))
+            elif step.name in CONV_OPS:
+                made = conv_launcher(step.name, dict(fixed))
             else:
                 made = Launcher(step.name, dict(fixed), "bf16").prepare()
             self._compiled[step.name, fixed] = made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from longtake.engines.segment import segments_from_onnx
 from longtake.engines.spec import recipe_spec
 from longtake.export import package
 from longtake.export.package import PlainGraphs
-from longtake.plugins.spec import DOMAIN, STREAM_OPS
+from longtake.plugins.spec import CONV_OPS, DOMAIN, STREAM_OPS
+from longtake.runtime.backends.segmented_network import arena_layout, storage_bytes
 from longtake.training.presets import TINY
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes, stream_ops
 from longtake.training.vae_layers import channels_last
+from longtake.training.vae_library import LibrarySteady, library_ops
 
 
 @pytest.fixture()
@@ -43,6 +46,41 @@ def test_the_same_frames_and_caches_over_a_stream(count: int, in_place: bool) ->
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(caches, plain, strict=True):
             torch.testing.assert_close(ours, channels_last(theirs), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", (1, 2))
+@pytest.mark.parametrize("in_place", (False, True))
+def test_a_decoder_of_ops_gives_the_same_frames_and_caches(count: int, in_place: bool) -> None:
+    torch.manual_seed(0)
+    vae = CausalVAE(TINY.vae).eval()
+    latents = torch.randn(1, TINY.vae.z_channels, 1 + 3 * count, 4, 4)
+    _, *plain = DecoderFirst(vae, ops=True)(latents[:, :, :1])
+    caches = [cache.clone() for cache in plain]
+    for start in range(1, latents.shape[2], count):
+        step = latents[:, :, start : start + count]
+        wanted, *plain = DecoderSteady(vae, ops=True)(step, *plain)
+        got, *new = LibrarySteady(vae, in_place)(step, *caches)
+        assert all(a is b for a, b in zip(new, caches)) == in_place
+        caches = new
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(caches, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(tmp_path: Path) -> None:
+    recipe = replace(recipe_named("tiny_bf16_sm89"), vae_ops="library")
+    package._export_network(PlainGraphs(TINY), recipe, "vae_steady", tmp_path, lambda words: None, None)
+    cut = segments_from_onnx(read_graph(tmp_path / "vae_steady.onnx"), "vae_steady")
+    ops = Counter(step.name for step in cut.graph.steps if step.kind == "op")
+    assert ops == library_ops(CausalVAE(TINY.vae))
+    assert len(cut.graph.segments) == 3 == sum(step.kind == "segment" for step in cut.graph.steps)
+    weights = {step.inputs[1] for step in cut.graph.steps if step.name in CONV_OPS}
+    inside = {name for step in cut.graph.steps if step.kind == "segment" for name in step.inputs}
+    assert weights <= set(cut.graph.weights) and not weights & inside
+    _, size = arena_layout(cut.graph, {*cut.graph.inputs, *cut.graph.outputs, *cut.graph.weights})
+    largest = sorted((storage_bytes(cut.graph.tensors[n]) for s in cut.graph.steps for n in s.outputs), reverse=True)
+    assert size < 4 * largest[0], "what nobody reads any more gives its place away"
 
 
 def test_both_networks_have_the_same_caches(recipe: Recipe) -> None:
