@@ -42,7 +42,7 @@ def _calls(dims: Dims, name: str, fp8: bool) -> tuple[Call, ...]:
 
 
 def _kernels(name: str, fp8: bool) -> Kernels:
-    given = {"name": name, "fp8": fp8}
+    given: dict[str, Any] = {"name": name, "fp8": fp8}
     source = Path(__file__).with_name("kernel.cu")
     return Kernels(block_norm(name, fp8), source, partial(_macros, **given), partial(_calls, **given))
 
