@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from longtake.plugins.kernels import Call, Dims, Kernels, blocks_of
 from longtake.plugins.spec import BLOCK_NORM_EPS, BLOCK_NORMS, QK_NORM_EPS, block_norm, rms_norm

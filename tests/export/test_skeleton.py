@@ -162,11 +162,11 @@ def test_a_steady_vae_of_two_latents_agrees_with_pytorch(
     assert frames.type.tensor_type.shape.dim[2].dim_value == 8
 
 
-@pytest.mark.parametrize("latents", (1, 2))
-def test_a_vae_whose_streams_are_extended_by_ops_agrees_with_pytorch(
-    small_models: Models, small_graphs: PlainGraphs, tmp_path: Path, latents: int
+@pytest.mark.parametrize("ops, latents", (("plugin", 1), ("plugin", 2), ("library", 2)))
+def test_a_vae_whose_layers_are_ops_agrees_with_pytorch(
+    small_models: Models, small_graphs: PlainGraphs, tmp_path: Path, ops: str, latents: int
 ) -> None:
-    recipe = replace(recipe_named("tiny_bf16_sm89"), vae_ops="plugin", vae_latents_per_step=latents)
+    recipe = replace(recipe_named("tiny_bf16_sm90"), vae_ops=ops, vae_latents_per_step=latents)
     weights = weights_from_models(small_models)
     for name in ("vae_first", "vae_steady"):
         package_module._export_network(small_graphs, recipe, name, tmp_path, lambda words: None, weights)

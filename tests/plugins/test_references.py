@@ -15,7 +15,7 @@ from longtake.plugins.cases import STREAM_SIZES, op_inputs, sizes_for
 from longtake.plugins.nvfp4.reference import dequantize, quantize
 from longtake.plugins.ops import torch_op, torch_schema
 from longtake.plugins.sink_attention.reference import dequantize_kv
-from longtake.plugins.spec import BLOCK_OPS, LIBRARY_OPS, OPS, STREAM_OPS
+from longtake.plugins.spec import BLOCK_OPS, CONV_OPS, DUPLICATE_OPS, LIBRARY_OPS, OPS, STREAM_OPS, UP_OPS
 
 S, L, H, D = 4, 24, 3, 32
 
@@ -139,10 +139,10 @@ def arguments(name: str) -> tuple[Tensor, ...]:
         return (block(0), block(1), block(2), *filled_cache(fmt), int32(0, -1))
     if name == "qk_norm_rope":
         return (block(0), block(1), *torch.randn(2, H * D), *torch.randn(2, L, D // 2))
-    if name in LIBRARY_OPS or name in BLOCK_OPS:
+    if name in (*LIBRARY_OPS, *BLOCK_OPS):
         return op_inputs(name, sizes_for(name)[0], "fp32")
-    if name in STREAM_OPS:
-        return op_inputs(name, STREAM_SIZES[2], "fp32")
+    if name in (*STREAM_OPS, *UP_OPS, *DUPLICATE_OPS, *CONV_OPS):
+        return op_inputs(name, STREAM_SIZES[2] if name in STREAM_OPS else sizes_for(name)[2], "fp32")
     return torch.zeros(48, 32, dtype=torch.int8), torch.zeros(48, 4, dtype=torch.int8)
 
 
@@ -166,7 +166,7 @@ def test_a_gpu_runs_the_operators_alike(name: str) -> None:
     given = arguments(name)
     here, there = torch_op(name)(*given), torch_op(name)(*(t.cuda() for t in given))
     for ours, theirs in zip(*(out if isinstance(out, tuple) else (out,) for out in (here, there))):
-        exact = name.startswith(("kv_cache", "stream", "nvfp4", "quantize"))
+        exact = name.startswith(("kv_cache", "stream", "nvfp4", "quantize", "upsample", "duplicate"))
         step = 2**-3 if ours.dtype == torch.float8_e4m3fn else 1e-5
         given = theirs.cpu().float(), ours.float()
         torch.testing.assert_close(*given, rtol=0 if exact else step, atol=0 if exact else 1e-5 if step < 0.1 else 0.02)

@@ -69,7 +69,7 @@ def test_a_decoder_of_ops_gives_the_same_frames_and_caches(count: int, in_place:
 
 
 def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(tmp_path: Path) -> None:
-    recipe = replace(recipe_named("tiny_bf16_sm89"), vae_ops="library")
+    recipe = replace(recipe_named("tiny_bf16_sm90"), vae_ops="library")
     package._export_network(PlainGraphs(TINY), recipe, "vae_steady", tmp_path, lambda words: None, None)
     cut = segments_from_onnx(read_graph(tmp_path / "vae_steady.onnx"), "vae_steady")
     ops = Counter(step.name for step in cut.graph.steps if step.kind == "op")

@@ -1,0 +1,99 @@
+"""The convolution ops through their libraries: the graph's sizes on the CPU, and on a GPU every result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from longtake.plugins.attention_bench import relative_error
+from longtake.plugins.capability import conv_methods
+from longtake.plugins.cases import CONV_SIZES, op_inputs
+from longtake.plugins.conv import plans
+from longtake.plugins.conv.cudnn_conv import channels_last_strides, geometry
+from longtake.plugins.conv.library import LAUNCHERS, conv_launcher, library_weight, views
+from longtake.plugins.conv_bench import CASES, main
+from longtake.plugins.kernels import dims_from_shapes
+from longtake.plugins.ops import REFERENCES
+from longtake.plugins.spec import CONV_OPS
+from longtake.runtime.errors import LongtakeError, UnavailableError
+
+TOLERANCE = 4e-3  # bf16's rounding is 0.002; with a residual torch's way rounds three times
+ops = pytest.mark.parametrize("op", CONV_OPS)
+sizes = pytest.mark.parametrize("dims", CONV_SIZES, ids=lambda d: "x".join(map(str, d.values())))
+
+
+@ops
+@sizes
+def test_a_library_sees_the_references_convolution(op: str, dims: dict[str, int]) -> None:
+    """The views and strides that libraries are handed, computed by torch on the CPU."""
+    given = op_inputs(op, dims, "fp32")
+    tensors = {tensor.name: value for tensor, value in zip(CONV_OPS[op].inputs, given)}
+    wanted = REFERENCES[op](*given)
+    tensors |= {"weight": library_weight(tensors["weight"]), "out": torch.empty_like(wanted)}
+    shape = geometry(op, dims)
+    x, weight, out = views(shape, tensors)
+    for view, sizes_ in ((x, shape.x), (weight, shape.weight), (out, shape.out)):
+        assert tuple(view.shape) == sizes_
+        strides = channels_last_strides(sizes_)
+        assert all(view.stride(i) == strides[i] for i in range(view.dim()) if sizes_[i] > 1)
+    convolution = functional.conv3d if len(shape.padding) == 3 else functional.conv2d
+    out.copy_(convolution(x, weight, tensors["bias"], padding=shape.padding))
+    got = tensors["out"] + tensors.get("residual", 0)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cases_are_the_decoders_work() -> None:
+    flops = sum(c[-1] * geometry(c[0], dict(zip("TYXCN", c[1:6]))).flops for c in CASES)
+    assert 8 * flops == pytest.approx(529e12, rel=0.01)
+
+
+def test_what_cannot_run_is_refused_by_name() -> None:
+    assert conv_methods("9.0") == ["cudnn", "torch"] and conv_methods("7.5") == []
+    with pytest.raises(UnavailableError, match=r"no library runs conv_3x3x3 here[\s\S]*7.5[\s\S]*vae_ops: plugin"):
+        conv_launcher("conv_3x3x3", CONV_SIZES[0], "7.5")
+    with pytest.raises(LongtakeError, match="no library runs this op"):
+        conv_launcher("linear_bf16", {}, "9.0")
+    with pytest.raises(LongtakeError, match="weight has the wrong shape"):
+        dims_from_shapes(CONV_OPS["conv_3x1x1"], [(3, 4, 4, 16), (8, 16, 3, 3, 3), (8,)])
+
+
+def test_a_choice_is_remembered_and_a_damaged_file_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGTAKE_CACHE_DIR", str(tmp_path))
+    assert plans.remembered("a") == ""
+    plans.remember("a", "eng1")
+    plans.remember("b", "eng2")
+    assert (plans.remembered("a"), plans.remembered("b")) == ("eng1", "eng2")
+    (tmp_path / plans.FILE).write_text("{")
+    assert plans.remembered("a") == ""
+
+
+def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main([]) == 1
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@ops
+@sizes
+@pytest.mark.parametrize("method", (*LAUNCHERS, "chosen"))
+def test_every_method_equals_the_reference(op: str, dims: dict[str, int], method: str) -> None:
+    given = [tensor.cuda() for tensor in op_inputs(op, dims)]
+    wanted = REFERENCES[op](*given)
+    out = torch.full_like(wanted, float("nan"))
+    launcher = conv_launcher(op, dims) if method == "chosen" else LAUNCHERS[method](op, dims).prepare()
+    workspace = torch.empty(launcher.workspace_bytes + 1, dtype=torch.uint8, device="cuda")
+    given[1] = library_weight(given[1])
+    pointers = [tensor.data_ptr() for tensor in (*given, out)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launcher.launch(pointers, torch.cuda.current_stream().cuda_stream, workspace.data_ptr())
+    given[0].mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    wanted = REFERENCES[op](given[0], given[1].permute(0, 4, 1, 2, 3), *given[2:])
+    assert relative_error(out, wanted) < TOLERANCE
