@@ -13,7 +13,7 @@ from torch import Tensor
 def upsample_space(x: Tensor) -> Tensor:
     """x [T,Y,X,C] to [T,2Y,2X,C]: every position four times."""
     t, y, w, c = x.shape
-    return x[:, :, None, :, None].expand(t, y, 2, w, 2, c).reshape(t, 2 * y, 2 * w, c)
+    return x[:, :, None, :, None].expand(t, y, 2, w, 2, c).reshape(t, 2 * y, 2 * w, c).contiguous()
 
 
 def upsample_time(x: Tensor) -> Tensor:
