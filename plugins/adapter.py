@@ -209,7 +209,8 @@ def _text(field: Any) -> str:
 
 
 def _known_sizes(trt: Any, kernels: Kernels, inputs: Sequence[Any], builder: Any) -> dict[str, Any]:
-    """Every dimension expression that the inputs determine: as it stands there, its letter by multiplication, a sum."""
+    """Every dimension expression that the inputs determine: as it stands there, its letter by multiplication, a sum,
+    a product with a number, a quotient."""
     known: dict[str, Any] = {}
     for tensor, exprs in zip(kernels.spec.inputs, inputs):
         for axis, expression in enumerate(tensor.shape):
@@ -221,6 +222,16 @@ def _known_sizes(trt: Any, kernels: Kernels, inputs: Sequence[Any], builder: Any
     for expression in {e for tensor in kernels.spec.outputs for e in tensor.shape if "+" in e}:
         first, second = (known[letter] for letter in expression.split("+"))
         known[expression] = builder.operation(trt.DimensionOperation.SUM, first, second)
+    for expression in {e for tensor in kernels.spec.outputs for e in tensor.shape} - known.keys():
+        factor, times, letter = expression.partition("*")
+        if times and letter in known:
+            known[expression] = builder.operation(
+                trt.DimensionOperation.PROD, known[letter], builder.constant(int(factor))
+            )
+        letter, divided, divisor = expression.partition("/")
+        if divided and letter in known:
+            kind = trt.DimensionOperation.FLOOR_DIV
+            known[expression] = builder.operation(kind, known[letter], builder.constant(int(divisor)))
     return known
 
 

@@ -22,7 +22,7 @@ from longtake.export.functions import (
 from longtake.plugins.cases import LINEAR_SIZES, op_inputs
 from longtake.plugins.kernels import size_of
 from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import BLOCK_OPS, DOMAIN, KERNEL_OPS, LIBRARY_OPS, OPS
+from longtake.plugins.spec import BLOCK_OPS, CONV_OPS, DOMAIN, DUPLICATE_OPS, KERNEL_OPS, LIBRARY_OPS, OPS, UP_OPS
 from longtake.runtime.errors import LongtakeError
 
 MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
@@ -157,7 +157,7 @@ def test_one_body_serves_bf16_and_fp32_and_shapes_are_inferred(name: str) -> Non
             kind = value.type.tensor_type
             expected = {"compute": BF16 if name in MAKES_BF16 else dtype, "int8": INT8, "fp32": FLOAT, "fp8": FP8}
             assert kind.elem_type == expected[tensor.dtype]
-            if name not in MAKES_BF16 and name not in LIBRARY_OPS:
+            if name not in (*MAKES_BF16, *LIBRARY_OPS, *CONV_OPS, *UP_OPS, *DUPLICATE_OPS):
                 known = [size if isinstance(size, int) else 0 for size in shape_of(tensor.shape)]
                 assert [d.dim_value for d in kind.shape.dim] == known
         compute[dtype] = model.functions[0].SerializeToString()
