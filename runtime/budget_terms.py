@@ -14,6 +14,7 @@ from longtake.engines import segmented_graph
 from longtake.engines.recipe import Recipe
 from longtake.engines.segmented_graph import SegmentedGraph
 from longtake.engines.spec import Binding, NetworkSpec, cache_bindings, context_bindings, network_spec
+from longtake.plugins.spec import CONV_OPS
 from longtake.runtime.budget import CUDA_CONTEXT_BYTES, KERNEL_BYTES, Budget, Known, Place, Term
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import read_json, sha256
@@ -138,10 +139,15 @@ def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None, place:
     """The decoder's weights: cut networks keep what both have in common once; each whole plan holds its own."""
     graphs = [graph for name in DECODER if (graph := graph_of(engines, name)) is not None]
     if len(graphs) == len(DECODER):
-        stored = {weight: _stored(graph, weight) for graph in graphs for weight in graph.weights}
+        turned = [{step.inputs[1] for step in graph.steps if step.name in CONV_OPS} for graph in graphs]
+        stored = {
+            (weight, weight in last): _stored(graph, weight)  # channels last for a library, first for an engine
+            for graph, last in zip(graphs, turned)
+            for weight in graph.weights
+        }
         return Term("weights, VAE decoder", sum(stored.values()), "exact", place)
     terms = [weights_term(recipe, preset, name, engines) for name in DECODER]
-    if engines is None and recipe.mode == "segmented":
+    if engines is None and recipe.mode == "segmented" and recipe.vae_ops != "library":
         terms = terms[-1:]
     return Term("weights, VAE decoder", sum(term.bytes for term in terms), "estimated", place)
 
