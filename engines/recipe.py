@@ -118,8 +118,9 @@ class Recipe:
 
     @property
     def onnx_name(self) -> str:
-        """Export depends on preset, precision, cache and who multiplies; targets share the ONNX files."""
-        return f"{self.preset}_{self.precision}" + ("_library" if self.linears == "library" else "")
+        """Export depends on preset, precision, cache and who runs what; targets share the ONNX files."""
+        linears = "_library" if self.linears == "library" else ""
+        return f"{self.preset}_{self.precision}{linears}" + (f"_vae_{self.vae_ops}" if self.vae_ops != "engine" else "")
 
 
 def recipe_from_file(path: Path) -> Recipe:
