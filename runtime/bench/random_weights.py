@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -77,13 +78,30 @@ def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]]
                 yield name, random_weight(name, shape, device, dtype or torch.bfloat16)
                 continue
             if packed[0] != base:  # sorted: the parts of one weight come one after the other
-                packed = base, packed_parts(base, tensors, device)
+                packed = base, in_own_memory(partial(packed_parts, base, tensors, device), base, tensors, device)
             yield name, packed[1][name]
         del packed
         if device.type == "cuda":  # what quantizing took must not show in a peak of memory
             torch.cuda.empty_cache()
 
     return weights
+
+
+def in_own_memory(
+    make: Callable[[], dict[str, Tensor]],
+    base: str,
+    tensors: dict[str, tuple[torch.dtype | None, tuple[int, ...]]],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What `make` makes, in memory taken before: made in the middle of what quantizing takes in passing, a weight would
+    pin a block of the allocator several times its size, which weights read from a file do not."""
+    names = [name for name in tensors if base_name(name) == base]
+    kept = {name: torch.empty(tensors[name][1], dtype=tensors[name][0], device=device) for name in names}
+    for name, tensor in make().items():
+        kept[name].copy_(tensor.view(kept[name].shape))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return kept
 
 
 def graph_constant(tensor: onnx.TensorProto, onnx_path: Path) -> Tensor:

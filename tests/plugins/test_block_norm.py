@@ -23,11 +23,15 @@ STEP = {torch.bfloat16: 2**-7, torch.float32: 1e-5, FP8: 2**-3}
 
 
 def check(got: Any, wanted: Any, least: float = 1e-5) -> None:
-    """Equal but where another order of a sum, or another tanh, rounds a number the other way."""
+    """Equal but where another order of a sum, or another tanh, rounds a number the other way: a step off, or two for the
+    few (one in 100,000) that are rounded twice on their way."""
     for g, w in zip(*(out if isinstance(out, tuple) else (out,) for out in (got, wanted)), strict=True):
         assert g.dtype == w.dtype and g.shape == w.shape
         here = g.cpu().float()
-        torch.testing.assert_close(here, w.float(), rtol=STEP[w.dtype], atol=0.02 if w.dtype == FP8 else least)
+        floor = 0.02 if w.dtype == FP8 else least
+        torch.testing.assert_close(here, w.float(), rtol=2 * STEP[w.dtype], atol=floor)
+        far = (here - w.float()).abs() > floor + STEP[w.dtype] * w.float().abs()
+        assert far.double().mean() <= 1e-5
         if w.dtype != torch.float32:
             assert (here != w.float()).double().mean() < 5e-3
 

@@ -16,6 +16,7 @@ from longtake.plugins.sink_attention.library import (
     attention_launcher,
 )
 from longtake.plugins.sink_attention.reference import dequantize_kv
+from longtake.plugins.sink_attention.trial import STEP_ABOVE
 from longtake.plugins.sink_attention.window import addresses
 from longtake.plugins.spec import CACHE_FORMATS
 from longtake.runtime.errors import UnavailableError
@@ -68,7 +69,8 @@ def test_large_model(method: str, kind: str) -> None:
 
 @gpu
 def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values() -> None:
-    """Sums of equal terms stand still on Hopper if too many are added up; sums of positive ones lose a little a step."""
+    """Hopper cuts each product off at the sum's last bit, of 14: attention that weighs thousands of keys alike comes out
+    smaller, by as much as the trial at the start lets pass. docs/recipes.md says what was measured."""
     case = Attention("bf16", LARGE)
     launcher = launcher_for("cudnn", "fp8", case)
     for entries in range(1, 5):
@@ -77,7 +79,7 @@ def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values() -> None:
             t.fill_(1.0)
         ones = run(launcher, case, table).float()
         print(f"{entries} blocks of ones: {ones.min().item():.4f} to {ones.max().item():.4f}")
-        assert ((ones - 1).abs() <= 0.07).all(), entries
+        assert ((ones - 1).abs() <= STEP_ABOVE).all(), entries
         for t in (case.q, case.k, case.cache[0][:, 0]):
             t.normal_()
         for t in (case.v, case.cache[0][:, 1]):
@@ -85,7 +87,7 @@ def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values() -> None:
         got, wanted = run(launcher, case, table).float(), case.reference(table)
         bias, error = (got - wanted).mean().item(), relative_error(got, wanted)
         print(f"{entries} blocks of shifted values: bias {bias:+.4f}, relative error {error:.4f}")
-        assert abs(bias) <= 0.04 and error <= 0.06, entries
+        assert abs(bias) <= STEP_ABOVE and error <= STEP_ABOVE, entries
 
 
 @gpu
