@@ -16,12 +16,12 @@ from longtake.runtime.errors import LongtakeError
 Known = Literal["exact", "measured", "estimated"]
 Place = Literal["generate", "decode"]  # the GPU that generates; the one that decodes, which may be another
 
-# What a process takes on a GPU before it allocates anything: context, torch's and cuBLAS's modules. About 0.5 GB as the
+# What a process takes on a GPU before it allocates anything: context, torch's and cuBLAS's modules. 0.62 GB as the
 # driver counts it (NVML, one H100, driver 580, torch 2.11 with CUDA 13).
-CUDA_CONTEXT_BYTES = 500_000_000
+CUDA_CONTEXT_BYTES = 620_000_000
 # What comes on top once plans and libraries are at work: their kernels' code, cuDNN's and cuBLASLt's handles and
 # workspaces, CUDA graphs, and the ends of torch's blocks.
-KERNEL_BYTES = 250_000_000
+KERNEL_BYTES = 330_000_000
 
 
 @dataclass(frozen=True)

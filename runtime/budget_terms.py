@@ -14,7 +14,6 @@ from longtake.engines import segmented_graph
 from longtake.engines.recipe import Recipe
 from longtake.engines.segmented_graph import SegmentedGraph
 from longtake.engines.spec import Binding, NetworkSpec, cache_bindings, context_bindings, network_spec
-from longtake.plugins.spec import CONV_OPS
 from longtake.runtime.budget import CUDA_CONTEXT_BYTES, KERNEL_BYTES, Budget, Known, Place, Term
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import read_json, sha256
@@ -31,7 +30,7 @@ DECODER = ("vae_first", "vae_steady")
 LANES = {"denoise": PLAIN, "decode": DECODER}
 WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}
 # Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
-FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 4.4
+FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE, LIBRARY_TENSORS_ALIVE = 3, 4.4, 3.5
 SOLVER_LATENTS = 8  # noise, sample, corrected, predictions, velocity and its copy, in fp32
 
 
@@ -84,8 +83,8 @@ def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Te
     # Once: our op writes them in place. TensorRT's plans do where they pass their proof, which only a run can tell (see
     # trt_stream.py); what they then keep twice, all of it at worst, is written down and known to the next budget.
     caches = total_bytes(steady.inputs[1:])
-    twice = 0 if recipe.vae_ops == "plugin" else measured_arena(use.engines).get("caches twice", 0)
-    known: Known = "exact" if recipe.vae_ops == "plugin" else "measured" if measured_arena(use.engines) else "estimated"
+    twice = 0 if recipe.vae_ops != "engine" else measured_arena(use.engines).get("caches twice", 0)
+    known: Known = "exact" if recipe.vae_ops != "engine" else "measured" if measured_arena(use.engines) else "estimated"
     frames = (preset.vae.stride[0] * recipe.vae_latents_per_step, preset.height, preset.width, 3)
     own = total_bytes((steady.inputs[0], steady.outputs[0], first.inputs[0], first.outputs[0]))
     return [
@@ -139,15 +138,10 @@ def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None, place:
     """The decoder's weights: cut networks keep what both have in common once; each whole plan holds its own."""
     graphs = [graph for name in DECODER if (graph := graph_of(engines, name)) is not None]
     if len(graphs) == len(DECODER):
-        turned = [{step.inputs[1] for step in graph.steps if step.name in CONV_OPS} for graph in graphs]
-        stored = {
-            (weight, weight in last): _stored(graph, weight)  # channels last for a library, first for an engine
-            for graph, last in zip(graphs, turned)
-            for weight in graph.weights
-        }
+        stored = {weight: _stored(graph, weight) for graph in graphs for weight in graph.weights}
         return Term("weights, VAE decoder", sum(stored.values()), "exact", place)
     terms = [weights_term(recipe, preset, name, engines) for name in DECODER]
-    if engines is None and recipe.mode == "segmented" and recipe.vae_ops != "library":
+    if engines is None and recipe.mode == "segmented":
         terms = terms[-1:]
     return Term("weights, VAE decoder", sum(term.bytes for term in terms), "estimated", place)
 
@@ -269,6 +263,8 @@ def _denoise_estimate(recipe: Recipe, preset: Preset) -> int:
     if recipe.mode == "fused":
         return hidden
     rows = 2 * preset.chunk_tokens * (6 * dit.dim)  # q, k, v, the residual stream and what a segment hands on
+    if recipe.linears == "library":  # step by step: the window laid out, or one inner tensor of the FFN
+        return rows + max(2 * preset.window_chunks * preset.chunk_tokens * 2 * dit.dim, hidden // FFN_TENSORS_ALIVE)
     unpacked = 2 * (dit.dim * (6 * dit.dim + 2 * dit.ffn_dim)) if recipe.precision in ("w4a16", "nvfp4") else 0
     return rows + unpacked + hidden
 
@@ -278,7 +274,7 @@ def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
     level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive."""
     frames, width = preset.vae.stride[0] * recipe.vae_latents_per_step, preset.vae.decoder_dim * preset.vae.dim_mult[1]
     largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
-    return int(DECODER_TENSORS_ALIVE * largest)
+    return int((LIBRARY_TENSORS_ALIVE if recipe.vae_ops == "library" else DECODER_TENSORS_ALIVE) * largest)
 
 
 def measured_arena(engines: Path | None) -> dict[str, int]:

@@ -120,7 +120,7 @@ def aliases_of(step: Step) -> dict[str, str]:
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors are equal in dtype, shape and every bit (NaNs included)."""
+    """Whether two tensors are equal in dtype, shape and every bit (NaNs included), however they lie in memory."""
     alike = a.dtype == b.dtype and a.shape == b.shape
     return alike and (a is b or torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)))
 
@@ -160,8 +160,8 @@ class SegmentedNetwork:
         """Upload the weights, one at a time."""
         for name, tensor in tensors:
             placed = tensor.to(self.device)
-            if name in self._conv_weights:
-                placed = library_weight(placed)
+            if name in self._conv_weights:  # in memory as the library wants it, in shape as it was
+                placed = library_weight(placed).permute(0, 4, 1, 2, 3)
             kept = self._shared.setdefault(name, placed)
             self._fixed[name] = kept if same_bytes(kept, placed) else placed
 
@@ -244,7 +244,8 @@ class SegmentedNetwork:
             names = zip((*segment.inputs, *segment.outputs), (*step.inputs, *step.outputs), strict=True)
             context = self._contexts[step.name, index if self.contexts_per_step else 0]
             place = self.arena.address + self._places[index], self.step_scratch[index]
-            context.run({binding: values[name] for binding, name in names}, place)
+            # A weight that lies as a library wants it is turned back for the moment; all else is contiguous already.
+            context.run({binding: values[name].contiguous() for binding, name in names}, place)
             return
         if step.kind == "view":
             return  # it has its own place, or rather the one of what it shows, since `prepare`

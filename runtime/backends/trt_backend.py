@@ -149,8 +149,10 @@ class TrtBackend:
     def _prepared(self, names: Sequence[str], device: torch.device) -> dict[str, Network]:
         host, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device)
         shared: dict[str, Tensor] = {}
+        # The steady decoder first: weights that both decoders use are kept as its library wants them.
         loaded = {
-            name: network_from_bundle(self.bundle, name, host, arena, shared, self._weights.get(name)) for name in names
+            name: network_from_bundle(self.bundle, name, host, arena, shared, self._weights.get(name))
+            for name in sorted(names, key=lambda name: name != "vae_steady")
         }
         for network in loaded.values():
             network.prepare()
