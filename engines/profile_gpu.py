@@ -10,13 +10,13 @@ from torch import Tensor
 from longtake.engines.profile import WARM_UP, LayerTimes, timing_feed
 from longtake.engines.spec import NetworkSpec
 from longtake.runtime.backends.segmented_network import SegmentedNetwork
-from longtake.runtime.backends.trt_backend import TrtBackend, WholeNetwork
+from longtake.runtime.backends.trt_backend import ENCODER, TrtBackend, WholeNetwork
 
 
 def backend_profile(backend: TrtBackend, name: str, runs: int) -> list[dict[str, Any]]:
     """Times of network `name` of an open backend, in trtexec's format."""
     tensors = network_tensors(backend, backend.specs[name])
-    network = backend.networks[name]
+    network = (backend.encoder_networks() if name in ENCODER else backend.networks)[name]
     torch.cuda.synchronize(backend.device)  # the inputs were written on another stream
     with torch.cuda.device(backend.device), torch.cuda.stream(torch.cuda.Stream(backend.device)):
         if isinstance(network, SegmentedNetwork):

@@ -15,7 +15,7 @@ from torch import Tensor
 from longtake.plugins.kernels import Dims
 from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, parts
 
-ONE = 0x38  # E4M3's code of 1
+ONE, TOP = 0x38, 0x7E  # E4M3's codes of 1 and of its largest number, 448
 # E4M3's steps around 1 are 1/16 and 1/8, and Hopper's sums round down: a step off is rounding. Wrong conventions of the
 # merge are at least 0.12 off.
 STEP_BELOW, STEP_ABOVE = 0.07, 0.13
@@ -26,10 +26,12 @@ DESCALE_Q = 0.5  # not 1, so that a merge which misses it shows
 
 @dataclass(frozen=True)
 class Trial:
-    """What to write to a workspace, and the answer. uneven: parts differ in keys and values, else all is 1."""
+    """What to write to a workspace, and the answer. uneven: parts differ in keys and values, else all is 1.
+    top: values stand at the top of E4M3's range, as scaled ones do: more of their bits lie below the sum's last one."""
 
     name: str
-    uneven: bool
+    uneven: bool = False
+    top: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -41,6 +43,9 @@ class Trial:
         row = dims["H"] * dims["D"]
         factors = memory[places["factors"] :][: 16 * FACTOR_BYTES].view(torch.float32)
         factors.fill_(1.0)
+        if self.top:
+            memory[places["window_v"] :][: entries * dims["L"] * row].fill_(TOP)
+            factors[FACTORS.index("descale_v") * FACTOR_BYTES // 4] = 1 / 448
         if not self.uneven:
             return 1.0
         factors[FACTORS.index("descale_q") * FACTOR_BYTES // 4] = DESCALE_Q
@@ -53,10 +58,11 @@ class Trial:
         return (weights[1] - weights[0]) / sum(weights)
 
 
-ONES = (Trial("of ones", uneven=False),)
+ONES = (Trial("of ones"),)
+SCALED = (*ONES, Trial("of ones that are scaled", top=True))
 UNEVEN = Trial("whose parts weigh differently", uneven=True)
 
 
 def trials(dims: Dims, entries: int) -> tuple[Trial, ...]:
     """The trials of a window of `entries` blocks."""
-    return (*ONES, UNEVEN) if len(parts(dims["L"], entries)) > 1 else ONES
+    return (*SCALED, UNEVEN) if len(parts(dims["L"], entries)) > 1 else SCALED

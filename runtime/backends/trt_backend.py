@@ -306,12 +306,17 @@ class TrtBackend:
         self.memory.add("a decoder", "VAE caches", "decode buffers")
         return TrtDecoder(stream)
 
+    def encoder_networks(self) -> dict[str, Network]:
+        """The VAE encoder's networks, loaded anew: they are dropped with what was returned."""
+        with torch.cuda.device(self.device):
+            return self._prepared(ENCODER, self.device)
+
     def new_encoder(self) -> Encoder:
         """See Backend.new_encoder; one that is not among the plans runs in PyTorch."""
         if not set(ENCODER) <= set(networks_in(self.bundle)):
             return TorchEncoder(vae_from_checkpoints(self.preset, self.checkpoints), self.device)
+        networks = self.encoder_networks()
         with torch.cuda.device(self.device):
-            networks = self._prepared(ENCODER, self.device)
             specs = self.specs[ENCODER[0]], self.specs[ENCODER[1]]
             twice = frozenset(name for _, name in carried_pairs(specs[1]))
             stream = TrtStream(networks, specs, self.allocate, Lane(self.device), twice)

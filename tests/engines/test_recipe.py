@@ -22,7 +22,10 @@ def test_a_shipped_recipe_is_named_after_what_it_holds(name: str) -> None:
     recipe = recipe_named(name)
     target = f"sm{recipe.compute_capability.replace('.', '')}"
     assert recipe.name == f"{recipe.preset}_{recipe.precision}_{target}" == name
-    assert recipe.onnx_name == f"{recipe.preset}_{recipe.precision}"
+    ran_by = ("_library" if recipe.linears == "library" else "") + (
+        "_vae_library" if recipe.vae_ops == "library" else ""
+    )
+    assert recipe.onnx_name == f"{recipe.preset}_{recipe.precision}{ran_by}"
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -48,7 +48,7 @@ def test_every_network_agrees_with_pytorch(exported: Package, small_models) -> N
 
 def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_models) -> None:  # type: ignore[no-untyped-def]
     recipe, folder = exported
-    assert recipe.onnx_name == f"tiny_{recipe.precision}_library"
+    assert recipe.onnx_name == f"tiny_{recipe.precision}_library_vae_library"
     with pytest.raises(LongtakeError, match="are of another recipe"):
         require_recipe({"preset": "tiny", "precision": recipe.precision, "cache": recipe.cache}, folder, recipe)
     with pytest.raises(IntegrityError, match="another number of custom ops"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
@@ -55,11 +58,21 @@ def test_every_table_equals_the_reference(fmt: str, dims: dict[str, int], method
         assert relative_error(run(launcher, case, table), case.reference(table)) <= TOLERANCE[kind], entries
 
 
+def launcher_unless_sums_stand_still(method: str, kind: str, case: Attention) -> Any:
+    """The launcher; None if 8 bits were refused by the trial that looks for Hopper's short sums, and by no other."""
+    try:
+        return launcher_for(method, kind, case)
+    except UnavailableError as error:
+        assert kind == "fp8" and re.search(r"blocks of ones( that are scaled)? is wrong", str(error)), error
+        return None
+
+
 @gpu
 @pytest.mark.parametrize("method, kind", WAYS)
 def test_large_model(method: str, kind: str) -> None:
     case = Attention("nvfp4", LARGE)
-    launcher = launcher_for(method, kind, case)
+    if (launcher := launcher_unless_sums_stand_still(method, kind, case)) is None:
+        return
     for entries in range(1, 5):
         table = case.table(entries)
         error = relative_error(run(launcher, case, table), case.reference(table))
@@ -72,7 +85,8 @@ def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values() -> None:
     """Hopper cuts each product off at the sum's last bit, of 14: attention that weighs thousands of keys alike comes out
     smaller, by as much as the trial at the start lets pass. docs/recipes.md says what was measured."""
     case = Attention("bf16", LARGE)
-    launcher = launcher_for("cudnn", "fp8", case)
+    if (launcher := launcher_unless_sums_stand_still("cudnn", "fp8", case)) is None:
+        return
     for entries in range(1, 5):
         table = case.table(entries)
         for t in (case.q, case.k, case.v, *case.cache):

@@ -154,8 +154,8 @@ def test_a_trial_tells_conventions_apart(mistake: str) -> None:
     dims = {"S": 4, "L": 7040, "H": 1, "D": 64, "W": 4}
     places, end = addresses(dims, "fp8", 0)
     memory = torch.empty(end, dtype=torch.uint8)
-    assert [trial.uneven for trial in trials(dims, 2)] == [False]
-    wanted = trials(dims, 4)[1].fill(memory, places, dims, 4)
+    assert [trial.uneven for trial in trials(dims, 2)] == [False, False]
+    wanted = trials(dims, 4)[-1].fill(memory, places, dims, 4)
     k, v = (
         memory[places[name] :][: 28160 * 64].view(torch.float8_e4m3fn).float().view(28160, 64)
         for name in ("window_k", "window_v")
