@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | train | distill | export | engines | profile | generate | check | bench
+# make setup | demo | test | test-slow | lint | train | distill | export | engines | profile | generate | check | bench
 # Another interpreter, with everything installed already (no network needed): make test PY=python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -20,7 +20,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup demo test lint format doctor train export engines profile generate check distill experiment bench clean
+.PHONY: setup demo test test-slow lint format doctor train export engines profile generate check distill experiment bench clean
 
 setup: $(VENV)/.ready
 
@@ -45,10 +45,13 @@ demo: $(READY)
 	echo; echo "video:  $(OUT)/demo/video.mp4"; echo "report: $(OUT)/demo/video.json"; \
 	echo "check:  $(OUT)/demo/check.json"
 
-test: $(READY)
+# All that takes seconds; what takes longer (training runs, whole exports, a disk that fills up) is in test-slow
+test: WHICH = not slow
+test-slow: WHICH = slow
+test test-slow: $(READY)
 	@if [ $(JOBS) -gt 1 ] && $(PY) -c 'import xdist' 2>/dev/null; then \
 	  export OMP_NUM_THREADS=1 PARALLEL='-n $(JOBS) --dist loadfile'; fi; \
-	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest $$PARALLEL $(ARGS)
+	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest -m '$(WHICH)' $$PARALLEL $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
