@@ -12,16 +12,16 @@ unpacked already to the whole op (more is faster), TFLOP/s of the whole op, rela
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longtake.plugins.bench import exit_code, milliseconds, no_gpu, print_rows, relative_error
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.launch import TORCH_DTYPES, Launcher, run_kernel
 from longtake.plugins.sink_attention.library import CudnnSinkAttention, TorchSinkAttention, WindowedAttention
@@ -94,29 +94,6 @@ def launcher_for(method: str, kind: str, case: Attention) -> Launcher:
     return made.prepare()
 
 
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
-
-
-def milliseconds(work: Callable[[], None], repeats: int) -> float:
-    """Median time of `work`, captured into a CUDA graph."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
-
-
 def measure(case: Attention, method: str, kind: str, entries: int, wanted: Tensor, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     dims, table = case.dims, case.table(entries)
@@ -179,13 +156,8 @@ def rows(
                 yield row
 
 
-def line_of(row: dict[str, Any], columns: tuple[str, ...]) -> str:
-    """A row of a table, its cells 10 wide."""
-    cells = (f"{row.get(c, ''):.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
-    return "  ".join(cell.rjust(10) for cell in cells)
-
-
 def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 without a GPU, 2 if a row could not be timed."""
     parser = argparse.ArgumentParser(prog="python -m longtake.plugins.attention_bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--tokens", type=int, default=7040, help="tokens of a chunk")
@@ -197,22 +169,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-portable", action="store_true", help="leave out the slow one")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        sys.stderr.write("needs an NVIDIA GPU: torch.cuda.is_available() is False here\n")
+    if no_gpu():
         return 1
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     dims = {"S": args.slots, "L": args.tokens, "H": args.heads, "D": args.dim}
     formats = list(CACHE_FORMATS) if args.cache == "all" else [args.cache]
     ways = [way for way in WAYS if way[0] != "portable" or not args.no_portable]
-    sys.stdout.write("  ".join(c.rjust(10) for c in COLUMNS) + "\n")
-    found = []
-    for row in rows(formats, dims, ways, args.repeats):
-        sys.stdout.write(line_of(row, COLUMNS) + "\n")
-        sys.stdout.flush()
-        found.append(row)
-    if args.json:
-        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "dims": dims, "rows": found}, indent=1))
-    return 0 if all("ms" in row for row in found) else 2
+    return exit_code(print_rows(rows(formats, dims, ways, args.repeats), COLUMNS, args.json, dims=dims))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ second launcher; cublaslt, 1x1x1 only. `error`: relative L2, against fp32 over s
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.plugins.attention_bench import line_of, milliseconds, relative_error
+from longtake.plugins.bench import exit_code, milliseconds, no_gpu, print_rows, relative_error
 from longtake.plugins.conv.cudnn_conv import CudnnConv, geometry, handle_of
 from longtake.plugins.conv.library import TorchConv, conv_launcher, trial_tensors, views
 from longtake.plugins.conv.plans import choice_key, remember, timed_plans
@@ -148,6 +147,7 @@ def sums(found: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 without a GPU, 2 if a row could not be timed."""
     parser = argparse.ArgumentParser(prog="python -m longtake.plugins.conv_bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -157,21 +157,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the rows there as well, after each one")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        sys.stderr.write("needs an NVIDIA GPU: torch.cuda.is_available() is False here\n")
+    if no_gpu():
         return 1
-    sys.stdout.write("  ".join(c.rjust(10) for c in COLUMNS) + "\n")
-    found: list[dict[str, Any]] = []
-    for row in rows(args):
-        sys.stdout.write(line_of(row, COLUMNS) + "\n")
-        sys.stdout.flush()
-        found.append(row)
-        if args.json:
-            gpu, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
-            args.json.write_text(json.dumps({"gpu": gpu, "cudnn": cudnn, "rows": found}, indent=1))
+    found = print_rows(rows(args), COLUMNS, args.json, cudnn=torch.backends.cudnn.version())
     for name, ms in sums(found).items():
         sys.stdout.write(f"a latent, {name}: {ms:.2f} ms\n")
-    return 0 if all("ms" in row for row in found) else 2
+    return exit_code(found)
 
 
 if __name__ == "__main__":

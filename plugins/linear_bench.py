@@ -11,7 +11,6 @@ fast accumulation. In FP8 the reference multiplies the codes, so the error is th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.plugins.attention_bench import line_of, milliseconds, relative_error
+from longtake.plugins.bench import exit_code, milliseconds, no_gpu, print_rows, relative_error
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.linear.library import CublasLtLinear
 from longtake.plugins.ops import REFERENCES
@@ -75,6 +74,7 @@ def rows(tokens: int, dim: int, ffn: int, repeats: int) -> Iterator[dict[str, An
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 without a GPU, 2 if a row could not be timed."""
     parser = argparse.ArgumentParser(prog="python -m longtake.plugins.linear_bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--tokens", type=int, default=7040, help="tokens of a chunk")
@@ -83,18 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        sys.stderr.write("needs an NVIDIA GPU: torch.cuda.is_available() is False here\n")
+    if no_gpu():
         return 1
-    sys.stdout.write("  ".join(c.rjust(10) for c in COLUMNS) + "\n")
-    found = []
-    for row in rows(args.tokens, args.dim, args.ffn, args.repeats):
-        sys.stdout.write(line_of(row, COLUMNS) + "\n")
-        sys.stdout.flush()
-        found.append(row)
-    if args.json:
-        args.json.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": found}, indent=1))
-    return 0 if all("ms" in row for row in found) else 2
+    found = print_rows(rows(args.tokens, args.dim, args.ffn, args.repeats), COLUMNS, args.json)
+    return exit_code(found)
 
 
 if __name__ == "__main__":

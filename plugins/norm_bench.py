@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longtake.plugins.attention_bench import milliseconds
+from longtake.plugins.bench import milliseconds, no_gpu
 from longtake.plugins.cross_attention.library import cross_attention_launcher
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.launch import TORCH_DTYPES, Launcher, OpLauncher
@@ -72,8 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--heads", type=int, default=24)
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        sys.stderr.write("needs an NVIDIA GPU: torch.cuda.is_available() is False here\n")
+    if no_gpu():
         return 1
     sys.stdout.write(f"{torch.cuda.get_device_name()}\n")
     for op, dims in cases(args.tokens, args.dim, args.ffn, args.frames):

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from longtake.plugins.attention_bench import milliseconds
+from longtake.plugins.bench import milliseconds
 from longtake.plugins.launch import TORCH_DTYPES, Launcher
 from longtake.plugins.ops import REFERENCES
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from longtake.plugins.attention_bench import relative_error
+from longtake.plugins.bench import relative_error
 from longtake.plugins.capability import conv_methods
 from longtake.plugins.cases import CONV_SIZES, op_inputs
 from longtake.plugins.conv import plans

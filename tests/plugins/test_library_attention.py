@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from longtake.plugins.attention_bench import Attention, launcher_for, main, relative_error
+from longtake.plugins.attention_bench import Attention, launcher_for, main
+from longtake.plugins.bench import relative_error
 from longtake.plugins.capability import attention_methods
 from longtake.plugins.device_memory import tensor_at
 from longtake.plugins.launch import Launcher

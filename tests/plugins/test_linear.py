@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longtake.plugins.attention_bench import relative_error
+from longtake.plugins.bench import relative_error
 from longtake.plugins.capability import linear_method
 from longtake.plugins.cases import LINEAR_SIZES, op_inputs
 from longtake.plugins.linear.library import CublasLtLinear, linear_launcher
