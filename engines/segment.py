@@ -2,7 +2,8 @@
 
 A node's depth is the number of custom ops passed on the way to it; the nodes of one depth become one ONNX model.
 Weights become inputs, tensors are renamed by position, and segments equal after that are one plan: all middle layers
-of a transformer. A reshape between two custom ops is no segment but a view. Nodes sit as late as their consumers allow, so that what only layer 7 needs is in layer 7's segment.
+of a transformer. A reshape between two custom ops is no segment but a view. Nodes sit as late as their consumers allow,
+so that what only layer 7 needs is in layer 7's segment.
 """
 
 from __future__ import annotations

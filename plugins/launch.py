@@ -37,7 +37,7 @@ TORCH_DTYPES = {
 
 
 class OpLauncher:
-    """One op for fixed dims. method: how it is computed, a name of capability.ATTENTION_METHODS or LINEAR_METHODS."""
+    """One op for fixed dims. method: how it is computed, a method's name in plugins/capability.py."""
 
     method = ""
     workspace_bytes = 0

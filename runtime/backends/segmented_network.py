@@ -41,20 +41,14 @@ def aligned(size: int) -> int:
     return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
 
 
-def arena_layout(graph: SegmentedGraph, given: set[str]) -> tuple[dict[str, int], int]:
-    """`memory_layout` without scratch: byte offsets of all tensors made on the way, and the arena's size."""
-    offsets, _, size = memory_layout(graph, given, [0] * len(graph.steps))
-    return offsets, size
-
-
 def memory_layout(
-    graph: SegmentedGraph, given: set[str], scratch: Sequence[int]
+    graph: SegmentedGraph, given: set[str], scratch: Sequence[int] = ()
 ) -> tuple[dict[str, int], list[int], int]:
     """Byte offsets of all tensors made on the way and of each step's scratch, and the arena's size; memory is reused
     after the last reader, scratch after its step: the step that wants most need not be the one when most is kept.
 
     Args:
-        scratch: bytes that each step wants while it runs.
+        scratch: bytes that each step wants while it runs; by default none wants any.
 
     Tensors in `given` (inputs, outputs, weights) and outputs written over an input need no place; a view has the place
     of what it shows, which is kept until both have been read.

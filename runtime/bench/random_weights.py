@@ -68,9 +68,7 @@ def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]]
         packed: tuple[str, dict[str, Tensor]] = ("", {})
         for name in sorted(names):
             base = base_name(name)
-            if (
-                "." not in name
-            ):  # no parameter but a constant of the graph itself, such as the ones of a plain LayerNorm
+            if "." not in name:  # a constant of the graph itself, such as the ones of a plain LayerNorm
                 yield name, graph_constant(constants[name], onnx_path).to(device)
                 continue
             if base is None:

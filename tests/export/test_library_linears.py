@@ -17,7 +17,7 @@ from longtake.export.content import weights_from_models
 from longtake.export.package import export_package, require_recipe
 from longtake.export.parity import parity_table, require_parity
 from longtake.export.structure import Expected, check_structure
-from longtake.runtime.backends.segmented_network import aliases_of, arena_layout, storage_bytes
+from longtake.runtime.backends.segmented_network import aliases_of, memory_layout, storage_bytes
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.places import REPOSITORY
 
@@ -115,7 +115,7 @@ def test_activations_cross_in_few_bits(exported: Package, cut: CutNetwork) -> No
 
 def test_a_view_has_the_place_of_what_it_shows_until_both_are_read(cut: CutNetwork) -> None:
     graph = cut.graph
-    offsets, end = arena_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights})
+    offsets, _, end = memory_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights})
     shown = {s.outputs[0]: s.inputs[0] for s in graph.steps if s.kind == "view"}
     assert all(offsets[view] == offsets[source] for view, source in shown.items())
     content: dict[int, str] = {}  # first byte -> the tensor written there last

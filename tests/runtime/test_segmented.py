@@ -20,7 +20,6 @@ from longtake.runtime.backends.segmented_network import (
     Piece,
     SegmentedNetwork,
     aliases_of,
-    arena_layout,
     memory_layout,
     placed,
     storage_bytes,
@@ -121,7 +120,7 @@ def test_tensors_alive_together_never_overlap_and_depth_costs_no_memory(packed: 
     sizes = []
     for layers in (4, 12):
         graph = segments_from_onnx(miniature.model_of_layers(layers, packed), "dit").graph
-        offsets, end = arena_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights})
+        offsets, _, end = memory_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights})
         alive = alive_ranges(graph, set(offsets))
         placed = {n: (offsets[n], offsets[n] + storage_bytes(graph.tensors[n])) for n in offsets}
         for one in placed:
@@ -168,7 +167,7 @@ def test_a_large_piece_takes_the_place_of_small_ones_that_are_over() -> None:
 def test_a_steps_scratch_is_beside_what_is_alive_then_and_nowhere_else() -> None:
     graph = segments_from_onnx(miniature.model_of_layers(2), "dit").graph
     given = {*graph.inputs, *graph.outputs, *graph.weights}
-    plain = arena_layout(graph, given)[1]
+    plain = memory_layout(graph, given)[2]
     for i in range(len(graph.steps)):
         scratch = [1 << 20 if j == i else 0 for j in range(len(graph.steps))]
         offsets, places, end = memory_layout(graph, given, scratch)

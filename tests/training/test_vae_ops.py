@@ -17,7 +17,7 @@ from longtake.engines.spec import recipe_spec
 from longtake.export import package
 from longtake.export.package import PlainGraphs
 from longtake.plugins.spec import CONV_OPS, DOMAIN, STREAM_OPS
-from longtake.runtime.backends.segmented_network import arena_layout, storage_bytes
+from longtake.runtime.backends.segmented_network import memory_layout, storage_bytes
 from longtake.training.presets import TINY
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes, stream_ops
 from longtake.training.vae_layers import channels_last
@@ -78,7 +78,7 @@ def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(tmp_path: Path
     weights = {step.inputs[1] for step in cut.graph.steps if step.name in CONV_OPS}
     inside = {name for step in cut.graph.steps if step.kind == "segment" for name in step.inputs}
     assert weights <= set(cut.graph.weights) and not weights & inside
-    _, size = arena_layout(cut.graph, {*cut.graph.inputs, *cut.graph.outputs, *cut.graph.weights})
+    _, _, size = memory_layout(cut.graph, {*cut.graph.inputs, *cut.graph.outputs, *cut.graph.weights})
     largest = sorted((storage_bytes(cut.graph.tensors[n]) for s in cut.graph.steps for n in s.outputs), reverse=True)
     assert size < 4 * largest[0], "what nobody reads any more gives its place away"
 
