@@ -6,7 +6,12 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from longtake import __version__
 from longtake.runtime.errors import LongtakeError
@@ -61,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _print_any_text()
         configure_logging()
-        args = build_parser(words[0] if words else None).parse_args(words)
-        return int(args.run(args) or 0)
+        with _interrupts_kept():
+            args = build_parser(words[0] if words else None).parse_args(words)
+            return int(args.run(args) or 0)
     except KeyboardInterrupt:
         print("longtake: interrupted; nothing half-written was left under a final name", file=sys.stderr)
         return 130
@@ -75,6 +81,26 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"longtake: error: {known}", file=sys.stderr)
         return known.exit_code
+
+
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Send a Ctrl-C again that fell into a finalizer: Python prints what is raised there, and drops it."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        again = threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _print_any_text() -> None:

@@ -1,0 +1,40 @@
+"""The `longtake` command itself."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from longtake.runtime import cli
+
+
+class InterruptedWhenDropped:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    came_back = []
+
+    def run(args: argparse.Namespace) -> int:
+        InterruptedWhenDropped()
+        came_back.append(True)  # Python has dropped the exception
+        time.sleep(10)
+        return 0
+
+    def register(subparsers: Any) -> None:
+        subparsers.add_parser("drop").set_defaults(run=run)
+
+    monkeypatch.setattr(cli, "COMMANDS", {"drop": "drop"})
+    monkeypatch.setitem(sys.modules, "drop", SimpleNamespace(register=register))  # type: ignore[arg-type]
+    before = sys.unraisablehook
+    assert cli.main(["drop"]) == 130 and came_back
+    assert "interrupted" in capsys.readouterr().err
+    assert sys.unraisablehook is before
