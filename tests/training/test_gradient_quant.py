@@ -158,7 +158,7 @@ def test_a_captured_step_draws_anew(small_preset: Preset) -> None:
     captured = torch.cuda.make_graphed_callables(linear, (torch.randn(32, 64, device="cuda", requires_grad=True),))
     x, upstream, grads = torch.randn(32, 64, device="cuda"), torch.randn(32, 128, device="cuda"), []
     for seed in (1, 2, 1):
-        linear.zero_grad(set_to_none=False)
+        linear.zero_grad()  # to None: what a graph hands out is its own buffer, which the next replay writes over
         torch.manual_seed(seed)
         captured(x.clone().requires_grad_()).backward(upstream)
         grads.append(linear._parameters["weight"].grad.clone())
