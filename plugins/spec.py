@@ -42,12 +42,15 @@ class OpSpec:
 
     name: torch op name (`longtake::<name>`), also the ONNX op type and the plugin name.
     aliases: output index -> input index that it is written over, in place.
+    may_share: output index -> input index that may lie in the output's last bytes: whoever writes an element there has
+        read the input's element of that place, and nobody else reads it.
     """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     aliases: tuple[tuple[int, int], ...] = ()
+    may_share: tuple[tuple[int, int], ...] = ()
 
 
 def cache_tensors(fmt: str) -> tuple[TensorSpec, ...]:
@@ -102,7 +105,8 @@ def stream_extend(norm: bool) -> OpSpec:
     x, cache, y = (TensorSpec(n, "compute", (t, "Y", "X", "C")) for n, t in (("x", "T"), ("cache", "F"), ("y", "T+F")))
     gamma = (TensorSpec("gamma", "compute", ("C",)),) if norm else ()
     name = "norm_silu_extend" if norm else "stream_extend"
-    return OpSpec(name, inputs=(x, *gamma, cache), outputs=(y, cache), aliases=((1, 1 + len(gamma)),))
+    aliases = ((1, 1 + len(gamma)),)
+    return OpSpec(name, inputs=(x, *gamma, cache), outputs=(y, cache), aliases=aliases, may_share=((0, 0),))
 
 
 def nvfp4_dequantize() -> OpSpec:
@@ -240,7 +244,7 @@ def duplicate_up(name: str) -> OpSpec:
     """y + x, whose channels are repeated and unfolded into 2x2 positions and, "_time", two frames: a shortcut."""
     out = TensorSpec("out", "compute", ("T" if DUPLICATE_OPS[name] == 1 else "2*T", "2*Y", "2*X", "N"))
     x = TensorSpec("x", "compute", ("T", "Y", "X", "C"))
-    return OpSpec(name, (x, TensorSpec("y", out.dtype, out.shape)), (out,))
+    return OpSpec(name, (x, TensorSpec("y", out.dtype, out.shape)), (out,), may_share=((0, 1),))
 
 
 def made_shape(spec: OpSpec, shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...] | None:

@@ -30,7 +30,7 @@ DECODER = ("vae_first", "vae_steady")
 LANES = {"denoise": PLAIN, "decode": DECODER}
 WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}
 # Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
-FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE, LIBRARY_TENSORS_ALIVE = 3, 4.4, 3.5
+FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 4.4
 SOLVER_LATENTS = 8  # noise, sample, corrected, predictions, velocity and its copy, in fp32
 
 
@@ -221,17 +221,25 @@ def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | Non
 
 def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
     """Arena bytes of a network among `engines`: None if it is not there, or its plans do not say what they want."""
-    from longtake.runtime.backends.segmented_network import aligned, memory_layout, step_scratch
+    from longtake.runtime.backends.first_step import first_steps
+    from longtake.runtime.backends.less_memory import planned_steps
+    from longtake.runtime.backends.memory_plan import aligned
 
     graph = graph_of(engines, network)
     if graph is None:
         return scratch_of_plan(engines / f"{network}.plan")
-    wanted = {segment.name: scratch_of_plan(engines / f"{segment.name}.plan") for segment in graph.segments}
-    if any(size is None for size in wanted.values()):
+    steady = graph_of(engines, DECODER[1]) if network == DECODER[0] else None
+    first = first_steps(steady) if steady else None  # the steady decoder's steps then stand for the first one's
+    sizes = {
+        s.name: scratch_of_plan(engines / f"{s.name}.plan") for s in (steady if first and steady else graph).segments
+    }
+    if any(size is None for size in sizes.values()):
         return None
-    ops = {i: _workspace(recipe, graph, i) for i, step in enumerate(graph.steps) if step.name.startswith("sink_att")}
-    scratch = step_scratch(graph, {name: aligned(size or 1) for name, size in wanted.items()}, ops)
-    return memory_layout(graph, {*graph.inputs, *graph.outputs, *graph.weights}, scratch)[2]
+    scratch = {name: aligned(size or 1) for name, size in sizes.items()}
+    plan = first.plan if first else planned_steps(graph, scratch)
+    steps = enumerate(plan.graph.steps)
+    ops = {i: _workspace(recipe, graph, i) for i, step in steps if step.name.startswith("sink_att")}
+    return plan.layout(scratch, ops)[2]
 
 
 def _workspace(recipe: Recipe, graph: SegmentedGraph, index: int) -> int:
@@ -271,10 +279,24 @@ def _denoise_estimate(recipe: Recipe, preset: Preset) -> int:
 
 def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
     """Multiples of the largest activation, which enters the last level: full size of the pixel patches, width of the
-    level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive."""
+    level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive. Where a library
+    runs all but a few layers the steps are known; what is not is the scratch of those few."""
+    if recipe.vae_ops == "library":
+        return _library_estimate(recipe, preset)
     frames, width = preset.vae.stride[0] * recipe.vae_latents_per_step, preset.vae.decoder_dim * preset.vae.dim_mult[1]
     largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
-    return int((LIBRARY_TENSORS_ALIVE if recipe.vae_ops == "library" else DECODER_TENSORS_ALIVE) * largest)
+    return int(DECODER_TENSORS_ALIVE * largest)
+
+
+def _library_estimate(recipe: Recipe, preset: Preset) -> int:
+    from longtake.runtime.backends.first_step import first_steps
+    from longtake.runtime.backends.less_memory import planned_steps
+    from longtake.runtime.recorded_steps import library_decoder_steps
+
+    graph = library_decoder_steps(preset, recipe.vae_latents_per_step)
+    scratch = {segment.name: 0 for segment in graph.segments}
+    first = first_steps(graph)
+    return max(plan.layout(scratch)[2] for plan in (planned_steps(graph, scratch), *([first.plan] if first else [])))
 
 
 def measured_arena(engines: Path | None) -> dict[str, int]:

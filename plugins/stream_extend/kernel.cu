@@ -1,17 +1,19 @@
 // y = [cache, x], where NORM with x normalised over its channels, scaled by gamma and put through SiLU; the last PAST
 // frames of y are written over the cache. x [frames,P,C], cache [PAST,P,C], y [PAST+frames,P,C]; gridDim.y: frames.
 // LANES threads of a warp hold one position's channels in registers, UNITS x 8 each; they do ROWS positions at once, so
-// that several loads are under way. Who writes a place of the cache has read it before: no other thread touches it.
+// that several loads are under way. Who writes a place of the cache has read it before: no other thread touches it. x may
+// lie where y's frames begin that it becomes: each thread holds what it reads of x in registers before it writes anything,
+// and no other thread reads the same.
 #include "memory.cuh"
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 extern "C" __global__ void __launch_bounds__(THREADS) stream_extend(
-    const compute_t* __restrict__ x,
+    const compute_t* x,
 #if NORM
     const compute_t* __restrict__ gamma,
 #endif
-    compute_t* cache, compute_t* __restrict__ y, int frames, int positions) {
+    compute_t* cache, compute_t* y, int frames, int positions) {
   constexpr int GROUPS = THREADS / LANES;
   const int lane = (int)threadIdx.x % LANES, group = (int)threadIdx.x / LANES, frame = blockIdx.y;
   const size_t pane = (size_t)positions * CHANNELS;

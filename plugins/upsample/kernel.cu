@@ -25,10 +25,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) upsample(
 }
 #else
 // out = y + x [T,Y,X,CHANNELS * RATIO], where channel o at place k of a block of TIME x 2 x 2 positions of y is x's channel
-// (o * 4 TIME + k) * RATIO / (4 TIME): a thread reads 8 RATIO of them in a row.
+// (o * 4 TIME + k) * RATIO / (4 TIME): a thread reads 8 RATIO of them in a row. out may be y: a thread reads all that it
+// writes to before it writes any of it, and no other thread reads that.
 extern "C" __global__ void __launch_bounds__(THREADS) duplicate_up(
-    const compute_t* __restrict__ x, const compute_t* __restrict__ y, compute_t* __restrict__ out, int positions,
-    int width) {
+    const compute_t* __restrict__ x, const compute_t* y, compute_t* out, int positions, int width) {
   constexpr int UNITS = CHANNELS / 8, PLACES = 4 * TIME;
   const int index = blockIdx.x * THREADS + threadIdx.x;
   if (index >= positions * UNITS) return;
@@ -37,18 +37,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) duplicate_up(
   const compute_t* source = x + (((size_t)blockIdx.y * positions + position) * UNITS + unit) * (8 * RATIO);
 #pragma unroll
   for (int r = 0; r < RATIO; ++r) load8(source + 8 * r, held[r]);
+  float sum[PLACES][8];
+  size_t place[PLACES];
 #pragma unroll
   for (int k = 0; k < PLACES; ++k) {
     const int row = 2 * (position / width) + k / 2 % 2, column = 2 * (position % width) + k % 2;
-    const size_t place = place_of(blockIdx.y * TIME + k / 4, row, column, positions, width, CHANNELS) + unit * 8;
-    float sum[8];
-    load8(y + place, sum);
+    place[k] = place_of(blockIdx.y * TIME + k / 4, row, column, positions, width, CHANNELS) + unit * 8;
+    load8(y + place[k], sum[k]);
+  }
+#pragma unroll
+  for (int k = 0; k < PLACES; ++k) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int from = (i * PLACES + k) * RATIO / PLACES;
-      sum[i] += held[from / 8][from % 8];
+      sum[k][i] += held[from / 8][from % 8];
     }
-    store8(out + place, sum);
+    store8(out + place[k], sum[k]);
   }
 }
 #endif

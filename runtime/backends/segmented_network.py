@@ -6,8 +6,7 @@ device and are unpacked just before the segment that needs them, into memory tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from longtake.engines.build import segment_spec
 from longtake.engines.onnx_file import WeightSource, weights_from_onnx
-from longtake.engines.segmented_graph import SegmentedGraph, Step, TensorType
+from longtake.engines.segmented_graph import SegmentedGraph, Step
 from longtake.plugins.conv.library import conv_launcher, library_weight
 from longtake.plugins.cross_attention.library import cross_attention_launcher
 from longtake.plugins.kernels import dims_from_shapes
@@ -25,92 +24,10 @@ from longtake.plugins.launch import Launcher, OpLauncher
 from longtake.plugins.linear.library import linear_launcher
 from longtake.plugins.sink_attention.library import attention_launcher
 from longtake.plugins.spec import CONV_OPS, LINEAR_OPS, OPS
-from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext
+from longtake.runtime.backends.less_memory import PlannedSteps, planned_steps
+from longtake.runtime.backends.memory_plan import aliases_of, aligned, step_scratch
+from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext, TrtEngine
 from longtake.runtime.errors import LongtakeError
-
-ALIGNMENT = 256  # bytes, what TensorRT asks of a binding's address
-
-
-def storage_bytes(kind: TensorType) -> int:
-    """Bytes of a tensor, rounded up to ALIGNMENT."""
-    return aligned(prod(int(n) for n in kind.shape) * TORCH_DTYPES[kind.dtype].itemsize)
-
-
-def aligned(size: int) -> int:
-    """`size` bytes, at least one, rounded up to ALIGNMENT."""
-    return -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
-
-
-def memory_layout(
-    graph: SegmentedGraph, given: set[str], scratch: Sequence[int] = ()
-) -> tuple[dict[str, int], list[int], int]:
-    """Byte offsets of all tensors made on the way and of each step's scratch, and the arena's size; memory is reused
-    after the last reader, scratch after its step: the step that wants most need not be the one when most is kept.
-
-    Args:
-        scratch: bytes that each step wants while it runs; by default none wants any.
-
-    Tensors in `given` (inputs, outputs, weights) and outputs written over an input need no place; a view has the place
-    of what it shows, which is kept until both have been read.
-    """
-    shown = {step.outputs[0]: step.inputs[0] for step in graph.steps if step.kind == "view"}
-    last = {shown.get(name, name): i for i, step in enumerate(graph.steps) for name in (*step.inputs, *step.outputs)}
-    pieces = [
-        Piece(name, storage_bytes(graph.tensors[name]), i, last[name])
-        for i, step in enumerate(graph.steps)
-        for name in step.outputs
-        if name not in given and name not in aliases_of(step)
-    ]
-    pieces += [Piece(i, aligned(size), i, i) for i, size in enumerate(scratch) if size]
-    found, end = placed(pieces)
-    offsets = {name: offset for name, offset in found.items() if isinstance(name, str)}
-    offsets |= {view: offsets[source] for view, source in shown.items() if source in offsets}
-    return offsets, [found.get(i, 0) for i in range(len(scratch))], end
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Memory that is wanted from step `first` to step `last`: a tensor by name, or a step's scratch by its number."""
-
-    name: str | int
-    size: int
-    first: int
-    last: int
-
-    def meets(self, other: Piece) -> bool:
-        """Whether there is a step in which both are wanted."""
-        return self.first <= other.last and other.first <= self.last
-
-
-def placed(pieces: Sequence[Piece]) -> tuple[dict[str | int, int], int]:
-    """Byte offsets by name, and the end: the largest first, each as low as those allow that it meets. Placing them in the
-    order they come up leaves gaps that a large one does not fit (12 % more for the VAE decoder's)."""
-    offsets: dict[str | int, int] = {}
-    done: list[Piece] = []
-    for piece in sorted(pieces, key=lambda p: (-p.size, p.first)):
-        offset = 0
-        for other in sorted((p for p in done if piece.meets(p)), key=lambda p: offsets[p.name]):
-            if offset + piece.size <= offsets[other.name]:
-                break
-            offset = max(offset, offsets[other.name] + other.size)
-        offsets[piece.name] = offset
-        done.append(piece)
-    return offsets, max((offsets[p.name] + p.size for p in pieces), default=0)
-
-
-def step_scratch(graph: SegmentedGraph, segments: Mapping[str, int], ops: Mapping[int, int]) -> list[int]:
-    """Scratch bytes of each step, from those of the segments by name and of the ops by step; one segment's contexts
-    are given as much wherever they run."""
-    return [segments[step.name] if step.kind == "segment" else ops.get(i, 0) for i, step in enumerate(graph.steps)]
-
-
-def aliases_of(step: Step) -> dict[str, str]:
-    """Outputs of a step that are written over one of its inputs."""
-    if step.kind == "segment":
-        return {}
-    if step.kind == "view":
-        return {step.outputs[0]: step.inputs[0]}
-    return {step.outputs[out]: step.inputs[source] for out, source in OPS[step.name].aliases}
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -125,7 +42,8 @@ class SegmentedNetwork:
     arena: the tensors between steps, and beside them what the plan or op that runs needs for itself; nobody needs any of
     it after `run`, so networks that run one after another may share it, and `scratch` of whole plans with it.
     attention: what the recipe wants sink attention computed in, "bf16" or "fp8". shared: weights on the device by name,
-    of networks that may have some in common (the two of a VAE decoder do); they are kept once.
+    of networks that may have some in common (the two of a VAE decoder do); they are kept once. engines: the segments'
+    engines by name, where they are loaded already.
     """
 
     def __init__(
@@ -136,10 +54,14 @@ class SegmentedNetwork:
         contexts_per_step: bool = False,
         attention: str = "bf16",
         shared: dict[str, Tensor] | None = None,
+        engines: Mapping[str, TrtEngine] | None = None,
     ) -> None:
-        self.graph, self.device, self.arena = graph, host.device, arena
+        self.host, self.device, self.arena, self.exported = host, host.device, arena, graph
         self.contexts_per_step, self.attention = contexts_per_step, attention
-        self.engines = {s.name: host.load(s.name, segment_spec(s)) for s in graph.segments}
+        self.engines = dict(engines or {s.name: host.load(s.name, segment_spec(s)) for s in graph.segments})
+        self._segment_scratch = {name: aligned(engine.scratch_bytes) for name, engine in self.engines.items()}
+        self.plan = self._planned(graph)
+        self.graph = self.plan.graph
         self._shared = {} if shared is None else shared
         self._offsets: dict[str, int] = {}
         self._places: list[int] = []
@@ -149,6 +71,9 @@ class SegmentedNetwork:
         self._conv_weights = {step.inputs[1] for step in graph.steps if step.name in CONV_OPS}
         self._fixed: dict[str, Tensor] = {}
         self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], OpLauncher] = {}
+
+    def _planned(self, graph: SegmentedGraph) -> PlannedSteps:
+        return planned_steps(graph, self._segment_scratch)
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Upload the weights, one at a time."""
@@ -183,11 +108,9 @@ class SegmentedNetwork:
             engine.keep_compiled_kernels()
         ops = {i: step for i, step in enumerate(self.graph.steps) if step.kind in ("op", "unpack")}
         self._launchers = {i: self._launcher(step) for i, step in ops.items()}
-        segments = {name: aligned(engine.scratch_bytes) for name, engine in self.engines.items()}
         own = {i: launcher.workspace_bytes for i, launcher in self._launchers.items()}
-        self.step_scratch = step_scratch(self.graph, segments, own)
-        given = {*self.graph.inputs, *self.graph.outputs, *self.graph.weights}
-        self._offsets, self._places, size = memory_layout(self.graph, given, self.step_scratch)
+        self.step_scratch = step_scratch(self.graph, self._segment_scratch, own)
+        self._offsets, self._places, size = self.plan.layout(self._segment_scratch, own)
         self.arena.reserve(size)
         self._placed = False
 

@@ -16,6 +16,7 @@ from longtake.engines.flavour import Flavour
 from longtake.engines.onnx_file import WeightSource
 from longtake.engines.spec import NETWORKS, Binding, context_bindings, recipe_spec
 from longtake.runtime.backends.base import Cache, Encoder
+from longtake.runtime.backends.first_step import FirstStep, first_steps
 from longtake.runtime.backends.lane import Lane
 from longtake.runtime.backends.memory_log import MemoryLog
 from longtake.runtime.backends.segmented_network import SegmentedNetwork
@@ -60,8 +61,12 @@ def network_from_bundle(
     arena: Scratch,
     shared: dict[str, Tensor],
     weights: WeightSource | None = None,
+    steady: Network | None = None,
 ) -> Network:
-    """Load one network: verified plans; a cut network's weights come from `weights`, or its verified ONNX file."""
+    """Load one network: verified plans; a cut network's weights come from `weights`, or its verified ONNX file. A stream's
+    first step needs none if `steady`, its later ones' network, can do it."""
+    if name == "vae_first" and isinstance(steady, SegmentedNetwork) and (first := first_steps(steady.exported)):
+        return FirstStep(steady, first)
     cut = bundle.folder / f"{name}.segments.json"
     if not cut.is_file():
         if weights is not None:
@@ -149,11 +154,11 @@ class TrtBackend:
     def _prepared(self, names: Sequence[str], device: torch.device) -> dict[str, Network]:
         host, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device)
         shared: dict[str, Tensor] = {}
-        # The steady decoder first: weights that both decoders use are kept as its library wants them.
-        loaded = {
-            name: network_from_bundle(self.bundle, name, host, arena, shared, self._weights.get(name))
-            for name in sorted(names, key=lambda name: name != "vae_steady")
-        }
+        loaded: dict[str, Network] = {}
+        # The steady decoder first: it can stand for the other one, or else its library says how both keep their weights.
+        for name in sorted(names, key=lambda name: name != "vae_steady"):
+            source, steady = self._weights.get(name), loaded.get("vae_steady")
+            loaded[name] = network_from_bundle(self.bundle, name, host, arena, shared, source, steady)
         for network in loaded.values():
             network.prepare()
         # What loading, quantizing and trying took in passing would stay with torch's allocator, to no use.

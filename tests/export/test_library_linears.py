@@ -17,7 +17,7 @@ from longtake.export.content import weights_from_models
 from longtake.export.package import export_package, require_recipe
 from longtake.export.parity import parity_table, require_parity
 from longtake.export.structure import Expected, check_structure
-from longtake.runtime.backends.segmented_network import aliases_of, memory_layout, storage_bytes
+from longtake.runtime.backends.memory_plan import aliases_of, memory_layout, storage_bytes
 from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.places import REPOSITORY
 

@@ -16,14 +16,8 @@ from torch import Tensor
 
 from longtake.engines.segment import constants_of, segments_from_onnx
 from longtake.engines.segmented_graph import SegmentedGraph, Step
-from longtake.runtime.backends.segmented_network import (
-    Piece,
-    SegmentedNetwork,
-    aliases_of,
-    memory_layout,
-    placed,
-    storage_bytes,
-)
+from longtake.runtime.backends.memory_plan import Piece, aliases_of, memory_layout, placed, storage_bytes
+from longtake.runtime.backends.segmented_network import SegmentedNetwork
 from longtake.runtime.backends.trt_engine import Scratch
 from longtake.runtime.errors import LongtakeError
 

@@ -17,7 +17,7 @@ from longtake.engines.spec import recipe_spec
 from longtake.export import package
 from longtake.export.package import PlainGraphs
 from longtake.plugins.spec import CONV_OPS, DOMAIN, STREAM_OPS
-from longtake.runtime.backends.segmented_network import memory_layout, storage_bytes
+from longtake.runtime.backends.memory_plan import memory_layout, storage_bytes
 from longtake.training.presets import TINY
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes, stream_ops
 from longtake.training.vae_layers import channels_last

@@ -1,0 +1,225 @@
+"""The VAE decoder's steps in little memory: the same results in an arena whose free bytes are poisoned after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.engines.onnx_file import read_graph
+from longtake.engines.recipe import recipe_named
+from longtake.engines.segment import segments_from_onnx
+from longtake.engines.segmented_graph import SegmentedGraph, Step, run_steps
+from longtake.export import package
+from longtake.export.package import PlainGraphs
+from longtake.plugins.ops import REFERENCES
+from longtake.runtime.backends import first_step, less_memory
+from longtake.runtime.backends.first_step import FirstStep, first_steps
+from longtake.runtime.backends.less_memory import PlannedSteps, planned_steps
+from longtake.runtime.backends.memory_plan import storage_bytes
+from longtake.runtime.backends.segmented_network import SegmentedNetwork
+from longtake.runtime.backends.trt_engine import Scratch
+from longtake.training.presets import TINY
+from longtake.training.vae import CausalVAE, DecoderFirst, shuffle
+from longtake.training.vae_layers import channels_first, channels_last
+
+CPU, POISON = torch.device("cpu"), 0xFF  # NaN, in bf16 and in fp32
+
+
+@pytest.fixture(scope="module")
+def vae() -> CausalVAE:
+    torch.manual_seed(0)
+    made = CausalVAE(TINY.vae).eval().to(torch.bfloat16)
+    made.latent_mean.normal_()
+    return made
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> SegmentedGraph:
+    """vae_steady of a small library recipe, as exported and cut."""
+    folder = tmp_path_factory.mktemp("steady")
+    recipe = replace(recipe_named("tiny_bf16_sm90"), vae_ops="library")
+    package._export_network(PlainGraphs(TINY), recipe, "vae_steady", folder, lambda words: None, None)
+    return segments_from_onnx(read_graph(folder / "vae_steady.onnx"), "vae_steady").graph
+
+
+def segment_functions(vae: CausalVAE) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What the three engines compute of their first input."""
+
+    def before(latent: Tensor) -> Tensor:
+        mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
+        return channels_last(vae.post_quant((latent.float() * std + mean).to(torch.bfloat16))).contiguous()
+
+    def attention(x: Tensor) -> Tensor:
+        return channels_last(vae.decoder.stages[0].attention(channels_first(x))).contiguous()
+
+    def head(longer: Tensor) -> Tensor:
+        return shuffle(vae.decoder.conv_out.conv(channels_first(longer))).float().clamp(-1.0, 1.0)
+
+    return {"vae_steady_seg0": before, "vae_steady_seg1": attention, "vae_steady_seg2": head}
+
+
+class Engine:
+    """Stands for a plan; its scratch is what lies at the address it is given."""
+
+    def __init__(self, name: str, compute: Callable[[Tensor], Tensor], scratch_bytes: int) -> None:
+        self.name, self.compute, self.scratch_bytes = name, compute, scratch_bytes
+
+    def context(self, arena: Scratch) -> Engine:
+        self.arena = arena
+        return self
+
+    def keep_compiled_kernels(self) -> None: ...
+
+    def run(self, tensors: Mapping[str, Tensor], memory: tuple[int, int]) -> None:
+        offset = memory[0] - self.arena.address
+        result = self.compute(tensors["x0"])
+        self.arena.memory[offset : offset + memory[1]] = POISON
+        tensors["y0"].copy_(result)
+
+
+class Poisoned:
+    """The executor with references in the kernels' place; all that nobody will read is overwritten after each step."""
+
+    poison = True
+
+    def _launcher(self, step: Step) -> Any:
+        return SimpleNamespace(workspace_bytes=0)
+
+    def _launch(self, index: int, step: Step, values: Mapping[str, Tensor]) -> None:
+        results = REFERENCES[step.name](*(values[name].clone() for name in step.inputs))
+        results = results if isinstance(results, tuple) else (results,)
+        for name, result in zip(step.outputs, results, strict=True):
+            values[name].copy_(result)
+
+    def run_step(self, index: int, step: Step, values: dict[str, Tensor], write: bool = True) -> None:
+        super().run_step(index, step, values, write)  # type: ignore[misc]
+        if self.poison:
+            free = torch.ones(self.arena.size, dtype=torch.bool)  # type: ignore[attr-defined]
+            for start, stop in alive_after(self, index):  # type: ignore[arg-type]
+                free[start:stop] = False
+            self.arena.memory[free] = POISON  # type: ignore[attr-defined]
+
+
+class Steady(Poisoned, SegmentedNetwork): ...
+
+
+class First(Poisoned, FirstStep): ...
+
+
+def alive_after(network: SegmentedNetwork, index: int) -> list[tuple[int, int]]:
+    """Bytes of the arena that a later step reads and that are written by now, worked out from the steps alone."""
+    ranges, steps = [], network.graph.steps
+
+    def stretch(name: str) -> tuple[int, int]:
+        first = network._offsets[name]
+        return first, first + storage_bytes(network.graph.tensors[name])
+
+    names = network._offsets.keys()
+    made = [stretch(n) for step in steps[: index + 1] for n in step.outputs if n in names]
+    later = [stretch(n) for step in steps[index + 1 :] for n in step.inputs if n in names]
+    if isinstance(network, FirstStep):  # its frames are taken from the arena when all is over
+        later.append(stretch(first_step.WHOLE))
+    for first, stop in made:
+        ranges += [(max(first, a), min(stop, b)) for a, b in later if a < stop and first < b]
+    return ranges
+
+
+def network_of(graph: SegmentedGraph, vae: CausalVAE, scratch: int = 1000) -> Steady:
+    functions = segment_functions(vae)
+    host = SimpleNamespace(device=CPU, load=lambda name, spec: Engine(name, functions[name], scratch))
+    network = Steady(host, graph, Scratch(CPU))
+    weights = vae.state_dict()
+    network.load_weights((name, weights[name]) for name in graph.weights)
+    return network
+
+
+def bindings(graph: SegmentedGraph, caches: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {name: cache.clone() for name, cache in caches.items()}
+    return tensors | {f"{name}_out": tensor for name, tensor in tensors.items()}
+
+
+def caches_of(graph: SegmentedGraph, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(graph.tensors[name].shape, generator=generator).to(torch.bfloat16)
+            for name in graph.inputs if name != "latent"}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scratch", (0, 1 << 20))
+def test_a_later_step_is_the_same_in_little_memory(graph: SegmentedGraph, vae: CausalVAE, scratch: int) -> None:
+    network = network_of(graph, vae, scratch)
+    network.prepare()
+    assert len(network.graph.steps) > len(graph.steps) or scratch, "some steps go in parts"
+    weights, functions = vae.state_dict(), segment_functions(vae)
+
+    def op(name: str, inputs: Any) -> Any:
+        results = REFERENCES[name](*inputs)
+        return results if isinstance(results, tuple) else (results,)
+
+    for seed in (1, 2):
+        latent = torch.randn(graph.tensors["latent"].shape, generator=torch.Generator().manual_seed(seed))
+        caches = caches_of(graph, seed)
+        wanted = run_steps(graph, {"latent": latent, **caches}, weights, lambda n, x: (functions[n](x[0]),), op)
+        tensors = bindings(graph, caches) | {"latent": latent, "frames": torch.zeros(graph.tensors["frames"].shape)}
+        network.run(tensors)
+        for name, value in wanted.items():
+            torch.testing.assert_close(tensors[name], value, rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_the_first_step_by_ops_is_the_decoders(graph: SegmentedGraph, vae: CausalVAE) -> None:
+    steady = network_of(graph, vae)
+    found = first_steps(graph)
+    assert found is not None
+    first = First(steady, found)
+    first.prepare()
+    steady.prepare()
+    shape = list(graph.tensors["frames"].shape)
+    for seed in (1, 2):
+        latent = torch.randn(graph.tensors["latent"].shape, generator=torch.Generator().manual_seed(seed))
+        wanted, *caches = DecoderFirst(vae, ops=True)(latent)
+        outs = {f"vae_cache_{i}_out": torch.full_like(cache, float("nan")) for i, cache in enumerate(caches)}
+        tensors = outs | {"latent": latent, "frames": torch.zeros(shape[:2] + [1] + shape[3:])}
+        first.run(tensors)
+        torch.testing.assert_close(tensors["frames"], wanted, rtol=3e-2, atol=3e-2)
+        for out, cache in zip(outs.values(), caches, strict=True):
+            torch.testing.assert_close(out, cache, rtol=5e-2, atol=5e-2)
+        assert any(not cache.any() for cache in caches), "some history is still empty"
+
+
+def test_the_first_step_keeps_nothing_of_its_own(graph: SegmentedGraph, vae: CausalVAE) -> None:
+    steady = network_of(graph, vae)
+    found = first_steps(graph)
+    assert found is not None
+    first = First(steady, found)
+    assert set(first.graph.weights) < set(graph.weights) and first.engines == steady.engines
+    assert all(first._fixed[name] is steady._fixed[name] for name in first.graph.weights)
+    scratch = {segment.name: 1000 for segment in graph.segments}
+    assert first.plan.layout(scratch)[2] < steady.plan.layout(scratch)[2]
+
+
+def test_several_latents_at_once_or_no_ops_have_no_such_first_step(graph: SegmentedGraph) -> None:
+    latent = graph.tensors["latent"]
+    two = replace(latent, shape=(*latent.shape[:2], 2, *latent.shape[3:]))
+    assert first_steps(replace(graph, tensors=graph.tensors | {"latent": two})) is None
+    ends = tuple(step for step in graph.steps if step.kind == "segment")
+    assert first_steps(replace(graph, steps=ends)) is None
+
+
+def test_each_thing_can_be_switched_off(graph: SegmentedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = {segment.name: 0 for segment in graph.segments}
+    least = planned_steps(graph, scratch).layout(scratch)[2]
+    monkeypatch.setattr(less_memory, "SPLIT", False)
+    whole = planned_steps(graph, scratch)
+    assert len(whole.graph.steps) == len(graph.steps) and whole.layout(scratch)[2] > least
+    monkeypatch.setattr(less_memory, "SHARE", False)
+    apart = planned_steps(graph, scratch)
+    assert apart == PlannedSteps(graph) and apart.layout(scratch)[2] > whole.layout(scratch)[2]
+    monkeypatch.setattr(first_step, "BY_OPS", False)
+    assert first_steps(graph) is None
