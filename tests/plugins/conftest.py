@@ -59,8 +59,8 @@ class HostDevice:
         function((ctypes.c_void_p * len(boxes))(*(ctypes.addressof(box) for box in boxes)), *grid, threads)
         self.launches.append((stream, threads))
 
-    def run(self, op_name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Like launch.run_kernel, on CPU tensors. What is not written in place starts poisoned."""
+    def run(self, op_name: str, *tensors: Tensor, out: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Like launch.run_kernel, on CPU tensors. What is not written in place, or `out`, starts poisoned."""
         spec = OPS[op_name]
         dims = dims_from_shapes(spec, [t.shape for t in tensors])
         launcher = Launcher(op_name, dims, "fp32" if tensors[0].dtype == torch.float32 else "bf16")
@@ -68,6 +68,8 @@ class HostDevice:
         outputs = tuple(
             tensors[aliases[i]]
             if i in aliases
+            else out
+            if out is not None
             else torch.full(shape_of(t, dims), nan).to(TORCH_DTYPES.get(t.dtype, TORCH_DTYPES[launcher.dtype]))
             for i, t in enumerate(spec.outputs)
         )
