@@ -6,7 +6,7 @@ device and are unpacked just before the segment that needs them, into memory tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ from longtake.plugins.linear.library import linear_launcher
 from longtake.plugins.sink_attention.library import attention_launcher
 from longtake.plugins.spec import CONV_OPS, LINEAR_OPS, OPS
 from longtake.runtime.backends.less_memory import PlannedSteps, planned_steps
-from longtake.runtime.backends.memory_plan import aliases_of, aligned, step_scratch
+from longtake.runtime.backends.memory_plan import aliases_of, aligned, step_scratch, storage_bytes
 from longtake.runtime.backends.trt_engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext, TrtEngine
 from longtake.runtime.errors import LongtakeError
 
@@ -34,6 +34,32 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal in dtype, shape and every bit (NaNs included), however they lie in memory."""
     alike = a.dtype == b.dtype and a.shape == b.shape
     return alike and (a is b or torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)))
+
+
+class WeightBlock:
+    """Memory for the weights of `graph` but those in `apart`, in one piece."""
+
+    def __init__(self, graph: SegmentedGraph, device: torch.device, apart: Collection[str] = ()) -> None:
+        self.device, self._used = device, 0
+        self._expected = {name for name in graph.weights if name not in apart}
+        kinds = [graph.tensors[name] for name in self._expected]
+        size = sum(storage_bytes(kind) for kind in kinds if kind.dtype in TORCH_DTYPES)
+        self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def placed(self, name: str, tensor: Tensor, channels_last: bool = False) -> Tensor:
+        """A copy of `tensor` in the next place; apart if the graph has none of that name.
+
+        channels_last: [N,C,t,y,x] lies in memory as a library wants it, in shape as it was.
+        """
+        source = library_weight(tensor.to(self.device)) if channels_last else tensor
+        start, self._used = self._used, self._used + aligned(source.nbytes)
+        if name in self._expected and self._used <= self._memory.nbytes:
+            made = self._memory[start : start + source.nbytes].view(source.dtype).view(source.shape)
+        else:
+            self._used = start
+            made = torch.empty_like(source, device=self.device, memory_format=torch.contiguous_format)
+        made.copy_(source)
+        return made.permute(0, 4, 1, 2, 3) if channels_last else made
 
 
 class SegmentedNetwork:
@@ -76,13 +102,15 @@ class SegmentedNetwork:
         return planned_steps(graph, self._segment_scratch)
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Upload the weights, one at a time."""
+        """Upload the weights, one at a time, side by side in one piece of memory: in pieces of their own, torch's allocator
+        would leave some 0.2 GB of the 5B model's unused between them."""
+        block = WeightBlock(self.graph, self.device, apart=self._shared)
         for name, tensor in tensors:
-            placed = tensor.to(self.device)
-            if name in self._conv_weights:  # in memory as the library wants it, in shape as it was
-                placed = library_weight(placed).permute(0, 4, 1, 2, 3)
-            kept = self._shared.setdefault(name, placed)
-            self._fixed[name] = kept if same_bytes(kept, placed) else placed
+            kept = self._shared.get(name)
+            if kept is None or not same_bytes(kept, tensor.to(self.device)):
+                kept = block.placed(name, tensor, channels_last=name in self._conv_weights)
+            self._fixed[name] = kept
+            self._shared.setdefault(name, kept)
 
     def load_weights_from(self, source: WeightSource | Path) -> None:
         """Upload the weights from a source, or straight from the exported file."""
