@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -282,18 +283,19 @@ def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
     level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive. Where a library
     runs all but a few layers the steps are known; what is not is the scratch of those few."""
     if recipe.vae_ops == "library":
-        return _library_estimate(recipe, preset)
+        return _library_estimate(preset, recipe.vae_latents_per_step)
     frames, width = preset.vae.stride[0] * recipe.vae_latents_per_step, preset.vae.decoder_dim * preset.vae.dim_mult[1]
     largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
     return int(DECODER_TENSORS_ALIVE * largest)
 
 
-def _library_estimate(recipe: Recipe, preset: Preset) -> int:
+@lru_cache
+def _library_estimate(preset: Preset, latents: int) -> int:
     from longtake.runtime.backends.first_step import first_steps
     from longtake.runtime.backends.less_memory import planned_steps
     from longtake.runtime.recorded_steps import library_decoder_steps
 
-    graph = library_decoder_steps(preset, recipe.vae_latents_per_step)
+    graph = library_decoder_steps(preset, latents)
     scratch = {segment.name: 0 for segment in graph.segments}
     first = first_steps(graph)
     return max(plan.layout(scratch)[2] for plan in (planned_steps(graph, scratch), *([first.plan] if first else [])))

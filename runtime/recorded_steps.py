@@ -97,10 +97,19 @@ class Recorder(TorchDispatchMode):
             Step(s.kind, s.name, _renamed(s.inputs, new), _renamed(s.outputs, new)) for s in self.steps
         )  # fmt: skip
         tensors = {new.get(name, name): kind for name, kind in self.tensors.items()}
-        segments = tuple(Segment(s.name, s.inputs, s.outputs, {}) for s in steps if s.kind == "segment")
+        segments = tuple(_segment_of(step, tensors) for step in steps if step.kind == "segment")
         used = {name for step in steps for name in step.inputs}
         kept = tuple(name for name in weights if name in used)
         return SegmentedGraph(NETWORK, tuple(inputs), tuple(outputs), kept, tensors, segments, steps)
+
+
+def _segment_of(step: Step, tensors: dict[str, TensorType]) -> Segment:
+    """A step's plan, its bindings called by position."""
+    inputs, outputs = (
+        tuple(f"{letter}{i}" for i in range(len(names))) for letter, names in (("x", step.inputs), ("y", step.outputs))
+    )
+    types = dict(zip((*inputs, *outputs), (tensors[name] for name in (*step.inputs, *step.outputs)), strict=True))
+    return Segment(step.name, inputs, outputs, types)
 
 
 def _type_of(tensor: Tensor) -> TensorType:

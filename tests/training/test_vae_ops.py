@@ -17,7 +17,10 @@ from longtake.engines.spec import recipe_spec
 from longtake.export import package
 from longtake.export.package import PlainGraphs
 from longtake.plugins.spec import CONV_OPS, DOMAIN, STREAM_OPS
+from longtake.runtime.backends.first_step import first_steps
+from longtake.runtime.backends.less_memory import planned_steps
 from longtake.runtime.backends.memory_plan import memory_layout, storage_bytes
+from longtake.runtime.recorded_steps import library_decoder_steps
 from longtake.training.presets import TINY
 from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes, stream_ops
 from longtake.training.vae_layers import channels_last
@@ -78,6 +81,11 @@ def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(tmp_path: Path
     weights = {step.inputs[1] for step in cut.graph.steps if step.name in CONV_OPS}
     inside = {name for step in cut.graph.steps if step.kind == "segment" for name in step.inputs}
     assert weights <= set(cut.graph.weights) and not weights & inside
+    recorded, scratch = library_decoder_steps(TINY), {segment.name: 0 for segment in cut.graph.segments}
+    assert [(s.kind, s.name) for s in recorded.steps] == [(s.kind, s.name) for s in cut.graph.steps]
+    assert planned_steps(recorded, scratch).layout(scratch)[2] == planned_steps(cut.graph, scratch).layout(scratch)[2]
+    sizes = [plan.layout(scratch)[2] for g in (recorded, cut.graph) if (plan := getattr(first_steps(g), "plan", None))]
+    assert len(sizes) == 2 and sizes[0] == sizes[1], "the first step can be had from both"
     _, _, size = memory_layout(cut.graph, {*cut.graph.inputs, *cut.graph.outputs, *cut.graph.weights})
     largest = sorted((storage_bytes(cut.graph.tensors[n]) for s in cut.graph.steps for n in s.outputs), reverse=True)
     assert size < 4 * largest[0], "what nobody reads any more gives its place away"
