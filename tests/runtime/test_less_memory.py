@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longtake.engines.segmented_graph import SegmentedGraph, Step, run_steps
 from longtake.plugins.ops import REFERENCES
+from longtake.plugins.spec import OPS
 from longtake.runtime.backends import first_step, less_memory
 from longtake.runtime.backends.first_step import FirstStep, first_steps
 from longtake.runtime.backends.less_memory import PlannedSteps, planned_steps
@@ -20,7 +21,7 @@ from longtake.runtime.backends.memory_plan import storage_bytes
 from longtake.runtime.backends.segmented_network import SegmentedNetwork
 from longtake.runtime.backends.trt_engine import Scratch
 from longtake.runtime.recorded_steps import library_decoder_steps
-from longtake.training.presets import TINY, WAN22_TI2V_5B
+from longtake.training.presets import TINY, WAN22_TI2V_5B, Preset
 from longtake.training.vae import CausalVAE, DecoderFirst, shuffle
 from longtake.training.vae_layers import channels_first, channels_last
 
@@ -219,6 +220,71 @@ def test_each_thing_can_be_switched_off(graph: SegmentedGraph, monkeypatch: pyte
     assert first_steps(graph) is None
 
 
+class Bytes:
+    """Which tensor each byte of the arena holds, followed step by step."""
+
+    def __init__(self, plan: PlannedSteps, scratch: int) -> None:
+        self.graph, self.inside = plan.graph, plan.inside
+        sizes = {segment.name: scratch for segment in plan.graph.segments}
+        self.offsets, self.places, _ = plan.layout(sizes)
+        self.scratch, self.held = scratch, list[tuple[int, int, str]]()
+
+    def stretch(self, name: str) -> tuple[int, int]:
+        return self.offsets[name], self.offsets[name] + storage_bytes(self.graph.tensors[name])
+
+    def whole(self, name: str) -> str:
+        return self.whole(self.inside[name].other) if name in self.inside and self.inside[name].part else name
+
+    def write(self, start: int, stop: int, name: str) -> None:
+        kept = [
+            part for a, b, n in self.held for part in ((a, min(b, start), n), (max(a, stop), b, n)) if part[0] < part[1]
+        ]
+        self.held = [*kept, (start, stop, name)]
+
+    def follow(self) -> None:
+        """Every step reads what was written for it, and writes nothing that it still reads."""
+        for i, step in enumerate(self.graph.steps):
+            inputs = [name for name in step.inputs if name in self.offsets]
+            outputs = [name for name in step.outputs if name in self.offsets]
+            for name in inputs:
+                start, stop = self.stretch(name)
+                found = sum(min(b, stop) - max(a, start) for a, b, n in self.held
+                            if n == self.whole(name) and a < stop and start < b)  # fmt: skip
+                whole = stop - start if not name.endswith(("doubled", "to come")) else 1
+                assert found >= whole, f"step {i}, {step.name}: {name} is overwritten"
+            shares = [
+                (step.outputs[o], step.inputs[x]) for o, x in (OPS[step.name].may_share if step.kind == "op" else ())
+            ]
+            for name in outputs:
+                start, stop = self.stretch(name)
+                for other in (*inputs, *(n for n in outputs if n != name)):
+                    a, b = self.stretch(other)
+                    assert b <= start or stop <= a or ((name, other) in shares and b == stop), (
+                        f"{step.name}: {name}, {other}"
+                    )
+                if step.kind == "segment":
+                    place = self.places[i]
+                    assert all(
+                        b <= place or place + self.scratch <= a for a, b in map(self.stretch, (*inputs, *outputs))
+                    )
+            if step.kind == "segment" and self.scratch:
+                self.write(self.places[i], self.places[i] + self.scratch, "scratch")
+            for name in outputs:
+                self.write(*self.stretch(name), self.whole(name))
+
+
+@pytest.mark.parametrize("scratch", (0, 100 << 20, 700 << 20))
+@pytest.mark.parametrize("preset, latents", ((TINY, 1), (TINY, 2), (WAN22_TI2V_5B, 1)), ids=("tiny", "two", "large"))
+def test_nothing_is_overwritten_that_is_still_read(preset: Preset, latents: int, scratch: int) -> None:
+    graph = library_decoder_steps(preset, latents)
+    plan = planned_steps(graph, {segment.name: scratch for segment in graph.segments})
+    Bytes(plan, scratch).follow()
+    found = first_steps(graph)
+    assert (found is None) == (latents == 2)
+    if found is not None:
+        Bytes(found.plan, scratch).follow()
+
+
 def test_the_large_models_decoder_takes_what_the_peak_step_needs() -> None:
     """Its last level's first convolution: 6 frames of 512 channels, one of its own output, and the shortcut's four."""
     graph = library_decoder_steps(WAN22_TI2V_5B)
@@ -229,55 +295,57 @@ def test_the_large_models_decoder_takes_what_the_peak_step_needs() -> None:
     assert first is not None and first.plan.layout(scratch)[2] < 1.1e9
 
 
-# ---- on a GPU: the real kernels and libraries at full size, PyTorch in the engines' place ---------------------------
+# ---- the whole stream: here small with references, on a GPU at full size with the real kernels and libraries ----------
 
 
 def off(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-9))
 
 
-@pytest.mark.gpu
 @torch.no_grad()
-def test_at_full_size_little_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def check_a_stream(preset: Preset, device: torch.device, kinds: tuple[type, type]) -> None:
+    """A first latent, then two later ones, in little memory: against PyTorch, and against the steps as exported."""
     torch.manual_seed(0)
-    gpu, graph = torch.device("cuda"), library_decoder_steps(WAN22_TI2V_5B)
-    with gpu:
-        vae = CausalVAE(WAN22_TI2V_5B.vae).eval().to(torch.bfloat16)
+    graph = library_decoder_steps(preset)
+    with device:
+        vae = CausalVAE(preset.vae).eval().to(torch.bfloat16)
         latents = torch.randn(3, *graph.tensors["latent"].shape)
         frames = torch.empty(graph.tensors["frames"].shape)
-    little = network_of(graph, vae, kind=SegmentedNetwork, device=gpu)
-    with monkeypatch.context() as off_switch:
-        off_switch.setattr(less_memory, "SHARE", False)
-        off_switch.setattr(less_memory, "SPLIT", False)
-        plain = network_of(graph, vae, kind=SegmentedNetwork, device=gpu)
-    found = first_steps(graph)
-    assert found is not None
-    first = FirstStep(little, found)
+    little = network_of(graph, vae, kind=kinds[0], device=device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(less_memory, "SHARE", False)
+        patch.setattr(less_memory, "SPLIT", False)
+        plain = network_of(graph, vae, kind=kinds[0], device=device)
+    assert plain.graph == graph != little.graph
+    first = kinds[1](little, first_steps(graph))
     for network in (little, first, plain):
         network.prepare()
-    assert little.arena.size < 2.1e9 < 2.7e9 < plain.arena.size
+    assert little.arena.size < 0.85 * plain.arena.size
     wanted, *histories = DecoderFirst(vae, ops=True)(latents[0])
     outs = {f"vae_cache_{i}_out": torch.full_like(cache, float("nan")) for i, cache in enumerate(histories)}
     got = torch.empty_like(wanted)
     little.arena.memory.fill_(POISON)
     first.run({"latent": latents[0], "frames": got, **outs})
-    assert off(got, wanted) < 0.02
-    assert all(off(outs[f"vae_cache_{i}_out"], cache) < 0.02 for i, cache in enumerate(histories) if cache.any())
+    assert off(got, wanted) < 0.03
+    assert all(off(outs[f"vae_cache_{i}_out"], cache) < 0.03 for i, cache in enumerate(histories) if cache.any())
     caches = {name.removesuffix("_out"): cache for name, cache in outs.items()}
-    one, two = bindings(graph, caches), bindings(graph, caches)
     for latent in latents[1:]:
-        for network in (little, plain):
+        results = []
+        for network in (little, little, plain):  # a race between threads shows as two runs that differ
             network.arena.memory.fill_(POISON)
-        little.run(one | {"latent": latent, "frames": frames})
-        mine = frames.clone()
-        plain.run(two | {"latent": latent, "frames": frames})
-        assert off(mine, frames) < 0.01, "other plans of cuDNN may round otherwise, no more"
-        assert all(off(one[name], two[name]) < 0.01 for name in caches)
-        for _ in range(2):  # a race shows seldom; the caches have moved on, so from their copies
-            again = {name: cache.clone() for name, cache in one.items() if not name.endswith("_out")}
-            runs = []
-            for _ in range(2):
-                given = bindings(graph, again)
-                little.run(given | {"latent": latent, "frames": frames})
-                runs.append([frames.clone(), *given.values()])
-            assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "two runs differ"
+            given = bindings(graph, caches)
+            network.run(given | {"latent": latent, "frames": frames})
+            results.append({"frames": frames.clone()} | {name: given[name] for name in caches})
+        for name, value in results[0].items():
+            assert torch.equal(value, results[1][name]), f"two runs differ in {name}"
+            assert off(value, results[2][name]) < 0.01, f"{name}: other sizes may round otherwise, no more"
+        caches = {name: results[0][name] for name in caches}
+
+
+def test_a_stream_in_little_memory() -> None:
+    check_a_stream(TINY, CPU, (Steady, First))
+
+
+@pytest.mark.gpu
+def test_a_stream_in_little_memory_at_full_size() -> None:
+    check_a_stream(WAN22_TI2V_5B, torch.device("cuda"), (SegmentedNetwork, FirstStep))
