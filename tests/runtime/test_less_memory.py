@@ -326,8 +326,8 @@ def check_a_stream(preset: Preset, device: torch.device, kinds: tuple[type, type
     got = torch.empty_like(wanted)
     little.arena.memory.fill_(POISON)
     first.run({"latent": latents[0], "frames": got, **outs})
-    assert off(got, wanted) < 0.03
-    assert all(off(outs[f"vae_cache_{i}_out"], cache) < 0.03 for i, cache in enumerate(histories) if cache.any())
+    assert off(got, wanted) < 0.05
+    assert all(off(outs[f"vae_cache_{i}_out"], cache) < 0.05 for i, cache in enumerate(histories) if cache.any())
     caches = {name.removesuffix("_out"): cache for name, cache in outs.items()}
     for latent in latents[1:]:
         results = []
@@ -342,8 +342,9 @@ def check_a_stream(preset: Preset, device: torch.device, kinds: tuple[type, type
         caches = {name: results[0][name] for name in caches}
 
 
-def test_a_stream_in_little_memory() -> None:
-    check_a_stream(TINY, CPU, (Steady, First))
+@pytest.mark.parametrize("widths", ((1, 2, 2, 4), (1, 2, 4, 4)))
+def test_a_stream_in_little_memory(widths: tuple[int, ...]) -> None:
+    check_a_stream(replace(TINY, vae=replace(TINY.vae, dim_mult=widths)), CPU, (Steady, First))
 
 
 @pytest.mark.gpu
