@@ -63,7 +63,8 @@ def memory_rows(log_rows: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]
 
     Returns:
         {"step", "terms", "gb" (driver, after it), "added_gb", "promised_gb" (of its terms, once each),
-        "slack_gb" (held by torch without a tensor in it), "outside_gb" (not torch's: context, kernels, libraries)}.
+        "slack_gb" (held by torch without a tensor in it), "outside_gb" (not torch's: context, kernels, libraries),
+        "highest_gb" (at most so far, between steps too)}.
     """
     promised = {term["name"]: term["bytes"] for term in budget.get("terms", [])}
     rows, before = [], 0
@@ -74,6 +75,7 @@ def memory_rows(log_rows: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]
             "added_gb": gigabytes(row["bytes"] - before), "promised_gb": gigabytes(own),
             "slack_gb": gigabytes(row["reserved_bytes"] - row["torch_bytes"]),
             "outside_gb": gigabytes(row["bytes"] - row["reserved_bytes"]),
+            "highest_gb": gigabytes(row.get("highest_bytes", row["bytes"])),
         })  # fmt: skip
         before = row["bytes"]
     return rows
