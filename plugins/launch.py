@@ -121,6 +121,9 @@ class Launcher(OpLauncher):
             device = driver.ensure_context()
             cubin = self.cubin(self._arch or driver.device_arch(device))
             self._functions = driver.load_functions(cubin, [call.function for call in self._calls])
+            for call, function in zip(self._calls, self._functions):
+                if call.shared_bytes:
+                    driver.allow_shared(function, call.shared_bytes)
         return self
 
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
@@ -130,7 +133,7 @@ class Launcher(OpLauncher):
         driver.ensure_context()
         for call, function in zip(self._calls, self._functions or ()):
             values = self.arguments(call, pointers, workspace, table_len)
-            driver.launch(function, call.grid, call.threads, stream, values)
+            driver.launch(function, call.grid, call.threads, stream, values, call.shared_bytes)
 
     def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
         """The values of a call's arguments: addresses and int32."""

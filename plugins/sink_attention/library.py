@@ -1,5 +1,6 @@
 """Sink attention through a library: our kernel lays the window out, cuDNN (or torch's SDPA) attends over it.
 
+attention_launcher() chooses among these, our own kernel for Hopper and the portable one.
 Launchers of the op like the portable one: same tensors, same table, no allocation (torch's excepted), on our stream.
 """
 
@@ -19,6 +20,7 @@ from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Call, Dims
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.cudnn_graph import AMAX, CudnnAttention, frontend
+from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.trial import ONES, trials
 from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, parts, window_kernels
 from longtake.runtime.errors import LongtakeError, UnavailableError
@@ -221,6 +223,8 @@ def attention_launcher(op_name: str, dims: Dims, attention: str = "bf16", comput
     for method, kind in attention_methods(compute_capability, attention, dims["D"]):
         try:
             launcher = LAUNCHERS[method](op_name, dims, kind).prepare() if method in LAUNCHERS else None
+            if isinstance(launcher, HopperSinkAttention):
+                launcher.try_out()
         except UnavailableError as error:
             log.warning("%s cannot run through %s in %s: %s", op_name, method, kind, error)
             continue
@@ -229,4 +233,6 @@ def attention_launcher(op_name: str, dims: Dims, attention: str = "bf16", comput
     raise AssertionError("the portable kernel is always listed")
 
 
-LAUNCHERS: dict[str, Any] = {"cudnn": CudnnSinkAttention, "torch": TorchSinkAttention}
+LAUNCHERS: dict[str, Any] = {
+    "cudnn": CudnnSinkAttention, "torch": TorchSinkAttention, "wgmma": HopperSinkAttention
+}  # fmt: skip
