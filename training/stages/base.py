@@ -88,6 +88,11 @@ class StageOptions:
                 fix="--precision nvfp4, or leave them out",
             )  # fmt: skip
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoder learns with the DiT: a released one never does."""
+        return self.preset.text.kind == "words" and not self.freeze_text
+
     def computes_in_bf16(self, device: torch.device) -> bool:
         """Whether forward passes on `device` run under bf16 autocast."""
         return self.amp if device.type == "cuda" else self.cpu_bf16

@@ -48,7 +48,7 @@ class DiTStage:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.dit, self.text = self.initial_models()
-        self.text.requires_grad_(trains_text(options))
+        self.text.requires_grad_(options.trains_text)
         self.cached_text: CachedText | None = None
         self.companions = [vae_checkpoint(self.preset, options.vae)]
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
@@ -62,7 +62,7 @@ class DiTStage:
         preset, folder = self.preset, self.options.init
         if folder is None:
             dit, text = CausalDiT(preset.dit), text_encoder_for(preset)
-            cached = self.options.cache_dir is not None and not trains_text(self.options)
+            cached = self.options.cache_dir is not None and not self.options.trains_text
             self.text_digest = digest_of_state(text) if cached else ""
             return dit, text
         text_file, dit_file = folder / "text_encoder.safetensors", folder / "dit.safetensors"
@@ -127,7 +127,7 @@ class DiTStage:
 
     def cache_text(self) -> CachedText | None:
         """Every prompt's embedding on disk, where the encoder is frozen and there is a folder for it."""
-        if self.options.cache_dir is None or trains_text(self.options):
+        if self.options.cache_dir is None or self.options.trains_text:
             return None
         tokens = torch.cat([stories.tokens.flatten(0, 1).cpu() for stories in (self.train, self.held_out)])
         return embeddings_from_cache(
@@ -339,11 +339,6 @@ class DiTStage:
             return read_amax(insert_quantizers(self.dit, calibrate))
         finally:
             self.dit = trained
-
-
-def trains_text(options: StageOptions) -> bool:
-    """Whether the text encoder learns with the DiT: a released one never does."""
-    return options.preset.text.kind == "words" and not options.freeze_text
 
 
 def learns(module: nn.Module) -> bool:
