@@ -105,16 +105,22 @@ template <int COUNT> __device__ __forceinline__ void hold(float (&x)[COUNT]) {
 // a in registers: E4M3 of the same rows, i-th register: row + 8 (i % 2), columns 16 (i / 2) + 4 (t % 4) + 0..3.
 #define TEN(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9, "
 #define SUMS_32 "{" TEN() TEN(1) TEN(2) "%30, %31}, "
+#define SUMS_36 "{" TEN() TEN(1) TEN(2) "%30, %31, %32, %33, %34, %35}, "
 #define SUMS_64 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63}, "
-#define EIGHT(how, i) how(d[i]), how(d[i + 1]), how(d[i + 2]), how(d[i + 3]), how(d[i + 4]), how(d[i + 5]), how(d[i + 6]), how(d[i + 7])
-#define ALL_32(how) EIGHT(how, 0), EIGHT(how, 8), EIGHT(how, 16), EIGHT(how, 24)
-#define ALL_64(how) ALL_32(how), EIGHT(how, 32), EIGHT(how, 40), EIGHT(how, 48), EIGHT(how, 56)
+#define SUMS_68 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63, %64, %65, %66, %67}, "
+#define FOUR(how, i) how(d[i]), how(d[i + 1]), how(d[i + 2]), how(d[i + 3])
+#define ALL_32(how) \
+  FOUR(how, 0), FOUR(how, 4), FOUR(how, 8), FOUR(how, 12), FOUR(how, 16), FOUR(how, 20), FOUR(how, 24), FOUR(how, 28)
+#define ALL_36(how) ALL_32(how), FOUR(how, 32)
+#define ALL_64(how) ALL_36(how), FOUR(how, 36), FOUR(how, 40), FOUR(how, 44), FOUR(how, 48), FOUR(how, 52), FOUR(how, 56), FOUR(how, 60)
+#define ALL_68(how) ALL_64(how), FOUR(how, 64)
 // How a sum is passed: "+f"(x) where it is added to, "=f"(x) where it is only written.
 #define ADDED(x) "+f"(x)
 #define WRITTEN(x) "=f"(x)
 #define WITH_ADD(number, instruction) "{\n.reg .pred add;\nsetp.ne.b32 add, %" #number ", 0;\n" instruction ", add, 1, 1;\n}\n"
 #define M64(columns) "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 "
 
+// a and b in shared memory.
 template <bool ADD> __device__ __forceinline__ void product(float (&d)[64], tile_t a, tile_t b) {
 #define RUN(how) \
   asm volatile(WITH_ADD(66, M64(128) SUMS_64 "%64, %65") : ALL_64(how) : "l"(a), "l"(b), "r"((int)ADD))
@@ -123,22 +129,19 @@ template <bool ADD> __device__ __forceinline__ void product(float (&d)[64], tile
 #undef RUN
 }
 
-template <bool ADD> __device__ __forceinline__ void product(float (&d)[64], const unsigned int* a, tile_t b) {
-#define RUN(how)                                                                      \
-  asm volatile(WITH_ADD(69, M64(128) SUMS_64 "{%64, %65, %66, %67}, %68")             \
-               : ALL_64(how)                                                          \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)ADD))
-  if (ADD) RUN(ADDED);
-  else RUN(WRITTEN);
-#undef RUN
-}
-
-template <bool ADD> __device__ __forceinline__ void product(float (&d)[32], const unsigned int* a, tile_t b) {
-#define RUN(how)                                                                      \
-  asm volatile(WITH_ADD(37, M64(64) SUMS_32 "{%32, %33, %34, %35}, %36")              \
-               : ALL_32(how)                                                          \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)ADD))
-  if (ADD) RUN(ADDED);
-  else RUN(WRITTEN);
-#undef RUN
-}
+// a in four registers, b in shared memory: for 2 * SUMS columns. The numbers are those of the operands after the sums.
+#define PRODUCT_FROM_REGISTERS(SUMS, columns, a0, a1, a2, a3, b0, add)                                              \
+  template <bool ADD> __device__ __forceinline__ void product(float (&d)[SUMS], const unsigned int* a, tile_t b) { \
+    if (ADD)                                                                                                        \
+      asm volatile(WITH_ADD(add, M64(columns) SUMS_##SUMS "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0)        \
+                   : ALL_##SUMS(ADDED)                                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));                                   \
+    else                                                                                                            \
+      asm volatile(WITH_ADD(add, M64(columns) SUMS_##SUMS "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0)        \
+                   : ALL_##SUMS(WRITTEN)                                                                            \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(0));                                   \
+  }
+PRODUCT_FROM_REGISTERS(32, 64, 32, 33, 34, 35, 36, 37)
+PRODUCT_FROM_REGISTERS(36, 72, 36, 37, 38, 39, 40, 41)
+PRODUCT_FROM_REGISTERS(64, 128, 64, 65, 66, 67, 68, 69)
+PRODUCT_FROM_REGISTERS(68, 136, 68, 69, 70, 71, 72, 73)

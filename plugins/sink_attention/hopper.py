@@ -29,6 +29,7 @@ from longtake.runtime.errors import LongtakeError, UnavailableError
 
 HEAD_DIMS = (64, 128)
 TILE = 128  # rows of a tile: queries of a thread block, and keys whose products one running sum spans
+SUM_ROWS = 8  # more rows of the transposed values; one has ones, so that the product sums the probabilities up as well
 STAGES = 4  # tiles of keys, and of values, under way to a thread block
 _GROUPS = 3  # of 128 threads: one copies, two attend
 _BARRIERS = 8 * (1 + 4 * STAGES)
@@ -36,10 +37,10 @@ _BARRIERS = 8 * (1 + 4 * STAGES)
 
 def buffers(dims: Dims) -> dict[str, int]:
     """Bytes of each buffer for a window of W entries (dims has W), in the order they lie in."""
-    rows = dims["H"] * dims["D"] * TILE
-    window = blocks_of(dims["W"] * dims["L"], TILE) * rows
+    row, tiles = dims["H"] * TILE, blocks_of(dims["W"] * dims["L"], TILE)
     return {
-        "window_k": window, "window_v": window, "query8": blocks_of(dims["L"], TILE) * rows,
+        "window_k": tiles * row * dims["D"], "window_v": tiles * row * (dims["D"] + SUM_ROWS),
+        "query8": blocks_of(dims["L"], TILE) * row * dims["D"],
         "partial": 4 * (2 * dims["W"] + 1) * partials(dims), "factors": FACTOR_BYTES * FACTOR_SLOTS,
     }  # fmt: skip
 
@@ -59,7 +60,8 @@ def tile_kernels(fmt: str) -> Kernels:
         spec=sink_attention(fmt),
         source=Path(__file__).with_name("window_fp8.cu"),
         macros=lambda dims: {
-            "THREADS": THREADS, "CACHE_NVFP4": int(fmt == "nvfp4"), "TILED": 1, "HEAD_DIM": dims["D"], **limit_macros(RULE)
+            "THREADS": THREADS, "CACHE_NVFP4": int(fmt == "nvfp4"), "TILED": 1, "HEAD_DIM": dims["D"],
+            "SUM_ROWS": SUM_ROWS, **limit_macros(RULE),
         },
         calls=lambda dims: (*amax_calls(fmt, dims), _tile_call(fmt, dims)),
     )  # fmt: skip
@@ -77,12 +79,12 @@ def attend_kernels(fmt: str) -> Kernels:
     return Kernels(
         spec=sink_attention(fmt),
         source=Path(__file__).with_name("hopper_fp8.cu"),
-        macros=lambda dims: {"HEAD_DIM": dims["D"], "STAGES": STAGES},
+        macros=lambda dims: {"HEAD_DIM": dims["D"], "SUM_ROWS": SUM_ROWS, "STAGES": STAGES},
         calls=lambda dims: (
             Call(
                 "attend_fp8", (blocks_of(dims["L"], TILE), dims["H"]), TILE * _GROUPS,
                 ("query8", "window_k", "window_v", "factors", "out", TABLE_LENGTH, dims["L"], dims["H"]),
-                shared_bytes=(1 + 2 * STAGES) * TILE * dims["D"] + _BARRIERS,
+                shared_bytes=TILE * (dims["D"] + STAGES * (2 * dims["D"] + SUM_ROWS)) + _BARRIERS,
             ),
         ),
     )  # fmt: skip

@@ -15,7 +15,9 @@
 #define ROWS 64       // queries of a group
 #define GROUP 128     // threads
 #define STEP 32       // E4M3 numbers along which one product adds up
+#define COLUMNS (HEAD_DIM + SUM_ROWS)  // of the second product: features, and the sum of the probabilities
 #define TILE (KEYS * HEAD_DIM)
+#define VALUE_TILE (KEYS * COLUMNS)
 #define TURNS 1       // first named barrier
 #define LOG2_LARGEST 8.807354922057604f  // log2(448): the largest probability is E4M3's largest number
 
@@ -33,7 +35,7 @@ __device__ __forceinline__ Shared shared_layout() {
   shared.q = dynamic_shared();
   shared.k = shared.q + QUERIES * HEAD_DIM;
   shared.v = shared.k + STAGES * TILE;
-  shared.barriers = reinterpret_cast<Barriers*>(shared.v + STAGES * TILE);
+  shared.barriers = reinterpret_cast<Barriers*>(shared.v + STAGES * VALUE_TILE);
   return shared;
 }
 
@@ -49,8 +51,8 @@ __device__ __forceinline__ void copy_tiles(const Shared& shared, const unsigned 
     barrier_expect(&barriers.k_full[stage], TILE);
     copy_bulk(shared.k + stage * TILE, k + (size_t)tile * TILE, TILE, &barriers.k_full[stage]);
     barrier_wait(&barriers.v_free[stage], parity);
-    barrier_expect(&barriers.v_full[stage], TILE);
-    copy_bulk(shared.v + stage * TILE, v + (size_t)tile * TILE, TILE, &barriers.v_full[stage]);
+    barrier_expect(&barriers.v_full[stage], VALUE_TILE);
+    copy_bulk(shared.v + stage * VALUE_TILE, v + (size_t)tile * VALUE_TILE, VALUE_TILE, &barriers.v_full[stage]);
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
 }
@@ -64,8 +66,8 @@ __device__ __forceinline__ void begin_scores(float (&scores)[KEYS / 2], tile_t q
   products_commit();
 }
 
-// part [64, HEAD_DIM] = p v, begun. v is transposed: rows of KEYS.
-__device__ __forceinline__ void begin_part(float (&part)[HEAD_DIM / 2], const unsigned int (&p)[KEYS / 8],
+// part [64, COLUMNS] = p v, begun. v is transposed: rows of KEYS.
+__device__ __forceinline__ void begin_part(float (&part)[COLUMNS / 2], const unsigned int (&p)[KEYS / 8],
                                            const unsigned char* v) {
   const tile_t values = tile_at<KEYS>(v);
   product<false>(part, p, values);
@@ -91,14 +93,15 @@ __device__ __forceinline__ void softmax(float (&scores)[KEYS / 2], float (&top)[
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const float offset = LOG2_LARGEST - top[row] * scale;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; ++i)
+      if (i / 2 % 2 == row) scores[i] = exp2_fast(fmaf(scores[i], scale, offset));
+#if !SUM_ROWS
     float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 2 * row; i < KEYS / 2; i += 4) {
-      scores[i] = exp2_fast(fmaf(scores[i], scale, offset));
-      scores[i + 1] = exp2_fast(fmaf(scores[i + 1], scale, offset));
-      sum[0] += scores[i], sum[1] += scores[i + 1];
-    }
+    for (int i = 2 * row; i < KEYS / 2; i += 4) sum[0] += scores[i], sum[1] += scores[i + 1];
     total[row] = fmaf(total[row], shrink[row], sum[0] + sum[1]);
+#endif
   }
 }
 
@@ -120,75 +123,100 @@ __device__ __forceinline__ void to_e4m3(const float (&scores)[KEYS / 2], unsigne
   }
 }
 
-__device__ __forceinline__ void attend(const Shared& shared, int group, const float* factors, compute_t* out, int keys,
+// Whether one of the last eight probabilities is negative, which cannot be: asked so that ptxas finishes them first.
+__device__ __forceinline__ bool negative(const float (&scores)[KEYS / 2]) {
+  unsigned int any = 0u;
+#pragma unroll
+  for (int i = KEYS / 2 - 8; i < KEYS / 2; ++i) any |= __float_as_uint(scores[i]);
+  return (int)any < 0;
+}
+
+// What a group keeps from tile to tile. The values' stage and parity; the keys are one tile ahead.
+struct Group {
+  int index, tiles, stage, parity;
+  tile_t q;
+  float scale, sum[COLUMNS / 2], top[2], total[2], shrink[2];
+};
+
+// Scores of tile `tile` and the second product of the one before, whose probabilities are `p`; then those of the tile.
+__device__ __forceinline__ void advance(Group& group, const Shared& shared, int tile, int keys,
+                                        unsigned int (&p)[KEYS / 8]) {
+  Barriers& barriers = *shared.barriers;
+  const bool speaks = threadIdx.x % 32 == 0;
+  const int stage = group.stage, next = stage + 1 == STAGES ? 0 : stage + 1;
+  const int next_parity = next ? group.parity : group.parity ^ 1;
+  const float before[2] = {group.shrink[0], group.shrink[1]};
+  float scores[KEYS / 2], part[COLUMNS / 2];
+  barrier_wait(&barriers.k_full[next], next_parity);
+  meeting_sync(TURNS + group.index, 2 * GROUP);
+  products_fence();
+  begin_scores(scores, group.q, shared.k + next * TILE);
+  barrier_wait(&barriers.v_full[stage], group.parity);
+  begin_part(part, p, shared.v + stage * VALUE_TILE);
+  meeting_arrive(TURNS + 1 - group.index, 2 * GROUP);
+  products_wait<1>();
+  hold(scores);
+  if (tile == group.tiles - 1) mask(scores, keys - tile * KEYS);
+  softmax(scores, group.top, group.total, group.shrink, group.scale);
+  // The question makes ptxas put the wait behind the softmax, which then runs while `part` is being added up.
+  if (speaks && !negative(scores)) barrier_arrive(&barriers.k_free[next]);
+  products_wait<0>();
+  hold(part);
+  if (speaks) barrier_arrive(&barriers.v_free[stage]);
+  to_e4m3(scores, p);
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; ++i) group.sum[i] = fmaf(group.sum[i], before[i / 2 % 2], part[i]);
+  group.stage = next, group.parity = next_parity;
+}
+
+__device__ __forceinline__ void attend(const Shared& shared, int index, const float* factors, compute_t* out, int keys,
                                        int tokens, int heads) {
   Barriers& barriers = *shared.barriers;
-  const int lane = threadIdx.x % 32, tiles = (keys + KEYS - 1) / KEYS;
-  const float scale = factors[DESCALE_Q * FACTOR_STRIDE] * factors[DESCALE_K * FACTOR_STRIDE] *
-                      (1.4426950408889634f / sqrtf((float)HEAD_DIM));
-  float scores[KEYS / 2], sum[HEAD_DIM / 2], part[HEAD_DIM / 2];
-  float top[2], total[2] = {0.0f, 0.0f}, shrink[2];
+  const int lane = threadIdx.x % 32;
+  Group group = {index, (keys + KEYS - 1) / KEYS, 0, 0, tile_at<HEAD_DIM>(shared.q + index * ROWS * HEAD_DIM)};
+  group.scale = factors[DESCALE_Q * FACTOR_STRIDE] * factors[DESCALE_K * FACTOR_STRIDE] *
+                (1.4426950408889634f / sqrtf((float)HEAD_DIM));
+  group.top[0] = group.top[1] = __uint_as_float(0xff800000u);
+  float scores[KEYS / 2], part[COLUMNS / 2];
   unsigned int p[KEYS / 8];
-  top[0] = top[1] = __uint_as_float(0xff800000u);
-#pragma unroll
-  for (int i = 0; i < HEAD_DIM / 2; ++i) sum[i] = 0.0f;
 
-  const tile_t q = tile_at<HEAD_DIM>(shared.q + group * ROWS * HEAD_DIM);
-  if (group == 1) meeting_arrive(TURNS, 2 * GROUP);  // the first group goes first
+  if (index == 1) meeting_arrive(TURNS, 2 * GROUP);  // the first group goes first
   barrier_wait(&barriers.q_full, 0);
   barrier_wait(&barriers.k_full[0], 0);
   products_fence();
-  begin_scores(scores, q, shared.k);
+  begin_scores(scores, group.q, shared.k);
   products_wait<0>();
   hold(scores);
   if (lane == 0) barrier_arrive(&barriers.k_free[0]);
-  if (tiles == 1) mask(scores, keys);
-  softmax(scores, top, total, shrink, scale);
+  if (group.tiles == 1) mask(scores, keys);
+  softmax(scores, group.top, group.total, group.shrink, group.scale);
   to_e4m3(scores, p);
 
-  int stage = 0, parity = 0;  // of the values; the keys are one tile ahead
-  for (int tile = 1; tile < tiles; ++tile) {
-    const int next = stage + 1 == STAGES ? 0 : stage + 1, next_parity = next ? parity : parity ^ 1;
-    const float before[2] = {shrink[0], shrink[1]};
-    barrier_wait(&barriers.k_full[next], next_parity);
-    meeting_sync(TURNS + group, 2 * GROUP);
-    products_fence();
-    begin_scores(scores, q, shared.k + next * TILE);
-    barrier_wait(&barriers.v_full[stage], parity);
-    begin_part(part, p, shared.v + stage * TILE);
-    meeting_arrive(TURNS + 1 - group, 2 * GROUP);
-    products_wait<1>();
-    hold(scores);
-    if (tile == tiles - 1) mask(scores, keys - tile * KEYS);
-    softmax(scores, top, total, shrink, scale);
-    // Never negative; asking makes ptxas finish the softmax before the wait, while `part` is still being added up.
-    if (lane == 0 && !(total[0] < 0.0f) && !(total[1] < 0.0f)) barrier_arrive(&barriers.k_free[next]);
-    products_wait<0>();
-    hold(part);
-    if (lane == 0) barrier_arrive(&barriers.v_free[stage]);
-    to_e4m3(scores, p);
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 2; ++i) sum[i] = fmaf(sum[i], before[i / 2 % 2], part[i]);
-    stage = next, parity = next_parity;
-  }
-  barrier_wait(&barriers.v_full[stage], parity);
+  for (int tile = 1; tile < group.tiles; ++tile) advance(group, shared, tile, keys, p);
+  barrier_wait(&barriers.v_full[group.stage], group.parity);
   products_fence();
-  begin_part(part, p, shared.v + stage * TILE);
+  begin_part(part, p, shared.v + group.stage * VALUE_TILE);
   products_wait<0>();
   hold(part);
 
   const float value = factors[DESCALE_V * FACTOR_STRIDE];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    total[row] += __shfl_xor_sync(0xffffffffu, total[row], 1);
-    total[row] += __shfl_xor_sync(0xffffffffu, total[row], 2);
-    const int token = blockIdx.x * QUERIES + group * ROWS + threadIdx.x % GROUP / 32 * 16 + lane / 4 + 8 * row;
-    const float factor = value / total[row];
+    const float shrink = group.shrink[row];
+#if SUM_ROWS  // one thread of four has the column of the sums, the others have zeros
+    float total = fmaf(group.sum[HEAD_DIM / 2 + 2 * row], shrink, part[HEAD_DIM / 2 + 2 * row]);
+#else
+    float total = group.total[row];
+#endif
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    const int token = blockIdx.x * QUERIES + index * ROWS + threadIdx.x % GROUP / 32 * 16 + lane / 4 + 8 * row;
+    const float factor = value / total;
     compute_t* to = out + ((size_t)token * heads + blockIdx.y) * HEAD_DIM + 2 * (lane % 4);
     if (token >= tokens) continue;
 #pragma unroll
     for (int i = 2 * row; i < HEAD_DIM / 2; i += 4) {
-      const float low = fmaf(sum[i], shrink[row], part[i]), high = fmaf(sum[i + 1], shrink[row], part[i + 1]);
+      const float low = fmaf(group.sum[i], shrink, part[i]), high = fmaf(group.sum[i + 1], shrink, part[i + 1]);
       *reinterpret_cast<unsigned int*>(to + 8 * (i / 4)) = bf16_pair(low * factor, high * factor);
     }
   }
@@ -214,9 +242,9 @@ extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) attend_fp8(
   if (group < 0) {
     registers_down<24>();
     if (threadIdx.x == 0) {
-      const size_t window = (size_t)blockIdx.y * tiles * TILE;
+      const size_t window = (size_t)blockIdx.y * tiles;
       copy_tiles(shared, query8 + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * QUERIES * HEAD_DIM,
-                 window_k + window, window_v + window, tiles);
+                 window_k + window * TILE, window_v + window * VALUE_TILE, tiles);
     }
   } else {
     registers_up<240>();

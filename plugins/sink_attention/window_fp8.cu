@@ -193,14 +193,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) window_tiles(
   if (tile >= tiles) return;
   const float scale = factors[(pane == 2 ? TO_Q : pane == 1 ? TO_V : TO_K) * FACTOR_STRIDE];
   unsigned char* base = pane == 2 ? query8 : pane == 1 ? window_v : window_k;
-  uint4* to = reinterpret_cast<uint4*>(base) + ((size_t)head * tiles + tile) * TILE_ROWS * CHUNKS;
+  const int features = pane == 1 ? HEAD_DIM + SUM_ROWS : HEAD_DIM;
+  uint4* to = reinterpret_cast<uint4*>(base) + ((size_t)head * tiles + tile) * TILE_ROWS / 16 * features;
 
+  const auto source_of = [&](int entry) {
+    const int y = pane == 2 ? 2 * entries : 2 * entry + pane;
+    return pane_of(y, 2 * entries + 1, q, k, v, CACHE_PASSED, table, slots, tokens * heads * CHUNKS);
+  };
+  const int entry = tile * TILE_ROWS / tokens;  // of the tile's first row; others may begin within the tile
+  const Pane source = source_of(entry);
   const auto unit_of = [&](int row_in_tile, int chunk) {
-    const int row = tile * TILE_ROWS + row_in_tile;
+    const int row = tile * TILE_ROWS + row_in_tile, token = row - entry * tokens;
     if (row >= rows) return make_uint4(0u, 0u, 0u, 0u);
-    const int entry = row / tokens, y = pane == 2 ? 2 * entries : 2 * entry + pane;
-    const Pane source = pane_of(y, 2 * entries + 1, q, k, v, CACHE_PASSED, table, slots, tokens * heads * CHUNKS);
-    return e4m3_unit(source, (size_t)((row - entry * tokens) * heads + head) * CHUNKS + chunk, scale);
+    if (token < tokens) return e4m3_unit(source, (size_t)(token * heads + head) * CHUNKS + chunk, scale);
+    return e4m3_unit(source_of(row / tokens), (size_t)(row % tokens * heads + head) * CHUNKS + chunk, scale);
   };
 
   if (pane != 1) {
@@ -230,5 +236,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) window_tiles(
   }
   __syncthreads();
   for (int i = threadIdx.x; i < TILE_ROWS * CHUNKS; i += THREADS) to[i] = reinterpret_cast<const uint4*>(turned)[i];
+  for (int i = threadIdx.x; i < TILE_ROWS / 16 * SUM_ROWS; i += THREADS) {  // a row of ones, the others zeros
+    const unsigned int ones = i < TILE_ROWS / 16 ? 0x38383838u : 0u;
+    to[TILE_ROWS * CHUNKS + i] = make_uint4(ones, ones, ones, ones);
+  }
 }
 #endif

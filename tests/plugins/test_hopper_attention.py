@@ -81,7 +81,8 @@ def in_e4m3(fmt: str, inputs: tuple[Tensor, ...]) -> Tensor:
         scores = q @ keys.transpose(1, 2) * q.shape[-1] ** -0.5
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         shrink, p = torch.exp(top - higher), torch.exp(scores - higher) * LARGEST
-        total, out, top = total * shrink + p.sum(-1, keepdim=True), out * shrink + rounded(p) @ values, higher
+        p = rounded(p)
+        total, out, top = total * shrink + p.sum(-1, keepdim=True), out * shrink + p @ values, higher
     return (out / total).transpose(0, 1)
 
 
