@@ -21,7 +21,7 @@ Metric = float | Tensor
 class StageOptions:
     """What the command line knows; a stage reads what concerns it.
 
-    data: "digits" or a folder of clips. max_chunks_per_shot: see `data.folder.Folder`. precision: "bf16" or "nvfp4". amp: compute in bf16 on the GPU.
+    data: "digits", "returning-digits" or a folder of clips. max_chunks_per_shot: see `data.folder.Folder`. precision: "bf16" or "nvfp4". amp: compute in bf16 on the GPU.
     init: folder of checkpoints to start from. vae: folder whose frozen VAE encodes the clips (None: the shipped one).
     stories, chunks: how many stories the latent cache holds, and the lengths in chunks that steps draw from.
     context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
