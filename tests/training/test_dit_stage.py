@@ -33,7 +33,7 @@ def encode_once(monkeypatch: pytest.MonkeyPatch, cached: dict[str, LatentCache])
             cached[what] = cache_from_dataset(*args, what=what, **kwargs)
         return cached[what]
 
-    monkeypatch.setattr("longtake.training.stages.dit.cache_from_dataset", remembered)
+    monkeypatch.setattr("longtake.training.stages.precompute.cache_from_dataset", remembered)
 
 
 @pytest.fixture(scope="module")
