@@ -143,7 +143,7 @@ def returning_story(generator: torch.Generator, chunks: int, split: str = "train
         middle = draw.pick(range(3, chunks - last))
         shots = _there_and_back(draw, (chunks - middle - last, middle, last), split)
     else:
-        shots = random_story(generator, chunks, split, changes).shots
+        shots = list(random_story(generator, chunks, split, changes).shots)
     told: list[Shot] = []
     for shot in shots:
         known = {earlier.digit: earlier.colour for earlier in told}
