@@ -95,8 +95,9 @@ class DiTStage:
         dataset = dataset_from_name(
             options.data, self.preset, split, options.max_chunks_per_shot, options.max_bad_share
         )
+        digest = self.vae_digest if options.cache_dir else ""  # who only encodes into memory may have set `vae` alone
         return stories_from_dataset(
-            dataset, self.vae, self.vae_digest, self.text, self.preset,
+            dataset, self.vae, digest, self.text, self.preset,
             cache_dir=options.cache_dir, workers=options.workers, stories=stories, chunks=max(options.chunks),
             context=options.context, seed=seed, what=f"{split} stories",
         )  # fmt: skip
