@@ -58,7 +58,8 @@ class ArmStage(DiTStage):
 def encode_stories(settings: Settings, out: Path, device: torch.device, part: int | None) -> dict[str, float]:
     """Encode a part of the training stories, or the held-out ones (None), into a file."""
     stage = stage_of(replace(settings, start="shipped"), out, "base", 0)
-    stage.device, stage.vae = device, frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)[0]
+    stage.device = device
+    stage.vae, stage.vae_digest = frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)
     if part is None:
         made = DiTStage.cache(stage, "eval", settings.flow_stories, EVALUATION_SEED)
     else:
