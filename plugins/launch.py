@@ -36,6 +36,11 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
+def compute_capability_of(given: str = "") -> str:
+    """`given`, or else the current device's compute capability, such as "9.0"."""
+    return given or "{}.{}".format(*torch.cuda.get_device_capability())
+
+
 class OpLauncher:
     """One op for fixed dims. method: how it is computed, a method's name in plugins/capability.py."""
 

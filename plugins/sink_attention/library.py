@@ -18,7 +18,7 @@ from longtake.plugins import driver
 from longtake.plugins.capability import attention_methods
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Call, Dims
-from longtake.plugins.launch import Launcher
+from longtake.plugins.launch import Launcher, compute_capability_of
 from longtake.plugins.sink_attention.cudnn_graph import AMAX, CudnnAttention, frontend
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.trial import ONES, trials
@@ -217,9 +217,7 @@ def attention_launcher(op_name: str, dims: Dims, attention: str = "bf16", comput
         attention: what the two products are computed in, "bf16" or "fp8"; without FP8 attention it is bf16.
         compute_capability: such as "9.0"; by default that of the current device.
     """
-    if not compute_capability:
-        major, minor = torch.cuda.get_device_capability()
-        compute_capability = f"{major}.{minor}"
+    compute_capability = compute_capability_of(compute_capability)
     for method, kind in attention_methods(compute_capability, attention, dims["D"]):
         try:
             launcher = LAUNCHERS[method](op_name, dims, kind).prepare() if method in LAUNCHERS else None
