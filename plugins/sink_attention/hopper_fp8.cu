@@ -123,12 +123,13 @@ __device__ __forceinline__ void to_e4m3(const float (&scores)[KEYS / 2], unsigne
   }
 }
 
-// Whether one of the last eight probabilities is negative, which cannot be: asked so that ptxas finishes them first.
-__device__ __forceinline__ bool negative(const float (&scores)[KEYS / 2]) {
+// Whether the last eight probabilities are zeros, one of them negative: never, not even with NaNs. Asked so that ptxas
+// finishes them first.
+__device__ __forceinline__ bool negative_zeros(const float (&scores)[KEYS / 2]) {
   unsigned int any = 0u;
 #pragma unroll
   for (int i = KEYS / 2 - 8; i < KEYS / 2; ++i) any |= __float_as_uint(scores[i]);
-  return (int)any < 0;
+  return any == 0x80000000u;
 }
 
 // What a group keeps from tile to tile. The values' stage and parity; the keys are one tile ahead.
@@ -159,7 +160,7 @@ __device__ __forceinline__ void advance(Group& group, const Shared& shared, int 
   if (tile == group.tiles - 1) mask(scores, keys - tile * KEYS);
   softmax(scores, group.top, group.total, group.shrink, group.scale);
   // The question makes ptxas put the wait behind the softmax, which then runs while `part` is being added up.
-  if (speaks && !negative(scores)) barrier_arrive(&barriers.k_free[next]);
+  if (speaks && !negative_zeros(scores)) barrier_arrive(&barriers.k_free[next]);
   products_wait<0>();
   hold(part);
   if (speaks) barrier_arrive(&barriers.v_free[stage]);
