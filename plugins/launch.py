@@ -62,7 +62,8 @@ class OpLauncher:
         workspace: device address of workspace_bytes bytes. table_len: W, for the ops that have it.
         """
 
-    def _check(self, pointers: Sequence[int], workspace: int, table_len: int) -> None:
+    def _check(self, pointers: Sequence[int], workspace: int, table_len: int, longest: int | None = None) -> None:
+        """`longest`: the most entries that the table may have, if there is a bound."""
         spec = self.spec
         tensors = (*spec.inputs, *spec.outputs)
         if len(pointers) != len(tensors):
@@ -83,6 +84,8 @@ class OpLauncher:
             raise LongtakeError(f"{spec.name}: no workspace", expected=f"{self.workspace_bytes} bytes")
         if any("W" in t.shape for t in spec.inputs) and table_len < 1:
             raise LongtakeError(f"{spec.name}: empty table", got=table_len, expected="at least one entry")
+        if longest is not None and table_len > longest:
+            raise LongtakeError(f"{spec.name}: table too long", got=table_len, expected=f"at most {longest} entries")
 
 
 class Launcher(OpLauncher):

@@ -116,11 +116,7 @@ class HopperSinkAttention(Launcher):
 
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
         """See Launcher.launch."""
-        self._check(pointers, workspace, table_len)
-        if table_len > self.dims["S"]:
-            raise LongtakeError(
-                f"{self.kernels.spec.name}: table too long", got=table_len, expected=f"at most {self.dims['S']} entries"
-            )
+        self._check(pointers, workspace, table_len, longest=self.dims["S"])
         self.prepare()
         driver.ensure_context()
         self.lay_out(pointers, stream, workspace, table_len)

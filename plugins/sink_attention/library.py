@@ -23,7 +23,7 @@ from longtake.plugins.sink_attention.cudnn_graph import AMAX, CudnnAttention, fr
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.trial import ONES, trials
 from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, parts, window_kernels
-from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.runtime.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,7 @@ class WindowedAttention(Launcher):
 
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
         """See Launcher.launch."""
-        self._check(pointers, workspace, table_len)
-        if table_len > self.dims["S"]:
-            raise LongtakeError(
-                f"{self.kernels.spec.name}: table too long", got=table_len, expected=f"at most {self.dims['S']} entries"
-            )
+        self._check(pointers, workspace, table_len, longest=self.dims["S"])
         self.prepare()
         driver.ensure_context()
         for step, function in zip(self.kernels.calls({**self.dims, "W": table_len}), self._functions or ()):
