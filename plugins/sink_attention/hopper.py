@@ -16,12 +16,12 @@ from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernels, blocks_o
 from longtake.plugins.kv_cache_write.reference import RULE
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.window import (
-    ALIGNMENT,
     FACTOR_BYTES,
     FACTOR_SLOTS,
     THREADS,
     amax_calls,
     cache_names,
+    in_a_row,
     partials,
 )
 from longtake.plugins.spec import sink_attention
@@ -47,11 +47,7 @@ def buffers(dims: Dims) -> dict[str, int]:
 
 def addresses(dims: Dims, workspace: int) -> tuple[dict[str, int], int]:
     """The address of each buffer in a workspace, and of the first byte after them."""
-    found, end = {}, workspace
-    for name, size in buffers(dims).items():
-        found[name] = end
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    return found, end
+    return in_a_row(buffers(dims), workspace)
 
 
 def tile_kernels(fmt: str) -> Kernels:

@@ -6,6 +6,7 @@ workspace: a layer's window is gone when the next one's is written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from longtake.plugins.kernels import Call, Dims, Kernels, blocks_of, limit_macros
@@ -60,8 +61,13 @@ def buffers(dims: Dims, attention: str) -> dict[str, int]:
 
 def addresses(dims: Dims, attention: str, workspace: int) -> tuple[dict[str, int], int]:
     """The address of each buffer in a workspace, and of the first byte after them."""
-    found, end = {}, workspace
-    for name, size in buffers(dims, attention).items():
+    return in_a_row(buffers(dims, attention), workspace)
+
+
+def in_a_row(sizes: Mapping[str, int], start: int) -> tuple[dict[str, int], int]:
+    """The address of each buffer of so many bytes, aligned one after the other, and of the first byte after them."""
+    found, end = {}, start
+    for name, size in sizes.items():
         found[name] = end
         end += -(-size // ALIGNMENT) * ALIGNMENT
     return found, end
