@@ -16,6 +16,7 @@ from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernels, blocks_o
 from longtake.plugins.kv_cache_write.reference import RULE
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.window import (
+    ALIGNMENT,
     FACTOR_BYTES,
     FACTOR_SLOTS,
     THREADS,
@@ -87,7 +88,7 @@ def attend_kernels(fmt: str) -> Kernels:
 
 
 class HopperSinkAttention(Launcher):
-    """Lay out, attend. Tables have at most S entries.
+    """Lay out, attend. Tables have at most S entries. The workspace is aligned to ALIGNMENT.
 
     Raises LongtakeError if the heads are not of HEAD_DIMS.
     """
@@ -113,6 +114,9 @@ class HopperSinkAttention(Launcher):
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
         """See Launcher.launch."""
         self._check(pointers, workspace, table_len, longest=self.dims["S"])
+        if workspace % ALIGNMENT:
+            raise LongtakeError("the workspace is not aligned", got=f"address {workspace:#x}",
+                                expected=f"a multiple of {ALIGNMENT} bytes")  # fmt: skip
         self.prepare()
         driver.ensure_context()
         self.lay_out(pointers, stream, workspace, table_len)

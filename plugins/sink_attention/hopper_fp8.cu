@@ -162,7 +162,7 @@ __device__ __forceinline__ void advance(Group& group, const Shared& shared, int 
   // The question makes ptxas put the wait behind the softmax, which then runs while `part` is being added up.
   if (speaks && !negative_zeros(scores)) barrier_arrive(&barriers.k_free[next]);
   products_wait<0>();
-  hold(part);
+  hold(part), hold(scores);
   if (speaks) barrier_arrive(&barriers.v_free[stage]);
   to_e4m3(scores, p);
 #pragma unroll

@@ -7,6 +7,7 @@
 #include "reduce.cuh"
 
 #define LARGEST 448.0f
+#define SMALLEST 1e-15f  // magnitude that counts: of smaller ones, the scales' products would leave fp32
 
 struct Pane {  // what a pane is read from: packed units, or 16-bit values
   const compute_t* plain;
@@ -98,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) window_factors(
 #pragma unroll
   for (int j = 0; j < 3; ++j) {
     const float found = block_max(largest[j]);
-    const float whole = found > 0.0f ? found : 1.0f;
+    const float whole = found > SMALLEST ? found : 1.0f;
     if (threadIdx.x == 0) {
       factors[(DESCALE_Q + j) * FACTOR_STRIDE] = whole / LARGEST;
       factors[(TO_Q + j) * FACTOR_STRIDE] = LARGEST / whole;

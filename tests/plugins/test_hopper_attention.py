@@ -111,6 +111,22 @@ def test_ones_stay_ones(host_device: Any) -> None:
     assert torch.equal(out, torch.ones_like(out))
 
 
+@pytest.mark.parametrize("size", (1e-37, 1e-20, 1e-12))
+def test_tiny_magnitudes_give_numbers(host_device: Any, size: float) -> None:
+    def change(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor) -> None:
+        q.mul_(size), k.mul_(size), v.mul_(size), cache.mul_(size)
+
+    _, out = run("bf16", {"S": 2, "L": 136, "H": 1, "D": 64}, (1, -1), change)
+    assert out.isfinite().all() and (out.abs() <= 8 * size).all()
+    assert (size < 1e-15) == bool((out == 0).all())
+
+
+def test_an_unaligned_workspace_is_refused(host_device: Any) -> None:
+    dims = {"S": 2, "L": 16, "H": 1, "D": 64}
+    with pytest.raises(LongtakeError, match="not aligned"):
+        HopperSinkAttention("sink_attention_bf16", dims, arch="sm_90a").launch([16] * 6, 0, 0x1080, 1)
+
+
 def test_scores_far_apart(host_device: Any) -> None:
     """A later tile outweighs the ones before it, and a row whose best key comes first keeps it."""
 
