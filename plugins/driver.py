@@ -77,10 +77,22 @@ def _module(cubin: bytes, context: int) -> Any:
     return _checked(_driver().cuModuleLoadData(cubin), "load the compiled kernels")
 
 
-def launch(function: Any, grid: tuple[int, int], threads: int, stream: int, values: Sequence[int]) -> None:
+def allow_shared(function: Any, shared_bytes: int) -> None:
+    """Let a kernel be launched with so much dynamic shared memory; more than 48 KiB must be asked for."""
+    which = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(
+        _driver().cuFuncSetAttribute(function, which, shared_bytes), f"give a kernel {shared_bytes} bytes to share"
+    )
+
+
+def launch(
+    function: Any, grid: tuple[int, int], threads: int, stream: int, values: Sequence[int], shared_bytes: int = 0
+) -> None:
     """Enqueue a kernel on a raw stream handle; each value is a device address or an int32."""
     boxes = (ctypes.c_int64 * len(values))(*values)  # the kernel reads an int32 from the low half
     first = ctypes.addressof(boxes)
     parameters = (ctypes.c_void_p * len(values))(*(first + 8 * i for i in range(len(values))))
-    status = _driver().cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, ctypes.addressof(parameters), 0)
+    status = _driver().cuLaunchKernel(
+        function, *grid, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0
+    )
     _checked(status, "launch a kernel")

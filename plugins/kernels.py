@@ -30,12 +30,16 @@ _FOLDERS = (
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel launch. An argument is a tensor's name, WORKSPACE, TABLE_LENGTH (an int32) or an int32 value."""
+    """One kernel launch. An argument is a tensor's name, WORKSPACE, TABLE_LENGTH (an int32) or an int32 value.
+
+    shared_bytes: dynamic shared memory of a thread block.
+    """
 
     function: str
     grid: tuple[int, int]
     threads: int
     arguments: tuple[str | int, ...]
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
+def compute_capability_of(given: str = "") -> str:
+    """`given`, or else the current device's compute capability, such as "9.0"."""
+    return given or "{}.{}".format(*torch.cuda.get_device_capability())
+
+
 class OpLauncher:
     """One op for fixed dims. method: how it is computed, a method's name in plugins/capability.py."""
 
@@ -57,7 +62,8 @@ class OpLauncher:
         workspace: device address of workspace_bytes bytes. table_len: W, for the ops that have it.
         """
 
-    def _check(self, pointers: Sequence[int], workspace: int, table_len: int) -> None:
+    def _check(self, pointers: Sequence[int], workspace: int, table_len: int, longest: int | None = None) -> None:
+        """`longest`: the most entries that the table may have, if there is a bound."""
         spec = self.spec
         tensors = (*spec.inputs, *spec.outputs)
         if len(pointers) != len(tensors):
@@ -78,6 +84,8 @@ class OpLauncher:
             raise LongtakeError(f"{spec.name}: no workspace", expected=f"{self.workspace_bytes} bytes")
         if any("W" in t.shape for t in spec.inputs) and table_len < 1:
             raise LongtakeError(f"{spec.name}: empty table", got=table_len, expected="at least one entry")
+        if longest is not None and table_len > longest:
+            raise LongtakeError(f"{spec.name}: table too long", got=table_len, expected=f"at most {longest} entries")
 
 
 class Launcher(OpLauncher):
@@ -121,6 +129,9 @@ class Launcher(OpLauncher):
             device = driver.ensure_context()
             cubin = self.cubin(self._arch or driver.device_arch(device))
             self._functions = driver.load_functions(cubin, [call.function for call in self._calls])
+            for call, function in zip(self._calls, self._functions):
+                if call.shared_bytes:
+                    driver.allow_shared(function, call.shared_bytes)
         return self
 
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
@@ -130,7 +141,7 @@ class Launcher(OpLauncher):
         driver.ensure_context()
         for call, function in zip(self._calls, self._functions or ()):
             values = self.arguments(call, pointers, workspace, table_len)
-            driver.launch(function, call.grid, call.threads, stream, values)
+            driver.launch(function, call.grid, call.threads, stream, values, call.shared_bytes)
 
     def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
         """The values of a call's arguments: addresses and int32."""

@@ -9,21 +9,22 @@ from typing import Any
 
 import torch
 
-from longtake.engines.bundle import load_bundle
 from longtake.engines.recipe import Recipe, recipe_named
 from longtake.runtime.budget import budget_table
 from longtake.runtime.budget_check import check_memory
 from longtake.runtime.budget_terms import Use, budget_of
 from longtake.runtime.errors import LongtakeError
-from longtake.runtime.places import ENGINES
+from longtake.runtime.sources import source_from_bundle, source_of_recipe
+from longtake.training.presets import SamplingConfig
 
 EPILOG = """examples:
   longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90
   longtake budget --recipe wan2.2-ti2v-5b_bf16_sm90 --guidance 3 --decode-device cuda:1
   longtake budget --engines engines/build/tiny_w4a16_sm90
 
-Engines that are built make more of the figures exact. With a GPU at hand it is checked as well, and the command fails
-if the memory is not free.
+Engines that are built make more of the figures exact. Guidance other than 1 takes a second K/V cache; the export of a
+distilled student records that it is sampled without. With a GPU at hand it is checked as well, and the command fails if
+the memory is not free.
 """
 
 
@@ -40,7 +41,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--engines", type=Path, metavar="FOLDER", help="built engines (default: the recipe's, if built)"
     )
-    parser.add_argument("--guidance", type=float, default=None, metavar="S", help="default: the preset's")
+    parser.add_argument("--guidance", type=float, default=None, metavar="S",
+                        help="guidance scale (default: as the export records, else the preset's)")  # fmt: skip
     parser.add_argument("--image", action="store_true", help="the video starts from a picture or a clip")
     parser.add_argument("--device", metavar="cuda:N", help="check against this GPU (default: the first, if any)")
     parser.add_argument("--decode-device", metavar="cuda:N", help="the GPU that decodes, if another")
@@ -50,11 +52,14 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the budget; raise LongtakeError if it doesn't fit the GPU that is there."""
-    recipe, engines = _recipe(args)
-    guidance = recipe.model.sampling.guidance if args.guidance is None else args.guidance
+    recipe, engines, recorded = _recipe(args)
+    guidance, whose = _guidance(args.guidance, recipe, recorded)
     use = Use(guided=guidance != 1.0, decode_apart=args.decode_device is not None, encode=args.image, engines=engines)
     budget = budget_of(recipe, use)
-    print(json.dumps(budget.as_json(), indent=2) if args.json else budget_table(budget), flush=True)
+    if args.json:
+        print(json.dumps({**budget.as_json(), "guidance": guidance}, indent=2), flush=True)
+    else:
+        print(f"{budget_table(budget)}\nguidance {guidance:g} ({whose})", flush=True)
     if torch.cuda.is_available() or args.device is not None:
         device = cuda_device(args.device or "cuda:0")
         check_memory(recipe, use, device, cuda_device(args.decode_device) if args.decode_device else None)
@@ -63,20 +68,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None]:
-    """The recipe, and its engines where they are built."""
+def _guidance(asked: float | None, recipe: Recipe, recorded: SamplingConfig | None) -> tuple[float, str]:
+    """The scale that sessions will have, as when they are opened, and where it is from."""
+    if asked is not None:
+        return asked, "as asked"
+    if recorded is not None:
+        return recorded.guidance, "as the export records"
+    return recipe.model.sampling.guidance, "the preset's"
+
+
+def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, SamplingConfig | None]:
+    """The recipe; its engines where they are built; how what is built or exported is sampled, where that is recorded."""
     if args.engines is not None:
-        bundle = load_bundle(args.engines)
-        if args.recipe is not None and recipe_named(args.recipe).name != bundle.recipe.name:
-            raise LongtakeError(f"{args.engines} holds engines of another recipe", got=bundle.recipe.name,
+        source = source_from_bundle(args.engines)
+        if args.recipe is not None and recipe_named(args.recipe).name != source.recipe.name:
+            raise LongtakeError(f"{args.engines} holds engines of another recipe", got=source.recipe.name,
                                 expected=args.recipe, fix="leave out --recipe")  # fmt: skip
-        return bundle.recipe, args.engines
+        return source.recipe, args.engines, source.sampling
     if args.recipe is None:
         raise LongtakeError("no recipe was named", expected="--recipe NAME or --engines FOLDER",
                             fix="longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90")  # fmt: skip
     recipe = recipe_named(args.recipe)
-    built = ENGINES / recipe.name
-    return recipe, built if (built / "bundle.json").is_file() else None
+    found = source_of_recipe(recipe)
+    return (recipe, None, None) if found is None else (recipe, found.engines, found.sampling)
 
 
 def cuda_device(name: str) -> torch.device:

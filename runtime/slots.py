@@ -10,6 +10,9 @@ and rebinding change this table only. The rules are LongLive 2.0's:
   between block 0 and it has been dropped;
 * a cut binds the shot sink to the cut's own block, after that block was generated. The old shot sink loses its
   protection there and then.
+
+These rules stand here only: sessions, rollouts and the histories of training all ask this table. An experiment may
+leave sinks out of it (`Sinks`); the window stays as many blocks, so it then sees more of the near past.
 """
 
 from __future__ import annotations
@@ -19,6 +22,17 @@ from dataclasses import dataclass
 from typing import Any
 
 CURRENT = -1  # table entry: the current block's fresh K/V
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Which blocks are protected: block 0 of the video (globally), and the first block of the current shot."""
+
+    globally: bool = True
+    shot: bool = True
+
+
+BOTH = Sinks()
 
 
 @dataclass(frozen=True)
@@ -34,15 +48,16 @@ class SlotTable:
     shot: int | None = None
     count: int = 0
 
-    def _protected(self) -> int:
+    def _protected(self, sinks: Sinks) -> int:
         """How many leading blocks may not be dropped."""
-        return 2 if self.shot is not None and self.blocks[1:2] == (self.shot,) else 1
+        first = int(sinks.globally)
+        return first + (sinks.shot and self.blocks[first : first + 1] == (self.shot,))
 
-    def plan(self, cut: bool) -> Plan:
+    def plan(self, cut: bool, sinks: Sinks = BOTH) -> Plan:
         """What the next block reads and writes; `cut` says it is the first of a new shot (ignored for block 0)."""
         blocks, slots = list(self.blocks), list(self.slots)
         if len(blocks) == self.capacity:
-            victim = self._protected()
+            victim = self._protected(sinks)
             del blocks[victim]
             write_slot = slots.pop(victim)
         else:
@@ -86,11 +101,16 @@ def slots_from_json(given: dict[str, Any]) -> SlotTable:
     return SlotTable(given["capacity"], tuple(given["blocks"]), tuple(given["slots"]), given["shot"], given["count"])
 
 
+def plans_of(cuts: Sequence[bool], capacity: int = 4, sinks: Sinks = BOTH) -> list[Plan]:
+    """Each block's plan, given which blocks start a shot."""
+    # Block 0 is the first shot's sink, too, which makes a difference only where the global sink is left out.
+    table, plans = SlotTable(capacity, shot=0), []
+    for cut in cuts:
+        plans.append(table.plan(cut, sinks))
+        table = plans[-1].after
+    return plans
+
+
 def visible_blocks(cuts: Sequence[bool], capacity: int = 4) -> list[tuple[int, ...]]:
     """For each block, the blocks it attends to (itself last), given which blocks start a shot."""
-    table, seen = SlotTable(capacity), []
-    for cut in cuts:
-        plan = table.plan(cut)
-        seen.append(plan.visible)
-        table = plan.after
-    return seen
+    return [plan.visible for plan in plans_of(cuts, capacity)]

@@ -60,14 +60,14 @@ def source_from_name(name: Path | str | None) -> Source:
         return _best_source()
     folder = Path(name)
     if (folder / "bundle.json").is_file():
-        return _source_from_bundle(folder)
+        return source_from_bundle(folder)
     if (folder / "export.json").is_file():
         return _source_from_export(folder)
     if folder.is_dir():
         raise LongtakeError(f"folder {folder} holds no engines", got="neither bundle.json nor export.json",
                             expected="a folder made by `longtake engines` or `longtake export`", fix=BUILD_FIX)  # fmt: skip
     recipe = recipe_named(str(name))
-    found = _source_of_recipe(recipe)
+    found = source_of_recipe(recipe)
     if found is None:
         raise LongtakeError(f"nothing is built for recipe {recipe.name}",
                             got=f"neither {ENGINES / recipe.name} nor {EXPORTS / recipe.onnx_name}",
@@ -75,9 +75,10 @@ def source_from_name(name: Path | str | None) -> Source:
     return found
 
 
-def _source_of_recipe(recipe: Recipe) -> Source | None:
+def source_of_recipe(recipe: Recipe) -> Source | None:
+    """What is built for a recipe, else what is exported for it, in the project's own folders; None if neither."""
     if (ENGINES / recipe.name / "bundle.json").is_file():
-        return _source_from_bundle(ENGINES / recipe.name)
+        return source_from_bundle(ENGINES / recipe.name)
     if (EXPORTS / recipe.onnx_name / "export.json").is_file():
         return _source_from_export(EXPORTS / recipe.onnx_name, recipe)
     return None
@@ -88,7 +89,7 @@ def _best_source() -> Source:
     machine, fallback = machine_here(), None
     for name in recipe_names():
         recipe = recipe_named(name)
-        source = _source_of_recipe(recipe)
+        source = source_of_recipe(recipe)
         if source and source.engines and backend_for(machine, recipe).backend == recipe.mode:
             return source
         # nvfp4 is what the models are trained with
@@ -100,7 +101,12 @@ def _best_source() -> Source:
     return fallback
 
 
-def _source_from_bundle(folder: Path) -> Source:
+def source_from_bundle(folder: Path) -> Source:
+    """Engines, and what the export that they were built from records, where it still lies there.
+
+    Raises:
+        LongtakeError: the folder holds no engines; IntegrityError: its bundle.json is damaged.
+    """
     bundle = load_bundle(folder)
     index = bundle.onnx / "export.json"
     return Source(

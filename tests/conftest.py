@@ -1,12 +1,21 @@
-"""Skips `gpu` tests, with the reason, on a machine without an NVIDIA GPU; keeps the log level of each test its own."""
+"""Skips `gpu` tests, with the reason, on a machine without an NVIDIA GPU; keeps the log level of each test its own; lets
+Ctrl-C interrupt also where a shell began the suite in the background, with it ignored."""
 
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    """Undo an ignored SIGINT, which commands under test, and processes that they start, would inherit."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

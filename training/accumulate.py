@@ -42,7 +42,7 @@ def parts_of(clips: Clips, noise: Noise, parts: int) -> Iterator[tuple[Clips, No
         yield rows_of(clips, rows), rows_of(noise, rows), share
 
 
-def rows_of(batch: Batch, rows: slice) -> Batch:
+def rows_of(batch: Batch, rows: slice | Tensor) -> Batch:
     """Some samples of a batch; a history that all samples share stays as it is."""
     changed: dict[str, Any] = {}
     for field in fields(batch):

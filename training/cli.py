@@ -65,7 +65,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--stage", choices=STAGES, help="what is trained: " + " or ".join(STAGES))
-    group.add_argument("--data", default="digits", help='"digits" (needs no download) or a folder of clips')
+    group.add_argument("--data", default="digits", help='"digits" (needs no download), "returning-digits" (prompts leave '
+                       "the colours of known subjects to the past) or a folder of clips")  # fmt: skip
     group.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
     group.add_argument("--out", type=Path, help="folder for checkpoints and curves")
     group.add_argument("--init", type=Path, help="folder of checkpoints to start from (default: random weights)")

@@ -79,11 +79,11 @@ def cost_of(loss: Callable[[], Tensor], modules: list[nn.Module]) -> Cost:
     )
 
 
-def dit_modules(preset: Preset) -> dict[str, nn.Module]:
-    """What stage "dit" trains, on the meta device, in the dtype it computes in on a GPU."""
+def dit_modules(preset: Preset, text: bool = True) -> dict[str, nn.Module]:
+    """What stage "dit" trains, on the meta device, in the dtype it computes in on a GPU; `text`: its encoder, too."""
     with META:
         modules: dict[str, nn.Module] = {"dit": CausalDiT(preset.dit).to(COMPUTE)}
-        if trains_text(preset):
+        if text:
             modules["text_encoder"] = text_encoder_for(preset).to(COMPUTE)
     return modules
 
@@ -114,10 +114,10 @@ def dit_cost(preset: Preset, modules: dict[str, nn.Module], batch: int, chunks: 
     return cost
 
 
-def checkpointed(preset: Preset, cost: Cost, batch: int, chunks: int) -> Cost:
+def checkpointed(preset: Preset, cost: Cost, batch: int, chunks: int, text: bool = True) -> Cost:
     """`cost` if blocks are computed again in the backward pass: only their inputs are kept, and the inside of one."""
     one, none = (
-        dit_cost(small, dit_modules(small), batch, chunks)
+        dit_cost(small, dit_modules(small, text), batch, chunks)
         for small in (replace(preset, dit=replace(preset.dit, layers=layers)) for layers in (1, 0))
     )
     tokens = (2 * chunks - 1) * (preset.chunk_tokens + 2 * preset.text.length)  # of x, and of the text's K and V
@@ -129,21 +129,18 @@ def checkpointed(preset: Preset, cost: Cost, batch: int, chunks: int) -> Cost:
     )
 
 
-def trains_text(preset: Preset) -> bool:
-    """Whether the text encoder learns with the DiT; a released one is frozen."""
-    return preset.text.kind == "words"
-
-
-def frozen_text(preset: Preset) -> int:
+def frozen_text(options: StageOptions) -> int:
     """Bytes of a text encoder that doesn't learn."""
     with META:
-        return 0 if trains_text(preset) else FP32 * _count(text_encoder_for(preset))
+        return 0 if options.trains_text else FP32 * _count(text_encoder_for(options.preset))
 
 
-def vae_modules(preset: Preset) -> dict[str, nn.Module]:
+def vae_modules(preset: Preset, decoder_only: bool = False) -> dict[str, nn.Module]:
     """The module of stage "vae", on the meta device, in the dtype it computes in on a GPU."""
     with META:
-        return {"vae": CausalVAE(preset.vae).to(COMPUTE)}
+        vae = CausalVAE(preset.vae).to(COMPUTE)
+    vae.encoder.requires_grad_(not decoder_only)
+    return {"vae": vae}
 
 
 def vae_cost(preset: Preset, modules: dict[str, nn.Module], batch: int, frames: int) -> Cost:
@@ -163,13 +160,14 @@ def vae_cost(preset: Preset, modules: dict[str, nn.Module], batch: int, frames: 
 
 
 def memory_of(modules: dict[str, nn.Module], activations: int) -> dict[str, int]:
-    """Bytes by use: fp32 master weights as the trainer keeps them, and what comes with them."""
-    weights = sum(param.numel() for module in modules.values() for param in module.parameters())
+    """Bytes by use: fp32 master weights as the trainer keeps them, and what comes with those that learn."""
+    params = [param for module in modules.values() for param in module.parameters()]
+    weights, learn = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
     return {
         "weights, fp32": FP32 * weights,
-        "gradients, fp32": FP32 * weights,
-        "AdamW's two moments, fp32": 2 * FP32 * weights,
-        "averaged weights (EMA), fp32": FP32 * weights,
+        "gradients, fp32": FP32 * learn,
+        "AdamW's two moments, fp32": 2 * FP32 * learn,
+        "averaged weights (EMA), fp32": FP32 * learn,
         "weights in bf16, kept for the backward pass": COMPUTE.itemsize * weights,
         "activations in bf16, kept for the backward pass": activations,
     }
@@ -181,17 +179,21 @@ def describe(stage: str, options: StageOptions) -> list[str]:
     if stage == "vae":
         from longtake.training.stages.vae import CLIP_FRAMES
 
-        modules = vae_modules(preset)
+        modules = vae_modules(preset, options.decoder_only)
         cost = vae_cost(preset, modules, options.batch, max(CLIP_FRAMES))
     else:
-        modules = dit_modules(preset)
+        modules = dit_modules(preset, options.trains_text)
         cost = dit_cost(preset, modules, options.batch, max(options.chunks))
         if options.gradient_checkpointing:
-            cost = checkpointed(preset, cost, options.batch, max(options.chunks))
+            cost = checkpointed(preset, cost, options.batch, max(options.chunks), options.trains_text)
     memory = memory_of(modules, cost.activations)
-    if stage == "dit" and (frozen := frozen_text(preset)):
+    frozen = frozen_text(options) if stage == "dit" else 0
+    if frozen and options.cache_dir is None:
         memory["text encoder, frozen, fp32"] = frozen
     lines, parts = [*size_lines(modules), *cost_lines(cost, memory)], options.accumulate
+    if frozen and options.cache_dir is not None:
+        lines.insert(-1, f"before the first step the text encoder ({frozen / 1e9:,.3f} GB, frozen) reads prompts that "
+                         f"{options.cache_dir} does not have yet, then it leaves the GPU")  # fmt: skip
     if parts > 1:
         lines.insert(
             -1, f"with --accumulate {parts} a step is {parts} of these: so many times the arithmetic, no more memory"

@@ -10,25 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longtake.runtime.slots import visible_blocks
+
 WINDOW = 4
-
-
-def visible_blocks(cuts: Sequence[bool], block: int, window: int = WINDOW) -> list[int]:
-    """Blocks in the cache window while `block` is generated, itself included, in ascending order.
-
-    The oldest block that isn't protected leaves before a new one is generated. The video's first block is always
-    protected; the first block of the current shot becomes so once it has moved up next to that one. A shot's first
-    block is bound only after it has been generated, so it still sees the shot before.
-    """
-    held: list[int] = []
-    shot_sink = None
-    for current in range(block + 1):
-        if len(held) == window:
-            del held[2 if held[1] == shot_sink else 1]
-        held.append(current)
-        if current and cuts[current]:
-            shot_sink = current
-    return held
 
 
 def shot_offsets(cuts: Sequence[bool], offset: int) -> list[int]:
@@ -48,8 +32,8 @@ def full_history(blocks: int) -> Tensor:
 def window_history(cuts: Sequence[bool], window: int = WINDOW) -> Tensor:
     """The runtime's window as a history, bool [N, N]."""
     history = torch.zeros(len(cuts), len(cuts), dtype=torch.bool)
-    for block in range(len(cuts)):
-        history[block, visible_blocks(cuts, block, window)] = True
+    for block, seen in enumerate(visible_blocks(cuts, window)):
+        history[block, list(seen)] = True
     return history
 
 

@@ -19,7 +19,7 @@ from longtake.plugins.conv.cudnn_conv import CudnnConv, Geometry, geometry, hand
 from longtake.plugins.conv.plans import choice_key, remember, remembered, timed_plans
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims, shape_of
-from longtake.plugins.launch import OpLauncher
+from longtake.plugins.launch import OpLauncher, compute_capability_of
 from longtake.plugins.linear.library import CublasLtLinear
 from longtake.plugins.spec import CONV_OPS
 from longtake.runtime.errors import LongtakeError, UnavailableError
@@ -159,9 +159,7 @@ def conv_launcher(op_name: str, dims: Dims, compute_capability: str = "") -> OpL
     """
     if op_name not in CONV_OPS:
         raise LongtakeError("no library runs this op", got=op_name, expected=", ".join(CONV_OPS))
-    if not compute_capability:
-        major, minor = torch.cuda.get_device_capability()
-        compute_capability = f"{major}.{minor}"
+    compute_capability = compute_capability_of(compute_capability)
     sizes = " x ".join(str(dims[letter]) for letter in "TYXCN")
     methods = [LAUNCHERS[method] for method in conv_methods(compute_capability)]
     declined = []

@@ -14,7 +14,7 @@ import torch
 from longtake.plugins.capability import attention_methods
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims
-from longtake.plugins.launch import OpLauncher
+from longtake.plugins.launch import OpLauncher, compute_capability_of
 from longtake.plugins.sink_attention.cudnn_graph import CudnnAttention, frontend
 from longtake.plugins.sink_attention.library import torch_attention
 from longtake.plugins.spec import cross_attention
@@ -112,9 +112,7 @@ def cross_attention_launcher(dims: Dims, compute_capability: str = "") -> OpLaun
     Args:
         dims: L, E, H and D. compute_capability: such as "9.0"; by default that of the current device.
     """
-    if not compute_capability:
-        major, minor = torch.cuda.get_device_capability()
-        compute_capability = f"{major}.{minor}"
+    compute_capability = compute_capability_of(compute_capability)
     for method, _ in attention_methods(compute_capability, "bf16", dims["D"]):
         if method not in LAUNCHERS:
             continue

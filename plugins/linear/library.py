@@ -21,7 +21,7 @@ from torch import Tensor
 from longtake.plugins.capability import linear_method
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims, shape_of
-from longtake.plugins.launch import TORCH_DTYPES, OpLauncher
+from longtake.plugins.launch import TORCH_DTYPES, OpLauncher, compute_capability_of
 from longtake.plugins.spec import LINEAR_OPS
 from longtake.runtime.errors import LongtakeError, UnavailableError
 
@@ -115,9 +115,7 @@ def linear_launcher(op_name: str, dims: Dims, compute_capability: str = "") -> O
     """
     if op_name not in LINEAR_OPS:
         raise LongtakeError("no library runs this op", got=op_name, expected=", ".join(LINEAR_OPS))
-    if not compute_capability:
-        major, minor = torch.cuda.get_device_capability()
-        compute_capability = f"{major}.{minor}"
+    compute_capability = compute_capability_of(compute_capability)
     kind = op_name.rpartition("_")[2]
     method = linear_method(compute_capability, kind)
     if method is None:

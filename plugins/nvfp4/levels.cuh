@@ -43,8 +43,8 @@ __device__ __forceinline__ uint4 bf16_from_codes(unsigned int codes, float scale
 __device__ __forceinline__ uint4 e4m3_from_codes(uint2 codes, float factor) {
   float level[8];
   levels_from(factor, 1.5f * factor, level);
-  const unsigned int low = e4m3_quad(level[0], level[1], level[2], level[3]);
-  const unsigned int high = e4m3_quad(level[4], level[5], level[6], level[7]);
+  const unsigned int low = e4m3_quad_fast(level[0], level[1], level[2], level[3]);
+  const unsigned int high = e4m3_quad_fast(level[4], level[5], level[6], level[7]);
   const unsigned int words[4] = {codes.x, codes.x >> 16, codes.y, codes.y >> 16};
   unsigned int out[4];
 #pragma unroll

@@ -1,5 +1,6 @@
 """Sink attention through a library: our kernel lays the window out, cuDNN (or torch's SDPA) attends over it.
 
+attention_launcher() chooses among these, our own kernel for Hopper and the portable one.
 Launchers of the op like the portable one: same tensors, same table, no allocation (torch's excepted), on our stream.
 """
 
@@ -17,11 +18,12 @@ from longtake.plugins import driver
 from longtake.plugins.capability import attention_methods
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Call, Dims
-from longtake.plugins.launch import Launcher
+from longtake.plugins.launch import Launcher, compute_capability_of
 from longtake.plugins.sink_attention.cudnn_graph import AMAX, CudnnAttention, frontend
+from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.trial import ONES, trials
 from longtake.plugins.sink_attention.window import FACTOR_BYTES, FACTORS, addresses, parts, window_kernels
-from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.runtime.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +40,7 @@ class WindowedAttention(Launcher):
 
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
         """See Launcher.launch."""
-        self._check(pointers, workspace, table_len)
-        if table_len > self.dims["S"]:
-            raise LongtakeError(
-                f"{self.kernels.spec.name}: table too long", got=table_len, expected=f"at most {self.dims['S']} entries"
-            )
+        self._check(pointers, workspace, table_len, longest=self.dims["S"])
         self.prepare()
         driver.ensure_context()
         for step, function in zip(self.kernels.calls({**self.dims, "W": table_len}), self._functions or ()):
@@ -215,12 +213,12 @@ def attention_launcher(op_name: str, dims: Dims, attention: str = "bf16", comput
         attention: what the two products are computed in, "bf16" or "fp8"; without FP8 attention it is bf16.
         compute_capability: such as "9.0"; by default that of the current device.
     """
-    if not compute_capability:
-        major, minor = torch.cuda.get_device_capability()
-        compute_capability = f"{major}.{minor}"
+    compute_capability = compute_capability_of(compute_capability)
     for method, kind in attention_methods(compute_capability, attention, dims["D"]):
         try:
             launcher = LAUNCHERS[method](op_name, dims, kind).prepare() if method in LAUNCHERS else None
+            if isinstance(launcher, HopperSinkAttention):
+                launcher.try_out()
         except UnavailableError as error:
             log.warning("%s cannot run through %s in %s: %s", op_name, method, kind, error)
             continue
@@ -229,4 +227,6 @@ def attention_launcher(op_name: str, dims: Dims, attention: str = "bf16", comput
     raise AssertionError("the portable kernel is always listed")
 
 
-LAUNCHERS: dict[str, Any] = {"cudnn": CudnnSinkAttention, "torch": TorchSinkAttention}
+LAUNCHERS: dict[str, Any] = {
+    "cudnn": CudnnSinkAttention, "torch": TorchSinkAttention, "wgmma": HopperSinkAttention
+}  # fmt: skip

@@ -54,7 +54,15 @@ class HostDevice:
         launcher._functions = [getattr(library, f"run_{name}") for name in names]
         return launcher
 
-    def launch(self, function: Any, grid: tuple[int, int], threads: int, stream: int, values: Sequence[int]) -> None:
+    def launch(
+        self,
+        function: Any,
+        grid: tuple[int, int],
+        threads: int,
+        stream: int,
+        values: Sequence[int],
+        shared_bytes: int = 0,
+    ) -> None:
         boxes = [ctypes.c_int64(value) for value in values]  # little endian: an int32 is the low half
         function((ctypes.c_void_p * len(boxes))(*(ctypes.addressof(box) for box in boxes)), *grid, threads)
         self.launches.append((stream, threads))

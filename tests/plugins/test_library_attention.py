@@ -31,7 +31,7 @@ TOLERANCE = {"bf16": 1.5e-2, "fp8": 0.12}
 SMALL = {"S": 4, "L": 128, "H": 4, "D": 64}
 ODD = {"S": 3, "L": 200, "H": 3, "D": 128}
 LARGE = {"S": 4, "L": 7040, "H": 24, "D": 128}
-WAYS = (("cudnn", "bf16"), ("cudnn", "fp8"), ("torch", "bf16"))
+WAYS = (("cudnn", "bf16"), ("cudnn", "fp8"), ("wgmma", "fp8"), ("torch", "bf16"))
 
 
 def run(launcher: Launcher, case: Attention, table: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_every_table_equals_the_reference(fmt: str, dims: dict[str, int], method
     try:
         launcher = launcher_for(method, kind, case)
     except UnavailableError as error:
-        if (dims, kind) != (ODD, "fp8"):  # cuDNN need not take FP8 attention over odd lengths
+        if (dims, method, kind) != (ODD, "cudnn", "fp8"):  # cuDNN need not take FP8 attention over odd lengths
             raise
         pytest.skip(str(error)[:500])
     for entries in ((-1,), (2,), (0, -1), (2, 0), (1, -1, 2), (0, 1, 2)):
@@ -64,7 +64,9 @@ def launcher_unless_sums_stand_still(method: str, kind: str, case: Attention) ->
     try:
         return launcher_for(method, kind, case)
     except UnavailableError as error:
-        assert kind == "fp8" and re.search(r"blocks of ones( that are scaled)? is wrong", str(error)), error
+        assert (method, kind) == ("cudnn", "fp8") and re.search(
+            r"blocks of ones( that are scaled)? is wrong", str(error)
+        ), error
         return None
 
 
@@ -82,19 +84,21 @@ def test_large_model(method: str, kind: str) -> None:
 
 
 @gpu
-def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values() -> None:
+@pytest.mark.parametrize("method", ["cudnn", "wgmma"])
+def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values(method: str) -> None:
     """Hopper cuts each product off at the sum's last bit, of 14: attention that weighs thousands of keys alike comes out
     smaller, by as much as the trial at the start lets pass. docs/recipes.md says what was measured."""
     case = Attention("bf16", LARGE)
-    if (launcher := launcher_unless_sums_stand_still("cudnn", "fp8", case)) is None:
+    if (launcher := launcher_unless_sums_stand_still(method, "fp8", case)) is None:
         return
+    bound = STEP_ABOVE if method == "cudnn" else 0.01  # ours adds up in fp32 every 128 keys
     for entries in range(1, 5):
         table = case.table(entries)
         for t in (case.q, case.k, case.v, *case.cache):
             t.fill_(1.0)
         ones = run(launcher, case, table).float()
         print(f"{entries} blocks of ones: {ones.min().item():.4f} to {ones.max().item():.4f}")
-        assert ((ones - 1).abs() <= STEP_ABOVE).all(), entries
+        assert ((ones - 1).abs() <= bound).all(), entries
         for t in (case.q, case.k, case.cache[0][:, 0]):
             t.normal_()
         for t in (case.v, case.cache[0][:, 1]):
@@ -102,7 +106,7 @@ def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values() -> None:
         got, wanted = run(launcher, case, table).float(), case.reference(table)
         bias, error = (got - wanted).mean().item(), relative_error(got, wanted)
         print(f"{entries} blocks of shifted values: bias {bias:+.4f}, relative error {error:.4f}")
-        assert abs(bias) <= STEP_ABOVE and error <= STEP_ABOVE, entries
+        assert abs(bias) <= bound and error <= max(bound, 0.02), entries
 
 
 @gpu
@@ -128,10 +132,10 @@ def test_window_is_the_codec_to_the_last_bit(fmt: str, dims: dict[str, int]) -> 
 
 
 @gpu
-@pytest.mark.parametrize("kind", ["bf16", "fp8"])
-def test_a_captured_graph_follows_table_and_cache_and_allocates_nothing(kind: str) -> None:
+@pytest.mark.parametrize("method, kind", [("cudnn", "bf16"), ("cudnn", "fp8"), ("wgmma", "fp8")])
+def test_a_captured_graph_follows_table_and_cache_and_allocates_nothing(method: str, kind: str) -> None:
     case = Attention("nvfp4", SMALL)
-    launcher = launcher_for("cudnn", kind, case)
+    launcher = launcher_for(method, kind, case)
     workspace = torch.empty(launcher.workspace_bytes, dtype=torch.uint8, device="cuda")
     table = case.table(3)
 
@@ -183,7 +187,7 @@ def test_chosen_here_and_falls_back_with_a_word(
 def test_bench_prints_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--tokens", "256", "--slots", "2", "--heads", "4", "--repeats", "2", "--cache", "all"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("cudnn") == 8 and printed.count("portable") == 4
+    assert printed.count("cudnn") == 8 and printed.count("wgmma") == 4 and printed.count("portable") == 4
 
 
 def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:

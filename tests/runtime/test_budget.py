@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from longtake.engines.bundle import write_bundle
+from longtake.engines.flavour import Flavour
 from longtake.engines.manifest import PlanManifest, write_manifest
 from longtake.engines.recipe import recipe_named
 from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, TensorType, save
@@ -21,7 +23,7 @@ from longtake.runtime.budget_measured import measured_terms, memory_rows, record
 from longtake.runtime.budget_terms import Use, budget_of, weight_bytes
 from longtake.runtime.cli import main
 from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import sha256
+from longtake.runtime.files import sha256, write_json
 from longtake.runtime.report import conditions_of_run
 from longtake.runtime.sources import Promise, Source, backend_from_source
 from longtake.training.networks import random_models
@@ -243,6 +245,56 @@ def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) 
     assert main(["budget", "--recipe", "tiny_bf16_sm90", "--guidance", "1", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["total_gb"] == pytest.approx(sum(term["gb"] for term in shown["terms"]), abs=0.01)
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    """Engines of a student of the tiny preset, which itself is sampled with guidance 3; nothing is built."""
+    exported, folder = tmp_path / "exports" / RECIPE.onnx_name, tmp_path / "engines" / RECIPE.name
+    exported.mkdir(parents=True)
+    sampling = {"steps": 4, "guidance": 1.0, "shift": 5.0}
+    write_json(exported / "export.json", {"onnx_name": RECIPE.onnx_name, "vocabulary": [], "sampling": sampling})
+    folder.mkdir(parents=True)
+    write_bundle(folder, RECIPE, Flavour("tensorrt_rtx", "1.6.1", None, "a test"), exported, [])
+    return folder
+
+
+def budgeted(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["budget", *words, "--json"]) == 0
+    shown: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return shown
+
+
+def test_a_student_s_engines_take_one_cache(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded = budgeted(capsys, "--engines", str(student))
+    assert recorded == budgeted(capsys, "--engines", str(student), "--guidance", "1")
+    guided = budgeted(capsys, "--engines", str(student), "--guidance", "3")
+    caches = [next(t["bytes"] for t in shown["terms"] if t["name"] == "K/V cache") for shown in (recorded, guided)]
+    assert caches[1] == 2 * caches[0] and (recorded["guidance"], guided["guidance"]) == (1.0, 3.0)
+    assert main(["budget", "--engines", str(student)]) == 0
+    assert "guidance 1 (as the export records)" in capsys.readouterr().out
+
+
+def test_without_a_record_guidance_is_the_preset_s(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = tmp_path / "exports" / RECIPE.onnx_name / "export.json"
+    write_json(exported, {"onnx_name": RECIPE.onnx_name, "vocabulary": [], "sampling": None})
+    assert budgeted(capsys, "--engines", str(student))["guidance"] == 3.0
+    exported.unlink()  # the engines went to another machine alone
+    assert budgeted(capsys, "--engines", str(student))["guidance"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("engines_at", "exports_at", "guidance"), [("engines", "-", 1.0), ("-", "exports", 1.0), ("-", "-", 3.0)]
+)
+def test_a_recipe_s_budget_is_of_what_there_is_of_it(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    engines_at: str, exports_at: str, guidance: float,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sources, "ENGINES", tmp_path / engines_at)
+    monkeypatch.setattr(sources, "EXPORTS", tmp_path / exports_at)
+    assert budgeted(capsys, "--recipe", RECIPE.name)["guidance"] == guidance
 
 
 def test_the_table_names_both_gpus() -> None:

@@ -37,7 +37,7 @@ def encode_once(monkeypatch: pytest.MonkeyPatch, cached: dict[tuple[str, str], L
             cached[what, context] = cache_from_dataset(*args, what=what, context=context, **kwargs)
         return cached[what, context]
 
-    monkeypatch.setattr("longtake.training.stages.dit.cache_from_dataset", remembered)
+    monkeypatch.setattr("longtake.training.stages.precompute.cache_from_dataset", remembered)
     monkeypatch.setattr("longtake.training.stages.dit.CALIBRATION_BATCHES", 1)
 
 

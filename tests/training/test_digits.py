@@ -21,6 +21,7 @@ from longtake.training.data.digits import (
     caption_words,
     chunk_prompts,
     random_story,
+    returning_story,
     scans_of,
 )
 from longtake.training.data.render import CIRCLE, DRIFT, RGB, TURN
@@ -91,6 +92,28 @@ def test_a_subject_that_returns_after_a_cut_is_the_same_scan() -> None:
             assert scans.setdefault(one.digit, one.scan) == one.scan
         assert len(scans) <= 2 and story.chunks == 6
     assert returns > 50
+
+
+def test_a_returning_subject_s_colour_is_left_to_the_past() -> None:
+    draws, back, left_out = generator(), 0, 0
+    for _ in range(300):
+        story = returning_story(draws, 8)
+        assert story.chunks == 8
+        colours: dict[int, str] = {}
+        for one in story.shots:
+            assert one.named or colours[one.digit] == one.colour  # an earlier shot told it
+            colours[one.digit] = one.colour
+            words = caption(one).split()
+            assert (one.colour in words[:2]) == one.named and words[0] == ("an" if words[1][0] in "aeiou" else "a")
+            assert set(re.findall(r"\w+", caption(one).lower())) <= set(caption_words())
+        first, last = story.shots[0], story.shots[-1]
+        if len(story.shots) == 3 and first.digit == last.digit != story.shots[1].digit and story.shots[1].chunks >= 3:
+            back += first.scan == last.scan and first.colour == last.colour != story.shots[1].colour
+            left_out += not last.named
+    assert back > 100 and left_out > 60
+    assert caption(replace(shot(), digit=8, named=False)).startswith("an eight stands still over")
+    short = [returning_story(draws, chunks) for chunks in (1, 2, 5) for _ in range(20)]
+    assert {story.chunks for story in short} == {1, 2, 5}
 
 
 def test_held_out_scans_are_never_trained_on() -> None:

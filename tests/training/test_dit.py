@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from longtake.runtime.slots import visible_blocks
 from longtake.training.dit import CausalDiT, dense_cross_attention, segment_cross_attention
 from longtake.training.networks import DiTStep, quantized_linears
 from longtake.training.presets import TINY
 from longtake.training.rope import rope_tables, timestep_sinusoid
 from longtake.training.teacher_forcing import Clips, Noise, block_attention, draw_noise, flow_loss, predict_velocity
 from longtake.training.text_encoder import TextEncoder
-from longtake.training.window import block_mask, full_history, shot_offsets, visible_blocks, window_history
+from longtake.training.window import block_mask, full_history, shot_offsets, window_history
 
 PRESET = TINY
 CHUNK = PRESET.chunk_latents
@@ -80,7 +81,7 @@ def test_cached_inference_equals_teacher_forcing(cuts: list[bool] | None) -> Non
     forced = predict_velocity(dit, PRESET, embeddings, clips, noise)[0]
     cached = CachedRun(dit, clips, noise, embeddings)
     for block in range(chunks):
-        seen = list(range(block + 1)) if cuts is None else visible_blocks(cuts, block)
+        seen = list(range(block + 1)) if cuts is None else list(visible_blocks(cuts)[block])
         got = cached.block(block, seen)
         wanted = forced[block * CHUNK : (block + 1) * CHUNK]
         assert (got - wanted).norm() <= 1e-5 * wanted.norm(), block

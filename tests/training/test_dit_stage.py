@@ -15,7 +15,7 @@ from longtake.runtime.cli import main
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import read_json
 from longtake.training.error_recycling import RecyclingConfig
-from longtake.training.latent_cache import LatentCache, cache_from_dataset
+from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae
 from longtake.training.presets import Preset
 from longtake.training.quantize import RULES
 from longtake.training.stages.base import StageOptions
@@ -33,7 +33,7 @@ def encode_once(monkeypatch: pytest.MonkeyPatch, cached: dict[str, LatentCache])
             cached[what] = cache_from_dataset(*args, what=what, **kwargs)
         return cached[what]
 
-    monkeypatch.setattr("longtake.training.stages.dit.cache_from_dataset", remembered)
+    monkeypatch.setattr("longtake.training.stages.precompute.cache_from_dataset", remembered)
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +182,10 @@ def test_all_of_it_together_on_a_gpu(tmp_path: Path, small_preset: Preset, vae_f
     Trainer(stage, config, torch.device("cuda")).fit()
     assert stage.graphed.enabled == graph
     assert load_file(tmp_path / "resume-0000004.safetensors")["stage/latent/errors"].any()
+
+
+def test_stories_are_encoded_with_a_vae_and_a_device_alone(small_preset: Preset, vae_folder: Path) -> None:
+    """As the experiment does, which prepares no stage for it."""
+    stage = DiTStage(options(small_preset, vae_folder))
+    stage.device, stage.vae = CPU, frozen_vae(vae_folder / "vae.safetensors", small_preset, CPU)[0]
+    assert len(DiTStage.cache(stage, "train", 3, 5)) == 3

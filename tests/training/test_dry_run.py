@@ -3,14 +3,27 @@ from __future__ import annotations
 import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from longtake.runtime.cli import main
-from longtake.training.dry_run import META, checkpointed, cost_of, dit_cost, dit_modules
+from longtake.training.dry_run import (
+    META,
+    checkpointed,
+    cost_of,
+    describe,
+    dit_cost,
+    dit_modules,
+    memory_of,
+    vae_modules,
+)
 from longtake.training.presets import TINY, WAN22_TI2V_5B
+from longtake.training.stages.base import StageOptions
+from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.vae import VAEStage
 
 
 def test_a_linear_costs_what_it_must() -> None:
@@ -31,6 +44,38 @@ def test_a_step_grows_as_it_should() -> None:
     assert one.shapes["tokens of the transformer, [clean; noisy]"] == [1, 3 * 128, 256]
     again = checkpointed(small, one, 1, 2)
     assert again.activations < one.activations and one.flops < again.flops < 1.5 * one.flops
+
+
+def learning(modules: dict[str, nn.Module]) -> int:
+    return sum(p.numel() for module in modules.values() for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("more", [{}, {"freeze_text": True}, {"freeze_text": True, "cache_dir": Path("kept")}])
+def test_only_what_learns_has_gradients_and_moments(more: dict[str, Any]) -> None:
+    small = replace(TINY, dit=replace(TINY.dit, layers=1))
+    options = StageOptions(small, batch=1, chunks=(1,), **more)
+    weights = learning(DiTStage(options).modules)
+    assert memory_of(dit_modules(small, options.trains_text), 0)["gradients, fp32"] == 4 * weights
+    text = "\n".join(describe("dit", options))
+    encoder = sum(p.numel() for p in DiTStage(options).text.parameters())
+    moments, frozen = 8 * weights / 1e9, 4 * encoder / 1e9
+    assert f"AdamW's two moments, fp32                       {moments:10.3f} GB" in text
+    assert ("text_encoder:" in text) == options.trains_text
+    in_memory = f"text encoder, frozen, fp32                      {frozen:10.3f} GB" in text
+    assert in_memory == (more == {"freeze_text": True})
+    assert ("prompts that kept does not have yet" in text) == ("cache_dir" in more)
+
+
+def test_a_decoder_alone_has_gradients_alone() -> None:
+    small = replace(TINY, vae=replace(TINY.vae, encoder_dim=8, decoder_dim=8))
+    kept = []
+    for alone in (False, True):
+        options = StageOptions(small, batch=1, decoder_only=alone)
+        weights = learning(VAEStage(options).modules)
+        assert memory_of(vae_modules(small, alone), 0)["gradients, fp32"] == 4 * weights
+        line = next(line for line in describe("vae", options) if "activations" in line)
+        kept.append(float(line.split()[-2]))
+    assert kept[1] < kept[0]
 
 
 def test_5b_is_described_without_allocating_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from longtake.runtime.errors import LongtakeError
+from longtake.runtime.slots import visible_blocks
 from longtake.training.flex import chosen, flex_attention_for, natural_order, seen_places, tiled_mask
 from longtake.training.teacher_forcing import Clips, block_attention
-from longtake.training.window import full_history, visible_blocks, window_history
+from longtake.training.window import full_history, window_history
 
 TOKENS = 128
 CUTS = [[False, False, True, False, False], [False, True, False, False, True]]
@@ -34,7 +35,7 @@ def brute_force(kind: str, order: tuple[int, ...]) -> Tensor:
         mask = torch.zeros(len(order) * TOKENS, len(order) * TOKENS, dtype=torch.bool)
         for i, q in enumerate(order):
             for j, k in enumerate(order):
-                may = list(range(q % 5 + 1)) if kind == "full" else visible_blocks(cuts, q % 5)
+                may = list(range(q % 5 + 1)) if kind == "full" else visible_blocks(cuts)[q % 5]
                 if q < 5:
                     seen = k < 5 and k in may
                 else:

@@ -146,7 +146,7 @@ def encode_once(monkeypatch: pytest.MonkeyPatch) -> None:
             caches[what] = cache_from_dataset(*args, what=what, **kwargs)
         return caches[what]
 
-    monkeypatch.setattr("longtake.training.stages.dit.cache_from_dataset", remembered)
+    monkeypatch.setattr("longtake.training.stages.precompute.cache_from_dataset", remembered)
 
 
 @pytest.mark.usefixtures("encode_once")

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from longtake.training.window import block_mask, full_history, shot_offsets, visible_blocks, window_history
+from longtake.runtime.slots import visible_blocks
+from longtake.training.window import block_mask, full_history, shot_offsets, window_history
 
 
 def cuts_at(blocks: int, *cuts: int) -> list[bool]:
@@ -28,13 +29,14 @@ def cuts_at(blocks: int, *cuts: int) -> list[bool]:
     ],
 )
 def test_window_is_the_reference_table(cuts: tuple[int, ...], block: int, seen: list[int]) -> None:
-    assert visible_blocks(cuts_at(10, *cuts), block) == seen
+    assert visible_blocks(cuts_at(10, *cuts))[block] == tuple(seen)
+    assert window_history(cuts_at(10, *cuts))[block].nonzero().flatten().tolist() == seen
 
 
 def test_window_holds_at_most_four_and_always_first_previous_and_current() -> None:
     for pattern in itertools.product((False, True), repeat=8):
         for block in range(8):
-            seen = visible_blocks(pattern, block)
+            seen = visible_blocks(pattern)[block]
             assert len(seen) == min(4, block + 1)
             assert {0, max(0, block - 1), block} <= set(seen)
 
@@ -52,7 +54,7 @@ def test_mask_equals_the_rule_by_brute_force(cuts: tuple[int, ...] | None) -> No
     half = blocks * per_block
     for q, k in itertools.product(range(2 * half), repeat=2):
         q_block, k_block = q % half // per_block, k % half // per_block
-        may = k_block <= q_block if cuts is None else k_block in visible_blocks(cuts_at(blocks, *cuts), q_block)
+        may = k_block <= q_block if cuts is None else k_block in visible_blocks(cuts_at(blocks, *cuts))[q_block]
         if q < half:
             wanted = k < half and may
         else:

@@ -6,7 +6,7 @@ identity across shots can be judged. Every fifth scan is held out for evaluation
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
@@ -43,7 +43,8 @@ T = TypeVar("T")
 class Shot:
     """One shot, or a part of one. `chunks` is its length; x, y (in -1..1), phase and speed (1 is usual) vary its motion.
 
-    joined: it goes on where the part before it stopped, without a cut, under a new prompt.
+    joined: it goes on where the part before it stopped, without a cut, under a new prompt. named: the prompt tells the
+    subject's colour; otherwise only an earlier shot does.
     """
 
     digit: int
@@ -58,6 +59,7 @@ class Shot:
     phase: float = 0.0
     speed: float = 1.0
     joined: bool = False
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ def scans_of(digit: int, split: str) -> tuple[int, ...]:
 
 def caption(shot: Shot) -> str:
     """The shot in the data set's grammar, such as "a green seven drifts left over a sea background, soft light"."""
-    article = "an" if shot.colour[0] in "aeiou" else "a"
-    subject = f"{article} {shot.colour} {DIGITS[shot.digit]}"
-    return f"{subject} {shot.motion} over a {shot.background} background, {shot.light}"
+    subject = f"{shot.colour} {DIGITS[shot.digit]}" if shot.named else DIGITS[shot.digit]
+    article = "an" if subject[0] in "aeiou" else "a"
+    return f"{article} {subject} {shot.motion} over a {shot.background} background, {shot.light}"
 
 
 def caption_words() -> list[str]:
@@ -129,6 +131,40 @@ def random_story(generator: torch.Generator, chunks: int, split: str = "train", 
     return Story(tuple(shots))
 
 
+def returning_story(generator: torch.Generator, chunks: int, split: str = "train", changes: bool = True) -> Story:
+    """A story whose prompts often leave out a subject's colour once it was seen: what it is, the past must tell.
+
+    Half of those with room for it are of one form: a subject, another one for at least three chunks (a window of four then
+    holds nothing else, but for its sinks), and the first again. The rest are as `random_story` draws them.
+    """
+    draw = _Draw(generator)
+    if chunks >= 5 and draw.unit() < 0.5:
+        last = draw.pick((1, 2)) if chunks > 5 else 1
+        middle = draw.pick(range(3, chunks - last))
+        shots = _there_and_back(draw, (chunks - middle - last, middle, last), split)
+    else:
+        shots = list(random_story(generator, chunks, split, changes).shots)
+    told: list[Shot] = []
+    for shot in shots:
+        known = {earlier.digit: earlier.colour for earlier in told}
+        left_out = known.get(shot.digit) == shot.colour and draw.unit() < 0.75
+        told.append(replace(shot, named=not left_out))
+    return Story(tuple(told))
+
+
+def _there_and_back(draw: _Draw, lengths: Sequence[int], split: str) -> list[Shot]:
+    """A subject, another of another class and colour, the first again."""
+    first = draw.pick(range(10))
+    second = (first + 1 + draw.pick(range(9))) % 10
+    colour = draw.pick(COLOURS)
+    one = (first, draw.pick(scans_of(first, split)), colour)
+    other = (second, draw.pick(scans_of(second, split)), draw.pick([c for c in COLOURS if c != colour]))
+    shots: list[Shot] = []
+    for cast, length in zip((one, other, one), lengths):
+        shots.append(_random_shot(draw, *cast, length, shots[-1] if shots else None))
+    return shots
+
+
 def _changed_half_way(draw: _Draw, shot: Shot) -> list[Shot]:
     """The shot in two joined parts, the second in another colour or light."""
     first = replace(shot, chunks=shot.chunks // 2)
@@ -139,20 +175,20 @@ def _changed_half_way(draw: _Draw, shot: Shot) -> list[Shot]:
 
 
 class Digits:
-    """The data set of random stories, rendered on the device that asks for them."""
+    """The data set of random stories, rendered on the device that asks for them. draw: see `random_story`."""
 
-    def __init__(self, preset: Preset, split: str = "train") -> None:
-        self.preset, self.split = preset, split
+    def __init__(self, preset: Preset, split: str = "train", draw: Callable[..., Story] = random_story) -> None:
+        self.preset, self.split, self.draw = preset, split, draw
 
     def sample(self, generator: torch.Generator, chunks: int, batch: int, device: torch.device) -> Batch:
         """Draw `batch` stories of `chunks` chunks."""
-        stories = [random_story(generator, chunks, self.split) for _ in range(batch)]
+        stories = [self.draw(generator, chunks, self.split) for _ in range(batch)]
         prompts, cuts = zip(*(chunk_prompts(story) for story in stories))
         return Batch(self.render(stories, device), list(prompts), list(cuts))
 
     def take(self, index: int, seed: int, chunks: int, known: Container[str] = ()) -> Take:
         """Story `index` of `seed`, rendered on the CPU unless its key is known."""
-        story = random_story(item_generator(seed, index), chunks, self.split)
+        story = self.draw(item_generator(seed, index), chunks, self.split)
         key = key_of("digits", self.preset.height, self.preset.width, self.preset.fps, story)
         frames = None
         if key not in known:
@@ -168,7 +204,7 @@ class Digits:
         """
         stride = self.preset.vae.stride[0]
         chunks = 2 + frames // (self.preset.chunk_latents * stride)
-        stories = [random_story(generator, chunks, self.split) for _ in range(batch)]
+        stories = [self.draw(generator, chunks, self.split) for _ in range(batch)]
         room = (chunk_frames(self.preset, chunks) - frames) // stride
         starts = (stride * torch.randint(room + 1, (batch,), generator=generator)).tolist()
         return self.render(stories, device, frames, starts)

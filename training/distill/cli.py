@@ -64,7 +64,7 @@ def add_what(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--steps-of-student", "--student-steps", type=int, default=4, dest="student_steps", metavar="N",
                        help="denoise steps a chunk of the student (default 4)")  # fmt: skip
     group.add_argument("--out", type=Path, help="folder for checkpoints and curves")
-    group.add_argument("--data", default="digits", help='"digits" (needs no download) or a folder of clips, for prompts, '
+    group.add_argument("--data", default="digits", help='"digits" or "returning-digits" (need no download) or a folder of clips, for prompts, '
                        "cuts and given frames")  # fmt: skip
     group.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep encoded stories and the embeddings of prompts "
                        "there, as `longtake train` does, instead of in memory")  # fmt: skip

@@ -4,49 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longtake.runtime.sampler import model_timesteps
-from longtake.training.accumulate import parts_of, rows_of
+from longtake.training.accumulate import parts_of
 from longtake.training.checkpoint import load_into
 from longtake.training.data.base import dataset_from_name
+from longtake.training.distill.metadata import student_metadata
 from longtake.training.distill.networks import Networks
 from longtake.training.distill.options import DistillOptions
-from longtake.training.distill.rollout import Rollout, Story
+from longtake.training.distill.rollout import Rollout
+from longtake.training.distill.scene import Scene, SceneSampler
 from longtake.training.distill.scores import Scorer, critic_loss, dmd_gradient, dmd_loss, draw_levels
 from longtake.training.dit import CausalDiT
 from longtake.training.embedding_cache import CachedText, embeddings_from_cache
-from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae, vae_checkpoint
+from longtake.training.latent_cache import frozen_vae, vae_checkpoint
 from longtake.training.networks import load_meta
 from longtake.training.quantize import insert_quantizers, read_amax
 from longtake.training.stages.base import Metric
-from longtake.training.stored_stories import StoredStories, stored_from_dataset
-from longtake.training.teacher_forcing import Clips, Noise
+from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
+from longtake.training.stages.validation import EVALUATION_SEED
+from longtake.training.teacher_forcing import Noise
 from longtake.training.text_encoder import text_encoder_for
 
 HELD_OUT = 16
-LossOf = Callable[["Scene", Noise], tuple[Tensor, dict[str, Metric]]]
-EVALUATION_SEED = 20_000_003
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A batch to distil on. clips: of the data, whose latents matter for given frames only. story: what is generated."""
-
-    clips: Clips
-    story: Story
-    exit_step: int
-
-    def part(self, rows: slice) -> Scene:
-        """Some of its stories."""
-        story = self.story
-        first = None if story.first is None else story.first[rows]
-        own = Story(story.embeddings[rows], story.cuts[rows], story.noise[rows], first)
-        return Scene(rows_of(self.clips, rows), own, self.exit_step)
+LossOf = Callable[[Scene, Noise], tuple[Tensor, dict[str, Metric]]]
 
 
 class DistillStage:
@@ -77,44 +62,43 @@ class DistillStage:
         self.vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
         self.train = self.stories("train", self.options.stories, self.options.seed)
         self.held_out = self.stories("eval", min(HELD_OUT, self.options.stories), EVALUATION_SEED)
-        self.cuts = {id(stories): cuts_of(stories.offsets) for stories in (self.train, self.held_out)}
+        self.scenes, self.held_out_scenes = (
+            SceneSampler(stories, self.options, self.embed, device) for stories in (self.train, self.held_out)
+        )
         nothing = self.text.tokenize([self.preset.negative_prompt]).to(device)
         self.cached_text = self.cache_text(nothing)
         if self.cached_text is None:
             self.text.to(device)
-        with torch.no_grad(), self.autocast():
-            self.nothing = self.embed(nothing)[0]
+        self.nothing = self.embed(nothing)[0]
         self.networks = Networks(self.teacher, self.options, device)
         self.networks.prepare(self.calibration(0))
         generator, fake = self.networks.trained()
         self.modules, self.critic_modules = {"dit": generator}, {"fake_score": fake}
 
-    def stories(self, split: str, count: int, seed: int) -> LatentCache | StoredStories:
-        """Encoded stories of a split of the data set, in memory or on disk."""
+    def stories(self, split: str, count: int, seed: int) -> Stories:
+        """Encoded stories of a split of the data set."""
         options = self.options
-        dataset = dataset_from_name(options.data, self.preset, split)
-        same: dict[str, Any] = {
-            "stories": count, "chunks": max(options.chunks), "context": "window", "seed": seed, "what": f"{split} stories",
-        }  # fmt: skip
-        if options.cache_dir is None:
-            return cache_from_dataset(dataset, self.vae, self.text, self.preset, **same)
-        where: dict[str, Any] = {"cache_dir": options.cache_dir, "workers": options.workers}
-        return stored_from_dataset(dataset, self.vae, self.vae_digest, self.text, self.preset, **where, **same)
+        return stories_from_dataset(
+            dataset_from_name(options.data, self.preset, split), self.vae, self.vae_digest, self.text, self.preset,
+            cache_dir=options.cache_dir, workers=options.workers, stories=count, chunks=max(options.chunks),
+            context="window", seed=seed, what=f"{split} stories",
+        )  # fmt: skip
 
     def cache_text(self, nothing: Tensor) -> CachedText | None:
         """Embeddings of all prompts and of `nothing` on disk, where there is a folder for them."""
         if self.options.cache_dir is None:
             return None
-        told = [stories.tokens.flatten(0, 1).cpu() for stories in (self.train, self.held_out)]
+        told = torch.cat((prompts_of(self.train, self.held_out), nothing.cpu()))
         return embeddings_from_cache(
-            self.text, self.text_digest, torch.cat((*told, nothing.cpu())), self.preset,
+            self.text, self.text_digest, told, self.preset,
             cache_dir=self.options.cache_dir, device=self.device, autocast=self.autocast,
             bf16=self.options.computes_in_bf16(self.device),
         )  # fmt: skip
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens int32 [P, E] -> fp32 embeddings [P, E, dim], computed or from the cache."""
-        return (self.cached_text or self.text)(tokens)  # type: ignore[no-any-return]
+        """tokens int32 [P, E] -> fp32 embeddings [P, E, dim], computed or from the cache, without gradient."""
+        with torch.no_grad(), self.autocast():
+            return (self.cached_text or self.text)(tokens)  # type: ignore[no-any-return]
 
     def autocast(self) -> AbstractContextManager[None]:
         # No cache: a weight cast under no_grad must not serve a pass that wants a gradient.
@@ -124,35 +108,8 @@ class DistillStage:
     # ---- batches -------------------------------------------------------------------------------------------------
 
     def scene(self, generator: torch.Generator) -> Scene:
-        """Random prompts and cuts of one length, noise, and one exit step for all of them."""
-        choices = self.options.chunks
-        chunks = choices[int(torch.randint(len(choices), (), generator=generator))]
-        batch = self.options.accumulate * self.options.batch
-        index = torch.randint(len(self.train), (batch,), generator=generator)
-        exit_step = int(torch.randint(self.options.student_steps, (), generator=generator))
-        self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        return self.scene_of(self.train, index, chunks, exit_step, self.device_generator)
-
-    def scene_of(
-        self,
-        stories: LatentCache | StoredStories,
-        index: Tensor,
-        chunks: int,
-        exit_step: int,
-        generator: torch.Generator,
-    ) -> Scene:
-        """These stories' prompts and cuts, with noise of `generator`; `index` is on the host."""
-        in_memory = isinstance(stories, LatentCache)
-        clips = stories.clips(index.to(self.device, non_blocking=True) if in_memory else index, chunks)
-        cuts = [self.cuts[id(stories)][i][:chunks] for i in index.tolist()]
-        given = torch.zeros(clips.latents.shape[:2], dtype=torch.bool, device=self.device)
-        given[:, 0] = True
-        clips = replace(clips, given=given if self.options.i2v else None)
-        with torch.no_grad(), self.autocast():
-            embeddings = self.embed(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
-        noise = torch.randn(clips.latents.shape, generator=generator, device=generator.device).to(self.device)
-        first = clips.latents[:, 0] if self.options.i2v else None
-        return Scene(clips, Story(embeddings, cuts, noise, first), exit_step)
+        """A random scene of the training stories."""
+        return self.scenes.random(generator, self.device_generator)
 
     def generate(self, scene: Scene, gradient: bool = False) -> Tensor:
         """The student's video, fp32 [B, F, C, H, W]."""
@@ -213,7 +170,7 @@ class DistillStage:
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
         index = torch.arange(min(len(self.held_out), self.options.batch))
         last = self.options.student_steps - 1
-        return self.scene_of(self.held_out, index, max(self.options.chunks), last, generator)
+        return self.held_out_scenes.of(index, max(self.options.chunks), last, generator)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -247,7 +204,7 @@ class DistillStage:
             generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
             index = torch.randint(len(self.train), (min(self.options.batch, 8),), generator=generator)
             last = self.options.student_steps - 1
-            scene = self.scene_of(self.train, index, max(self.options.chunks), last, generator)
+            scene = self.scenes.of(index, max(self.options.chunks), last, generator)
             with torch.no_grad(), self.autocast():
                 self.rollout(dit, scene.story, last)  # type: ignore[arg-type]
 
@@ -260,43 +217,5 @@ class DistillStage:
 
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What the student is, and how it is sampled: its steps, without guidance."""
-        options = self.options
-        student = self.networks.student()
-        amax = read_amax(insert_quantizers(student, self.calibration(0), rules=options.rules))
-        numerics = {"nvfp4": {**options.rules.as_json(), "gradient": None}} if options.precision == "nvfp4" else {}
-        return {
-            "dit": {
-                "sampling": sampling_facts(options.student_steps, self.preset.sampling.shift),
-                "data": options.data,
-                "chunks": list(options.chunks),
-                "batch": options.batch,
-                "context": "window",
-                "i2v": float(options.i2v),
-                "vae_sha256": self.vae_digest,
-                "precision": options.precision,
-                **numerics,
-                "amax": amax,
-                "distillation": {
-                    "method": "dmd",
-                    "teacher_sha256": self.teacher_facts["sha256"],
-                    "guidance": options.guidance,
-                    "critic_updates": options.ratio,
-                    "cache": options.cache,
-                    "score_context": options.score_context,
-                    "lora": {"rank": options.lora_rank, "alpha": options.lora_alpha or options.lora_rank}
-                    if options.lora_rank
-                    else None,
-                },
-            }
-        }
-
-
-def cuts_of(offsets: Tensor | None) -> list[list[bool]]:
-    """Which chunks begin a shot, [S][N]: those at which the offset [S, N] of the positions grows."""
-    assert offsets is not None
-    return (offsets.diff(dim=1, prepend=offsets[:, :1]) > 0).tolist()  # type: ignore[no-any-return]
-
-
-def sampling_facts(steps: int, shift: float) -> dict[str, Any]:
-    """How a student is sampled, for its side file: what exports record and `generate` and `check` follow."""
-    return {"steps": steps, "guidance": 1.0, "shift": shift, "timesteps": list(model_timesteps(steps, shift))}
+        amax = read_amax(insert_quantizers(self.networks.student(), self.calibration(0), rules=self.options.rules))
+        return {"dit": student_metadata(self.options, self.vae_digest, self.teacher_facts["sha256"], amax)}

@@ -17,7 +17,8 @@ from longtake.training.latent_cache import LatentCache, frozen_vae, vae_checkpoi
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.presets import TINY, Preset
 from longtake.training.stages.base import StageOptions
-from longtake.training.stages.dit import EVALUATION_SEED, DiTStage
+from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.validation import EVALUATION_SEED
 from longtake.training.trainer import TrainConfig, Trainer
 
 PRESET: Preset = TINY
@@ -57,7 +58,8 @@ class ArmStage(DiTStage):
 def encode_stories(settings: Settings, out: Path, device: torch.device, part: int | None) -> dict[str, float]:
     """Encode a part of the training stories, or the held-out ones (None), into a file."""
     stage = stage_of(replace(settings, start="shipped"), out, "base", 0)
-    stage.device, stage.vae = device, frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)[0]
+    stage.device = device
+    stage.vae, stage.vae_digest = frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)
     if part is None:
         made = DiTStage.cache(stage, "eval", settings.flow_stories, EVALUATION_SEED)
     else:
@@ -106,6 +108,7 @@ def stage_of(settings: Settings, out: Path, arm: str, seed: int) -> ArmStage:
     begin = {"random": None, "shipped": shipped()}.get(settings.start, Path(settings.start))
     options = StageOptions(
         preset=PRESET,
+        data="returning-digits",
         batch=settings.batch,
         precision="nvfp4" if arm == "nvfp4" else "bf16",
         init=begin if arm == "base" else arm_folder(out, "base", seed),

@@ -69,6 +69,7 @@ def distil_command(
     resume = ["--resume"] if list(folder.glob("resume-*.safetensors")) else []
     options = {
         "--teacher": teacher,
+        "--data": "returning-digits",
         "--student-steps": steps,
         "--out": folder,
         "--device": device,

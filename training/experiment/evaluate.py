@@ -6,7 +6,7 @@ Legend: B stories, N chunks, T frames that are looked at in a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from longtake.training.data.base import chunk_frames
 from longtake.training.data.digits import Digits, Story, scans_of
 from longtake.training.experiment.batched import Rollout, Sampling, decoded
 from longtake.training.experiment.classifier import DigitClassifier
-from longtake.training.experiment.shape import ink, iou, shapes
+from longtake.training.experiment.shape import ink_seen, iou, shapes
 from longtake.training.experiment.stories import scripts_of, shots_by_chunk
 from longtake.training.latent_cache import LatentCache, encode
 from longtake.training.networks import Models
-from longtake.training.stages.dit import EVALUATION_SEED
+from longtake.training.stages.validation import EVALUATION_SEED
 from longtake.training.teacher_forcing import draw_noise, predict_velocity
 
 EVERY = 4  # one frame of so many is looked at
@@ -94,8 +94,9 @@ def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> 
 
     agreement: share of the last shot's frames in which the judge sees the digit that it saw most often in the first.
     cosine: mean likeness of embeddings, frame of the last shot to the first shot's mean. iou: of the shape to the
-    first shot's mean shape (0 in a frame without a subject). Each over the whole last shot; iou_first and iou_last over
-    its first and last chunk.
+    first shot's mean shape (0 in a frame without a subject). colour: share of the last shot's frames whose subject has the
+    colour that was seen most often in the first; the last shot's prompt leaves it out. Each over the whole last shot;
+    iou_first, colour_first and iou_last over its first and last chunk.
     """
     begin, middle, end = (shot.chunks for shot in stories[0].shots)
     seen = [
@@ -110,16 +111,20 @@ def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> 
     shape = (first.shapes * weight).sum(1) / weight.sum(1).clamp(min=1)
     overlap = iou(shape[:, None], last.shapes) * last.there
     by_chunk = overlap.unflatten(1, (end, -1)).mean((0, 2))
+    same_colour = ((last.colours == first.colours.mode(1).values[:, None]) & last.there).float()
     prompted = torch.tensor([story.shots[2].digit for story in stories], device=eyes.device)
     return {
         "agreement": float((last.digits == usual[:, None]).float().mean()),
         "cosine": float((last.embeddings * mean_embedding[:, None]).sum(-1).mean()),
         "iou": float(overlap.mean()),
+        "colour": float(same_colour.mean()),
+        "colour_first": float(same_colour.unflatten(1, (end, -1))[:, 0].mean()),
         "iou_first": float(by_chunk[0]),
         "iou_last": float(by_chunk[-1]),
         "iou_by_chunk": by_chunk.tolist(),
         "agreement_by_story": rounded((last.digits == usual[:, None]).float().mean(1)),
         "iou_by_story": rounded(overlap.mean(1)),
+        "colour_by_story": rounded(same_colour.mean(1)),
         "fidelity_return": float((last.digits == prompted[:, None]).float().mean()),
         "subjects_found": float(last.there.float().mean()),
     }
@@ -127,28 +132,32 @@ def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> 
 
 @dataclass(frozen=True)
 class _Seen:
-    """digits [B, T], embeddings [B, T, E], shapes [B, T, SIZE, SIZE], there bool [B, T]."""
+    """digits [B, T], embeddings [B, T, E], shapes [B, T, SIZE, SIZE], there bool [B, T], colours int64 [B, T]."""
 
     digits: Tensor
     embeddings: Tensor
     shapes: Tensor
     there: Tensor
+    colours: Tensor
 
 
 def _chunk(frames: Tensor, stories: Sequence[Story], number: int, eyes: Eyes) -> _Seen:
     """What is seen in one chunk. The video's first chunk has 29 frames, the others 32: each gives 8."""
     digits, embeddings = seen_digits(eyes, frames)
-    found = [
-        shapes(ink(video[:, ::EVERY].transpose(0, 1), shots_by_chunk(story)[number]))
-        for video, story in zip(frames, stories)
-    ]
-    return _Seen(digits, embeddings, torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found]))
+    inks, colours = zip(
+        *(
+            ink_seen(video[:, ::EVERY].transpose(0, 1), shots_by_chunk(story)[number])
+            for video, story in zip(frames, stories)
+        )
+    )
+    found = [shapes(one) for one in inks]
+    return _Seen(
+        digits, embeddings, torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found]), torch.stack(colours)
+    )
 
 
 def _joined(parts: Sequence[_Seen]) -> _Seen:
-    return _Seen(
-        *(torch.cat([getattr(p, name) for p in parts], 1) for name in ("digits", "embeddings", "shapes", "there"))
-    )
+    return _Seen(*(torch.cat([getattr(p, field.name) for p in parts], 1) for field in fields(_Seen)))
 
 
 def drift(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:

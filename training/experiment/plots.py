@@ -20,7 +20,7 @@ def draw(results: dict[str, dict[str, Any]], found: dict[str, Any], out: Path) -
     )
     _bars(
         found["sinks"],
-        {"iou": "shape IoU, first to returning subject", "agreement": "same digit seen"},
+        {"colour": "returning subject has its colour", "iou": "shape IoU", "agreement": "same digit seen"},
         out / "sinks.png",
     )
     _curves(results, out / "drift.png")

@@ -84,7 +84,7 @@ def markdown(results: Results, settings: Settings, found: dict[str, Any], said: 
     parts.append(_table("Same budget, held-out stories (mean ± standard deviation over seeds)", found["eval"],
                         {"flow": "flow loss", "fidelity": "prompt fidelity"}))  # fmt: skip
     parts.append(_table("A subject that returns after a cut, by sinks (NVFP4-aware, FP4 cache)", found["sinks"],
-                        {"iou": "shape IoU", "iou_first": "… first chunk", "iou_last": "… last chunk",
+                        {"colour": "same colour", "given_colour": "given subject: same colour", "iou": "shape IoU", "iou_first": "… first chunk", "iou_last": "… last chunk",
                          "cosine": "embedding cosine", "agreement": "same digit seen", "fidelity_return": "prompted digit seen", "given_iou": "given subject: shape IoU", "given_agreement": "given: same digit seen"}))  # fmt: skip
     parts.append(_reference(results))
     seconds = settings.drift_chunks * 32 / 24
@@ -167,7 +167,7 @@ def _reference(results: Results) -> str:
         return ""
     best, least = found["identity"], found["another_scan"]
     return (
-        f"For comparison, the data set itself through the VAE: shape IoU {best['iou']:.3f}, cosine {best['cosine']:.3f}, same digit "
+        f"For comparison, the data set itself through the VAE: same colour {best['colour']:.3f}, shape IoU {best['iou']:.3f}, cosine {best['cosine']:.3f}, same digit "
         f"{best['agreement']:.3f}; another writer's digit of the same class: {least['iou']:.3f}, {least['cosine']:.3f}, "
         f"{least['agreement']:.3f}. Prompt fidelity of the data set through the VAE: {found['fidelity']:.3f}."
     )

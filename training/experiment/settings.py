@@ -10,7 +10,7 @@ from longtake.runtime.errors import LongtakeError
 from longtake.training.experiment.classifier import JudgeTraining
 
 # Steps a second that an H100 makes at the full size, and what else takes how long there: for the plan only.
-STEPS_PER_SECOND = {"bf16": 25.0, "nvfp4": 25.0}
+STEPS_PER_SECOND = {"bf16": 12.0, "nvfp4": 12.0}
 JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 40.0, 8.0, 10.0
 
 
@@ -28,10 +28,10 @@ class Settings:
 
     start: str = "shipped"
     seeds: int = 3
-    base_steps: int = 1500
-    branch_steps: int = 1200
+    base_steps: int = 1800
+    branch_steps: int = 1000
     batch: int = 20
-    chunks: tuple[int, ...] = (1, 2, 5, 8, 8)
+    chunks: tuple[int, ...] = (1, 5, 8, 8, 8)
     stories: int = 4000
     story_parts: int = 4
     base_lr: float = 6e-4

@@ -1,17 +1,18 @@
-"""The subject's shape in a frame: the ink, unmixed from the known background and light, in a frame of its own.
+"""The subject in a frame: its ink, unmixed from the known background and light, the ink's colour, and its shape.
 
-Legend: N frames, H, W sizes.
+Legend: N frames, K colours, H, W sizes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.training.data.digits import Shot
+from longtake.training.data.digits import COLOURS, Shot
 from longtake.training.data.render import BACKGROUND, LIGHT, RGB
 
 SIZE = 32  # of a shape
@@ -23,6 +24,18 @@ def ink(frames: Tensor, shot: Shot) -> Tensor:
 
     A pixel is light (ground + ink (colour - ground)); ground, colour and light are what the prompt says.
     """
+    return _unmixed(frames, shot, (shot.colour,))[0][0]
+
+
+def ink_seen(frames: Tensor, shot: Shot) -> tuple[Tensor, Tensor]:
+    """The ink in the colour that explains each frame best, [N, H, W], and that colour's place in COLOURS, int64 [N]."""
+    inks, left = _unmixed(frames, shot, COLOURS)
+    best = left.argmin(0)
+    return inks[best, torch.arange(len(frames), device=frames.device)], best
+
+
+def _unmixed(frames: Tensor, shot: Shot, colours: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """For each colour the ink [K, N, H, W], and how much of the frame it leaves unexplained, [K, N]."""
     height, width = frames.shape[-2:]
     device = frames.device
     y = (torch.arange(height, device=device) * 2 + 1).view(-1, 1) / height - 1
@@ -31,9 +44,13 @@ def ink(frames: Tensor, shot: Shot) -> Tensor:
     ground = torch.lerp(top, bottom, ((y + 1) / 2).expand(height, width))
     level, lx, ly, fall = LIGHT[shot.light]
     light = level + lx * x + ly * y - fall * (x * x + y * y)
-    away = torch.tensor(RGB[shot.colour], device=device).view(3, 1, 1) - ground
     seen = (frames + 1) / 2 / light.clamp(min=0.1) - ground
-    return ((seen * away).sum(1) / away.square().sum(0).clamp(min=1e-3)).clamp(0, 1)
+    inks, left = [], []
+    for colour in colours:
+        away = torch.tensor(RGB[colour], device=device).view(3, 1, 1) - ground
+        inks.append(((seen * away).sum(1) / away.square().sum(0).clamp(min=1e-3)).clamp(0, 1))
+        left.append((seen - inks[-1][:, None] * away).square().mean((1, 2, 3)))
+    return torch.stack(inks), torch.stack(left)
 
 
 def shapes(ink_NHW: Tensor) -> tuple[Tensor, Tensor]:

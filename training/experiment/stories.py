@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -42,7 +43,10 @@ def mixed_stories(count: int, chunks: int, seed: int) -> list[Story]:
 
 
 def returning_stories(count: int, lengths: tuple[int, int, int], seed: int) -> list[Story]:
-    """A subject, another digit, the first subject again (same scan and colour, other place): `lengths` chunks each."""
+    """A subject, another digit, the first subject again (same scan and colour, other place): `lengths` chunks each.
+
+    The last shot's prompts leave the colour out.
+    """
     generator = torch.Generator().manual_seed(seed)
     return [_returning(number, lengths, generator) for number in range(count)]
 
@@ -59,7 +63,7 @@ def _returning(number: int, lengths: tuple[int, int, int], generator: torch.Gene
     begin = _shot(first, lengths[0], generator)
     middle = _shot(other, lengths[1], generator, {begin.background}, {begin.colour})
     end = _shot(first, lengths[2], generator, {begin.background, middle.background})
-    return Story((begin, middle, Shot(**{**vars(end), "scan": begin.scan, "colour": begin.colour})))
+    return Story((begin, middle, replace(end, scan=begin.scan, colour=begin.colour, named=False)))
 
 
 def _shot(

@@ -43,7 +43,7 @@ def summary(results: Results, settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, conditions, metrics in (
         ("eval", ("bf16", "bf16-fp4cache", "ptq", "nvfp4"), ("flow", "fidelity")),
-        ("sinks", SINKS, ("agreement", "cosine", "iou", "iou_first", "iou_last", "fidelity_return", "subjects_found", "given_iou", "given_cosine", "given_agreement")),
+        ("sinks", SINKS, ("colour", "colour_first", "agreement", "cosine", "iou", "iou_first", "iou_last", "fidelity_return", "subjects_found", "given_colour", "given_iou", "given_cosine", "given_agreement")),
         ("drift", ("bf16", "bf16-fp4cache", "ptq", "nvfp4"),
          tuple(f"{m}_{e}" for m in ("fidelity", "contrast", "saturation", "detail") for e in ("start", "end"))),
     ):  # fmt: skip
@@ -76,6 +76,10 @@ def claims(results: Results, settings: Settings) -> dict[str, dict[str, Any]]:
     made = {
         "NVFP4-aware has a lower held-out flow loss than post-training NVFP4": beats("eval", "flow", "ptq", "nvfp4"),
         "NVFP4-aware has a higher prompt fidelity than post-training NVFP4": beats("eval", "fidelity", "nvfp4", "ptq"),
+        "both sinks keep the subject's colour across cuts better than none": beats("sinks", "colour", "both", "none"),
+        "both sinks keep a given subject's colour across cuts better than none": beats(
+            "sinks", "given_colour", "both", "none"
+        ),
         "both sinks keep the subject's shape across cuts better than none": beats("sinks", "iou", "both", "none"),
         "both sinks keep a given subject's shape across cuts better than none": beats(
             "sinks", "given_iou", "both", "none"

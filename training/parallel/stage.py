@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from longtake.runtime.errors import LongtakeError
+from longtake.training.accumulate import rows_of
 from longtake.training.dit import CausalDiT
 from longtake.training.flex import flex_attention_for
 from longtake.training.graphed import Losses
-from longtake.training.latent_cache import LatentCache
 from longtake.training.parallel.forcing import attention, part_loss, part_of, part_velocity, whole_velocity
 from longtake.training.parallel.halo import encode_together
 from longtake.training.parallel.layout import Layout
@@ -23,8 +23,9 @@ from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.sharding import require_heads, shard, shard_dit, whole
 from longtake.training.quantize import insert_quantizers, read_amax
 from longtake.training.stages.base import StageOptions
-from longtake.training.stages.dit import CALIBRATION_BATCHES, OF_CLIPS, OF_NOISE, DiTStage
-from longtake.training.stored_stories import StoredStories
+from longtake.training.stages.dit import CALIBRATION_BATCHES, DiTStage
+from longtake.training.stages.flat_batch import batch_of_tensors
+from longtake.training.stages.precompute import Stories
 from longtake.training.teacher_forcing import Clips, Noise
 from longtake.training.text_encoder import text_encoder_for
 
@@ -58,7 +59,7 @@ class ParallelDiTStage(DiTStage):
             shard(self.text, self.ranks)
         self.sharded = True
 
-    def cache(self, split: str, stories: int, seed: int) -> LatentCache | StoredStories:
+    def cache(self, split: str, stories: int, seed: int) -> Stories:
         """Encoded stories; the ranks encode a clip together, each its window."""
         if self.ranks.mesh is not None:
             self.vae.encode = partial(encode_together, self.vae, group=torch.distributed.group.WORLD)  # type: ignore[method-assign]
@@ -66,27 +67,18 @@ class ParallelDiTStage(DiTStage):
 
     def tensor_loss(self, latents: Tensor, tokens: Tensor, history: Tensor, offsets: Tensor, *noise: Tensor) -> Losses:
         """Losses of the whole batch, of which this rank computes its part; the velocity if errors are recycled."""
-        more = dict(zip(self.extras, noise[2:]))
+        batch = batch_of_tensors((latents, tokens, history, offsets, *noise), self.extras, tokens.shape[1])
         rows = torch.arange(len(latents), device=latents.device).tensor_split(self.ranks.groups)[self.ranks.my_group]
-        mine = {name: x[rows] for name, x in more.items()}
-        clips = Clips(
-            latents[rows],
-            tokens[rows],
-            history[rows] if history.dim() == 3 else history,
-            tokens.shape[1],
-            offsets[rows],
-            *(mine.get(name) for name in OF_CLIPS),
-        )
-        drawn = Noise(noise[0][rows], noise[1][rows], *(mine.get(name) for name in OF_NOISE))
+        clips, drawn = rows_of(batch[0], rows), rows_of(batch[1], rows)
         velocity, layout = self.own_velocity(clips, drawn)
         losses = part_loss(velocity, clips, drawn, layout, self.ranks, self.preset.chunk_latents)
         if not self.recycling:
             return losses
-        batch = torch.zeros_like(latents)
+        together = torch.zeros_like(latents)
         own = whole_velocity(velocity, layout, self.ranks, self.preset.chunk_latents)
         if self.ranks.place == 0:
-            batch[rows] = own
-        return (*losses, self.ranks.total(batch))
+            together[rows] = own
+        return (*losses, self.ranks.total(together))
 
     def own_velocity(self, clips: Clips, noise: Noise) -> tuple[Tensor, Layout]:
         """Velocity of this rank's noisy blocks."""

@@ -21,7 +21,7 @@ Metric = float | Tensor
 class StageOptions:
     """What the command line knows; a stage reads what concerns it.
 
-    data: "digits" or a folder of clips. max_chunks_per_shot: see `data.folder.Folder`. precision: "bf16" or "nvfp4". amp: compute in bf16 on the GPU.
+    data: "digits", "returning-digits" or a folder of clips. max_chunks_per_shot: see `data.folder.Folder`. precision: "bf16" or "nvfp4". amp: compute in bf16 on the GPU.
     init: folder of checkpoints to start from. vae: folder whose frozen VAE encodes the clips (None: the shipped one).
     stories, chunks: how many stories the latent cache holds, and the lengths in chunks that steps draw from.
     context: "full" history or the runtime's "window". recalibrate: steps between calibrations of the fake-quant.
@@ -87,6 +87,11 @@ class StageOptions:
                 "4-bit rules and gradients are of training under NVFP4", got=f"--precision {self.precision}",
                 fix="--precision nvfp4, or leave them out",
             )  # fmt: skip
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoder learns with the DiT: a released one never does."""
+        return self.preset.text.kind == "words" and not self.freeze_text
 
     def computes_in_bf16(self, device: torch.device) -> bool:
         """Whether forward passes on `device` run under bf16 autocast."""

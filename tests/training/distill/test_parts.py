@@ -160,7 +160,7 @@ def test_a_gpu_s_gradients_are_the_cpu_s(small_preset: Preset, teacher: Path) ->
         stage = stage_of(small_preset, teacher, cache="bf16", amp=False)
         stage.prepare(device)
         host = torch.Generator().manual_seed(4)
-        scene = stage.scene_of(stage.train, torch.tensor([0, 1]), 2, 1, host)
+        scene = stage.scenes.of(torch.tensor([0, 1]), 2, 1, host)
         noise = stage.score_noise(scene, host)
         loss, _ = stage.generator_loss(scene, noise)
         loss.backward()

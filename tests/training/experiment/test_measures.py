@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from longtake.training.data.digits import Digits, Shot, Story, scans_of
-from longtake.training.experiment.shape import ink, iou, shapes
+from longtake.training.data.digits import BACKGROUNDS, COLOURS, LIGHTS, Digits, Shot, Story, scans_of
+from longtake.training.experiment.shape import ink, ink_seen, iou, shapes
 from longtake.training.experiment.stories import long_stories, returning_stories, scripts_of
 from longtake.training.presets import TINY
 
@@ -42,12 +42,24 @@ def test_a_frame_without_a_subject_has_no_shape() -> None:
     assert not shapes(torch.zeros_like(ink(red_ground, SHOT)))[1].any()
 
 
+def test_the_colour_is_seen_over_every_background() -> None:
+    right = []
+    for number, colour in enumerate(COLOURS):
+        for background in BACKGROUNDS:
+            shot = replace(SHOT, colour=colour, background=background, light=LIGHTS[number % 4])
+            found, seen = ink_seen(frames_of(shot, 30), replace(shot, colour="red"))
+            right.append((seen == number).float().mean())
+            assert torch.equal(found[seen == number], ink(frames_of(shot, 30), shot)[seen == number])
+    assert torch.stack(right).mean() > 0.98
+
+
 def test_the_subject_returns_after_another_digit() -> None:
     for story in returning_stories(20, (2, 4, 3), seed=5):
         first, other, again = story.shots
         assert (first.digit, first.scan, first.colour) == (again.digit, again.scan, again.colour)
         assert other.digit != first.digit and again.background not in (first.background, other.background)
-        assert first.scan in scans_of(first.digit, "eval")
+        assert first.scan in scans_of(first.digit, "eval") and other.colour != first.colour
+        assert first.named and other.named and not again.named  # its colour only the first shot tells
     assert returning_stories(3, (2, 4, 3), seed=5) == returning_stories(4, (2, 4, 3), seed=5)[:3]
 
 

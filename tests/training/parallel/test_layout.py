@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from longtake.runtime.errors import LongtakeError
+from longtake.runtime.slots import visible_blocks
 from longtake.training.parallel.layout import MODES, NONE, Layout
-from longtake.training.window import full_history, visible_blocks, window_history
+from longtake.training.window import full_history, window_history
 
 CHUNKS, TOKENS = 8, 3
 CUTS = {"full": None, "window": (), "cuts": (2, 5)}
@@ -57,7 +58,7 @@ def test_the_mask_is_the_rule_by_brute_force(layout: Layout, context: str) -> No
         (q_noisy, q_chunk), (k_noisy, k_chunk) = q, k
         may = k_chunk <= q_chunk
         if context != "full":
-            may = k_chunk in visible_blocks(cuts_of(context, layout.chunks), q_chunk)
+            may = k_chunk in visible_blocks(cuts_of(context, layout.chunks))[q_chunk]
         if q_noisy:
             wanted = q_chunk == k_chunk if k_noisy else may and k_chunk != q_chunk
         else:

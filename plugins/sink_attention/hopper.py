@@ -1,0 +1,166 @@
+"""Sink attention in FP8 on Hopper by our own kernels: one lays the window out in tiles, one attends with sums in fp32.
+
+Unlike a library's FP8 attention, weights spread over thousands of keys add up to what they should (hopper_fp8.cu says how),
+the window is one piece, and the output is bf16 at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from longtake.plugins import driver
+from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernels, blocks_of, limit_macros
+from longtake.plugins.kv_cache_write.reference import RULE
+from longtake.plugins.launch import Launcher
+from longtake.plugins.sink_attention.window import (
+    ALIGNMENT,
+    FACTOR_BYTES,
+    FACTOR_SLOTS,
+    THREADS,
+    amax_calls,
+    cache_names,
+    in_a_row,
+    partials,
+)
+from longtake.plugins.spec import sink_attention
+from longtake.runtime.errors import LongtakeError, UnavailableError
+
+HEAD_DIMS = (64, 128)
+TILE = 128  # rows of a tile: queries of a thread block, and keys whose products one running sum spans
+SUM_ROWS = 8  # more rows of the transposed values; one has ones, so that the product sums the probabilities up as well
+STAGES = 4  # tiles of keys, and of values, under way to a thread block
+_GROUPS = 3  # of 128 threads: one copies, two attend
+_BARRIERS = 8 * (1 + 4 * STAGES)
+
+
+def buffers(dims: Dims) -> dict[str, int]:
+    """Bytes of each buffer for a window of W entries (dims has W), in the order they lie in."""
+    row, tiles = dims["H"] * TILE, blocks_of(dims["W"] * dims["L"], TILE)
+    return {
+        "window_k": tiles * row * dims["D"], "window_v": tiles * row * (dims["D"] + SUM_ROWS),
+        "query8": blocks_of(dims["L"], TILE) * row * dims["D"],
+        "partial": 4 * (2 * dims["W"] + 1) * partials(dims), "factors": FACTOR_BYTES * FACTOR_SLOTS,
+    }  # fmt: skip
+
+
+def addresses(dims: Dims, workspace: int) -> tuple[dict[str, int], int]:
+    """The address of each buffer in a workspace, and of the first byte after them."""
+    return in_a_row(buffers(dims), workspace)
+
+
+def tile_kernels(fmt: str) -> Kernels:
+    """What lays the window out, for cache format `fmt`. The dims of its calls need W."""
+    return Kernels(
+        spec=sink_attention(fmt),
+        source=Path(__file__).with_name("window_fp8.cu"),
+        macros=lambda dims: {
+            "THREADS": THREADS, "CACHE_NVFP4": int(fmt == "nvfp4"), "TILED": 1, "HEAD_DIM": dims["D"],
+            "SUM_ROWS": SUM_ROWS, **limit_macros(RULE),
+        },
+        calls=lambda dims: (*amax_calls(fmt, dims), _tile_call(fmt, dims)),
+    )  # fmt: skip
+
+
+def _tile_call(fmt: str, dims: Dims) -> Call:
+    grid = (blocks_of(dims["W"] * dims["L"], TILE) * dims["H"], 3)
+    read = ("q", "k", "v", *cache_names(fmt), "table", "factors")
+    sizes = (dims["S"], TABLE_LENGTH, dims["L"], dims["H"])
+    return Call("window_tiles", grid, THREADS, (*read, "query8", "window_k", "window_v", *sizes))
+
+
+def attend_kernels(fmt: str) -> Kernels:
+    """What attends over the tiles."""
+    return Kernels(
+        spec=sink_attention(fmt),
+        source=Path(__file__).with_name("hopper_fp8.cu"),
+        macros=lambda dims: {"HEAD_DIM": dims["D"], "SUM_ROWS": SUM_ROWS, "STAGES": STAGES},
+        calls=lambda dims: (
+            Call(
+                "attend_fp8", (blocks_of(dims["L"], TILE), dims["H"]), TILE * _GROUPS,
+                ("query8", "window_k", "window_v", "factors", "out", TABLE_LENGTH, dims["L"], dims["H"]),
+                shared_bytes=TILE * (dims["D"] + STAGES * (2 * dims["D"] + SUM_ROWS)) + _BARRIERS,
+            ),
+        ),
+    )  # fmt: skip
+
+
+class HopperSinkAttention(Launcher):
+    """Lay out, attend. Tables have at most S entries. The workspace is aligned to ALIGNMENT.
+
+    Raises LongtakeError if the heads are not of HEAD_DIMS.
+    """
+
+    method = "wgmma"
+
+    def __init__(self, op_name: str, dims: Dims, attention: str = "fp8", arch: str | None = None) -> None:
+        if dims["D"] not in HEAD_DIMS or attention != "fp8":
+            raise LongtakeError("no kernel for this attention", got=f"heads of {dims['D']}, {attention}",
+                                expected=f"heads of {' or '.join(map(str, HEAD_DIMS))}, fp8")  # fmt: skip
+        fmt = self.op_format = op_name.removeprefix("sink_attention_")
+        fixed = {letter: size for letter, size in dims.items() if letter != "W"}
+        super().__init__(op_name, {**fixed, "W": fixed["S"]}, "bf16", arch, tile_kernels(fmt))
+        self.workspace_bytes = addresses(self.dims, 0)[1]
+        self._attend = Launcher(op_name, self.dims, "bf16", arch, attend_kernels(fmt))
+
+    def prepare(self) -> Launcher:
+        """See Launcher.prepare."""
+        super().prepare()
+        self._attend.prepare()
+        return self
+
+    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
+        """See Launcher.launch."""
+        self._check(pointers, workspace, table_len, longest=self.dims["S"])
+        if workspace % ALIGNMENT:
+            raise LongtakeError("the workspace is not aligned", got=f"address {workspace:#x}",
+                                expected=f"a multiple of {ALIGNMENT} bytes")  # fmt: skip
+        self.prepare()
+        driver.ensure_context()
+        self.lay_out(pointers, stream, workspace, table_len)
+        self.attend(pointers, stream, workspace, table_len)
+
+    def lay_out(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
+        """Enqueue what writes the tiles."""
+        for call, function in zip(self.kernels.calls({**self.dims, "W": table_len}), self._functions or ()):
+            values = self.arguments(call, pointers, workspace, table_len)
+            driver.launch(function, call.grid, call.threads, stream, values, call.shared_bytes)
+
+    def attend(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
+        """Enqueue attention over the tiles."""
+        for call, function in zip(self._attend._calls, self._attend._functions or ()):
+            values = self.arguments(call, pointers, workspace, table_len)
+            driver.launch(function, call.grid, call.threads, stream, values, call.shared_bytes)
+
+    def try_out(self) -> None:
+        """Attend over fresh blocks with known answers, windows of every length: what fails must fail before the run.
+
+        Ones give ones, also when they are scaled to E4M3's largest number and thousands of them add up. Queries that equal
+        their keys, and are far from the others, give those keys' values. Raises UnavailableError.
+        """
+        shape = (self.dims["L"], self.dims["H"], self.dims["D"])
+        generator = torch.Generator("cuda").manual_seed(0)
+        k, v = (torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        ones, k, out = torch.ones_like(k), 4 * k, torch.empty_like(k)
+        memory = torch.empty(self.workspace_bytes, dtype=torch.uint8, device="cuda")
+        stream = torch.cuda.current_stream().cuda_stream
+        for entries in range(1, self.dims["S"] + 1):
+            table = torch.full((entries,), -1, dtype=torch.int32, device="cuda")
+            for keys, values, tolerance in ((ones, ones, 0.01), (k, v, 0.1)):
+                out.fill_(float("nan"))
+                unread = [memory.data_ptr()] * len(cache_names(self.op_format))  # the table lists no slot
+                pointers = [t.data_ptr() for t in (keys, keys, values)] + unread + [table.data_ptr(), out.data_ptr()]
+                self.launch(pointers, stream, memory.data_ptr(), entries)
+                error = float((out.float() - values.float()).norm() / values.float().norm())
+                if not error <= tolerance:  # a NaN is refused, too
+                    raise UnavailableError(f"FP8 attention over {entries} blocks is wrong", got=f"relative error {error:.3g}",
+                                           expected=f"at most {tolerance}")  # fmt: skip
+
+    def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
+        """See Launcher.arguments; the workspace's buffers have names as well."""
+        spec = self.kernels.spec
+        known = dict(zip((t.name for t in (*spec.inputs, *spec.outputs)), pointers))
+        known |= addresses(self.dims, workspace)[0] | {TABLE_LENGTH: table_len}
+        return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)

@@ -1,0 +1,254 @@
+// FP8 attention for Hopper (sm_90a) whose sums are fp32: out = softmax(q k^T / sqrt(D)) v, E4M3 products.
+// The tensor cores cut each product off at the last of a running sum's 14 bits, so a sum over thousands of keys stands still.
+// Here a running sum spans KEYS keys; then it is added to one in fp32, in the multiplication that rescales that one anyway.
+//
+// query8, window_k, window_v: tiles, as window_fp8.cu's window_tiles writes them. factors: as window_fp8.cu's.
+// out [L,H,D]. Grid: (ceil(L / QUERIES), H). Thread block: three groups of 128 threads. The first one copies tiles, one
+// thread of it; the others attend with 64 queries each, and take turns: one multiplies while the other one exponentiates.
+#include "factors.cuh"
+#include "memory.cuh"
+#include "minifloat.cuh"
+#include "warpgroup.cuh"
+
+#define QUERIES 128
+#define KEYS 128
+#define ROWS 64       // queries of a group
+#define GROUP 128     // threads
+#define STEP 32       // E4M3 numbers along which one product adds up
+#define COLUMNS (HEAD_DIM + SUM_ROWS)  // of the second product: features, and the sum of the probabilities
+#define TILE (KEYS * HEAD_DIM)
+#define VALUE_TILE (KEYS * COLUMNS)
+#define TURNS 1       // first named barrier
+#define LOG2_LARGEST 8.807354922057604f  // log2(448): the largest probability is E4M3's largest number
+
+struct Barriers {
+  barrier_t q_full, k_full[STAGES], k_free[STAGES], v_full[STAGES], v_free[STAGES];
+};
+
+struct Shared {
+  unsigned char *q, *k, *v;
+  Barriers* barriers;
+};
+
+__device__ __forceinline__ Shared shared_layout() {
+  Shared shared;
+  shared.q = dynamic_shared();
+  shared.k = shared.q + QUERIES * HEAD_DIM;
+  shared.v = shared.k + STAGES * TILE;
+  shared.barriers = reinterpret_cast<Barriers*>(shared.v + STAGES * VALUE_TILE);
+  return shared;
+}
+
+// One thread: everything that is read, in the order in which it is needed.
+__device__ __forceinline__ void copy_tiles(const Shared& shared, const unsigned char* q, const unsigned char* k,
+                                           const unsigned char* v, int tiles) {
+  Barriers& barriers = *shared.barriers;
+  barrier_expect(&barriers.q_full, QUERIES * HEAD_DIM);
+  copy_bulk(shared.q, q, QUERIES * HEAD_DIM, &barriers.q_full);
+  int stage = 0, parity = 1;
+  for (int tile = 0; tile < tiles; ++tile) {
+    barrier_wait(&barriers.k_free[stage], parity);
+    barrier_expect(&barriers.k_full[stage], TILE);
+    copy_bulk(shared.k + stage * TILE, k + (size_t)tile * TILE, TILE, &barriers.k_full[stage]);
+    barrier_wait(&barriers.v_free[stage], parity);
+    barrier_expect(&barriers.v_full[stage], VALUE_TILE);
+    copy_bulk(shared.v + stage * VALUE_TILE, v + (size_t)tile * VALUE_TILE, VALUE_TILE, &barriers.v_full[stage]);
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+}
+
+// scores [64, KEYS] = q k^T, begun.
+__device__ __forceinline__ void begin_scores(float (&scores)[KEYS / 2], tile_t q, const unsigned char* k) {
+  const tile_t keys = tile_at<HEAD_DIM>(k);
+  product<false>(scores, q, keys);
+#pragma unroll
+  for (int i = 1; i < HEAD_DIM / STEP; ++i) product<true>(scores, tile_along(q, i * STEP), tile_along(keys, i * STEP));
+  products_commit();
+}
+
+// part [64, COLUMNS] = p v, begun. v is transposed: rows of KEYS.
+__device__ __forceinline__ void begin_part(float (&part)[COLUMNS / 2], const unsigned int (&p)[KEYS / 8],
+                                           const unsigned char* v) {
+  const tile_t values = tile_at<KEYS>(v);
+  product<false>(part, p, values);
+#pragma unroll
+  for (int i = 1; i < KEYS / STEP; ++i) product<true>(part, p + 4 * i, tile_along(values, i * STEP));
+  products_commit();
+}
+
+// Online softmax of a thread's two rows: scores become probabilities (times 448), `shrink` is what earlier ones and their
+// sums must be multiplied by. `total` is of this thread's columns only. scale > 0 takes scores to powers of two.
+__device__ __forceinline__ void softmax(float (&scores)[KEYS / 2], float (&top)[2], float (&total)[2], float (&shrink)[2],
+                                        float scale) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    float high = top[row];
+#pragma unroll
+    for (int i = 2 * row; i < KEYS / 2; i += 4) high = fmaxf(high, fmaxf(scores[i], scores[i + 1]));
+    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
+    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
+    shrink[row] = exp2_fast((top[row] - high) * scale);
+    top[row] = high;
+  }
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float offset = LOG2_LARGEST - top[row] * scale;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; ++i)
+      if (i / 2 % 2 == row) scores[i] = exp2_fast(fmaf(scores[i], scale, offset));
+#if !SUM_ROWS
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 2 * row; i < KEYS / 2; i += 4) sum[0] += scores[i], sum[1] += scores[i + 1];
+    total[row] = fmaf(total[row], shrink[row], sum[0] + sum[1]);
+#endif
+  }
+}
+
+// Keys past the last one get no weight.
+__device__ __forceinline__ void mask(float (&scores)[KEYS / 2], int keys) {
+  const int first = 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < KEYS / 2; ++i)
+    if (8 * (i / 4) + first + i % 2 >= keys) scores[i] = __uint_as_float(0xff800000u);
+}
+
+// Probabilities as the second product wants them. Within 32 keys it takes position 16 h + 4 t + i from thread t of four,
+// who has keys 16 h + 8 (i / 2) + 2 t + i % 2; window_tiles lays the values out in that order, so nothing is exchanged.
+__device__ __forceinline__ void to_e4m3(const float (&scores)[KEYS / 2], unsigned int (&p)[KEYS / 8]) {
+#pragma unroll
+  for (int i = 0; i < KEYS / 8; ++i) {
+    const float* x = scores + 16 * (i / 4) + 8 * (i / 2 % 2) + 2 * (i % 2);
+    p[i] = e4m3_quad_fast(x[0], x[1], x[4], x[5]);
+  }
+}
+
+// Whether the last eight probabilities are zeros, one of them negative: never, not even with NaNs. Asked so that ptxas
+// finishes them first.
+__device__ __forceinline__ bool negative_zeros(const float (&scores)[KEYS / 2]) {
+  unsigned int any = 0u;
+#pragma unroll
+  for (int i = KEYS / 2 - 8; i < KEYS / 2; ++i) any |= __float_as_uint(scores[i]);
+  return any == 0x80000000u;
+}
+
+// What a group keeps from tile to tile. The values' stage and parity; the keys are one tile ahead.
+struct Group {
+  int index, tiles, stage, parity;
+  tile_t q;
+  float scale, sum[COLUMNS / 2], top[2], total[2], shrink[2];
+};
+
+// Scores of tile `tile` and the second product of the one before, whose probabilities are `p`; then those of the tile.
+__device__ __forceinline__ void advance(Group& group, const Shared& shared, int tile, int keys,
+                                        unsigned int (&p)[KEYS / 8]) {
+  Barriers& barriers = *shared.barriers;
+  const bool speaks = threadIdx.x % 32 == 0;
+  const int stage = group.stage, next = stage + 1 == STAGES ? 0 : stage + 1;
+  const int next_parity = next ? group.parity : group.parity ^ 1;
+  const float before[2] = {group.shrink[0], group.shrink[1]};
+  float scores[KEYS / 2], part[COLUMNS / 2];
+  barrier_wait(&barriers.k_full[next], next_parity);
+  meeting_sync(TURNS + group.index, 2 * GROUP);
+  products_fence();
+  begin_scores(scores, group.q, shared.k + next * TILE);
+  barrier_wait(&barriers.v_full[stage], group.parity);
+  begin_part(part, p, shared.v + stage * VALUE_TILE);
+  meeting_arrive(TURNS + 1 - group.index, 2 * GROUP);
+  products_wait<1>();
+  hold(scores);
+  if (tile == group.tiles - 1) mask(scores, keys - tile * KEYS);
+  softmax(scores, group.top, group.total, group.shrink, group.scale);
+  // The question makes ptxas put the wait behind the softmax, which then runs while `part` is being added up.
+  if (speaks && !negative_zeros(scores)) barrier_arrive(&barriers.k_free[next]);
+  products_wait<0>();
+  hold(part), hold(scores);
+  if (speaks) barrier_arrive(&barriers.v_free[stage]);
+  to_e4m3(scores, p);
+#pragma unroll
+  for (int i = 0; i < COLUMNS / 2; ++i) group.sum[i] = fmaf(group.sum[i], before[i / 2 % 2], part[i]);
+  group.stage = next, group.parity = next_parity;
+}
+
+__device__ __forceinline__ void attend(const Shared& shared, int index, const float* factors, compute_t* out, int keys,
+                                       int tokens, int heads) {
+  Barriers& barriers = *shared.barriers;
+  const int lane = threadIdx.x % 32;
+  Group group = {index, (keys + KEYS - 1) / KEYS, 0, 0, tile_at<HEAD_DIM>(shared.q + index * ROWS * HEAD_DIM)};
+  group.scale = factors[DESCALE_Q * FACTOR_STRIDE] * factors[DESCALE_K * FACTOR_STRIDE] *
+                (1.4426950408889634f / sqrtf((float)HEAD_DIM));
+  group.top[0] = group.top[1] = __uint_as_float(0xff800000u);
+  float scores[KEYS / 2], part[COLUMNS / 2];
+  unsigned int p[KEYS / 8];
+
+  if (index == 1) meeting_arrive(TURNS, 2 * GROUP);  // the first group goes first
+  barrier_wait(&barriers.q_full, 0);
+  barrier_wait(&barriers.k_full[0], 0);
+  products_fence();
+  begin_scores(scores, group.q, shared.k);
+  products_wait<0>();
+  hold(scores);
+  if (lane == 0) barrier_arrive(&barriers.k_free[0]);
+  if (group.tiles == 1) mask(scores, keys);
+  softmax(scores, group.top, group.total, group.shrink, group.scale);
+  to_e4m3(scores, p);
+
+  for (int tile = 1; tile < group.tiles; ++tile) advance(group, shared, tile, keys, p);
+  barrier_wait(&barriers.v_full[group.stage], group.parity);
+  products_fence();
+  begin_part(part, p, shared.v + group.stage * VALUE_TILE);
+  products_wait<0>();
+  hold(part);
+
+  const float value = factors[DESCALE_V * FACTOR_STRIDE];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float shrink = group.shrink[row];
+#if SUM_ROWS  // one thread of four has the column of the sums, the others have zeros
+    float total = fmaf(group.sum[HEAD_DIM / 2 + 2 * row], shrink, part[HEAD_DIM / 2 + 2 * row]);
+#else
+    float total = group.total[row];
+#endif
+    total += __shfl_xor_sync(0xffffffffu, total, 1);
+    total += __shfl_xor_sync(0xffffffffu, total, 2);
+    const int token = blockIdx.x * QUERIES + index * ROWS + threadIdx.x % GROUP / 32 * 16 + lane / 4 + 8 * row;
+    const float factor = value / total;
+    compute_t* to = out + ((size_t)token * heads + blockIdx.y) * HEAD_DIM + 2 * (lane % 4);
+    if (token >= tokens) continue;
+#pragma unroll
+    for (int i = 2 * row; i < HEAD_DIM / 2; i += 4) {
+      const float low = fmaf(group.sum[i], shrink, part[i]), high = fmaf(group.sum[i + 1], shrink, part[i + 1]);
+      *reinterpret_cast<unsigned int*>(to + 8 * (i / 4)) = bf16_pair(low * factor, high * factor);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) attend_fp8(
+    const unsigned char* __restrict__ query8, const unsigned char* __restrict__ window_k,
+    const unsigned char* __restrict__ window_v, const float* __restrict__ factors, compute_t* __restrict__ out,
+    int table_len, int tokens, int heads) {
+  const Shared shared = shared_layout();
+  const int keys = table_len * tokens, tiles = (keys + KEYS - 1) / KEYS;
+  if (threadIdx.x == 0) {
+    Barriers& barriers = *shared.barriers;
+    barrier_init(&barriers.q_full, 1);
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(&barriers.k_full[i], 1), barrier_init(&barriers.v_full[i], 1);
+      barrier_init(&barriers.k_free[i], 2 * GROUP / 32), barrier_init(&barriers.v_free[i], 2 * GROUP / 32);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  const int group = (int)threadIdx.x / GROUP - 1;
+  if (group < 0) {
+    registers_down<24>();
+    if (threadIdx.x == 0) {
+      const size_t window = (size_t)blockIdx.y * tiles;
+      copy_tiles(shared, query8 + ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * QUERIES * HEAD_DIM,
+                 window_k + window * TILE, window_v + window * VALUE_TILE, tiles);
+    }
+  } else {
+    registers_up<240>();
+    attend(shared, group, factors, out, keys, tokens, heads);
+  }
+}

@@ -1,0 +1,92 @@
+"""Build an engine with each plugin, ahead of time: python tests/plugins/plugin_builds.py OUT [BUILD ...]
+
+A process of its own, because TensorRT-RTX 1.7.1 now and then damages the heap of a process that builds with Python plugins
+(and did not in as many builds without); what dies of it later is anybody. Each finished build adds a JSON line to OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from longtake.engines.flavour import flavour_for
+from longtake.plugins.adapter import register_plugins
+from longtake.plugins.cases import sizes_for
+from longtake.plugins.kernels import kernels_of, size_of
+from longtake.plugins.nvrtc import source_digest
+from longtake.plugins.spec import DOMAIN, KERNEL_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
+
+ONNX_TYPES = {
+    "compute": TensorProto.BFLOAT16, "int8": TensorProto.INT8, "int32": TensorProto.INT32, "fp32": TensorProto.FLOAT,
+    "fp8": TensorProto.FLOAT8E4M3FN,
+}  # fmt: skip
+BUILDS = [*(f"{op}-{target}-bf16" for op in KERNEL_OPS for target in ("89", "120")), "sink_attention_nvfp4-89-fp32"]
+
+
+def model_of(op: str, version: str = PLUGIN_VERSION, compute: int = TensorProto.BFLOAT16) -> onnx.ModelProto:
+    """An ONNX file with one node, the op; the table's length is dynamic."""
+    spec, dims = KERNEL_OPS[op], sizes_for(op)[0]
+    types = {**ONNX_TYPES, "compute": compute}
+    inputs, outputs = (
+        [
+            helper.make_tensor_value_info(
+                t.name + suffix, types[t.dtype], [e if e == "W" else size_of(e, dims) for e in t.shape]
+            )
+            for t in tensors
+        ]
+        for tensors, suffix in ((spec.inputs, ""), (spec.outputs, "_out"))
+    )
+    node = helper.make_node(
+        op, [i.name for i in inputs], [o.name for o in outputs],
+        domain=DOMAIN, plugin_namespace=PLUGIN_NAMESPACE, plugin_version=version,
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(helper.make_graph([node], op, inputs, outputs), opset_imports=opsets, ir_version=10)
+
+
+def parse(trt: Any, model: onnx.ModelProto) -> tuple[Any, Any, bool]:
+    """Builder, network, and whether the parser took the file."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    return builder, network, parser.parse(model.SerializeToString())
+
+
+def build(trt: Any, op: str, target: str, dtype: str) -> bytes:
+    """The plan for compute capability `target`."""
+    compute = TensorProto.FLOAT if dtype == "fp32" else TensorProto.BFLOAT16
+    builder, network, parsed = parse(trt, model_of(op, compute=compute))
+    assert parsed
+    assert [network.get_layer(i).type for i in range(network.num_layers)] == [trt.LayerType.PLUGIN_V3]
+    config = builder.create_builder_config()
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), 0)
+    if "sink_attention" in op:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("table", (1,), (4,), (4,))
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    assert plan is not None
+    return bytes(plan)
+
+
+def main(out: Path, names: list[str]) -> None:
+    trt = flavour_for(None).module
+    register_plugins(trt)
+    for name in names or BUILDS:
+        op, target, dtype = name.split("-")
+        plan = build(trt, op, target, dtype)
+        digest = source_digest(kernels_of(op).source).encode()
+        with out.open("a") as lines:
+            lines.write(json.dumps({"build": name, "named": op.encode() in plan, "digest": digest in plan}) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,154 @@
+"""Our FP8 attention for Hopper: the kernels' text on the CPU, with the tensor cores' products played by host code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.kernels import dims_from_shapes
+from longtake.plugins.nvrtc import compile_cubin
+from longtake.plugins.sink_attention.hopper import HopperSinkAttention, attend_kernels, tile_kernels
+from longtake.plugins.sink_attention.reference import dequantize_kv
+from longtake.plugins.spec import CACHE_FORMATS, OPS
+from longtake.runtime.errors import LongtakeError
+
+TILE, LARGEST = 128, 448.0
+CASES = (  # a tile and no more; tiles over two blocks of the cache, the last one cut; queries in two thread blocks
+    ({"S": 2, "L": 128, "H": 2, "D": 128}, (1,)),
+    ({"S": 4, "L": 40, "H": 3, "D": 128}, (3, -1, 0, 2)),
+    ({"S": 4, "L": 200, "H": 1, "D": 128}, (2, 0, -1)),
+    ({"S": 3, "L": 136, "H": 2, "D": 64}, (-1, 2)),
+    ({"S": 4, "L": 33, "H": 1, "D": 64}, (0,)),
+)
+
+
+def run(
+    fmt: str, dims: dict[str, int], table: tuple[int, ...], change: Any = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    op = f"sink_attention_{fmt}"
+    inputs = op_inputs(op, dims, "bf16", table, len(table))
+    if change:
+        change(*inputs)
+    launcher = HopperSinkAttention(op, dims_from_shapes(OPS[op], [t.shape for t in inputs]), arch="sm_90a")
+    memory = torch.full((launcher.workspace_bytes + 256,), 0x7F, dtype=torch.uint8)
+    out = torch.full_like(inputs[0], float("nan"))
+    workspace = -(-memory.data_ptr() // 256) * 256
+    launcher.launch([t.data_ptr() for t in (*inputs, out)], 0, workspace, len(table))
+    return inputs, out.float()
+
+
+def window_of(fmt: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in fp32 [H, rows, D]."""
+    q, k, v, *cache, table = inputs
+    slots = dequantize_kv(*cache) if fmt == "nvfp4" else cache[0].float()
+    fresh = torch.stack((k, v)).float()
+    k, v = (torch.cat([(slots[i] if i >= 0 else fresh)[pane] for i in table.tolist()]) for pane in (0, 1))
+    return tuple(x.float().transpose(0, 1) for x in (q, k, v))
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
+
+
+def louder(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> None:
+    """Give the fresh block the largest magnitudes."""
+    k.mul_(1.37), v.mul_(1.37)
+
+
+def largest(fmt: str, inputs: tuple[Tensor, ...]) -> list[float]:
+    """Largest magnitudes of queries, keys and values: of a cached block the one that was stored with it."""
+    q, k, v, *cache, table = inputs
+    found = [float(q.float().abs().max())]
+    for pane, fresh in enumerate((k, v)):
+        own = cache[2][:, pane] if fmt == "nvfp4" else cache[0][:, pane].float().abs().amax((1, 2, 3))
+        found.append(max(float(own[i] if i >= 0 else fresh.float().abs().max()) for i in table.tolist()))
+    return found
+
+
+def in_e4m3(fmt: str, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Attention [L, H, D] in the kernel's arithmetic, sums exact: online softmax over tiles, probabilities in E4M3."""
+    q, k, v = (
+        rounded(x * (LARGEST / most)) * (most / LARGEST)
+        for x, most in zip(window_of(fmt, inputs), largest(fmt, inputs))
+    )
+    top = torch.full((*q.shape[:2], 1), float("-inf"))
+    total, out = torch.zeros_like(top), torch.zeros_like(q)
+    for keys, values in zip(k.split(TILE, 1), v.split(TILE, 1)):
+        scores = q @ keys.transpose(1, 2) * q.shape[-1] ** -0.5
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        shrink, p = torch.exp(top - higher), torch.exp(scores - higher) * LARGEST
+        p = rounded(p)
+        total, out, top = total * shrink + p.sum(-1, keepdim=True), out * shrink + p @ values, higher
+    return (out / total).transpose(0, 1)
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("fmt", CACHE_FORMATS)
+def test_every_bit_is_where_it_belongs(host_device: Any, fmt: str, reverse: bool) -> None:
+    host_device.reverse = reverse
+    for dims, table in CASES:
+        inputs, out = run(fmt, dims, table, louder if -1 in table else None)
+        q, k, v = window_of(fmt, inputs)
+        wanted = in_e4m3(fmt, inputs)
+        exact = (torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, -1) @ v).transpose(0, 1)
+        # Probabilities near the edge between two codes go either way, and the output is rounded to bf16. Where a cached
+        # block has the largest magnitude, many of its values lie on such an edge as well.
+        limit = 8e-3 if -1 in table or fmt == "bf16" else 0.08
+        assert (out - wanted).norm() <= limit * wanted.norm(), (dims, table)
+        assert (out - exact).norm() <= 0.08 * exact.norm(), (dims, table)
+
+
+def test_ones_stay_ones(host_device: Any) -> None:
+    def change(*inputs: Tensor) -> None:
+        for tensor in inputs[:4]:
+            tensor.fill_(1.0)
+
+    _, out = run("bf16", {"S": 3, "L": 200, "H": 1, "D": 128}, (0, 1, -1), change)
+    assert torch.equal(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("size", (1e-37, 1e-20, 1e-12))
+def test_tiny_magnitudes_give_numbers(host_device: Any, size: float) -> None:
+    def change(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor) -> None:
+        q.mul_(size), k.mul_(size), v.mul_(size), cache.mul_(size)
+
+    _, out = run("bf16", {"S": 2, "L": 136, "H": 1, "D": 64}, (1, -1), change)
+    assert out.isfinite().all() and (out.abs() <= 8 * size).all()
+    assert (size < 1e-15) == bool((out == 0).all())
+
+
+def test_an_unaligned_workspace_is_refused(host_device: Any) -> None:
+    dims = {"S": 2, "L": 16, "H": 1, "D": 64}
+    with pytest.raises(LongtakeError, match="not aligned"):
+        HopperSinkAttention("sink_attention_bf16", dims, arch="sm_90a").launch([16] * 6, 0, 0x1080, 1)
+
+
+def test_scores_far_apart(host_device: Any) -> None:
+    """A later tile outweighs the ones before it, and a row whose best key comes first keeps it."""
+
+    def change(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, table: Tensor) -> None:
+        cache[0, 0, -1] = q[3] * 4
+        cache[1, 0, 0] = q[5] * 4
+
+    dims = {"S": 2, "L": 136, "H": 1, "D": 64}
+    inputs, out = run("bf16", dims, (1, 0), change)
+    wanted = in_e4m3("bf16", inputs)
+    assert (out - wanted).norm() <= 8e-3 * wanted.norm()
+
+
+def test_other_heads_are_refused() -> None:
+    with pytest.raises(LongtakeError, match="no kernel for this attention"):
+        HopperSinkAttention("sink_attention_nvfp4", {"S": 2, "L": 16, "H": 1, "D": 48})
+    with pytest.raises(LongtakeError, match="no kernel for this attention"):
+        HopperSinkAttention("sink_attention_nvfp4", {"S": 2, "L": 16, "H": 1, "D": 64}, "bf16")
+
+
+@pytest.mark.parametrize("dim", (64, 128))
+def test_compiles(dim: int) -> None:
+    for kernels in (tile_kernels("nvfp4"), tile_kernels("bf16"), attend_kernels("nvfp4")):
+        cubin = compile_cubin(kernels.source, {**kernels.macros({"D": dim}), "COMPUTE_BF16": 1}, "sm_90a")
+        assert cubin[:4] == b"\x7fELF"

@@ -1,0 +1,48 @@
+"""What distillation writes beside the student's checkpoint: what it is, and how it is sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longtake.runtime.sampler import model_timesteps
+from longtake.training.distill.options import DistillOptions
+
+
+def student_metadata(
+    options: DistillOptions, vae_digest: str, teacher_digest: str, amax: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """Facts of the student's DiT. amax: of its quantized linears, for the present weights."""
+    numerics = {"nvfp4": {**options.rules.as_json(), "gradient": None}} if options.precision == "nvfp4" else {}
+    return {
+        "sampling": sampling_facts(options.student_steps, options.preset.sampling.shift),
+        "data": options.data,
+        "chunks": list(options.chunks),
+        "batch": options.batch,
+        "context": "window",
+        "i2v": float(options.i2v),
+        "vae_sha256": vae_digest,
+        "precision": options.precision,
+        **numerics,
+        "amax": amax,
+        "distillation": {
+            "method": "dmd",
+            "teacher_sha256": teacher_digest,
+            "guidance": options.guidance,
+            "critic_updates": options.ratio,
+            "cache": options.cache,
+            "score_context": options.score_context,
+            "lora": lora_facts(options),
+        },
+    }
+
+
+def lora_facts(options: DistillOptions) -> dict[str, float] | None:
+    """The adapters' rank and alpha; None where all weights were trained."""
+    if not options.lora_rank:
+        return None
+    return {"rank": options.lora_rank, "alpha": options.lora_alpha or options.lora_rank}
+
+
+def sampling_facts(steps: int, shift: float) -> dict[str, Any]:
+    """How a student is sampled, for its side file: what exports record and `generate`, `check` and `budget` follow."""
+    return {"steps": steps, "guidance": 1.0, "shift": shift, "timesteps": list(model_timesteps(steps, shift))}

@@ -1,0 +1,72 @@
+"""What a step of distillation is on: prompts and cuts of encoded stories, with noise of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longtake.training.accumulate import rows_of
+from longtake.training.distill.options import DistillOptions
+from longtake.training.distill.rollout import Story
+from longtake.training.latent_cache import LatentCache
+from longtake.training.stages.precompute import Stories
+from longtake.training.teacher_forcing import Clips
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A batch to distil on. clips: of the data, whose latents matter for given frames only. story: what is generated."""
+
+    clips: Clips
+    story: Story
+    exit_step: int
+
+    def part(self, rows: slice) -> Scene:
+        """Some of its stories."""
+        story = self.story
+        first = None if story.first is None else story.first[rows]
+        own = Story(story.embeddings[rows], story.cuts[rows], story.noise[rows], first)
+        return Scene(rows_of(self.clips, rows), own, self.exit_step)
+
+
+class SceneSampler:
+    """Draws scenes from stories; all randomness comes from the generators given."""
+
+    def __init__(
+        self, stories: Stories, options: DistillOptions, embed: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
+        """`embed`: tokens int32 [P, E] -> fp32 embeddings [P, E, dim], without gradient."""
+        self.stories, self.options, self.embed, self.device = stories, options, embed, device
+        self.cuts = cuts_of(stories.offsets)
+
+    def random(self, host: torch.Generator, own: torch.Generator) -> Scene:
+        """Prompts and cuts of one length and one exit step for all of them, drawn by `host`; noise by `own`, which
+        `host` seeds."""
+        options = self.options
+        chunks = options.chunks[int(torch.randint(len(options.chunks), (), generator=host))]
+        index = torch.randint(len(self.stories), (options.accumulate * options.batch,), generator=host)
+        exit_step = int(torch.randint(options.student_steps, (), generator=host))
+        own.manual_seed(int(torch.randint(2**62, (), generator=host)))
+        return self.of(index, chunks, exit_step, own)
+
+    def of(self, index: Tensor, chunks: int, exit_step: int, generator: torch.Generator) -> Scene:
+        """The prompts and cuts of stories `index`, which is on the host, with noise of `generator`."""
+        in_memory = isinstance(self.stories, LatentCache)
+        clips = self.stories.clips(index.to(self.device, non_blocking=True) if in_memory else index, chunks)
+        cuts = [self.cuts[i][:chunks] for i in index.tolist()]
+        given = torch.zeros(clips.latents.shape[:2], dtype=torch.bool, device=self.device)
+        given[:, 0] = True
+        clips = replace(clips, given=given if self.options.i2v else None)
+        embeddings = self.embed(clips.tokens.flatten(0, 1)).unflatten(0, clips.tokens.shape[:2])
+        noise = torch.randn(clips.latents.shape, generator=generator, device=generator.device).to(self.device)
+        first = clips.latents[:, 0] if self.options.i2v else None
+        return Scene(clips, Story(embeddings, cuts, noise, first), exit_step)
+
+
+def cuts_of(offsets: Tensor | None) -> list[list[bool]]:
+    """Which chunks begin a shot, [S][N]: those at which the offset [S, N] of the positions grows."""
+    assert offsets is not None
+    return (offsets.diff(dim=1, prepend=offsets[:, :1]) > 0).tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,149 @@
+"""What an arithmetic costs a trained model, through the runtime: prompt fidelity and likeness of recipes' videos.
+
+python -m longtake.training.experiment.engine_fidelity tiny_bf16_sm90 tiny_w4a16_sm90 --stories 64 --chunks 3
+python -m longtake.training.experiment.engine_fidelity A.yaml B.yaml --judge runs/experiment/judge.safetensors --json F
+
+The first recipe (or folder of engines, or of exported networks) is what the others are compared with. All tell the same
+stories of held-out scans, with the same noise. Fidelity: share of frames (one in four) in which the experiment's judge sees
+the prompted digit. SSIM: each chunk generated from the first recipe's latents so far, so that differences don't add up over
+chunks; mean over frames, and the lowest chunk. Without --judge one is trained first (seconds on a GPU, minutes without).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from longtake.export.ssim import ssim
+from longtake.runtime.files import write_json
+from longtake.runtime.generator import Generator
+from longtake.training.data.digits import Story
+from longtake.training.experiment.arms import PRESET, shipped
+from longtake.training.experiment.batched import Script
+from longtake.training.experiment.classifier import DigitClassifier, JudgeTraining, trained_judge
+from longtake.training.experiment.evaluate import EVERY
+from longtake.training.experiment.jobs import MIXED_SEED
+from longtake.training.experiment.stories import mixed_stories, scripts_of, shots_by_chunk
+from longtake.training.experiment.summary import paired_interval
+from longtake.training.latent_cache import frozen_vae, vae_checkpoint
+
+
+def told(generator: Generator, script: Script) -> tuple[list[Tensor], list[np.ndarray]]:
+    """Latents fp32 [1, F, C, h, w] and frames uint8 [T, H, W, 3] of each chunk of a story."""
+    with generator.session(list(script.prompts), seed=script.seed) as session:
+        chunks = list(session)
+        return [chunk.latents.cpu() for chunk in chunks], [chunk.frames for chunk in chunks]
+
+
+def retold(generator: Generator, script: Script, given: Sequence[Tensor]) -> list[np.ndarray]:
+    """Frames of each chunk of a story, generated from the chunks `given` before it."""
+    found = []
+    for chunk in range(len(script.prompts)):
+        with generator.session(list(script.prompts[chunk:]), seed=script.seed) as session:
+            for latents, prompt, cut in zip(given[:chunk], script.prompts, script.cuts):
+                session.feed(latents, prompt, cut)
+            found.append(next(session).frames)
+    return found
+
+
+@torch.no_grad()
+def fidelity_of(judge: DigitClassifier, story: Story, chunks: Sequence[np.ndarray]) -> float:
+    """Share of a story's frames in which the judge sees the prompted digit."""
+    device, rows = next(judge.parameters()).device, []
+    for frames, shot in zip(chunks, shots_by_chunk(story)):
+        looked_at = torch.from_numpy(frames[::EVERY].copy()).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        rows.append((judge(looked_at).argmax(1) == shot.digit).float().mean())
+    return float(torch.stack(rows).mean())
+
+
+def measured(
+    generator: Generator, judge: DigitClassifier, stories: Sequence[Story], first: list[Any] | None, title: str
+) -> tuple[dict[str, Any], list[Any]]:
+    """A recipe's figures, and its videos. `first`: the first recipe's videos, to be compared with."""
+    fidelity, likeness, videos = [], [], []
+    scripts = scripts_of(stories, 0)
+    for number, (story, script) in enumerate(zip(stories, tqdm(scripts, title, unit="story", disable=None))):
+        latents, frames = told(generator, script)
+        videos.append((latents, frames))
+        fidelity.append(fidelity_of(judge, story, frames))
+        if first:
+            given, wanted = first[number]
+            likeness.append([float(ssim(a, b).mean()) for a, b in zip(retold(generator, script, given), wanted)])
+    row: dict[str, Any] = {"fidelity": float(np.mean(fidelity)), "fidelity_by_story": [round(x, 4) for x in fidelity]}
+    if first:
+        row |= {"ssim": float(np.mean(likeness)), "ssim_lowest": float(np.min(likeness))}
+    return row, videos
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> None:
+    """Add each recipe's difference to the first one, with its 95 % interval over stories."""
+    first, *others = rows.values()
+    for row in others:
+        row["difference"] = row["fidelity"] - first["fidelity"]
+        row["interval"] = paired_interval([row["fidelity_by_story"]], [first["fidelity_by_story"]])
+
+
+def judge_from(path: Path | None, device: torch.device) -> DigitClassifier:
+    """The judge of a file of the experiment, or a new one."""
+    if path is None:
+        vae = frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)[0]
+        return trained_judge(vae, PRESET, JudgeTraining(), device)
+    judge = DigitClassifier()
+    judge.load_state_dict(load_file(path))
+    return judge.to(device).eval().requires_grad_(False)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"{'recipe':40} fidelity  difference          95 %        SSIM  lowest"]
+    for name, row in rows.items():
+        line = f"{name[-40:]:40} {row['fidelity']:8.4f}"
+        if "difference" in row:
+            low, high = row["interval"]
+            line += (
+                f"  {row['difference']:+10.4f}  [{low:+.4f}, {high:+.4f}]  {row['ssim']:.4f}  {row['ssim_lowest']:.4f}"
+            )
+        lines.append(line)
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print the table, write it."""
+    parser = argparse.ArgumentParser(prog="python -m longtake.training.experiment.engine_fidelity", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="or a folder of engines or exported networks")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--stories", type=int, default=64, metavar="N")
+    parser.add_argument("--chunks", type=int, default=3, metavar="N", help="of a story")
+    parser.add_argument("--judge", type=Path, metavar="FILE", help="judge.safetensors of an experiment")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    args = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    judge, stories = judge_from(args.judge, device), mixed_stories(args.stories, args.chunks, MIXED_SEED)
+    rows: dict[str, dict[str, Any]] = {}
+    first: list[Any] | None = None
+    for name in args.recipes:
+        generator = Generator.from_engines(name, args.backend, device if device.type == "cuda" else None)
+        with closing(generator.backend):
+            rows[name], videos = measured(generator, judge, stories, first, name)
+        first = first or videos
+    compare(rows)
+    sys.stdout.write("\n".join(table(rows)) + "\n")
+    if args.json:
+        machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        conditions = {"device": machine, "stories": args.stories, "chunks": args.chunks}
+        write_json(args.json, {**conditions, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

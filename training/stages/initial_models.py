@@ -1,0 +1,25 @@
+"""The models that stage "dit" begins with."""
+
+from __future__ import annotations
+
+from longtake.training.checkpoint import load_into
+from longtake.training.dit import CausalDiT
+from longtake.training.embedding_cache import digest_of_state
+from longtake.training.networks import load_meta
+from longtake.training.stages.base import StageOptions
+from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
+
+
+def initial_models(options: StageOptions) -> tuple[CausalDiT, AnyTextEncoder, str]:
+    """Random models, or those of --init; and the text encoder's digest, "" where nothing asks for it."""
+    preset, folder = options.preset, options.init
+    if folder is None:
+        dit, text = CausalDiT(preset.dit), text_encoder_for(preset)
+        cached = options.cache_dir is not None and not options.trains_text
+        return dit, text, digest_of_state(text) if cached else ""
+    text_file, dit_file = folder / "text_encoder.safetensors", folder / "dit.safetensors"
+    text = text_encoder_for(preset, load_meta(text_file, "text_encoder", preset).get("vocabulary"), folder)
+    dit = CausalDiT(preset.dit)
+    digest = load_into(text, text_file, kind="text_encoder", preset=preset.name)["sha256"]
+    load_into(dit, dit_file, kind="dit", preset=preset.name)
+    return dit, text, digest

@@ -1,0 +1,41 @@
+"""What stage "dit" writes beside its checkpoints: what they were trained on and how, which exports follow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from longtake.training.stages.base import StageOptions
+
+
+def dit_metadata(
+    options: StageOptions, vae_digest: str, vocabulary: list[str], amax: dict[str, dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """Module name -> facts: amax of the quantized linears, vocabulary, and what it was trained on."""
+    sampling = options.preset.sampling
+    shared = {
+        "data": options.data,
+        "max_chunks_per_shot": options.max_chunks_per_shot,
+        "stories": options.stories,
+        "chunks": list(options.chunks),
+        "batch": options.batch,
+        "context": options.context,
+        "text_dropout": options.text_dropout,
+        "loss_weighting": options.loss_weighting,
+        "i2v": options.i2v,
+        "error_recycling": asdict(options.recycling) if options.recycling else None,
+        "vae_sha256": vae_digest,
+        "sampling": {"steps": sampling.steps, "guidance": sampling.guidance},
+    }
+    return {
+        "dit": {**shared, "precision": options.precision, **numerics(options), "amax": amax},
+        "text_encoder": {**shared, "vocabulary": vocabulary},
+    }
+
+
+def numerics(options: StageOptions) -> dict[str, Any]:
+    """How the DiT was quantized in training, which exports of it follow; nothing in bf16."""
+    if options.precision != "nvfp4":
+        return {}
+    gradient = {"rule": options.rules.gradient, "emulated": True} if options.quantize_gradients else None
+    return {"nvfp4": {**options.rules.as_json(), "gradient": gradient}}

@@ -1,0 +1,45 @@
+"""Held-out stories: the flow loss on them at fixed noise, and what the model makes of one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longtake.training.stages.base import StageOptions
+from longtake.training.stages.precompute import Stories
+from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss
+from longtake.training.vae import CausalVAE
+
+EVALUATION_SEED = 20_000_003
+Velocity = Callable[[Clips, Noise], Tensor]
+
+
+def held_out_loss(
+    velocity: Velocity, held_out: Stories, options: StageOptions, device: torch.device
+) -> dict[str, float]:
+    """Weighted ("loss") and plain ("flow") flow loss, the mean over all stories."""
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+    size, totals = max(1, min(options.batch, 8)), torch.zeros(2)
+    for index in torch.arange(len(held_out)).split(size):
+        clips = held_out.clips(index.to(device), max(options.chunks))
+        noise = draw_noise(clips, options.preset.sampling.shift, generator)
+        with torch.no_grad():
+            totals += torch.stack(flow_loss(velocity(clips, noise), clips, noise)).cpu() * len(index)
+    loss, flow = (totals / len(held_out)).tolist()
+    return {"loss": loss, "flow": flow}
+
+
+@torch.no_grad()
+def one_step_video(
+    velocity: Velocity, vae: CausalVAE, held_out: Stories, options: StageOptions, device: torch.device
+) -> Tensor:
+    """A held-out story, and under it what the model makes of it in one step from 80 % noise: uint8 [2, T, 3, H, W]."""
+    clips = held_out.clips(torch.zeros(1, dtype=torch.long, device=device), max(options.chunks))
+    noise = draw_noise(clips, options.preset.sampling.shift, torch.Generator().manual_seed(EVALUATION_SEED))
+    noise.levels[..., 0], noise.levels[..., 1] = 800.0, 0.8
+    noisy = 0.2 * clips.latents + 0.8 * noise.eps
+    guess = noisy - 0.8 * velocity(clips, noise)
+    video = vae.decode(torch.cat((clips.latents, guess)))
+    return ((video * 0.5 + 0.5) * 255).round().to(torch.uint8).transpose(1, 2)
