@@ -19,6 +19,7 @@ from torch import Tensor
 from longtake.runtime.backends.base import Decoder
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.frames import HostRing, Staging
+from longtake.runtime.streams import lend_stream
 from longtake.training.presets import Preset
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ class DecodeQueue:
         self._jobs: queue.Queue[tuple[Frames, Tensor, torch.cuda.Event | None] | None] = queue.Queue(QUEUE_LENGTH)
         self._error: BaseException | None = None
         self._last: Frames | None = None
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._hand_over = torch.cuda.Stream(source) if self._stream and self.device != source else None
+        self._stream = lend_stream(self.device, self) if self.device.type == "cuda" else None
+        self._hand_over = lend_stream(source, self) if self._stream and self.device != source else None
         self._latents = self._place_for_latents(preset) if self._hand_over else None
         self._closed = self._discard = False
         self._thread = threading.Thread(target=self._work, name="longtake-decode", daemon=True)

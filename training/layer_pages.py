@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longtake.runtime.errors import UnavailableError
+from longtake.runtime.streams import lend_stream
 
 ALIGNMENT = 256
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU
@@ -71,7 +72,7 @@ class Paged:
 
     def __init__(self, layout: Layout, pages: Tensor, device: torch.device) -> None:
         self.layout, self.pages, self.device = layout, pages, device
-        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copying = lend_stream(device, self) if device.type == "cuda" else None
         if self.copying is not None:
             pin(pages)
             weakref.finalize(self, unpin, pages).atexit = False  # CUDA may be gone by then

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from longtake.runtime.streams import lend_stream
+
 
 class Lane:
     """Engines that share scratch memory take turns: one caller at a time, on whatever stream it works.
@@ -20,7 +22,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._lock = threading.RLock()
-        self._own = torch.cuda.Stream(device)
+        self._own = lend_stream(device, self)
         self._done = torch.cuda.Event()
 
     @contextmanager

@@ -33,6 +33,7 @@ from longtake.runtime.backends.trt_stream import (
     carried_pairs,
 )
 from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.runtime.streams import lend_stream
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class TrtBackend:
         self.specs = {name: recipe_spec(self.recipe, name) for name in NETWORKS}
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self.lanes = {"denoise": Lane(self.device), "decode": Lane(self.decode_device)}
-        self._capture_stream = torch.cuda.Stream(self.device)
+        self._capture_stream = lend_stream(self.device, self)
         self._text: TextRunner | None = None
         self.memory = MemoryLog(self.device)
         self.memory.add("the CUDA context", "CUDA context")

@@ -1,0 +1,24 @@
+"""CUDA streams of one's own. torch.cuda.Stream hands out the same 32 again and again, to whoever asks."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+
+_lock = threading.Lock()
+_free: dict[int, list[torch.cuda.Stream]] = {}  # by the device's index
+
+
+def lend_stream(device: torch.device, owner: object) -> torch.cuda.Stream:
+    """A stream that nobody else is lent until `owner` is gone; what is still queued there then runs before the next's work.
+
+    Two users of one stream would wait for each other, and one that captures a graph would capture the other's work, too.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with _lock:
+        waiting = _free.setdefault(index, [])
+        stream = waiting.pop() if waiting else torch.cuda.Stream(torch.device("cuda", index))
+    weakref.finalize(owner, waiting.append, stream).atexit = False
+    return stream
