@@ -80,6 +80,9 @@ template <int ROW_BYTES> __device__ __forceinline__ tile_t tile_at(const void* f
 // The same, `bytes` further along the rows.
 __device__ __forceinline__ tile_t tile_along(tile_t tile, int bytes) { return tile + (bytes >> 4); }
 
+// x, of which the compiler then knows that a warp's threads all have it, and keeps it in a register for all of them.
+__device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -18,6 +18,12 @@
 #define COLUMNS (HEAD_DIM + SUM_ROWS)  // of the second product: features, and the sum of the probabilities
 #define TILE (KEYS * HEAD_DIM)
 #define VALUE_TILE (KEYS * COLUMNS)
+#ifndef EARLY
+#define EARLY 32
+#endif
+#ifndef POLYNOMIAL_EACH
+#define POLYNOMIAL_EACH 4
+#endif
 #define TURNS 1       // first named barrier
 #define LOG2_LARGEST 8.807354922057604f  // log2(448): the largest probability is E4M3's largest number
 
@@ -76,34 +82,52 @@ __device__ __forceinline__ void begin_part(float (&part)[COLUMNS / 2], const uns
   products_commit();
 }
 
-// Online softmax of a thread's two rows: scores become probabilities (times 448), `shrink` is what earlier ones and their
-// sums must be multiplied by. `total` is of this thread's columns only. scale > 0 takes scores to powers of two.
-__device__ __forceinline__ void softmax(float (&scores)[KEYS / 2], float (&top)[2], float (&total)[2], float (&shrink)[2],
-                                        float scale) {
+// Two to the power of x, x at most 9, to 0.2 % (E4M3 keeps 6 %), by multiplications: exponentials are as scarce as products.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+  const float round = 12582912.0f;  // 1.5 * 2^23: a sum with it has the nearest whole number in its last bits
+  x = fmaxf(x, -126.0f);
+  const float whole = x + round, rest = x - (whole - round);
+  const float power = fmaf(fmaf(0.23841f, rest, 0.70342f), rest, 1.00044f);
+  return __uint_as_float(__float_as_uint(power) + (__float_as_uint(whole) << 23));
+}
+
+// The highest scores of a thread's two rows so far, and what earlier probabilities and sums must be multiplied by.
+__device__ __forceinline__ void raise_top(const float (&scores)[KEYS / 2], float (&top)[2], float (&shrink)[2], float scale) {
+  float high[4] = {top[0], top[1], top[0], top[1]};  // of row i % 2; two each, so that fewer comparisons wait for another
+#pragma unroll
+  for (int i = 0; i < KEYS / 2; i += 2) high[i / 2 % 4] = fmaxf(high[i / 2 % 4], fmaxf(scores[i], scores[i + 1]));
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float high = top[row];
-#pragma unroll
-    for (int i = 2 * row; i < KEYS / 2; i += 4) high = fmaxf(high, fmaxf(scores[i], scores[i + 1]));
-    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 1));
-    high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
-    shrink[row] = exp2_fast((top[row] - high) * scale);
-    top[row] = high;
+    high[row] = fmaxf(high[row], high[row + 2]);
+    high[row] = fmaxf(high[row], __shfl_xor_sync(0xffffffffu, high[row], 1));
+    high[row] = fmaxf(high[row], __shfl_xor_sync(0xffffffffu, high[row], 2));
+    shrink[row] = exp2_fast((top[row] - high[row]) * scale);
+    top[row] = high[row];
   }
+}
+
+// Scores FROM to TO become probabilities (times 448). scale > 0 takes scores to powers of two.
+template <int FROM, int TO>
+__device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], const float (&top)[2], float scale) {
+  const float offset[2] = {LOG2_LARGEST - top[0] * scale, LOG2_LARGEST - top[1] * scale};
+#pragma unroll
+  for (int i = FROM; i < TO; ++i) {
+    const float power = fmaf(scores[i], scale, offset[i / 2 % 2]);
+    scores[i] = i % POLYNOMIAL_EACH == POLYNOMIAL_EACH - 1 ? exp2_polynomial(power) : exp2_fast(power);
+  }
+}
+
+#if !SUM_ROWS
+__device__ __forceinline__ void add_up(const float (&scores)[KEYS / 2], const float (&shrink)[2], float (&total)[2]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float offset = LOG2_LARGEST - top[row] * scale;
-#pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i)
-      if (i / 2 % 2 == row) scores[i] = exp2_fast(fmaf(scores[i], scale, offset));
-#if !SUM_ROWS
     float sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int i = 2 * row; i < KEYS / 2; i += 4) sum[0] += scores[i], sum[1] += scores[i + 1];
     total[row] = fmaf(total[row], shrink[row], sum[0] + sum[1]);
-#endif
   }
 }
+#endif
 
 // Keys past the last one get no weight.
 __device__ __forceinline__ void mask(float (&scores)[KEYS / 2], int keys) {
@@ -123,12 +147,12 @@ __device__ __forceinline__ void to_e4m3(const float (&scores)[KEYS / 2], unsigne
   }
 }
 
-// Whether the last eight probabilities are zeros, one of them negative: never, not even with NaNs. Asked so that ptxas
+// Whether the probabilities before EARLY are zeros, one of them negative: never, not even with NaNs. Asked so that ptxas
 // finishes them first.
 __device__ __forceinline__ bool negative_zeros(const float (&scores)[KEYS / 2]) {
   unsigned int any = 0u;
 #pragma unroll
-  for (int i = KEYS / 2 - 8; i < KEYS / 2; ++i) any |= __float_as_uint(scores[i]);
+  for (int i = EARLY < 8 ? 0 : EARLY - 8; i < EARLY; ++i) any |= __float_as_uint(scores[i]);
   return any == 0x80000000u;
 }
 
@@ -158,12 +182,17 @@ __device__ __forceinline__ void advance(Group& group, const Shared& shared, int 
   products_wait<1>();
   hold(scores);
   if (tile == group.tiles - 1) mask(scores, keys - tile * KEYS);
-  softmax(scores, group.top, group.total, group.shrink, group.scale);
-  // The question makes ptxas put the wait behind the softmax, which then runs while `part` is being added up.
+  raise_top(scores, group.top, group.shrink, group.scale);
+  exponentiate<0, EARLY>(scores, group.top, group.scale);
+  // The question makes ptxas put the wait behind these, which then run while `part` is being added up.
   if (speaks && !negative_zeros(scores)) barrier_arrive(&barriers.k_free[next]);
   products_wait<0>();
   hold(part), hold(scores);
   if (speaks) barrier_arrive(&barriers.v_free[stage]);
+  exponentiate<EARLY, KEYS / 2>(scores, group.top, group.scale);
+#if !SUM_ROWS
+  add_up(scores, group.shrink, group.total);
+#endif
   to_e4m3(scores, p);
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; ++i) group.sum[i] = fmaf(group.sum[i], before[i / 2 % 2], part[i]);
@@ -190,7 +219,11 @@ __device__ __forceinline__ void attend(const Shared& shared, int index, const fl
   hold(scores);
   if (lane == 0) barrier_arrive(&barriers.k_free[0]);
   if (group.tiles == 1) mask(scores, keys);
-  softmax(scores, group.top, group.total, group.shrink, group.scale);
+  raise_top(scores, group.top, group.shrink, group.scale);
+  exponentiate<0, KEYS / 2>(scores, group.top, group.scale);
+#if !SUM_ROWS
+  add_up(scores, group.shrink, group.total);
+#endif
   to_e4m3(scores, p);
 
   for (int tile = 1; tile < group.tiles; ++tile) advance(group, shared, tile, keys, p);
@@ -239,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) attend_fp8(
     barrier_init_done();
   }
   __syncthreads();
-  const int group = (int)threadIdx.x / GROUP - 1;
+  const int group = same_in_warp((int)threadIdx.x / GROUP) - 1;
   if (group < 0) {
     registers_down<24>();
     if (threadIdx.x == 0) {

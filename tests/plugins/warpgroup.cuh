@@ -7,6 +7,8 @@
 typedef unsigned long long barrier_t;
 typedef unsigned long long tile_t;  // the address; bit 63: rows of 128 bytes instead of 64
 
+static int same_in_warp(int x) { return x; }
+
 static unsigned char* dynamic_shared() {
   alignas(1024) static unsigned char memory[227 * 1024];
   return memory;
