@@ -2,6 +2,7 @@
 
 compute-sanitizer --tool memcheck --report-api-errors no python -m longtake.plugins.sanitize_cli
                                                       (also: racecheck, initcheck, synccheck)
+python -m longtake.plugins.sanitize_cli wgmma         only those with this in their name
 python -m longtake.plugins.sanitize_cli --time        microseconds a launch, tiny preset
 
 Without --report-api-errors no, memcheck also lists the driver entry points that cuda-bindings looks up and an older
@@ -18,12 +19,15 @@ from longtake.plugins.cases import SIZES, op_inputs, sizes_for
 from longtake.plugins.kernels import Dims
 from longtake.plugins.launch import run_kernel
 from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import KERNEL_OPS
+from longtake.plugins.sink_attention.hopper import HopperSinkAttention
+from longtake.plugins.spec import CACHE_FORMATS, KERNEL_OPS
 
 INDICES = {"kv": ((2,), (-1,)), "sink": ((-1,), (3, 0, 1, -1))}  # the others have none
 LIMITS = {"sink": {"bf16": 1e-2, "fp32": 1e-5}} | dict.fromkeys(
     ("qk", "norm", "gated", "residual", "rms"), {"bf16": 1e-3, "fp32": 1e-6}
 )  # the others are exact
+FP8 = 0.08
+WGMMA = "wgmma"
 CODES = 4e-3  # relative error of E4M3 codes where a few roundings go the other way
 
 
@@ -37,10 +41,37 @@ def worst_error(op_name: str, dims: Dims, dtype: str, indices: tuple[int, ...]) 
     return float(max(errors))
 
 
-def run_all() -> bool:
-    """Every op, both dtypes, small sizes. True if all agree with their references."""
+def hopper_error(op_name: str, dims: Dims, indices: tuple[int, ...]) -> float:
+    """The same of the FP8 attention that only Hopper has."""
+    inputs = op_inputs(op_name, dims, "bf16", indices)
+    wanted, on_gpu = REFERENCES[op_name](*inputs), [t.cuda() for t in inputs]
+    out, launcher = torch.full_like(on_gpu[0], float("nan")), HopperSinkAttention(op_name, dims)
+    memory = torch.empty(launcher.workspace_bytes, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    launcher.launch([t.data_ptr() for t in (*on_gpu, out)], stream, memory.data_ptr(), len(indices))
+    return float((out.cpu().double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def run_hopper() -> bool:
+    """FP8 attention at sizes whose tiles are cut. True if it agrees with its reference."""
     good = True
+    for op_name in (f"sink_attention_{fmt}" for fmt in CACHE_FORMATS):
+        for dims, indices in (
+            ({"S": 4, "L": 200, "H": 3, "D": 128}, (2, 0, -1)),
+            ({"S": 3, "L": 136, "H": 2, "D": 64}, (1,)),
+        ):
+            error = hopper_error(op_name, dims, indices)
+            good &= error <= FP8
+            print(f"{'ok ' if error <= FP8 else 'BAD'} {op_name} {WGMMA} {dims} {indices}: {error:.2e}")
+    return good
+
+
+def run_all(wanted: str = "") -> bool:
+    """Every op with `wanted` in its name, both dtypes, small sizes. True if all agree with their references."""
+    good = torch.cuda.get_device_capability() != (9, 0) or wanted not in WGMMA or run_hopper()
     for op_name in KERNEL_OPS:
+        if wanted not in op_name:
+            continue
         for dims in (SIZES[1], SIZES[2], SIZES[4]) if sizes_for(op_name) is SIZES else sizes_for(op_name)[1:]:
             for dtype in ("bf16",) if op_name == "nvfp4_dequantize" else ("bf16", "fp32"):
                 kind = op_name.split("_")[0]
@@ -79,4 +110,4 @@ if __name__ == "__main__":
     if "--time" in sys.argv[1:]:
         time_all()
     else:
-        sys.exit(0 if run_all() else 1)
+        sys.exit(0 if run_all(*sys.argv[1:2]) else 1)

@@ -95,7 +95,7 @@ def test_a_subject_that_returns_after_a_cut_is_the_same_scan() -> None:
 
 
 def test_a_returning_subject_s_colour_is_left_to_the_past() -> None:
-    draws, back, left_out = generator(), 0, 0
+    draws, back, left_out, in_turn = generator(), 0, 0, 0
     for _ in range(300):
         story = returning_story(draws, 8)
         assert story.chunks == 8
@@ -110,7 +110,9 @@ def test_a_returning_subject_s_colour_is_left_to_the_past() -> None:
         if len(story.shots) == 3 and first.digit == last.digit != story.shots[1].digit and story.shots[1].chunks >= 3:
             back += first.scan == last.scan and first.colour == last.colour != story.shots[1].colour
             left_out += not last.named
-    assert back > 100 and left_out > 60
+        digits = [one.digit for one in story.shots]
+        in_turn += len(digits) >= 4 and digits[::2] == digits[:1] * len(digits[::2]) and len(set(digits)) == 2
+    assert back > 80 and left_out > 60 and in_turn > 80
     assert caption(replace(shot(), digit=8, named=False)).startswith("an eight stands still over")
     short = [returning_story(draws, chunks) for chunks in (1, 2, 5) for _ in range(20)]
     assert {story.chunks for story in short} == {1, 2, 5}

@@ -36,6 +36,7 @@ MOTIONS = (
 BACKGROUNDS = ("dark blue", "dark green", "dark red", "black", "grey", "sunset", "sea", "forest")
 LIGHTS = ("soft light", "light from the left", "light from the right", "light from above")
 
+LEFT_OUT = 0.85  # how often `returning_story` leaves a known subject's colour out
 T = TypeVar("T")
 
 
@@ -134,11 +135,15 @@ def random_story(generator: torch.Generator, chunks: int, split: str = "train", 
 def returning_story(generator: torch.Generator, chunks: int, split: str = "train", changes: bool = True) -> Story:
     """A story whose prompts often leave out a subject's colour once it was seen: what it is, the past must tell.
 
-    Half of those with room for it are of one form: a subject, another one for at least three chunks (a window of four then
-    holds nothing else, but for its sinks), and the first again. The rest are as `random_story` draws them.
+    Of those with room for it, two in five have one form: a subject, another one for at least three chunks (a window of
+    four then holds nothing else, but for its sinks), and the first again. Two in five show two subjects in turn, in short
+    shots, so that almost every cut asks for a subject that the window still holds. The rest are as `random_story` draws them.
     """
     draw = _Draw(generator)
-    if chunks >= 5 and draw.unit() < 0.5:
+    form = draw.pick(("there and back", "there and back", "in turn", "in turn", "random"))
+    if chunks >= 3 and form == "in turn":
+        shots = _in_turn(draw, chunks, split)
+    elif chunks >= 5 and form == "there and back":
         last = draw.pick((1, 2)) if chunks > 5 else 1
         middle = draw.pick(range(3, chunks - last))
         shots = _there_and_back(draw, (chunks - middle - last, middle, last), split)
@@ -147,21 +152,40 @@ def returning_story(generator: torch.Generator, chunks: int, split: str = "train
     told: list[Shot] = []
     for shot in shots:
         known = {earlier.digit: earlier.colour for earlier in told}
-        left_out = known.get(shot.digit) == shot.colour and draw.unit() < 0.75
+        left_out = known.get(shot.digit) == shot.colour and draw.unit() < LEFT_OUT
         told.append(replace(shot, named=not left_out))
     return Story(tuple(told))
 
 
 def _there_and_back(draw: _Draw, lengths: Sequence[int], split: str) -> list[Shot]:
     """A subject, another of another class and colour, the first again."""
+    one, other = _two_subjects(draw, split)
+    return _shots(draw, (one, other, one), lengths)
+
+
+def _in_turn(draw: _Draw, chunks: int, split: str) -> list[Shot]:
+    """Two subjects in turn, a chunk or two at a time."""
+    lengths: list[int] = []
+    while (left := chunks - sum(lengths)) > 0:
+        lengths.append(min(left, draw.pick((1, 1, 2))))
+    cast = _two_subjects(draw, split)
+    return _shots(draw, [cast[number % 2] for number in range(len(lengths))], lengths)
+
+
+def _two_subjects(draw: _Draw, split: str) -> tuple[tuple[int, int, str], tuple[int, int, str]]:
+    """Digit, scan and colour of two subjects of different classes and colours."""
     first = draw.pick(range(10))
     second = (first + 1 + draw.pick(range(9))) % 10
     colour = draw.pick(COLOURS)
-    one = (first, draw.pick(scans_of(first, split)), colour)
-    other = (second, draw.pick(scans_of(second, split)), draw.pick([c for c in COLOURS if c != colour]))
+    other = draw.pick([c for c in COLOURS if c != colour])
+    return (first, draw.pick(scans_of(first, split)), colour), (second, draw.pick(scans_of(second, split)), other)
+
+
+def _shots(draw: _Draw, cast: Sequence[tuple[int, int, str]], lengths: Sequence[int]) -> list[Shot]:
+    """A shot of so many chunks of each subject; the background changes at every cut."""
     shots: list[Shot] = []
-    for cast, length in zip((one, other, one), lengths):
-        shots.append(_random_shot(draw, *cast, length, shots[-1] if shots else None))
+    for subject, length in zip(cast, lengths):
+        shots.append(_random_shot(draw, *subject, length, shots[-1] if shots else None))
     return shots
 
 
