@@ -6,7 +6,7 @@ python -m longtake.training.experiment.engine_fidelity A.yaml B.yaml --judge run
 The first recipe (or folder of engines, or of exported networks) is what the others are compared with. All tell the same
 stories of held-out scans, with the same noise. Fidelity: share of frames (one in four) in which the experiment's judge sees
 the prompted digit. SSIM: each chunk generated from the first recipe's latents so far, so that differences don't add up over
-chunks; mean over frames, and the lowest chunk. Without --judge one is trained first (seconds on a GPU, minutes without).
+chunks; mean over stories of each chunk, share of all chunks that are below 0.95, and the lowest. Without --judge one is trained first (seconds on a GPU, minutes without).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from longtake.training.experiment.jobs import MIXED_SEED
 from longtake.training.experiment.stories import mixed_stories, scripts_of, shots_by_chunk
 from longtake.training.experiment.summary import paired_interval
 from longtake.training.latent_cache import frozen_vae, vae_checkpoint
+
+GATE = 0.95  # SSIM of a chunk
 
 
 def told(generator: Generator, script: Script) -> tuple[list[Tensor], list[np.ndarray]]:
@@ -81,7 +83,12 @@ def measured(
             likeness.append([float(ssim(a, b).mean()) for a, b in zip(retold(generator, script, given), wanted)])
     row: dict[str, Any] = {"fidelity": float(np.mean(fidelity)), "fidelity_by_story": [round(x, 4) for x in fidelity]}
     if first:
-        row |= {"ssim": float(np.mean(likeness)), "ssim_lowest": float(np.min(likeness))}
+        row |= {
+            "ssim": float(np.mean(likeness)),
+            "ssim_by_chunk": np.mean(likeness, 0).round(5).tolist(),
+            "ssim_below": float(np.mean(np.array(likeness) < GATE)),
+            "ssim_lowest": float(np.min(likeness)),
+        }
     return row, videos
 
 
@@ -104,13 +111,14 @@ def judge_from(path: Path | None, device: torch.device) -> DigitClassifier:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"{'recipe':40} fidelity  difference          95 %        SSIM  lowest"]
+    lines = [f"{'recipe':40} fidelity  difference          95 %        SSIM by chunk, below {GATE}, lowest"]
     for name, row in rows.items():
         line = f"{name[-40:]:40} {row['fidelity']:8.4f}"
         if "difference" in row:
             low, high = row["interval"]
             line += (
-                f"  {row['difference']:+10.4f}  [{low:+.4f}, {high:+.4f}]  {row['ssim']:.4f}  {row['ssim_lowest']:.4f}"
+                f"  {row['difference']:+10.4f}  [{low:+.4f}, {high:+.4f}]  {' '.join(f'{x:.4f}' for x in row['ssim_by_chunk'])}"
+                f"  {row['ssim_below']:.0%}  {row['ssim_lowest']:.4f}"
             )
         lines.append(line)
     return lines
@@ -124,11 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--stories", type=int, default=64, metavar="N")
     parser.add_argument("--chunks", type=int, default=3, metavar="N", help="of a story")
+    parser.add_argument("--seed", type=int, default=MIXED_SEED, help="of the stories")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="judge.safetensors of an experiment")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judge, stories = judge_from(args.judge, device), mixed_stories(args.stories, args.chunks, MIXED_SEED)
+    judge, stories = judge_from(args.judge, device), mixed_stories(args.stories, args.chunks, args.seed)
     rows: dict[str, dict[str, Any]] = {}
     first: list[Any] | None = None
     for name in args.recipes:
@@ -136,12 +145,12 @@ def main(arguments: list[str] | None = None) -> int:
         with closing(generator.backend):
             rows[name], videos = measured(generator, judge, stories, first, name)
         first = first or videos
-    compare(rows)
+        compare(rows)
+        if args.json:
+            machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+            conditions = {"device": machine, "stories": args.stories, "chunks": args.chunks, "seed": args.seed}
+            write_json(args.json, {**conditions, "rows": rows})
     sys.stdout.write("\n".join(table(rows)) + "\n")
-    if args.json:
-        machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        conditions = {"device": machine, "stories": args.stories, "chunks": args.chunks}
-        write_json(args.json, {**conditions, "rows": rows})
     return 0
 
 
