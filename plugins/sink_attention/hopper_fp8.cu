@@ -4,7 +4,7 @@
 //
 // query8, window_k, window_v: tiles, as window_fp8.cu's window_tiles writes them. factors: as window_fp8.cu's.
 // out [L,H,D]. Grid: (ceil(L / QUERIES), H). Thread block: three groups of 128 threads. The first one copies tiles, one
-// thread of it; the others attend with 64 queries each, and take turns: one multiplies while the other one exponentiates.
+// thread of it; the others attend with 64 queries each: one multiplies while the other one exponentiates.
 #include "factors.cuh"
 #include "memory.cuh"
 #include "minifloat.cuh"
@@ -18,13 +18,8 @@
 #define COLUMNS (HEAD_DIM + SUM_ROWS)  // of the second product: features, and the sum of the probabilities
 #define TILE (KEYS * HEAD_DIM)
 #define VALUE_TILE (KEYS * COLUMNS)
-#ifndef EARLY
-#define EARLY 32
-#endif
-#ifndef POLYNOMIAL_EACH
-#define POLYNOMIAL_EACH 4
-#endif
-#define TURNS 1       // first named barrier
+#define EARLY 32      // exponentials of a thread that run beside the second product, the others beside its sums
+#define POLYNOMIAL_EACH 8  // one in so many exponentials is a polynomial
 #define LOG2_LARGEST 8.807354922057604f  // log2(448): the largest probability is E4M3's largest number
 
 struct Barriers {
@@ -117,18 +112,6 @@ __device__ __forceinline__ void exponentiate(float (&scores)[KEYS / 2], const fl
   }
 }
 
-#if !SUM_ROWS
-__device__ __forceinline__ void add_up(const float (&scores)[KEYS / 2], const float (&shrink)[2], float (&total)[2]) {
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 2 * row; i < KEYS / 2; i += 4) sum[0] += scores[i], sum[1] += scores[i + 1];
-    total[row] = fmaf(total[row], shrink[row], sum[0] + sum[1]);
-  }
-}
-#endif
-
 // Keys past the last one get no weight.
 __device__ __forceinline__ void mask(float (&scores)[KEYS / 2], int keys) {
   const int first = 2 * (threadIdx.x % 4);
@@ -158,9 +141,9 @@ __device__ __forceinline__ bool negative_zeros(const float (&scores)[KEYS / 2]) 
 
 // What a group keeps from tile to tile. The values' stage and parity; the keys are one tile ahead.
 struct Group {
-  int index, tiles, stage, parity;
+  int tiles, stage, parity;
   tile_t q;
-  float scale, sum[COLUMNS / 2], top[2], total[2], shrink[2];
+  float scale, sum[COLUMNS / 2], top[2], shrink[2];
 };
 
 // Scores of tile `tile` and the second product of the one before, whose probabilities are `p`; then those of the tile.
@@ -173,12 +156,10 @@ __device__ __forceinline__ void advance(Group& group, const Shared& shared, int 
   const float before[2] = {group.shrink[0], group.shrink[1]};
   float scores[KEYS / 2], part[COLUMNS / 2];
   barrier_wait(&barriers.k_full[next], next_parity);
-  meeting_sync(TURNS + group.index, 2 * GROUP);
   products_fence();
   begin_scores(scores, group.q, shared.k + next * TILE);
   barrier_wait(&barriers.v_full[stage], group.parity);
   begin_part(part, p, shared.v + stage * VALUE_TILE);
-  meeting_arrive(TURNS + 1 - group.index, 2 * GROUP);
   products_wait<1>();
   hold(scores);
   if (tile == group.tiles - 1) mask(scores, keys - tile * KEYS);
@@ -190,9 +171,6 @@ __device__ __forceinline__ void advance(Group& group, const Shared& shared, int 
   hold(part), hold(scores);
   if (speaks) barrier_arrive(&barriers.v_free[stage]);
   exponentiate<EARLY, KEYS / 2>(scores, group.top, group.scale);
-#if !SUM_ROWS
-  add_up(scores, group.shrink, group.total);
-#endif
   to_e4m3(scores, p);
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; ++i) group.sum[i] = fmaf(group.sum[i], before[i / 2 % 2], part[i]);
@@ -203,14 +181,13 @@ __device__ __forceinline__ void attend(const Shared& shared, int index, const fl
                                        int tokens, int heads) {
   Barriers& barriers = *shared.barriers;
   const int lane = threadIdx.x % 32;
-  Group group = {index, (keys + KEYS - 1) / KEYS, 0, 0, tile_at<HEAD_DIM>(shared.q + index * ROWS * HEAD_DIM)};
+  Group group = {(keys + KEYS - 1) / KEYS, 0, 0, tile_at<HEAD_DIM>(shared.q + index * ROWS * HEAD_DIM)};
   group.scale = factors[DESCALE_Q * FACTOR_STRIDE] * factors[DESCALE_K * FACTOR_STRIDE] *
                 (1.4426950408889634f / sqrtf((float)HEAD_DIM));
   group.top[0] = group.top[1] = __uint_as_float(0xff800000u);
   float scores[KEYS / 2], part[COLUMNS / 2];
   unsigned int p[KEYS / 8];
 
-  if (index == 1) meeting_arrive(TURNS, 2 * GROUP);  // the first group goes first
   barrier_wait(&barriers.q_full, 0);
   barrier_wait(&barriers.k_full[0], 0);
   products_fence();
@@ -221,9 +198,6 @@ __device__ __forceinline__ void attend(const Shared& shared, int index, const fl
   if (group.tiles == 1) mask(scores, keys);
   raise_top(scores, group.top, group.shrink, group.scale);
   exponentiate<0, KEYS / 2>(scores, group.top, group.scale);
-#if !SUM_ROWS
-  add_up(scores, group.shrink, group.total);
-#endif
   to_e4m3(scores, p);
 
   for (int tile = 1; tile < group.tiles; ++tile) advance(group, shared, tile, keys, p);
@@ -237,11 +211,8 @@ __device__ __forceinline__ void attend(const Shared& shared, int index, const fl
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const float shrink = group.shrink[row];
-#if SUM_ROWS  // one thread of four has the column of the sums, the others have zeros
+    // One thread of four has the column of the sums, the others have zeros.
     float total = fmaf(group.sum[HEAD_DIM / 2 + 2 * row], shrink, part[HEAD_DIM / 2 + 2 * row]);
-#else
-    float total = group.total[row];
-#endif
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
     const int token = blockIdx.x * QUERIES + index * ROWS + threadIdx.x % GROUP / 32 * 16 + lane / 4 + 8 * row;

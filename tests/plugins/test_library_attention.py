@@ -13,6 +13,7 @@ from longtake.plugins.bench import relative_error
 from longtake.plugins.capability import attention_methods
 from longtake.plugins.device_memory import tensor_at
 from longtake.plugins.launch import Launcher
+from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.library import (
     CudnnSinkAttention,
     TorchSinkAttention,
@@ -174,6 +175,9 @@ def test_chosen_here_and_falls_back_with_a_word(
     def refuse(launcher: Launcher) -> Launcher:
         raise UnavailableError("not today")
 
+    if (major, minor) == (9, 0):
+        assert attention_launcher("sink_attention_nvfp4", SMALL, "fp8").method == "wgmma"
+    monkeypatch.setattr(HopperSinkAttention, "try_out", refuse)
     monkeypatch.setattr(CudnnSinkAttention, "prepare", refuse)
     assert attention_launcher("sink_attention_nvfp4", SMALL, "fp8").method == "torch"
     monkeypatch.setattr(TorchSinkAttention, "prepare", refuse)

@@ -185,7 +185,7 @@ def test_workspace_of_the_large_model() -> None:
 
 
 def test_methods_end_with_the_one_that_always_works() -> None:
-    assert attention_methods("9.0", "fp8", 128)[0] == ("cudnn", "fp8")
+    assert attention_methods("9.0", "fp8", 128)[0] == ("wgmma", "fp8")
     assert attention_methods("9.0", "bf16", 128)[:2] == [("cudnn", "bf16"), ("torch", "bf16")]
     assert attention_methods("7.5", "fp8", 48) == [("portable", "bf16")]
 

@@ -21,11 +21,6 @@ static void pass_until(const std::function<bool()>& done) {
   }
 }
 
-struct Meeting {
-  int arrived, times;
-};
-static Meeting meetings[16];
-
 struct HostBarrier {
   signed char pending, arrivals;
   unsigned char phase, unused;
@@ -40,7 +35,7 @@ static void settle(HostBarrier& barrier) {
 static void barrier_init(barrier_t* barrier, int arrivals) {
   host(barrier) = {(signed char)arrivals, (signed char)arrivals, 0, 0, 0};
 }
-static void barrier_init_done() { std::memset(meetings, 0, sizeof meetings); }  // a new thread block
+static void barrier_init_done() {}
 static void barrier_arrive(barrier_t* barrier) {
   if (--host(barrier).pending < 0) std::abort();
   settle(host(barrier));
@@ -79,17 +74,6 @@ static void barrier_wait(barrier_t* barrier, int parity) {
     deliver(barrier);
     return host(barrier).phase != parity;
   });
-}
-
-static void meeting_arrive(int id, int threads) {
-  Meeting& meeting = meetings[id];
-  if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.times;
-}
-static void meeting_sync(int id, int threads) {
-  const Meeting& meeting = meetings[id];
-  const int before = meeting.times;
-  meeting_arrive(id, threads);
-  pass_until([&] { return meeting.times != before; });
 }
 
 template <int COUNT> static void registers_down() {}
