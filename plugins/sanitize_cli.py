@@ -15,6 +15,7 @@ import sys
 
 import torch
 
+from longtake.plugins.bench import relative_error
 from longtake.plugins.cases import SIZES, op_inputs, sizes_for
 from longtake.plugins.kernels import Dims
 from longtake.plugins.launch import run_kernel
@@ -26,9 +27,8 @@ INDICES = {"kv": ((2,), (-1,)), "sink": ((-1,), (3, 0, 1, -1))}  # the others ha
 LIMITS = {"sink": {"bf16": 1e-2, "fp32": 1e-5}} | dict.fromkeys(
     ("qk", "norm", "gated", "residual", "rms"), {"bf16": 1e-3, "fp32": 1e-6}
 )  # the others are exact
-FP8 = 0.08
-WGMMA = "wgmma"
 CODES = 4e-3  # relative error of E4M3 codes where a few roundings go the other way
+FP8 = 0.08  # of attention whose queries, keys, values and probabilities are E4M3
 
 
 def worst_error(op_name: str, dims: Dims, dtype: str, indices: tuple[int, ...]) -> float:
@@ -49,7 +49,7 @@ def hopper_error(op_name: str, dims: Dims, indices: tuple[int, ...]) -> float:
     memory = torch.empty(launcher.workspace_bytes, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
     launcher.launch([t.data_ptr() for t in (*on_gpu, out)], stream, memory.data_ptr(), len(indices))
-    return float((out.cpu().double() - wanted.double()).norm() / wanted.double().norm())
+    return relative_error(out.cpu(), wanted)
 
 
 def run_hopper() -> bool:
@@ -62,13 +62,15 @@ def run_hopper() -> bool:
         ):
             error = hopper_error(op_name, dims, indices)
             good &= error <= FP8
-            print(f"{'ok ' if error <= FP8 else 'BAD'} {op_name} {WGMMA} {dims} {indices}: {error:.2e}")
+            print(
+                f"{'ok ' if error <= FP8 else 'BAD'} {op_name} {HopperSinkAttention.method} {dims} {indices}: {error:.2e}"
+            )
     return good
 
 
 def run_all(wanted: str = "") -> bool:
     """Every op with `wanted` in its name, both dtypes, small sizes. True if all agree with their references."""
-    good = torch.cuda.get_device_capability() != (9, 0) or wanted not in WGMMA or run_hopper()
+    good = torch.cuda.get_device_capability() != (9, 0) or wanted not in HopperSinkAttention.method or run_hopper()
     for op_name in KERNEL_OPS:
         if wanted not in op_name:
             continue

@@ -6,7 +6,8 @@ python -m longtake.training.experiment.engine_fidelity A.yaml B.yaml --judge run
 The first recipe (or folder of engines, or of exported networks) is what the others are compared with. All tell the same
 stories of held-out scans, with the same noise. Fidelity: share of frames (one in four) in which the experiment's judge sees
 the prompted digit. SSIM: each chunk generated from the first recipe's latents so far, so that differences don't add up over
-chunks; mean over stories of each chunk, share of all chunks that are below 0.95, and the lowest. Without --judge one is trained first (seconds on a GPU, minutes without).
+chunks; mean over stories of each chunk, share of all chunks that are below 0.95, and the lowest. Without --judge one is
+trained first (seconds on a GPU, minutes without). The file of --json is written after each recipe.
 """
 
 from __future__ import annotations
@@ -92,12 +93,10 @@ def measured(
     return row, videos
 
 
-def compare(rows: dict[str, dict[str, Any]]) -> None:
-    """Add each recipe's difference to the first one, with its 95 % interval over stories."""
-    first, *others = rows.values()
-    for row in others:
-        row["difference"] = row["fidelity"] - first["fidelity"]
-        row["interval"] = paired_interval([row["fidelity_by_story"]], [first["fidelity_by_story"]])
+def compare(row: dict[str, Any], first: dict[str, Any]) -> None:
+    """Add a recipe's difference to the first one, with its 95 % interval over stories."""
+    row["difference"] = row["fidelity"] - first["fidelity"]
+    row["interval"] = paired_interval([row["fidelity_by_story"]], [first["fidelity_by_story"]])
 
 
 def judge_from(path: Path | None, device: torch.device) -> DigitClassifier:
@@ -144,8 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
         generator = Generator.from_engines(name, args.backend, device if device.type == "cuda" else None)
         with closing(generator.backend):
             rows[name], videos = measured(generator, judge, stories, first, name)
+        if first:
+            compare(rows[name], rows[args.recipes[0]])
         first = first or videos
-        compare(rows)
         if args.json:
             machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
             conditions = {"device": machine, "stories": args.stories, "chunks": args.chunks, "seed": args.seed}
