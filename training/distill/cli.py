@@ -106,6 +106,7 @@ def add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gradient-checkpointing", action="store_true", help="compute blocks again in the backward pass"
     )
+    group.add_argument("--no-graph", action="store_true", help="GPU: launch every kernel by itself (no CUDA graph)")
 
 
 def add_optimizer(group: argparse._ArgumentGroup) -> None:
@@ -170,6 +171,7 @@ def options_from(args: argparse.Namespace, preset: Preset) -> DistillOptions:
         accumulate=args.accumulate,
         cache_dir=args.cache_dir,
         workers=args.workers,
+        graph=not args.no_graph,
     )
 
 

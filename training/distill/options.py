@@ -10,6 +10,7 @@ import torch
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.sampler import unipc_steps
 from longtake.training.distill.scores import CONTEXTS
+from longtake.training.flex import LONG
 from longtake.training.presets import Preset
 from longtake.training.quantize import RULES, Rules
 
@@ -20,7 +21,8 @@ class DistillOptions:
     rollout, and their lengths in chunks to draw from. guidance: s in c + s (c - u) of the real score. ratio: critic
     updates for one of the generator. lora_rank: 0 trains all weights; lora_alpha None: as the rank. precision: "nvfp4"
     fake-quantizes the generator (with LoRA: the base that all three share). cache: of the rollout, "nvfp4" or "bf16".
-    score_context: see `scores`. i2v: give each video's first latent frame. The rest is as in `StageOptions`.
+    score_context: see `scores`. i2v: give each video's first latent frame. graph: on a GPU, run a small model's passes from
+    CUDA graphs (see `captures`). The rest is as in `StageOptions`.
     """
 
     preset: Preset
@@ -47,6 +49,7 @@ class DistillOptions:
     accumulate: int = 1
     cache_dir: Path | None = None
     workers: int = 0
+    graph: bool = True
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be distilled with."""
@@ -76,3 +79,10 @@ class DistillOptions:
     def computes_in_bf16(self, device: torch.device) -> bool:
         """Whether forward passes on `device` run under bf16 autocast."""
         return self.amp and device.type == "cuda"
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether passes run from CUDA graphs: where launches take the time, and activations are small enough to have a
+        place of their own. Not with LoRA, whose three networks are one."""
+        short = max(self.chunks) * self.preset.chunk_tokens < LONG
+        plain = not (self.lora_rank or self.gradient_checkpointing or self.accumulate > 1)
+        return self.graph and device.type == "cuda" and short and plain

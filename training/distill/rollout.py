@@ -17,13 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from longtake.runtime.conditions import frame_positions
 from longtake.runtime.sampler import UniPC
 from longtake.runtime.slots import visible_blocks
-from longtake.training.dit import Attend, CausalDiT
-from longtake.training.experiment.batched import round_trip_kv
+from longtake.training.distill.chunk_pass import ChunkPass
+from longtake.training.dit import CausalDiT
 from longtake.training.presets import Preset
 from longtake.training.rope import rope_tables, timestep_sinusoid
 
@@ -50,36 +49,29 @@ class KeptChunks:
     """K and V of all layers and stories, chunk by chunk; which of them a chunk sees is the slot table's word.
 
     They are not kept in slots that are written over: a backward pass that computes a block again (gradient
-    checkpointing) has to find what it saw. A chunk that no later one sees is let go. `fmt` "nvfp4" keeps what the 4-bit
-    cache would give back.
+    checkpointing) has to find what it saw. A chunk that no later one sees is let go.
     """
 
-    def __init__(self, preset: Preset, cuts: Sequence[Sequence[bool]], dtype: torch.dtype, fmt: str) -> None:
-        self.fmt, self.dtype = fmt, dtype
-        self.layers: list[dict[int, Tensor]] = [{} for _ in range(preset.dit.layers)]  # by chunk: [B, 2, L, H, D]
+    def __init__(self, preset: Preset, cuts: Sequence[Sequence[bool]]) -> None:
+        self.chunks: dict[int, tuple[Tensor, ...]] = {}  # each layer's [B, 2, L, H, D]
+        self.layers = preset.dit.layers
         self.visible = [visible_blocks(story, preset.window_chunks) for story in cuts]
 
-    def attend(self, chunk: int, write: bool) -> Attend:
-        """Self-attention of chunk `chunk` over the chunks it sees and itself, which is kept if `write`."""
+    def before(self, chunk: int) -> list[Tensor]:
+        """What chunk `chunk` sees besides itself: each layer's chunks, one after the other, [B, 2, L, H, D] each."""
         needed = {seen for story in self.visible for later in story[chunk:] for seen in later}
-        self.layers = [{seen: kept for seen, kept in layer.items() if seen in needed} for layer in self.layers]
-        rows = [(story, seen) for story, blocks in enumerate(self.visible) for seen in blocks[chunk][:-1]]
-        held, stories = [dict(layer) for layer in self.layers], len(self.visible)
+        self.chunks = {seen: kept for seen, kept in self.chunks.items() if seen in needed}
+        places = list(zip(*(blocks[chunk][:-1] for blocks in self.visible)))
+        gathers = [(ids := sorted(set(place)), [ids.index(seen) for seen in place]) for place in places]
+        return [self._gathered(layer, *gather) for layer in range(self.layers) for gather in gathers]
 
-        def run(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if write:
-                fresh = torch.stack((k, v), 1).detach()
-                kept = round_trip_kv(fresh) if self.fmt == "nvfp4" else fresh
-                self.layers[layer][chunk] = kept.to(self.dtype)
-            own = k.to(q.dtype), v.to(q.dtype)
-            if rows:
-                past = torch.stack([held[layer][seen][story] for story, seen in rows]).to(q.dtype)
-                past = past.unflatten(0, (stories, -1))
-                own = tuple(torch.cat((past[:, :, i].flatten(1, 2), x), 1) for i, x in enumerate(own))  # type: ignore[assignment]
-            queries, keys, values = (x.transpose(1, 2) for x in (q, *own))
-            return functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
-
-        return run
+    def _gathered(self, layer: int, ids: list[int], rows: list[int]) -> Tensor:
+        """Row b of the chunk ids[rows[b]]."""
+        found = [self.chunks[seen][layer] for seen in ids]
+        if len(ids) == 1:
+            return found[0]
+        index = torch.tensor(rows, device=found[0].device)
+        return torch.stack(found)[index, torch.arange(len(rows), device=index.device)]
 
 
 @dataclass(frozen=True)
@@ -90,48 +82,54 @@ class Rollout:
     steps: int
     cache: str = "nvfp4"
 
-    def __call__(self, dit: CausalDiT, story: Story, exit_step: int, gradient: bool = False) -> Tensor:
+    def __call__(
+        self, dit: CausalDiT, story: Story, exit_step: int, gradient: bool = False, passes: ChunkPass | None = None
+    ) -> Tensor:
         """Latents fp32 [B, N F, C, h, w], each chunk as predicted at `exit_step` (0-based).
 
-        gradient: keep it through the exit passes.
+        gradient: keep it through the exit passes. passes: those of `dit`, if they are not to be plain ones.
         """
         frames, device = self.preset.chunk_latents, story.noise.device
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else dit.dtype
-        cache = KeptChunks(self.preset, story.cuts, dtype, self.cache)
+        passes = passes or ChunkPass(dit, self.cache, self.kept_dtype(dit, device))
+        cache = KeptChunks(self.preset, story.cuts)
         with torch.set_grad_enabled(gradient):
             context = dit.context(story.embeddings)
         done = []
         for chunk, noise in enumerate(story.noise.split(frames, 1)):
             own = [layer[:, chunk : chunk + 1] for layer in context]
-            first = story.first if chunk == 0 else None
-            x0 = self._chunk(dit, cache, chunk, noise.transpose(1, 2), own, story, first, exit_step, gradient)
+            x0 = self._chunk(passes, cache, chunk, noise.transpose(1, 2), own, story, exit_step, gradient)
             done.append(x0)
         return torch.cat(done, 2).transpose(1, 2)
 
+    def kept_dtype(self, dit: CausalDiT, device: torch.device) -> torch.dtype:
+        """Of K and V: that of the passes."""
+        return torch.bfloat16 if torch.is_autocast_enabled(device.type) else dit.dtype
+
     def _chunk(
         self,
-        dit: CausalDiT,
+        passes: ChunkPass,
         cache: KeptChunks,
         chunk: int,
         sample: Tensor,
         context: list[Tensor],
         story: Story,
-        first: Tensor | None,
         exit_step: int,
         gradient: bool,
     ) -> Tensor:
         rope = rope_tables(self.preset.dit, self.positions(story.cuts, chunk, sample.device), self.preset.grid_hw)
-        detached = [layer.detach() for layer in context]
+        detached, past = [layer.detach() for layer in context], cache.before(chunk)
+        first = story.first if chunk == 0 else None
 
-        def velocity(x: Tensor, timestep: int, write: bool = False, pinned: bool = first is not None) -> Tensor:
-            text = context if torch.is_grad_enabled() else detached
-            sinusoid = self._sinusoid(timestep, pinned, x.device).expand(len(x), -1, -1)
-            return dit(x, sinusoid, rope, text, cache.attend(chunk, write)).float()
+        def velocity(x: Tensor, timestep: int, learn: bool = False) -> Tensor:
+            sinusoid = self._sinusoid(timestep, first is not None, x)
+            if learn:
+                return passes.learn(x, sinusoid, *rope, *context, *past)
+            return passes.look(x, sinusoid, *rope, *detached, *past)
 
         x0 = self._denoise(pinned_first(sample, first), first, velocity, exit_step, gradient)
         if chunk + 1 < story.chunks:
-            with torch.no_grad():
-                velocity(x0.detach(), 0, write=True, pinned=False)
+            clean = x0.detach()
+            cache.chunks[chunk] = passes.write(clean, self._sinusoid(0, False, clean), *rope, *detached, *past)
         return x0
 
     def _denoise(
@@ -144,7 +142,7 @@ class Rollout:
                 sample = pinned_first(solver.step(velocity(sample, step.timestep), sample), first)
         last = solver.schedule[exit_step]
         with torch.set_grad_enabled(gradient):
-            return pinned_first(sample - last.sigma * velocity(sample, last.timestep), first)
+            return pinned_first(sample - last.sigma * velocity(sample, last.timestep, gradient), first)
 
     def positions(self, cuts: Sequence[Sequence[bool]], chunk: int, device: torch.device) -> Tensor:
         """Temporal positions of a chunk's frames, fp64 [B, F], each shot begun so far offset as in a session."""
@@ -152,10 +150,11 @@ class Rollout:
         found = [frame_positions(self.preset, chunk, shot) for shot in shots]
         return torch.tensor(found, dtype=torch.float64).to(device, non_blocking=True)
 
-    def _sinusoid(self, timestep: int, pinned: bool, device: torch.device) -> Tensor:
+    def _sinusoid(self, timestep: int, pinned: bool, sample: Tensor) -> Tensor:
         frames = self.preset.chunk_latents
         times = [0.0 if pinned and frame == 0 else float(timestep) for frame in range(frames)]
-        return timestep_sinusoid(times, self.preset.dit.freq_dim)[None].to(device, non_blocking=True)
+        row = timestep_sinusoid(times, self.preset.dit.freq_dim)[None].to(sample.device, non_blocking=True)
+        return row.expand(len(sample), -1, -1)
 
 
 def pinned_first(sample: Tensor, first: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ Legend: B stories, N chunks, F latent frames of all chunks, C, H, W latent sizes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from longtake.training.dit import Attend, CausalDiT
+from longtake.training.graphed import GraphedLoss, GraphedPass
 from longtake.training.presets import Preset
 from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.stages.flat_batch import batch_of_tensors, extras_of, tensors_of
 from longtake.training.teacher_forcing import Clips, Noise, noisy_part, positions, predict_velocity
 
 CONTEXTS = ("clean", "noisy")
@@ -34,7 +38,7 @@ def draw_levels(shape: tuple[int, int], shift: float, generator: torch.Generator
     return torch.stack((t, t / 1000, torch.ones_like(t)), -1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scorer:
     """Predicts with a score network. context: "clean" or "noisy", see above."""
 
@@ -67,6 +71,31 @@ class Scorer:
             dit, both, twice(clips), Noise(noise.eps.repeat(2, 1, 1, 1, 1), noise.levels.repeat(2, 1, 1))
         ).chunk(2)
         return c + scale * (c - u)
+
+
+class GraphedScorer(Scorer):
+    """The same from CUDA graphs. The networks must stay those that were captured, changed in place only."""
+
+    def __init__(self, preset: Preset, context: str, autocast: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__(preset, context)
+        self.autocast = autocast
+        self.captured: dict[tuple[int, int, tuple[str, ...]], tuple[GraphedPass, GraphedLoss]] = {}
+
+    def velocity(self, dit: CausalDiT, embeddings: Tensor, clips: Clips, noise: Noise) -> Tensor:
+        """See Scorer."""
+        extras, plain = extras_of(clips, noise), super().velocity
+        key = id(dit), clips.unmasked, extras
+        if key not in self.captured:
+
+            def run(embeddings: Tensor, *tensors: Tensor) -> tuple[Tensor]:
+                with self.autocast():
+                    return (plain(dit, embeddings, *batch_of_tensors(tensors, extras, clips.unmasked)),)
+
+            self.captured[key] = GraphedPass(run), GraphedLoss({"dit": dit}, run, enabled=True)
+        look, learn = self.captured[key]
+        with torch.autocast("cuda", enabled=False):  # a backward pass is captured, too
+            tensors = (embeddings, *tensors_of(clips, noise))
+            return (learn if torch.is_grad_enabled() else look)(*tensors)[0]
 
 
 def causal_attention(clips: Clips, block_tokens: int) -> Attend:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from longtake.training.accumulate import parts_of
 from longtake.training.checkpoint import load_into
 from longtake.training.data.base import dataset_from_name
+from longtake.training.distill.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.distill.metadata import student_metadata
 from longtake.training.distill.networks import Networks
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Rollout
 from longtake.training.distill.scene import Scene, SceneSampler
-from longtake.training.distill.scores import Scorer, critic_loss, dmd_gradient, dmd_loss, draw_levels
+from longtake.training.distill.scores import GraphedScorer, Scorer, critic_loss, dmd_gradient, dmd_loss, draw_levels
 from longtake.training.dit import CausalDiT
 from longtake.training.embedding_cache import CachedText, embeddings_from_cache
 from longtake.training.latent_cache import frozen_vae, vae_checkpoint
@@ -52,7 +53,8 @@ class DistillStage:
         self.modules: dict[str, nn.Module] = {}
         self.critic_modules: dict[str, nn.Module] = {}
         self.rollout = Rollout(preset, options.student_steps, options.cache)
-        self.scorer = Scorer(preset, options.score_context)
+        self.scorer: Scorer = Scorer(preset, options.score_context)
+        self.passes: ChunkPass | None = None
 
     def prepare(self, device: torch.device) -> None:
         """Load the stories; quantizers and adapters; no text encoder is trained."""
@@ -74,6 +76,16 @@ class DistillStage:
         self.networks.prepare(self.calibration(0))
         generator, fake = self.networks.trained()
         self.modules, self.critic_modules = {"dit": generator}, {"fake_score": fake}
+        if self.options.captures(device):
+            self.capture()
+
+    def capture(self) -> None:
+        """Let CUDA graphs run the generator's passes and the scores."""
+        dit, cache = self.networks.generator(), self.options.cache
+        with self.autocast():
+            dtype = self.rollout.kept_dtype(dit, self.device)
+        self.passes = GraphedChunkPass(dit, cache, dtype, self.autocast)
+        self.scorer = GraphedScorer(self.preset, self.options.score_context, self.autocast)
 
     def stories(self, split: str, count: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
@@ -114,7 +126,7 @@ class DistillStage:
     def generate(self, scene: Scene, gradient: bool = False) -> Tensor:
         """The student's video, fp32 [B, F, C, H, W]."""
         with self.autocast():
-            return self.rollout(self.networks.generator(), scene.story, scene.exit_step, gradient)
+            return self.rollout(self.networks.generator(), scene.story, scene.exit_step, gradient, self.passes)
 
     def score_noise(self, scene: Scene, generator: torch.Generator) -> Noise:
         """What the scores see a scene's videos under."""

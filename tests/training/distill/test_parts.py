@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longtake.runtime.files import read_json
+from longtake.training.distill.chunk_pass import GraphedChunkPass
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Rollout, Story
+from longtake.training.distill.scene import Scene
+from longtake.training.distill.scores import GraphedScorer
 from longtake.training.distill.stage import DistillStage
 from longtake.training.distill.trainer import DistillTrainer
 from longtake.training.networks import load_models, quantized_linears, random_models
@@ -38,9 +41,13 @@ def stage_of(preset: Preset, teacher: Path, **options: Any) -> DistillStage:
 
 
 def gradients(stage: DistillStage, device: torch.device = CPU) -> dict[str, Tensor]:
-    """Of the generator's update and of the critic's, on one scene."""
+    """Of the generator's update and of the critic's, on a scene of the stage's own."""
     stage.prepare(device)
-    scene = stage.scene(torch.Generator().manual_seed(3))
+    return gradients_of(stage, stage.scene(torch.Generator().manual_seed(3)))
+
+
+def gradients_of(stage: DistillStage, scene: Scene) -> dict[str, Tensor]:
+    """Losses and gradients of both networks, from one scene."""
     found: dict[str, Tensor] = {}
     for name, losses, modules in (
         ("generator", stage.generator_losses, stage.modules),
@@ -48,7 +55,7 @@ def gradients(stage: DistillStage, device: torch.device = CPU) -> dict[str, Tens
     ):
         found[f"{name} loss"] = torch.as_tensor(backward(losses(scene))["loss"])
         for owner, module in modules.items():
-            found |= {f"{name} {owner}/{n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+            found |= {f"{name} {owner}/{n}": p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     return found
 
 
@@ -87,6 +94,19 @@ def test_a_second_run_encodes_neither_stories_nor_prompts(
     assert worst(cached, again) == 0.0 and cached.keys() == plain.keys()
     with pytest.raises(AssertionError, match="was called"):
         gradients(stage_of(small_preset, teacher, cache_dir=tmp_path, seed=5))
+
+
+def test_where_nothing_can_be_captured_passes_run_by_themselves(
+    small_preset: Preset, teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = gradients(stage_of(small_preset, teacher))
+    stage = stage_of(small_preset, teacher)
+    stage.prepare(CPU)
+    stage.capture()
+    again = gradients_of(stage, stage.scene(torch.Generator().manual_seed(3)))
+    assert worst(plain, again) == 0.0
+    if not torch.cuda.is_available():
+        assert "without CUDA graphs" in caplog.text
 
 
 def story(preset: Preset, device: torch.device, chunks: int = 6) -> Story:
@@ -172,3 +192,30 @@ def test_a_gpu_s_gradients_are_the_cpu_s(small_preset: Preset, teacher: Path) ->
         }
         found.append({**own, "generator loss": loss.detach().cpu(), "critic loss": critic.detach().cpu()})
     assert worst(*found) <= 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"amp": False}, {"precision": "nvfp4"}], ids=["fp32", "bf16, nvfp4"])
+def test_cuda_graphs_compute_the_same(small_preset: Preset, teacher: Path, options: dict[str, Any]) -> None:
+    """Losses and gradients of stories of several lengths, also after the weights have changed and amax with them."""
+    found = []
+    for graph in (True, False):
+        stage = stage_of(small_preset, teacher, chunks=(1, 2, 5), student_steps=3, graph=graph, cache="bf16", **options)
+        stage.prepare(torch.device("cuda"))
+        host, turns = torch.Generator().manual_seed(3), []
+        for turn in range(8):
+            turns.append(gradients_of(stage, stage.scene(host)))
+            for module in (*stage.modules.values(), *stage.critic_modules.values()):
+                for p in module.parameters():
+                    p.grad = None
+                    p.data.mul_(1.01)
+            if options.get("precision"):
+                stage.networks.recalibrate(stage.calibration(turn))
+        assert (stage.passes is not None) == graph
+        if isinstance(stage.passes, GraphedChunkPass) and isinstance(stage.scorer, GraphedScorer):
+            looks = [stage.passes.looks, *(look for look, _ in stage.scorer.captured.values())]
+            learns = [stage.passes.learns, *(learn for _, learn in stage.scorer.captured.values())]
+            assert all(captured.enabled for captured in (*looks, *learns, stage.passes.writes))
+            assert len(stage.passes.learns.graphs) == 4 and len(looks) > 2
+        found.append(turns)
+    assert max(map(worst, *found)) <= (1e-3 if "amp" in options else 0.1)

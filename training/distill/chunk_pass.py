@@ -1,0 +1,104 @@
+"""A DiT's pass over one chunk as a function of tensors alone, K and V of earlier chunks among them, plain or from CUDA graphs.
+
+Legend: B stories, F latent frames of a chunk, L tokens of a chunk, H heads, D head_dim, E text length, C, h, w latent sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from longtake.training.dit import CausalDiT
+from longtake.training.experiment.batched import round_trip_kv
+from longtake.training.graphed import GraphedLoss, GraphedPass
+
+
+class ChunkPass:
+    """The passes that a rollout makes, each of: latents [B, C, F, h, w], sinusoid [B, F, freq_dim], cos and sin
+    [B, L, D/2], each layer's context [B, 1, 2, E, H, D], and each layer's K and V of the chunks it sees, one after the
+    other, [B, 2, L, H, D]."""
+
+    def __init__(self, dit: CausalDiT, fmt: str, dtype: torch.dtype) -> None:
+        """`fmt` "nvfp4" keeps K and V as the 4-bit cache would give them back, in `dtype`."""
+        self.dit, self.fmt, self.dtype = dit, fmt, dtype
+
+    def look(self, *tensors: Tensor) -> Tensor:
+        """Velocity, fp32 [B, C, F, h, w], without gradient."""
+        with torch.no_grad():
+            return self.velocity(*tensors)[0]
+
+    def learn(self, *tensors: Tensor) -> Tensor:
+        """The same with a gradient in the weights and the context."""
+        return self.velocity(*tensors)[0]
+
+    def write(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Each layer's K and V of this chunk as kept, [B, 2, L, H, D], without gradient."""
+        with torch.no_grad():
+            return self.kept(*tensors)
+
+    def velocity(self, *tensors: Tensor) -> tuple[Tensor]:
+        return (self.run(tensors, None),)
+
+    def kept(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        found: list[Tensor] = []
+        self.run(tensors, found)
+        return tuple(found)
+
+    def run(self, tensors: tuple[Tensor, ...], kept: list[Tensor] | None) -> Tensor:
+        sample, sinusoid, cos, sin, *rest = tensors
+        layers = len(self.dit.blocks)
+        context, past = rest[:layers], rest[layers:]
+        seen = len(past) // layers
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if kept is not None:
+                fresh = torch.stack((k, v), 1)
+                kept.append((round_trip_kv(fresh) if self.fmt == "nvfp4" else fresh).to(self.dtype))
+            earlier = past[layer * seen : (layer + 1) * seen]
+            keys, values = (
+                torch.cat((*(x[:, i].to(q.dtype) for x in earlier), own.to(q.dtype)), 1) for i, own in enumerate((k, v))
+            )
+            queries, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+            return functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+
+        return self.dit(sample, sinusoid, (cos, sin), context, attend).float()
+
+
+class GraphedChunkPass(ChunkPass):
+    """The same, each pass captured for every number of chunks that it sees: a small model's pass is launches, not
+    arithmetic. `dit` must be the one that learns, its tensors changed in place only."""
+
+    def __init__(
+        self, dit: CausalDiT, fmt: str, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__(dit, fmt, dtype)
+        self.autocast = autocast
+        velocity, kept = self.cast(self.velocity), self.cast(self.kept)
+        self.looks, self.writes = GraphedPass(velocity), GraphedPass(kept)
+        self.learns = GraphedLoss({"dit": dit}, velocity, enabled=True)
+
+    def cast(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        """`function` under autocast, which is then captured with it."""
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with self.autocast():
+                return function(*tensors)
+
+        return run
+
+    def look(self, *tensors: Tensor) -> Tensor:
+        """See ChunkPass."""
+        return self.looks(*tensors)[0]
+
+    def learn(self, *tensors: Tensor) -> Tensor:
+        """See ChunkPass."""
+        with torch.autocast("cuda", enabled=False):  # a backward pass is captured, too
+            return self.learns(*tensors)[0]
+
+    def write(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """See ChunkPass."""
+        return self.writes(*tensors)
