@@ -6,6 +6,8 @@ Legend: S slots, L tokens, H heads, D head_dim, W window length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,10 @@ from longtake.plugins.kv_cache_write.reference import ORDER, RULE
 from longtake.plugins.nvfp4.formats import decode_e4m3, decode_nibbles
 from longtake.plugins.nvfp4.layout import bytes_from_int8
 from longtake.plugins.nvfp4.reference import BLOCK, dequantize_blocks
+
+E4M3_MAX = 448.0
+TILE = 128  # keys that FP8 attention looks at together
+SMALLEST = 1e-15  # magnitude that counts
 
 
 def sink_attention_nvfp4(
@@ -49,3 +55,31 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, cached: Tensor, table: Tensor) -> T
     values_HND = window[:, 1].flatten(0, 1).transpose(0, 1)
     scores_HLN = (q.to(torch.float32).transpose(0, 1) * q.shape[-1] ** -0.5) @ keys_HDN
     return (torch.softmax(scores_HLN, dim=-1) @ values_HND).transpose(0, 1).contiguous().to(q.dtype)
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, largest: Sequence[Tensor | float] | None = None) -> Tensor:
+    """What hopper_fp8.cu computes, up to the order of its sums: softmax(q k^T / sqrt(D)) v over E4M3 numbers, in fp32.
+
+    q, k and v have one scale each (of a batch entry: all heads, tokens and features). Probabilities are E4M3 of up to 448
+    times what they are before normalization, relative to the largest of the tiles of keys so far; what normalizes them is
+    the sum of those E4M3 numbers.
+
+    Args:
+        q: [B,H,L,D]. k, v: [B,H,N,D].
+        largest: magnitudes of q, k and v that become 448, each a number or [B,1,1,1]; None: their own.
+    """
+    own = largest or [x.float().abs().amax((1, 2, 3), keepdim=True).clamp(min=SMALLEST) for x in (q, k, v)]
+    q, k, v = (_e4m3(x.float() * (E4M3_MAX / most)) * (most / E4M3_MAX) for x, most in zip((q, k, v), own))
+    top = torch.full((*q.shape[:-1], 1), -torch.inf, device=q.device)
+    out, total = torch.zeros_like(q), torch.zeros_like(top)
+    for keys, values in zip(k.split(TILE, -2), v.split(TILE, -2)):
+        scores = q @ keys.mT * q.shape[-1] ** -0.5
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        shrink, weights = torch.exp(top - higher), _e4m3(torch.exp(scores - higher) * E4M3_MAX)
+        out, total, top = out * shrink + weights @ values, total * shrink + weights.sum(-1, keepdim=True), higher
+    return out / total
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    """fp32 rounded to E4M3 numbers, what is beyond +-448 to that."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()

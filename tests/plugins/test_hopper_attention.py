@@ -12,11 +12,10 @@ from longtake.plugins.cases import op_inputs
 from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.nvrtc import compile_cubin
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention, attend_kernels, tile_kernels
-from longtake.plugins.sink_attention.reference import dequantize_kv
+from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.plugins.spec import CACHE_FORMATS, OPS
 from longtake.runtime.errors import LongtakeError
 
-TILE, LARGEST = 128, 448.0
 CASES = (  # a tile and no more; tiles over two blocks of the cache, the last one cut; queries in two thread blocks
     ({"S": 2, "L": 128, "H": 2, "D": 128}, (1,)),
     ({"S": 4, "L": 40, "H": 3, "D": 128}, (3, -1, 0, 2)),
@@ -50,10 +49,6 @@ def window_of(fmt: str, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Ten
     return tuple(x.float().transpose(0, 1) for x in (q, k, v))
 
 
-def rounded(x: Tensor) -> Tensor:
-    return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float()
-
-
 def louder(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> None:
     """Give the fresh block the largest magnitudes."""
     k.mul_(1.37), v.mul_(1.37)
@@ -70,20 +65,9 @@ def largest(fmt: str, inputs: tuple[Tensor, ...]) -> list[float]:
 
 
 def in_e4m3(fmt: str, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Attention [L, H, D] in the kernel's arithmetic, sums exact: online softmax over tiles, probabilities in E4M3."""
-    q, k, v = (
-        rounded(x * (LARGEST / most)) * (most / LARGEST)
-        for x, most in zip(window_of(fmt, inputs), largest(fmt, inputs))
-    )
-    top = torch.full((*q.shape[:2], 1), float("-inf"))
-    total, out = torch.zeros_like(top), torch.zeros_like(q)
-    for keys, values in zip(k.split(TILE, 1), v.split(TILE, 1)):
-        scores = q @ keys.transpose(1, 2) * q.shape[-1] ** -0.5
-        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
-        shrink, p = torch.exp(top - higher), torch.exp(scores - higher) * LARGEST
-        p = rounded(p)
-        total, out, top = total * shrink + p.sum(-1, keepdim=True), out * shrink + p @ values, higher
-    return (out / total).transpose(0, 1)
+    """Attention [L, H, D] in the kernel's arithmetic, sums exact."""
+    window = (x[None] for x in window_of(fmt, inputs))
+    return attention_fp8(*window, largest=largest(fmt, inputs))[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("reverse", (False, True))
@@ -152,3 +136,19 @@ def test_compiles(dim: int) -> None:
     for kernels in (tile_kernels("nvfp4"), tile_kernels("bf16"), attend_kernels("nvfp4")):
         cubin = compile_cubin(kernels.source, {**kernels.macros({"D": dim}), "COMPUTE_BF16": 1}, "sm_90a")
         assert cubin[:4] == b"\x7fELF"
+
+
+def test_the_reference_s_own_scales_are_the_largest_magnitudes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 3, rows, 64, generator=generator) * size for rows, size in ((8, 1.0), (300, 1.0), (300, 9.0))
+    )
+    q[1] *= 5  # a batch entry's scale is its own
+    got = attention_fp8(q, k, v)
+    for entry in range(2):
+        own = [x[entry : entry + 1] for x in (q, k, v)]
+        told = attention_fp8(*own, largest=[float(x.abs().max()) for x in own])
+        torch.testing.assert_close(got[entry : entry + 1], told, rtol=1e-5, atol=1e-5)
+    exact = torch.softmax(q @ k.mT / 8, -1) @ v
+    error = (got - exact)[0].norm() / exact[0].norm()
+    assert 0.01 < error < 0.08

@@ -20,7 +20,7 @@ from longtake.plugins.sink_attention.library import (
     WindowedAttention,
     attention_launcher,
 )
-from longtake.plugins.sink_attention.reference import dequantize_kv
+from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.plugins.sink_attention.trial import STEP_ABOVE
 from longtake.plugins.sink_attention.window import addresses
 from longtake.plugins.spec import CACHE_FORMATS
@@ -199,3 +199,23 @@ def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None
         pytest.skip("there is a GPU")
     assert main([]) == 1
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@gpu
+@pytest.mark.parametrize("dims", [SMALL, ODD, LARGE], ids=["small", "odd", "large"])
+def test_our_fp8_attention_is_its_reference(dims: dict[str, int]) -> None:
+    """Much closer than to exact attention: what differs is the order of sums, and codes that lie on an edge."""
+    case = Attention("nvfp4", dims)
+    case.k.mul_(1.37), case.v.mul_(1.37)  # the largest: of a cached block's numbers many would lie on an edge
+    table = case.table(3)
+    got = run(launcher_for("wgmma", "fp8", case), case, table).float()
+    slots = dequantize_kv(*case.cache)
+    k, v = (torch.cat([(slots[i, pane] if i >= 0 else fresh.float()) for i in table.tolist()])
+            for pane, fresh in enumerate((case.k, case.v)))  # fmt: skip
+    stored = [[float(case.cache[2][i, pane] if i >= 0 else fresh.abs().max()) for i in table.tolist()]
+              for pane, fresh in enumerate((case.k, case.v))]  # fmt: skip
+    largest = [float(case.q.abs().max()), *map(max, stored)]
+    for head in range(0, dims["H"], 8):
+        one = (x[:, head].float()[None, None] for x in (case.q, k, v))
+        wanted = attention_fp8(*one, largest=largest)[0, 0]
+        assert relative_error(got[:, head], wanted) <= 0.02

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longtake.plugins.kv_cache_write.reference import quantize_kv
-from longtake.plugins.sink_attention.reference import dequantize_kv
+from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.runtime.conditions import frame_positions, noise_for_chunk
 from longtake.runtime.sampler import UniPC, unipc_steps
 from longtake.training.experiment.sinks import slot_plans
@@ -33,13 +33,19 @@ class Script:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How stories are generated. cache: "bf16" (not quantized) or "nvfp4". sinks: see `sinks.slot_plans`."""
+    """How stories are generated. cache: "bf16" (not quantized) or "nvfp4". sinks: see `sinks.slot_plans`.
+
+    attention: "bf16", or "fp8" as our Hopper kernel computes it. compute: on a GPU, what passes run in, "bf16" (autocast,
+    as in training) or "fp32".
+    """
 
     steps: int = 16
     guidance: float = 1.0
     shift: float = 5.0
     cache: str = "nvfp4"
     sinks: str = "both"
+    attention: str = "bf16"
+    compute: str = "bf16"
 
 
 def round_trip_kv(kv: Tensor) -> Tensor:
@@ -52,10 +58,13 @@ def round_trip_kv(kv: Tensor) -> Tensor:
 class KVSlots:
     """The slots of all layers and stories. It holds what a reader of the cache's format would get."""
 
-    def __init__(self, models: Models, batch: int, fmt: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, models: Models, batch: int, fmt: str, dtype: torch.dtype, device: torch.device, attention: str = "bf16"
+    ) -> None:
         preset = models.preset
         shape = (batch, preset.window_chunks, 2, preset.chunk_tokens, preset.dit.heads, preset.dit.head_dim)
         self.fmt = fmt
+        self.attention = attention_fp8 if attention == "fp8" else functional.scaled_dot_product_attention
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(preset.dit.layers)]
         self.rows = torch.arange(batch, device=device)
 
@@ -71,10 +80,8 @@ class KVSlots:
                 cache[self.rows, write] = kept.to(cache.dtype)
             keys = torch.cat((past[:, :, 0].flatten(1, 2).to(q.dtype), k.to(q.dtype)), 1)
             values = torch.cat((past[:, :, 1].flatten(1, 2).to(q.dtype), v.to(q.dtype)), 1)
-            out = functional.scaled_dot_product_attention(
-                q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-            )
-            return out.transpose(1, 2)
+            out = self.attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+            return out.transpose(1, 2).to(q.dtype)
 
         return run
 
@@ -89,16 +96,20 @@ class Rollout:
         sampling: Sampling,
         device: torch.device,
         given: Tensor | None = None,
+        committed: Tensor | None = None,
     ) -> None:
-        """`models` must be on `device`; on a GPU passes run under bf16 autocast, as in training.
+        """`models` must be on `device`.
 
         given: the first chunks' latents fp32 [B, k F, C, h, w], which are then not generated, only written to the cache.
+        committed: all chunks' latents [B, N F, C, h, w], which are written to the cache in place of what is generated.
         """
         self.given = () if given is None else given.split(models.preset.chunk_latents, 1)
         self.models, self.scripts, self.sampling, self.device = models, scripts, sampling, device
         self.copies = 1 if sampling.guidance == 1.0 else 2
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.slots = KVSlots(models, self.copies * len(scripts), sampling.cache, dtype, device)
+        self.committed = None if committed is None else committed.split(models.preset.chunk_latents, 1)
+        self.half = device.type == "cuda" and sampling.compute == "bf16"
+        dtype = torch.bfloat16 if self.half else torch.float32
+        self.slots = KVSlots(models, self.copies * len(scripts), sampling.cache, dtype, device, sampling.attention)
         capacity = models.preset.window_chunks
         self.plans = [slot_plans(script.cuts, sampling.sinks, capacity) for script in scripts]
         self.shots = [[sum(script.cuts[1 : i + 1]) for i in range(len(script.cuts))] for script in scripts]
@@ -121,7 +132,8 @@ class Rollout:
         for step in solver.schedule if chunk >= len(self.given) else ():
             velocity = self.velocity(sample, step.timestep, rope, context, self.slots.attend(table, None))
             sample = solver.step(velocity, sample)
-        self.velocity(sample, 0, rope, context, self.slots.attend(table, write))
+        kept = sample if self.committed is None else self.committed[chunk].to(sample).transpose(1, 2)
+        self.velocity(kept, 0, rope, context, self.slots.attend(table, write))
         return sample.transpose(1, 2).contiguous()
 
     def velocity(
@@ -135,7 +147,7 @@ class Rollout:
         """One pass over samples [B, C, F, h, w], guided if so told."""
         twice = torch.cat([sample] * self.copies)
         sinusoid = self.sinusoids[timestep].expand(len(twice), -1, -1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             out = self.models.dit(twice, sinusoid, rope, context, attend).float()
         if self.copies == 1:
             return out
@@ -147,7 +159,7 @@ class Rollout:
         prompts = [script.prompts[chunk] for script in self.scripts] + [""] * (len(self.scripts) * (self.copies - 1))
         known = sorted(set(prompts))
         text = self.models.text
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             embeddings = text(text.tokenize(known).to(self.device))
             layers = self.models.dit.context(embeddings[:, None])
         rows = torch.tensor([known.index(prompt) for prompt in prompts], device=self.device)

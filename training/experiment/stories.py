@@ -22,10 +22,10 @@ from longtake.training.experiment.batched import Script
 UPRIGHT = ("rises", "sinks", "drifts left", "drifts right", "stands still", "circles")  # the digit doesn't turn or grow
 
 
-def scripts_of(stories: Sequence[Story], seed: int) -> list[Script]:
-    """What is generated of each story: its prompts and cuts, and a noise of its own."""
+def scripts_of(stories: Sequence[Story], seed: int, first: int = 0) -> list[Script]:
+    """What is generated of each story: its prompts and cuts, and a noise of its own. The first has number `first`."""
     made = []
-    for number, story in enumerate(stories):
+    for number, story in enumerate(stories, first):
         prompts, cuts = chunk_prompts(story)
         made.append(Script(tuple(prompts), tuple(cuts), seed * 100_003 + number))
     return made

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,9 @@ from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.session import Session, SessionOptions
 from longtake.runtime.slots import SlotTable
 from longtake.runtime.story import Segment
+from longtake.training.experiment import arithmetic
 from longtake.training.experiment.batched import Rollout, Sampling, Script, round_trip_kv
+from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.sinks import slot_plans
 from longtake.training.networks import random_models
 
@@ -89,3 +93,54 @@ def test_given_chunks_are_kept_and_seen(small_preset: SimpleNamespace) -> None:
     assert torch.equal(again[0], plain[0]) and torch.allclose(again[1], plain[1], atol=1e-5)
     other = list(Rollout(models, [script], sampling, torch.device("cpu"), plain[0] + 1))
     assert torch.equal(other[0], plain[0] + 1) and not torch.allclose(other[1], plain[1], atol=1e-3)
+
+
+def test_committed_chunks_are_seen_in_place_of_generated_ones(small_preset: SimpleNamespace) -> None:
+    models, cpu = random_models(small_preset, seed=1), torch.device("cpu")  # type: ignore[arg-type]
+    script, sampling = Script((SEVEN,) * 3, (False,) * 3), Sampling(steps=2, cache="bf16")
+    plain = list(Rollout(models, [script], sampling, cpu))
+    same = list(Rollout(models, [script], sampling, cpu, committed=torch.cat(plain, 1)))
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(plain, same, strict=True))
+    other = list(Rollout(models, [script], sampling, cpu, committed=torch.cat(plain, 1) + 1))
+    assert torch.equal(other[0], plain[0]) and not torch.allclose(other[1], plain[1], atol=1e-3)
+
+
+def test_fp8_attention_is_near_the_exact_one_and_not_it(small_preset: SimpleNamespace) -> None:
+    models, cpu = random_models(small_preset, seed=1), torch.device("cpu")  # type: ignore[arg-type]
+    script = Script((SEVEN,) * 3, (False,) * 3)
+    exact, rounded = (
+        torch.cat(list(Rollout(models, [script], Sampling(steps=2, cache="bf16", attention=attention), cpu)), 1)
+        for attention in ("bf16", "fp8")
+    )
+    assert 0 < (exact - rounded).norm() / exact.norm() < 0.05
+
+
+def test_the_arithmetics_command_compares_with_the_first_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = DigitClassifier().eval()
+    monkeypatch.setattr(arithmetic, "judge_from", lambda path, device: judge)
+    rows = ["bf16", "fp32", "4-bit cache, fp8 attention"]
+    asked = [
+        "--stories",
+        "2",
+        "--ssim-stories",
+        "1",
+        "--chunks",
+        "2",
+        "--batch",
+        "1",
+        "--steps",
+        "1",
+        "--guidance",
+        "1",
+    ]
+    assert arithmetic.main([*asked, "--json", str(tmp_path / "f.json"), "--rows", *rows]) == 0
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert list(found["rows"]) == rows and found["steps"] == 1 and found["device"]
+    first, same, eight = (found["rows"][name] for name in rows)
+    assert "ssim" not in first and len(first["fidelity_by_story"]) == 2
+    # A CPU computes in fp32 anyway, so the second row is the first.
+    assert same["difference"] == 0 and min(same["ssim_by_chunk"]) == pytest.approx(1) or torch.cuda.is_available()
+    assert 0.5 < eight["ssim_lowest"] < 0.99999 and len(eight["ssim_by_chunk"]) == 2 and eight["ssim_stories"] == 1
+    assert "1 steps, guidance 1" in capsys.readouterr().out
