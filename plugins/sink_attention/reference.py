@@ -68,6 +68,11 @@ def attention_fp8(q: Tensor, k: Tensor, v: Tensor, largest: Sequence[Tensor | fl
         q: [B,H,L,D]. k, v: [B,H,N,D].
         largest: magnitudes of q, k and v that become 448, each a number or [B,1,1,1]; None: their own.
     """
+    with torch.autocast(q.device.type, enabled=False):
+        return _attention_fp8(q, k, v, largest)
+
+
+def _attention_fp8(q: Tensor, k: Tensor, v: Tensor, largest: Sequence[Tensor | float] | None) -> Tensor:
     own = largest or [x.float().abs().amax((1, 2, 3), keepdim=True).clamp(min=SMALLEST) for x in (q, k, v)]
     q, k, v = (_e4m3(x.float() * (E4M3_MAX / most)) * (most / E4M3_MAX) for x, most in zip((q, k, v), own))
     top = torch.full((*q.shape[:-1], 1), -torch.inf, device=q.device)

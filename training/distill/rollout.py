@@ -21,7 +21,7 @@ from torch import Tensor
 from longtake.runtime.conditions import frame_positions
 from longtake.runtime.sampler import UniPC
 from longtake.runtime.slots import visible_blocks
-from longtake.training.distill.chunk_pass import ChunkPass
+from longtake.training.chunk_pass import ChunkPass
 from longtake.training.dit import CausalDiT
 from longtake.training.presets import Preset
 from longtake.training.rope import rope_tables, timestep_sinusoid

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from longtake.training.accumulate import parts_of
 from longtake.training.checkpoint import load_into
+from longtake.training.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.data.base import dataset_from_name
-from longtake.training.distill.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.distill.metadata import student_metadata
 from longtake.training.distill.networks import Networks
 from longtake.training.distill.options import DistillOptions

@@ -6,17 +6,16 @@ of a chunk, S slots, W window, H heads, D head_dim, E text length, C, h, w laten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from longtake.plugins.kv_cache_write.reference import quantize_kv
-from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.runtime.conditions import frame_positions, noise_for_chunk
 from longtake.runtime.sampler import UniPC, unipc_steps
+from longtake.training.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.experiment.sinks import slot_plans
 from longtake.training.networks import Models
 from longtake.training.rope import rope_tables, timestep_sinusoid
@@ -48,42 +47,23 @@ class Sampling:
     compute: str = "bf16"
 
 
-def round_trip_kv(kv: Tensor) -> Tensor:
-    """K and V [B, 2, L, H, D] as the NVFP4 cache gives them back, fp32: an amax for K and one for V of every story."""
-    flat = kv.float().flatten(0, 1)
-    values, scales, amax = quantize_kv(flat)
-    return dequantize_kv(*(part.unflatten(0, kv.shape[:2]) for part in (values, scales, amax)))
-
-
 class KVSlots:
     """The slots of all layers and stories. It holds what a reader of the cache's format would get."""
 
-    def __init__(
-        self, models: Models, batch: int, fmt: str, dtype: torch.dtype, device: torch.device, attention: str = "bf16"
-    ) -> None:
+    def __init__(self, models: Models, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         preset = models.preset
         shape = (batch, preset.window_chunks, 2, preset.chunk_tokens, preset.dit.heads, preset.dit.head_dim)
-        self.fmt = fmt
-        self.attention = attention_fp8 if attention == "fp8" else functional.scaled_dot_product_attention
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(preset.dit.layers)]
         self.rows = torch.arange(batch, device=device)
 
-    def attend(self, table: Tensor, write: Tensor | None) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-        """Self-attention over the slots `table` [B, W] and the block itself, which goes to slots `write` [B], if any."""
+    def read(self, table: Tensor) -> list[Tensor]:
+        """Each layer's slots `table` [B, W], one after the other: [B, 2, L, H, D] each."""
+        return [layer[self.rows, column] for layer in self.layers for column in table.unbind(1)]
 
-        def run(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache = self.layers[layer]
-            past = cache[self.rows[:, None], table]  # [B, W, 2, L, H, D]
-            if write is not None:
-                fresh = torch.stack((k, v), 1)
-                kept = round_trip_kv(fresh) if self.fmt == "nvfp4" else fresh
-                cache[self.rows, write] = kept.to(cache.dtype)
-            keys = torch.cat((past[:, :, 0].flatten(1, 2).to(q.dtype), k.to(q.dtype)), 1)
-            values = torch.cat((past[:, :, 1].flatten(1, 2).to(q.dtype), v.to(q.dtype)), 1)
-            out = self.attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-            return out.transpose(1, 2).to(q.dtype)
-
-        return run
+    def write(self, slots: Tensor, kept: Sequence[Tensor]) -> None:
+        """Put each layer's K and V [B, 2, L, H, D] into slots `slots` [B]."""
+        for layer, fresh in zip(self.layers, kept, strict=True):
+            layer[self.rows, slots] = fresh
 
 
 class Rollout:
@@ -109,7 +89,13 @@ class Rollout:
         self.committed = None if committed is None else committed.split(models.preset.chunk_latents, 1)
         self.half = device.type == "cuda" and sampling.compute == "bf16"
         dtype = torch.bfloat16 if self.half else torch.float32
-        self.slots = KVSlots(models, self.copies * len(scripts), sampling.cache, dtype, device, sampling.attention)
+        self.slots = KVSlots(models, self.copies * len(scripts), dtype, device)
+        if device.type == "cuda":
+            self.passes: ChunkPass = GraphedChunkPass(
+                models.dit, sampling.cache, dtype, self.autocast, sampling.attention
+            )
+        else:
+            self.passes = ChunkPass(models.dit, sampling.cache, dtype, sampling.attention)
         capacity = models.preset.window_chunks
         self.plans = [slot_plans(script.cuts, sampling.sinks, capacity) for script in scripts]
         self.shots = [[sum(script.cuts[1 : i + 1]) for i in range(len(script.cuts))] for script in scripts]
@@ -123,43 +109,40 @@ class Rollout:
     @torch.no_grad()
     def generate(self, chunk: int) -> Tensor:
         """Denoise chunk `chunk` of every story, then write its K and V."""
-        context, rope = self.context(chunk), self.rope(chunk)
         table = self.repeat(torch.tensor([plans[chunk][0] for plans in self.plans], dtype=torch.long))
         write = self.repeat(torch.tensor([plans[chunk][1] for plans in self.plans]))
+        fixed = (*self.rope(chunk), *self.context(chunk), *self.slots.read(table))
         sample, solver = self.noise(chunk), UniPC(self.sampling.steps, self.sampling.shift)
         if chunk < len(self.given):
             sample = self.given[chunk].to(sample).transpose(1, 2)
         for step in solver.schedule if chunk >= len(self.given) else ():
-            velocity = self.velocity(sample, step.timestep, rope, context, self.slots.attend(table, None))
-            sample = solver.step(velocity, sample)
+            sample = solver.step(self.velocity(sample, step.timestep, fixed), sample)
         kept = sample if self.committed is None else self.committed[chunk].to(sample).transpose(1, 2)
-        self.velocity(kept, 0, rope, context, self.slots.attend(table, write))
+        self.slots.write(write, self.passes.write(*self.inputs(kept, 0), *fixed))
         return sample.transpose(1, 2).contiguous()
 
-    def velocity(
-        self,
-        sample: Tensor,
-        timestep: int,
-        rope: tuple[Tensor, Tensor],
-        context: list[Tensor],
-        attend: Callable[..., Tensor],
-    ) -> Tensor:
-        """One pass over samples [B, C, F, h, w], guided if so told."""
-        twice = torch.cat([sample] * self.copies)
-        sinusoid = self.sinusoids[timestep].expand(len(twice), -1, -1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            out = self.models.dit(twice, sinusoid, rope, context, attend).float()
+    def velocity(self, sample: Tensor, timestep: int, fixed: tuple[Tensor, ...]) -> Tensor:
+        """One pass over samples [B, C, F, h, w], guided if so told. fixed: the other tensors of a `ChunkPass`."""
+        out = self.passes.look(*self.inputs(sample, timestep), *fixed)
         if self.copies == 1:
             return out
         wanted, base = out.chunk(2)
         return torch.lerp(base, wanted, self.sampling.guidance)
+
+    def inputs(self, sample: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+        """Samples and sinusoids of a pass, one row a copy."""
+        twice = torch.cat([sample] * self.copies)
+        return twice, self.sinusoids[timestep].expand(len(twice), -1, -1)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False)  # for capture
 
     def context(self, chunk: int) -> list[Tensor]:
         """Each layer's cross-attention K and V, [B, 1, 2, E, H, D]."""
         prompts = [script.prompts[chunk] for script in self.scripts] + [""] * (len(self.scripts) * (self.copies - 1))
         known = sorted(set(prompts))
         text = self.models.text
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+        with self.autocast():
             embeddings = text(text.tokenize(known).to(self.device))
             layers = self.models.dit.context(embeddings[:, None])
         rows = torch.tensor([known.index(prompt) for prompt in prompts], device=self.device)

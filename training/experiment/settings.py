@@ -11,7 +11,7 @@ from longtake.training.experiment.classifier import JudgeTraining
 
 # Steps a second that an H100 makes at the full size, and what else takes how long there: for the plan only.
 STEPS_PER_SECOND = {"bf16": 12.0, "nvfp4": 12.0}
-JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 40.0, 8.0, 10.0
+JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 40.0, 12.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Settings:
     guidance: float = 3.0
     students: tuple[int, ...] = (4, 2)
     teacher: str = "first"
-    distill_steps: int = 1500
-    distill_seconds: float = 200.0
+    distill_steps: int = 3000
+    distill_seconds: float = 330.0
     distill_ratio: int = 2
     distill_batch: int = 48
     distill_chunks: tuple[int, ...] = (1, 2, 4)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from longtake.runtime.files import read_json
-from longtake.training.distill.chunk_pass import GraphedChunkPass
+from longtake.training.chunk_pass import GraphedChunkPass
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Rollout, Story
 from longtake.training.distill.scene import Scene

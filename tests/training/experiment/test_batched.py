@@ -18,8 +18,9 @@ from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.session import Session, SessionOptions
 from longtake.runtime.slots import SlotTable
 from longtake.runtime.story import Segment
+from longtake.training.chunk_pass import GraphedChunkPass, round_trip_kv
 from longtake.training.experiment import arithmetic
-from longtake.training.experiment.batched import Rollout, Sampling, Script, round_trip_kv
+from longtake.training.experiment.batched import Rollout, Sampling, Script
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.sinks import slot_plans
 from longtake.training.networks import random_models
@@ -144,3 +145,21 @@ def test_the_arithmetics_command_compares_with_the_first_row(
     assert same["difference"] == 0 and min(same["ssim_by_chunk"]) == pytest.approx(1) or torch.cuda.is_available()
     assert 0.5 < eight["ssim_lowest"] < 0.99999 and len(eight["ssim_by_chunk"]) == 2 and eight["ssim_stories"] == 1
     assert "1 steps, guidance 1" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["bf16", "fp8"])
+def test_cuda_graphs_generate_the_same(small_preset: SimpleNamespace, attention: str) -> None:
+    """Six chunks, so that slots are read and written over; two stories with cuts in different places."""
+    models, gpu = random_models(small_preset, seed=1), torch.device("cuda")  # type: ignore[arg-type]
+    for module in (models.dit, models.text):
+        module.to(gpu)
+    scripts = [Script((SEVEN,) * 6, (False,) * 6, 1), Script((TWO,) * 6, (False, True, False, False, True, False), 2)]
+    sampling, found = Sampling(steps=3, guidance=2.0, cache="bf16", attention=attention, compute="fp32"), []
+    for graph in (True, False):
+        rollout = Rollout(models, scripts, sampling, gpu)
+        assert isinstance(rollout.passes, GraphedChunkPass)
+        rollout.passes.looks.enabled = rollout.passes.writes.enabled = graph
+        found.append(torch.cat(list(rollout), 1))
+        assert rollout.passes.looks.enabled == graph and len(rollout.passes.looks.graphs) == 4 * graph
+    assert (found[0] - found[1]).norm() <= 1e-3 * found[1].norm()

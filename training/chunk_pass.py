@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longtake.plugins.kv_cache_write.reference import quantize_kv
+from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.training.dit import CausalDiT
-from longtake.training.experiment.batched import round_trip_kv
 from longtake.training.graphed import GraphedLoss, GraphedPass
+
+
+def round_trip_kv(kv: Tensor) -> Tensor:
+    """K and V [B, 2, L, H, D] as the NVFP4 cache gives them back, fp32: an amax for K and one for V of every story."""
+    flat = kv.float().flatten(0, 1)
+    values, scales, amax = quantize_kv(flat)
+    return dequantize_kv(*(part.unflatten(0, kv.shape[:2]) for part in (values, scales, amax)))
 
 
 class ChunkPass:
@@ -22,9 +30,11 @@ class ChunkPass:
     [B, L, D/2], each layer's context [B, 1, 2, E, H, D], and each layer's K and V of the chunks it sees, one after the
     other, [B, 2, L, H, D]."""
 
-    def __init__(self, dit: CausalDiT, fmt: str, dtype: torch.dtype) -> None:
-        """`fmt` "nvfp4" keeps K and V as the 4-bit cache would give them back, in `dtype`."""
+    def __init__(self, dit: CausalDiT, fmt: str, dtype: torch.dtype, attention: str = "bf16") -> None:
+        """`fmt` "nvfp4" keeps K and V as the 4-bit cache would give them back, in `dtype`. `attention`: "fp8" as our
+        Hopper kernel computes it, else in the passes' own dtype."""
         self.dit, self.fmt, self.dtype = dit, fmt, dtype
+        self.attention = attention_fp8 if attention == "fp8" else functional.scaled_dot_product_attention
 
     def look(self, *tensors: Tensor) -> Tensor:
         """Velocity, fp32 [B, C, F, h, w], without gradient."""
@@ -63,19 +73,24 @@ class ChunkPass:
                 torch.cat((*(x[:, i].to(q.dtype) for x in earlier), own.to(q.dtype)), 1) for i, own in enumerate((k, v))
             )
             queries, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
-            return functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+            return self.attention(queries, keys, values).transpose(1, 2).to(q.dtype)
 
         return self.dit(sample, sinusoid, (cos, sin), context, attend).float()
 
 
 class GraphedChunkPass(ChunkPass):
     """The same, each pass captured for every number of chunks that it sees: a small model's pass is launches, not
-    arithmetic. `dit` must be the one that learns, its tensors changed in place only."""
+    arithmetic. The tensors of `dit` may change in place only."""
 
     def __init__(
-        self, dit: CausalDiT, fmt: str, dtype: torch.dtype, autocast: Callable[[], AbstractContextManager[None]]
+        self,
+        dit: CausalDiT,
+        fmt: str,
+        dtype: torch.dtype,
+        autocast: Callable[[], AbstractContextManager[None]],
+        attention: str = "bf16",
     ) -> None:
-        super().__init__(dit, fmt, dtype)
+        super().__init__(dit, fmt, dtype, attention)
         self.autocast = autocast
         velocity, kept = self.cast(self.velocity), self.cast(self.kept)
         self.looks, self.writes = GraphedPass(velocity), GraphedPass(kept)
