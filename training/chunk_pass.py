@@ -41,8 +41,8 @@ class ChunkPass:
         with torch.no_grad():
             return self.velocity(*tensors)[0]
 
-    def learn(self, *tensors: Tensor) -> Tensor:
-        """The same with a gradient in the weights and the context."""
+    def learn(self, chunk: int, *tensors: Tensor) -> Tensor:
+        """The same with a gradient in the weights and the context; chunk `chunk` is asked for once a backward pass."""
         return self.velocity(*tensors)[0]
 
     def write(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -92,9 +92,8 @@ class GraphedChunkPass(ChunkPass):
     ) -> None:
         super().__init__(dit, fmt, dtype, attention)
         self.autocast = autocast
-        velocity, kept = self.cast(self.velocity), self.cast(self.kept)
-        self.looks, self.writes = GraphedPass(velocity), GraphedPass(kept)
-        self.learns = GraphedLoss({"dit": dit}, velocity, enabled=True)
+        self.looks, self.writes = GraphedPass(self.cast(self.velocity)), GraphedPass(self.cast(self.kept))
+        self.learns: dict[int, GraphedLoss] = {}  # by chunk: a graph holds what the backward pass needs of one run
 
     def cast(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
         """`function` under autocast, which is then captured with it."""
@@ -109,10 +108,12 @@ class GraphedChunkPass(ChunkPass):
         """See ChunkPass."""
         return self.looks(*tensors)[0]
 
-    def learn(self, *tensors: Tensor) -> Tensor:
+    def learn(self, chunk: int, *tensors: Tensor) -> Tensor:
         """See ChunkPass."""
+        if chunk not in self.learns:
+            self.learns[chunk] = GraphedLoss({"dit": self.dit}, self.cast(self.velocity), enabled=True)
         with torch.autocast("cuda", enabled=False):  # a backward pass is captured, too
-            return self.learns(*tensors)[0]
+            return self.learns[chunk](*tensors)[0]
 
     def write(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """See ChunkPass."""

@@ -123,7 +123,7 @@ class Rollout:
         def velocity(x: Tensor, timestep: int, learn: bool = False) -> Tensor:
             sinusoid = self._sinusoid(timestep, first is not None, x)
             if learn:
-                return passes.learn(x, sinusoid, *rope, *context, *past)
+                return passes.learn(chunk, x, sinusoid, *rope, *context, *past)
             return passes.look(x, sinusoid, *rope, *detached, *past)
 
         x0 = self._denoise(pinned_first(sample, first), first, velocity, exit_step, gradient)
