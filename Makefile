@@ -11,7 +11,7 @@ EXTRA ?= $(shell $(PYTHON) engines/pick_extra_cli.py)
 RECIPE ?= $(shell PYTHONPATH=$(CURDIR) $(PY) -m longtake.runtime.cli doctor --pick)
 STORY ?= docs/stories/demo.yaml
 OUT ?= runs
-STEPS ?= 24
+STEPS ?= 12
 # Processes that share the tests, a file at a time; one where there is a GPU, whose memory they would share
 JOBS ?= $(if $(shell command -v nvidia-smi),1,$(shell nproc))
 LONGTAKE = PYTHONPATH=$(CURDIR) $(PY) -m longtake.runtime.cli
@@ -32,16 +32,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 	@$(VENV)/bin/longtake doctor || true
 
-# The whole chain: fine-tune the shipped model under NVFP4, export, build, generate, check.
+# The whole chain: train a little under NVFP4; then the shipped 4-step student: export, build, generate, check.
 demo: $(READY)
-	@set -e; recipe=$(RECIPE); tuned=$(OUT)/demo/train; shipped=training/checkpoints/tiny; \
-	echo "== fine-tune under NVFP4 =="; rm -rf $$tuned; \
+	@set -e; recipe=$(RECIPE); shipped=training/checkpoints/tiny; student=training/checkpoints/tiny-4step; \
+	echo "== train under NVFP4, $(STEPS) steps of the model that the student was distilled from =="; rm -rf $(OUT)/demo/train; \
 	$(LONGTAKE) train --stage dit --init $$shipped --vae $$shipped --precision nvfp4 --context window --lr 2e-6 \
-	  --steps $(STEPS) --batch 1 --chunks 1,2 --stories 8 --evaluate-steps 0 --out $$tuned; \
-	echo "== export to ONNX =="; $(LONGTAKE) export --recipe $$recipe --checkpoints $$tuned; \
+	  --steps $(STEPS) --batch 1 --chunks 1,2 --stories 8 --evaluate-steps 0 --out $(OUT)/demo/train; \
+	echo "== export the shipped 4-step student to ONNX =="; $(LONGTAKE) export --recipe $$recipe --checkpoints $$student; \
 	echo "== build the TensorRT engines =="; $(LONGTAKE) engines --recipe $$recipe; \
 	echo "== generate =="; $(LONGTAKE) generate $(STORY) --engines $$recipe --out $(OUT)/demo/video.mp4; \
-	echo "== check accuracy =="; $(LONGTAKE) check --recipe $$recipe --checkpoints $$tuned --report $(OUT)/demo/check.json; \
+	echo "== check accuracy =="; $(LONGTAKE) check --recipe $$recipe --checkpoints $$student --report $(OUT)/demo/check.json; \
 	echo; echo "video:  $(OUT)/demo/video.mp4"; echo "report: $(OUT)/demo/video.json"; \
 	echo "check:  $(OUT)/demo/check.json"
 

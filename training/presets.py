@@ -166,8 +166,8 @@ WAN22_TI2V_5B_CHECK = replace(
     dit=replace(WAN22_TI2V_5B.dit, layers=2),
     vae=replace(WAN22_TI2V_5B.vae, encoder_dim=32, decoder_dim=32),
     text=replace(WAN22_TI2V_5B.text, layers=1, ffn_dim=256, vocabulary=512),
-    height=64,
-    width=64,
+    height=128,
+    width=128,
     checkpoints="checkpoints/wan2.2-ti2v-5b-check",
 )
 

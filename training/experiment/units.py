@@ -60,9 +60,9 @@ def units(settings: Settings) -> Iterator[Unit]:
     yield Unit("habit", short, jobs.habit, ("held-out", "train-base"))
     teacher = _teacher(settings)
     arms = {name for name in teacher if name.startswith("train-")}
-    distilled = tuple(f"distill-{steps}" for steps in settings.students)
+    students = tuple(f"student-{steps}" for steps in settings.students)
     others = [name.replace("nvfp4", "bf16") for name in arms]
-    yield Unit("sheet", 2 * short, jobs.sheet, ("judge", *teacher, *others), distilled, "sheet.png")
+    yield Unit("sheet", 2 * short, jobs.sheet, ("judge", *teacher, *others), students, "sheet.png")
     for seed in seeds:
         for name, (arm, *_) in CONDITIONS.items():
             run = partial(jobs.drift_condition, name, seed)
