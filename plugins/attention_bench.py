@@ -5,8 +5,9 @@ python -m longtake.plugins.attention_bench --json F   the rows as JSON too
 python -m longtake.plugins.attention_bench --tokens 256 --slots 2 --heads 4    smaller
 
 Each row: milliseconds of the whole op and of its parts (window: our kernels that unpack, with the bandwidth they reach;
-attend: the library, or our own kernel for Hopper (wgmma); merge: of a library's FP8 parts, to bf16), ratio of cuDNN's bf16 attention over keys and values that are
-unpacked already to the whole op (more is faster), TFLOP/s of the whole op, relative L2 error against attention in fp32 over the dequantized window.
+attend: the library, or our own kernel for Hopper (wgmma)), ratio of cuDNN's bf16 attention over keys and values that are
+unpacked already to the whole op (more is faster), TFLOP/s of the whole op, relative L2 error against attention in fp32 over
+the dequantized window.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from longtake.plugins.bench import exit_code, milliseconds, no_gpu, print_rows, 
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.launch import TORCH_DTYPES, Launcher, run_kernel
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention
-from longtake.plugins.sink_attention.library import LAUNCHERS, WindowedAttention
+from longtake.plugins.sink_attention.library import LAUNCHERS
 from longtake.plugins.sink_attention.reference import dequantize_kv
+from longtake.plugins.sink_attention.window import WindowedAttention
 from longtake.plugins.spec import CACHE_FORMATS, cache_tensors
 from longtake.runtime.errors import LongtakeError
 
-WAYS = (("cudnn", "bf16"), ("wgmma", "fp8"), ("cudnn", "fp8"), ("torch", "bf16"), ("portable", "bf16"))
+WAYS = (("cudnn", "bf16"), ("wgmma", "fp8"), ("torch", "bf16"), ("portable", "bf16"))
 COLUMNS = ("cache", "keys", "method", "kind", "ms", "tflops", "window_ms", "window_gb_s", "attend_ms",
-           "merge_ms", "ratio", "error", "note")  # fmt: skip
+           "ratio", "error", "note")  # fmt: skip
 
 
 class Attention:
@@ -89,7 +91,7 @@ def launcher_for(method: str, kind: str, case: Attention) -> Launcher:
     """A prepared launcher. Raises LongtakeError where it cannot run."""
     if method == "portable":
         return Launcher(case.op, case.dims).prepare()
-    made: Launcher = LAUNCHERS[method](case.op, case.dims, kind).prepare()
+    made: Launcher = LAUNCHERS[method](case.op, case.dims).prepare()
     if isinstance(made, HopperSinkAttention):
         made.try_out()
     return made
@@ -113,19 +115,9 @@ def measure(case: Attention, method: str, kind: str, entries: int, wanted: Tenso
     flop = 4 * dims["L"] ** 2 * entries * dims["H"] * dims["D"]
     row = {"ms": ms, "tflops": flop / ms / 1e9, "error": relative_error(case.out, wanted)}
     at = workspace.data_ptr()
-    if isinstance(launcher, HopperSinkAttention):
-        window_ms = milliseconds(lambda: launcher.lay_out(pointers, stream(), at, entries), repeats)
-        row["attend_ms"] = milliseconds(lambda: launcher.attend(pointers, stream(), at, entries), repeats)
-        row |= {"window_ms": window_ms, "window_gb_s": window_bytes(case, kind, entries) / window_ms / 1e6}
     if isinstance(launcher, WindowedAttention):
-        attend = launcher._attend
-        attend_ms = milliseconds(lambda: attend(pointers, at, entries, stream()), repeats)
-        if kind == "fp8":
-            merge = launcher._merge
-            row["merge_ms"] = milliseconds(lambda: merge(pointers, at, entries, stream()), repeats)
-            launcher._merge = lambda *given: None  # type: ignore[method-assign]
-        launcher._attend = lambda *given: None  # type: ignore[method-assign]
-        window_ms = milliseconds(whole, repeats)
+        attend_ms = milliseconds(lambda: launcher.attend(pointers, stream(), at, entries), repeats)
+        window_ms = milliseconds(lambda: launcher.lay_out(pointers, stream(), at, entries), repeats)
         row |= {"attend_ms": attend_ms, "window_ms": window_ms,
                 "window_gb_s": window_bytes(case, kind, entries) / window_ms / 1e6}  # fmt: skip
     return row

@@ -232,7 +232,6 @@ _LIBRARY = "our kernel lays the window out, a library attends"
 
 ATTENTION_TABLE: tuple[AttentionRow, ...] = (
     AttentionRow("wgmma", "fp8", ("9.0",), (64, 128), "runs", "our own kernels in E4M3, sums in fp32, any window"),
-    AttentionRow("cudnn", "fp8", ("9.0",), _CUDNN_HEADS, "runs", f"{_LIBRARY}: cuDNN in E4M3, up to 16,384 keys"),
     AttentionRow("cudnn", "bf16", ("9.0",), _CUDNN_HEADS, "runs", f"{_LIBRARY}: cuDNN"),
     AttentionRow("torch", "bf16", ("9.0",), _CUDNN_HEADS, "runs", f"{_LIBRARY}: torch's SDPA"),
     AttentionRow("cudnn", "bf16", _UNTRIED, _CUDNN_HEADS, "not run", f"{_LIBRARY}: cuDNN"),

@@ -48,6 +48,7 @@ class Kernels:
 
     macros: what to define for given dims (COMPUTE_BF16 is added by the launcher).
     calls: the launches, in order, for given dims. workspace_bytes: scratch that they need.
+    buffers: addresses of named parts of the scratch, which then are arguments too, for given dims and workspace.
     """
 
     spec: OpSpec
@@ -55,6 +56,7 @@ class Kernels:
     macros: Callable[[Dims], dict[str, str | int | float]]
     calls: Callable[[Dims], tuple[Call, ...]]
     workspace_bytes: Callable[[Dims], int] = lambda dims: 0
+    buffers: Callable[[Dims, int], Mapping[str, int]] = lambda dims, workspace: {}
 
 
 def limit_macros(rule: str) -> dict[str, str | int | float]:

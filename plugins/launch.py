@@ -139,7 +139,13 @@ class Launcher(OpLauncher):
         self._check(pointers, workspace, table_len)
         self.prepare()
         driver.ensure_context()
-        for call, function in zip(self._calls, self._functions or ()):
+        self.enqueue(self._calls, pointers, stream, workspace, table_len)
+
+    def enqueue(
+        self, calls: Sequence[Call], pointers: Sequence[int], stream: int, workspace: int, table_len: int
+    ) -> None:
+        """Enqueue `calls`: those of the kernels that prepare() has loaded, maybe for other dims."""
+        for call, function in zip(calls, self._functions or ()):
             values = self.arguments(call, pointers, workspace, table_len)
             driver.launch(function, call.grid, call.threads, stream, values, call.shared_bytes)
 
@@ -147,7 +153,7 @@ class Launcher(OpLauncher):
         """The values of a call's arguments: addresses and int32."""
         spec = self.kernels.spec
         known = dict(zip((t.name for t in (*spec.inputs, *spec.outputs)), pointers))
-        known |= {WORKSPACE: workspace, TABLE_LENGTH: table_len}
+        known |= {WORKSPACE: workspace, TABLE_LENGTH: table_len} | self.kernels.buffers(self.dims, workspace)
         return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)
 
 

@@ -244,15 +244,18 @@ def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
 
 
 def _workspace(recipe: Recipe, graph: SegmentedGraph, index: int) -> int:
-    """What laying the attention's window out takes; the library's own workspace, some MB, is not known here."""
+    """What laying the attention's window out takes; a library's own workspace, some MB, is not known here."""
     from longtake.plugins.kernels import dims_from_shapes
-    from longtake.plugins.sink_attention.window import addresses
+    from longtake.plugins.sink_attention import hopper, window
     from longtake.plugins.spec import OPS
 
     step = graph.steps[index]
     shapes = [[n if isinstance(n, int) else 1 for n in graph.tensors[name].shape] for name in step.inputs]
     dims = dims_from_shapes(OPS[step.name], shapes)
-    return addresses({**dims, "W": dims["S"]}, recipe.attention, 0)[1] if recipe.compute_capability == "9.0" else 0
+    if recipe.compute_capability != "9.0":
+        return 0
+    layout = hopper if recipe.attention == "fp8" else window
+    return layout.addresses({**dims, "W": dims["S"]}, 0)[1]
 
 
 def scratch_of_plan(plan: Path) -> int | None:

@@ -38,7 +38,7 @@ class CudnnCrossAttention(OpLauncher):
         """See OpLauncher.prepare. Raises UnavailableError without the frontend or if cuDNN declines the sizes."""
         if self._graph is None:
             dims, handle = self.dims, frontend().create_handle()
-            graph = CudnnAttention(dims["L"], dims["E"], dims["H"], dims["D"], "bf16", handle)
+            graph = CudnnAttention(dims["L"], dims["E"], dims["H"], dims["D"], handle)
             self.workspace_bytes = graph.workspace_bytes
             _require_ones(self.dims, self.method, lambda *pointers: self._run(graph, *pointers), graph.workspace_bytes)
             self._graph = graph

@@ -1,7 +1,7 @@
 """Sink attention in FP8 on Hopper by our own kernels: one lays the window out in tiles, one attends with sums in fp32.
 
-Unlike a library's FP8 attention, weights spread over thousands of keys add up to what they should (hopper_fp8.cu says how),
-the window is one piece, and the output is bf16 at once.
+Weights spread over thousands of keys add up to what they should (hopper_fp8.cu says how), the window is one piece, and the
+output is bf16 at once.
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ from pathlib import Path
 
 import torch
 
-from longtake.plugins import driver
 from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernels, blocks_of, limit_macros
 from longtake.plugins.kv_cache_write.reference import RULE
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.window import (
     ALIGNMENT,
-    FACTOR_BYTES,
-    FACTOR_SLOTS,
     THREADS,
-    amax_calls,
+    WindowedAttention,
     cache_names,
+    elements,
     in_a_row,
-    partials,
 )
 from longtake.plugins.spec import sink_attention
 from longtake.runtime.errors import LongtakeError, UnavailableError
@@ -32,6 +29,8 @@ HEAD_DIMS = (64, 128)
 TILE = 128  # rows of a tile: queries of a thread block, and keys whose products one running sum spans
 SUM_ROWS = 8  # more rows of the transposed values; one has ones, so that the product sums the probabilities up as well
 STAGES = 4  # tiles of keys, and of values, under way to a thread block
+MAX_PARTIALS = 256
+FACTORS_BYTES = 6 * 16  # enum Factor of factors.cuh, FACTOR_STRIDE floats apart
 _GROUPS = 3  # of 128 threads: one copies, two attend
 _BARRIERS = 8 * (1 + 4 * STAGES)
 
@@ -42,7 +41,7 @@ def buffers(dims: Dims) -> dict[str, int]:
     return {
         "window_k": tiles * row * dims["D"], "window_v": tiles * row * (dims["D"] + SUM_ROWS),
         "query8": blocks_of(dims["L"], TILE) * row * dims["D"],
-        "partial": 4 * (2 * dims["W"] + 1) * partials(dims), "factors": FACTOR_BYTES * FACTOR_SLOTS,
+        "partial": 4 * (2 * dims["W"] + 1) * partials(dims), "factors": FACTORS_BYTES,
     }  # fmt: skip
 
 
@@ -57,18 +56,31 @@ def tile_kernels(fmt: str) -> Kernels:
         spec=sink_attention(fmt),
         source=Path(__file__).with_name("window_fp8.cu"),
         macros=lambda dims: {
-            "THREADS": THREADS, "CACHE_NVFP4": int(fmt == "nvfp4"), "TILED": 1, "HEAD_DIM": dims["D"],
-            "SUM_ROWS": SUM_ROWS, **limit_macros(RULE),
+            "THREADS": THREADS, "CACHE_NVFP4": int(fmt == "nvfp4"), "HEAD_DIM": dims["D"], "SUM_ROWS": SUM_ROWS,
+            **limit_macros(RULE),
         },
-        calls=lambda dims: (*amax_calls(fmt, dims), _tile_call(fmt, dims)),
+        calls=lambda dims: _tile_calls(fmt, dims),
+        workspace_bytes=lambda dims: addresses(dims, 0)[1],
+        buffers=lambda dims, workspace: addresses(dims, workspace)[0],
     )  # fmt: skip
 
 
-def _tile_call(fmt: str, dims: Dims) -> Call:
-    grid = (blocks_of(dims["W"] * dims["L"], TILE) * dims["H"], 3)
-    read = ("q", "k", "v", *cache_names(fmt), "table", "factors")
+def _tile_calls(fmt: str, dims: Dims) -> tuple[Call, ...]:
+    """What finds the scales of queries, keys and values, and what writes the tiles with them."""
+    units, panes, blocks = elements(dims) // 16, 2 * dims["W"] + 1, partials(dims)
+    read = ("q", "k", "v", *cache_names(fmt), "table")
+    tiles = blocks_of(dims["W"] * dims["L"], TILE) * dims["H"]
     sizes = (dims["S"], TABLE_LENGTH, dims["L"], dims["H"])
-    return Call("window_tiles", grid, THREADS, (*read, "query8", "window_k", "window_v", *sizes))
+    return (
+        Call("window_amax", (blocks, panes), THREADS, (*read, "partial", dims["S"], units)),
+        Call("window_factors", (1, 1), THREADS, ("partial", "factors", panes, blocks)),
+        Call("window_tiles", (tiles, 3), THREADS, (*read, "factors", "query8", "window_k", "window_v", *sizes)),
+    )
+
+
+def partials(dims: Dims) -> int:
+    """Thread blocks that look for a pane's largest magnitude."""
+    return min(MAX_PARTIALS, blocks_of(elements(dims) // 16, THREADS))
 
 
 def attend_kernels(fmt: str) -> Kernels:
@@ -84,11 +96,12 @@ def attend_kernels(fmt: str) -> Kernels:
                 shared_bytes=TILE * (dims["D"] + STAGES * (2 * dims["D"] + SUM_ROWS)) + _BARRIERS,
             ),
         ),
+        buffers=lambda dims, workspace: addresses(dims, workspace)[0],
     )  # fmt: skip
 
 
-class HopperSinkAttention(Launcher):
-    """Lay out, attend. Tables have at most S entries. The workspace is aligned to ALIGNMENT.
+class HopperSinkAttention(WindowedAttention):
+    """See WindowedAttention. The workspace is aligned to ALIGNMENT.
 
     Raises LongtakeError if the heads are not of HEAD_DIMS.
     """
@@ -100,9 +113,7 @@ class HopperSinkAttention(Launcher):
             raise LongtakeError("no kernel for this attention", got=f"heads of {dims['D']}, {attention}",
                                 expected=f"heads of {' or '.join(map(str, HEAD_DIMS))}, fp8")  # fmt: skip
         fmt = self.op_format = op_name.removeprefix("sink_attention_")
-        fixed = {letter: size for letter, size in dims.items() if letter != "W"}
-        super().__init__(op_name, {**fixed, "W": fixed["S"]}, "bf16", arch, tile_kernels(fmt))
-        self.workspace_bytes = addresses(self.dims, 0)[1]
+        super().__init__(op_name, dims, arch, tile_kernels(fmt))
         self._attend = Launcher(op_name, self.dims, "bf16", arch, attend_kernels(fmt))
 
     def prepare(self) -> Launcher:
@@ -113,26 +124,14 @@ class HopperSinkAttention(Launcher):
 
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
         """See Launcher.launch."""
-        self._check(pointers, workspace, table_len, longest=self.dims["S"])
         if workspace % ALIGNMENT:
             raise LongtakeError("the workspace is not aligned", got=f"address {workspace:#x}",
                                 expected=f"a multiple of {ALIGNMENT} bytes")  # fmt: skip
-        self.prepare()
-        driver.ensure_context()
-        self.lay_out(pointers, stream, workspace, table_len)
-        self.attend(pointers, stream, workspace, table_len)
-
-    def lay_out(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
-        """Enqueue what writes the tiles."""
-        for call, function in zip(self.kernels.calls({**self.dims, "W": table_len}), self._functions or ()):
-            values = self.arguments(call, pointers, workspace, table_len)
-            driver.launch(function, call.grid, call.threads, stream, values, call.shared_bytes)
+        super().launch(pointers, stream, workspace, table_len)
 
     def attend(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
-        """Enqueue attention over the tiles."""
-        for call, function in zip(self._attend._calls, self._attend._functions or ()):
-            values = self.arguments(call, pointers, workspace, table_len)
-            driver.launch(function, call.grid, call.threads, stream, values, call.shared_bytes)
+        """See WindowedAttention.attend."""
+        self._attend.enqueue(self._attend._calls, pointers, stream, workspace, table_len)
 
     def try_out(self) -> None:
         """Attend over fresh blocks with known answers, windows of every length: what fails must fail before the run.
@@ -157,10 +156,3 @@ class HopperSinkAttention(Launcher):
                 if not error <= tolerance:  # a NaN is refused, too
                     raise UnavailableError(f"FP8 attention over {entries} blocks is wrong", got=f"relative error {error:.3g}",
                                            expected=f"at most {tolerance}")  # fmt: skip
-
-    def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
-        """See Launcher.arguments; the workspace's buffers have names as well."""
-        spec = self.kernels.spec
-        known = dict(zip((t.name for t in (*spec.inputs, *spec.outputs)), pointers))
-        known |= addresses(self.dims, workspace)[0] | {TABLE_LENGTH: table_len}
-        return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)

@@ -1,7 +1,7 @@
-// Queries, and the keys and values that `table` lists, as E4M3 with one scale each: what FP8 attention reads.
-// q, k, v, out [L,H,D]; values [S,2,L,H,D/2], scales [S,2,L,H,D/16], amax [S,2] or cache [S,2,L,H,D]; table [W].
-// query8 [L,H,D], window_k, window_v [W*L,H,D] in E4M3. A unit is 16 elements.
-// gridDim.y: 2 * W + 1 panes: 2 * entry, plus 1 for V, and the queries last. partial [panes, gridDim.x].
+// Queries, and the keys and values that `table` lists, as E4M3 tiles with one scale each: what hopper_fp8.cu reads.
+// q, k, v [L,H,D]; values [S,2,L,H,D/2], scales [S,2,L,H,D/16], amax [S,2] or cache [S,2,L,H,D]; table [W].
+// A unit is 16 elements. Panes: 2 * entry, plus 1 for V, and the queries last, 2 * W + 1 in all.
+// partial [panes, window_amax's gridDim.x].
 #include "factors.cuh"
 #include "levels.cuh"
 #include "reduce.cuh"
@@ -103,67 +103,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) window_factors(
     if (threadIdx.x == 0) {
       factors[(DESCALE_Q + j) * FACTOR_STRIDE] = whole / LARGEST;
       factors[(TO_Q + j) * FACTOR_STRIDE] = LARGEST / whole;
-      if (j == 2) {  // an output is a mean of values, so it is no larger than they are
-        factors[SCALE_O * FACTOR_STRIDE] = LARGEST / whole;
-        factors[DESCALE_O * FACTOR_STRIDE] = whole / LARGEST;
-      }
     }
   }
-  if (threadIdx.x == 0) {  // probabilities before normalization are at most 1
-    factors[SCALE_S * FACTOR_STRIDE] = LARGEST;
-    factors[DESCALE_S * FACTOR_STRIDE] = 1.0f / LARGEST;
-  }
 }
-
-#if !TILED  // as a library reads them
-
-extern "C" __global__ void __launch_bounds__(THREADS) window_fp8(
-    const compute_t* __restrict__ q, const compute_t* __restrict__ k, const compute_t* __restrict__ v, CACHE,
-    const int* __restrict__ table, const float* __restrict__ factors, unsigned char* __restrict__ query8,
-    unsigned char* __restrict__ window_k, unsigned char* __restrict__ window_v, int slots, int units) {
-  const bool query = blockIdx.y == gridDim.y - 1;
-  const Pane pane = pane_of(blockIdx.y, gridDim.y, q, k, v, CACHE_PASSED, table, slots, units);
-  const float scale = factors[(query ? TO_Q : blockIdx.y % 2 ? TO_V : TO_K) * FACTOR_STRIDE];
-  unsigned char* base = query ? query8 : blockIdx.y % 2 ? window_v : window_k;
-  uint4* to = reinterpret_cast<uint4*>(base) + (query ? 0 : (size_t)(blockIdx.y / 2) * units);
-  const int unit = blockIdx.x * THREADS + threadIdx.x;
-  if (unit >= units) return;
-  to[unit] = e4m3_unit(pane, unit, scale);
-}
-
-// The parts' outputs as one: each weighs exp(its log-sum-exp). out8 [parts, L,H,D], stats [parts, H,L] (natural
-// logarithms, see STATS_TO_LOG2). With a single part the statistics are not read.
-extern "C" __global__ void __launch_bounds__(THREADS) widen_out(
-    const unsigned char* __restrict__ out8, const float* __restrict__ stats, const float* __restrict__ factors,
-    compute_t* __restrict__ out, int units, int parts, int tokens, int heads) {
-  const int unit = blockIdx.x * THREADS + threadIdx.x;
-  if (unit >= units) return;
-  const int rows = tokens * heads, row = unit / (units / rows);
-  const float* logs = stats + (row % heads) * tokens + row / heads;
-  float top = 0.0f, total = 1.0f;
-  if (parts > 1) {
-    top = logs[0], total = 0.0f;
-    for (int part = 1; part < parts; ++part) top = fmaxf(top, logs[(size_t)part * rows]);
-  }
-  float sum[16] = {};
-  for (int part = 0; part < parts; ++part) {
-    float weight = 1.0f;
-    if (parts > 1) {
-      weight = exp2f((logs[(size_t)part * rows] - top) * STATS_TO_LOG2);
-      total += weight;
-    }
-    const uint4 w = reinterpret_cast<const uint4*>(out8)[(size_t)part * units + unit];
-    const unsigned int words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-    for (int i = 0; i < 16; ++i) sum[i] += weight * float_from_e4m3(words[i / 4] >> (8 * (i % 4)) & 0xffu);
-  }
-  const float factor = factors[DESCALE_O * FACTOR_STRIDE] / total;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) sum[i] *= factor;
-  store16(out + (size_t)unit * 16, sum);
-}
-
-#else
 
 // Tiles of TILE_ROWS rows of one head, as hopper_fp8.cu copies and multiplies them: [head, tile, ...].
 // Keys and queries: rows of HEAD_DIM bytes. Values: transposed, rows of TILE_ROWS keys, which stand in the order in which the
@@ -242,4 +184,3 @@ extern "C" __global__ void __launch_bounds__(THREADS) window_tiles(
     to[TILE_ROWS * CHUNKS + i] = make_uint4(ones, ones, ones, ones);
   }
 }
-#endif

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import pytest
 import torch
 
@@ -17,22 +14,20 @@ from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.library import (
     CudnnSinkAttention,
     TorchSinkAttention,
-    WindowedAttention,
     attention_launcher,
 )
 from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
-from longtake.plugins.sink_attention.trial import STEP_ABOVE
-from longtake.plugins.sink_attention.window import addresses
+from longtake.plugins.sink_attention.window import WindowedAttention, addresses
 from longtake.plugins.spec import CACHE_FORMATS
 from longtake.runtime.errors import UnavailableError
 
 gpu = pytest.mark.gpu
-# E4M3 keeps 4 bits of q, k, v, of the probabilities and of the output; the reference rounds nothing.
+# E4M3 keeps 4 bits of q, k, v and of the probabilities; the reference rounds nothing.
 TOLERANCE = {"bf16": 1.5e-2, "fp8": 0.12}
 SMALL = {"S": 4, "L": 128, "H": 4, "D": 64}
 ODD = {"S": 3, "L": 200, "H": 3, "D": 128}
 LARGE = {"S": 4, "L": 7040, "H": 24, "D": 128}
-WAYS = (("cudnn", "bf16"), ("cudnn", "fp8"), ("wgmma", "fp8"), ("torch", "bf16"))
+WAYS = (("cudnn", "bf16"), ("wgmma", "fp8"), ("torch", "bf16"))
 
 
 def run(launcher: Launcher, case: Attention, table: torch.Tensor) -> torch.Tensor:
@@ -49,34 +44,17 @@ def run(launcher: Launcher, case: Attention, table: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize("fmt", CACHE_FORMATS)
 def test_every_table_equals_the_reference(fmt: str, dims: dict[str, int], method: str, kind: str) -> None:
     case = Attention(fmt, dims)
-    try:
-        launcher = launcher_for(method, kind, case)
-    except UnavailableError as error:
-        if (dims, method, kind) != (ODD, "cudnn", "fp8"):  # cuDNN need not take FP8 attention over odd lengths
-            raise
-        pytest.skip(str(error)[:500])
+    launcher = launcher_for(method, kind, case)
     for entries in ((-1,), (2,), (0, -1), (2, 0), (1, -1, 2), (0, 1, 2)):
         table = torch.tensor(entries, dtype=torch.int32, device="cuda")
         assert relative_error(run(launcher, case, table), case.reference(table)) <= TOLERANCE[kind], entries
-
-
-def launcher_unless_sums_stand_still(method: str, kind: str, case: Attention) -> Any:
-    """The launcher; None if 8 bits were refused by the trial that looks for Hopper's short sums, and by no other."""
-    try:
-        return launcher_for(method, kind, case)
-    except UnavailableError as error:
-        assert (method, kind) == ("cudnn", "fp8") and re.search(
-            r"blocks of ones( that are scaled)? is wrong", str(error)
-        ), error
-        return None
 
 
 @gpu
 @pytest.mark.parametrize("method, kind", WAYS)
 def test_large_model(method: str, kind: str) -> None:
     case = Attention("nvfp4", LARGE)
-    if (launcher := launcher_unless_sums_stand_still(method, kind, case)) is None:
-        return
+    launcher = launcher_for(method, kind, case)
     for entries in range(1, 5):
         table = case.table(entries)
         error = relative_error(run(launcher, case, table), case.reference(table))
@@ -85,14 +63,10 @@ def test_large_model(method: str, kind: str) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("method", ["cudnn", "wgmma"])
-def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values(method: str) -> None:
-    """Hopper cuts each product off at the sum's last bit, of 14: attention that weighs thousands of keys alike comes out
-    smaller, by as much as the trial at the start lets pass. docs/recipes.md says what was measured."""
+def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values() -> None:
+    """Weights spread over thousands of keys add up: the kernel's sums are fp32 after every 128 keys."""
     case = Attention("bf16", LARGE)
-    if (launcher := launcher_unless_sums_stand_still(method, "fp8", case)) is None:
-        return
-    bound = STEP_ABOVE if method == "cudnn" else 0.01  # ours adds up in fp32 every 128 keys
+    launcher, bound = launcher_for("wgmma", "fp8", case), 0.01
     for entries in range(1, 5):
         table = case.table(entries)
         for t in (case.q, case.k, case.v, *case.cache):
@@ -107,7 +81,7 @@ def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values(method: str) ->
         got, wanted = run(launcher, case, table).float(), case.reference(table)
         bias, error = (got - wanted).mean().item(), relative_error(got, wanted)
         print(f"{entries} blocks of shifted values: bias {bias:+.4f}, relative error {error:.4f}")
-        assert abs(bias) <= bound and error <= max(bound, 0.02), entries
+        assert abs(bias) <= bound and error <= 0.02, entries
 
 
 @gpu
@@ -119,10 +93,10 @@ def test_window_is_the_codec_to_the_last_bit(fmt: str, dims: dict[str, int]) -> 
 
     case, entries = Attention(fmt, dims), (1, -1, 0)
     table = torch.tensor(entries, dtype=torch.int32, device="cuda")
-    launcher = NoAttention(case.op, dims, "bf16").prepare()
+    launcher = NoAttention(case.op, dims).prepare()
     workspace = torch.full((launcher.workspace_bytes,), 0x7F, dtype=torch.uint8, device="cuda")
     launcher.launch(case.pointers(table), torch.cuda.current_stream().cuda_stream, workspace.data_ptr(), len(entries))
-    places = addresses(dims | {"W": dims["S"]}, "bf16", workspace.data_ptr())[0]
+    places = addresses(dims | {"W": dims["S"]}, workspace.data_ptr())[0]
     shape = (dims["L"], dims["H"], dims["D"])
     for pane, (name, fresh) in enumerate((("window_k", case.k), ("window_v", case.v))):
         window = tensor_at(places[name], (len(entries), *shape))
@@ -133,7 +107,7 @@ def test_window_is_the_codec_to_the_last_bit(fmt: str, dims: dict[str, int]) -> 
 
 
 @gpu
-@pytest.mark.parametrize("method, kind", [("cudnn", "bf16"), ("cudnn", "fp8"), ("wgmma", "fp8")])
+@pytest.mark.parametrize("method, kind", [("cudnn", "bf16"), ("wgmma", "fp8")])
 def test_a_captured_graph_follows_table_and_cache_and_allocates_nothing(method: str, kind: str) -> None:
     case = Attention("nvfp4", SMALL)
     launcher = launcher_for(method, kind, case)
@@ -191,7 +165,7 @@ def test_chosen_here_and_falls_back_with_a_word(
 def test_bench_prints_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--tokens", "256", "--slots", "2", "--heads", "4", "--repeats", "2", "--cache", "all"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("cudnn") == 8 and printed.count("wgmma") == 4 and printed.count("portable") == 4
+    assert printed.count("cudnn") == 4 and printed.count("wgmma") == 4 and printed.count("portable") == 4
 
 
 def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
