@@ -153,7 +153,7 @@ class Launcher(OpLauncher):
         """The values of a call's arguments: addresses and int32."""
         spec = self.kernels.spec
         known = dict(zip((t.name for t in (*spec.inputs, *spec.outputs)), pointers))
-        known |= {WORKSPACE: workspace, TABLE_LENGTH: table_len} | self.kernels.buffers(self.dims, workspace)
+        known |= {WORKSPACE: workspace, TABLE_LENGTH: table_len, **self.kernels.buffers(self.dims, workspace)}
         return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)
 
 
