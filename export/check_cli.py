@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"backend {backend.name}: {backend.reason}")
         rows = _network_rows(args, recipe, source, models, backend)
         print("\n".join(table(rows)))
-        story = args.story or (STORY if backend.device.type == "cuda" else None)
+        story = args.story or usual_story(models, backend)
         sampling = sampling_of(source, story, args.steps)
         chunks, against = _chunk_rows(args, source, models, backend, story, sampling)
         if chunks:
@@ -141,6 +141,18 @@ def _other_backend(source: Source, models: Models, backend: Backend) -> Backend:
     from longtake.runtime.backends.torch_oracle import TorchBackend
 
     return TorchBackend(source.recipe, models)
+
+
+def usual_story(models: Models, backend: Backend) -> Path | None:
+    """The story whose chunks are compared where none is named: on a GPU, if prompts can be read."""
+    if backend.device.type != "cuda":
+        return None
+    try:
+        models_tokenizer(models)
+    except LongtakeError as error:
+        print(f"networks only, no chunks of a story: {error.what}")
+        return None
+    return STORY
 
 
 def models_tokenizer(models: Models) -> Any:

@@ -54,7 +54,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_nibbles(byte: Tensor) -> Tensor:
     """Bytes 0..255, as int32 [..., K/2], to E2M1 values fp32 [..., K]; the low nibble is the even index."""
-    return embedding(byte, _NIBBLE_PAIRS.to(byte.device)).flatten(-2)
+    return embedding(byte, _pairs_on(byte.device)).flatten(-2)
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
@@ -76,7 +76,11 @@ def _values_on(device: torch.device) -> Tensor:
     return _copies(device)[2] if device.type == "cuda" else E4M3_VALUES.to(device)
 
 
+def _pairs_on(device: torch.device) -> Tensor:
+    return _copies(device)[3] if device.type == "cuda" else _NIBBLE_PAIRS.to(device)
+
+
 @cache
-def _copies(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _copies(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Kept on a GPU: copying from the host can't be captured in a CUDA graph."""
-    return _E4M3_SLOPES.to(device), _E4M3_INTERCEPTS.to(device), E4M3_VALUES.to(device)
+    return _E4M3_SLOPES.to(device), _E4M3_INTERCEPTS.to(device), E4M3_VALUES.to(device), _NIBBLE_PAIRS.to(device)

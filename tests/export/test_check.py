@@ -256,3 +256,17 @@ def test_the_report_names_failing_chunks(small: tuple[Models, Recipe, Path], tmp
     chunks = [ChunkRow(0, 0.99, 0.98, 0.01, 0.98), ChunkRow(1, 0.5, 0.4, 0.3, 0.98)]
     report = write_report(tmp_path / "r.json", recipe, TorchBackend(recipe, models), rows, chunks, "reference")
     assert report["passed"] is False and [row["passed"] for row in report["chunks"]] == [True, False]
+
+
+def test_no_story_is_told_where_prompts_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    class Unreadable:
+        @property
+        def tokenizer(self) -> None:
+            raise LongtakeError("the text encoder's tokenizer is missing")
+
+    on_gpu, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    readable, unreadable = SimpleNamespace(text=SimpleNamespace(tokenizer=list)), SimpleNamespace(text=Unreadable())
+    assert check_cli.usual_story(readable, on_gpu) == check_cli.STORY  # type: ignore[arg-type]
+    assert check_cli.usual_story(readable, on_cpu) is None and not capsys.readouterr().out  # type: ignore[arg-type]
+    assert check_cli.usual_story(unreadable, on_gpu) is None  # type: ignore[arg-type]
+    assert "tokenizer is missing" in capsys.readouterr().out

@@ -72,18 +72,18 @@ def fidelity_of(judge: DigitClassifier, story: Story, chunks: Sequence[np.ndarra
 def measured(
     generator: Generator, judge: DigitClassifier, stories: Sequence[Story], first: list[Any] | None, title: str
 ) -> tuple[dict[str, Any], list[Any]]:
-    """A recipe's figures, and its videos. `first`: the first recipe's videos, to be compared with."""
+    """A recipe's figures, and its videos. `first`: the first recipe's videos, of as many stories as are to be compared."""
     fidelity, likeness, videos = [], [], []
     scripts = scripts_of(stories, 0)
     for number, (story, script) in enumerate(zip(stories, tqdm(scripts, title, unit="story", disable=None))):
         latents, frames = told(generator, script)
         videos.append((latents, frames))
         fidelity.append(fidelity_of(judge, story, frames))
-        if first:
+        if first and number < len(first):
             given, wanted = first[number]
             likeness.append([float(ssim(a, b).mean()) for a, b in zip(retold(generator, script, given), wanted)])
     row: dict[str, Any] = {"fidelity": float(np.mean(fidelity)), "fidelity_by_story": [round(x, 4) for x in fidelity]}
-    if first:
+    if likeness:
         row |= {
             "ssim": float(np.mean(likeness)),
             "ssim_by_chunk": np.mean(likeness, 0).round(5).tolist(),
@@ -115,10 +115,10 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
         line = f"{name[-40:]:40} {row['fidelity']:8.4f}"
         if "difference" in row:
             low, high = row["interval"]
-            line += (
-                f"  {row['difference']:+10.4f}  [{low:+.4f}, {high:+.4f}]  {' '.join(f'{x:.4f}' for x in row['ssim_by_chunk'])}"
-                f"  {row['ssim_below']:.0%}  {row['ssim_lowest']:.4f}"
-            )
+            line += f"  {row['difference']:+10.4f}  [{low:+.4f}, {high:+.4f}]"
+        if "ssim" in row:
+            by_chunk = " ".join(f"{x:.4f}" for x in row["ssim_by_chunk"])
+            line += f"  {by_chunk}  {row['ssim_below']:.0%}  {row['ssim_lowest']:.4f}"
         lines.append(line)
     return lines
 
@@ -130,6 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="or a folder of engines or exported networks")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--stories", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--ssim-stories", type=int, metavar="N", help="of them: those whose SSIM is measured (default all)"
+    )
     parser.add_argument("--chunks", type=int, default=3, metavar="N", help="of a story")
     parser.add_argument("--seed", type=int, default=MIXED_SEED, help="of the stories")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="judge.safetensors of an experiment")
@@ -143,9 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
         generator = Generator.from_engines(name, args.backend, device if device.type == "cuda" else None)
         with closing(generator.backend):
             rows[name], videos = measured(generator, judge, stories, first, name)
-        if first:
+        if name != args.recipes[0]:
             compare(rows[name], rows[args.recipes[0]])
-        first = first or videos
+        first = videos[: args.ssim_stories] if first is None else first
         if args.json:
             machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
             conditions = {"device": machine, "stories": args.stories, "chunks": args.chunks, "seed": args.seed}

@@ -195,12 +195,14 @@ def test_a_gpu_s_gradients_are_the_cpu_s(small_preset: Preset, teacher: Path) ->
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"amp": False}, {"precision": "nvfp4"}], ids=["fp32", "bf16, nvfp4"])
+@pytest.mark.parametrize(
+    "options", [{"amp": False, "cache": "bf16"}, {"precision": "nvfp4", "cache": "nvfp4"}], ids=["fp32", "bf16, nvfp4"]
+)
 def test_cuda_graphs_compute_the_same(small_preset: Preset, teacher: Path, options: dict[str, Any]) -> None:
     """Losses and gradients of stories of several lengths, also after the weights have changed and amax with them."""
     found = []
     for graph in (True, False):
-        stage = stage_of(small_preset, teacher, chunks=(1, 2, 5), student_steps=3, graph=graph, cache="bf16", **options)
+        stage = stage_of(small_preset, teacher, chunks=(1, 2, 5), student_steps=3, graph=graph, **options)
         stage.prepare(torch.device("cuda"))
         host, turns = torch.Generator().manual_seed(3), []
         for turn in range(8):
