@@ -1,4 +1,4 @@
-"""The loss of a training step as one CUDA graph: a small model's step is thousands of launches, not arithmetic."""
+"""Losses and passes as CUDA graphs: a small model's step is thousands of launches, not arithmetic."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class GraphedLoss:
     """Calls `loss(*tensors)`, forward and backward captured once for every set of shapes it meets.
 
     Where capture fails (it says why) the loss runs uncaptured. Weights and buffers may change in place between calls.
+    A graph holds what the backward pass needs of its latest run alone, so it runs once a backward pass.
     """
 
     def __init__(self, modules: dict[str, nn.Module], loss: Callable[..., Losses], enabled: bool) -> None:
