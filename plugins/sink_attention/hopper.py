@@ -108,10 +108,10 @@ class HopperSinkAttention(WindowedAttention):
 
     method = "wgmma"
 
-    def __init__(self, op_name: str, dims: Dims, attention: str = "fp8", arch: str | None = None) -> None:
-        if dims["D"] not in HEAD_DIMS or attention != "fp8":
-            raise LongtakeError("no kernel for this attention", got=f"heads of {dims['D']}, {attention}",
-                                expected=f"heads of {' or '.join(map(str, HEAD_DIMS))}, fp8")  # fmt: skip
+    def __init__(self, op_name: str, dims: Dims, arch: str | None = None) -> None:
+        if dims["D"] not in HEAD_DIMS:
+            raise LongtakeError("no FP8 kernel for this attention", got=f"heads of {dims['D']}",
+                                expected=f"heads of {' or '.join(map(str, HEAD_DIMS))}")  # fmt: skip
         fmt = self.op_format = op_name.removeprefix("sink_attention_")
         super().__init__(op_name, dims, arch, tile_kernels(fmt))
         self._attend = Launcher(op_name, self.dims, "bf16", arch, attend_kernels(fmt))
