@@ -42,7 +42,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--backend", default="auto", choices=BACKEND_NAMES, help="default: the one that fits")
     parser.add_argument("--layers", action="store_true", help="also compare every Linear, convolution and block")
     parser.add_argument("--story", type=Path, metavar="FILE",
-                        help="compare chunks of this story, too (default: the demo's on a GPU, none on a CPU)")  # fmt: skip
+                        help="compare chunks of this story, too (default: on a GPU the demo's, if prompts can be read; none on a CPU)")  # fmt: skip
     parser.add_argument("--chunks", type=int, metavar="N", help="how many of them (default: the whole story)")
     parser.add_argument(
         "--steps",

@@ -51,14 +51,17 @@ class ChunkPass:
             return self.kept(*tensors)
 
     def velocity(self, *tensors: Tensor) -> tuple[Tensor]:
+        """Velocity, fp32 [B, C, F, h, w]."""
         return (self.run(tensors, None),)
 
     def kept(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Each layer's K and V as kept, [B, 2, L, H, D]."""
         found: list[Tensor] = []
         self.run(tensors, found)
         return tuple(found)
 
     def run(self, tensors: tuple[Tensor, ...], kept: list[Tensor] | None) -> Tensor:
+        """Velocity, fp32 [B, C, F, h, w]; each layer's K and V as kept are added to `kept`."""
         sample, sinusoid, cos, sin, *rest = tensors
         layers = len(self.dit.blocks)
         context, past = rest[:layers], rest[layers:]
@@ -79,8 +82,8 @@ class ChunkPass:
 
 
 class GraphedChunkPass(ChunkPass):
-    """The same, each pass captured for every number of chunks that it sees: a small model's pass is launches, not
-    arithmetic. The tensors of `dit` may change in place only."""
+    """The same, each pass captured for every number of chunks that it sees, those with a gradient for every chunk: a small
+    model's pass is launches, not arithmetic. The tensors of `dit` may change in place only."""
 
     def __init__(
         self,
@@ -91,18 +94,10 @@ class GraphedChunkPass(ChunkPass):
         attention: str = "bf16",
     ) -> None:
         super().__init__(dit, fmt, dtype, attention)
-        self.autocast = autocast
-        self.looks, self.writes = GraphedPass(self.cast(self.velocity)), GraphedPass(self.cast(self.kept))
+        plain = ChunkPass(dit, fmt, dtype, attention)  # not this one, which would then hold itself, and its graphs
+        self._velocity, kept = under(autocast, plain.velocity), under(autocast, plain.kept)
+        self.looks, self.writes = GraphedPass(self._velocity), GraphedPass(kept)
         self.learns: dict[int, GraphedLoss] = {}  # by chunk: a graph holds what the backward pass needs of one run
-
-    def cast(self, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        """`function` under autocast, which is then captured with it."""
-
-        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            with self.autocast():
-                return function(*tensors)
-
-        return run
 
     def look(self, *tensors: Tensor) -> Tensor:
         """See ChunkPass."""
@@ -111,10 +106,22 @@ class GraphedChunkPass(ChunkPass):
     def learn(self, chunk: int, *tensors: Tensor) -> Tensor:
         """See ChunkPass."""
         if chunk not in self.learns:
-            self.learns[chunk] = GraphedLoss({"dit": self.dit}, self.cast(self.velocity), enabled=True)
+            self.learns[chunk] = GraphedLoss({"dit": self.dit}, self._velocity, enabled=True)
         with torch.autocast("cuda", enabled=False):  # a backward pass is captured, too
             return self.learns[chunk](*tensors)[0]
 
     def write(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """See ChunkPass."""
         return self.writes(*tensors)
+
+
+def under(
+    autocast: Callable[[], AbstractContextManager[None]], function: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """`function` under autocast, which is then captured with it."""
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with autocast():
+            return function(*tensors)
+
+    return run

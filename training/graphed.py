@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -53,7 +54,8 @@ class GraphedLoss:
         module = LossModule(self.modules, self.loss)
         try:
             samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors)
-            captured = torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True)
+            with device_of(tensors):
+                captured = torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True)
             return cast(Callable[..., Losses], captured)
         except RuntimeError as error:
             say_why(error)
@@ -88,15 +90,16 @@ class GraphedPass:
         """Record the function for these shapes."""
         try:
             inputs = [x.contiguous().clone() for x in tensors]
-            own, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            own.wait_stream(current)
-            with torch.cuda.stream(own):
-                for _ in range(WARM_UP):
-                    self.function(*inputs)
-            current.wait_stream(own)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                outputs = self.function(*inputs)
+            with device_of(tensors):
+                own, current = torch.cuda.Stream(), torch.cuda.current_stream()
+                own.wait_stream(current)
+                with torch.cuda.stream(own):
+                    for _ in range(WARM_UP):
+                        self.function(*inputs)
+                current.wait_stream(own)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    outputs = self.function(*inputs)
             self.pool = self.pool or graph.pool()
             self.graphs[shapes] = graph, inputs, outputs
         except RuntimeError as error:
@@ -104,8 +107,14 @@ class GraphedPass:
             self.enabled = False
 
 
+def device_of(tensors: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
+    """Their GPU as the current one: what is captured is what its streams are given."""
+    return torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else nullcontext()
+
+
 def say_why(error: RuntimeError) -> None:
     """That a capture failed, and why."""
-    logger.warning("training without CUDA graphs, which is slower: %s", str(error).splitlines()[0])
+    why = (str(error) or type(error).__name__).splitlines()[0]
+    logger.warning("going on without CUDA graphs, which is slower: %s", why)
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from longtake.plugins.kv_cache_write.reference import ORDER, RULE
-from longtake.plugins.nvfp4.formats import decode_e4m3, decode_nibbles
+from longtake.plugins.nvfp4.formats import E4M3_MAX, decode_e4m3, decode_nibbles
 from longtake.plugins.nvfp4.layout import bytes_from_int8
 from longtake.plugins.nvfp4.reference import BLOCK, dequantize_blocks
 
-E4M3_MAX = 448.0
 TILE = 128  # keys that FP8 attention looks at together
 SMALLEST = 1e-15  # magnitude that counts
 
@@ -67,6 +66,9 @@ def attention_fp8(q: Tensor, k: Tensor, v: Tensor, largest: Sequence[Tensor | fl
     Args:
         q: [B,H,L,D]. k, v: [B,H,N,D].
         largest: magnitudes of q, k and v that become 448, each a number or [B,1,1,1]; None: their own.
+
+    Returns:
+        fp32 [B,H,L,D].
     """
     with torch.autocast(q.device.type, enabled=False):
         return _attention_fp8(q, k, v, largest)

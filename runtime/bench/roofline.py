@@ -14,7 +14,7 @@ from longtake.engines.recipe import Recipe
 from longtake.training.presets import Preset
 
 # Best library rates measured on one H100 SXM, FLOP/s (docs/benchmark.md says how): GEMM 7040x3072x3072 through
-# cuBLASLt in bf16 and, K = 14336, in FP8; attention 7040 x 28160 through cuDNN; 3x3x3 convolution, channels last.
+# cuBLASLt in bf16 and, K = 14336, in FP8; attention 7040 x 28160 through cuDNN (whose FP8 sums are wrong, but as fast as that); 3x3x3 convolution, channels last.
 HOPPER_RATES = {
     "gemm": {"bf16": 772e12, "fp8": 1398e12},
     "attention": {"bf16": 667e12, "fp8": 1056e12},

@@ -1,4 +1,4 @@
-"""The shipped 4-step student: its folder is whole, and its few steps give a picture where its teacher's model gives noise."""
+"""The shipped 4-step student: its folder is whole, and its few steps give a picture where a model that was not distilled gives pale means."""
 
 from __future__ import annotations
 

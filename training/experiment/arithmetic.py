@@ -54,7 +54,6 @@ ROWS = {
     "4-bit cache, fp8 linears": Arithmetic("fp8", "nvfp4", "bf16"),
     "4-bit cache, fp8 linears and attention": Arithmetic("fp8", "nvfp4", "fp8"),
 }
-Videos = list[tuple[Tensor, Tensor]]  # latents and frames of each chunk
 
 
 def batches(stories: Sequence[Story], size: int) -> Iterator[tuple[int, Sequence[Story]]]:
@@ -136,7 +135,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     told = read_json(args.checkpoints / "dit.json").get("sampling", {})
     steps = args.steps or int(told.get("steps", usual.steps))
     guidance = float(told.get("guidance", usual.guidance)) if args.guidance is None else args.guidance
-    return Sampling(steps, guidance, usual.shift)
+    return Sampling(steps, guidance, float(told.get("shift", usual.shift)))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,8 +7,8 @@ of a chunk, S slots, W window, H heads, D head_dim, E text length, C, h, w laten
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -89,6 +89,8 @@ class Rollout:
         self.committed = None if committed is None else committed.split(models.preset.chunk_latents, 1)
         self.half = device.type == "cuda" and sampling.compute == "bf16"
         dtype = torch.bfloat16 if self.half else torch.float32
+        # No cache of casts, for capture; no method of this object, which its graphs would then keep alive.
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=self.half, cache_enabled=False)
         self.slots = KVSlots(models, self.copies * len(scripts), dtype, device)
         if device.type == "cuda":
             self.passes: ChunkPass = GraphedChunkPass(
@@ -130,12 +132,9 @@ class Rollout:
         return torch.lerp(base, wanted, self.sampling.guidance)
 
     def inputs(self, sample: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
-        """Samples and sinusoids of a pass, one row a copy."""
+        """Samples [B, C, F, h, w] and sinusoids [B, F, freq_dim] of a pass, one row a copy."""
         twice = torch.cat([sample] * self.copies)
         return twice, self.sinusoids[timestep].expand(len(twice), -1, -1)
-
-    def autocast(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False)  # for capture
 
     def context(self, chunk: int) -> list[Tensor]:
         """Each layer's cross-attention K and V, [B, 1, 2, E, H, D]."""

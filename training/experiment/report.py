@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longtake.runtime.errors import LongtakeError
 from longtake.runtime.files import atomic_path, write_json
 from longtake.training.experiment.plots import PICTURES, draw
@@ -54,7 +52,6 @@ def write_report(
             "missing": missing,
             "toy_size": settings.quick,
             "device": machine,
-            "torch": torch.__version__,
             "seconds": round(seconds, 1),
             "seconds_of_units": round(sum(r.get("seconds", 0.0) for r in results.values()), 1),
             "settings": settings.as_json(),
@@ -75,7 +72,8 @@ def write_report(
 
 def _short(result: dict[str, Any]) -> dict[str, Any]:
     """Without the numbers of single stories, which units/*.json keep."""
-    return {key: value for key, value in result.items() if not key.endswith("_by_story")}
+    kept = {key: value for key, value in result.items() if not key.endswith("_by_story")}
+    return {key: _short(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def markdown(results: Results, settings: Settings, found: dict[str, Any], said: dict[str, Any], head: str) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,3 +171,16 @@ def test_cuda_graphs_generate_the_same(
             and len(rollout.passes.looks.graphs) == 4 * graph
         )
     assert (found[0] - found[1]).norm() <= tolerance * found[1].norm()
+
+
+def test_captured_passes_go_with_their_owner(small_preset: SimpleNamespace) -> None:
+    """Not at some later garbage collection: they hold memory of a GPU."""
+    dit = random_models(small_preset, seed=1).dit  # type: ignore[arg-type]
+    gc.disable()
+    try:
+        passes = GraphedChunkPass(dit, "bf16", torch.float32, nullcontext)
+        alive = weakref.ref(passes)
+        del passes
+        assert alive() is None
+    finally:
+        gc.enable()
