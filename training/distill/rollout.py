@@ -62,16 +62,20 @@ class KeptChunks:
         needed = {seen for story in self.visible for later in story[chunk:] for seen in later}
         self.chunks = {seen: kept for seen, kept in self.chunks.items() if seen in needed}
         places = list(zip(*(blocks[chunk][:-1] for blocks in self.visible)))
-        gathers = [(ids := sorted(set(place)), [ids.index(seen) for seen in place]) for place in places]
+        gathers = [self._gather(place) for place in places]
         return [self._gathered(layer, *gather) for layer in range(self.layers) for gather in gathers]
 
-    def _gathered(self, layer: int, ids: list[int], rows: list[int]) -> Tensor:
+    def _gather(self, place: Sequence[int]) -> tuple[list[int], Tensor | None]:
+        """The chunks among `place` [B], and which of them each story sees; None: all see the one."""
+        ids = sorted(set(place))
+        if len(ids) == 1:
+            return ids, None
+        return ids, torch.tensor([ids.index(seen) for seen in place], device=self.chunks[ids[0]][0].device)
+
+    def _gathered(self, layer: int, ids: list[int], rows: Tensor | None) -> Tensor:
         """Row b of the chunk ids[rows[b]]."""
         found = [self.chunks[seen][layer] for seen in ids]
-        if len(ids) == 1:
-            return found[0]
-        index = torch.tensor(rows, device=found[0].device)
-        return torch.stack(found)[index, torch.arange(len(rows), device=index.device)]
+        return found[0] if rows is None else torch.stack(found)[rows, torch.arange(len(rows), device=rows.device)]
 
 
 @dataclass(frozen=True)

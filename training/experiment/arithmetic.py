@@ -16,10 +16,10 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -28,11 +28,11 @@ from longtake.export.ssim import frame_ssim
 from longtake.runtime.files import read_json, write_json
 from longtake.training.data.digits import Story
 from longtake.training.experiment.arms import PRESET, shipped
-from longtake.training.experiment.batched import Rollout, Sampling
-from longtake.training.experiment.engine_fidelity import GATE, compare, judge_from, table
-from longtake.training.experiment.evaluate import Eyes, seen_digits
+from longtake.training.experiment.batched import Rollout, Sampling, decode
+from longtake.training.experiment.engine_fidelity import compare, figures_of, judge_from, table
+from longtake.training.experiment.evaluate import Eyes, prompted_share
 from longtake.training.experiment.jobs import MIXED_SEED
-from longtake.training.experiment.stories import mixed_stories, scripts_of, shots_by_chunk
+from longtake.training.experiment.stories import mixed_stories, scripts_of
 from longtake.training.latent_cache import frozen_vae, vae_checkpoint
 from longtake.training.networks import Models, apply_precision, load_models
 
@@ -61,22 +61,14 @@ def batches(stories: Sequence[Story], size: int) -> Iterator[tuple[int, Sequence
     return ((start, stories[start : start + size]) for start in range(0, len(stories), size))
 
 
-def decode(eyes: Eyes, latents: Tensor, history: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-    """Frames fp32 [B, 3, T, H, W] of a chunk after `history`, and the history after it."""
-    with torch.autocast(eyes.device.type, torch.bfloat16, enabled=eyes.device.type == "cuda"):
-        frames, history = eyes.vae.decode_chunk(latents, history)  # type: ignore[operator]
-    return frames.float(), history
-
-
 @torch.no_grad()
 def told(models: Models, eyes: Eyes, stories: Sequence[Story], sampling: Sampling, first: int) -> tuple[Tensor, Tensor]:
     """Latents [B, N F, C, h, w] of stories, the first of which has number `first`, and fidelity of each story [B]."""
     scripts, history, latents, right = scripts_of(stories, 0, first), None, [], []
     for number, chunk in enumerate(Rollout(models, scripts, sampling, eyes.device)):
-        frames, history = decode(eyes, chunk, history)
-        wanted = torch.tensor([shots_by_chunk(story)[number].digit for story in stories], device=eyes.device)
+        frames, history = decode(eyes.vae, chunk, history)
         latents.append(chunk)
-        right.append((seen_digits(eyes, frames)[0] == wanted[:, None]).float().mean(1))
+        right.append(prompted_share(frames, stories, number, eyes))
     return torch.cat(latents, 1), torch.stack(right).mean(0)
 
 
@@ -88,8 +80,8 @@ def likeness(
     scripts, history, found = scripts_of(stories, 0, first), None, []
     rollout = Rollout(models, scripts, sampling, eyes.device, committed=committed)
     for chunk, wanted in zip(rollout, committed.split(models.preset.chunk_latents, 1)):
-        own, _ = decode(eyes, chunk, history)
-        theirs, history = decode(eyes, wanted, history)
+        own, _ = decode(eyes.vae, chunk, history)
+        theirs, history = decode(eyes.vae, wanted, history)
         found.append(torch.stack([frame_ssim(*(pixels(x) for x in pair)).mean() for pair in zip(own, theirs)]))
     return torch.stack(found, 1)
 
@@ -107,7 +99,7 @@ def measured(args: argparse.Namespace, stories: Sequence[Story], eyes: Eyes, sam
         models = apply_precision(plain, how.linears)
         for module in (models.dit, models.text):
             module.to(eyes.device).requires_grad_(False)
-        own = Sampling(sampling.steps, sampling.guidance, sampling.shift, how.cache, "both", how.attention, how.compute)
+        own = replace(sampling, cache=how.cache, attention=how.attention, compute=how.compute)
         right, alike, begun = [], [], time.monotonic()
         for start, part in tqdm(list(batches(stories, args.batch)), name, unit="batch", disable=None):
             made, share = told(models, eyes, part, own, start)
@@ -117,16 +109,7 @@ def measured(args: argparse.Namespace, stories: Sequence[Story], eyes: Eyes, sam
             elif start < args.ssim_stories:
                 committed = latents[start // args.batch].to(eyes.device)
                 alike += likeness(models, eyes, part, own, start, committed).tolist()
-        row: dict[str, Any] = {"fidelity": float(np.mean(right)), "fidelity_by_story": [round(x, 4) for x in right]}
-        if alike:
-            row |= {
-                "ssim": float(np.mean(alike)),
-                "ssim_by_chunk": np.mean(alike, 0).round(5).tolist(),
-                "ssim_below": float(np.mean(np.array(alike) < GATE)),
-                "ssim_lowest": float(np.min(alike)),
-                "ssim_stories": len(alike),
-            }
-        yield name, {**row, "seconds": round(time.monotonic() - begun, 1)}
+        yield name, {**figures_of(right, alike), "seconds": round(time.monotonic() - begun, 1)}
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:

@@ -87,10 +87,10 @@ class Rollout:
         self.models, self.scripts, self.sampling, self.device = models, scripts, sampling, device
         self.copies = 1 if sampling.guidance == 1.0 else 2
         self.committed = None if committed is None else committed.split(models.preset.chunk_latents, 1)
-        self.half = device.type == "cuda" and sampling.compute == "bf16"
-        dtype = torch.bfloat16 if self.half else torch.float32
+        half = device.type == "cuda" and sampling.compute == "bf16"
+        dtype = torch.bfloat16 if half else torch.float32
         # No cache of casts, for capture; no method of this object, which its graphs would then keep alive.
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=self.half, cache_enabled=False)
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half, cache_enabled=False)
         self.slots = KVSlots(models, self.copies * len(scripts), dtype, device)
         if device.type == "cuda":
             self.passes: ChunkPass = GraphedChunkPass(
@@ -169,6 +169,13 @@ class Rollout:
         return torch.cat([rows] * self.copies).to(self.device)
 
 
+def decode(vae: torch.nn.Module, latents: Tensor, history: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    """Frames fp32 [B, 3, T, H, W] in [-1, 1] of a chunk's latents [B, F, C, h, w] after `history`, and the history after it."""
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.is_cuda):
+        frames, history = vae.decode_chunk(latents, history)  # type: ignore[operator]
+    return frames.float(), history
+
+
 @torch.no_grad()
 def decoded(
     vae: torch.nn.Module, chunks: Iterator[Tensor] | Rollout, batch: int = 32
@@ -178,7 +185,6 @@ def decoded(
     for latents in chunks:
         parts = []
         for number, part in enumerate(latents.split(batch)):
-            with torch.autocast(part.device.type, torch.bfloat16, enabled=part.is_cuda):
-                frames, histories[number] = vae.decode_chunk(part, histories.get(number))  # type: ignore[operator]
-            parts.append(frames.float())
+            frames, histories[number] = decode(vae, part, histories.get(number))
+            parts.append(frames)
         yield latents, torch.cat(parts)

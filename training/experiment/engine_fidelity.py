@@ -82,6 +82,11 @@ def measured(
         if first and number < len(first):
             given, wanted = first[number]
             likeness.append([float(ssim(a, b).mean()) for a, b in zip(retold(generator, script, given), wanted)])
+    return figures_of(fidelity, likeness), videos
+
+
+def figures_of(fidelity: Sequence[float], likeness: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """A row: fidelity of each story, and SSIM of each chunk of the stories that were compared, if any was."""
     row: dict[str, Any] = {"fidelity": float(np.mean(fidelity)), "fidelity_by_story": [round(x, 4) for x in fidelity]}
     if likeness:
         row |= {
@@ -89,8 +94,9 @@ def measured(
             "ssim_by_chunk": np.mean(likeness, 0).round(5).tolist(),
             "ssim_below": float(np.mean(np.array(likeness) < GATE)),
             "ssim_lowest": float(np.min(likeness)),
+            "ssim_stories": len(likeness),
         }
-    return row, videos
+    return row
 
 
 def compare(row: dict[str, Any], first: dict[str, Any]) -> None:

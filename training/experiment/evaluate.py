@@ -70,13 +70,17 @@ def seen_digits(eyes: Eyes, frames_B3THW: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def prompted_share(frames_B3THW: Tensor, stories: Sequence[Story], chunk: int, eyes: Eyes) -> Tensor:
+    """Share of the frames of chunk number `chunk` in which the judge sees the prompted digit, of each story: fp32 [B]."""
+    wanted = torch.tensor([shots_by_chunk(story)[chunk].digit for story in stories], device=eyes.device)
+    return (seen_digits(eyes, frames_B3THW)[0] == wanted[:, None]).float().mean(1)
+
+
 def fidelity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:
     """Share of frames in which the judge sees the prompted digit: of all, of each chunk, of each story."""
-    rows = []
-    for number, frames in enumerate(chunks):
-        wanted = torch.tensor([shots_by_chunk(story)[number].digit for story in stories], device=eyes.device)
-        rows.append((seen_digits(eyes, frames)[0] == wanted[:, None]).float().mean(1))
-    table = torch.stack(rows)  # [N, B]
+    table = torch.stack(
+        [prompted_share(frames, stories, number, eyes) for number, frames in enumerate(chunks)]
+    )  # [N, B]
     return {
         "fidelity": float(table.mean()),
         "by_chunk": table.mean(1).tolist(),
