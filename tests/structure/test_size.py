@@ -1,0 +1,30 @@
+"""The tree's size and shape. The bounds only go down: whoever gets below one lowers it."""
+
+from __future__ import annotations
+
+import tree  # noqa: I001  (beside this file)
+
+MOST_LINES = 36_790
+MOST_FILES_OVER_350_LINES = 4
+MOST_FUNCTIONS_OVER_60_LINES = 1
+MOST_HAND_LAID_LINES = 296
+
+
+def test_the_library_does_not_grow() -> None:
+    assert sum(map(tree.lines, tree.library_files())) <= MOST_LINES
+
+
+def test_files_are_short() -> None:
+    long = {path.relative_to(tree.ROOT).as_posix(): tree.lines(path) for path in tree.library_files()}
+    long = {name: count for name, count in long.items() if count > 350}
+    assert len(long) <= MOST_FILES_OVER_350_LINES, long
+
+
+def test_functions_are_short() -> None:
+    long = [(path.name, name, size) for path in tree.library_files() for name, size in tree.functions(path) if size > 60]
+    assert len(long) <= MOST_FUNCTIONS_OVER_60_LINES, long
+
+
+def test_lines_are_laid_out_by_the_formatter() -> None:
+    marked = sum(path.read_text(encoding="utf-8").count("# fmt: skip") for path in tree.library_files())
+    assert marked <= MOST_HAND_LAID_LINES
