@@ -6,15 +6,15 @@ PYTHON ?= python3
 # A CPU-only torch is smaller: make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 # rtx (default), rtx-hopper (compute capability 9.0) or tensorrt; said, with the reason, when it is picked
-EXTRA ?= $(shell $(PYTHON) engines/pick_extra_cli.py)
+EXTRA ?= $(shell $(PYTHON) longtake/commands/pick_extra.py)
 # The recipe that fits this machine; any of engines/recipes
-RECIPE ?= $(shell PYTHONPATH=$(CURDIR) $(PY) -m longtake.runtime.cli doctor --pick)
+RECIPE ?= $(shell PYTHONPATH=$(CURDIR) $(PY) -m longtake doctor --pick)
 STORY ?= docs/stories/demo.yaml
 OUT ?= runs
 STEPS ?= 12
 # Processes that share the tests, a file at a time; one where there is a GPU, whose memory they would share
 JOBS ?= $(if $(shell command -v nvidia-smi),1,$(shell nproc))
-LONGTAKE = PYTHONPATH=$(CURDIR) $(PY) -m longtake.runtime.cli
+LONGTAKE = PYTHONPATH=$(CURDIR) $(PY) -m longtake
 
 ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
@@ -57,6 +57,7 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	PYTHONPATH=$(CURDIR) $(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 format: $(READY)
 	$(PY) -m ruff check --fix .

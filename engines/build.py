@@ -13,23 +13,23 @@ from typing import Any
 
 import onnx
 
-from longtake.engines import segmented_graph
 from longtake.engines.channels_last import inner_videos, set_format, with_channels_last
-from longtake.engines.flavour import Flavour
-from longtake.engines.manifest import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
-from longtake.engines.messages import Messages, forget_scratch, scratch_of_last_build
-from longtake.engines.onnx_file import onnx_digest, read_graph
 from longtake.engines.precheck import require_resources
 from longtake.engines.progress import BuildProgress, Interrupts
-from longtake.engines.recipe import Recipe
 from longtake.engines.segment import segments_from_onnx
-from longtake.engines.segmented_graph import Segment
-from longtake.engines.spec import networks_of, recipe_spec
-from longtake.plugins.capability import RTX_TARGETS, lookup
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.files import atomic_path
+from longtake.formats import segmented_graph
+from longtake.formats.onnx_file import onnx_digest, read_graph
+from longtake.formats.plan import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
+from longtake.formats.recipe import Recipe
+from longtake.formats.segmented_graph import Segment, segment_spec
+from longtake.machine.capability import RTX_TARGETS, lookup
+from longtake.machine.flavour import Flavour
+from longtake.machine.trt_log import Messages, forget_scratch, scratch_of_last_build
 from longtake.plugins.spec import DOMAIN, OPS
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.runtime.files import atomic_path
-from longtake.runtime.settings import settings_from_environment
+from longtake.settings import settings_from_environment
+from longtake.training.models.wan.spec import networks_of, recipe_spec
 
 log = logging.getLogger(__name__)
 
@@ -145,19 +145,6 @@ def _segment_job(segment: Segment, model: onnx.ModelProto, channels_last: tuple[
     layout = repr(channels_last).encode() if channels_last else b""
     digest = hashlib.sha256(model.SerializeToString(deterministic=True) + layout).hexdigest()
     return PlanJob(segment.name, model, digest, segment_spec(segment), channels_last=channels_last)
-
-
-def segment_spec(segment: Segment) -> dict[str, Any]:
-    """A segment's bindings in the form of NetworkSpec.as_json."""
-    rows = {name: [name, kind.dtype, list(kind.shape)] for name, kind in segment.types.items()}
-    return {
-        "name": segment.name,
-        "inputs": [rows[name] for name in segment.inputs],
-        "outputs": [rows[name] for name in segment.outputs],
-        "aliases": [],
-        "carried": [],
-        "profile": [],
-    }
 
 
 def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progress: bool) -> PlanResult:

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from longtake.engines.segmented_graph import SegmentedGraph
+from longtake.formats.segmented_graph import SegmentedGraph
 from longtake.plugins.spec import STREAM_OPS
 
 INWARD, OUTWARD = [3, 0, 1, 2], [1, 2, 3, 0]  # [T, Y, X, C] to [C, T, Y, X], and back

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import onnx
 
-from longtake.engines.describe_onnx import tensor_bytes
-from longtake.engines.onnx_file import data_files
-from longtake.engines.recipe import Recipe
-from longtake.runtime.errors import LongtakeError, UnavailableError
-from longtake.runtime.files import require_disk
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.files import require_disk
+from longtake.formats.describe_onnx import tensor_bytes
+from longtake.formats.onnx_file import data_files
+from longtake.formats.recipe import Recipe
 
 BASE = 1.5e9  # Python, torch, TensorRT and a plan's graph
 FACTOR = {"bf16": 3.3, "fp8": 3.6, "w4a16": 3.6, "nvfp4": 3.6}  # bytes of peak memory a byte of weights

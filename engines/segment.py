@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
+from longtake.errors import LongtakeError
+from longtake.formats.onnx_file import WEIGHT_BYTES, constants_of
+from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
 from longtake.plugins.spec import DOMAIN, LIBRARY_OPS, OPS, made_dtype, made_shape
-from longtake.runtime.errors import LongtakeError
 
-WEIGHT_BYTES = 1024  # a constant above this becomes an input
 DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
     TensorProto.FLOAT16: "fp16",
@@ -67,29 +67,6 @@ def segments_from_onnx(model: onnx.ModelProto, network: str) -> CutNetwork:
         tuple(steps),
     )
     return CutNetwork(graph, models)
-
-
-def constants_of(model: onnx.ModelProto) -> dict[str, TensorProto]:
-    """Every constant of the graph by tensor name: initializers and the values of Constant nodes."""
-    found = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
-            tensor = TensorProto()
-            tensor.CopyFrom(_constant_value(node))
-            tensor.name = node.output[0]
-            found[tensor.name] = tensor
-    return found
-
-
-def _constant_value(node: NodeProto) -> TensorProto:
-    attribute = node.attribute[0]
-    value = helper.get_attribute_value(attribute)
-    if attribute.name == "value":
-        return value
-    kinds = {"value_int": TensorProto.INT64, "value_ints": TensorProto.INT64}
-    kind = kinds.get(attribute.name, TensorProto.FLOAT)
-    values = list(value) if attribute.name.endswith("s") else [value]
-    return helper.make_tensor("", kind, [len(values)] if attribute.name.endswith("s") else [], values)
 
 
 class _GraphView:

@@ -12,17 +12,15 @@ from onnx import TensorProto
 from safetensors import safe_open
 from torch import Tensor
 
-from longtake.engines.spec import networks_of
+from longtake.errors import IntegrityError
 from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
-from longtake.runtime.errors import IntegrityError
-from longtake.training.checkpoint import require_digest
-from longtake.training.dit import CausalDiT
-from longtake.training.networks import Amax, Models, load_meta
-from longtake.training.presets import Preset
-from longtake.training.text_encoder import text_encoder_for
-from longtake.training.vae import CausalVAE
+from longtake.training.models.checkpoint import require_digest
+from longtake.training.models.load import Models, load_meta
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.linears import Amax
+from longtake.training.models.wan.spec import networks_of
 
 COPY_AGAIN = "copy the file again together with its .json, or make it again"
 CHECKPOINTS = {
@@ -77,16 +75,6 @@ class Weights:
     def of(self, network: str) -> Mapping[str, Tensor]:
         """The state dict that network `network` takes its weights from."""
         return self.tensors[CHECKPOINTS[network]]
-
-
-def hollow_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
-    """Models of `preset` without memory for their weights: what graphs are exported from.
-
-    `vocabulary`: of a text encoder of words, whose size is part of the graph; the shipped one's if None.
-    """
-    with torch.device("meta"):
-        text = text_encoder_for(preset, vocabulary)
-        return Models(preset, CausalDiT(preset.dit).eval(), CausalVAE(preset.vae).eval(), text.eval())
 
 
 def weights_from_models(models: Models) -> Weights:

@@ -15,12 +15,13 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
-from onnx.external_data_helper import load_external_data_for_model, uses_external_data
+from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
-from longtake.engines.describe_onnx import tensor_bytes
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.runtime.files import atomic_path
+from longtake.errors import LongtakeError
+from longtake.files import atomic_path
+from longtake.formats.describe_onnx import tensor_bytes
+from longtake.formats.onnx_file import _check_extent
 
 ALIGNMENT = 64
 INLINE_BYTES = 1024  # up to here a tensor stays in the graph file: tools can read it, and segments keep it inside
@@ -150,34 +151,6 @@ def _write_graph(model: onnx.ModelProto, path: Path) -> None:
         partial.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def read_onnx(path: Path, content: bool = True) -> onnx.ModelProto:
-    """Read an ONNX file, with its external data unless `content` is False.
-
-    Raises:
-        LongtakeError: the file is missing.
-        IntegrityError: it is no ONNX file, or (if content is read) its data file is missing or too short.
-    """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-        if content:
-            for tensor in model.graph.initializer:
-                if uses_external_data(tensor):
-                    _check_extent(tensor, path)
-            load_external_data_for_model(model, str(path.parent))
-    except FileNotFoundError as error:
-        raise LongtakeError(f"{error.filename or path} does not exist", fix="run `longtake export`") from None
-    except LongtakeError:
-        raise
-    except Exception as error:  # protobuf and onnx raise their own types for damaged files
-        raise IntegrityError(
-            f"{path} is not a readable ONNX model",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
-            expected="a file written by `longtake export`",
-            fix="run `longtake export --force`",
-        ) from None
-    return model
-
-
 def check_extents(model: onnx.ModelProto, path: Path) -> None:
     """Raise IntegrityError (LongtakeError if there is none) unless the data file holds every tensor of `model`."""
     try:
@@ -186,16 +159,3 @@ def check_extents(model: onnx.ModelProto, path: Path) -> None:
                 _check_extent(tensor, path)
     except FileNotFoundError as error:
         raise LongtakeError(f"{error.filename} does not exist", fix="run `longtake export`") from None
-
-
-def _check_extent(tensor: onnx.TensorProto, path: Path) -> None:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    data, end = path.parent / place["location"], int(place.get("offset", 0)) + int(place.get("length", 0))
-    size = data.stat().st_size
-    if size < end:
-        raise IntegrityError(
-            f"{data} is too short for tensor {tensor.name}",
-            got=f"{size} bytes",
-            expected=f"at least {end} bytes",
-            fix="run `longtake export --force`",
-        )

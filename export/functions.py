@@ -24,10 +24,10 @@ from onnx.defs import OpSchema
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
+from longtake.errors import LongtakeError
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.ops import REFERENCES, torch_op
 from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_ATTRIBUTES, OpSpec, TensorSpec, made_dtype, made_shape
-from longtake.runtime.errors import LongtakeError
 
 DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from longtake.export.lower_fp8 import multiplier
+from longtake.errors import LongtakeError
+from longtake.plugins.fp8 import multiplier
 from longtake.plugins.spec import BLOCK_NORMS, DOMAIN, PLUGIN_ATTRIBUTES
-from longtake.runtime.errors import LongtakeError
 
 if TYPE_CHECKING:
-    from longtake.export.lower import Rewriter
+    from longtake.export.rewriter import Rewriter
 
 
 class Fp8LibraryLowering:

@@ -17,9 +17,9 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
-from longtake.engines.spec import Binding, NetworkSpec
+from longtake.errors import LongtakeError
 from longtake.export.functions import quiet_exporter, translation_table
-from longtake.runtime.errors import LongtakeError
+from longtake.training.models.network_spec import Binding, NetworkSpec
 
 OPSET = 23  # the first with FLOAT4E2M1; read by TensorRT-RTX 1.7 and ONNX Runtime 1.24
 IR_VERSION = 11

@@ -16,33 +16,32 @@ from typing import Any
 import onnx
 import torch
 
-from longtake.engines.describe_onnx import tensor_bytes
-from longtake.engines.recipe import LINEARS, Recipe
-from longtake.engines.spec import networks_of, recipe_spec
-from longtake.export.content import Weights, hollow_models, stored_tensors
-from longtake.export.files import data_path, is_reference, read_onnx, write_onnx, write_skeleton
+from longtake.export.content import Weights, stored_tensors
+from longtake.export.files import data_path, is_reference, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
-from longtake.export.lower import linear_name, lower
+from longtake.export.lower import lower
 from longtake.export.onnx_from_model import OPSET, onnx_from_model
 from longtake.export.ort_view import ort_view
+from longtake.export.rewriter import linear_name
 from longtake.export.structure import Expected, check_structure
+from longtake.files import atomic_path, require_disk, sha256, write_json
+from longtake.formats.describe_onnx import tensor_bytes
+from longtake.formats.exported import FORMAT, INDEX
+from longtake.formats.onnx_file import read_onnx
+from longtake.formats.recipe import LINEARS, Recipe
+from longtake.paths import REPOSITORY
 from longtake.plugins.spec import PLUGIN_VERSION
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.runtime.files import atomic_path, read_json, require_disk, sha256, write_json
-from longtake.runtime.places import REPOSITORY
-from longtake.training.networks import Models, network_module, quantized_linears
-from longtake.training.presets import Preset
-from longtake.training.vae import stream_ops
-from longtake.training.vae_library import library_ops
+from longtake.training.models.load import Models, hollow_models
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.models.wan.networks import network_module
+from longtake.training.models.wan.spec import networks_of, recipe_spec
+from longtake.training.models.wan.vae import stream_ops
+from longtake.training.models.wan.vae_library import library_ops
 
-FORMAT = 1
-INDEX = "export.json"
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
 DECODER = ("vae_first", "vae_steady")
-SOURCES = ("export", "plugins", "engines/spec.py", *(f"training/{name}.py" for name in (
-    "dit", "fused_block", "vae", "vae_layers", "vae_library", "upsample_fold", "text_encoder", "networks", "pointwise",
-    "presets",
-)))  # fmt: skip
+SOURCES = ("export", "plugins", "training/models")  # what an export computes with
 VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB
 Progress = Callable[[str], None]
 
@@ -184,67 +183,6 @@ def disk_needed(graphs: PlainGraphs, recipe: Recipe) -> int:
         stored = sum(tensor_bytes(t) for t in model.graph.initializer if is_reference(t))
         total += stored + (2 * stored if view_bytes(model) <= VIEW_BYTES else 0)
     return total
-
-
-def load_index(folder: Path) -> dict[str, Any]:
-    """Read and check a package: export.json and the digest of every file it names.
-
-    Raises:
-        LongtakeError: there is no package.
-        IntegrityError: a file is missing or differs from what was exported.
-    """
-    if not (folder / INDEX).is_file():
-        raise LongtakeError(f"{folder} holds no exported model", expected=f"{INDEX} in it", fix="run `longtake export`")
-    index = read_json(folder / INDEX)
-    for name, expected in _digests(index, folder / INDEX).items():
-        path = folder / name
-        got = sha256(path) if path.is_file() else "no file"
-        if got != expected:
-            raise IntegrityError(
-                f"{path} is not what was exported", got=got, expected=expected, fix="run `longtake export --force`"
-            )
-    return index
-
-
-def _digests(index: Any, path: Path) -> dict[str, str]:
-    """{file name: sha256} of export.json's content `index`, which is checked for what its readers rely on."""
-    try:
-        if index["format"] != FORMAT:
-            raise IntegrityError(f"{path} has another format", got=index["format"], expected=FORMAT,
-                                 fix="run `longtake export --force`")  # fmt: skip
-        if not all(isinstance(word, str) for word in index["vocabulary"]):
-            raise TypeError("the vocabulary is no list of words")
-        files = [network["files"] for network in index["networks"].values()]
-        return {Path(name).name: entry["sha256"] for group in files for name, entry in group.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"{path} is no export description", got=f"{type(error).__name__}: {error}",
-            expected="what `longtake export` writes", fix="run `longtake export --force`",
-        ) from None  # fmt: skip
-
-
-def require_recipe(index: dict[str, Any], folder: Path, recipe: Recipe, content: bool = True) -> None:
-    """Raise LongtakeError if the package in `folder`, described by `index`, is of another recipe or not complete.
-
-    `content`: whether the weights must be there; a skeleton has none.
-    """
-    given = {key: index.get(key) for key in ("preset", "precision", "cache")} | {
-        "linears": index.get("linears", LINEARS[0])
-    }
-    wanted = {
-        "preset": recipe.preset, "precision": recipe.precision, "cache": recipe.cache, "linears": recipe.linears,
-    }  # fmt: skip
-    fix = f"longtake export --recipe {recipe.name}"
-    if given != wanted:
-        raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
-    names = networks_of(recipe.model)
-    missing = [name for name in names if name not in index["networks"]]
-    if missing:
-        raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),
-                             fix=f"{fix} --force")  # fmt: skip
-    if content and index.get("skeleton"):
-        raise LongtakeError(f"the networks in {folder} have no weights", got="a skeleton",
-                            expected="networks exported from checkpoints", fix=f"{fix} --checkpoints FOLDER")  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -10,13 +10,15 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from longtake.engines.describe_onnx import tensor_bytes
-from longtake.engines.spec import Binding, NetworkSpec
-from longtake.export.files import check_extents, read_onnx
-from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP, linear_name
+from longtake.errors import IntegrityError
+from longtake.export.files import check_extents
+from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP
 from longtake.export.onnx_from_model import ONNX_DTYPES
+from longtake.export.rewriter import linear_name
+from longtake.formats.describe_onnx import tensor_bytes
+from longtake.formats.onnx_file import read_onnx
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
-from longtake.runtime.errors import IntegrityError
+from longtake.training.models.network_spec import Binding, NetworkSpec
 
 FOUR_BITS, EIGHT_BITS = ("values", "scales"), ("values", "scale")  # the tensors a packed weight consists of
 STANDARD_DOMAINS = ("", "ai.onnx")

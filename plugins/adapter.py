@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.plugins.kernels import Kernels, dims_from_shapes, kernels_of
 from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.spec import KERNEL_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, TensorSpec
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,7 @@ from torch import Tensor
 
 from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, shape_of
 from longtake.plugins.kv_cache_write.reference import quantize_kv
-from longtake.plugins.spec import (
-    BLOCK_OPS,
-    CONV_OPS,
-    DUPLICATE_OPS,
-    LIBRARY_OPS,
-    LINEAR_OPS,
-    OPS,
-    STREAM_OPS,
-    UP_OPS,
-)  # fmt: skip
+from longtake.plugins.spec import BLOCK_OPS, CONV_OPS, DUPLICATE_OPS, LIBRARY_OPS, LINEAR_OPS, OPS, STREAM_OPS, UP_OPS
 
 SLOTS = 4
 TINY = {"S": SLOTS, "L": 128, "H": 4, "D": 64}

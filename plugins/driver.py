@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
+from longtake.errors import LongtakeError, UnavailableError
 from longtake.plugins.nvrtc import arch_for
-from longtake.runtime.errors import LongtakeError, UnavailableError
 
 
 @lru_cache(maxsize=1)

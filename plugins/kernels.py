@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from longtake.errors import LongtakeError
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.plugins.spec import BLOCK_OPS, KERNEL_OPS, STREAM_OPS, OpSpec, TensorSpec
-from longtake.runtime.errors import LongtakeError
 
 Dims = Mapping[str, int]
 

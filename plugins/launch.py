@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.plugins import driver
 from longtake.plugins.kernels import (
     COMPUTE_DTYPES,
@@ -27,7 +28,6 @@ from longtake.plugins.kernels import (
 )
 from longtake.plugins.nvrtc import compile_cubin
 from longtake.plugins.spec import OpSpec, TensorSpec
-from longtake.runtime.errors import LongtakeError
 
 ALIGNMENT = 16  # bytes; the kernels load vectors of that size
 TORCH_DTYPES = {
@@ -42,7 +42,7 @@ def compute_capability_of(given: str = "") -> str:
 
 
 class OpLauncher:
-    """One op for fixed dims. method: how it is computed, a method's name in plugins/capability.py."""
+    """One op for fixed dims. method: how it is computed, a method's name in longtake/machine/capability.py."""
 
     method = ""
     workspace_bytes = 0

@@ -14,10 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from longtake.plugins.capability import NVRTC_FIX
-from longtake.runtime.errors import LongtakeError, UnavailableError
-from longtake.runtime.files import atomic_path
-from longtake.runtime.settings import settings_from_environment
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.files import atomic_path
+from longtake.machine.capability import NVRTC_FIX
+from longtake.settings import settings_from_environment
 
 log = logging.getLogger(__name__)
 

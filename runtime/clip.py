@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
-from longtake.runtime.video import frames_one_by_one, probe_video
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.video import frames_one_by_one, probe_video
 
 log = logging.getLogger(__name__)
 

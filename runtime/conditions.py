@@ -5,17 +5,16 @@ Legend: F latent frames of a chunk, C channels, E text length.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from longtake.runtime.backends.base import Backend
-from longtake.training.presets import Preset
-from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.wan.positions import frame_positions
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
 MOST_EMBEDDINGS = 16  # prompts whose text embeddings are kept, in host memory: 8 MB each for the 5B model
 
@@ -31,20 +30,6 @@ class Conditions:
     rope_cos: Tensor
     rope_sin: Tensor
     noise_BCFHW: Tensor
-
-
-def noise_for_chunk(preset: Preset, seed: int, index: int) -> Tensor:
-    """Gaussian noise fp32 [1, F, C, H, W] of chunk `index`, drawn on the CPU: the same for every device and length."""
-    digest = hashlib.sha256(f"longtake noise 1:{seed}:{index}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    shape = (1, preset.chunk_latents, preset.vae.z_channels, *preset.latent_hw)
-    return torch.randn(shape, generator=generator)
-
-
-def frame_positions(preset: Preset, chunk: int, shot: int) -> list[float]:
-    """Absolute temporal RoPE position of each latent frame; every shot begun so far inserts a gap."""
-    start = chunk * preset.chunk_latents + shot * preset.shot_rope_offset
-    return [float(start + frame) for frame in range(preset.chunk_latents)]
 
 
 class Conditioner:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.cuda_streams import lend_stream
+from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import Decoder
-from longtake.runtime.errors import LongtakeError
 from longtake.runtime.frames import HostRing, Staging
-from longtake.runtime.streams import lend_stream
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
 
 log = logging.getLogger(__name__)
 

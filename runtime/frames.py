@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.runtime.streams import lend_stream
+from longtake.cuda_streams import lend_stream
 
 SPARE_BUFFERS = 4  # host buffers kept for reuse: one being filled, one waiting, one being written to disk, one to spare
 

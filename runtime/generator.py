@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.budget import Budget
+from longtake.runtime.budget.terms_table import Budget
 from longtake.runtime.conditions import Tokenize
 from longtake.runtime.session import Session, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
@@ -22,7 +22,7 @@ from longtake.runtime.sources import (
 )
 from longtake.runtime.start import Clip, Picture, start_of, take_in
 from longtake.runtime.story import Script, check_fits, fit_segments, story_from_script
-from longtake.training.presets import SamplingConfig
+from longtake.training.models.presets import SamplingConfig
 
 
 class Generator:
@@ -64,7 +64,7 @@ class Generator:
             UnavailableError: the backend asked for cannot run here.
             IntegrityError: a file is damaged or was swapped.
         """
-        from longtake.training.text_encoder import tokenizer_for
+        from longtake.training.models.text.words import tokenizer_for
 
         source = source_from_name(engines)
         if checkpoints is not None:

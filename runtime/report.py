@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longtake import __version__
+from longtake.files import write_json
+from longtake.provenance import commit, cpu_name, versions
 from longtake.runtime.backends.base import Backend, decode_device_of
-from longtake.runtime.budget import Budget
-from longtake.runtime.files import write_json
-from longtake.runtime.places import REPOSITORY
-from longtake.runtime.settings import cores
-from longtake.training.presets import Preset
-
-PACKAGES = ("torch", "onnxruntime", "onnx", "nvidia-modelopt", "tensorrt", "tensorrt-rtx-cu13", "cuda-core", "av")
+from longtake.runtime.budget.terms_table import Budget
+from longtake.training.models.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class Report:
     first_chunk_s: from the start to the first frames on the host. stage_ms: mean milliseconds a chunk.
     peak_gb: peak memory in GB of 10^9 bytes; peak_of says which memory. against, ratio: for a comparison.
     decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
-    "apart"; see runtime/budget.py), None on a CPU.
+    "apart"; see runtime/budget/terms_table.py), None on a CPU.
     """
 
     kind: str
@@ -106,43 +99,8 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
 def command_line() -> str:
     """The command that is running, as one would type it."""
     program = Path(sys.argv[0]).name
-    program = "longtake" if program in ("cli.py", "longtake", "__main__.py") else program
+    program = "longtake" if program in ("longtake", "__main__.py") else program
     return shlex.join([program, *sys.argv[1:]])
-
-
-def commit() -> str | None:
-    """Commit of the checkout this code runs from, "-dirty" if tracked files differ; None outside a checkout."""
-    if not (REPOSITORY / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        head = git("rev-parse", "HEAD")
-        return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "") if head else None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on; packages that are absent are left out."""
-    found = {"longtake": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def cpu_name() -> str:
-    """Model name of the processor, and how many cores this process sees."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {cores()} cores"
 
 
 def table(report: Report) -> str:

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import Backend, Cache, decode_device_of
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner, Conditions, Tokenize
 from longtake.runtime.decode import DecodeQueue, Frames
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.sampler import UniPC, unipc_steps
-from longtake.runtime.slots import Plan
 from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
 from longtake.runtime.state import Edit, KVState, Position, with_edit
 from longtake.runtime.story import Segment, checked_prompt
-from longtake.training.data.base import CUT_PREFIX, with_cut_prefix
+from longtake.training.models.sampler import UniPC, unipc_steps
+from longtake.training.models.wan.prompts import CUT_PREFIX, with_cut_prefix
+from longtake.training.models.wan.slots import Plan
 
 MOST_GUIDANCE = 100
 

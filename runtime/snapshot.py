@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.runtime.files import atomic_path, require_disk
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.files import atomic_path, require_disk
 from longtake.runtime.state import Position, position_from_json
 
 FORMAT = "longtake-session"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,19 +10,19 @@ from typing import TypeVar
 
 import torch
 
-from longtake.engines.bundle import load_bundle
-from longtake.engines.machine import machine_here
-from longtake.engines.recipe import Recipe, recipe_named, recipe_names
-from longtake.plugins.capability import Choice, backend_for
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.files import read_json
+from longtake.formats.bundle import load_bundle
+from longtake.formats.recipe import Recipe, recipe_named, recipe_names
+from longtake.machine.capability import Choice, backend_for
+from longtake.machine.machine import machine_here
+from longtake.paths import ENGINES, EXPORTS
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.budget import Budget
-from longtake.runtime.budget_check import check_memory
-from longtake.runtime.budget_measured import record_arenas
-from longtake.runtime.budget_terms import Use, budget_of
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.runtime.files import read_json
-from longtake.runtime.places import ENGINES, EXPORTS
-from longtake.training.presets import SamplingConfig
+from longtake.runtime.budget.check import check_memory
+from longtake.runtime.budget.measured import record_arenas
+from longtake.runtime.budget.terms import Use, budget_of
+from longtake.runtime.budget.terms_table import Budget
+from longtake.training.models.presets import SamplingConfig
 
 log = logging.getLogger(__name__)
 
@@ -194,13 +193,14 @@ def backend_from_source(
         LongtakeError: there is no such backend, or it does not fit the memory that is free.
     """
     if asked == ORACLE:
-        module = importlib.import_module("longtake.runtime.backends.torch_oracle")
-        return module.TorchBackend(source.recipe, device=torch.device(device or "cpu"), checkpoints=source.checkpoints)
+        from longtake.runtime.backends.torch_oracle import TorchBackend
+
+        return TorchBackend(source.recipe, device=torch.device(device or "cpu"), checkpoints=source.checkpoints)
     choice = choose_backend(source, asked)
     _require_device(choice.backend, device, "--device")
     _require_device(choice.backend, decode_device, "--decode-device")
     log.info("backend: %s (%s)", choice.backend, choice.reason)
-    if choice.backend == "reference":
+    if choice.backend == "reference" or source.engines is None:
         from longtake.runtime.backends.reference import ReferenceBackend
 
         return ReferenceBackend(
@@ -209,13 +209,13 @@ def backend_from_source(
     generate = torch.device(device or "cuda:0")
     decode = None if decode_device is None else torch.device(decode_device)
     _keep_promise(source, promise, generate, decode)
-    module = importlib.import_module(f"longtake.runtime.backends.{choice.backend}")
+    from longtake.runtime.backends.trt.open import backend_from_engines
+
     options: dict[str, object] = {} if decode is None else {"decode_device": decode}
     if source.checkpoints is not None:
         options["checkpoints"] = source.checkpoints
-    opened: Backend = module.open_backend(source.engines, reason=choice.reason, device=generate, **options)
-    if source.engines is not None:
-        record_arenas(source.engines, opened)
+    opened = backend_from_engines(choice.backend, source.engines, reason=choice.reason, device=generate, **options)
+    record_arenas(source.engines, opened)
     return opened
 
 

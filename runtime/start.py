@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
+from longtake.image import LEAST_SIDE, image_from_file, image_from_pixels
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.clip import check_clip, latents_from_clip
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.image import LEAST_SIDE, image_from_file, image_from_pixels
 from longtake.runtime.session import Session
 from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from longtake.runtime.backends.base import Backend, Cache
-from longtake.runtime.slots import Plan, SlotTable, slots_from_json
 from longtake.runtime.story import Segment
+from longtake.training.models.wan.slots import Plan, SlotTable, slots_from_json
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import jsonschema
 import yaml
 
-from longtake.engines.recipe import reject_unknown_keys
-from longtake.runtime.errors import LongtakeError
-from longtake.training.data.base import CUT_PREFIX
-from longtake.training.presets import Preset
+from longtake.config import reject_unknown_keys
+from longtake.errors import LongtakeError
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.prompts import CUT_PREFIX
 
 SCHEMA = Path(__file__).parent / "schema" / "story.json"
 MAX_PROMPT = 4096  # characters; the schema says the same, a test compares

@@ -47,7 +47,9 @@ print(json.dumps(found))
 def run(tree: Path, *words: str) -> str:
     """Run Python on `tree`'s code; what it printed. Raises CalledProcessError with its errors shown."""
     environ = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "LONGTAKE_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], cwd=tree, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tree, env=environ, stdout=subprocess.PIPE, text=True, check=True
+    )
     return done.stdout
 
 
@@ -149,7 +151,9 @@ def cpu() -> str:
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     facts = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     facts = {key.strip(): value.strip() for key, value in facts.items()}
-    vectors = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()]
+    vectors = [
+        flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in facts.get("flags", "").split()
+    ]
     return f"{facts.get('model name', 'unknown')} ({' '.join(vectors)})"
 
 
@@ -157,7 +161,9 @@ def record(out: Path, tree: Path) -> None:
     """Write the digests of `tree` to `out`."""
     import torch
 
-    commit = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     found: dict[str, object] = {"commit": commit, "cpu": cpu(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as work:
         for name, part in PARTS.items():

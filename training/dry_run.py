@@ -19,13 +19,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from longtake.training.dit import CausalDiT
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.vae import CausalVAE, Stream
+from longtake.training.models.wan.window import full_history
+from longtake.training.objective.teacher_forcing import Clips, Noise, flow_loss, predict_velocity
 from longtake.training.stages.base import StageOptions
-from longtake.training.teacher_forcing import Clips, Noise, flow_loss, predict_velocity
-from longtake.training.text_encoder import text_encoder_for
-from longtake.training.vae import CausalVAE, Stream
-from longtake.training.window import full_history
 
 META = torch.device("meta")
 FP32 = 4

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.runtime.files import atomic_path, read_json, write_json
+from longtake.files import atomic_path, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

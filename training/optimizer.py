@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 
 
 @dataclass(frozen=True)

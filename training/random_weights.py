@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.runtime.bench.random_weights import bound, random_weight
-from longtake.runtime.files import atomic_path, require_disk, write_json
-from longtake.training.checkpoint import FORMAT, side_file, versions
-from longtake.training.networks import quantized_linears, weights_dtype
-from longtake.training.presets import Preset
+from longtake.files import atomic_path, require_disk, write_json
+from longtake.training.models.checkpoint import FORMAT, side_file, versions
+from longtake.training.models.load import weights_dtype
+from longtake.training.models.presets import Preset
+from longtake.training.models.random_weights import bound, random_weight
+from longtake.training.models.wan.linears import quantized_linears
 
 KINDS = ("dit", "vae", "text_encoder")
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
@@ -37,7 +38,7 @@ def write_random_checkpoints(
     Raises:
         LongtakeError: not enough disk space.
     """
-    from longtake.export.content import hollow_models
+    from longtake.training.models.load import hollow_models
 
     models = hollow_models(preset)
     modules = {"dit": models.dit, "vae": models.vae, "text_encoder": models.text}

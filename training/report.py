@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from longtake.runtime.report import commit, cpu_name, versions
-from longtake.training.presets import PRESETS
+from longtake.provenance import commit, cpu_name, versions
+from longtake.training.models.presets import PRESETS
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training.checkpoint import finish_save, load_checkpoint, side_file
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.training.models.checkpoint import finish_save, load_checkpoint, side_file
 
 logger = logging.getLogger(__name__)
 

@@ -18,20 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import require_disk, require_folder, write_json
-from longtake.training.checkpoint import copy_checkpoint, save_checkpoint
+from longtake.errors import LongtakeError
+from longtake.files import require_disk, require_folder, write_json
 from longtake.training.history import History
+from longtake.training.models.checkpoint import copy_checkpoint, save_checkpoint
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.report import present_memory, train_report
-from longtake.training.resume import (
-    check_same_run,
-    delete_older,
-    newest_whole,
-    require_resume_point,
-    set_aside,
-    sweep,
-)
+from longtake.training.resume import check_same_run, delete_older, newest_whole, require_resume_point, set_aside, sweep
 from longtake.training.stages.base import Metric, Stage
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.plugins import spec
+from longtake.plugins import pointwise, spec
 from longtake.plugins.quantize_fp8.reference import quantize_fp8
 from longtake.plugins.spec import BLOCK_NORM_EPS, BLOCK_NORMS, QK_NORM_EPS
-from longtake.training import pointwise
 
 
 def block_norm(name: str, fp8: bool, tensors: dict[str, Tensor]) -> Any:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from longtake.errors import UnavailableError
 from longtake.plugins.kernels import Dims
 from longtake.plugins.sink_attention.cudnn_graph import frontend
 from longtake.plugins.spec import CONV_KERNELS
-from longtake.runtime.errors import UnavailableError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.plugins.capability import conv_methods
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.machine.capability import conv_methods
 from longtake.plugins.conv.cudnn_conv import CudnnConv, Geometry, geometry, handle_of
 from longtake.plugins.conv.plans import choice_key, remember, remembered, timed_plans
 from longtake.plugins.device_memory import on_stream, tensor_at
@@ -22,7 +23,6 @@ from longtake.plugins.kernels import Dims, shape_of
 from longtake.plugins.launch import OpLauncher, compute_capability_of
 from longtake.plugins.linear.library import CublasLtLinear
 from longtake.plugins.spec import CONV_OPS
-from longtake.runtime.errors import LongtakeError, UnavailableError
 
 log = logging.getLogger(__name__)
 

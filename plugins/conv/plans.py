@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.files import read_json, write_json
 from longtake.plugins.conv.cudnn_conv import CudnnConv
 from longtake.plugins.kernels import Dims
-from longtake.runtime.errors import LongtakeError, UnavailableError
-from longtake.runtime.files import read_json, write_json
-from longtake.runtime.settings import settings_from_environment
+from longtake.settings import settings_from_environment
 
 log = logging.getLogger(__name__)
 

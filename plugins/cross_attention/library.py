@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from longtake.plugins.capability import attention_methods
+from longtake.errors import UnavailableError
+from longtake.machine.capability import attention_methods
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims
 from longtake.plugins.launch import OpLauncher, compute_capability_of
 from longtake.plugins.sink_attention.cudnn_graph import CudnnAttention, frontend
 from longtake.plugins.sink_attention.library import torch_attention
 from longtake.plugins.spec import cross_attention
-from longtake.runtime.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 

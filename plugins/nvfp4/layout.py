@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 
 
 def pack_nibbles(code: Tensor) -> Tensor:

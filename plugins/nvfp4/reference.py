@@ -24,9 +24,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.plugins.nvfp4.formats import (
     E4M3_MIN_SUBNORMAL,
     decode_e4m3,
@@ -36,7 +38,6 @@ from longtake.plugins.nvfp4.formats import (
     round_e2m1,
 )
 from longtake.plugins.nvfp4.layout import pack_nibbles, swizzle_scales, unswizzle_scales
-from longtake.runtime.errors import LongtakeError
 
 __all__ = [
     "BLOCK",
@@ -247,3 +248,15 @@ def _check_rule(rule: str, order: str) -> None:
             raise LongtakeError(
                 f"unknown NVFP4 {kind}", got=got, expected=", ".join(known), fix=f"choose a {kind} listed"
             )
+
+
+RULE = "static_6"
+
+
+def tensor_scale(amax: float) -> float:
+    """An activation's g = amax / (6 * 448), rounded to fp32 as the codec does."""
+    m2, m3 = RULE_LIMITS[RULE]
+    return float(np.float32(amax) / np.float32(m2 * m3))
+
+
+PLACEHOLDER_AMAX = 8.0  # of activations in a graph exported without checkpoints: it must compute, not be accurate

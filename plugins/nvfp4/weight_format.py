@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.plugins.nvfp4.reference import BLOCK, ORDERS, RULE_LIMITS, Packed, fake_quantize, quantize
-from longtake.runtime.errors import IntegrityError, LongtakeError
 
 CHUNK = 1 << 20  # elements at a time: the codec's intermediates take some 40 bytes each
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from longtake.runtime.errors import UnavailableError
+from longtake.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 

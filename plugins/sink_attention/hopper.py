@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from longtake.errors import LongtakeError, UnavailableError
 from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernels, blocks_of, limit_macros
 from longtake.plugins.kv_cache_write.reference import RULE
 from longtake.plugins.launch import Launcher
@@ -23,7 +24,6 @@ from longtake.plugins.sink_attention.window import (
     in_a_row,
 )
 from longtake.plugins.spec import sink_attention
-from longtake.runtime.errors import LongtakeError, UnavailableError
 
 HEAD_DIMS = (64, 128)
 TILE = 128  # rows of a tile: queries of a thread block, and keys whose products one running sum spans

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from longtake.errors import LongtakeError
 from longtake.plugins.kernels import Call, Dims, Kernels, blocks_of
 from longtake.plugins.spec import DUPLICATE_OPS, UP_OPS, duplicate_up, upsample
-from longtake.runtime.errors import LongtakeError
 
 THREADS, UNIT = 256, 8
 SOURCE = Path(__file__).with_name("kernel.cu")

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import Recipe
-from longtake.training.presets import Preset
+from longtake.formats.recipe import Recipe
+from longtake.training.models.presets import Preset
 
 # One tuple a layer, tensors in the order of plugins.spec.cache_tensors(recipe.cache).
 Cache = list[tuple[Tensor, ...]]

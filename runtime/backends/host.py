@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import Recipe
-from longtake.engines.spec import NETWORKS, cache_bindings, context_bindings, network_spec
+from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.base import Cache, Encoder
 from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.spec import NETWORKS, cache_bindings, context_bindings, network_spec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "int8": torch.int8, "int32": torch.int32}
 

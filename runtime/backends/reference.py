@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import Recipe
-from longtake.engines.spec import NETWORKS
-from longtake.export.ort_session import session_from_view
-from longtake.export.package import load_index, require_recipe
+from longtake.accuracy.ort_session import session_from_view
+from longtake.formats.exported import load_index, require_recipe
+from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.host import HostBackend
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.spec import NETWORKS
 
 
 class ReferenceBackend(HostBackend):

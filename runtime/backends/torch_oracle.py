@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import Recipe
-from longtake.engines.spec import NETWORKS
-from longtake.export.parity import recipe_models
+from longtake.accuracy.compare import recipe_models
+from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.base import Encoder
 from longtake.runtime.backends.host import HostBackend
 from longtake.runtime.backends.torch_parts import TorchEncoder
-from longtake.training.networks import Models, load_models, network_module
+from longtake.training.models.load import Models, load_models
+from longtake.training.models.wan.networks import network_module
+from longtake.training.models.wan.spec import NETWORKS
 
 
 class TorchBackend(HostBackend):

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longtake.runtime.places import REPOSITORY
-from longtake.training.checkpoint import load_into
-from longtake.training.presets import Preset
-from longtake.training.vae import CausalVAE
+from longtake.paths import REPOSITORY
+from longtake.training.models.checkpoint import load_into
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.vae import CausalVAE
 
 TextRunner = Callable[[Tensor], Tensor]  # token ids int32 [1, E] -> embeddings fp32 [1, E, text_dim]
 
@@ -38,7 +38,7 @@ def vae_from_checkpoints(preset: Preset, checkpoints: Path | None) -> CausalVAE:
 
 def text_runner(preset: Preset, checkpoints: Path | None, device: torch.device) -> TextRunner:
     """The text encoder of a folder of checkpoints, as a function. Raises what loading it does."""
-    from longtake.training.text_runner import text_runner_for
+    from longtake.training.models.text.runner import text_runner_for
 
     return text_runner_for(preset, checkpoint_folder(preset, checkpoints), device)
 

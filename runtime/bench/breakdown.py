@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.engines.profile_gpu import steps_profile
-from longtake.engines.spec import Binding
-from longtake.runtime.backends.segmented_network import SegmentedNetwork
+from longtake.runtime.backends.segments.network import SegmentedNetwork
+from longtake.runtime.profile.gpu import steps_profile
+from longtake.training.models.network_spec import Binding
 
 RUNS = 3
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longtake.engines.bundle import load_bundle
+from longtake.formats.bundle import load_bundle
+from longtake.paths import ENGINES, EXPORTS
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.bench.gpu import device_from_name
 from longtake.runtime.bench.measure import Save, measure
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.random_weights import random_weights
-from longtake.runtime.places import ENGINES, EXPORTS
 
 
 def engine_folder(options: BenchOptions) -> Path:
@@ -46,9 +45,10 @@ def open_engines(options: BenchOptions) -> Backend:
     folder = engine_folder(options)
     onnx, wanted, decode_device = load_bundle(folder).onnx, networks_needed(options), decode_device_from(options)
     places = {name: (decode_device or device) if name.startswith("vae") else device for name in wanted}
-    module = import_module(f"longtake.runtime.backends.{options.the_recipe.mode}")
-    return module.open_backend(
-        folder, device=device, reason="random weights made on the device", networks=wanted, decode_device=decode_device,
+    from longtake.runtime.backends.trt.open import backend_from_engines
+
+    return backend_from_engines(
+        options.the_recipe.mode, folder, device=device, reason="random weights made on the device", networks=wanted, decode_device=decode_device,
         weights={name: random_weights(onnx / f"{name}.onnx", place) for name, place in places.items()},
     )  # fmt: skip
 
@@ -84,8 +84,8 @@ def budget(options: BenchOptions) -> dict[str, Any]:
     """What `longtake budget` promises for this run, or why that is not known."""
 
     def work_out() -> dict[str, Any]:
-        from longtake.runtime.budget import gigabytes
-        from longtake.runtime.budget_terms import Use, budget_of
+        from longtake.runtime.budget.terms import Use, budget_of
+        from longtake.runtime.budget.terms_table import gigabytes
 
         built = engine_folder(options)
         use = Use(
@@ -101,7 +101,7 @@ def budget(options: BenchOptions) -> dict[str, Any]:
 
 def memory(backend: Backend, options: BenchOptions, promised: dict[str, Any]) -> dict[str, Any]:
     """Promised beside measured, step by step as the driver saw it and term by term; {} without a GPU."""
-    from longtake.runtime.budget_measured import measured_terms, memory_rows, record_arenas
+    from longtake.runtime.budget.measured import measured_terms, memory_rows, record_arenas
 
     if backend.device.type != "cuda" or not hasattr(backend, "memory"):
         return {}

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from longtake.engines.nvml import nvml
-from longtake.runtime.report import cpu_name
+from longtake.machine.nvml import nvml
+from longtake.provenance import cpu_name
 
 
 def device_from_name(name: str) -> torch.device:
@@ -59,6 +59,6 @@ def peak_bytes(device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    from longtake.runtime.backends.trt_engine import device_bytes_used
+    from longtake.runtime.backends.trt.engine import device_bytes_used
 
     return device_bytes_used(device)

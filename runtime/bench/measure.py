@@ -21,7 +21,7 @@ from longtake.runtime.bench.timing import mean, spread, synchronize
 from longtake.runtime.generator import Generator
 from longtake.runtime.session import Chunk, Session
 from longtake.runtime.story import Segment
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
 
 SCRIPT = (Segment("a first shot", 1), Segment("a second shot", 1, cut=True), Segment("the second shot goes on", 1))
 Save = Callable[[dict[str, Any]], None]

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.engines.recipe import Recipe, recipe_named
-from longtake.runtime.errors import LongtakeError
-from longtake.training.presets import Preset
+from longtake.errors import LongtakeError
+from longtake.formats.recipe import Recipe, recipe_named
+from longtake.training.models.presets import Preset
 
 NETWORKS = ("dit", "vae")
 AGAINST = ("torch",)

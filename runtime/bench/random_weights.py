@@ -7,60 +7,23 @@ lie in the graph file of a skeleton is ones there, so it is ones here.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longtake.engines.onnx_file import TORCH_DTYPES, weights_from_onnx
-from longtake.engines.segment import constants_of
+from longtake.formats.onnx_file import TORCH_DTYPES, constants_of, weights_from_onnx
+from longtake.training.models.random_weights import random_weight
 
-NORM_NAMES = ("gamma", "norm.weight", "norm_q.weight", "norm_k.weight", "norm3.weight", "layer_norm.weight")
 PACKED = (".values", ".scales", ".scale")
-INLINE_BYTES = 1024  # export.files.INLINE_BYTES, of bf16 values
 CHUNK = 1 << 22  # elements quantized at a time: the codec's fp32 and int32 intermediates take some 40 bytes each
 
 
-def seed_of(name: str) -> int:
-    """63 bits of the name's digest."""
-    return int.from_bytes(hashlib.sha256(f"longtake bench 1:{name}".encode()).digest()[:8], "little") >> 1
-
-
-def random_weight(
-    name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    """The weight called `name` (a state-dict key), rounded to bf16, in `dtype`. The same on every call on one device."""
-    if 2 * math.prod(shape) <= INLINE_BYTES or name.endswith(NORM_NAMES):
-        return torch.ones(shape, device=device, dtype=dtype)
-    generator = torch.Generator(device).manual_seed(seed_of(name))
-    values = torch.empty(shape, device=device, dtype=torch.bfloat16)
-    return values.uniform_(-bound(name, shape), bound(name, shape), generator=generator).to(dtype)
-
-
-def bound(name: str, shape: tuple[int, ...]) -> float:
-    """Largest magnitude of a weight: sqrt(3 / fan_in), which gives variance 1 / fan_in."""
-    if name.endswith(".bias") or len(shape) < 2:
-        return 0.02
-    fan_in = shape[-1] if name.endswith("modulation") else math.prod(shape[1:])
-    return math.sqrt(3.0 / fan_in)
-
-
-@torch.no_grad()
-def fill(module: nn.Module, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Give a module made on the meta device random weights on `device`; keys are the names."""
-    module.to_empty(device=device)
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        tensor.data = random_weight(name, tuple(tensor.shape), device, dtype)
-    return module.eval().requires_grad_(False)
-
-
 def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]], Iterator[tuple[str, Tensor]]]:
-    """A WeightSource (engines/onnx_file.py) that makes an exported file's weights up: its data file may be absent."""
+    """A WeightSource (longtake/formats/onnx_file.py) that makes an exported file's weights up: its data file may be absent."""
     constants = constants_of(onnx.load(str(onnx_path), load_external_data=False))
     tensors = {name: (TORCH_DTYPES.get(t.data_type), tuple(t.dims)) for name, t in constants.items()}
 
@@ -127,8 +90,7 @@ def packed_parts(
 
 def nvfp4_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
     """`weight` [N, K] as the exporter stores it in 4 bits: int8 values [N, K/2], int8 scales [N, K/16], fp32 scale."""
-    from longtake.export.lower import tensor_scale
-    from longtake.plugins.nvfp4.reference import quantize
+    from longtake.plugins.nvfp4.reference import quantize, tensor_scale
 
     amax = weight.abs().amax().float()
     rows = max(1, CHUNK // weight.shape[1])
@@ -142,8 +104,8 @@ def nvfp4_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
 
 def fp8_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
     """`weight` [N, K] in 8 bits: float8_e4m3fn values [N, K], fp32 scale [N] for a graph without calibrated amax."""
-    from longtake.export.lower import PLACEHOLDER_AMAX
-    from longtake.export.lower_fp8 import multiplier, quantized_rows
+    from longtake.plugins.fp8 import multiplier, quantized_rows
+    from longtake.plugins.nvfp4.reference import PLACEHOLDER_AMAX
 
     pieces = [quantized_rows(piece) for piece in weight.split(max(1, CHUNK // weight.shape[1]))]
     scales = torch.cat([scale for _, scale in pieces]) / float(multiplier(torch.tensor(PLACEHOLDER_AMAX)))

@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from longtake.files import write_json
+from longtake.provenance import commit, versions
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.roofline import roofline
-from longtake.runtime.files import write_json
-from longtake.runtime.report import command_line, commit, versions
+from longtake.runtime.report import command_line
 
 Figures = dict[str, Any]
 

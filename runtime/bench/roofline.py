@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from longtake.engines.recipe import Recipe
-from longtake.training.presets import Preset
+from longtake.formats.recipe import Recipe
+from longtake.training.models.presets import Preset
 
 # Best library rates measured on one H100 SXM, FLOP/s (docs/benchmark.md says how): GEMM 7040x3072x3072 through
 # cuBLASLt in bf16 and, K = 14336, in FP8; attention 7040 x 28160 through cuDNN (whose FP8 sums are wrong, but as fast as that); 3x3x3 convolution, channels last.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longtake.runtime.backends.base import Backend, Cache, Decoder, decode_device_of
-from longtake.runtime.bench.random_weights import seed_of
 from longtake.runtime.bench.timing import Marks
+from longtake.training.models.random_weights import seed_of
 
 
 class TimedBackend:

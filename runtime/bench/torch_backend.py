@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import Recipe
+from longtake.errors import LongtakeError
+from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.base import Cache, Encoder
 from longtake.runtime.bench.torch_dit import PlainDiT
 from longtake.runtime.bench.torch_vae import PlainDecoder
-from longtake.runtime.errors import LongtakeError
-from longtake.training.vae import CausalVAE
+from longtake.training.models.wan.vae import CausalVAE
 
 
 class PlainTorchBackend:

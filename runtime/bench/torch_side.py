@@ -10,14 +10,14 @@ import torch
 from longtake.runtime.bench.gpu import device_from_name
 from longtake.runtime.bench.measure import Save, measure
 from longtake.runtime.bench.options import BenchOptions
-from longtake.runtime.bench.random_weights import fill
 from longtake.runtime.bench.timing import Marks
 from longtake.runtime.bench.torch_backend import PlainTorchBackend
 from longtake.runtime.bench.torch_dit import ATTENTIONS, PlainDiT, attention, best_attention
 from longtake.runtime.bench.torch_vae import with_fast_norms
-from longtake.training.dit import CausalDiT
-from longtake.training.presets import Preset
-from longtake.training.vae import CausalVAE
+from longtake.training.models.presets import Preset
+from longtake.training.models.random_weights import fill
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.vae import CausalVAE
 
 COMPILE: dict[str, dict[str, Any] | None] = {
     "torch": None,

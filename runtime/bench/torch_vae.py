@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from longtake.runtime.backends.base import Decoder
-from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, RMSNorm
+from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, DecoderSteady, RMSNorm
 
 
 class StockNorm(nn.Module):

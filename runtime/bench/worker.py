@@ -13,10 +13,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from longtake.files import read_json, write_json
 from longtake.runtime.bench.gpu import device_from_name, gpu_state, machine
 from longtake.runtime.bench.options import BenchOptions, options_from_json
-from longtake.runtime.files import read_json, write_json
-from longtake.runtime.settings import configure_logging
+from longtake.settings import configure_logging
 
 
 def measure_part(part: str, options: BenchOptions, out: Path) -> dict[str, Any]:

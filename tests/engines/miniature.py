@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from longtake.engines.segment import constants_of
+from longtake.formats.onnx_file import constants_of
 from longtake.plugins.spec import DOMAIN
 
 T, H, D = 4, 2, 16

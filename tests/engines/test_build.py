@@ -15,14 +15,14 @@ import onnx
 import pytest
 
 from longtake.engines import build as build_module
-from longtake.engines import bundle as bundle_module
 from longtake.engines.build import PlanJob, build_recipe, engine_from_onnx, require_buildable
-from longtake.engines.bundle import load_bundle, write_bundle
-from longtake.engines.flavour import Flavour, flavour_for
-from longtake.engines.manifest import manifest_path
-from longtake.engines.recipe import Recipe, recipe_named
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.runtime.files import read_json, write_json
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.files import read_json, write_json
+from longtake.formats import bundle as bundle_module
+from longtake.formats.bundle import load_bundle, write_bundle
+from longtake.formats.plan import manifest_path
+from longtake.formats.recipe import Recipe, recipe_named
+from longtake.machine.flavour import Flavour, flavour_for
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
 miniature = importlib.util.module_from_spec(_spec)
@@ -198,15 +198,16 @@ def test_a_folder_without_a_bundle_says_what_makes_one(bundle: Path, tmp_path: P
 
 def small_dit(precision: str, cache: str, folder: Path) -> PlanJob:
     """A DiT of two layers with random weights, exported and lowered."""
-    from longtake.engines.spec import dit_spec
     from longtake.export.content import stored_tensors
     from longtake.export.files import write_onnx
     from longtake.export.functions import attach_functions
     from longtake.export.lower import lower
     from longtake.export.onnx_from_model import onnx_from_model
     from longtake.plugins.spec import DOMAIN
-    from longtake.training.networks import network_module, random_models
-    from longtake.training.presets import TINY
+    from longtake.training.models.load import random_models
+    from longtake.training.models.presets import TINY
+    from longtake.training.models.wan.networks import network_module
+    from longtake.training.models.wan.spec import dit_spec
 
     preset = replace(TINY, dit=replace(TINY.dit, layers=2))
     models, spec = random_models(preset), dit_spec(preset, cache)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from longtake.engines import cli
+from longtake.commands import engines as cli
 from longtake.engines.build import PlanResult
-from longtake.engines.flavour import Flavour
-from longtake.engines.manifest import PlanManifest
-from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.formats.plan import PlanManifest
+from longtake.machine.flavour import Flavour
 
 
 def run(*words: str) -> int:

@@ -7,10 +7,13 @@ import json
 
 import pytest
 
-from longtake.engines import doctor, doctor_cli, machine, probes
-from longtake.engines.flavour import Installed
-from longtake.engines.recipe import recipe_for, recipe_named
-from longtake.plugins.capability import Machine
+from longtake.commands import doctor as doctor_cli
+from longtake.commands import doctor_report as doctor
+from longtake.commands import probes
+from longtake.formats.recipe import recipe_for, recipe_named
+from longtake.machine import machine
+from longtake.machine.capability import Machine
+from longtake.machine.flavour import Installed
 
 
 def _run(as_json: bool = False) -> int:
@@ -47,7 +50,7 @@ def test_without_onnxruntime_it_fails_and_names_the_command(
 def test_without_any_tensorrt_it_still_works(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longtake.engines.flavour.installed_flavours", list)
+    monkeypatch.setattr("longtake.machine.flavour.installed_flavours", list)
     monkeypatch.setattr(machine, "installed_flavours", list)
     monkeypatch.setattr(doctor, "trtexec_finding", lambda: probes.Finding("trtexec", "not installed"))
     assert _run() == 0
@@ -93,7 +96,7 @@ def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_line_reaches_it_and_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     import importlib.util
 
-    from longtake.runtime import cli
+    from longtake.commands import main as cli
 
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["machine"]

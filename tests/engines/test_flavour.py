@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from longtake.engines.flavour import Installed, choose, installed_flavours
-from longtake.runtime.errors import UnavailableError
+from longtake.errors import UnavailableError
+from longtake.machine.flavour import Installed, choose, installed_flavours
 
 FULL = Installed("tensorrt", "10.13.0")
 STUB = Installed("tensorrt", "10.13.0", complete=False)
@@ -53,7 +53,7 @@ def test_refusal_says_what_to_install(capability: str | None, installed: list[In
 
 def test_looking_does_not_import() -> None:
     code = (
-        "import sys; from longtake.engines.flavour import installed_flavours; installed_flavours();"
+        "import sys; from longtake.machine.flavour import installed_flavours; installed_flavours();"
         "sys.exit('tensorrt_rtx_bindings' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -63,7 +63,7 @@ def test_installed_version_is_the_imported_one() -> None:
     found = {f.name: f for f in installed_flavours()}
     if "tensorrt_rtx" not in found:
         pytest.skip("TensorRT-RTX is not installed")
-    from longtake.engines.flavour import load
+    from longtake.machine.flavour import load
 
     loaded = load(choose(None, [found["tensorrt_rtx"]]))
     assert loaded.module.__version__ == loaded.version == found["tensorrt_rtx"].version

@@ -14,11 +14,11 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
-from longtake.engines import inspect_cli
-from longtake.engines.inspect import describe
-from longtake.engines.manifest import PlanManifest, write_manifest
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.runtime.files import sha256, write_json
+from longtake.commands import inspect as inspect_cli
+from longtake.commands.describe import describe
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.files import sha256, write_json
+from longtake.formats.plan import PlanManifest, write_manifest
 
 
 def _fp4_linear(folder: Path, external: bool = False) -> Path:

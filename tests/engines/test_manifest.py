@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from longtake.engines.flavour import Flavour
-from longtake.engines.manifest import (
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.files import read_json, write_json
+from longtake.formats.plan import (
     PlanManifest,
     manifest_path,
     plugin_identities,
@@ -19,8 +20,7 @@ from longtake.engines.manifest import (
     verify_plan,
     write_manifest,
 )
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.runtime.files import read_json, write_json
+from longtake.machine.flavour import Flavour
 
 RTX = Flavour("tensorrt_rtx", "1.7.1.116", None, "test")
 SPEC = {"name": "dit", "inputs": [["latents", "fp32", [1, 2]]], "outputs": []}

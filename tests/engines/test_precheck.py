@@ -10,9 +10,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from longtake.engines import precheck
-from longtake.engines.recipe import recipe_named
-from longtake.runtime.errors import LongtakeError, UnavailableError
-from longtake.runtime.places import REPOSITORY
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.formats.recipe import recipe_named
+from longtake.paths import REPOSITORY
 
 NVFP4 = recipe_named("wan2.2-ti2v-5b_nvfp4_sm120")
 

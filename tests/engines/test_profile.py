@@ -11,8 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from longtake.engines import profile_cli
-from longtake.engines.profile import (
+from longtake.commands import profile as profile_cli
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.runtime.profile.profile import (
     LayerTimes,
     profile_from_file,
     reference_profile,
@@ -21,9 +22,8 @@ from longtake.engines.profile import (
     timing_feed,
     trtexec_profile,
 )
-from longtake.engines.spec import network_spec
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.training.presets import TINY
+from longtake.training.models.presets import TINY
+from longtake.training.models.wan.spec import network_spec
 
 
 def _times() -> LayerTimes:
@@ -129,7 +129,7 @@ def test_command_writes_json_and_says_it_is_a_cpu_reference(
     _model(tmp_path / "text_encoder.ort.onnx")
     monkeypatch.setattr(sources, "source_from_name", lambda name: source)
     monkeypatch.setattr(sources, "choose_backend", lambda *_: argparse.Namespace(backend="reference", reason="no GPU"))
-    monkeypatch.setattr("longtake.export.package.load_index", lambda folder: {})
+    monkeypatch.setattr("longtake.formats.exported.load_index", lambda folder: {})
     monkeypatch.setattr(profile_cli, "timing_feed", lambda spec: {"x": np.ones((8, 8), np.float32)})
     args = argparse.Namespace(engines=None, network=["text_encoder"], backend="auto", runs=2, top=5,
                               without_trtexec=False, out=tmp_path / "out")  # fmt: skip

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longtake.engines.recipe import RECIPES, recipe_for, recipe_from_file, recipe_named, recipe_names
-from longtake.plugins.capability import lookup
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.places import REPOSITORY
+from longtake.errors import LongtakeError
+from longtake.formats.recipe import RECIPES, recipe_for, recipe_from_file, recipe_named, recipe_names
+from longtake.machine.capability import lookup
+from longtake.paths import REPOSITORY
 
 REAL = "wan2.2-ti2v-5b"
 FLAVOUR_OF = {"9.0": "1.6.1.120"}

@@ -10,10 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from longtake.engines import segmented_graph
-from longtake.engines.segment import CutNetwork, constants_of, segments_from_onnx
-from longtake.engines.segmented_graph import run_steps
-from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.engines.segment import CutNetwork, segments_from_onnx
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.formats import segmented_graph
+from longtake.formats.onnx_file import constants_of
+from longtake.formats.segmented_graph import run_steps
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
 miniature = importlib.util.module_from_spec(_spec)

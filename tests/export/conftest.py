@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from longtake.engines.recipe import Recipe, recipe_named
 from longtake.export.content import weights_from_models
 from longtake.export.package import PlainGraphs, export_package
-from longtake.training.networks import Models, random_models
-from longtake.training.presets import TINY
+from longtake.formats.recipe import Recipe, recipe_named
+from longtake.training.models.load import Models, random_models
+from longtake.training.models.presets import TINY
 
 RECIPES = {"bf16": "tiny_bf16_sm89", "w4a16": "tiny_w4a16_sm89", "nvfp4": "tiny_nvfp4_sm120", "fp8": "tiny_fp8_sm90"}
 Package = tuple[Models, Recipe, Path]

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import Recipe
-from longtake.export import check_cli
-from longtake.export.check import ChunkRow, Row, check_chunks, check_networks, require_gates
-from longtake.export.check_layers import layer_tensors
-from longtake.export.check_report import kind_of, table, write_report
-from longtake.export.files import read_onnx
-from longtake.export.ssim import ssim
+from longtake.accuracy.layers import layer_tensors
+from longtake.accuracy.ssim import ssim
+from longtake.commands import check as check_cli
+from longtake.errors import GateError, LongtakeError
+from longtake.formats.onnx_file import read_onnx
+from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.torch_oracle import TorchBackend
-from longtake.runtime.errors import GateError, LongtakeError
+from longtake.runtime.check.networks import ChunkRow, Row, check_chunks, check_networks, require_gates
+from longtake.runtime.check.report import kind_of, table, write_report
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import Source
-from longtake.training.networks import Models
-from longtake.training.presets import PRESETS, SamplingConfig
+from longtake.training.models.load import Models
+from longtake.training.models.presets import PRESETS, SamplingConfig
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_chunks_are_sampled_as_the_exported_checkpoint_says(
     monkeypatch.setattr(check_cli, "check_chunks", noted)
     monkeypatch.setattr(check_cli, "_other_backend", lambda source, models, backend: TorchBackend(recipe, models))
     monkeypatch.setattr(check_cli, "check_networks", lambda *_, **__: iter([]))
-    monkeypatch.setattr("longtake.export.check_report.draw", lambda *_: None)
+    monkeypatch.setattr("longtake.runtime.check.report.draw", lambda *_: None)
     own, plain = tmp_path / "own.yaml", tmp_path / "plain.yaml"
     plain.write_text("shots:\n  - prompt: a green seven\n")
     own.write_text("steps: 1\nguidance: 2\nshots:\n  - prompt: a green seven\n")

@@ -10,21 +10,24 @@ from pathlib import Path
 import onnx
 import pytest
 
+from longtake.accuracy.compare import parity_table, require_parity
 from longtake.engines.build import PlanJob, _segment_job, engine_from_onnx
-from longtake.engines.flavour import flavour_for
-from longtake.engines.onnx_file import read_graph, weights_from_onnx
 from longtake.engines.segment import CutNetwork, segments_from_onnx
-from longtake.engines.spec import dit_spec
 from longtake.export.content import stored_tensors
 from longtake.export.files import write_onnx
 from longtake.export.functions import attach_functions
-from longtake.export.lower import linear_name, lower
+from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
-from longtake.export.package import load_index
-from longtake.export.parity import parity_table, require_parity
+from longtake.export.rewriter import linear_name
+from longtake.formats.exported import load_index
+from longtake.formats.onnx_file import read_graph, weights_from_onnx
+from longtake.machine.flavour import flavour_for
 from longtake.plugins.spec import DOMAIN
-from longtake.training.networks import network_module, quantized_linears, random_models
-from longtake.training.presets import TINY
+from longtake.training.models.load import random_models
+from longtake.training.models.presets import TINY
+from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.models.wan.networks import network_module
+from longtake.training.models.wan.spec import dit_spec
 
 
 def test_every_network_agrees_with_pytorch(package) -> None:  # type: ignore[no-untyped-def]

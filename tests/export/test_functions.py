@@ -11,6 +11,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 from torch import Tensor, nn
 
+from longtake.errors import LongtakeError
 from longtake.export.functions import (
     PLUGIN_ATTRIBUTES,
     attach_functions,
@@ -23,7 +24,6 @@ from longtake.plugins.cases import LINEAR_SIZES, op_inputs
 from longtake.plugins.kernels import size_of
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import BLOCK_OPS, CONV_OPS, DOMAIN, DUPLICATE_OPS, KERNEL_OPS, LIBRARY_OPS, OPS, UP_OPS
-from longtake.runtime.errors import LongtakeError
 
 MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
 S, L, H, D = 4, 24, 3, 32

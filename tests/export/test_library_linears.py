@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from longtake.accuracy.compare import parity_table, require_parity
 from longtake.engines.build import _segment_job, engine_from_onnx
-from longtake.engines.flavour import flavour_for
-from longtake.engines.onnx_file import read_graph
-from longtake.engines.recipe import Recipe, recipe_from_file
 from longtake.engines.segment import CutNetwork, segments_from_onnx
-from longtake.engines.spec import network_spec
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.export.content import weights_from_models
-from longtake.export.package import export_package, require_recipe
-from longtake.export.parity import parity_table, require_parity
+from longtake.export.package import export_package
 from longtake.export.structure import Expected, check_structure
-from longtake.runtime.backends.memory_plan import aliases_of, memory_layout, storage_bytes
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.runtime.places import REPOSITORY
+from longtake.formats.exported import require_recipe
+from longtake.formats.onnx_file import read_graph
+from longtake.formats.recipe import Recipe, recipe_from_file
+from longtake.machine.flavour import flavour_for
+from longtake.paths import REPOSITORY
+from longtake.runtime.backends.segments.arena import aliases_of, memory_layout, storage_bytes
+from longtake.training.models.wan.spec import network_spec
 
 PRECISIONS = ("fp8", "bf16")
 Package = tuple[Recipe, Path]

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from longtake.engines.spec import Binding, NetworkSpec
+from longtake.errors import LongtakeError
 from longtake.export.content import stored_tensors
 from longtake.export.files import fill
 from longtake.export.functions import attach_functions
@@ -17,7 +17,7 @@ from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.ort_view import activation_function, ort_view
 from longtake.plugins.nvfp4.reference import fake_quantize, quantize
-from longtake.runtime.errors import LongtakeError
+from longtake.training.models.network_spec import Binding, NetworkSpec
 
 AMAX = {"linear": {"input": 3.0, "weight": 0.11}}
 SPEC = NetworkSpec("one", (Binding("x", "fp32", (32, 64)),), (Binding("y", "fp32", (32, 96)),))

@@ -12,12 +12,12 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from longtake.engines.build import PlanJob, engine_from_onnx
-from longtake.engines.flavour import flavour_for
 from longtake.engines.segment import DTYPES
+from longtake.errors import LongtakeError
 from longtake.export.lower import lower, packed_weight
-from longtake.export.lower_fp8 import quantized_rows
 from longtake.export.ort_view import ort_view
-from longtake.runtime.errors import LongtakeError
+from longtake.machine.flavour import flavour_for
+from longtake.plugins.fp8 import quantized_rows
 
 AMAX = {f"blocks.{i}.ffn.0": {"input": 3.0 + i} for i in range(3)}
 TOKENS, SIZE = 32, 64

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from longtake.export import ort_session
-from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.accuracy import ort_session
+from longtake.errors import IntegrityError, LongtakeError
 
 
 @pytest.fixture

@@ -11,18 +11,21 @@ import onnxruntime
 import pytest
 import torch
 
-from longtake.engines.spec import NETWORKS, network_spec
-from longtake.export import cli
+from longtake.accuracy.cases import dit_feeds, empty_caches
+from longtake.accuracy.compare import Row, parity_table, require_parity
+from longtake.commands import export as cli
+from longtake.commands import main as command
+from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.export import package as package_module
-from longtake.export.cases import dit_feeds, empty_caches
 from longtake.export.content import stored_tensors, weights_from_models
-from longtake.export.files import read_onnx, write_onnx
+from longtake.export.files import write_onnx
 from longtake.export.onnx_from_model import onnx_from_model
-from longtake.export.package import PlainGraphs, export_package, load_index, view_path
-from longtake.export.parity import Row, parity_table, require_parity
-from longtake.runtime import cli as command
-from longtake.runtime.errors import GateError, IntegrityError, LongtakeError
-from longtake.training.networks import Models, network_module
+from longtake.export.package import PlainGraphs, export_package, view_path
+from longtake.formats.exported import load_index
+from longtake.formats.onnx_file import read_onnx
+from longtake.training.models.load import Models
+from longtake.training.models.wan.networks import network_module
+from longtake.training.models.wan.spec import NETWORKS, network_spec
 
 
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "nvfp4"])

@@ -12,19 +12,20 @@ import onnx
 import pytest
 import torch
 
-from longtake.engines.describe_onnx import tensor_bytes
-from longtake.engines.onnx_file import read_graph
-from longtake.engines.recipe import recipe_named
+from longtake.accuracy.compare import parity_table
 from longtake.engines.segment import segments_from_onnx
-from longtake.engines.spec import networks_of
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.export import package as package_module
 from longtake.export.content import stored_tensors, weights_from_folder, weights_from_models
 from longtake.export.files import INLINE_BYTES, data_path, write_onnx
-from longtake.export.package import PlainGraphs, export_package, load_index, require_recipe
-from longtake.export.parity import parity_table
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training.networks import Models, load_models
-from longtake.training.presets import PRESETS, TINY, WAN22_TI2V_5B
+from longtake.export.package import PlainGraphs, export_package
+from longtake.formats.describe_onnx import tensor_bytes
+from longtake.formats.exported import load_index, require_recipe
+from longtake.formats.onnx_file import read_graph
+from longtake.formats.recipe import recipe_named
+from longtake.training.models.load import Models, load_models
+from longtake.training.models.presets import PRESETS, TINY, WAN22_TI2V_5B
+from longtake.training.models.wan.spec import networks_of
 from longtake.training.random_weights import write_random_checkpoints
 
 
@@ -115,8 +116,8 @@ FULL_WIDTH = """
 import json, resource, sys, time
 from dataclasses import replace
 from pathlib import Path
-from longtake.engines.onnx_file import read_graph
-from longtake.engines.recipe import recipe_named
+from longtake.formats.onnx_file import read_graph
+from longtake.formats.recipe import recipe_named
 from longtake.engines.segment import segments_from_onnx
 from longtake.export import package
 start = time.monotonic()

@@ -9,11 +9,12 @@ import onnx
 import pytest
 from onnx import helper
 
-from longtake.engines.spec import network_spec
-from longtake.export.files import data_path, read_onnx, write_onnx
-from longtake.export.package import load_index
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.export.files import data_path, write_onnx
 from longtake.export.structure import Expected, check_structure
-from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.formats.exported import load_index
+from longtake.formats.onnx_file import read_onnx
+from longtake.training.models.wan.spec import network_spec
 
 Tamper = Callable[[onnx.ModelProto], object]
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import recipe_named
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.export.content import stored_tensors, weights_from_folder, weights_from_models
 from longtake.export.lower import lower, packed_weight
 from longtake.export.package import PlainGraphs
+from longtake.formats.recipe import recipe_named
 from longtake.plugins.nvfp4.reference import RULE_LIMITS, Packed, dequantize, fake_quantize, quantize
 from longtake.plugins.nvfp4.weight_format import WeightFormat, WeightFormats, formats_from_meta
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training.checkpoint import save_checkpoint
-from longtake.training.networks import Models, apply_precision, load_models, quantized_linears
+from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.load import Models, load_models
+from longtake.training.models.quantize import apply_precision
+from longtake.training.models.wan.linears import quantized_linears
 
 RECIPES = {"w4a16": "tiny_w4a16_sm89", "nvfp4": "tiny_nvfp4_sm120"}
 NAME = "blocks.1.ffn.0"

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from longtake.engines.flavour import flavour_for
+from longtake.machine.flavour import flavour_for
 from longtake.plugins.adapter import register_plugins
 from longtake.plugins.cases import sizes_for
 from longtake.plugins.kernels import kernels_of, size_of

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.flavour import flavour_for
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.machine.flavour import flavour_for
 from longtake.plugins.adapter import DIGEST_FIELD, plugin_from_op, register_plugins
 from longtake.plugins.cases import SIZES, op_inputs, sizes_for
 from longtake.plugins.kernels import dims_from_shapes, shape_of
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import KERNEL_OPS
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plugin_builds import BUILDS, model_of, parse  # noqa: E402

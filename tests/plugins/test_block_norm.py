@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longtake.plugins import pointwise
 from longtake.plugins.cases import BLOCK_SIZES, op_inputs
 from longtake.plugins.launch import run_kernel
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import BLOCK_OPS, OPS
-from longtake.training import pointwise
 
 ops = pytest.mark.parametrize("op", BLOCK_OPS)
 dtypes = pytest.mark.parametrize("dtype", ("bf16", "fp32"))
@@ -70,7 +70,7 @@ def table(e: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
 
 @dtypes
 def test_the_references_are_what_the_dit_computes(dtype: str) -> None:
-    """Line by line what training/dit.py's Block does between its linears."""
+    """Line by line what training/models/wan/dit.py's Block does between its linears."""
     dims = BLOCK_SIZES[1]
     x, y, e, modulation, following = op_inputs("gated_norm_modulate", dims, dtype)
     m, after = table(e, modulation), table(e, following)

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from longtake.engines.recipe import recipe_named
-from longtake.plugins.capability import (
-    TABLE,
-    Machine,
-    Row,
-    backend_for,
-    lookup,
-    verdict_for,
-    version_key,
-)
-from longtake.runtime.errors import LongtakeError, UnavailableError
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.formats.recipe import recipe_named
+from longtake.machine.capability import TABLE, Machine, Row, backend_for, lookup, verdict_for, version_key
 
 H100 = Machine("9.0", "tensorrt_rtx", "1.6.1.120")
 RTX_5090 = Machine("12.0", "tensorrt_rtx", "1.7.1.116")

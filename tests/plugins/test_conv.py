@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from longtake.plugins.bench import relative_error
-from longtake.plugins.capability import conv_methods
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.machine.capability import conv_methods
+from longtake.plugins.bench.conv import CASES, main
+from longtake.plugins.bench.harness import relative_error
 from longtake.plugins.cases import CONV_SIZES, op_inputs
 from longtake.plugins.conv import plans
 from longtake.plugins.conv.cudnn_conv import channels_last_strides, geometry
 from longtake.plugins.conv.library import LAUNCHERS, conv_launcher, library_weight, views
-from longtake.plugins.conv_bench import CASES, main
 from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import CONV_OPS
-from longtake.runtime.errors import LongtakeError, UnavailableError
 
 TOLERANCE = 4e-3  # bf16's rounding is 0.002; with a residual torch's way rounds three times
 ops = pytest.mark.parametrize("op", CONV_OPS)

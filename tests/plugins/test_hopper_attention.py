@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.plugins.cases import op_inputs
 from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.nvrtc import compile_cubin
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention, attend_kernels, tile_kernels
 from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.plugins.spec import CACHE_FORMATS, OPS
-from longtake.runtime.errors import LongtakeError
 
 CASES = (  # a tile and no more; tiles over two blocks of the cache, the last one cut; queries in two thread blocks
     ({"S": 2, "L": 128, "H": 2, "D": 128}, (1,)),

@@ -5,21 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longtake.plugins.attention_bench import Attention, launcher_for, main
-from longtake.plugins.bench import relative_error
-from longtake.plugins.capability import attention_methods
+from longtake.errors import UnavailableError
+from longtake.machine.capability import attention_methods
+from longtake.plugins.bench.attention import Attention, launcher_for, main
+from longtake.plugins.bench.harness import relative_error
 from longtake.plugins.device_memory import tensor_at
 from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention
-from longtake.plugins.sink_attention.library import (
-    CudnnSinkAttention,
-    TorchSinkAttention,
-    attention_launcher,
-)
+from longtake.plugins.sink_attention.library import CudnnSinkAttention, TorchSinkAttention, attention_launcher
 from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.plugins.sink_attention.window import WindowedAttention, addresses
 from longtake.plugins.spec import CACHE_FORMATS
-from longtake.runtime.errors import UnavailableError
 
 gpu = pytest.mark.gpu
 # E4M3 keeps 4 bits of q, k, v and of the probabilities; the reference rounds nothing.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longtake.plugins.bench import relative_error
-from longtake.plugins.capability import linear_method
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.machine.capability import linear_method
+from longtake.plugins.bench.harness import relative_error
+from longtake.plugins.bench.linear import main, tensors_for
 from longtake.plugins.cases import LINEAR_SIZES, op_inputs
 from longtake.plugins.linear.library import CublasLtLinear, linear_launcher
-from longtake.plugins.linear_bench import main, tensors_for
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import LINEAR_OPS
-from longtake.runtime.errors import LongtakeError, UnavailableError
 
 gpu = pytest.mark.gpu
 LARGE = {"T": 7040, "N": 3072, "K": 14336}

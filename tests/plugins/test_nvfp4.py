@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.plugins.nvfp4.formats import decode_e4m3, encode_e2m1, encode_e4m3, round_e2m1
 from longtake.plugins.nvfp4.layout import bytes_from_int8, int8_from_bytes, pack_nibbles
 from longtake.plugins.nvfp4.reference import (
@@ -20,7 +21,6 @@ from longtake.plugins.nvfp4.reference import (
     swizzle_scales,
     unswizzle_scales,
 )
-from longtake.runtime.errors import LongtakeError
 
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 E4M3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)

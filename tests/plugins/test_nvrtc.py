@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from longtake.errors import LongtakeError
 from longtake.plugins.cases import SIZES, WEIGHT_SIZES, op_inputs, sizes_for
 from longtake.plugins.kernels import COMPUTE_DTYPES, dims_from_shapes, kernels_of
 from longtake.plugins.launch import Launcher, run_kernel
 from longtake.plugins.nvrtc import ARCHITECTURES, arch_for, compile_cubin
 from longtake.plugins.spec import KERNEL_OPS, OPS
-from longtake.runtime.errors import LongtakeError
 
 SOURCE = 'extern "C" __global__ void fill(float* x) { x[threadIdx.x] = VALUE; }\n'
 

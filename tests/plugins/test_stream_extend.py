@@ -13,7 +13,7 @@ from longtake.plugins.cases import STREAM_SIZES, op_inputs
 from longtake.plugins.launch import run_kernel
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import STREAM_OPS
-from longtake.training.vae_layers import RMSNorm, Stream, channels_first, channels_last
+from longtake.training.models.wan.vae_layers import RMSNorm, Stream, channels_first, channels_last
 
 sizes = pytest.mark.parametrize("dims", STREAM_SIZES, ids=lambda d: "T{T}Y{Y}X{X}C{C}F{F}".format(**d))
 ops = pytest.mark.parametrize("op", STREAM_OPS)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from longtake.errors import LongtakeError
 from longtake.plugins.cases import DUPLICATE_SIZES, UP_SIZES, op_inputs
 from longtake.plugins.kernels import kernels_of
 from longtake.plugins.launch import compile_kernels, run_kernel
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import DUPLICATE_OPS, UP_OPS
-from longtake.runtime.errors import LongtakeError
-from longtake.training.vae_layers import channels_first, channels_last, duplicate_up
+from longtake.training.models.wan.vae_layers import channels_first, channels_last, duplicate_up
 
 CASES = [(op, d) for op in UP_OPS for d in UP_SIZES] + [(op, d) for op in DUPLICATE_OPS for d in DUPLICATE_SIZES]
 cases = pytest.mark.parametrize("op, dims", CASES, ids=lambda x: x if isinstance(x, str) else "x".join(map(str, x.values())))  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.plugins.capability import attention_methods
+from longtake.machine.capability import attention_methods
 from longtake.plugins.cases import SIZES, op_inputs
 from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.nvrtc import ARCHITECTURES, compile_cubin
@@ -16,7 +16,7 @@ from longtake.plugins.sink_attention import hopper, window
 from longtake.plugins.sink_attention.reference import dequantize_kv
 from longtake.plugins.sink_attention.window import WindowedAttention, addresses, window_kernels
 from longtake.plugins.spec import CACHE_FORMATS, OPS
-from longtake.training.presets import WAN22_TI2V_5B as WAN  # the sizes that a workspace is promised for
+from longtake.training.models.presets import WAN22_TI2V_5B as WAN  # the sizes that a workspace is promised for
 
 LARGE = {"S": 2, "L": 40, "H": 4, "D": 128}  # several thread blocks, the last one not full
 TABLES = ((-1,), (3, 0), (2, -1, 1), (0, 1, 2, 3))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import recipe_named
+from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.base import Cache
 from longtake.runtime.generator import Generator
-from longtake.training.presets import TINY
+from longtake.training.models.presets import TINY
 
 
 class ToyDecoder:

@@ -22,11 +22,11 @@ import av
 import pytest
 import yaml
 
-from longtake.engines.manifest import PlanManifest, write_manifest
-from longtake.engines.recipe import recipe_named
-from longtake.engines.spec import NETWORKS
-from longtake.runtime import files
-from longtake.runtime.cli import main
+from longtake import files
+from longtake.commands.main import main
+from longtake.formats.plan import PlanManifest, write_manifest
+from longtake.formats.recipe import recipe_named
+from longtake.training.models.wan.spec import NETWORKS
 
 RECIPE = recipe_named("tiny_bf16_sm90")
 CHECKPOINTS = Path(__file__).parents[2] / RECIPE.model.checkpoints
@@ -353,19 +353,19 @@ def test_what_the_system_refuses(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("longtake.engines.inspect_cli.describe", fail)
+    monkeypatch.setattr("longtake.commands.inspect.describe", fail)
     assert says in refused(2, "inspect", "v.mp4", parts=("got:", "fix:"))
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longtake.engines.inspect_cli.describe", lambda path: [][0])
+    monkeypatch.setattr("longtake.commands.inspect.describe", lambda path: [][0])
     with pytest.raises(IndexError):
         main(["inspect", "v.mp4"])
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------
 
-START = [sys.executable, "-m", "longtake.runtime.cli"]
+START = [sys.executable, "-m", "longtake"]
 TRAIN = ["--stage", "dit", "--stories", "2", "--batch", "1", "--chunks", "1", "--device", "cpu", "--out", "train/run"]
 COMMANDS: dict[str, tuple[list[str], bytes]] = {  # words, and the output at which Ctrl-C comes
     "generate": (["generate", "--prompt", "a green seven", "--chunks", "99", "--steps", "1", "--guidance", "1", "--out",

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from longtake.runtime.cli import main
+from longtake.commands.main import main
 from longtake.runtime.generator import Generator
-from longtake.runtime.video import write_video
+from longtake.video import write_video
 
 PARTS = ("got:", "expected:", "fix:")
 Refused = Callable[..., str]
@@ -165,7 +165,7 @@ def test_a_backend_without_an_encoder_says_so(refused: Refused, tmp_path: Path, 
     png(tmp_path / "p.png")
 
     def missing() -> None:
-        from longtake.runtime.errors import LongtakeError
+        from longtake.errors import LongtakeError
 
         raise LongtakeError("no VAE encoder", got="old engines", expected="vae_encoder_first", fix="build them again")
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longtake.engines.recipe import recipe_named
-from longtake.engines.spec import cache_bindings
+from longtake.commands.main import main
+from longtake.formats.recipe import recipe_named
+from longtake.paths import EXPORTS
+from longtake.plugins.cross_attention.reference import dense_cross_attention
 from longtake.plugins.nvfp4.reference import Packed, dequantize
 from longtake.runtime.bench import random_weights as weights
 from longtake.runtime.bench.measure import measure
@@ -25,12 +27,11 @@ from longtake.runtime.bench.torch_backend import PlainTorchBackend
 from longtake.runtime.bench.torch_dit import PlainDiT
 from longtake.runtime.bench.torch_side import random_dit, random_vae
 from longtake.runtime.bench.torch_vae import PlainDecoder
-from longtake.runtime.cli import main
-from longtake.runtime.places import EXPORTS
-from longtake.training.dit import CausalDiT, dense_cross_attention
-from longtake.training.presets import TINY, WAN22_TI2V_5B, DiTConfig, Preset
-from longtake.training.rope import rope_tables, timestep_sinusoid
-from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B, DiTConfig, Preset
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.spec import cache_bindings
+from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, DecoderSteady
 
 CPU = torch.device("cpu")
 SMALL = replace(
@@ -46,7 +47,7 @@ OPTIONS = BenchOptions("tiny_bf16_sm90", steps=2, chunks=2, warmup=0)
 
 def small_options(monkeypatch: pytest.MonkeyPatch, preset: Preset = SMALL) -> BenchOptions:
     """Options whose preset is `preset`, for as long as the test runs."""
-    monkeypatch.setitem(__import__("longtake.training.presets", fromlist=["PRESETS"]).PRESETS, "tiny", preset)
+    monkeypatch.setitem(__import__("longtake.training.models.presets", fromlist=["PRESETS"]).PRESETS, "tiny", preset)
     return OPTIONS
 
 
@@ -77,8 +78,8 @@ def test_quantized_parts_are_what_the_exporter_stores(monkeypatch: pytest.Monkey
 
 
 def test_8_bit_parts_are_what_the_exporter_stores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longtake.export.lower import PLACEHOLDER_AMAX
     from longtake.export.lower_fp8 import packed_fp8_weight
+    from longtake.plugins.nvfp4.reference import PLACEHOLDER_AMAX
 
     monkeypatch.setattr(weights, "CHUNK", 256)  # several pieces
     weight = weights.random_weight("blocks.0.ffn.0.weight", (48, 64), CPU)
@@ -90,8 +91,7 @@ def test_8_bit_parts_are_what_the_exporter_stores(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("recipe", ["tiny_bf16_sm90", "tiny_w4a16_sm90"])
 def test_an_exported_file_is_fed_by_name_and_like_pytorch(recipe: str) -> None:
     """Every constant that segments take as input, in the dtype and shape stored; plain ones equal PyTorch's."""
-    from longtake.engines.onnx_file import TORCH_DTYPES, read_graph
-    from longtake.engines.segment import constants_of
+    from longtake.formats.onnx_file import TORCH_DTYPES, constants_of, read_graph
 
     path = EXPORTS / recipe_named(recipe).onnx_name / "dit.onnx"
     if not path.is_file():

@@ -10,24 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from longtake.engines.bundle import write_bundle
-from longtake.engines.flavour import Flavour
-from longtake.engines.manifest import PlanManifest, write_manifest
-from longtake.engines.recipe import recipe_named
-from longtake.engines.segmented_graph import Segment, SegmentedGraph, Step, TensorType, save
-from longtake.engines.spec import NETWORKS, network_spec
-from longtake.runtime import budget_check, sources
+from longtake.commands.main import main
+from longtake.errors import LongtakeError
+from longtake.files import sha256, write_json
+from longtake.formats.bundle import write_bundle
+from longtake.formats.plan import PlanManifest, write_manifest
+from longtake.formats.recipe import recipe_named
+from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType, save
+from longtake.machine.flavour import Flavour
+from longtake.runtime import sources
 from longtake.runtime.backends.host import HostBackend
-from longtake.runtime.budget import CUDA_CONTEXT_BYTES, Budget, Term, budget_table, require_fits
-from longtake.runtime.budget_measured import measured_terms, memory_rows, record_arenas
-from longtake.runtime.budget_terms import Use, budget_of, weight_bytes
-from longtake.runtime.cli import main
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import sha256, write_json
+from longtake.runtime.budget import check as budget_check
+from longtake.runtime.budget.measured import measured_terms, memory_rows, record_arenas
+from longtake.runtime.budget.terms import Use, budget_of, weight_bytes
+from longtake.runtime.budget.terms_table import CUDA_CONTEXT_BYTES, Budget, Term, budget_table, require_fits
 from longtake.runtime.report import conditions_of_run
 from longtake.runtime.sources import Promise, Source, backend_from_source
-from longtake.training.networks import random_models
-from longtake.training.presets import TINY, WAN22_TI2V_5B
+from longtake.training.models.load import random_models
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B
+from longtake.training.models.wan.spec import NETWORKS, network_spec
 
 RECIPE = recipe_named("tiny_bf16_sm90")
 LARGE = recipe_named("wan2.2-ti2v-5b_fp8_sm90")
@@ -137,7 +138,7 @@ def test_built_segments_make_weights_and_arena_exact(engines: Path) -> None:
 
 
 class Part:
-    """The memory of a cut network, as runtime/backends/segmented_network.py keeps it."""
+    """The memory of a cut network, as runtime/backends/segments/network.py keeps it."""
 
     def __init__(self, name: str, arena: int) -> None:
         self.graph = graph(name)

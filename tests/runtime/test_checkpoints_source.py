@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import write_json
+from longtake.errors import LongtakeError
+from longtake.files import write_json
 from longtake.runtime.sources import require_checkpoints, source_from_name
-from longtake.training.checkpoint import read_side_file
+from longtake.training.models.checkpoint import read_side_file
 
 
 def test_an_export_knows_its_checkpoints(tmp_path: Path) -> None:

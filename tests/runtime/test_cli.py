@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from longtake.runtime import cli
+from longtake.commands import main as cli
 
 
 class InterruptedWhenDropped:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import decode_device_of
 from longtake.runtime.decode import DecodeQueue
-from longtake.runtime.errors import LongtakeError
 from longtake.runtime.frames import SPARE_BUFFERS, HostRing, Staging, staging_bytes
-from longtake.training.presets import TINY
+from longtake.training.models.presets import TINY
 
 CPU = torch.device("cpu")
 SHAPE = (32, 128, 128, 3)

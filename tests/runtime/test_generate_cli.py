@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from longtake.runtime.cli import main
+from longtake.commands.main import main
 from longtake.runtime.generator import Generator
 from longtake.runtime.snapshot import snapshot_from_file
 
@@ -208,7 +208,7 @@ def test_help_teaches(capsys: Any) -> None:
 
 
 def test_the_contact_sheet_of_a_long_video_stays_small() -> None:
-    from longtake.runtime.contact_sheet import MOST_STILLS, ContactSheet
+    from longtake.commands.contact_sheet import MOST_STILLS, ContactSheet
 
     sheet = ContactSheet()
     for index in range(1000):

@@ -11,19 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.segmented_graph import SegmentedGraph, Step, run_steps
+from longtake.formats.segmented_graph import SegmentedGraph, Step, run_steps
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import OPS
-from longtake.runtime.backends import first_step, less_memory
-from longtake.runtime.backends.first_step import FirstStep, first_steps
-from longtake.runtime.backends.less_memory import PlannedSteps, planned_steps
-from longtake.runtime.backends.memory_plan import storage_bytes
-from longtake.runtime.backends.segmented_network import SegmentedNetwork
-from longtake.runtime.backends.trt_engine import Scratch
-from longtake.runtime.recorded_steps import library_decoder_steps
-from longtake.training.presets import TINY, WAN22_TI2V_5B, Preset
-from longtake.training.vae import CausalVAE, DecoderFirst, shuffle
-from longtake.training.vae_layers import channels_first, channels_last
+from longtake.runtime.backends.segments import planner as less_memory
+from longtake.runtime.backends.segments import vae_first as first_step
+from longtake.runtime.backends.segments.arena import storage_bytes
+from longtake.runtime.backends.segments.network import SegmentedNetwork
+from longtake.runtime.backends.segments.planner import PlannedSteps, planned_steps
+from longtake.runtime.backends.segments.vae_first import FirstStep, first_steps
+from longtake.runtime.backends.trt.engine import Scratch
+from longtake.runtime.budget.recorded_steps import library_decoder_steps
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B, Preset
+from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, shuffle
+from longtake.training.models.wan.vae_layers import channels_first, channels_last
 
 CPU, POISON = torch.device("cpu"), 0xFF  # NaN, in bf16 and in fp32
 

@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import RECIPES, recipe_named
+from longtake.formats.recipe import RECIPES, recipe_named
 from longtake.runtime.backends.base import Cache, Encoder
-from longtake.runtime.conditions import noise_for_chunk
 from longtake.runtime.generator import Generator
 from longtake.runtime.session import Session
-from longtake.training.networks import DiTStep, random_models
-from longtake.training.presets import TINY
-from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.load import random_models
+from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.presets import TINY
+from longtake.training.models.wan.networks import DiTStep
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
 RECIPE = "tiny_w4a16_sm90"
 BUILT = RECIPES.parent / "build" / RECIPE / "bundle.json"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from longtake.runtime.cli import build_parser
+from longtake.commands.main import build_parser
 from longtake.runtime.generator import Generator
 
 ROOT = Path(__file__).resolve().parents[2]

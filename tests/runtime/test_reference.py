@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from longtake.engines.recipe import Recipe, recipe_named
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.export.content import weights_from_models
 from longtake.export.package import PlainGraphs, export_package
+from longtake.formats.recipe import Recipe, recipe_named
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.backends.reference import ReferenceBackend
 from longtake.runtime.backends.torch_oracle import TorchBackend
-from longtake.runtime.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.runtime.generator import Generator
 from longtake.runtime.session import Session
 from longtake.runtime.sources import Source, backend_from_source, choose_backend, source_from_name
 from longtake.runtime.story import Segment
-from longtake.training.networks import Models, random_models
-from longtake.training.presets import TINY
-from longtake.training.text_encoder import tokenize
+from longtake.training.models.load import Models, random_models
+from longtake.training.models.presets import TINY
+from longtake.training.models.text.words import tokenize
 
 pytestmark = pytest.mark.slow  # one export, PyTorch to ONNX, for the whole file
 

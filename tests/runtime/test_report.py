@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from longtake import provenance
+from longtake.commands.meter import Meter
 from longtake.runtime import report
-from longtake.runtime.meter import Meter
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
 
 REQUIRED = {
@@ -56,13 +57,15 @@ def test_the_table_names_the_conditions(toy: Any) -> None:
 
 
 def test_commit_is_that_of_the_checkout() -> None:
-    done = subprocess.run(["git", "-C", str(report.REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(provenance.REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
     head = done.stdout.strip() if done.returncode == 0 else ""
     assert (report.commit() or "").removesuffix("-dirty") == head
 
 
 def test_no_commit_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     assert report.commit() is None
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.sampler import UniPC, flow_sigmas, model_timesteps, sample_chunk, unipc_steps
+from longtake.errors import LongtakeError
+from longtake.training.models.sampler import UniPC, flow_sigmas, model_timesteps, sample_chunk, unipc_steps
 
 
 def toy_velocity(x: torch.Tensor, timestep: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longtake.runtime.decode import DecodeQueue
-from longtake.training.presets import TINY
+from longtake.training.models.presets import TINY
 
 ONE, TWO = torch.device("cuda", 0), torch.device("cuda", 1)
 

@@ -14,12 +14,13 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from longtake.engines.segment import constants_of, segments_from_onnx
-from longtake.engines.segmented_graph import SegmentedGraph, Step
-from longtake.runtime.backends.memory_plan import Piece, aliases_of, memory_layout, placed, storage_bytes
-from longtake.runtime.backends.segmented_network import SegmentedNetwork
-from longtake.runtime.backends.trt_engine import Scratch
-from longtake.runtime.errors import LongtakeError
+from longtake.engines.segment import segments_from_onnx
+from longtake.errors import LongtakeError
+from longtake.formats.onnx_file import constants_of
+from longtake.formats.segmented_graph import SegmentedGraph, Step
+from longtake.runtime.backends.segments.arena import Piece, aliases_of, memory_layout, placed, storage_bytes
+from longtake.runtime.backends.segments.network import SegmentedNetwork
+from longtake.runtime.backends.trt.engine import Scratch
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).parents[1] / "engines" / "miniature.py")
 miniature = importlib.util.module_from_spec(_spec)
@@ -198,8 +199,8 @@ REPOSITORY = Path(__file__).parents[2]
 def pair(request: pytest.FixtureRequest) -> Any:
     """(segmented backend, oracle) of one recipe, from engines/build; PyTorch where ONNX Runtime is missing."""
     from longtake.runtime.backends.reference import ReferenceBackend
-    from longtake.runtime.backends.segmented import open_backend
     from longtake.runtime.backends.torch_oracle import TorchBackend
+    from longtake.runtime.backends.trt.segmented import open_backend
 
     folder = REPOSITORY / "engines" / "build" / request.param
     if not (folder / "bundle.json").is_file():
@@ -219,7 +220,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 def conditions(backend: Any, seed: int) -> list[Tensor]:
     """latents, sinusoid, rope tables for one chunk, on the CPU."""
-    from longtake.training.rope import rope_tables, timestep_sinusoid
+    from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
     preset = backend.preset
     generator = torch.Generator().manual_seed(seed)
@@ -340,7 +341,7 @@ def test_steady_loop_allocates_nothing_and_keeps_one_set_of_vae_caches(pair: Any
 def test_decoder_on_a_second_gpu(pair: Any) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from longtake.runtime.backends.segmented import open_backend
+    from longtake.runtime.backends.trt.segmented import open_backend
 
     one, _ = pair
     two = open_backend(one.bundle.folder, reason="test", decode_device=torch.device("cuda:1"))
@@ -375,7 +376,7 @@ def test_a_second_start_finds_its_compiled_kernels(pair: Any) -> None:
 @pytest.mark.gpu
 def test_every_step_is_profiled(pair: Any) -> None:
     """A cut network by CUDA events, a whole one through TensorRT's profiler, both in trtexec's format."""
-    from longtake.engines.profile_gpu import backend_profile
+    from longtake.runtime.profile.gpu import backend_profile
 
     segmented, _ = pair
     steps = segmented.networks["dit"].graph.steps

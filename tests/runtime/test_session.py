@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from longtake.runtime.conditions import frame_positions, noise_for_chunk
-from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.runtime.session import CancelledError, Chunk, Session
-from longtake.runtime.slots import visible_blocks
 from longtake.runtime.story import Segment
-from longtake.training.presets import TINY
-from longtake.training.window import shot_offsets
+from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.presets import TINY
+from longtake.training.models.wan.positions import frame_positions
+from longtake.training.models.wan.slots import visible_blocks
+from longtake.training.models.wan.window import shot_offsets
 
 STORY = (
     Segment("a red one", 2),

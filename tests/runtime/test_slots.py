@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from longtake.runtime.slots import CURRENT, SlotTable, slots_from_json, visible_blocks
-from longtake.training.window import window_history
+from longtake.training.models.wan.slots import CURRENT, SlotTable, slots_from_json, visible_blocks
+from longtake.training.models.wan.window import window_history
 
 TOKENS = 3  # tokens of a block: the rules are in tokens, any size shows them
 BLOCKS = 12

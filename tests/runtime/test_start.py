@@ -15,20 +15,20 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.engines.recipe import recipe_named
+from longtake.errors import LongtakeError
+from longtake.formats.recipe import recipe_named
+from longtake.image import image_from_file, image_from_pixels
 from longtake.runtime.backends.base import encode_video
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.clip import latents_from_clip
-from longtake.runtime.errors import LongtakeError
 from longtake.runtime.generator import Generator
-from longtake.runtime.image import image_from_file, image_from_pixels
 from longtake.runtime.start import one_a_chunk
 from longtake.runtime.story import Segment, story_from_file
-from longtake.runtime.video import write_video
-from longtake.training.networks import Models, load_models, random_models
-from longtake.training.presets import TINY
-from longtake.training.rope import timestep_sinusoid
-from longtake.training.text_encoder import tokenize
+from longtake.training.models.load import Models, load_models, random_models
+from longtake.training.models.presets import TINY
+from longtake.training.models.text.words import tokenize
+from longtake.training.models.wan.rope import timestep_sinusoid
+from longtake.video import write_video
 
 Make = Callable[[Any], Generator]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 from longtake.runtime.session import prompt_text
 from longtake.runtime.story import (
     MAX_PROMPT,
@@ -23,8 +23,8 @@ from longtake.runtime.story import (
     story_from_script,
 )
 from longtake.training.data.base import chunk_frames
-from longtake.training.data.digits import caption_words
-from longtake.training.presets import TINY
+from longtake.training.models.presets import TINY
+from longtake.training.models.text.grammar import caption_words
 
 STORIES = Path(__file__).parents[2] / "docs" / "stories"
 GOOD = """

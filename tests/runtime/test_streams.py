@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from longtake.runtime import streams
-from longtake.runtime.streams import lend_stream
+from longtake import cuda_streams as streams
+from longtake.cuda_streams import lend_stream
 
 
 class Owner:

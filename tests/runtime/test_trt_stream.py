@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.spec import Binding, NetworkSpec
-from longtake.runtime.backends.trt_stream import TrtDecoder, TrtStream, caches_kept_twice
+from longtake.runtime.backends.trt.vae_stream import TrtDecoder, TrtStream, caches_kept_twice
+from longtake.training.models.network_spec import Binding, NetworkSpec
 
 CACHE = Binding("cache", "fp32", (1, 2, 5))
 OUT = Binding("cache_out", "fp32", (1, 2, 5))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.working_memory import main
+from longtake.errors import LongtakeError
+from longtake.runtime.budget.working_memory import main
 
 RECIPE = ["--recipe", "wan2.2-ti2v-5b_w4a16_sm90"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tree  # noqa: I001  (beside this file)
+import tree
 
-MOST_LINES = 36_790
+MOST_LINES = 36_950
 MOST_FILES_OVER_350_LINES = 4
 MOST_FUNCTIONS_OVER_60_LINES = 1
 MOST_HAND_LAID_LINES = 296
@@ -21,7 +21,9 @@ def test_files_are_short() -> None:
 
 
 def test_functions_are_short() -> None:
-    long = [(path.name, name, size) for path in tree.library_files() for name, size in tree.functions(path) if size > 60]
+    long = [
+        (path.name, name, size) for path in tree.library_files() for name, size in tree.functions(path) if size > 60
+    ]
     assert len(long) <= MOST_FUNCTIONS_OVER_60_LINES, long
 
 

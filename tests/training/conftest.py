@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longtake.training.checkpoint import save_checkpoint
-from longtake.training.presets import TINY, DiTConfig, Preset, TextEncoderConfig
-from longtake.training.vae import CausalVAE
+from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.presets import TINY, DiTConfig, Preset, TextEncoderConfig
+from longtake.training.models.wan.vae import CausalVAE
 
 SMALL = replace(
     TINY,

@@ -10,19 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
-from longtake.training.accumulate import own_gradients, parts_of
-from longtake.training.error_recycling import RecyclingConfig
-from longtake.training.latent_cache import LatentCache, cache_from_dataset
+from longtake.errors import LongtakeError
+from longtake.files import read_json
+from longtake.training.data.latent_cache import LatentCache, cache_from_dataset
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.window import full_history
+from longtake.training.objective.accumulate import own_gradients, parts_of
+from longtake.training.objective.error_recycling import RecyclingConfig
+from longtake.training.objective.teacher_forcing import Clips, Noise, flow_loss
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.presets import Preset
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
 from longtake.training.stages.vae import VAEStage
-from longtake.training.teacher_forcing import Clips, Noise, flow_loss
 from longtake.training.trainer import TrainConfig, Trainer, backward
-from longtake.training.window import full_history
 
 CPU = torch.device("cpu")
 ALWAYS = RecyclingConfig(capacity=3, clean=0.0, noise=0.5)

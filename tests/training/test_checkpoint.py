@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training.checkpoint import load_into, save_checkpoint
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.training.models.checkpoint import load_into, save_checkpoint
 
 META = {"kind": "dit", "preset": "tiny", "step": 3}
 
@@ -111,7 +111,7 @@ def test_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longtake.training.checkpoint.write_json", interrupt)
+    monkeypatch.setattr("longtake.training.models.checkpoint.write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(saved, nn.Linear(4, 3).state_dict(), META)
     monkeypatch.undo()

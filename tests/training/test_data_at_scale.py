@@ -15,22 +15,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
-from longtake.training.data.base import dataset_from_name
+from longtake.errors import LongtakeError
+from longtake.files import read_json
 from longtake.training.data.digits import Digits
 from longtake.training.data.folder import Folder
 from longtake.training.data.folder_writer import write_digits_folder
 from longtake.training.data.loader import Loader, read_in_order
+from longtake.training.data.named import dataset_from_name
 from longtake.training.data.order import Order, sampler_for
 from longtake.training.data.shards import Shards, key_of
-from longtake.training.presets import Preset
+from longtake.training.data.stored_stories import StoredStories, Takes, stored_from_dataset
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
-from longtake.training.stored_stories import StoredStories, Takes, stored_from_dataset
-from longtake.training.text_encoder import text_encoder_for
 from longtake.training.trainer import TrainConfig, Trainer
-from longtake.training.vae import CausalVAE
 
 CPU = torch.device("cpu")
 

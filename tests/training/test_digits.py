@@ -7,25 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.training.data.base import CUT_PREFIX, chunk_frames, dataset_from_name
-from longtake.training.data.digits import (
-    BACKGROUNDS,
-    COLOURS,
-    DIGITS,
-    LIGHTS,
-    MOTIONS,
-    Digits,
-    Shot,
-    Story,
-    caption,
-    caption_words,
-    chunk_prompts,
-    random_story,
-    returning_story,
-    scans_of,
-)
+from longtake.training.data.base import chunk_frames
+from longtake.training.data.digit_stories import Shot, Story
+from longtake.training.data.digits import Digits, caption, chunk_prompts, random_story, returning_story, scans_of
+from longtake.training.data.named import dataset_from_name
 from longtake.training.data.render import CIRCLE, DRIFT, RGB, TURN
-from longtake.training.presets import TINY
+from longtake.training.models.presets import TINY
+from longtake.training.models.text.grammar import BACKGROUNDS, COLOURS, DIGITS, LIGHTS, MOTIONS, caption_words
+from longtake.training.models.wan.prompts import CUT_PREFIX
 
 CPU = torch.device("cpu")
 GRAMMAR = re.compile(

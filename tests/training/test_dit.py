@@ -5,14 +5,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from longtake.runtime.slots import visible_blocks
-from longtake.training.dit import CausalDiT, dense_cross_attention, segment_cross_attention
-from longtake.training.networks import DiTStep, quantized_linears
-from longtake.training.presets import TINY
-from longtake.training.rope import rope_tables, timestep_sinusoid
-from longtake.training.teacher_forcing import Clips, Noise, block_attention, draw_noise, flow_loss, predict_velocity
-from longtake.training.text_encoder import TextEncoder
-from longtake.training.window import block_mask, full_history, shot_offsets, window_history
+from longtake.plugins.cross_attention.reference import dense_cross_attention
+from longtake.training.models.presets import TINY
+from longtake.training.models.text.words import TextEncoder
+from longtake.training.models.wan.dit import CausalDiT, segment_cross_attention
+from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.models.wan.networks import DiTStep
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.slots import visible_blocks
+from longtake.training.models.wan.window import block_mask, full_history, shot_offsets, window_history
+from longtake.training.objective.teacher_forcing import (
+    Clips,
+    Noise,
+    block_attention,
+    draw_noise,
+    flow_loss,
+    predict_velocity,
+)
 
 PRESET = TINY
 CHUNK = PRESET.chunk_latents

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from longtake.training.checkpoint import copy_state
-from longtake.training.dit import CausalDiT, dense_cross_attention
-from longtake.training.presets import DiTConfig
-from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.plugins.cross_attention.reference import dense_cross_attention
+from longtake.training.models.checkpoint import copy_state
+from longtake.training.models.presets import DiTConfig
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
 # Sizes that tell every axis apart; head_dim 128 is the release's.
 CONFIGS = {

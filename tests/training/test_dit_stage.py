@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from longtake.commands.main import main
+from longtake.errors import LongtakeError
+from longtake.files import read_json
 from longtake.plugins.nvfp4.weight_format import WeightFormat, formats_from_meta
-from longtake.runtime.cli import main
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
-from longtake.training.error_recycling import RecyclingConfig
-from longtake.training.latent_cache import LatentCache, cache_from_dataset, frozen_vae
-from longtake.training.presets import Preset
-from longtake.training.quantize import RULES
+from longtake.training.data.latent_cache import LatentCache, cache_from_dataset, frozen_vae
+from longtake.training.models.presets import Preset
+from longtake.training.models.quantize import RULES
+from longtake.training.objective.error_recycling import RecyclingConfig
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
 from longtake.training.trainer import TrainConfig, Trainer
@@ -165,7 +165,7 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path, words: li
 
 
 def test_options_reach_the_stage() -> None:
-    from longtake.training import cli
+    from longtake.commands import train as cli
 
     rules = cli.rules_from(
         type("Args", (), {"nvfp4_rules": "longlive-ar", "weight_rule": "mse", "weight_scales": "1d"})()

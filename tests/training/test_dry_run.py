@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.runtime.cli import main
+from longtake.commands.main import main
 from longtake.training.dry_run import (
     META,
     checkpointed,
@@ -20,7 +20,7 @@ from longtake.training.dry_run import (
     memory_of,
     vae_modules,
 )
-from longtake.training.presets import TINY, WAN22_TI2V_5B
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
 from longtake.training.stages.vae import VAEStage

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training import embedding_cache
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.training.data import embedding_cache
+from longtake.training.data.embedding_cache import CachedText, digest_of_state, embeddings_from_cache, row_hash, row_key
 from longtake.training.data.shards import Shards
-from longtake.training.embedding_cache import CachedText, digest_of_state, embeddings_from_cache, row_hash, row_key
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import TextEncoder
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
-from longtake.training.text_encoder import TextEncoder
 from longtake.training.trainer import TrainConfig, Trainer
 
 CPU = torch.device("cpu")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.error_recycling import ErrorBuffer, ErrorRecycling, RecyclingConfig
-from longtake.training.noise import add_noise, noise_table
-from longtake.training.teacher_forcing import Clips, Noise
-from longtake.training.window import full_history
+from longtake.errors import LongtakeError
+from longtake.training.models.wan.window import full_history
+from longtake.training.objective.error_recycling import ErrorBuffer, ErrorRecycling, RecyclingConfig
+from longtake.training.objective.noise import add_noise, noise_table
+from longtake.training.objective.teacher_forcing import Clips, Noise
 
 SHIFT, CHUNKS, FRAMES, SHAPE = 5.0, 2, 4, (3, 2, 2)
 ALWAYS = RecyclingConfig(clean=0.0, context=1.0, latent=1.0, noise=1.0, modulate=0.0, update_clean=0.0)

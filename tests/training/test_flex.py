@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.slots import visible_blocks
-from longtake.training.flex import chosen, flex_attention_for, natural_order, seen_places, tiled_mask
-from longtake.training.teacher_forcing import Clips, block_attention
-from longtake.training.window import full_history, window_history
+from longtake.errors import LongtakeError
+from longtake.training.models.wan.slots import visible_blocks
+from longtake.training.models.wan.window import full_history, window_history
+from longtake.training.objective.flex import chosen, flex_attention_for, natural_order, seen_places, tiled_mask
+from longtake.training.objective.teacher_forcing import Clips, block_attention
 
 TOKENS = 128
 CUTS = [[False, False, True, False, False], [False, True, False, False, True]]

@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.runtime.cli import main
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
-from longtake.runtime.video import frames_from_video, write_video
-from longtake.training.data.base import CUT_PREFIX, dataset_from_name
+from longtake.commands.main import main
+from longtake.errors import LongtakeError
+from longtake.files import read_json
 from longtake.training.data.digits import Digits, caption, chunk_prompts
 from longtake.training.data.folder import Folder
 from longtake.training.data.folder_writer import write_digits_folder
-from longtake.training.presets import PRESETS, TINY, Preset
+from longtake.training.data.named import dataset_from_name
+from longtake.training.models.presets import PRESETS, TINY, Preset
+from longtake.training.models.wan.prompts import CUT_PREFIX
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
+from longtake.video import frames_from_video, write_video
 
 CPU = torch.device("cpu")
 MINI = replace(TINY, height=32, width=32)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from longtake.errors import LongtakeError
 from longtake.plugins.nvfp4.formats import E2M1_VALUES
 from longtake.plugins.nvfp4.reference import fake_quantize
 from longtake.plugins.nvfp4.weight_format import WeightFormat
-from longtake.runtime.errors import LongtakeError
-from longtake.training.dit import CausalDiT
-from longtake.training.gradient_quant import along_tokens, hadamard, quantize_gradients, round_stochastically
-from longtake.training.presets import Preset
-from longtake.training.quantize import RULES, Rules, insert_quantizers, read_amax
+from longtake.training.models.presets import Preset
+from longtake.training.models.quantize import RULES, Rules, insert_quantizers, read_amax
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.objective.gradient_quant import along_tokens, hadamard, quantize_gradients, round_stochastically
 
 NAME = "blocks.0.ffn.0"
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.runtime.errors import IntegrityError
-from longtake.runtime.files import sha256
-from longtake.training import networks
-from longtake.training.checkpoint import map_into, save_checkpoint
-from longtake.training.dit import CausalDiT
-from longtake.training.networks import load_models
-from longtake.training.presets import TINY, WAN22_TI2V_5B, Preset, TextEncoderConfig
-from longtake.training.text_encoder import text_encoder_for
-from longtake.training.umt5 import UMT5
-from longtake.training.vae import CausalVAE
+from longtake.errors import IntegrityError
+from longtake.files import sha256
+from longtake.training.models import load as networks
+from longtake.training.models.checkpoint import map_into, save_checkpoint
+from longtake.training.models.load import load_models
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B, Preset, TextEncoderConfig
+from longtake.training.models.text.umt5 import UMT5
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.vae import CausalVAE
 
 WIDE = replace(
     TINY,

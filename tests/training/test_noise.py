@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from longtake.training.noise import add_noise, grid_sigmas, grid_weights, noise_table, sample_levels
+from longtake.training.objective.noise import add_noise, grid_sigmas, grid_weights, noise_table, sample_levels
 
 
 def test_grid_is_the_shifted_schedule() -> None:

@@ -12,10 +12,10 @@ from tokenizers import normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training.pieces import PieceTokenizer, carry_tokenizer, clean
-from longtake.training.presets import TINY, WAN22_TI2V_5B, TextEncoderConfig
-from longtake.training.text_encoder import text_encoder_for, tokenizer_for
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B, TextEncoderConfig
+from longtake.training.models.text.sentencepiece import PieceTokenizer, carry_tokenizer, clean
+from longtake.training.models.text.words import text_encoder_for, tokenizer_for
 
 CONFIG = TextEncoderConfig(kind="umt5", dim=32, layers=1, heads=2, length=16, ffn_dim=32, vocabulary=64)
 PRESET = replace(WAN22_TI2V_5B, text=CONFIG)

@@ -6,23 +6,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.export.lower_fp8 import multiplier, quantized_rows
+from longtake.errors import LongtakeError
+from longtake.plugins.cross_attention.reference import dense_cross_attention
+from longtake.plugins.fp8 import multiplier, quantized_rows
 from longtake.plugins.nvfp4.reference import fake_quantize
 from longtake.plugins.nvfp4.weight_format import WeightFormat, WeightFormats
-from longtake.runtime.errors import LongtakeError
-from longtake.training.dit import CausalDiT, dense_cross_attention
-from longtake.training.networks import Models, apply_precision, quantized_linears
-from longtake.training.presets import Preset
-from longtake.training.quantize import (
+from longtake.training.models.load import Models
+from longtake.training.models.presets import Preset
+from longtake.training.models.quantize import (
     RULES,
     Rules,
+    apply_precision,
     insert_quantizers,
     quantizers,
     read_amax,
     recalibrate,
     restore_quantizers,
 )
-from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
 
 class Run:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from longtake.runtime.cli import build_parser, main
-from longtake.runtime.files import read_json
-from longtake.runtime.places import REPOSITORY
-from longtake.training import cli
-from longtake.training.cli import config_from
-from longtake.training.presets import PRESETS, Preset
-from longtake.training.recipe import recipe_names
+from longtake.commands import train as cli
+from longtake.commands.main import build_parser, main
+from longtake.commands.options_file import recipe_names
+from longtake.commands.train import config_from
+from longtake.files import read_json
+from longtake.paths import REPOSITORY
+from longtake.training.models.presets import PRESETS, Preset
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *words: str) -> argparse.Namespace:

@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
-from longtake.runtime.places import REPOSITORY
-from longtake.training.checkpoint import load_checkpoint, load_into, save_checkpoint
-from longtake.training.presets import Preset
+from longtake.errors import LongtakeError
+from longtake.files import read_json
+from longtake.paths import REPOSITORY
+from longtake.training.models.checkpoint import load_checkpoint, load_into, save_checkpoint
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.resume import newest_whole, resume_points
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.vae import VAEStage
 from longtake.training.trainer import TrainConfig, Trainer
-from longtake.training.vae import CausalVAE
 
 CPU = torch.device("cpu")
 META = {"kind": "dit", "preset": "tiny"}
@@ -285,8 +285,8 @@ def test_a_full_disk_in_the_middle_of_a_save_costs_no_earlier_checkpoint(tmp_pat
     script = f"""
 import resource, torch
 from pathlib import Path
-from longtake.runtime.failures import explained
-from longtake.training.checkpoint import load_checkpoint, save_checkpoint
+from longtake.commands.failures import explained
+from longtake.training.models.checkpoint import load_checkpoint, save_checkpoint
 path, meta = Path({str(tmp_path)!r}) / "dit.safetensors", {META!r}
 save_checkpoint(path, {{"weight": torch.ones(1000)}}, meta)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

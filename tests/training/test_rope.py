@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from longtake.runtime.conditions import frame_positions
-from longtake.training.pointwise import apply_rope
-from longtake.training.presets import TINY, WAN22_TI2V_5B, DiTConfig
-from longtake.training.rope import pair_split, rope_tables, timestep_sinusoid
+from longtake.plugins.pointwise import apply_rope
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B, DiTConfig
+from longtake.training.models.wan.positions import frame_positions
+from longtake.training.models.wan.rope import pair_split, rope_tables, timestep_sinusoid
 
 LARGE = DiTConfig(dim=256, ffn_dim=64, layers=1, heads=2, channels=16, text_dim=8, text_len=8)
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import recipe_named
+from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.generator import Generator
-from longtake.runtime.sampler import unipc_steps
 from longtake.runtime.session import Chunk, prompt_text
 from longtake.runtime.story import Segment
-from longtake.training.networks import random_models
-from longtake.training.presets import TINY
-from longtake.training.teacher_forcing import Clips, Noise, predict_velocity
-from longtake.training.text_encoder import tokenize
-from longtake.training.window import full_history, shot_offsets, window_history
+from longtake.training.models.load import random_models
+from longtake.training.models.presets import TINY
+from longtake.training.models.sampler import unipc_steps
+from longtake.training.models.text.words import tokenize
+from longtake.training.models.wan.window import full_history, shot_offsets, window_history
+from longtake.training.objective.teacher_forcing import Clips, Noise, predict_velocity
 
 STEPS = 2
 PROMPTS = ["a green seven", "a red circle", "a blue three", "two white squares", "a red seven", "a green circle"]

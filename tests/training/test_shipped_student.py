@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from longtake.runtime.files import read_json
-from longtake.runtime.places import REPOSITORY
+from longtake.files import read_json
+from longtake.paths import REPOSITORY
 from longtake.training.experiment.batched import Rollout, Sampling
 from longtake.training.experiment.stories import mixed_stories, scripts_of
-from longtake.training.networks import apply_precision, load_models, quantized_linears
-from longtake.training.presets import TINY
+from longtake.training.models.load import load_models
+from longtake.training.models.presets import TINY
+from longtake.training.models.quantize import apply_precision
+from longtake.training.models.wan.linears import quantized_linears
 
 STUDENT = REPOSITORY / "training/checkpoints/tiny-4step"
 

@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.training.dit import CausalDiT
-from longtake.training.noise import add_noise
-from longtake.training.presets import Preset
-from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, noisy_part, predict_velocity
-from longtake.training.window import full_history
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.window import full_history
+from longtake.training.objective.noise import add_noise
+from longtake.training.objective.teacher_forcing import (
+    Clips,
+    Noise,
+    draw_noise,
+    flow_loss,
+    noisy_part,
+    predict_velocity,
+)
 
 CHUNKS = 3
 

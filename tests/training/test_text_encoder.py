@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from longtake.training.presets import TINY
-from longtake.training.text_encoder import PADDING, UNKNOWN, TextEncoder, default_vocabulary, tokenize
+from longtake.training.models.presets import TINY
+from longtake.training.models.text.words import PADDING, UNKNOWN, TextEncoder, default_vocabulary, tokenize
 
 CAPTION = "The scene transitions. A green seven drifts left over a dark blue background, soft light"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from longtake.runtime.cli import main
-from longtake.training.run_options import chunk_choices
+from longtake.commands.main import main
+from longtake.commands.run_options import chunk_choices
 
 
 def train(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:

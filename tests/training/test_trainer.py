@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
-from longtake.training.checkpoint import load_into
-from longtake.training.graphed import GraphedLoss
-from longtake.training.latent_cache import LatentCache, cache_from_dataset
-from longtake.training.networks import quantized_linears
+from longtake.errors import LongtakeError
+from longtake.files import read_json
+from longtake.training.data.latent_cache import LatentCache, cache_from_dataset
+from longtake.training.models.checkpoint import load_into
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.models.wan.vae import CausalVAE
+from longtake.training.objective.graphed import GraphedLoss
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.presets import Preset
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
 from longtake.training.trainer import TrainConfig, Trainer
-from longtake.training.vae import CausalVAE
 
 CPU = torch.device("cpu")
 

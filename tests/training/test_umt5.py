@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
-from longtake.engines.spec import Binding, NetworkSpec
+from longtake.errors import IntegrityError
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.ort_view import ort_view
-from longtake.runtime.errors import IntegrityError
-from longtake.training.checkpoint import check_state
 from longtake.training.convert.text_keys import from_huggingface, from_wan
-from longtake.training.networks import TextStep
-from longtake.training.presets import WAN22_TI2V_5B, TextEncoderConfig
-from longtake.training.umt5 import UMT5, attended, relative_buckets
+from longtake.training.models.checkpoint import check_state
+from longtake.training.models.network_spec import Binding, NetworkSpec
+from longtake.training.models.presets import WAN22_TI2V_5B, TextEncoderConfig
+from longtake.training.models.text.umt5 import UMT5, attended, relative_buckets
+from longtake.training.models.wan.networks import TextStep
 
 CONFIG = TextEncoderConfig(kind="umt5", dim=64, layers=3, heads=4, length=48, ffn_dim=96, vocabulary=101)
 WAN_NAMES = {

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training import text_runner
-from longtake.training.checkpoint import save_checkpoint
-from longtake.training.networks import load_models
-from longtake.training.presets import TINY, WAN22_TI2V_5B, TextEncoderConfig
-from longtake.training.text_runner import TextRunner, text_runner_for
-from longtake.training.umt5 import UMT5
-from longtake.training.umt5_bench import main, random_source, report
-from longtake.training.umt5_paged import (
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.runtime.bench.umt5 import main, random_source, report
+from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.load import load_models
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B, TextEncoderConfig
+from longtake.training.models.text import runner as text_runner
+from longtake.training.models.text.runner import TextRunner, text_runner_for
+from longtake.training.models.text.umt5 import UMT5
+from longtake.training.models.text.umt5_paged import (
     STORAGES,
     PagedUMT5,
     device_bytes,

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longtake.engines.recipe import recipe_named
 from longtake.export.package import PlainGraphs
-from longtake.training.presets import TINY, WAN22_TI2V_5B
-from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes
-from longtake.training.vae_layers import UpConv
+from longtake.formats.recipe import recipe_named
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B
+from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes
+from longtake.training.models.wan.vae_layers import UpConv
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 1, 1, 1), (1, 6, 2, 1, 5), (2, 6, 3, 4, 7)])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.spec import vae_spec
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 from longtake.training.data.digits import Digits
-from longtake.training.presets import TINY
-from longtake.training.vae import (
+from longtake.training.models.presets import TINY
+from longtake.training.models.wan.spec import vae_spec
+from longtake.training.models.wan.vae import (
     CausalVAE,
     DecoderFirst,
     DecoderSteady,

@@ -10,21 +10,21 @@ import onnx
 import pytest
 import torch
 
-from longtake.engines.onnx_file import read_graph
-from longtake.engines.recipe import Recipe, recipe_named
 from longtake.engines.segment import segments_from_onnx
-from longtake.engines.spec import recipe_spec
 from longtake.export import package
 from longtake.export.package import PlainGraphs
+from longtake.formats.onnx_file import read_graph
+from longtake.formats.recipe import Recipe, recipe_named
 from longtake.plugins.spec import CONV_OPS, DOMAIN, STREAM_OPS
-from longtake.runtime.backends.first_step import first_steps
-from longtake.runtime.backends.less_memory import planned_steps
-from longtake.runtime.backends.memory_plan import memory_layout, storage_bytes
-from longtake.runtime.recorded_steps import library_decoder_steps
-from longtake.training.presets import TINY
-from longtake.training.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes, stream_ops
-from longtake.training.vae_layers import channels_last
-from longtake.training.vae_library import LibrarySteady, library_ops
+from longtake.runtime.backends.segments.arena import memory_layout, storage_bytes
+from longtake.runtime.backends.segments.planner import planned_steps
+from longtake.runtime.backends.segments.vae_first import first_steps
+from longtake.runtime.budget.recorded_steps import library_decoder_steps
+from longtake.training.models.presets import TINY
+from longtake.training.models.wan.spec import recipe_spec
+from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes, stream_ops
+from longtake.training.models.wan.vae_layers import channels_last
+from longtake.training.models.wan.vae_library import LibrarySteady, library_ops
 
 
 @pytest.fixture()

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.checkpoint import copy_state
+from longtake.errors import LongtakeError
 from longtake.training.convert.vae_keys import WAN22_LATENT_MEAN, WAN22_LATENT_STD, from_diffusers
-from longtake.training.presets import WAN22_TI2V_5B, VAEConfig
-from longtake.training.vae import (
+from longtake.training.models.checkpoint import copy_state
+from longtake.training.models.presets import WAN22_TI2V_5B, VAEConfig
+from longtake.training.models.wan.vae import (
     CausalVAE,
     DecoderFirst,
     DecoderSteady,

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from longtake.runtime.slots import visible_blocks
-from longtake.training.window import block_mask, full_history, shot_offsets, window_history
+from longtake.training.models.wan.slots import visible_blocks
+from longtake.training.models.wan.window import block_mask, full_history, shot_offsets, window_history
 
 
 def cuts_at(blocks: int, *cuts: int) -> list[bool]:

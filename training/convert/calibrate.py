@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.runtime.files import write_json
-from longtake.training.checkpoint import map_into, side_file
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.files import write_json
 from longtake.training.convert.files import read_container
-from longtake.training.dit import CausalDiT
-from longtake.training.networks import Amax, load_meta
-from longtake.training.presets import Preset
-from longtake.training.quantize import insert_quantizers, read_amax
-from longtake.training.teacher_forcing import Clips, draw_noise, predict_velocity
-from longtake.training.text_encoder import text_encoder_for
-from longtake.training.window import full_history
+from longtake.training.models.checkpoint import map_into, side_file
+from longtake.training.models.load import load_meta
+from longtake.training.models.presets import Preset
+from longtake.training.models.quantize import insert_quantizers, read_amax
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.linears import Amax
+from longtake.training.models.wan.window import full_history
+from longtake.training.objective.teacher_forcing import Clips, draw_noise, predict_velocity
 
 logger = logging.getLogger(__name__)
 

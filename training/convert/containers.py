@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 
 LEGACY = "longlive_generator_te_nvfp4"
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")  # anywhere in a key

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.runtime.files import read_json
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.files import read_json
 
 TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 AGAIN = "get the file again; compare its size with the published one"

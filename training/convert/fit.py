@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.training.convert.pending import Pending
-from longtake.training.presets import DiTConfig, Preset
+from longtake.training.models.presets import DiTConfig, Preset
 
 Shapes = Mapping[str, tuple[int, ...]]
 # (dim, layers, input channels) of the published transformers.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError
+from longtake.errors import IntegrityError
 from longtake.training.convert.dit_keys import wan_name
 from longtake.training.convert.fit import some
 from longtake.training.convert.pending import Pending

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 from longtake.training.convert import dit_keys, text_keys, vae_keys, vae_stock
 from longtake.training.convert.containers import choose, unwrapped
 from longtake.training.convert.fit import Shapes, check_fit, refuse_other_model
 from longtake.training.convert.lora import merge
 from longtake.training.convert.packed import ORDER, rule_of, unpack
 from longtake.training.convert.pending import Converted, Pending, pending
-from longtake.training.dit import CausalDiT
-from longtake.training.presets import Preset
-from longtake.training.text_encoder import text_encoder_for
-from longtake.training.vae import CausalVAE
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.vae import CausalVAE
 
 
 def convert_dit(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.plugins.nvfp4.layout import unswizzle_scales
 from longtake.plugins.nvfp4.reference import BLOCK, RULE_LIMITS, Packed, dequantize
-from longtake.runtime.errors import IntegrityError, LongtakeError
 from longtake.training.convert.pending import Pending, pending
 
 VALUES, SCALES, AMAX, METADATA = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError
+from longtake.errors import IntegrityError
 
 
 @dataclass(frozen=True)

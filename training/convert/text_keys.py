@@ -1,4 +1,4 @@
-"""Names of umT5's weights: Hugging Face's and Wan's own, to ours (`training/umt5.py`)."""
+"""Names of umT5's weights: Hugging Face's and Wan's own, to ours (`training/models/text/umt5.py`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from longtake.runtime.errors import IntegrityError
+from longtake.errors import IntegrityError
 
 Value = TypeVar("Value")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 
 # The released VAE's per-channel statistics (wan_5b_wrapper.py:61-160): z = (mu - mean) / std.
 WAN22_LATENT_MEAN = (

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 
 Value = TypeVar("Value")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from longtake.runtime.files import atomic_path, write_json
-from longtake.training.checkpoint import FORMAT, side_file, versions
+from longtake.files import atomic_path, write_json
 from longtake.training.convert.pending import Converted, Pending, made
+from longtake.training.models.checkpoint import FORMAT, side_file, versions
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

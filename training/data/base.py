@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
 from longtake.training.data.facts import Facts
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
 
-CUT_PREFIX = "The scene transitions. "
 SPLITS = ("train", "eval")
 
 
@@ -74,43 +71,6 @@ def chunk_starts(preset: Preset, chunks: int) -> list[int]:
     return [0, *(chunk_frames(preset, i) for i in range(1, chunks))]
 
 
-def with_cut_prefix(caption: str, cut: bool) -> str:
-    """The prompt of a chunk: the caption, announced by the cut prefix where a new shot begins."""
-    return CUT_PREFIX + caption if cut else caption
-
-
 def item_generator(seed: int, index: int) -> torch.Generator:
     """The randomness of item `index` of a list of stories, whoever makes it."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-
-
-def dataset_from_name(
-    name: str | Path,
-    preset: Preset,
-    split: str = "train",
-    max_chunks_per_shot: int = 0,
-    max_bad_share: float = 1.0,
-) -> Dataset:
-    """The data set called "digits" or "returning-digits" (see `digits.returning_story`), or the one in a folder of clips
-    (see `folder.Folder` for the rest).
-
-    Raises:
-        LongtakeError: neither a known name nor a folder, or a folder without a usable clip.
-    """
-    from longtake.training.data.digits import Digits, random_story, returning_story
-
-    if split not in SPLITS:
-        raise LongtakeError("unknown split", got=split, expected=" or ".join(SPLITS))
-    drawn = {"digits": random_story, "returning-digits": returning_story}
-    if str(name) in drawn:
-        return Digits(preset, split, drawn[str(name)])
-    if not Path(name).is_dir():
-        raise LongtakeError(
-            "no such data set",
-            got=name,
-            expected='"digits", "returning-digits" or a folder with video/<sample>/<n>.mp4 and caption/<sample>/<n>.json',
-            fix="check --data",
-        )
-    from longtake.training.data.folder import Folder
-
-    return Folder(Path(name), preset, split, max_chunks_per_shot, max_bad_share)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
-from longtake.runtime.video import frames_from_video, probe_video
+from longtake.errors import LongtakeError
+from longtake.files import read_json
 from longtake.training.data.facts import Facts
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.video import frames_from_video, probe_video
 
 LAYOUT = 'video/<sample>/<n>.mp4 beside caption/<sample>/<n>.json, which holds {"caption": "..."}'
 REASONS_SHOWN = 5

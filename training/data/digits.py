@@ -7,7 +7,7 @@ identity across shots can be judged. Every fifth scan is held out for evaluation
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -15,72 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.training.data.base import CUT_PREFIX, Batch, Take, chunk_frames, item_generator, with_cut_prefix
+from longtake.training.data.base import Batch, Take, chunk_frames, item_generator
+from longtake.training.data.digit_stories import Shot, Story, load_scans
 from longtake.training.data.facts import Facts
 from longtake.training.data.shards import key_of
-from longtake.training.presets import Preset
-
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COLOURS = ("red", "green", "blue", "yellow", "white", "purple", "orange", "cyan")
-MOTIONS = (
-    "drifts left",
-    "drifts right",
-    "rises",
-    "sinks",
-    "circles",
-    "sways",
-    "stands still",
-    "grows",
-    "shrinks",
-)
-BACKGROUNDS = ("dark blue", "dark green", "dark red", "black", "grey", "sunset", "sea", "forest")
-LIGHTS = ("soft light", "light from the left", "light from the right", "light from above")
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.grammar import BACKGROUNDS, COLOURS, DIGITS, LIGHTS, MOTIONS
+from longtake.training.models.wan.prompts import with_cut_prefix
 
 LEFT_OUT = 0.85  # how often `returning_story` leaves a known subject's colour out
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One shot, or a part of one. `chunks` is its length; x, y (in -1..1), phase and speed (1 is usual) vary its motion.
-
-    joined: it goes on where the part before it stopped, without a cut, under a new prompt. named: the prompt tells the
-    subject's colour; otherwise only an earlier shot does.
-    """
-
-    digit: int
-    scan: int
-    colour: str
-    motion: str
-    background: str
-    light: str
-    chunks: int
-    x: float = 0.0
-    y: float = 0.0
-    phase: float = 0.0
-    speed: float = 1.0
-    joined: bool = False
-    named: bool = True
-
-
-@dataclass(frozen=True)
-class Story:
-    """Shots in order; a cut lies before each that isn't joined to the one before."""
-
-    shots: tuple[Shot, ...]
-
-    @property
-    def chunks(self) -> int:
-        return sum(shot.chunks for shot in self.shots)
-
-
-@lru_cache
-def load_scans() -> tuple[np.ndarray, np.ndarray]:
-    """The scans, fp32 [N,8,8] in [0,1], and their classes, int [N]."""
-    from sklearn.datasets import load_digits
-
-    bundle = load_digits()
-    return bundle.images.astype(np.float32) / 16.0, bundle.target
 
 
 @lru_cache
@@ -95,12 +39,6 @@ def caption(shot: Shot) -> str:
     subject = f"{shot.colour} {DIGITS[shot.digit]}" if shot.named else DIGITS[shot.digit]
     article = "an" if subject[0] in "aeiou" else "a"
     return f"{article} {subject} {shot.motion} over a {shot.background} background, {shot.light}"
-
-
-def caption_words() -> list[str]:
-    """Every word a prompt can hold, lower case, without punctuation, sorted."""
-    parts = [*DIGITS, *COLOURS, *MOTIONS, *BACKGROUNDS, *LIGHTS, "a an over background", CUT_PREFIX.replace(".", "")]
-    return sorted({word.lower() for part in parts for word in part.split()})
 
 
 def chunk_prompts(story: Story) -> tuple[list[str], list[bool]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json, sha256, write_json
+from longtake.errors import LongtakeError
+from longtake.files import read_json, sha256, write_json
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns: another one means another file
 

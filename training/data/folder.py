@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.data.base import Batch, Take, chunk_frames, chunk_starts, item_generator, with_cut_prefix
+from longtake.errors import LongtakeError
+from longtake.training.data.base import Batch, Take, chunk_frames, chunk_starts, item_generator
 from longtake.training.data.clips import MEMORY, Clip, ClipReader, clips_from_folder, one_line
 from longtake.training.data.facts import Facts
 from longtake.training.data.order import permutation
 from longtake.training.data.shards import key_of
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.prompts import with_cut_prefix
 
 log = logging.getLogger(__name__)
 

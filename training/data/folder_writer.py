@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from longtake.runtime.files import write_json
-from longtake.runtime.video import write_video
+from longtake.files import write_json
 from longtake.training.data.base import chunk_frames
-from longtake.training.data.digits import Digits, Story, caption, random_story
-from longtake.training.presets import Preset
+from longtake.training.data.digit_stories import Story
+from longtake.training.data.digits import Digits, caption, random_story
+from longtake.training.models.presets import Preset
+from longtake.video import write_video
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 from longtake.training.data.order import Order
 
 AHEAD = 4  # items a worker holds ready

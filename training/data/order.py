@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 
 EPOCH_STRIDE = 1_000_003  # a prime, so that (seed, epoch) of neighbouring runs don't meet soon
 

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.training.data.base import chunk_frames
-from longtake.training.data.digits import MOTIONS, Shot, Story, load_scans
-from longtake.training.presets import Preset
+from longtake.training.data.digit_stories import Shot, Story, load_scans
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.grammar import MOTIONS
 
 GLYPH = 64  # texture size of an enlarged scan
 SIZE = 0.50  # half the glyph's edge: 64 of 128 pixels, of which the ink takes about two thirds

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError
-from longtake.runtime.files import atomic_path
+from longtake.errors import IntegrityError
+from longtake.files import atomic_path
 
 logger = logging.getLogger(__name__)
 

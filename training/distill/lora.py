@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.dit import CausalDiT
-from longtake.training.networks import quantized_linears
+from longtake.errors import LongtakeError
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.linears import quantized_linears
 
 
 def add_adapters(dit: CausalDiT, names: tuple[str, ...], rank: int, alpha: float, seed: int = 0) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from longtake.runtime.sampler import model_timesteps
 from longtake.training.distill.options import DistillOptions
+from longtake.training.models.sampler import model_timesteps
 
 
 def student_metadata(

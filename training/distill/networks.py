@@ -14,8 +14,8 @@ from torch import nn
 
 from longtake.training.distill.lora import Adapter, add_adapters, merged, use_adapter
 from longtake.training.distill.options import DistillOptions
-from longtake.training.dit import CausalDiT
-from longtake.training.quantize import insert_quantizers, recalibrate
+from longtake.training.models.quantize import insert_quantizers, recalibrate
+from longtake.training.models.wan.dit import CausalDiT
 
 GENERATOR, FAKE = "generator", "fake_score"
 Calibrate = Callable[[nn.Module], object]

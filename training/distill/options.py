@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.sampler import unipc_steps
+from longtake.errors import LongtakeError
 from longtake.training.distill.scores import CONTEXTS
-from longtake.training.flex import LONG
-from longtake.training.presets import Preset
-from longtake.training.quantize import RULES, Rules
+from longtake.training.models.presets import Preset
+from longtake.training.models.quantize import RULES, Rules
+from longtake.training.models.sampler import unipc_steps
+from longtake.training.objective.flex import LONG
 
 
 @dataclass(frozen=True)

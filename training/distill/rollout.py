@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longtake.runtime.conditions import frame_positions
-from longtake.runtime.sampler import UniPC
-from longtake.runtime.slots import visible_blocks
-from longtake.training.chunk_pass import ChunkPass
-from longtake.training.dit import CausalDiT
-from longtake.training.presets import Preset
-from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.presets import Preset
+from longtake.training.models.sampler import UniPC
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.positions import frame_positions
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.slots import visible_blocks
+from longtake.training.objective.chunk_pass import ChunkPass
 
 
 @dataclass(frozen=True)

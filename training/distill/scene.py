@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from longtake.training.accumulate import rows_of
+from longtake.training.data.latent_cache import LatentCache
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Story
-from longtake.training.latent_cache import LatentCache
+from longtake.training.objective.accumulate import rows_of
+from longtake.training.objective.teacher_forcing import Clips
 from longtake.training.stages.precompute import Stories
-from longtake.training.teacher_forcing import Clips
 
 
 @dataclass(frozen=True)

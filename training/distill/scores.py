@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.training.dit import Attend, CausalDiT
-from longtake.training.graphed import GraphedLoss, GraphedPass
-from longtake.training.presets import Preset
-from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.dit import Attend, CausalDiT
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.objective.graphed import GraphedLoss, GraphedPass
+from longtake.training.objective.teacher_forcing import Clips, Noise, noisy_part, positions, predict_velocity
 from longtake.training.stages.flat_batch import batch_of_tensors, extras_of, tensors_of
-from longtake.training.teacher_forcing import Clips, Noise, noisy_part, positions, predict_velocity
 
 CONTEXTS = ("clean", "noisy")
 LOWEST, HIGHEST = 20.0, 980.0  # timesteps outside say too little, or nothing

@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.training.accumulate import parts_of
-from longtake.training.checkpoint import load_into
-from longtake.training.chunk_pass import ChunkPass, GraphedChunkPass
-from longtake.training.data.base import dataset_from_name
+from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
+from longtake.training.data.named import dataset_from_name
 from longtake.training.distill.metadata import student_metadata
 from longtake.training.distill.networks import Networks
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Rollout
 from longtake.training.distill.scene import Scene, SceneSampler
 from longtake.training.distill.scores import GraphedScorer, Scorer, critic_loss, dmd_gradient, dmd_loss, draw_levels
-from longtake.training.dit import CausalDiT
-from longtake.training.embedding_cache import CachedText, embeddings_from_cache
-from longtake.training.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.networks import load_meta
-from longtake.training.quantize import insert_quantizers, read_amax
+from longtake.training.models.checkpoint import load_into
+from longtake.training.models.load import load_meta
+from longtake.training.models.quantize import insert_quantizers, read_amax
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.objective.accumulate import parts_of
+from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
+from longtake.training.objective.teacher_forcing import Noise
 from longtake.training.stages.base import Metric
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
 from longtake.training.stages.validation import EVALUATION_SEED
-from longtake.training.teacher_forcing import Noise
-from longtake.training.text_encoder import text_encoder_for
 
 HELD_OUT = 16
 LossOf = Callable[[Scene, Noise], tuple[Tensor, dict[str, Metric]]]

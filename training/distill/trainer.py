@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.training.checkpoint import save_checkpoint
 from longtake.training.distill.lora import Adapter
 from longtake.training.distill.stage import DistillStage
+from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.stages.base import Metric
 from longtake.training.trainer import TrainConfig, Trainer, backward, require_finite

@@ -24,17 +24,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.export.ssim import frame_ssim
-from longtake.runtime.files import read_json, write_json
-from longtake.training.data.digits import Story
+from longtake.accuracy.ssim import frame_ssim
+from longtake.files import read_json, write_json
+from longtake.training.data.digit_stories import Story
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
 from longtake.training.experiment.arms import PRESET, shipped
 from longtake.training.experiment.batched import Rollout, Sampling, decode
 from longtake.training.experiment.engine_fidelity import compare, figures_of, judge_from, table
 from longtake.training.experiment.evaluate import Eyes, prompted_share
 from longtake.training.experiment.jobs import MIXED_SEED
 from longtake.training.experiment.stories import mixed_stories, scripts_of
-from longtake.training.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.networks import Models, apply_precision, load_models
+from longtake.training.models.load import Models, load_models
+from longtake.training.models.quantize import apply_precision
 
 
 class Arithmetic(NamedTuple):

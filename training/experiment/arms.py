@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from longtake.runtime.files import atomic_path
-from longtake.runtime.places import REPOSITORY
+from longtake.files import atomic_path
+from longtake.paths import REPOSITORY
+from longtake.training.data.latent_cache import LatentCache, frozen_vae, vae_checkpoint
 from longtake.training.experiment.settings import Settings
-from longtake.training.latent_cache import LatentCache, frozen_vae, vae_checkpoint
+from longtake.training.models.presets import TINY, Preset
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.presets import TINY, Preset
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
 from longtake.training.stages.validation import EVALUATION_SEED

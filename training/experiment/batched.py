@@ -13,12 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longtake.runtime.conditions import frame_positions, noise_for_chunk
-from longtake.runtime.sampler import UniPC, unipc_steps
-from longtake.training.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.experiment.sinks import slot_plans
-from longtake.training.networks import Models
-from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.load import Models
+from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.sampler import UniPC, unipc_steps
+from longtake.training.models.wan.positions import frame_positions
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
 
 
 @dataclass(frozen=True)

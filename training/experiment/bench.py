@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from longtake.runtime.files import read_json
+from longtake.files import read_json
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
 from longtake.training.experiment.arms import PRESET, arm_folder, free_memory, shipped
 from longtake.training.experiment.batched import Sampling
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.evaluate import Eyes
 from longtake.training.experiment.settings import Settings
 from longtake.training.experiment.summary import teacher_seed
-from longtake.training.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.networks import Models, apply_precision, load_models
+from longtake.training.models.load import Models, load_models
+from longtake.training.models.quantize import apply_precision
 
 # Condition -> arm, precision of the linears, format of the cache.
 CONDITIONS = {

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longtake.training.data.digits import Digits, Story, random_story
-from longtake.training.latent_cache import encode
-from longtake.training.presets import Preset
-from longtake.training.vae import CausalVAE
+from longtake.training.data.digit_stories import Story
+from longtake.training.data.digits import Digits, random_story
+from longtake.training.data.latent_cache import encode
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.vae import CausalVAE
 
 FRAMES = 5  # of a clip: the first latent and one more
 LATEST = 600  # frame at which a clip may begin: the subject has drifted anywhere by then

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json, require_folder, write_json
+from longtake.errors import LongtakeError
+from longtake.files import read_json, require_folder, write_json
+from longtake.training.devices import device_named
 from longtake.training.experiment.pack import bring, restore
 from longtake.training.experiment.report import write_report
 from longtake.training.experiment.scheduler import Scheduler, slots_for
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.units import units
-from longtake.training.run_options import device_named
 
 DESCRIPTION = """Train BF16, NVFP4 after training and NVFP4 in training from the same base, distil, and measure them on
 held-out stories: flow loss, prompt fidelity, identity across cuts by sinks, drift, the FP4 cache alone. The work is done

@@ -10,13 +10,10 @@ from typing import Any
 
 import torch
 
-from longtake.runtime.cli import COMMANDS
-from longtake.runtime.files import read_json, write_json
+from longtake.files import read_json, write_json
 from longtake.training.experiment.arms import OutOfTime
 from longtake.training.experiment.batched import Sampling
 from longtake.training.experiment.settings import Settings
-
-MISSING = "this version has no `longtake distill`"
 
 
 def student_folder(out: Path, steps: int) -> Path:
@@ -40,8 +37,6 @@ def distil(
     Raises:
         OutOfTime: `seconds` were over first.
     """
-    if "distill" not in COMMANDS:
-        return {"skipped": MISSING}
     folder, begun = student_folder(out, steps), time.monotonic()
     spent_file = folder / "spent.json"
     spent = float(read_json(spent_file)["seconds"]) if spent_file.is_file() else 0.0
@@ -88,4 +83,4 @@ def distil_command(
         "--max-seconds": int(seconds),
     }
     words = [str(word) for pair in options.items() for word in pair]
-    return [sys.executable, "-m", "longtake.runtime.cli", "distill", *words, *resume]
+    return [sys.executable, "-m", "longtake", "distill", *words, *resume]

@@ -25,10 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.export.ssim import ssim
-from longtake.runtime.files import write_json
+from longtake.accuracy.ssim import ssim
+from longtake.files import write_json
 from longtake.runtime.generator import Generator
-from longtake.training.data.digits import Story
+from longtake.training.data.digit_stories import Story
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
 from longtake.training.experiment.arms import PRESET, shipped
 from longtake.training.experiment.batched import Script
 from longtake.training.experiment.classifier import DigitClassifier, JudgeTraining, trained_judge
@@ -36,7 +37,6 @@ from longtake.training.experiment.evaluate import EVERY
 from longtake.training.experiment.jobs import MIXED_SEED
 from longtake.training.experiment.stories import mixed_stories, scripts_of, shots_by_chunk
 from longtake.training.experiment.summary import paired_interval
-from longtake.training.latent_cache import frozen_vae, vae_checkpoint
 
 GATE = 0.95  # SSIM of a chunk
 

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from longtake.training.data.base import chunk_frames
-from longtake.training.data.digits import Digits, Story, scans_of
+from longtake.training.data.digit_stories import Story
+from longtake.training.data.digits import Digits, scans_of
+from longtake.training.data.latent_cache import LatentCache, encode
 from longtake.training.experiment.batched import Rollout, Sampling, decoded
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.shape import ink_seen, iou, shapes
 from longtake.training.experiment.stories import scripts_of, shots_by_chunk
-from longtake.training.latent_cache import LatentCache, encode
-from longtake.training.networks import Models
+from longtake.training.models.load import Models
+from longtake.training.objective.teacher_forcing import draw_noise, predict_velocity
 from longtake.training.stages.validation import EVALUATION_SEED
-from longtake.training.teacher_forcing import draw_noise, predict_velocity
 
 EVERY = 4  # one frame of so many is looked at
 Result = dict[str, float | list[float]]

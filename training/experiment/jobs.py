@@ -7,15 +7,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from longtake.runtime.files import atomic_path
-from longtake.training.experiment.arms import (
-    PRESET,
-    arm_folder,
-    encode_stories,
-    held_out,
-    shipped,
-    train_arm,
-)
+from longtake.files import atomic_path
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
+from longtake.training.experiment.arms import PRESET, arm_folder, encode_stories, held_out, shipped, train_arm
 from longtake.training.experiment.batched import Sampling
 from longtake.training.experiment.bench import CONDITIONS, Bench
 from longtake.training.experiment.classifier import judge_accuracy, trained_judge
@@ -31,8 +25,7 @@ from longtake.training.experiment.evaluate import (
 )
 from longtake.training.experiment.sheet import contact_sheet
 from longtake.training.experiment.stories import long_stories, mixed_stories, returning_stories
-from longtake.training.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.networks import Models
+from longtake.training.models.load import Models
 
 MIXED_SEED, RETURN_SEED, LONG_SEED = 501, 502, 503
 

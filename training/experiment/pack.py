@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import atomic_path
+from longtake.errors import LongtakeError
+from longtake.files import atomic_path
 from longtake.training.experiment.arms import shipped
 from longtake.training.experiment.plots import PICTURES
 from longtake.training.experiment.units import Unit, wanted
@@ -47,7 +47,7 @@ def bring(
 
 def models_in_order(out: Path, every: Sequence[Unit], results: dict[str, Any]) -> list[Path]:
     """Folders of models, the most useful first: those that units still need, then the students, then the best arm."""
-    from longtake.runtime.files import read_json
+    from longtake.files import read_json
     from longtake.training.experiment.settings import Settings
     from longtake.training.experiment.summary import best_seed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longtake.runtime.files import atomic_path
+from longtake.files import atomic_path
 
 PICTURES = ("arms.png", "sinks.png", "drift.png")
 

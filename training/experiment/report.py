@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import atomic_path, write_json
+from longtake.errors import LongtakeError
+from longtake.files import atomic_path, write_json
 from longtake.training.experiment.plots import PICTURES, draw
 from longtake.training.experiment.settings import Settings
 from longtake.training.experiment.summary import Results, best_seed, claims, summary, teacher_fidelity

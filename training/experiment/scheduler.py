@@ -11,7 +11,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from longtake.runtime.files import read_json, write_json
+from longtake.files import read_json, write_json
 from longtake.training.experiment.slots import Slot
 from longtake.training.experiment.units import Unit, present, wanted
 

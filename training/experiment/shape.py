@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.training.data.digits import COLOURS, Shot
+from longtake.training.data.digit_stories import Shot
 from longtake.training.data.render import BACKGROUND, LIGHT, RGB
+from longtake.training.models.text.grammar import COLOURS
 
 SIZE = 32  # of a shape
 LEAST = 20  # pixels of ink; with fewer there is no subject

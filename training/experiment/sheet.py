@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.runtime.files import atomic_path
-from longtake.runtime.video import VideoWriter
+from longtake.files import atomic_path
+from longtake.video import VideoWriter
 
 COLUMNS = 12
 

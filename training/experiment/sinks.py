@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from longtake.runtime.slots import Sinks, plans_of
+from longtake.training.models.wan.slots import Sinks, plans_of
 
 CONDITIONS = {
     "both": Sinks(),

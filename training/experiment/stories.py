@@ -7,17 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from longtake.training.data.digits import (
-    BACKGROUNDS,
-    COLOURS,
-    LIGHTS,
-    Shot,
-    Story,
-    chunk_prompts,
-    random_story,
-    scans_of,
-)
+from longtake.training.data.digit_stories import Shot, Story
+from longtake.training.data.digits import chunk_prompts, random_story, scans_of
 from longtake.training.experiment.batched import Script
+from longtake.training.models.text.grammar import BACKGROUNDS, COLOURS, LIGHTS
 
 UPRIGHT = ("rises", "sinks", "drifts left", "drifts right", "stands still", "circles")  # the digit doesn't turn or grow
 

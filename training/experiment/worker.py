@@ -40,11 +40,11 @@ def read(orders: queue.Queue[str]) -> None:
 
 def work(out: Path, device: str, orders: queue.Queue[str], answers: Any) -> int:
     """Run what is ordered."""
-    from longtake.runtime.files import read_json
+    from longtake.files import read_json
+    from longtake.training.devices import device_named
     from longtake.training.experiment.bench import Bench
     from longtake.training.experiment.settings import Settings
     from longtake.training.experiment.units import units
-    from longtake.training.run_options import device_named
 
     settings = Settings.from_json(read_json(out / "settings.json"))
     bench, known = Bench(settings, out, device_named(device)), {unit.name: unit for unit in units(settings)}
@@ -57,7 +57,7 @@ def work(out: Path, device: str, orders: queue.Queue[str], answers: Any) -> int:
 
 def attempt(unit: Any, bench: Any, seconds: float) -> tuple[str, str]:
     """Run a unit and keep its result. Returns its state and why: "done", "skipped", "out of time" or "failed"."""
-    from longtake.runtime.files import write_json
+    from longtake.files import write_json
     from longtake.training.experiment.arms import OutOfTime
 
     began = time.monotonic()

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.presets import VAEConfig
-from longtake.training.vae import CausalVAE
+from longtake.errors import LongtakeError
+from longtake.training.models.presets import VAEConfig
+from longtake.training.models.wan.vae import CausalVAE
 
 REFERENCE_HALO = 28  # what LongLive takes for the Wan 2.2 VAE, one more than its structure needs
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.window import block_mask
+from longtake.errors import LongtakeError
+from longtake.training.models.wan.window import block_mask
 
 MODES = ("balanced", "naive")
 NONE = "none"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 
 TIMEOUT = timedelta(minutes=60)  # a rank may wait for rank 0 to write a large checkpoint
 
@@ -143,6 +143,6 @@ def require_ranks(world: int, sequence: int) -> None:
             f"--sequence-parallel {sequence} doesn't fit {world} rank{'s' if world > 1 else ''}",
             got=f"{world} started",
             expected=f"a multiple of {max(1, sequence)}",
-            fix=f"torchrun --nproc-per-node {max(2, sequence)} -m longtake.runtime.cli train ... "
+            fix=f"torchrun --nproc-per-node {max(2, sequence)} -m longtake train ... "
             f"--sequence-parallel {max(2, sequence)}",
         )

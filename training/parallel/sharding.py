@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.dit import CausalDiT
+from longtake.errors import LongtakeError
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.parallel.ranks import Ranks
-from longtake.training.presets import Preset
 
 
 def require_heads(preset: Preset, sequence: int) -> None:

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.accumulate import rows_of
-from longtake.training.dit import CausalDiT
-from longtake.training.flex import flex_attention_for
-from longtake.training.graphed import Losses
+from longtake.errors import LongtakeError
+from longtake.training.models.quantize import insert_quantizers, read_amax
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.objective.accumulate import rows_of
+from longtake.training.objective.flex import flex_attention_for
+from longtake.training.objective.graphed import Losses
+from longtake.training.objective.teacher_forcing import Clips, Noise
 from longtake.training.parallel.forcing import attention, part_loss, part_of, part_velocity, whole_velocity
 from longtake.training.parallel.halo import encode_together
 from longtake.training.parallel.layout import Layout
 from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.sharding import require_heads, shard, shard_dit, whole
-from longtake.training.quantize import insert_quantizers, read_amax
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import CALIBRATION_BATCHES, DiTStage
 from longtake.training.stages.flat_batch import batch_of_tensors
 from longtake.training.stages.precompute import Stories
-from longtake.training.teacher_forcing import Clips, Noise
-from longtake.training.text_encoder import text_encoder_for
 
 
 class ParallelDiTStage(DiTStage):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.runtime.files import require_disk
-from longtake.training.checkpoint import save_checkpoint
+from longtake.files import require_disk
 from longtake.training.history import History
+from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.parallel.optimizer import ShardedAveraged
 from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.sharding import whole

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from longtake.runtime.errors import LongtakeError
-from longtake.training.error_recycling import RecyclingConfig
-from longtake.training.presets import Preset
-from longtake.training.quantize import RULES, Rules
+from longtake.errors import LongtakeError
+from longtake.training.models.presets import Preset
+from longtake.training.models.quantize import RULES, Rules
+from longtake.training.objective.error_recycling import RecyclingConfig
 
 Metric = float | Tensor
 

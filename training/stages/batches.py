@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.training.latent_cache import LatentCache
+from longtake.training.data.latent_cache import LatentCache
+from longtake.training.objective.teacher_forcing import Clips
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.precompute import Stories
-from longtake.training.teacher_forcing import Clips
 
 
 @dataclass(frozen=True)

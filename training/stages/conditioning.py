@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from longtake.training.teacher_forcing import Clips
+from longtake.training.objective.teacher_forcing import Clips
 
 
 def drop_text(clips: Clips, share: float, generator: torch.Generator) -> Clips:

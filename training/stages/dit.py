@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.runtime.errors import IntegrityError
-from longtake.training.accumulate import own_gradients, parts_of
-from longtake.training.data.base import dataset_from_name
-from longtake.training.dit import Attend
-from longtake.training.embedding_cache import CachedText, embeddings_from_cache
-from longtake.training.error_recycling import ErrorRecycling
-from longtake.training.flex import chosen, flex_attention_for
-from longtake.training.gradient_quant import quantize_gradients
-from longtake.training.graphed import GraphedLoss, Losses
-from longtake.training.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.quantize import insert_quantizers, read_amax, recalibrate
+from longtake.errors import IntegrityError
+from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
+from longtake.training.data.named import dataset_from_name
+from longtake.training.models.quantize import insert_quantizers, read_amax, recalibrate
+from longtake.training.models.wan.dit import Attend
+from longtake.training.objective.accumulate import own_gradients, parts_of
+from longtake.training.objective.error_recycling import ErrorRecycling
+from longtake.training.objective.flex import chosen, flex_attention_for
+from longtake.training.objective.gradient_quant import quantize_gradients
+from longtake.training.objective.graphed import GraphedLoss, Losses
+from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
 from longtake.training.stages.base import Metric, StageOptions
 from longtake.training.stages.batches import BatchSampler
 from longtake.training.stages.conditioning import drop_text, give_pictures
@@ -30,7 +31,6 @@ from longtake.training.stages.initial_models import initial_models
 from longtake.training.stages.metadata import dit_metadata
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
 from longtake.training.stages.validation import EVALUATION_SEED, held_out_loss, one_step_video
-from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
 
 HELD_OUT = 32
 CALIBRATION_BATCHES = 4

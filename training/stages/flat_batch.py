@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longtake.training.teacher_forcing import Clips, Noise
+from longtake.training.objective.teacher_forcing import Clips, Noise
 
 OF_CLIPS, OF_NOISE = ("given", "valid"), ("start", "context")  # what a batch may have besides the rest
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from longtake.training.checkpoint import load_into
-from longtake.training.dit import CausalDiT
-from longtake.training.embedding_cache import digest_of_state
-from longtake.training.networks import load_meta
+from longtake.training.data.embedding_cache import digest_of_state
+from longtake.training.models.checkpoint import load_into
+from longtake.training.models.load import load_meta
+from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.stages.base import StageOptions
-from longtake.training.text_encoder import AnyTextEncoder, text_encoder_for
 
 
 def initial_models(options: StageOptions) -> tuple[CausalDiT, AnyTextEncoder, str]:

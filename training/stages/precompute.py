@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from longtake.training.data.base import Dataset
-from longtake.training.latent_cache import LatentCache, cache_from_dataset
-from longtake.training.presets import Preset
-from longtake.training.stored_stories import StoredStories, stored_from_dataset
-from longtake.training.text_encoder import AnyTextEncoder
-from longtake.training.vae import CausalVAE
+from longtake.training.data.latent_cache import LatentCache, cache_from_dataset
+from longtake.training.data.stored_stories import StoredStories, stored_from_dataset
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import AnyTextEncoder
+from longtake.training.models.wan.vae import CausalVAE
 
 Stories = LatentCache | StoredStories
 

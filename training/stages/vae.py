@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.training.checkpoint import load_into
-from longtake.training.data.base import dataset_from_name
+from longtake.training.data.named import dataset_from_name
+from longtake.training.models.checkpoint import load_into
+from longtake.training.models.wan.vae import CausalVAE, Stream
 from longtake.training.stages.base import Metric, StageOptions
-from longtake.training.vae import CausalVAE, Stream
 
 CLIP_FRAMES = (17, 29)
 HELD_OUT_SEED = 10_000_019

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from longtake.training.models.wan.vae import CausalVAE
+from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise, flow_loss
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.precompute import Stories
-from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss
-from longtake.training.vae import CausalVAE
 
 EVALUATION_SEED = 20_000_003
 Velocity = Callable[[Clips, Noise], Tensor]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.training.dit import CausalDiT
-from longtake.training.presets import WAN22_TI2V_5B, DiTConfig, Preset, TextEncoderConfig
+from longtake.training.models.presets import WAN22_TI2V_5B, DiTConfig, Preset, TextEncoderConfig
+from longtake.training.models.wan.dit import CausalDiT
 
 SMALL = replace(
     WAN22_TI2V_5B,

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.training.convert.files import read_container
 from longtake.training.convert.models import convert_dit
-from longtake.training.presets import WAN22_TI2V_5B, Preset
+from longtake.training.models.presets import WAN22_TI2V_5B, Preset
 
 State = dict[str, Tensor]
 MARK: list[str] = []

@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.runtime.cli import main
-from longtake.runtime.errors import LongtakeError
-from longtake.training import presets
-from longtake.training.checkpoint import load_checkpoint
+from longtake.commands.main import main
+from longtake.errors import LongtakeError
 from longtake.training.convert.calibrate import measure
 from longtake.training.convert.models import convert_text, convert_vae, text_shapes, vae_shapes
 from longtake.training.convert.vae_stock import from_stock
-from longtake.training.dit import CausalDiT
-from longtake.training.networks import load_models, quantized_linears
-from longtake.training.presets import Preset
-from longtake.training.quantize import restore_quantizers
+from longtake.training.models import presets
+from longtake.training.models.checkpoint import load_checkpoint
+from longtake.training.models.load import load_models
+from longtake.training.models.presets import Preset
+from longtake.training.models.quantize import restore_quantizers
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.linears import quantized_linears
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError
-from longtake.training.checkpoint import load_checkpoint, load_into
+from longtake.errors import IntegrityError
 from longtake.training.convert.files import read_container
 from longtake.training.convert.models import convert_dit, dit_shapes
 from longtake.training.convert.writer import write_checkpoint
-from longtake.training.dit import CausalDiT
-from longtake.training.presets import WAN22_TI2V_5B, Preset
+from longtake.training.models.checkpoint import load_checkpoint, load_into
+from longtake.training.models.presets import WAN22_TI2V_5B, Preset
+from longtake.training.models.wan.dit import CausalDiT
 
 State = dict[str, Tensor]
 

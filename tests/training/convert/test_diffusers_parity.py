@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longtake.training.checkpoint import copy_state
+from longtake.plugins.cross_attention.reference import dense_cross_attention
 from longtake.training.convert.models import convert_dit
-from longtake.training.dit import CausalDiT, dense_cross_attention
-from longtake.training.presets import Preset
-from longtake.training.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.checkpoint import copy_state
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
 
 def dense(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import IntegrityError, LongtakeError
-from longtake.training.convert.cli import stored_scale
+from longtake.commands.convert import stored_scale
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.training.convert.models import convert_dit
-from longtake.training.dit import CausalDiT
-from longtake.training.networks import quantized_linears
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.linears import quantized_linears
 
 State = dict[str, Tensor]
 RANK = 4

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtake.errors import IntegrityError
 from longtake.plugins.nvfp4.layout import swizzle_scales
 from longtake.plugins.nvfp4.reference import dequantize, quantize
-from longtake.runtime.errors import IntegrityError
 from longtake.training.convert.models import convert_dit
 from longtake.training.convert.packed import packed_linear, unpack
-from longtake.training.dit import CausalDiT
-from longtake.training.networks import quantized_linears
-from longtake.training.presets import Preset
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.linears import quantized_linears
 
 State = dict[str, Tensor]
 

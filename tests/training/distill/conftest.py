@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from longtake.training.checkpoint import save_checkpoint
-from longtake.training.networks import random_models
-from longtake.training.presets import Preset
+from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.load import random_models
+from longtake.training.models.presets import Preset
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longtake.runtime.cli import main
-from longtake.runtime.files import read_json
-from longtake.training.presets import PRESETS, Preset
+from longtake.commands.main import main
+from longtake.files import read_json
+from longtake.training.models.presets import PRESETS, Preset
 
 RECIPE = """preset: small
 precision: nvfp4

@@ -10,18 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longtake.runtime.files import read_json
-from longtake.training.chunk_pass import GraphedChunkPass
+from longtake.files import read_json
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Rollout, Story
 from longtake.training.distill.scene import Scene
 from longtake.training.distill.scores import GraphedScorer
 from longtake.training.distill.stage import DistillStage
 from longtake.training.distill.trainer import DistillTrainer
-from longtake.training.networks import load_models, quantized_linears, random_models
+from longtake.training.models.load import load_models, random_models
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import TextEncoder
+from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.objective.chunk_pass import GraphedChunkPass
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.presets import Preset
-from longtake.training.text_encoder import TextEncoder
 from longtake.training.trainer import TrainConfig, backward
 
 CPU = torch.device("cpu")

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.engines.recipe import recipe_named
+from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.torch_oracle import TorchBackend
-from longtake.runtime.conditions import noise_for_chunk
 from longtake.runtime.generator import Generator
-from longtake.runtime.sampler import flow_sigmas
 from longtake.runtime.session import prompt_text
 from longtake.runtime.story import Segment
 from longtake.training.distill.rollout import Rollout, Story
-from longtake.training.dit import CausalDiT
-from longtake.training.networks import random_models
-from longtake.training.presets import TINY, Preset
-from longtake.training.text_encoder import tokenize
+from longtake.training.models.load import random_models
+from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.presets import TINY, Preset
+from longtake.training.models.sampler import flow_sigmas
+from longtake.training.models.text.words import tokenize
+from longtake.training.models.wan.dit import CausalDiT
 
 PROMPTS = ["a green seven", "a red circle", "a blue three", "two white squares", "a red seven", "a green circle"]
 CUTS = [False, False, True, False, False, True]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from longtake.training.distill.scores import Scorer, critic_loss, dmd_gradient, dmd_loss, draw_levels
-from longtake.training.networks import random_models
-from longtake.training.presets import Preset
-from longtake.training.teacher_forcing import Clips, Noise
-from longtake.training.window import window_history
+from longtake.training.models.load import random_models
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.window import window_history
+from longtake.training.objective.teacher_forcing import Clips, Noise
 
 
 def frames(*values: float) -> torch.Tensor:

@@ -8,18 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
+from longtake.errors import LongtakeError
+from longtake.files import read_json
 from longtake.training.distill.lora import adapter_parameters, add_adapters, lora_layers, merged, use_adapter
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.stage import DistillStage
 from longtake.training.distill.trainer import DistillTrainer
-from longtake.training.networks import load_models, quantized_linears, random_models
+from longtake.training.models.load import load_models, random_models
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.models.wan.window import full_history
+from longtake.training.objective.teacher_forcing import Clips, Noise, predict_velocity
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.presets import Preset
-from longtake.training.teacher_forcing import Clips, Noise, predict_velocity
 from longtake.training.trainer import TrainConfig
-from longtake.training.window import full_history
 
 CPU = torch.device("cpu")
 RATE = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), warmup=1, ema=0.0)

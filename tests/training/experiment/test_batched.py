@@ -15,18 +15,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longtake.engines.recipe import recipe_named
-from longtake.export.parity import recipe_models
+from longtake.accuracy.compare import recipe_models
+from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.session import Session, SessionOptions
-from longtake.runtime.slots import SlotTable
 from longtake.runtime.story import Segment
-from longtake.training.chunk_pass import GraphedChunkPass, round_trip_kv
 from longtake.training.experiment import arithmetic
 from longtake.training.experiment.batched import Rollout, Sampling, Script
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.sinks import slot_plans
-from longtake.training.networks import random_models
+from longtake.training.models.load import random_models
+from longtake.training.models.wan.slots import SlotTable
+from longtake.training.objective.chunk_pass import GraphedChunkPass, round_trip_kv
 
 SEVEN = "a green seven drifts left over a sea background, soft light"
 TWO = "a red two rises over a grey background, light from above"

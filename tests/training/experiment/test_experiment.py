@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
 from longtake.training.experiment.batched import Rollout, Sampling, Script
 from longtake.training.experiment.classifier import JudgeTraining, trained_judge
 from longtake.training.experiment.cli import main, prepare, spent
@@ -17,8 +17,8 @@ from longtake.training.experiment.report import BEGIN, END, fill, write_report
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.summary import claims, paired_interval, summary
 from longtake.training.experiment.units import units
-from longtake.training.networks import random_models
-from longtake.training.presets import Preset
+from longtake.training.models.load import random_models
+from longtake.training.models.presets import Preset
 
 CPU = torch.device("cpu")
 
@@ -123,7 +123,7 @@ def test_report_fills_a_page_twice(tmp_path: Path) -> None:
 
 
 def test_judge_is_the_same_on_every_run(small_preset: Preset) -> None:
-    from longtake.training.vae import CausalVAE
+    from longtake.training.models.wan.vae import CausalVAE
 
     torch.manual_seed(3)
     vae = CausalVAE(small_preset.vae).eval()

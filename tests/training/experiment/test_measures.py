@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from longtake.training.data.digits import BACKGROUNDS, COLOURS, LIGHTS, Digits, Shot, Story, scans_of
+from longtake.training.data.digit_stories import Shot, Story
+from longtake.training.data.digits import Digits, scans_of
 from longtake.training.experiment.shape import ink, ink_seen, iou, shapes
 from longtake.training.experiment.stories import long_stories, returning_stories, scripts_of
-from longtake.training.presets import TINY
+from longtake.training.models.presets import TINY
+from longtake.training.models.text.grammar import BACKGROUNDS, COLOURS, LIGHTS
 
 SHOT = Shot(3, scans_of(3, "eval")[0], "yellow", "drifts right", "sea", "light from above", 1)
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longtake.training.models.wan.window import full_history, window_history
 from longtake.training.parallel.attention import attend_seen
 from longtake.training.parallel.kernels import KERNELS, CPUFlash, Gradients, Kernel
 from longtake.training.parallel.layout import NONE, Layout
-from longtake.training.window import full_history, window_history
 
 TOKENS, HEADS, DIM = 6, 2, 16
 

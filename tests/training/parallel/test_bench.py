@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from longtake.training.parallel.bench import main
-from longtake.training.parallel.bench_cost import KEPT_FREE, longest_fitting
-from longtake.training.parallel.bench_runs import next_trial
-from longtake.training.parallel.bench_worker import thinned
+from longtake.training.models.wan.window import full_history
+from longtake.training.parallel.bench.cost import KEPT_FREE, longest_fitting
+from longtake.training.parallel.bench.main import main
+from longtake.training.parallel.bench.runs import next_trial
+from longtake.training.parallel.bench.worker import thinned
 from longtake.training.parallel.launch import run_ranks
 from longtake.training.parallel.layout import Layout
-from longtake.training.window import full_history
 
 
 def test_a_rehearsal_attends_to_as_much_at_most_and_to_less_in_all() -> None:

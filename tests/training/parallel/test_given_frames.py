@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.window import full_history
+from longtake.training.objective.teacher_forcing import Clips, draw_noise, noisy_part
 from longtake.training.parallel.forcing import part_of
 from longtake.training.parallel.layout import Layout
-from longtake.training.presets import Preset
-from longtake.training.teacher_forcing import Clips, draw_noise, noisy_part
-from longtake.training.window import full_history
 
 
 @pytest.mark.parametrize("mode", ["balanced", "naive"])

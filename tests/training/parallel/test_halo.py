@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longtake.runtime.errors import LongtakeError
+from longtake.errors import LongtakeError
+from longtake.training.models.presets import TINY, WAN22_TI2V_5B, VAEConfig
+from longtake.training.models.wan.vae import CausalVAE
+from longtake.training.models.wan.vae_layers import Stream
 from longtake.training.parallel.halo import (
     REFERENCE_HALO,
     Window,
@@ -17,9 +20,6 @@ from longtake.training.parallel.halo import (
     share,
     window_of,
 )
-from longtake.training.presets import TINY, WAN22_TI2V_5B, VAEConfig
-from longtake.training.vae import CausalVAE
-from longtake.training.vae_layers import Stream
 
 # One block and two, with and without what the released VAE has: the look-back differs
 NARROW = replace(TINY.vae, z_channels=4, encoder_dim=4, decoder_dim=4, dim_mult=(1, 1, 1, 1))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.slots import visible_blocks
+from longtake.errors import LongtakeError
+from longtake.training.models.wan.slots import visible_blocks
+from longtake.training.models.wan.window import full_history, window_history
 from longtake.training.parallel.layout import MODES, NONE, Layout
-from longtake.training.window import full_history, window_history
 
 CHUNKS, TOKENS = 8, 3
 CUTS = {"full": None, "window": (), "cuts": (2, 5)}

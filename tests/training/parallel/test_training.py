@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longtake.runtime.errors import LongtakeError
-from longtake.runtime.files import read_json
+from longtake.errors import LongtakeError
+from longtake.files import read_json
 from longtake.training.parallel.ranks import Ranks, join_ranks
 from longtake.training.parallel.stage import ParallelDiTStage
 from longtake.training.stages.dit import DiTStage

@@ -20,8 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longtake.training.dit import CausalDiT
-from longtake.training.error_recycling import RecyclingConfig
+from longtake.training.models.presets import TINY, DiTConfig, TextEncoderConfig
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.window import full_history, shot_offsets, window_history
+from longtake.training.objective.error_recycling import RecyclingConfig
+from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.parallel.forcing import attention, part_loss, part_of, part_velocity, whole_velocity
 from longtake.training.parallel.layout import Layout
@@ -29,12 +33,8 @@ from longtake.training.parallel.ranks import Ranks, join_ranks, ranks_of
 from longtake.training.parallel.sharding import shard, shard_dit, whole
 from longtake.training.parallel.stage import ParallelDiTStage
 from longtake.training.parallel.trainer import ParallelTrainer, records_of
-from longtake.training.presets import TINY, DiTConfig, TextEncoderConfig
 from longtake.training.stages.base import StageOptions
-from longtake.training.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
-from longtake.training.text_encoder import text_encoder_for
 from longtake.training.trainer import TrainConfig
-from longtake.training.window import full_history, shot_offsets, window_history
 
 CHUNKS, SAMPLES = 4, 2
 PRESET = replace(

@@ -1,0 +1,1 @@
+"""Sample inputs, the PyTorch oracle, and how outputs are compared with it."""

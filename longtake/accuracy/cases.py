@@ -1,0 +1,134 @@
+"""Realistic, seeded inputs of every network, for comparing two ways of running it.
+
+The window cases use a cache that was filled by actual writes, as in a session: chunks 0, 1, 2 written, chunk 3 read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.formats.recipe import Recipe
+from longtake.training.models.load import Models
+from longtake.training.models.network_spec import NetworkSpec
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.networks import network_module
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.spec import recipe_spec
+
+# (name, slots read, chunk index, slot written): what a session does at its start, in its middle, and committing.
+DIT_CASES = (
+    ("first chunk", [-1], 0, -1),
+    ("one chunk read", [0, -1], 1, -1),
+    ("two chunks read", [0, 1, -1], 2, -1),
+    ("full window", [0, 1, 2, -1], 3, -1),
+    ("full window, writes", [0, 1, 2, -1], 3, 3),
+)
+Feeds = dict[str, Tensor]
+Run = Callable[[Feeds], list[Tensor]]
+
+
+def torch_runner(models: Models, name: str, recipe: Recipe) -> Run:
+    """Runs the torch module of a network on named fp32 feeds, outputs in spec order."""
+    module = network_module(models, name, recipe.cache, vae_ops=recipe.vae_ops)
+
+    @torch.no_grad()
+    def run(feeds: Feeds) -> list[Tensor]:
+        return list(module(*feeds.values()))
+
+    return run
+
+
+def random_text(preset: Preset, generator: torch.Generator) -> Feeds:
+    """Embeddings as a text encoder that is not exported might give them: half of the rows are padding."""
+    embeddings = torch.randn(1, preset.dit.text_len, preset.dit.text_dim, generator=generator)
+    embeddings[:, preset.dit.text_len // 2 :] = 0
+    return {"embeddings": embeddings}
+
+
+def cases(
+    models: Models, recipe: Recipe, name: str, text: Feeds, run: Run, generator: torch.Generator
+) -> Iterator[tuple[str, Feeds]]:
+    """The named input sets of one network; `text` holds the outputs of the networks before it."""
+    preset = models.preset
+    spec = recipe_spec(recipe, name, preset)
+    if name == "text_encoder":
+        tokens = torch.zeros(1, preset.text.length, dtype=torch.int32)
+        words = preset.text.length // 2
+        tokens[0, :words] = torch.randint(2, 2 + len(models.vocabulary), (words,), generator=generator)
+        yield "a prompt", {"tokens": tokens}
+    elif name == "context":
+        yield "a prompt", {"embeddings": text["embeddings"]}
+    elif name == "dit":
+        yield from _dit_cases(preset, spec, text, run, generator)
+    elif name.endswith("first"):
+        yield "start of a clip", {spec.inputs[0].name: _random(spec, generator)}
+    else:
+        name = name.replace("steady", "first")
+        first = recipe_spec(recipe, name, preset)
+        outputs = torch_runner(models, name, recipe)({first.inputs[0].name: _random(first, generator)})
+        names = [b.name for b in spec.inputs]
+        for step in ("second step", "third step"):
+            feeds = dict(zip(names, [_random(spec, generator), *outputs[1:]]))
+            yield step, feeds
+            outputs = run(feeds)
+
+
+def _random(spec: NetworkSpec, generator: torch.Generator) -> Tensor:
+    """Latents of unit variance, or frames in [-1, 1]."""
+    value = torch.randn([int(d) for d in spec.inputs[0].shape], generator=generator)
+    return value.clamp(-1, 1) if spec.inputs[0].name == "frames" else value
+
+
+def _dit_cases(
+    preset: Preset, spec: NetworkSpec, context: Feeds, run: Run, generator: torch.Generator
+) -> Iterator[tuple[str, Feeds]]:
+    caches = empty_caches(spec)
+    for chunk in range(3):
+        feeds = dit_feeds(preset, context, caches, list(range(chunk)) + [-1], chunk, chunk, 0.0, generator)
+        caches = dict(zip(caches, run(feeds)[1:]))
+    for name, table, chunk, slot in DIT_CASES:
+        timestep = 0.0 if slot >= 0 else 700.0
+        yield name, dit_feeds(preset, context, caches, table, chunk, slot, timestep, generator)
+
+
+def empty_caches(spec: NetworkSpec) -> Feeds:
+    """Zeros for the bindings that are written in place; bf16 ones as fp32."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.float32, "int8": torch.int8}
+    aliased = {source for _, source in spec.aliases}
+    return {
+        b.name: torch.zeros([int(d) for d in b.shape], dtype=dtypes[b.dtype]) for b in spec.inputs if b.name in aliased
+    }
+
+
+def dit_feeds(
+    preset: Preset,
+    context: Feeds,
+    caches: Feeds,
+    table: list[int],
+    chunk: int,
+    slot: int,
+    timestep: float,
+    generator: torch.Generator,
+) -> Feeds:
+    """Inputs of one DiT pass in spec order: random latents of chunk `chunk` at `timestep`, slots `table` read."""
+    frames = preset.chunk_latents
+    cos, sin = rope_tables(preset.dit, torch.arange(frames) + chunk * frames, preset.grid_hw)
+    return {
+        "latents": torch.randn(1, preset.dit.channels, frames, *preset.latent_hw, generator=generator),
+        "timestep_sinusoid": timestep_sinusoid(torch.full((frames,), timestep), preset.dit.freq_dim),
+        "rope_cos": cos,
+        "rope_sin": sin,
+        "table": torch.tensor(table, dtype=torch.int32),
+        "write_slot": torch.tensor([slot], dtype=torch.int32),
+        **context,
+        **caches,
+    }
+
+
+def numpy_feeds(feeds: Feeds) -> dict[str, np.ndarray]:
+    """Feeds as ONNX Runtime takes them."""
+    return {name: value.numpy() for name, value in feeds.items()}

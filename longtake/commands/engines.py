@@ -1,0 +1,136 @@
+"""`longtake engines`: ONNX to TensorRT plans for one or more recipes, with a closing table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from longtake.engines.build import PlanResult, build_recipe, require_buildable
+from longtake.engines.precheck import peak_memory
+from longtake.errors import UnavailableError
+from longtake.formats.bundle import write_bundle
+from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
+from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
+from longtake.paths import ENGINES, EXPORTS
+
+
+def register(subparsers: Any) -> None:
+    """Add the `engines` command."""
+    parser = subparsers.add_parser(
+        "engines",
+        help="ONNX to TensorRT plans",
+        description="Build the TensorRT plans of recipes; what has no ONNX yet is exported first. "
+        "Plans that are up to date are left alone.",
+    )
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        metavar="NAME",
+        help="a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny that this machine can build)",
+    )
+    parser.add_argument("--onnx", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
+    parser.add_argument("--out", type=Path, default=ENGINES, metavar="FOLDER", help="default: engines/build")
+    parser.add_argument(
+        "--skeleton",
+        action="store_true",
+        help="build from graphs without weights, exported without checkpoints if need be (segmented recipes)",
+    )
+    parser.add_argument(
+        "--weights-inside",
+        action="append",
+        default=[],
+        metavar="NETWORK",
+        help="of a segmented recipe: build this network (a VAE one, say) with its weights inside; may be repeated",
+    )
+    parser.add_argument(
+        "--transposed",
+        action="store_true",
+        help="with vae_ops: plugin: let each plan of the VAE transpose its streams, as the exported graph says (more "
+        "memory, slower; for comparison)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build each recipe and print what was built."""
+    machine = gpu_compute_capability()
+    recipes = [recipe_named(name) for name in args.recipe] if args.recipe else _buildable(machine)
+    for recipe in recipes:  # what cannot be built is said before the first one starts
+        require_buildable(recipe, flavour_of(recipe, machine), machine)
+    for recipe in recipes:
+        flavour = flavour_of(recipe, machine)
+        print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
+        print(f"  {flavour.reason}")
+        results = build(recipe, args.onnx / recipe.onnx_name, args.out / recipe.name, flavour, machine,
+                        skeleton=args.skeleton, inside=args.weights_inside,
+                        channels_last=not args.transposed)  # fmt: skip
+        print(format_results(results))
+        print(f"  peak host memory {peak_memory() / 1e9:.1f} GB")
+    return 0
+
+
+def flavour_of(recipe: Recipe, machine: str | None) -> Flavour:
+    """The flavour that builds `recipe`: the GPU here matters only if the recipe is for it."""
+    return flavour_for(machine if machine == recipe.compute_capability else None)
+
+
+def _buildable(machine: str | None) -> list[Recipe]:
+    recipes = []
+    for recipe in map(recipe_named, recipe_names(DEFAULT_PRESET)):
+        try:
+            require_buildable(recipe, flavour_of(recipe, machine), machine)
+        except UnavailableError as error:
+            print(f"{recipe.name}: left out, {error.what} ({error.expected})")
+        else:
+            recipes.append(recipe)
+    if not recipes:
+        raise UnavailableError("no shipped recipe can be built here", fix="longtake doctor says what is missing")
+    return recipes
+
+
+def build(
+    recipe: Recipe,
+    onnx: Path,
+    out: Path,
+    flavour: Flavour,
+    machine: str | None,
+    *,
+    skeleton: bool = False,
+    inside: Collection[str] = (),
+    channels_last: bool = True,
+) -> list[PlanResult]:
+    """Export if need be, build, and describe the folder in bundle.json.
+
+    Args:
+        skeleton: an export without weights will do.
+        inside, channels_last: see `build_recipe`.
+
+    Raises:
+        IntegrityError: an exported file is not what was exported; no plan is built from it.
+    """
+    from longtake.formats.exported import load_index, require_recipe
+
+    if not (onnx / "export.json").is_file():
+        from longtake.commands.export import export
+
+        print(f"  {onnx} is not exported yet; exporting first")
+        export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
+    require_recipe(load_index(onnx), onnx, recipe, content=recipe.mode == "fused")
+    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside, channels_last)
+    write_bundle(out, recipe, flavour, onnx, [result.path for result in results])
+    return results
+
+
+def format_results(results: Sequence[PlanResult]) -> str:
+    """The closing table."""
+    rows = [f"  {'plan':24} {'MB':>8} {'seconds':>8} {'layers':>7}  plugins"]
+    for result in results:
+        plan = result.manifest
+        seconds = "kept" if result.skipped else f"{plan.seconds:.1f}"
+        plugins = ", ".join(plan.plugins) or "-"
+        rows.append(f"  {plan.plan:24} {plan.size / 1e6:8.2f} {seconds:>8} {plan.layers:7}  {plugins}")
+    total = sum(result.manifest.size for result in results)
+    return "\n".join([*rows, f"  {'all':24} {total / 1e6:8.2f}  in {results[0].path.parent}"])

@@ -1,0 +1,179 @@
+"""`longtake export`: checkpoints to ONNX, one folder a preset and precision."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from longtake.accuracy.compare import Row, parity_table, require_parity
+from longtake.errors import LongtakeError
+from longtake.export.content import Weights, weights_from_folder
+from longtake.export.package import PlainGraphs, export_package, inputs_digest, steps_of
+from longtake.files import write_json
+from longtake.formats.exported import INDEX, load_index
+from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
+from longtake.paths import EXPORTS, REPOSITORY
+from longtake.training.models.load import load_meta, load_models
+from longtake.training.models.text.sentencepiece import carry_tokenizer
+
+Graphs = dict[tuple[str, tuple[str, ...]], PlainGraphs]
+
+
+def register(subparsers: Any) -> None:
+    """Add the `export` command."""
+    parser = subparsers.add_parser(
+        "export",
+        help="PyTorch to ONNX, with a structural check and a parity table",
+        description="Export every network of a recipe to ONNX, check the files, and compare them with PyTorch.",
+    )
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        metavar="NAME",
+        help="a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny)",
+    )
+    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: the preset's shipped checkpoints")
+    parser.add_argument("--out", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
+    parser.add_argument(
+        "--skeleton",
+        action="store_true",
+        help="graphs only, no checkpoints needed: for building segmented engines and measuring with random weights",
+    )
+    parser.add_argument("--no-parity", action="store_true", help="leave out the comparison with PyTorch")
+    parser.add_argument("--force", action="store_true", help="export even if nothing has changed")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export each distinct (preset, precision, cache) once."""
+    graphs: Graphs = {}
+    for recipe in distinct(args.recipe or recipe_names(DEFAULT_PRESET)):
+        folder = args.out / recipe.onnx_name
+        parity = not (args.no_parity or args.skeleton)
+        index = export(recipe, args.checkpoints, folder, force=args.force, parity=parity, graphs=graphs,
+                       skeleton=args.skeleton)  # fmt: skip
+        print_index(folder, index)
+    return 0
+
+
+def distinct(names: list[str]) -> list[Recipe]:
+    """The recipes, without those that share another's ONNX files."""
+    recipes: dict[str, Recipe] = {}
+    for recipe in map(recipe_named, names):
+        kept = recipes.setdefault(recipe.onnx_name, recipe)
+        if kept.cache != recipe.cache:
+            raise LongtakeError(
+                f"recipes {kept.name} and {recipe.name} would share {recipe.onnx_name} with different caches",
+                got=f"{kept.cache}, {recipe.cache}",
+                expected="the same cache",
+                fix="give one of them another preset or precision",
+            )
+    return list(recipes.values())
+
+
+def export(
+    recipe: Recipe,
+    checkpoints: Path | None,
+    folder: Path,
+    *,
+    force: bool,
+    parity: bool,
+    graphs: Graphs | None = None,
+    skeleton: bool = False,
+) -> dict[str, Any]:
+    """Export one recipe unless `folder` is up to date; returns export.json's content.
+
+    Args:
+        graphs: by preset and vocabulary, lets several exports share what is the same for all recipes.
+        skeleton: graphs only; `checkpoints` are not looked at.
+    """
+    source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
+    if recipe.model.text.kind == "umt5" and not skeleton:
+        carry_tokenizer(source, folder)
+    inputs = inputs_digest(recipe, None if skeleton else source)
+    index = None if force else up_to_date(folder, inputs)
+    if index is not None and (index["parity"] or not parity):
+        print(f"{recipe.onnx_name}: up to date (checkpoints and code unchanged; --force exports again)")
+        return index
+    if index is None:
+        weights = None if skeleton else weights_from_folder(recipe.model, source)
+        own = _graphs(recipe, weights, {} if graphs is None else graphs)
+        with tqdm(total=steps_of(recipe.model), desc=recipe.onnx_name, unit="step", leave=False) as bar:
+            index = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
+        if not skeleton:  # where what is not exported is found at run time
+            index["checkpoints"] = str(source.resolve())
+            index["sampling"] = load_meta(source / "dit.safetensors", "dit", recipe.model).get("sampling")
+            write_json(folder / INDEX, index)
+    if parity:
+        check_parity(recipe, source, folder, index)
+    return index
+
+
+def _graphs(recipe: Recipe, weights: Weights | None, graphs: Graphs) -> PlainGraphs:
+    key = recipe.preset, weights.vocabulary if weights else ()
+    if key not in graphs:
+        graphs[key] = PlainGraphs(recipe.model, key[1] or None)
+    return graphs[key]
+
+
+def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, index: dict[str, Any]) -> None:
+    """Fill the parity table of export.json, print it, and raise GateError if a row fails (then nothing is kept).
+
+    Networks too large for ONNX Runtime's one message have no view and are left out, which is said.
+    """
+    whole = [name for name in index["networks"] if f"{name}.ort.onnx" in index["networks"][name]["files"]]
+    if left := [name for name in index["networks"] if name not in whole]:
+        print(f"{recipe.onnx_name}: no parity table for {', '.join(left)}: too large for ONNX Runtime on a CPU; "
+              "a preset of the same widths and fewer layers has one")  # fmt: skip
+    if not whole:
+        return
+    bar = tqdm(
+        parity_table(load_models(recipe.model, checkpoints), recipe, folder, networks=whole),
+        desc=f"{recipe.onnx_name}: parity",
+        unit="row",
+        leave=False,
+    )
+    rows = list(bar)
+    print(format_rows(rows))
+    require_parity(rows, recipe.onnx_name)
+    index["parity"] = [row.as_json() for row in rows]
+    write_json(folder / INDEX, index)
+
+
+def _advance(bar: tqdm, words: str) -> None:
+    bar.set_postfix_str(words)
+    bar.update()
+
+
+def up_to_date(folder: Path, inputs: str) -> dict[str, Any] | None:
+    """The index of a whole package made from the same inputs, else None."""
+    try:
+        index = load_index(folder)
+    except LongtakeError:
+        return None
+    return index if index.get("inputs") == inputs else None
+
+
+def print_index(folder: Path, index: dict[str, Any]) -> None:
+    """Sizes of what lies in `folder`."""
+    print(f"{folder}:")
+    for name, entry in index["networks"].items():
+        sizes = {file: item["bytes"] / 1e6 for file, item in entry["files"].items()}
+        view = sizes.pop(f"{name}.ort.onnx", None)
+        viewed = "no view" if view is None else f"{view:8.2f} MB view"
+        linears = f", {len(entry['linears'])} quantized linears" if entry["linears"] else ""
+        print(f"  {name:18} {sum(sizes.values()):8.2f} MB ONNX, {viewed}{linears}")
+
+
+def format_rows(rows: list[Row]) -> str:
+    """The parity table as text."""
+    lines = [f"  {'network':13} {'case':20} {'output':14} {'rel. L2':>9} {'max abs':>9} {'gate':>6}"]
+    for row in rows:
+        verdict = "ok" if row.passed else "FAIL"
+        lines.append(
+            f"  {row.network:13} {row.case:20} {row.output:14} {row.error:9.2e} {row.max_abs:9.2e} {row.gate:6g} {verdict}"
+        )
+    return "\n".join(["parity, PyTorch <-> ONNX Runtime:", *lines])

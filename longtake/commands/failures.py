@@ -1,0 +1,63 @@
+"""What the system refuses (disk, memory, permissions, paths), as errors that a user can act on."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+
+from longtake.errors import LongtakeError
+
+WHOLE = "what was being written is not there under its final name; whatever was there before still is"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+RUST_CODE = re.compile(r"\(os error (\d+)\)")  # safetensors passes the system's errors on as text
+
+
+def explained(error: Exception) -> LongtakeError | None:
+    """`error` in a user's terms, if it is one that files, memory or a terminal cause; None if it is a defect."""
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        return LongtakeError(
+            "out of memory",
+            got=_first_line(error),
+            fix="free memory, or ask for less: a smaller --batch, or --guidance 1",
+        )
+    if isinstance(error, OSError):
+        return _of_code(error.errno, _named(error), error)
+    code = RUST_CODE.search(str(error))
+    return _of_code(int(code[1]), "a file", error) if code else None
+
+
+def _of_code(code: int | None, name: str, error: Exception) -> LongtakeError:
+    got = _first_line(error)
+    if code in FULL:
+        return LongtakeError(f"no space left to write {name}; {WHOLE}", got=got, expected="free disk space",
+                             fix="free some space, or choose a folder on another disk")  # fmt: skip
+    if code in FORBIDDEN:
+        return LongtakeError(f"no permission for {name}", got=got, expected="a place you may read and write",
+                             fix="change its permissions, or choose another place")  # fmt: skip
+    if code in NO_FILE:
+        return LongtakeError(f"{name} cannot be used as a path", got=got, expected="a path that fits its purpose",
+                             fix="check each part of the path: a folder must be a folder, a file a file")  # fmt: skip
+    return LongtakeError(f"the system refused to read or write {name}", got=got, expected="a working file system",
+                         fix="check the disk, or choose another place")  # fmt: skip
+
+
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # if it isn't imported, nothing of it can have been raised
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _named(error: OSError) -> str:
+    name = error.filename2 or error.filename
+    shown = str(name) if name is not None else "a file"
+    return shown if len(shown) <= 120 else shown[:117] + "..."
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if len(line) <= 300 else line[:297] + "..."

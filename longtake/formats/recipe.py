@@ -1,0 +1,172 @@
+"""Recipes: how a preset's linears, cache and attention are stored and computed for one target, and the gate."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longtake.config import reject_unknown_keys
+from longtake.errors import LongtakeError
+from longtake.paths import REPOSITORY
+from longtake.plugins.spec import CACHE_FORMATS
+from longtake.training.models.presets import PRESETS, Preset, preset_named
+
+RECIPES = REPOSITORY / "engines" / "recipes"
+DEFAULT_PRESET = "tiny"  # its checkpoints are shipped: what commands take all recipes of when none is named
+PRECISIONS = ("nvfp4", "w4a16", "fp8", "bf16")  # from the fewest bits a weight to the most
+ATTENTIONS = ("bf16", "fp8")
+LINEARS = ("engine", "library")
+MODES = ("fused", "segmented")
+VAE_OPS = ("engine", "plugin", "library")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Accuracy gate against the PyTorch model of the same recipe: relative L2 errors, and SSIM of frames."""
+
+    dit: float
+    vae: float
+    text_encoder: float
+    context: float
+    ssim: float
+
+    def __post_init__(self) -> None:
+        for key, limit in vars(self).items():
+            if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
+                raise LongtakeError(f"bad gate {key}", got=repr(limit), expected="a number from 0 to 1",
+                                    fix="see engines/recipes")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One file in engines/recipes, named model_precision_target.
+
+    precision: "nvfp4" (native W4A4), "w4a16" (4-bit weights, bf16 arithmetic), "fp8" (native W8A8) or "bf16".
+    cache: "nvfp4" or "bf16". compute_capability: such as "12.0". mode: "fused" or "segmented".
+    attention: what the sink attention's two products are computed in, "bf16" or "fp8".
+    linears: what multiplies in the DiT's blocks: the engine, or between engine segments a library ("library": cuBLASLt).
+    memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
+    vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
+    vae_fold_upsampling: whether the VAE decoder upsamples and convolves in one step (training/models/wan/upsample_fold.py).
+    vae_ops: what normalises, activates and extends the streams of the steady VAE decoder and writes its caches, "engine"
+        (TensorRT) or "plugin" (our op `norm_silu_extend`, at which a segmented recipe cuts; caches are channels last);
+        "library": cuDNN runs the convolutions too, our kernels upsample, and the engine has attention and the head left.
+    """
+
+    name: str
+    preset: str
+    precision: str
+    cache: str
+    compute_capability: str
+    mode: str
+    gate: Gate
+    attention: str = "bf16"
+    linears: str = "engine"
+    memory_gb: int = 0
+    vae_latents_per_step: int = 1
+    vae_fold_upsampling: bool = False
+    vae_ops: str = "engine"
+
+    def __post_init__(self) -> None:
+        for key, allowed in (
+            ("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES), ("preset", tuple(PRESETS)),
+            ("attention", ATTENTIONS), ("linears", LINEARS), ("vae_ops", VAE_OPS),
+        ):  # fmt: skip
+            if getattr(self, key) not in allowed:
+                raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(getattr(self, key)),
+                                    expected=" | ".join(allowed), fix=f"set {key}: {allowed[0]}")  # fmt: skip
+        if not re.fullmatch(r"[0-9]+\.[0-9]", self.compute_capability):
+            raise LongtakeError(f"recipe {self.name}: bad compute_capability", got=repr(self.compute_capability),
+                                expected="such as '12.0'", fix="compute_capability: '12.0'")  # fmt: skip
+        if self.linears == "library" and (self.mode != "segmented" or self.precision not in ("fp8", "bf16")):
+            raise LongtakeError(f"recipe {self.name}: a library cannot run these linears",
+                                got=f"{self.precision}, {self.mode}", expected="fp8 or bf16, segmented",
+                                fix="set linears: engine")  # fmt: skip
+        if self.vae_ops == "library" and (self.mode != "segmented" or self.vae_fold_upsampling):
+            raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder",
+                                got=f"{self.mode}, vae_fold_upsampling: {str(self.vae_fold_upsampling).lower()}",
+                                expected="segmented, not folded", fix="set vae_ops: engine")  # fmt: skip
+        for key, least in (("memory_gb", 0), ("vae_latents_per_step", 1)):
+            number = getattr(self, key)
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(number),
+                                    expected=f"a whole number of at least {least}", fix=f"set {key}: {least}")  # fmt: skip
+
+        if not isinstance(self.vae_fold_upsampling, bool):
+            raise LongtakeError(f"recipe {self.name}: bad vae_fold_upsampling", got=repr(self.vae_fold_upsampling),
+                                expected="true or false", fix="set vae_fold_upsampling: false")  # fmt: skip
+
+    @property
+    def model(self) -> Preset:
+        return preset_named(self.preset)
+
+    @property
+    def onnx_name(self) -> str:
+        """Export depends on preset, precision, cache and who runs what; targets share the ONNX files."""
+        linears = "_library" if self.linears == "library" else ""
+        return f"{self.preset}_{self.precision}{linears}" + (f"_vae_{self.vae_ops}" if self.vae_ops != "engine" else "")
+
+
+def recipe_from_file(path: Path) -> Recipe:
+    """Load and validate one recipe file. Unknown or missing keys are errors that name the nearest known key."""
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
+        raise LongtakeError(f"recipe {path} is not valid YAML", got=str(error), expected="key: value lines in UTF-8",
+                            fix="see engines/recipes") from None  # fmt: skip
+    _require_mapping(given, f"recipe {path}")
+    known = [f.name for f in fields(Recipe) if f.name != "name"]
+    optional = {f.name for f in fields(Recipe) if f.default is not MISSING}
+    reject_unknown_keys(given, known, f"recipe {path.name}")
+    gate = given.get("gate") or {}
+    _require_mapping(gate, f"gate of recipe {path.name}")
+    gate_keys = [f.name for f in fields(Gate)]
+    reject_unknown_keys(gate, gate_keys, f"gate of recipe {path.name}")
+    for where, have, want in ((path.name, given, known), (f"gate of {path.name}", gate, gate_keys)):
+        missing = [key for key in want if key not in have and key not in optional]
+        if missing:
+            raise LongtakeError(f"recipe {where} lacks keys", got=sorted(have), expected=f"also {missing}",
+                                fix="see engines/recipes")  # fmt: skip
+    values = {**given, "compute_capability": str(given["compute_capability"]), "gate": Gate(**gate)}
+    return Recipe(name=path.stem, **values)
+
+
+def _require_mapping(given: Any, where: str) -> None:
+    if not isinstance(given, dict):
+        raise LongtakeError(f"{where} is not a mapping", got=type(given).__name__, expected="key: value lines",
+                            fix="see engines/recipes")  # fmt: skip
+
+
+def recipe_names(preset: str = "") -> list[str]:
+    """Names of the shipped recipes, or of those of one preset."""
+    return sorted(path.stem for path in RECIPES.glob(f"{preset}_*.yaml" if preset else "*.yaml"))
+
+
+def recipe_named(name: str) -> Recipe:
+    """A shipped recipe by name, or any recipe file by path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        raise LongtakeError(
+            "unknown recipe",
+            got=name,
+            expected="one of " + ", ".join(recipe_names()) + ", or a path to a .yaml file",
+            fix=f"did you mean {near[0]!r}?" if near else "pass one of these with --recipe",
+        )
+    return recipe_from_file(path)
+
+
+def recipe_for(compute_capability: str | None, preset: str = DEFAULT_PRESET) -> str:
+    """The recipe of `preset` with the fewest bits that is made for this GPU; without one, that of native FP4.
+
+    Plans for a GPU that isn't there can still be built, and their recipe runs through the reference backend.
+    """
+    recipes = [recipe_named(name) for name in recipe_names(preset)]
+    mine = [r for r in recipes if r.compute_capability == compute_capability]
+    mine = mine or [r for r in recipes if r.precision == PRECISIONS[0]]
+    return min(mine, key=lambda recipe: PRECISIONS.index(recipe.precision)).name

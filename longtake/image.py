@@ -1,0 +1,96 @@
+"""Pictures a video starts from: read, checked, brought to the preset's size.
+
+Legend: H, W sizes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.errors import LongtakeError
+
+LEAST_SIDE = 16  # pixels: one latent's worth; below it there is no picture to speak of
+MOST_PIXELS = 100_000_000  # a file that says more than this would fill the memory before it is shrunk
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+FIX = f"pass a picture file ({', '.join(name.lower() for name in FORMATS)})"
+
+
+def image_from_file(path: Path | str, height: int, width: int) -> Tensor:
+    """A picture as fp32 [3, H, W] in [-1, 1], resized to height x width with antialiasing and without cropping.
+
+    Its orientation tag is obeyed and transparency is laid over black. The bilinear filter is the reference's.
+
+    Raises:
+        LongtakeError: missing, a folder, not a picture, damaged, or too small or too large to use.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise LongtakeError(f"image {source} does not exist" if not source.exists() else f"image {source} is not a file",
+                            got="a folder" if source.is_dir() else "nothing there", expected="a picture file",
+                            fix="check the path")  # fmt: skip
+    picture = _opened(source)
+    return image_from_pixels(np.asarray(picture), height, width)
+
+
+def image_from_pixels(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
+    """uint8 [H, W, 3] pixels to fp32 [3, height, width] in [-1, 1], resized as `image_from_file` does.
+
+    Raises:
+        LongtakeError: other dtype or shape, or smaller than LEAST_SIDE.
+    """
+    from PIL import Image
+
+    shape = tuple(pixels_HWC.shape)
+    if pixels_HWC.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
+        raise LongtakeError("this is not an image", got=f"{pixels_HWC.dtype} {shape}", expected="uint8 [H, W, 3]")
+    _check_size("the image", shape[1], shape[0])
+    if shape[:2] != (height, width):
+        pixels_HWC = np.asarray(Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def _opened(source: Path) -> Any:
+    """The decoded picture, RGB, upright."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is too large is refused below, by our own limit
+            with Image.open(source, formats=FORMATS) as opened:
+                _check_size(f"image {source}", *opened.size)
+                upright = ImageOps.exif_transpose(opened)
+                if upright.has_transparency_data:
+                    clear = upright.convert("RGBA")
+                    return Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear).convert("RGB")
+                return _as_rgb(upright)
+    except Image.DecompressionBombError:
+        raise LongtakeError(f"image {source} is too large", got="a size that PIL refuses to decode",
+                            expected=f"at most {MOST_PIXELS // 10**6} million", fix="shrink it first") from None  # fmt: skip
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+        # PIL says "cannot identify" with the whole path; what matters is that it is no picture, or a broken one
+        kind = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)[:200]
+        raise LongtakeError(f"cannot read image {source}", got=kind, expected="a whole picture file", fix=FIX) from None
+
+
+def _as_rgb(picture: Any) -> Any:
+    """16-bit grey is scaled, which PIL's conversion would clip; the rest is converted."""
+    if picture.mode.startswith("I"):
+        grey = (np.asarray(picture).astype(np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)
+        from PIL import Image
+
+        return Image.fromarray(grey).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _check_size(what: str, width: int, height: int) -> None:
+    if min(width, height) < LEAST_SIDE or width * height > MOST_PIXELS:
+        raise LongtakeError(f"{what} is too {'small' if min(width, height) < LEAST_SIDE else 'large'}",
+                            got=f"{width}x{height} pixels",
+                            expected=f"at least {LEAST_SIDE} pixels a side and at most {MOST_PIXELS // 10**6} million",
+                            fix="pass a picture of about the video's own size")  # fmt: skip

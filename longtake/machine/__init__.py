@@ -1,0 +1,1 @@
+"""What this machine is: compute capability, TensorRT flavour, GPU memory, and what runs here."""

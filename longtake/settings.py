@@ -1,0 +1,79 @@
+"""The environment variables, all of them: nothing else in the project reads the environment.
+
+| variable            | meaning                                                           | default                       |
+|---------------------|-------------------------------------------------------------------|-------------------------------|
+| LONGTAKE_CACHE_DIR  | where compiled kernels and timing caches are kept                 | ~/.cache/longtake             |
+| LONGTAKE_LOG        | log level: debug, info, warning, error                            | warning                       |
+| LONGTAKE_THREADS    | CPU threads of the reference backend                              | all cores this process may use |
+| LONGTAKE_FLAVOUR    | TensorRT flavour: auto, tensorrt, tensorrt_rtx                    | auto                          |
+| LONGTAKE_TRTEXEC    | path of trtexec, if it is not on PATH                             | (searched on PATH)            |
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from longtake.errors import LongtakeError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+FLAVOURS = ("auto", "tensorrt", "tensorrt_rtx")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of this process."""
+
+    cache_dir: Path
+    log_level: str
+    threads: int
+    flavour: str
+    trtexec: Path | None
+
+
+def _bad(name: str, got: str, expected: str) -> LongtakeError:
+    return LongtakeError(f"bad environment variable {name}", got=repr(got), expected=expected, fix=f"unset {name}")
+
+
+def _choice(environ: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:
+    value = environ.get(name, default).lower()
+    if value not in allowed:
+        raise _bad(name, value, " | ".join(allowed))
+    return value
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _threads(environ: Mapping[str, str]) -> int:
+    given = environ.get("LONGTAKE_THREADS", "")
+    if not given:
+        return cores()
+    if not given.isdigit() or int(given) < 1:
+        raise _bad("LONGTAKE_THREADS", given, "a whole number from 1 up")
+    return int(given)
+
+
+def settings_from_environment(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read and check the settings. Raises LongtakeError naming the variable that is wrong."""
+    environ = os.environ if environ is None else environ
+    trtexec = environ.get("LONGTAKE_TRTEXEC")
+    return Settings(
+        cache_dir=Path(environ.get("LONGTAKE_CACHE_DIR") or Path.home() / ".cache" / "longtake"),
+        log_level=_choice(environ, "LONGTAKE_LOG", LOG_LEVELS, "warning"),
+        threads=_threads(environ),
+        flavour=_choice(environ, "LONGTAKE_FLAVOUR", FLAVOURS, "auto"),
+        trtexec=Path(trtexec) if trtexec else None,
+    )
+
+
+def configure_logging() -> None:
+    """Send the project's log to stderr at the level of LONGTAKE_LOG; libraries stay at warning."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("longtake").setLevel(settings_from_environment().log_level.upper())

@@ -1,0 +1,1 @@
+"""What every backend with TensorRT engines is made of: engines, streams, the VAE's two networks."""

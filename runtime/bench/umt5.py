@@ -1,0 +1,141 @@
+"""Latency and memory of umT5-XXL on this machine's GPU, with random weights: every storage, paged and resident, as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.training.models.presets import WAN22_TI2V_5B, TextEncoderConfig
+from longtake.training.models.text.umt5 import UMT5
+from longtake.training.models.text.umt5_paged import STORAGES, WORKING, PagedUMT5, WeightSource, device_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of storing it. Bytes are of the device but for host_bytes; promised and measured are while it encodes.
+
+    loading_s: making and storing random weights, not reading a file. error: of the embeddings, relative to bf16's.
+    """
+
+    storage: str
+    resident: bool
+    promised_bytes: int
+    peak_bytes: int
+    held_bytes: int
+    host_bytes: int
+    loading_s: float
+    first_ms: float
+    ms: float
+    error: float
+
+
+def random_source(config: TextEncoderConfig, device: torch.device, seed: int = 0) -> WeightSource:
+    """Weights as T5 initialises them, made on `device` in bf16; the same for the same order of asking."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in UMT5(config).state_dict().items()}
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(shape: tuple[int, ...], spread: float) -> Tensor:
+        return torch.randn(shape, dtype=WORKING, device=device, generator=generator) * spread
+
+    def made(name: str) -> Tensor:
+        shape = tuple(shapes[name])
+        if "norm" in name:
+            return torch.ones(shape, dtype=WORKING, device=device)
+        if name == "embedding.weight":  # a thousand different rows will do
+            return normal((1024, shape[1]), 1.0).cpu().repeat(-(-shape[0] // 1024), 1)[: shape[0]]
+        if name.endswith("attn.q.weight"):  # T5 has no scale in its attention; its initialisation has
+            return normal(shape, (config.dim * config.dim // config.heads) ** -0.5)
+        return normal(shape, config.dim**-0.5 if "position" in name else shape[1] ** -0.5)
+
+    return lambda names: ((name, made(name)) for name in sorted(names))
+
+
+def rows(config: TextEncoderConfig, device: torch.device, repeats: int) -> list[Row]:
+    """Measure every storage, resident and paged, on one full-length prompt."""
+    tokens = torch.randint(2, config.vocabulary, (1, config.length), generator=torch.Generator().manual_seed(1))
+    wanted: Tensor | None = None
+    found = []
+    for storage in STORAGES:
+        for resident in (True, False):
+            row, got = measured(config, device, storage, resident, tokens.int(), repeats)
+            wanted = got if wanted is None else wanted
+            found.append(replace(row, error=float((got - wanted).norm() / wanted.norm())))
+            logger.info("%s", found[-1])
+    return found
+
+
+def measured(
+    config: TextEncoderConfig, device: torch.device, storage: str, resident: bool, tokens: Tensor, repeats: int
+) -> tuple[Row, Tensor]:
+    """One row (its error left 0), and the embeddings on the host."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    start = time.perf_counter()
+    encoder = PagedUMT5(config, random_source(config, device), device, storage, resident)
+    loading = _synchronised(device) - start
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device) - before if cuda else 0
+    first = timed(lambda: encoder(tokens), device)
+    times = [timed(lambda: encoder(tokens), device) for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated(device) - before if cuda else 0
+    promised = device_bytes(config, storage, resident)
+    row = Row(
+        storage, resident, promised, peak, held, encoder.host_bytes, loading, first, statistics.median(times), 0.0
+    )
+    return row, encoder(tokens).cpu()
+
+
+def timed(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Milliseconds until the device has done `call`, the host's part included."""
+    start = _synchronised(device)
+    call()
+    return 1e3 * (_synchronised(device) - start)
+
+
+def _synchronised(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def report(config: TextEncoderConfig, device: torch.device, repeats: int) -> dict[str, Any]:
+    """What the command prints."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "torch": torch.__version__,
+        "config": asdict(config),
+        "rows": [asdict(row) for row in rows(config, device, repeats)],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m longtake.runtime.bench.umt5`."""
+    parser = argparse.ArgumentParser(prog="python -m longtake.runtime.bench.umt5", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=int, default=WAN22_TI2V_5B.text.layers, help="fewer for a dry run")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args(arguments)
+    config = replace(WAN22_TI2V_5B.text, layers=args.layers)
+    sys.stdout.write(json.dumps(report(config, torch.device(args.device), args.repeats), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

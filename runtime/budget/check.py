@@ -1,0 +1,72 @@
+"""Does it fit? The budget beside the memory that the driver says is free, and what would help if it doesn't."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from longtake.formats.recipe import Recipe, recipe_named, recipe_names
+from longtake.machine.nvml import nvml
+from longtake.runtime.budget.terms import Use, budget_of
+from longtake.runtime.budget.terms_table import Budget, Place, require_fits
+
+
+def free_memory(device: torch.device) -> tuple[str, int]:
+    """A GPU's name and free bytes, by the driver's own account. Allocates nothing there, if NVML can be asked."""
+    index = device.index or 0
+    properties = torch.cuda.get_device_properties(index)
+    name = f"cuda:{index} ({properties.name}, {properties.total_memory / 1e9:.0f} GB)"
+    try:
+        with nvml() as pynvml:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+            return name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    except Exception:  # NVML raises its own types, and may be missing
+        return name, int(torch.cuda.mem_get_info(index)[0])
+
+
+def check_memory(recipe: Recipe, use: Use, device: torch.device, decode_device: torch.device | None = None) -> Budget:
+    """The budget of `recipe`, once the GPUs have that much memory free. `use.decode_apart` is worked out here.
+
+    Raises:
+        LongtakeError: they don't; says the figures and what would help.
+    """
+    apart = decode_device is not None and (decode_device.index or 0) != (device.index or 0)
+    use = replace(use, decode_apart=apart)
+    budget = budget_of(recipe, use)
+    free: dict[Place, tuple[str, int]] = {"generate": free_memory(device)}
+    if apart and decode_device is not None:
+        free["decode"] = free_memory(decode_device)
+    if any(needed > free[place][1] for place, needed in budget.peak.items()):  # the fixes take seconds to work out
+        require_fits(budget, free, fixes_for(recipe, use, free["generate"][1], torch.cuda.device_count()))
+    return budget
+
+
+def fixes_for(recipe: Recipe, use: Use, free: int, gpus: int) -> list[str]:
+    """What would make `recipe` fit into `free` bytes, or bring it nearer to that; the best first."""
+    fixes = []
+    for name, needed in _smaller_recipes(recipe, use):
+        if needed <= free:
+            fixes.append(f"take recipe {name}, which needs {needed / 1e9:.1f} GB (--engines {name})")
+            break
+    now = budget_of(recipe, use).peak["generate"]
+    if use.guided:
+        saved = now - budget_of(recipe, replace(use, guided=False)).peak["generate"]
+        fixes.append(f"turn guidance off, which frees {saved / 1e9:.1f} GB (--guidance 1)")
+    if use.decode and not use.decode_apart:
+        moved = now - budget_of(recipe, replace(use, decode_apart=True)).peak["generate"]
+        where = "--decode-device cuda:1" if gpus > 1 else "--decode-device, with a second GPU"
+        fixes.append(f"decode on another GPU, which frees {moved / 1e9:.1f} GB ({where})")
+    if recipe.vae_latents_per_step > 1:
+        fixes.append("decode fewer latents at once (vae_latents_per_step: 1 in the recipe)")
+    return fixes
+
+
+def _smaller_recipes(recipe: Recipe, use: Use) -> list[tuple[str, int]]:
+    """Recipes of the same preset and GPU that need less, most precise first, with the bytes they need."""
+    others = [recipe_named(name) for name in recipe_names()]
+    plain = replace(use, engines=None)
+    mine = budget_of(recipe, plain).peak["generate"]
+    fitting = [r for r in others if (r.preset, r.compute_capability) == (recipe.preset, recipe.compute_capability)]
+    needed = [(r.name, budget_of(r, plain).peak["generate"]) for r in fitting if r.name != recipe.name]
+    return sorted((entry for entry in needed if entry[1] < mine), key=lambda entry: -entry[1])

@@ -1,0 +1,318 @@
+"""The terms of a memory budget, from a recipe's shapes and, where they are there, its built engines or exported files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from longtake.errors import LongtakeError
+from longtake.files import read_json, sha256
+from longtake.formats import segmented_graph
+from longtake.formats.recipe import Recipe
+from longtake.formats.segmented_graph import SegmentedGraph
+from longtake.runtime.budget.terms_table import CUDA_CONTEXT_BYTES, KERNEL_BYTES, Budget, Known, Place, Term
+from longtake.runtime.frames import staging_bytes
+from longtake.training.models.network_spec import Binding, NetworkSpec
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.runner import KEPT
+from longtake.training.models.wan.spec import cache_bindings, context_bindings, network_spec
+
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int32": 4, "int64": 8, "bool": 1, "fp4": 0.5}
+# Bytes of a weight of a quantized linear: E2M1 with one E4M3 scale in 16; the rest of every network is bf16.
+LINEAR_BYTES = {"bf16": 2.0, "fp8": 1.0, "w4a16": 9 / 16, "nvfp4": 9 / 16}
+MEASURED = "memory.json"  # beside the plans: arena bytes by lane, written by a run that loaded them: what their lanes' arenas take
+PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena
+DECODER = ("vae_first", "vae_steady")
+LANES = {"denoise": PLAIN, "decode": DECODER}
+WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}
+# Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
+FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 4.4
+SOLVER_LATENTS = 8  # noise, sample, corrected, predictions, velocity and its copy, in fp32
+
+
+@dataclass(frozen=True)
+class Use:
+    """How the recipe will be used. engines: folder of plans, or None. guided: a second cache, for the negative prompt."""
+
+    guided: bool = False
+    decode: bool = True
+    decode_apart: bool = False
+    encode: bool = False
+    engines: Path | None = None
+
+
+def budget_of(recipe: Recipe, use: Use = Use(), preset: Preset | None = None) -> Budget:
+    """The budget of `recipe`; `preset` overrides the recipe's (tests use smaller ones)."""
+    model = preset or recipe.model
+    place: Place = "decode" if use.decode_apart else "generate"
+    terms = [Term("CUDA context", CUDA_CONTEXT_BYTES, "estimated"), Term("kernels, libraries", KERNEL_BYTES, "estimated"),
+             *_generating(recipe, model, use)]  # fmt: skip
+    if use.decode:
+        terms += _decoding(recipe, model, use, place)
+    if use.decode_apart:
+        terms.append(Term("CUDA context (decode)", CUDA_CONTEXT_BYTES, "estimated", "decode"))
+    return Budget(recipe.name, tuple(terms), tuple(_apart(model, use)), one_gpu=not use.decode_apart)
+
+
+def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
+    dit = network_spec(preset, recipe.cache, "dit")
+    caches = 1 + use.guided
+    layers = range(preset.dit.layers)
+    names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
+    kept = total_bytes(context_bindings(preset)) * caches
+    if preset.text.kind == "umt5":
+        kept += 4 * KEPT * preset.text.length * preset.text.dim
+    latents = SOLVER_LATENTS * total_bytes(dit.outputs[:1])
+    return [
+        *(weights_term(recipe, preset, name, use.engines) for name in names),
+        Term("K/V cache", caches * sum(total_bytes(cache_bindings(preset, recipe.cache, i)) for i in layers), "exact"),
+        Term("static buffers", total_bytes(static_bindings(dit)), "exact"),
+        Term("prompts' K/V and embeddings", kept, "exact"),
+        Term("solver", latents, "exact"),
+        _working_term("denoise", recipe, preset, use.engines, "generate"),
+    ]
+
+
+def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Term]:
+    steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_latents_per_step, recipe.vae_ops)
+    first = network_spec(preset, recipe.cache, "vae_first")
+    # Once: our op writes them in place. TensorRT's plans do where they pass their proof, which only a run can tell (see
+    # trt_stream.py); what they then keep twice, all of it at worst, is written down and known to the next budget.
+    caches = total_bytes(steady.inputs[1:])
+    twice = 0 if recipe.vae_ops != "engine" else measured_arena(use.engines).get("caches twice", 0)
+    known: Known = "exact" if recipe.vae_ops != "engine" else "measured" if measured_arena(use.engines) else "estimated"
+    frames = (preset.vae.stride[0] * recipe.vae_latents_per_step, preset.height, preset.width, 3)
+    own = total_bytes((steady.inputs[0], steady.outputs[0], first.inputs[0], first.outputs[0]))
+    return [
+        decoder_weights(recipe, preset, use.engines, place),
+        Term("VAE caches", caches + twice, known, place),
+        Term("decode buffers", own + staging_bytes("cuda", frames), "exact", place),
+        _working_term("decode", recipe, preset, use.engines, place),
+    ]
+
+
+def _apart(preset: Preset, use: Use) -> Iterable[Term]:
+    if preset.text.kind == "umt5":
+        from longtake.training.models.text.umt5_paged import device_bytes
+
+        yield Term("text encoder, at a new prompt", device_bytes(preset.text, "bf16", False), "estimated")
+    if use.encode:
+        first = network_spec(preset, "bf16", "vae_encoder_first")
+        steady = network_spec(preset, "bf16", "vae_encoder_steady")
+        caches = 2 * total_bytes(steady.inputs[1:])
+        weights = _parameters(preset, "vae_encoder_first") * 2
+        yield Term("VAE encoder, before the start", int(weights + caches + total_bytes(first.inputs)), "estimated")
+
+
+def total_bytes(bindings: Iterable[Binding]) -> int:
+    """Bytes of some bindings; a dynamic dimension (the slot table's) counts 4, which is its most."""
+    sizes = ([n if isinstance(n, int) else 4 for n in b.shape] for b in bindings)
+    return int(sum(prod(shape) * ITEM_BYTES[b.dtype] for shape, b in zip(sizes, list(bindings), strict=True)))
+
+
+def static_bindings(dit: NetworkSpec) -> list[Binding]:
+    """What a backend keeps in place for the DiT: its inputs but for the caches, and its velocity."""
+    caches = {source for _, source in dit.aliases}
+    return [*(binding for binding in dit.inputs if binding.name not in caches), dit.outputs[0]]
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def weights_term(recipe: Recipe, preset: Preset, name: str, engines: Path | None) -> Term:
+    """Bytes of one network's weights: from its built segments or plan, or worked out from the preset."""
+    graph = graph_of(engines, name)
+    if graph is not None:
+        return Term(f"weights, {name}", sum(_stored(graph, weight) for weight in graph.weights), "exact")
+    plan = engines / f"{name}.plan" if engines else None
+    if plan is not None and plan.is_file():
+        return Term(f"weights, {name}", plan.stat().st_size, "estimated")  # a plan is its weights and little else
+    return Term(f"weights, {name}", weight_bytes(recipe, preset, name), "estimated")
+
+
+def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None, place: Place) -> Term:
+    """The decoder's weights: cut networks keep what both have in common once; each whole plan holds its own."""
+    graphs = [graph for name in DECODER if (graph := graph_of(engines, name)) is not None]
+    if len(graphs) == len(DECODER):
+        stored = {weight: _stored(graph, weight) for graph in graphs for weight in graph.weights}
+        return Term("weights, VAE decoder", sum(stored.values()), "exact", place)
+    terms = [weights_term(recipe, preset, name, engines) for name in DECODER]
+    if engines is None and recipe.mode == "segmented":
+        terms = terms[-1:]
+    return Term("weights, VAE decoder", sum(term.bytes for term in terms), "estimated", place)
+
+
+def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
+    """Bytes of a network's weights as `recipe` stores them: its linears in its precision, the rest in bf16."""
+    linears = _linear_parameters(preset, name) if name in ("dit", "context") else 0
+    return int(linears * LINEAR_BYTES[recipe.precision] + (_parameters(preset, name) - linears) * 2)
+
+
+def graph_of(engines: Path | None, name: str) -> SegmentedGraph | None:
+    """The cut network beside the plans, if it was cut."""
+    path = engines / f"{name}.segments.json" if engines else None
+    return segmented_graph.load(path) if path is not None and path.is_file() else None
+
+
+def _stored(graph: SegmentedGraph, name: str) -> int:
+    kind = graph.tensors[name]
+    return int(prod(int(n) for n in kind.shape) * ITEM_BYTES[kind.dtype])
+
+
+def _models(preset: Preset) -> dict[str, nn.Module]:
+    """The preset's DiT and VAE without data."""
+    from longtake.training.models.wan.dit import CausalDiT
+    from longtake.training.models.wan.vae import CausalVAE
+
+    with torch.device("meta"):
+        return {"dit": CausalDiT(preset.dit), "vae": CausalVAE(preset.vae)}
+
+
+def _parameters(preset: Preset, name: str) -> int:
+    """Weights that network `name` reads."""
+    if name == "text_encoder":
+        from longtake.training.models.text.words import text_encoder_for
+
+        with torch.device("meta"):
+            return sum(p.numel() for p in text_encoder_for(preset).parameters())
+    models = _models(preset)
+    if name.startswith("vae"):
+        part = "encoder." if name.startswith("vae_encoder") else "decoder."
+        return sum(p.numel() for n, p in models["vae"].named_parameters() if n.startswith(part))
+    return sum(p.numel() for n, p in models["dit"].named_parameters() if _of_context(n) == (name == "context"))
+
+
+def _linear_parameters(preset: Preset, name: str) -> int:
+    """Weights of the linears that a recipe quantizes, in network `name`."""
+    from longtake.training.models.wan.linears import quantized_linears
+
+    dit = _models(preset)["dit"]
+    wanted = [n for n in quantized_linears(dit) if _of_context(n) == (name == "context")]
+    return sum(dit.get_parameter(f"{n}.weight").numel() for n in wanted)
+
+
+def _of_context(name: str) -> bool:
+    """Whether a DiT parameter is used once a prompt (network `context`), not in every pass."""
+    return name.startswith("text_embedding") or ".cross_attn.k" in name or ".cross_attn.v" in name or (
+        ".cross_attn.norm_k" in name
+    )  # fmt: skip
+
+
+# ---- memory of the executor --------------------------------------------------------------------------------------
+
+
+def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | None, place: Place) -> Term:
+    """What is passed between segments and what a plan or op wants while it runs, in one arena for networks that take
+    turns: as an earlier run of these engines wrote it down; else exact as far as the plans' manifests tell; or estimated.
+    """
+    name = WORKING[lane]
+    if (measured := measured_arena(engines).get(lane)) is not None:
+        return Term(name, measured, "measured", place)
+    sizes = [_network_working(recipe, engines, network) for network in LANES[lane]] if engines else []
+    if found := [size for size in sizes if size is not None]:
+        return Term(name, max(found), "exact" if lane == "decode" else "estimated", place)
+    estimate = _denoise_estimate if lane == "denoise" else _decode_estimate
+    return Term(name, estimate(recipe, preset), "estimated", place)
+
+
+def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
+    """Arena bytes of a network among `engines`: None if it is not there, or its plans do not say what they want."""
+    from longtake.runtime.backends.segments.arena import aligned
+    from longtake.runtime.backends.segments.planner import planned_steps
+    from longtake.runtime.backends.segments.vae_first import first_steps
+
+    graph = graph_of(engines, network)
+    if graph is None:
+        return scratch_of_plan(engines / f"{network}.plan")
+    steady = graph_of(engines, DECODER[1]) if network == DECODER[0] else None
+    first = first_steps(steady) if steady else None  # the steady decoder's steps then stand for the first one's
+    sizes = {
+        s.name: scratch_of_plan(engines / f"{s.name}.plan") for s in (steady if first and steady else graph).segments
+    }
+    if any(size is None for size in sizes.values()):
+        return None
+    scratch = {name: aligned(size or 1) for name, size in sizes.items()}
+    plan = first.plan if first else planned_steps(graph, scratch)
+    steps = enumerate(plan.graph.steps)
+    ops = {i: _workspace(recipe, graph, i) for i, step in steps if step.name.startswith("sink_att")}
+    return plan.layout(scratch, ops)[2]
+
+
+def _workspace(recipe: Recipe, graph: SegmentedGraph, index: int) -> int:
+    """What laying the attention's window out takes; a library's own workspace, some MB, is not known here."""
+    from longtake.plugins.kernels import dims_from_shapes
+    from longtake.plugins.sink_attention import hopper, window
+    from longtake.plugins.spec import OPS
+
+    step = graph.steps[index]
+    shapes = [[n if isinstance(n, int) else 1 for n in graph.tensors[name].shape] for name in step.inputs]
+    dims = dims_from_shapes(OPS[step.name], shapes)
+    if recipe.compute_capability != "9.0":
+        return 0
+    layout = hopper if recipe.attention == "fp8" else window
+    return layout.addresses({**dims, "W": dims["S"]}, 0)[1]
+
+
+def scratch_of_plan(plan: Path) -> int | None:
+    """Bytes that a plan's context wants, as its manifest says; None if it does not."""
+    from longtake.formats.plan import read_manifest
+
+    try:
+        return read_manifest(plan).scratch_bytes
+    except LongtakeError:
+        return None
+
+
+def _denoise_estimate(recipe: Recipe, preset: Preset) -> int:
+    """Tensors between segments, the FFN's inner ones (or the attention's window, which is less), unpacked weights."""
+    dit = preset.dit
+    hidden = FFN_TENSORS_ALIVE * 2 * preset.chunk_tokens * dit.ffn_dim
+    if recipe.mode == "fused":
+        return hidden
+    rows = 2 * preset.chunk_tokens * (6 * dit.dim)  # q, k, v, the residual stream and what a segment hands on
+    if recipe.linears == "library":  # step by step: the window laid out, or one inner tensor of the FFN
+        return rows + max(2 * preset.window_chunks * preset.chunk_tokens * 2 * dit.dim, hidden // FFN_TENSORS_ALIVE)
+    unpacked = 2 * (dit.dim * (6 * dit.dim + 2 * dit.ffn_dim)) if recipe.precision in ("w4a16", "nvfp4") else 0
+    return rows + unpacked + hidden
+
+
+def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
+    """Multiples of the largest activation, which enters the last level: full size of the pixel patches, width of the
+    level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive. Where a library
+    runs all but a few layers the steps are known; what is not is the scratch of those few."""
+    if recipe.vae_ops == "library":
+        return _library_estimate(preset, recipe.vae_latents_per_step)
+    frames, width = preset.vae.stride[0] * recipe.vae_latents_per_step, preset.vae.decoder_dim * preset.vae.dim_mult[1]
+    largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
+    return int(DECODER_TENSORS_ALIVE * largest)
+
+
+@lru_cache
+def _library_estimate(preset: Preset, latents: int) -> int:
+    from longtake.runtime.backends.segments.planner import planned_steps
+    from longtake.runtime.backends.segments.vae_first import first_steps
+    from longtake.runtime.budget.recorded_steps import library_decoder_steps
+
+    graph = library_decoder_steps(preset, latents)
+    scratch = {segment.name: 0 for segment in graph.segments}
+    first = first_steps(graph)
+    return max(plan.layout(scratch)[2] for plan in (planned_steps(graph, scratch), *([first.plan] if first else [])))
+
+
+def measured_arena(engines: Path | None) -> dict[str, int]:
+    """Arena bytes by lane ("denoise", "decode") that a run of these engines wrote down; {} if none did."""
+    if engines is None or not (engines / MEASURED).is_file():
+        return {}
+    try:
+        given = read_json(engines / MEASURED)
+        if given["bundle"] != sha256(engines / "bundle.json"):
+            return {}  # built anew since
+        return {str(lane): int(size) for lane, size in given["arena_bytes"].items()}
+    except (LongtakeError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return {}  # a figure of convenience: a damaged one is no reason to stop

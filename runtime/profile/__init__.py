@@ -1,0 +1,1 @@
+"""Where a pass's time goes: by layer of an engine, by kernel on a GPU."""

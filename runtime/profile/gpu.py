@@ -1,0 +1,76 @@
+"""Per-layer times of a TensorRT backend's networks: whole plans through IProfiler, cut ones step by step by events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.runtime.backends.segments.network import SegmentedNetwork
+from longtake.runtime.backends.trt.backend import ENCODER, TrtBackend, WholeNetwork
+from longtake.runtime.profile.profile import WARM_UP, LayerTimes, timing_feed
+from longtake.training.models.network_spec import NetworkSpec
+
+
+def backend_profile(backend: TrtBackend, name: str, runs: int) -> list[dict[str, Any]]:
+    """Times of network `name` of an open backend, in trtexec's format."""
+    tensors = network_tensors(backend, backend.specs[name])
+    network = (backend.encoder_networks() if name in ENCODER else backend.networks)[name]
+    torch.cuda.synchronize(backend.device)  # the inputs were written on another stream
+    with torch.cuda.device(backend.device), torch.cuda.stream(torch.cuda.Stream(backend.device)):
+        if isinstance(network, SegmentedNetwork):
+            return steps_profile(network, tensors, runs)
+        if isinstance(network, WholeNetwork):
+            return engine_profile(network, tensors, runs)
+    raise TypeError(f"network {name} is neither whole nor cut: {type(network).__name__}")
+
+
+def network_tensors(backend: TrtBackend, spec: NetworkSpec) -> dict[str, Tensor]:
+    """Every binding of a network on the device; an output written over an input is that input's tensor."""
+    tensors = {b.name: backend.allocate(b) for b in (*spec.inputs, *spec.outputs)}
+    for name, value in timing_feed(spec).items():
+        tensors[name].copy_(torch.from_numpy(value))
+    return tensors | {output: tensors[source] for output, source in spec.aliases}
+
+
+def engine_profile(network: WholeNetwork, tensors: dict[str, Tensor], runs: int) -> list[dict[str, Any]]:
+    """Per-layer times of a whole plan, as TensorRT reports them to an IProfiler."""
+    times = LayerTimes()
+    context = network.context.context
+    context.profiler = profiler_for(network.engine.host.flavour.module, times)
+    context.enqueue_emits_profile = True
+    for _ in range(runs + WARM_UP):
+        network.run(tensors)
+        torch.cuda.current_stream().synchronize()
+    return times.drop_first(WARM_UP).as_json()
+
+
+def profiler_for(trt: Any, times: LayerTimes) -> Any:
+    """A TensorRT IProfiler that adds what an execution context reports to `times`."""
+
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.add(layer_name, ms)
+
+    return Profiler()
+
+
+def steps_profile(network: SegmentedNetwork, tensors: dict[str, Tensor], runs: int) -> list[dict[str, Any]]:
+    """Times of each segment and each kernel between them, by CUDA events."""
+    times = LayerTimes()
+    steps = network.graph.steps
+    for _ in range(runs + WARM_UP):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        values = network.values_for(tensors)
+        marks[0].record()
+        for i, step in enumerate(steps):
+            network.run_step(i, step, values)
+            marks[i + 1].record()
+        marks[-1].synchronize()
+        for i, step in enumerate(steps):
+            times.add(f"{i:03} {step.kind} {step.name}", marks[i].elapsed_time(marks[i + 1]))
+    return times.drop_first(WARM_UP).as_json()

@@ -1,0 +1,132 @@
+"""Stories rendered once and encoded by a frozen VAE: what the DiT trains on, kept in device memory.
+
+Legend: S stories, N chunks, F = N * chunk latents frames, E text length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longtake.errors import LongtakeError
+from longtake.paths import REPOSITORY
+from longtake.training.data.base import Batch, Dataset
+from longtake.training.models.checkpoint import load_into
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import AnyTextEncoder
+from longtake.training.models.wan.vae import CausalVAE
+from longtake.training.models.wan.window import full_history, shot_offsets, window_history
+from longtake.training.objective.teacher_forcing import Clips
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """latents [S, F, C, H, W] (bf16 on a GPU, else fp32), tokens int32 [S, N, E], history bool [S or 1, N, N],
+    offsets int64 [S, N] or None: see `teacher_forcing.Clips`."""
+
+    preset: Preset
+    latents: Tensor
+    tokens: Tensor
+    history: Tensor
+    offsets: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def unmasked(self, chunks: int) -> int:
+        """Blocks before this number see everything before them in every story of `chunks` chunks."""
+        return self.preset.window_chunks if len(self.history) > 1 else chunks
+
+    def clips(self, index: Tensor, chunks: int) -> Clips:
+        """The first `chunks` chunks of stories `index`."""
+        history = self.history[:, :chunks, :chunks]
+        return Clips(
+            latents=self.latents[index, : chunks * self.preset.chunk_latents].float(),
+            tokens=self.tokens[index, :chunks],
+            history=history[index] if len(history) > 1 else history[0],
+            unmasked=self.unmasked(chunks),
+            offsets=None if self.offsets is None else self.offsets[index, :chunks],
+        )
+
+
+def vae_checkpoint(preset: Preset, folder: Path | None) -> Path:
+    """The VAE of a folder, or the shipped one if None."""
+    return (folder or REPOSITORY / preset.checkpoints) / "vae.safetensors"
+
+
+def frozen_vae(path: Path, preset: Preset, device: torch.device) -> tuple[CausalVAE, str]:
+    """A trained VAE and its digest."""
+    vae = CausalVAE(preset.vae)
+    meta = load_into(vae, path, kind="vae", preset=preset.name)
+    return vae.requires_grad_(False).eval().to(device), meta["sha256"]
+
+
+@torch.no_grad()
+def encode(vae: CausalVAE, video: Tensor) -> Tensor:
+    """Normalized latents [B, F, C, H, W] of video fp32 [B, 3, T, H, W]; bf16 convolutions on a GPU."""
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=video.is_cuda):
+        return vae.encode(video).to(torch.bfloat16 if video.is_cuda else torch.float32)
+
+
+def batches(dataset: Dataset, stories: int, chunks: int, seed: int, device: torch.device, what: str) -> Iterator[Batch]:
+    """`stories` stories of `chunks` chunks in batches that fit the device, under a progress bar."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 16 if device.type == "cuda" else 2
+    with tqdm(total=stories, unit="story", desc=f"encode {what}", dynamic_ncols=True) as bar:
+        for start in range(0, stories, size):
+            count = min(size, stories - start)
+            yield dataset.sample(generator, chunks, count, device)
+            bar.update(count)
+
+
+def cache_from_dataset(
+    dataset: Dataset,
+    vae: CausalVAE,
+    text: AnyTextEncoder,
+    preset: Preset,
+    *,
+    stories: int,
+    chunks: int,
+    context: str,
+    seed: int,
+    what: str = "stories",
+) -> LatentCache:
+    """Render, encode and tokenize `stories` stories of `chunks` chunks on the VAE's device.
+
+    context: "full" (the reference's history and positions) or "window" (the runtime's window and shot offset).
+    """
+    require_context(context)
+    device = next(vae.parameters()).device
+    latents, prompts, cuts = [], [], []
+    for batch in batches(dataset, stories, chunks, seed, device, what):
+        latents.append(encode(vae, batch.video))
+        prompts += [prompt for story in batch.prompts for prompt in story]
+        cuts += batch.cuts
+    tokens = text.tokenize(prompts).unflatten(0, (-1, chunks)).to(device)
+    history, offsets = histories(cuts, chunks, context, preset, device)
+    return LatentCache(preset, torch.cat(latents), tokens, history, offsets)
+
+
+def histories(
+    cuts: list[list[bool]], chunks: int, context: str, preset: Preset, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Which clean chunks each chunk of stories sees, bool [S or 1, N, N], and its offset, int64 [S, N] or None.
+
+    context: "full" (the reference's history and positions) or "window" (the runtime's window and shot offset).
+    """
+    require_context(context)
+    if context == "full":
+        return full_history(chunks)[None].to(device), None
+    history = torch.stack([window_history(story, preset.window_chunks) for story in cuts]).to(device)
+    return history, torch.tensor([shot_offsets(story, preset.shot_rope_offset) for story in cuts], device=device)
+
+
+def require_context(context: str) -> None:
+    """Raise LongtakeError unless it is one that `histories` knows."""
+    if context not in ("full", "window"):
+        raise LongtakeError("unknown context", got=context, expected="full or window", fix="--context window")

@@ -1,0 +1,41 @@
+"""Data sets by the name that the command line knows them by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longtake.errors import LongtakeError
+from longtake.training.data.base import SPLITS, Dataset
+from longtake.training.models.presets import Preset
+
+
+def dataset_from_name(
+    name: str | Path,
+    preset: Preset,
+    split: str = "train",
+    max_chunks_per_shot: int = 0,
+    max_bad_share: float = 1.0,
+) -> Dataset:
+    """The data set called "digits" or "returning-digits" (see `digits.returning_story`), or the one in a folder of clips
+    (see `folder.Folder` for the rest).
+
+    Raises:
+        LongtakeError: neither a known name nor a folder, or a folder without a usable clip.
+    """
+    from longtake.training.data.digits import Digits, random_story, returning_story
+
+    if split not in SPLITS:
+        raise LongtakeError("unknown split", got=split, expected=" or ".join(SPLITS))
+    drawn = {"digits": random_story, "returning-digits": returning_story}
+    if str(name) in drawn:
+        return Digits(preset, split, drawn[str(name)])
+    if not Path(name).is_dir():
+        raise LongtakeError(
+            "no such data set",
+            got=name,
+            expected='"digits", "returning-digits" or a folder with video/<sample>/<n>.mp4 and caption/<sample>/<n>.json',
+            fix="check --data",
+        )
+    from longtake.training.data.folder import Folder
+
+    return Folder(Path(name), preset, split, max_chunks_per_shot, max_bad_share)

@@ -1,0 +1,1 @@
+"""Networks, presets, checkpoints and quantization: the PyTorch side that every stage may read."""

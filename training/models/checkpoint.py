@@ -1,0 +1,235 @@
+"""Checkpoints: a safetensors file and a JSON side file with its digest; whole or absent, never loaded by half.
+
+The side file of `dit.safetensors` is `dit.json`: kind, preset, sha256, step, command, versions and what the stage
+adds (amax of quantized linears, vocabulary, metrics).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.files import atomic_path, read_json, sha256, write_json
+
+FORMAT = 1
+PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+RETRAIN = "copy the file again together with its .json, or train it again with `longtake train`"
+
+
+def side_file(path: Path) -> Path:
+    """The JSON file that belongs to a checkpoint."""
+    return path.with_suffix(".json")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a checkpoint's numbers depend on."""
+    import modelopt
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "modelopt": modelopt.__version__}
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write `tensors` and their side file so that a crash at any moment leaves the old pair or the new one.
+
+    The new side file waits beside the old one until the tensors have their final name; `finish_save` ends a save that
+    was cut off between the two renames. `meta` must hold "kind" and "preset"; digest, format and versions are added.
+    """
+    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as partial:
+        save_file(flat, partial)
+        digest = sha256(partial)
+        write_json(pending_side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions()})
+    _put_in_place(pending_side_file(path), side_file(path))
+
+
+def pending_side_file(path: Path) -> Path:
+    """Where a checkpoint's new side file waits until its tensors are in place."""
+    return path.with_name(f".{path.stem}.json.pending")
+
+
+def finish_save(path: Path) -> None:
+    """Give the pending side file its name if it describes the tensors that are there; else it is of no use yet."""
+    pending = pending_side_file(path)
+    if not pending.is_file():
+        return
+    try:
+        waiting = read_json(pending)
+    except LongtakeError:  # another process has just put it in place, or it is damaged
+        return
+    if path.is_file() and isinstance(waiting, dict) and waiting.get("sha256") == sha256(path):
+        _put_in_place(pending, side_file(path))
+
+
+def _put_in_place(pending: Path, final: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # a reader may have done it already
+        os.replace(pending, final)
+
+
+def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+    """The side file of checkpoint `path`, checked to be of `kind` and `preset`.
+
+    Raises:
+        LongtakeError: checkpoint or side file is missing, or it is of another kind or preset.
+        IntegrityError: the side file is damaged.
+    """
+    if not path.is_file():
+        raise LongtakeError(
+            f"checkpoint {path} does not exist",
+            expected=f"a {kind} checkpoint",
+            fix=_train_fix(kind, preset, path.parent),
+        )
+    refuse_pickle(path)
+    finish_save(path)
+    side = side_file(path)
+    if not side.is_file():
+        raise LongtakeError(
+            f"checkpoint {path} has no side file", got=f"no {side.name}", expected=str(side), fix=RETRAIN
+        )
+    meta = read_json(side)
+    if not isinstance(meta, dict) or "sha256" not in meta:
+        raise IntegrityError(
+            f"{side} is not a checkpoint's side file", expected='keys "kind", "preset", "sha256"', fix=RETRAIN
+        )
+    for key, wanted in (("kind", kind), ("preset", preset)):
+        if meta.get(key) != wanted:
+            raise IntegrityError(
+                f"checkpoint {path} is of another {key}",
+                got=meta.get(key),
+                expected=wanted,
+                fix=f"pass a folder whose {path.name} was trained for {key} {wanted!r}",
+            )
+    return meta
+
+
+def require_digest(path: Path, meta: Mapping[str, Any], fix: str = RETRAIN) -> None:
+    """Raise IntegrityError unless the file's digest is the one in its side file."""
+    digest = sha256(path)
+    if digest != meta["sha256"]:
+        raise IntegrityError(
+            f"checkpoint {path} is not the file its side file describes",
+            got=f"sha256 {digest[:16]}…, {path.stat().st_size} bytes",
+            expected=f"sha256 {str(meta['sha256'])[:16]}…",
+            fix=fix,
+        )
+
+
+def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and side file of a checkpoint whose digest was verified before anything was parsed.
+
+    Raises:
+        LongtakeError: see `read_side_file`.
+        IntegrityError: the file is truncated, altered, a pickle, or of another kind or preset.
+    """
+    path = Path(path)
+    meta = read_side_file(path, kind=kind, preset=preset)
+    require_digest(path, meta)
+    try:
+        return load_file(path), meta
+    except (SafetensorError, ValueError) as error:
+        raise IntegrityError(f"checkpoint {path} is not safetensors", got=str(error), fix=RETRAIN) from None
+
+
+def copy_checkpoint(path: Path, folder: Path) -> None:
+    """Copy a checkpoint and its side file into `folder`, each of them whole or not at all."""
+    finish_save(path)
+    for source in (path, side_file(path)):
+        if source.resolve() != (folder / source.name).resolve():
+            with atomic_path(folder / source.name) as partial:
+                shutil.copyfile(source, partial)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise IntegrityError when `path` is a pickle by name or by content: unpickling runs whatever it holds."""
+    with open(path, "rb") as source:
+        head = source.read(4)
+    if path.suffix in PICKLE_SUFFIXES or head.startswith(PICKLE_MAGIC):
+        raise IntegrityError(
+            f"{path} is a pickle, which could run code when opened",
+            got=f"suffix {path.suffix}, first bytes {head!r}",
+            expected="a .safetensors file",
+            fix="convert it where you trust it: safetensors.torch.save_file(state_dict, 'model.safetensors')",
+        )
+
+
+def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+    """Load a checkpoint into `module` (casting to its dtypes) and return the side file.
+
+    Nothing is written to the module unless every key and shape fits.
+
+    Raises:
+        LongtakeError, IntegrityError: see `load_checkpoint`; also for missing, extra or wrong-shaped keys.
+    """
+    tensors, meta = load_checkpoint(path, kind=kind, preset=preset)
+    copy_state(module, tensors, str(path))
+    return meta
+
+
+def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+    """Let a module built on the meta device have the checkpoint's tensors as its own, and return the side file.
+
+    The tensors are views of the mapped file, in its dtypes: memory is taken only for what is read, and writing to them
+    never reaches the file.
+
+    Raises:
+        LongtakeError, IntegrityError: as `load_into`.
+    """
+    tensors, meta = load_checkpoint(path, kind=kind, preset=preset)
+    check_state(module, tensors, str(path))
+    module.load_state_dict(tensors, assign=True)
+    return meta
+
+
+@torch.no_grad()
+def copy_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy `tensors` into the module's parameters and buffers, in place, all of them or none."""
+    check_state(module, tensors, where)
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(tensors[name])
+
+
+def check_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise IntegrityError, listing names, unless `tensors` has exactly the module's keys and shapes."""
+    own = module.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "extra": sorted(tensors.keys() - own.keys()),
+        "wrong shape": [
+            f"{name} {list(tensors[name].shape)} instead of {list(own[name].shape)}"
+            for name in sorted(own.keys() & tensors.keys())
+            if own[name].shape != tensors[name].shape
+        ],
+    }
+    found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+    if found:
+        raise IntegrityError(
+            f"{where} doesn't fit the model",
+            got=found,
+            expected=f"the {len(own)} tensors of {type(module).__name__}",
+            fix="use a checkpoint of the same preset and version",
+        )
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def _train_fix(kind: str, preset: str, folder: Path) -> str:
+    if preset.startswith("wan"):
+        option = {"vae": "--vae", "text_encoder": "--text"}.get(kind, "--dit")
+        return (f"convert it: longtake convert --preset {preset} {option} RELEASED --out {folder}; or name another folder "
+                "with --checkpoints")  # fmt: skip
+    stage = "vae" if kind == "vae" else "dit"
+    return f"train it: longtake train --stage {stage} --data digits --out runs/{stage}"

@@ -1,0 +1,119 @@
+"""The networks that become engines: flat, positional modules around the models, one a name in training/models/network_spec.py.
+
+Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, E text length, W window length.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from longtake.errors import IntegrityError
+from longtake.paths import REPOSITORY
+from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
+from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.linears import Amax, quantized_linears, weight_amax
+from longtake.training.models.wan.vae import CausalVAE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Models:
+    """A preset's three models with their weights.
+
+    amax: linear name -> {"input": amax of its input, "weight": amax of its weight}; empty when never calibrated.
+    precision: what `apply_precision` made of them; "bf16" means untouched weights.
+    formats: how each linear's weight becomes 4 bits.
+    """
+
+    preset: Preset
+    dit: CausalDiT
+    vae: CausalVAE
+    text: AnyTextEncoder
+    amax: Amax = field(default_factory=dict)
+    precision: str = "bf16"
+    formats: WeightFormats = UNRECORDED
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The text encoder's words, in token order; none where a tokenizer's file holds them."""
+        return self.text.vocabulary
+
+
+def random_models(preset: Preset, seed: int = 0) -> Models:
+    """Untrained models whose outputs are not degenerate, with plausible amax: for tests and dry runs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dit = CausalDiT(preset.dit)
+        nn.init.xavier_uniform_(dit.head.head.weight)
+        models = Models(preset, dit.eval(), CausalVAE(preset.vae).eval(), text_encoder_for(preset).eval())
+    models.amax = {n: {"input": 5.0, "weight": weight_amax(dit, n)} for n in quantized_linears(dit)}
+    return models
+
+
+LARGE = 10**9  # parameters; a model with more keeps the dtype of its files, where a smaller one is worked on in fp32
+
+
+def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype | None = None) -> Models:
+    """Load vae, text_encoder and dit of `preset` from `folder` (the shipped checkpoints if None), in eval mode.
+
+    Weights stay in the mapped files until they are read; only those that change their dtype are copied.
+
+    Args:
+        dtype: of all weights. None: fp32, or as stored for a preset of more than `LARGE` parameters.
+
+    Raises:
+        LongtakeError: a file is missing, or its keys or shapes don't fit the preset.
+        IntegrityError: a file is damaged or is not safetensors.
+    """
+    from longtake.training.models.checkpoint import map_into
+
+    folder = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints
+    words = load_meta(folder / "text_encoder.safetensors", "text_encoder", preset).get("vocabulary")
+    with torch.device("meta"):
+        text = text_encoder_for(preset, words, folder)
+        vae, dit = CausalVAE(preset.vae), CausalDiT(preset.dit)
+    modules: dict[str, nn.Module] = {"text_encoder": text, "vae": vae, "dit": dit}
+    dtype = dtype or weights_dtype(*modules.values())
+    metas = {}
+    for name, module in modules.items():
+        metas[name] = map_into(module, folder / f"{name}.safetensors", kind=name, preset=preset.name)
+        module.to(dtype=dtype).eval()
+    return Models(preset, dit, vae, text, metas["dit"].get("amax") or {}, formats=formats_from_meta(metas["dit"]))
+
+
+def weights_dtype(*modules: nn.Module) -> torch.dtype | None:
+    """fp32, or None (leave it as stored) when the modules together have more than `LARGE` parameters."""
+    count = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return None if count > LARGE else torch.float32
+
+
+def load_meta(path: Path, kind: str, preset: Preset) -> dict:
+    """The checked JSON side file of a checkpoint; that of a text encoder of words holds its vocabulary."""
+    from longtake.training.models.checkpoint import RETRAIN, read_side_file
+
+    meta = read_side_file(path, kind=kind, preset=preset.name)
+    if kind != "text_encoder" or preset.text.kind != "words":
+        return meta
+    words = meta.get("vocabulary")
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary", got=repr(words)[:80],
+                             expected='"vocabulary": a list of words', fix=RETRAIN)  # fmt: skip
+    return meta
+
+
+def hollow_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
+    """Models of `preset` without memory for their weights: what graphs are exported from.
+
+    `vocabulary`: of a text encoder of words, whose size is part of the graph; the shipped one's if None.
+    """
+    with torch.device("meta"):
+        text = text_encoder_for(preset, vocabulary)
+        return Models(preset, CausalDiT(preset.dit).eval(), CausalVAE(preset.vae).eval(), text.eval())

@@ -1,0 +1,45 @@
+"""The engine spec: every binding's name, dtype, shape and alias. Export, build and runtime read this one place.
+
+Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, D head_dim, E text length, W window length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One network input or output. dtype is "fp32", "bf16", "int32" or "int8"; a str dimension is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Bindings of one network. `aliases` maps an output to the input it is written over.
+
+    `profile` gives (min, opt, max) for each dynamic dimension. `carried` maps an output of this call to the input
+    of the next one that it becomes (VAE caches), without being in place.
+    """
+
+    name: str
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    carried: tuple[tuple[str, str], ...] = ()
+    profile: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON-ready description, for manifests and digests."""
+        return {
+            "name": self.name,
+            "inputs": [[b.name, b.dtype, list(b.shape)] for b in self.inputs],
+            "outputs": [[b.name, b.dtype, list(b.shape)] for b in self.outputs],
+            "aliases": [list(pair) for pair in self.aliases],
+            "carried": [list(pair) for pair in self.carried],
+            "profile": [[name, list(sizes)] for name, sizes in self.profile],
+        }

@@ -1,0 +1,1 @@
+"""Text encoders: the small word encoder, umT5, and their tokenizers."""

@@ -1,0 +1,132 @@
+"""The networks that become engines: flat, positional modules around the models, one a name in `wan.spec`.
+
+Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, E text length, W window length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from longtake.errors import LongtakeError
+from longtake.plugins.cross_attention.reference import dense_cross_attention
+from longtake.plugins.spec import QK_NORM_EPS, cache_tensors
+from longtake.training.models.load import Models
+from longtake.training.models.text.words import AnyTextEncoder
+from longtake.training.models.wan.dit import Attention, CausalDiT, Rope
+from longtake.training.models.wan.fused_block import fused_blocks
+from longtake.training.models.wan.vae import DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
+from longtake.training.models.wan.vae_library import LibrarySteady
+
+
+class TextStep(nn.Module):
+    """tokens int32 [1, E] -> embeddings fp32 [1, E, text_dim]."""
+
+    def __init__(self, text: AnyTextEncoder) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        return (self.text(tokens),)
+
+
+class ContextStep(nn.Module):
+    """embeddings fp32 [1, E, text_dim] -> each layer's cross-attention K and V, [2, E, H, D] in compute dtype."""
+
+    def __init__(self, dit: CausalDiT) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.dit.context(embeddings[0]))
+
+
+def fused_norm_rope(own: Attention, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """`dit.plain_norm_rope` as one op of ours: from these nodes TensorRT makes kernels that carry fp32 copies along."""
+    weights = (norm.weight.to(q.dtype) for norm in (own.norm_q, own.norm_k))
+    return torch.ops.longtake.qk_norm_rope(own.split(q), own.split(k), *weights, *rope)
+
+
+class DiTStep(nn.Module):
+    """One pass over one chunk through the cache ops; inputs and outputs as in `engines.spec.dit_spec`.
+
+    fused: whether ops of ours do what lies between the blocks' linears."""
+
+    def __init__(self, dit: CausalDiT, cache: str, fused: bool = False) -> None:
+        super().__init__()
+        import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
+
+        self.dit = dit
+        self.cache = cache
+        self.blocks = fused_blocks if fused else None
+        self.per_layer = len(cache_tensors(cache))
+        self.write = getattr(torch.ops.longtake, f"kv_cache_write_{cache}")
+        self.read = getattr(torch.ops.longtake, f"sink_attention_{cache}")
+        if dit.config.eps != QK_NORM_EPS:
+            raise LongtakeError("the op qk_norm_rope has another eps", got=dit.config.eps, expected=QK_NORM_EPS)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep_sinusoid: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        table: Tensor,
+        write_slot: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """`tensors`: each layer's context, then each layer's cache tensors. Returns velocity, then the caches."""
+        layers = len(self.dit.blocks)
+        context, caches = list(tensors[:layers]), list(tensors[layers:])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            own = slice(layer * self.per_layer, (layer + 1) * self.per_layer)
+            # Write first: the slot written is never one that is read, and TensorRT builds a write in place only if
+            # nothing else reads the cache as it was before.
+            written = self.write(k, v, *caches[own], write_slot)
+            caches[own] = [written] if isinstance(written, Tensor) else list(written)
+            return self.read(q, k, v, *caches[own], table)
+
+        rope = (rope_cos, rope_sin)
+        velocity = self.dit(
+            latents[0], timestep_sinusoid, rope, context, attend, cross=dense_cross_attention,
+            norm_rope=fused_norm_rope, blocks=self.blocks,
+        )  # fmt: skip
+        return (velocity[None], *caches)
+
+
+VAE_STEPS = {
+    "vae_first": DecoderFirst,
+    "vae_steady": DecoderSteady,
+    "vae_encoder_first": VAEEncoderFirst,
+    "vae_encoder_steady": VAEEncoderSteady,
+}
+
+
+def network_module(
+    models: Models,
+    name: str,
+    cache: str = "nvfp4",
+    fold: bool = False,
+    vae_ops: str = "engine",
+    linears: str = "engine",
+) -> nn.Module:
+    """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
+
+    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `fold`: compute the VAE's
+    upsampling in its folded form (see `upsample_fold`). `vae_ops`: "plugin" has the VAE decoder extend its streams by
+    our ops, "library" runs nearly all of it as ops (a recipe's field). `linears`: "library" has the DiT do all that lies
+    between the blocks' linears by our ops (a recipe's field, too).
+    """
+    if name == "text_encoder":
+        return TextStep(models.text).eval()
+    if name == "context":
+        return ContextStep(models.dit).eval()
+    if name == "dit":
+        return DiTStep(models.dit, cache, fused=linears == "library").eval()
+    if name in VAE_STEPS:
+        if vae_ops == "library" and name == "vae_steady":
+            return LibrarySteady(models.vae).eval()
+        return VAE_STEPS[name](models.vae, fold=fold, ops=vae_ops != "engine" and "encoder" not in name).eval()
+    known = ["text_encoder", "context", "dit", *VAE_STEPS]
+    raise LongtakeError("unknown network", got=name, expected=", ".join(known))

@@ -1,0 +1,140 @@
+"""The bindings of this family's networks, one function a network: names, dtypes, shapes, and what is written in place.
+
+Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, D head_dim, E text length, W window length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longtake.plugins.spec import cache_tensors
+from longtake.training.models.network_spec import Binding, NetworkSpec
+from longtake.training.models.presets import Preset
+
+NETWORKS = (
+    "text_encoder", "context", "dit", "vae_first", "vae_steady", "vae_encoder_first", "vae_encoder_steady",
+)  # fmt: skip
+
+
+def networks_of(preset: Preset) -> tuple[str, ...]:
+    """The networks of `preset` that are exported and built. A umT5 text encoder is not: it runs in PyTorch, once a
+    prompt, and would be 11 GB of engine."""
+    return tuple(name for name in NETWORKS if name != "text_encoder" or preset.text.kind == "words")
+
+
+def cache_bindings(preset: Preset, cache: str, layer: int) -> tuple[Binding, ...]:
+    """The cache inputs of `layer`; the outputs are the same names with `_out` appended."""
+    dit = preset.dit
+    slots = preset.window_chunks
+    sizes = {"S": slots, "2": 2, "L": preset.chunk_tokens, "H": dit.heads, "D": dit.head_dim}
+    sizes |= {"D/2": dit.head_dim // 2, "D/16": dit.head_dim // 16}
+    return tuple(
+        Binding(f"{t.name}_{layer}", "bf16" if t.dtype == "compute" else t.dtype, tuple(sizes[d] for d in t.shape))
+        for t in cache_tensors(cache)
+    )
+
+
+def _out(binding: Binding) -> Binding:
+    return Binding(f"{binding.name}_out", binding.dtype, binding.shape)
+
+
+def text_encoder_spec(preset: Preset) -> NetworkSpec:
+    """Token ids (0 is padding) to embeddings; rows past the last token are zero."""
+    return NetworkSpec(
+        "text_encoder",
+        inputs=(Binding("tokens", "int32", (1, preset.text.length)),),
+        outputs=(Binding("embeddings", "fp32", (1, preset.text.length, preset.text.dim)),),
+    )
+
+
+def context_bindings(preset: Preset) -> tuple[Binding, ...]:
+    """Cross-attention K and V of each layer, [2, E, heads, head_dim]: computed once a prompt."""
+    dit = preset.dit
+    return tuple(Binding(f"context_{i}", "bf16", (2, dit.text_len, dit.heads, dit.head_dim)) for i in range(dit.layers))
+
+
+def context_spec(preset: Preset) -> NetworkSpec:
+    """Text embeddings to every layer's cross-attention K and V."""
+    dit = preset.dit
+    return NetworkSpec(
+        "context",
+        inputs=(Binding("embeddings", "fp32", (1, dit.text_len, dit.text_dim)),),
+        outputs=context_bindings(preset),
+    )
+
+
+def dit_spec(preset: Preset, cache: str) -> NetworkSpec:
+    """One DiT pass over one chunk: velocity out, and K/V written to `write_slot` unless that is -1."""
+    dit, frames = preset.dit, preset.chunk_latents
+    latent = (1, dit.channels, frames, *preset.latent_hw)
+    caches = tuple(b for i in range(dit.layers) for b in cache_bindings(preset, cache, i))
+    return NetworkSpec(
+        "dit",
+        inputs=(
+            Binding("latents", "fp32", latent),
+            Binding("timestep_sinusoid", "fp32", (frames, dit.freq_dim)),
+            Binding("rope_cos", "fp32", (preset.chunk_tokens, dit.head_dim // 2)),
+            Binding("rope_sin", "fp32", (preset.chunk_tokens, dit.head_dim // 2)),
+            Binding("table", "int32", ("W",)),
+            Binding("write_slot", "int32", (1,)),
+            *context_bindings(preset),
+            *caches,
+        ),
+        outputs=(Binding("velocity", "fp32", latent), *(_out(b) for b in caches)),
+        aliases=tuple((f"{b.name}_out", b.name) for b in caches),
+        profile=(("W", (1, preset.window_chunks, preset.window_chunks)),),
+    )
+
+
+def vae_spec(preset: Preset, name: str, latents: int = 1, vae_ops: str = "engine") -> NetworkSpec:
+    """One step of a VAE stream, in either direction.
+
+    vae_first: one latent to one frame and fresh caches; vae_steady: `latents` latents and caches to four frames each.
+    vae_encoder_first and vae_encoder_steady: the same from frames to latents, one group at a time.
+    With `vae_ops` other than "engine" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
+    """
+    from longtake.training.models.wan.vae import decoder_cache_shapes, encoder_cache_shapes
+
+    encoder, first = name.startswith("vae_encoder"), name.endswith("first")
+    ops = vae_ops != "engine" and not encoder
+    count = 1 if first or encoder else latents
+    frames = 1 if first else count * preset.vae.stride[0]
+    latent = Binding("latent", "fp32", (1, preset.vae.z_channels, count, *preset.latent_hw))
+    video = Binding("frames", "fp32", (1, 3, frames, preset.height, preset.width))
+    shapes, prefix = (
+        (encoder_cache_shapes(preset), "vae_encoder_cache")
+        if encoder
+        else (decoder_cache_shapes(preset, ops), "vae_cache")
+    )
+    caches = tuple(Binding(f"{prefix}_{i}", "bf16", shape) for i, shape in enumerate(shapes))
+    pairs = tuple((f"{b.name}_out", b.name) for b in caches)
+    source, result = (video, latent) if encoder else (latent, video)
+    return NetworkSpec(
+        name,
+        inputs=(source, *(() if first else caches)),
+        outputs=(result, *(_out(b) for b in caches)),
+        aliases=pairs if ops and not first else (),
+        carried=() if ops and not first else pairs,
+    )
+
+
+def network_spec(preset: Preset, cache: str, name: str, latents: int = 1, vae_ops: str = "engine") -> NetworkSpec:
+    """The spec of one network.
+
+    Args:
+        cache: format of the K/V cache, "nvfp4" or "bf16".
+        latents: latent frames that one call of `vae_steady` takes (a recipe's `vae_latents_per_step`).
+        vae_ops: what extends the VAE decoder's streams (a recipe's `vae_ops`).
+    """
+    if name == "text_encoder":
+        return text_encoder_spec(preset)
+    if name == "context":
+        return context_spec(preset)
+    if name == "dit":
+        return dit_spec(preset, cache)
+    return vae_spec(preset, name, latents, vae_ops)
+
+
+def recipe_spec(recipe: Any, name: str, preset: Preset | None = None) -> NetworkSpec:
+    """The spec of network `name` as `recipe` wants it; `preset` overrides the recipe's (tests use smaller ones)."""
+    return network_spec(preset or recipe.model, recipe.cache, name, recipe.vae_latents_per_step, recipe.vae_ops)

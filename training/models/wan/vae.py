@@ -1,0 +1,243 @@
+"""Causal video VAE of the Wan 2.2 kind: stride 4x16x16, one latent frame in, four pixel frames out, any length.
+
+The first frame of a clip is its own group: latent 0 stands for 1 pixel frame, every later latent for 4. All
+convolutions look back in time only, and every history they need travels through `Stream`. So one implementation serves
+the whole clip in parallel (training), chunk after chunk, and one latent at a time with explicit caches (export);
+the three are equal.
+
+Legend: B batch, C channels, F latent frames, T pixel frames (T = 1 + 4 (F - 1) from the start of a clip), H, W sizes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from longtake.errors import LongtakeError
+from longtake.training.models.presets import Preset, VAEConfig
+from longtake.training.models.wan.vae_layers import (
+    CausalConv3d,
+    Down,
+    Level,
+    Middle,
+    OpStream,
+    ResBlock,
+    RMSNorm,
+    Stream,
+    Up,
+)
+
+PATCH = 2  # pixel unshuffle before the encoder, pixel shuffle after the decoder
+
+
+class Coder(nn.Module):
+    """What encoder and decoder have in common: conv, stages in order, norm, SiLU, conv."""
+
+    def __init__(self, in_dim: int, first_dim: int, stages: list[nn.Module], last_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv_in = CausalConv3d(in_dim, first_dim, (3, 3, 3))
+        self.stages = nn.ModuleList(stages)
+        self.norm = RMSNorm(last_dim)
+        self.conv_out = CausalConv3d(last_dim, out_dim, (3, 3, 3))
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        x = self.conv_in(x, stream)
+        for stage in self.stages:
+            x = stage(x, stream)
+        return self.conv_out(x, stream, self.norm)
+
+
+def _encoder(config: VAEConfig) -> Coder:
+    """Pixel patches [B,12,T,H/2,W/2] to latents [B,z,F,H/16,W/16]; to their mean and log variance, [B,2z,...], where
+    `quant_convs` says that a convolution mixes the two."""
+    dims = [config.encoder_dim * m for m in (1, *config.dim_mult)]
+    stages: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip(dims[:-1], dims[1:])):
+        down = Down(b, config.temporal_down[i]) if i < len(config.temporal_down) else None
+        stages.append(Level(a, b, config.res_blocks, down, config.last_shortcut))
+    moments = config.z_channels * (2 if config.quant_convs else 1)
+    return Coder(3 * PATCH**2, dims[0], [*stages, Middle(dims[-1])], dims[-1], moments)
+
+
+def _decoder(config: VAEConfig) -> Coder:
+    """Latents [B,z,F,H/16,W/16] to pixel patches [B,12,T,H/2,W/2]; one residual block a level more than the encoder."""
+    dims = [config.decoder_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    times = tuple(reversed(config.temporal_down))
+    stages: list[nn.Module] = [Middle(dims[0])]
+    for i, (a, b) in enumerate(zip(dims[:-1], dims[1:])):
+        stages.append(Level(a, b, config.res_blocks + 1, Up(b, times[i]) if i < len(times) else None))
+    return Coder(config.z_channels, dims[0], stages, dims[-1], 3 * PATCH**2)
+
+
+def unshuffle(video: Tensor) -> Tensor:
+    """Fold 2x2 pixels into channels: [B,3,T,H,W] to [B,12,T,H/2,W/2]."""
+    b, c, t, h, w = video.shape
+    x = video.reshape(b, c, t, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 1, 4, 6, 2, 3, 5)
+    return x.reshape(b, c * PATCH**2, t, h // PATCH, w // PATCH)
+
+
+def shuffle(patches: Tensor) -> Tensor:
+    """Inverse of `unshuffle`: [B,12,T,H/2,W/2] to [B,3,T,H,W]."""
+    b, c, t, h, w = patches.shape
+    x = patches.reshape(b, c // PATCH**2, PATCH, PATCH, t, h, w).permute(0, 1, 4, 5, 2, 6, 3)
+    return x.reshape(b, c // PATCH**2, t, h * PATCH, w * PATCH)
+
+
+class CausalVAE(nn.Module):
+    """Encoder, decoder, and the per-channel mean and std that bring latents to zero mean and unit std."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = _encoder(config), _decoder(config)
+        z = config.z_channels
+        self.quant = nn.Conv3d(2 * z, z, 1) if config.quant_convs else nn.Identity()
+        self.post_quant = nn.Conv3d(z, z, 1) if config.quant_convs else nn.Identity()
+        self.register_buffer("latent_mean", torch.zeros(config.z_channels))
+        self.register_buffer("latent_std", torch.ones(config.z_channels))
+
+    def encode(self, video_BCTHW: Tensor) -> Tensor:
+        """Video fp32 [B,3,T,H,W] in [-1,1], T = 1 + 4n, to normalized latents fp32 [B,F,C,H/16,W/16]: the mean.
+
+        Raises:
+            LongtakeError: the clip's length or size does not fit the stride.
+        """
+        return self.encode_chunk(video_BCTHW)[0]
+
+    def encode_chunk(self, video: Tensor, histories: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Encode the next part of a clip: 1 + 4n frames at its start (histories None), 4n frames after that."""
+        _check_video(video, self.config, first=histories is None)
+        stream = Stream(histories)
+        return encode_step(self, video, stream).transpose(1, 2), stream.new
+
+    def decode(self, latents_BFCHW: Tensor) -> Tensor:
+        """Normalized latents [B,F,C,h,w] to video fp32 [B,3,1+4(F-1),16h,16w], clamped to [-1,1]."""
+        return self.decode_chunk(latents_BFCHW)[0]
+
+    def decode_chunk(self, latents: Tensor, histories: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Decode the next latents of a clip; `histories` is None at its start, then what the last call returned."""
+        stream = Stream(histories)
+        return decode_step(self, latents.transpose(1, 2), stream), stream.new
+
+    def encode_raw(self, video: Tensor, stream: Stream) -> Tensor:
+        """Video [B,3,T,H,W] to latents [B,z,F,h,w] before normalization."""
+        return self.quant(self.encoder(unshuffle(video).to(self.encoder.conv_in.conv.weight.dtype), stream))
+
+    def decode_raw(self, raw: Tensor, stream: Stream) -> Tensor:
+        """Latents [B,z,F,h,w] before normalization to video [B,3,T,H,W], not clamped."""
+        return shuffle(self.decoder(self.post_quant(raw.to(self.decoder.conv_in.conv.weight.dtype)), stream))
+
+
+def encode_step(vae: CausalVAE, video: Tensor, stream: Stream) -> Tensor:
+    """Video [B,3,T,H,W] in [-1,1] to normalized latents fp32 [B,z,F,h,w]."""
+    mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
+    return (vae.encode_raw(video, stream).float() - mean) / std
+
+
+def decode_step(vae: CausalVAE, latents: Tensor, stream: Stream) -> Tensor:
+    """Normalized latents [B,z,F,h,w] to video fp32 [B,3,T,H,W] in [-1,1]."""
+    mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
+    return vae.decode_raw(latents.float() * std + mean, stream).float().clamp(-1.0, 1.0)
+
+
+class _Step(nn.Module):
+    """A step of a stream as a pure function of tensors: what engines are made of.
+
+    Caches are the histories of the causal convolutions, in the order in which they run. A new cache is the end of
+    [old cache, input], which the convolution reads, and nothing else in the call reads either: an executor may write it
+    over the old one as soon as that tensor is there, as PyTorch does if `in_place`.
+    """
+
+    def __init__(self, vae: CausalVAE, in_place: bool = False, fold: bool = False, ops: bool = False) -> None:
+        """`in_place`, `fold`: see `vae_layers.Stream`. `ops`: the stream is `vae_layers.OpStream`, caches [T,H,W,C]."""
+        super().__init__()
+        self.vae, self.in_place, self.fold = vae, in_place, fold
+        self.stream = OpStream if ops else Stream
+        if ops:
+            import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
+
+
+class DecoderFirst(_Step):
+    """latent fp32 [1,z,F,h,w] -> (frames fp32 [1,3,1+4(F-1),H,W], *caches): the start of a clip, usually F = 1."""
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
+        stream = self.stream(fold=self.fold)
+        return decode_step(self.vae, latent, stream), *stream.new
+
+
+class DecoderSteady(_Step):
+    """(latent fp32 [1,z,F,h,w], *caches) -> (frames fp32 [1,3,4F,H,W], *new caches): later latents, any F.
+
+    The caches' shapes don't depend on F. With `in_place` the new caches are the old ones, overwritten.
+    """
+
+    def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        stream = self.stream(caches, self.in_place, self.fold)
+        return decode_step(self.vae, latent, stream), *stream.new
+
+
+class VAEEncoderFirst(_Step):
+    """frames fp32 [1,3,1+4(F-1),H,W] -> (latent fp32 [1,z,F,h,w], *caches): the start of a clip, usually F = 1."""
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
+        stream = self.stream(fold=self.fold)
+        return encode_step(self.vae, frames, stream), *stream.new
+
+
+class VAEEncoderSteady(_Step):
+    """(frames fp32 [1,3,4F,H,W], *caches) -> (latent fp32 [1,z,F,h,w], *new caches): later groups of four frames."""
+
+    def forward(self, frames: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        stream = self.stream(caches, self.in_place, self.fold)
+        return encode_step(self.vae, frames, stream), *stream.new
+
+
+@lru_cache
+def decoder_cache_shapes(preset: Preset, ops: bool = False) -> list[tuple[int, ...]]:
+    """Shapes of the decoder's caches, in binding order (found by a run without data). `ops`: see `_Step`."""
+    with torch.device("meta"):
+        latent = torch.empty(1, preset.vae.z_channels, 1, *preset.latent_hw)
+        return [tuple(cache.shape) for cache in DecoderFirst(CausalVAE(preset.vae), ops=ops)(latent)[1:]]
+
+
+@lru_cache
+def encoder_cache_shapes(preset: Preset) -> list[tuple[int, ...]]:
+    """Shapes of the encoder's caches, in binding order (found by a run without data)."""
+    with torch.device("meta"):
+        frame = torch.empty(1, 3, 1, preset.height, preset.width)
+        return [tuple(cache.shape) for cache in VAEEncoderFirst(CausalVAE(preset.vae))(frame)[1:]]
+
+
+def stream_ops(vae: CausalVAE) -> Counter[str]:
+    """How many nodes of each op a step of the decoder holds whose stream is `OpStream`."""
+    modules = list(vae.decoder.modules())
+    blocks = sum(isinstance(module, ResBlock) for module in modules)
+    past = sum(isinstance(module, CausalConv3d) and module.past > 0 for module in modules)
+    normed = 2 * blocks + 1  # two in a block, one before the last convolution
+    return Counter({"norm_silu_extend": normed, "stream_extend": past - normed})
+
+
+def _check_video(video: Tensor, config: VAEConfig, first: bool) -> None:
+    time, height, width = config.stride
+    frames = video.shape[2] - 1 if first else video.shape[2]
+    if frames < 0 or frames % time or (not first and frames == 0):
+        raise LongtakeError(
+            "the number of frames does not fit the VAE",
+            got=video.shape[2],
+            expected=f"{'1 + ' if first else ''}a multiple of {time}",
+            fix="cut the clip",
+        )
+    if video.shape[3] % height or video.shape[4] % width:
+        raise LongtakeError(
+            "the frame size does not fit the VAE",
+            got=f"{video.shape[4]}x{video.shape[3]}",
+            expected=f"multiples of {width}x{height}",
+            fix="resize the clip",
+        )

@@ -1,0 +1,1 @@
+"""What a training step computes: teacher forcing, noise, attention over chunks, error recycling, 4-bit gradients."""

@@ -1,0 +1,1 @@
+"""The benchmark of sequence-parallel training, one file a concern."""
