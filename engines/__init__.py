@@ -1,1 +1,1 @@
-"""The engine spec, recipes, build, profile and manifest."""
+"""ONNX to TensorRT: recipes, segmentation, build."""

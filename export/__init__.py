@@ -1,1 +1,1 @@
-"""PyTorch to ONNX: custom ops, NVFP4 lowering, function bodies, parity report."""
+"""PyTorch to ONNX: custom ops, NVFP4 lowering, function bodies, structure check."""

@@ -1,4 +1,4 @@
-"""Backends, session and chunk loop, state, sampler, decode, video, report, command line."""
+"""Run: backends, session and chunk loop, decode, report; budget, check, profile and bench."""
 
 from __future__ import annotations
 

@@ -105,10 +105,9 @@ def exports(tree: Path, work: Path) -> dict[str, str]:
         out = work / "export" / name
         longtake(tree, "export", "--recipe", recipe, "--checkpoints", "training/checkpoints/tiny-4step", "--out", str(out),
                  "--no-parity")  # fmt: skip
-        for path in sorted(out.glob("*.onnx")):
-            found[f"{name}.{path.stem}"] = graph_digest(path)
-        for path in sorted(out.glob("*.data")):
-            found[f"{name}.{path.name}"] = file_digest(path)
+        graphs, data = sorted(out.glob("*/*.onnx")), sorted(out.glob("*/*.data"))
+        found |= {f"{name}.{path.stem}": graph_digest(path) for path in graphs}
+        found |= {f"{name}.{path.name}": file_digest(path) for path in data}
     return found
 
 
@@ -117,8 +116,8 @@ def frames(tree: Path, work: Path) -> dict[str, str]:
     found = {}
     for backend in ("reference", "torch"):
         for recipe in (*RECIPES, *LIBRARY):
-            folder = str(work / "export" / recipe)
-            out = run(tree, "-c", FRAMES, folder, backend, str(CHUNKS), "docs/stories/demo.yaml")
+            (folder,) = (work / "export" / recipe).iterdir()  # named by the networks, which several recipes may share
+            out = run(tree, "-c", FRAMES, str(folder), backend, str(CHUNKS), "docs/stories/demo.yaml")
             found |= {f"{backend}.{recipe}.{key}": value for key, value in json.loads(out.splitlines()[-1]).items()}
     return found
 

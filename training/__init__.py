@@ -1,1 +1,1 @@
-"""The PyTorch side: model, VAE, text encoder, data, teacher forcing, quantization, checkpoints."""
+"""Learn: data, teacher forcing, distillation, many GPUs; `models` holds the networks that all stages read."""
