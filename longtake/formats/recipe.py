@@ -13,7 +13,7 @@ import yaml
 from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError
 from longtake.paths import REPOSITORY
-from longtake.plugins.spec import CACHE_FORMATS
+from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.training.models.presets import PRESETS, Preset, preset_named
 
 RECIPES = REPOSITORY / "engines" / "recipes"

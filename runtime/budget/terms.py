@@ -223,6 +223,7 @@ def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | Non
 
 def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
     """Arena bytes of a network among `engines`: None if it is not there, or its plans do not say what they want."""
+    from longtake.plugins.registry import op_named
     from longtake.runtime.backends.segments.arena import aligned
     from longtake.runtime.backends.segments.planner import planned_steps
     from longtake.runtime.backends.segments.vae_first import first_steps
@@ -240,19 +241,21 @@ def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
     scratch = {name: aligned(size or 1) for name, size in sizes.items()}
     plan = first.plan if first else planned_steps(graph, scratch)
     steps = enumerate(plan.graph.steps)
-    ops = {i: _workspace(recipe, graph, i) for i, step in steps if step.name.startswith("sink_att")}
+    ops = {
+        i: _workspace(recipe, graph, i) for i, step in steps if step.kind == "op" and op_named(step.name).reads_table
+    }
     return plan.layout(scratch, ops)[2]
 
 
 def _workspace(recipe: Recipe, graph: SegmentedGraph, index: int) -> int:
     """What laying the attention's window out takes; a library's own workspace, some MB, is not known here."""
-    from longtake.plugins.kernels import dims_from_shapes
+    from longtake.plugins.registry import op_named
+    from longtake.plugins.shapes import dims_from_shapes
     from longtake.plugins.sink_attention import hopper, window
-    from longtake.plugins.spec import OPS
 
     step = graph.steps[index]
     shapes = [[n if isinstance(n, int) else 1 for n in graph.tensors[name].shape] for name in step.inputs]
-    dims = dims_from_shapes(OPS[step.name], shapes)
+    dims = dims_from_shapes(op_named(step.name).spec, shapes)
     if recipe.compute_capability != "9.0":
         return 0
     layout = hopper if recipe.attention == "fp8" else window

@@ -15,7 +15,8 @@ from longtake.export import package
 from longtake.export.package import PlainGraphs
 from longtake.formats.onnx_file import read_graph
 from longtake.formats.recipe import Recipe, recipe_named
-from longtake.plugins.spec import CONV_OPS, DOMAIN, STREAM_OPS
+from longtake.plugins.registry import op_named
+from longtake.plugins.spec import DOMAIN
 from longtake.runtime.backends.segments.arena import memory_layout, storage_bytes
 from longtake.runtime.backends.segments.planner import planned_steps
 from longtake.runtime.backends.segments.vae_first import first_steps
@@ -78,7 +79,7 @@ def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(tmp_path: Path
     ops = Counter(step.name for step in cut.graph.steps if step.kind == "op")
     assert ops == library_ops(CausalVAE(TINY.vae))
     assert len(cut.graph.segments) == 3 == sum(step.kind == "segment" for step in cut.graph.steps)
-    weights = {step.inputs[1] for step in cut.graph.steps if step.name in CONV_OPS}
+    weights = {step.inputs[1] for step in cut.graph.steps if step.kind == "op" and op_named(step.name).kernel_size}
     inside = {name for step in cut.graph.steps if step.kind == "segment" for name in step.inputs}
     assert weights <= set(cut.graph.weights) and not weights & inside
     recorded, scratch = library_decoder_steps(TINY), {segment.name: 0 for segment in cut.graph.segments}
@@ -107,7 +108,7 @@ def test_the_graph_is_cut_at_the_ops_and_blocks_share_plans(recipe: Recipe, tmp_
     cut = segments_from_onnx(read_graph(tmp_path / "vae_steady.onnx"), "vae_steady")
     ops = [step for step in cut.graph.steps if step.kind == "op"]
     assert len(ops) == len(decoder_cache_shapes(TINY, True))
-    assert {step.name for step in ops} == set(STREAM_OPS)
+    assert {step.name for step in ops} == {"norm_silu_extend", "stream_extend"}
     segments = [step.name for step in cut.graph.steps if step.kind == "segment"]
     assert len(segments) == len(ops) + 1 and len(set(segments)) < len(segments)
     for model in cut.models.values():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
+from longtake.plugins.cache_format import cache_tensors
 from longtake.plugins.cross_attention.reference import dense_cross_attention
-from longtake.plugins.spec import QK_NORM_EPS, cache_tensors
+from longtake.plugins.pointwise import QK_NORM_EPS
 from longtake.training.models.load import Models
 from longtake.training.models.text.words import AnyTextEncoder
 from longtake.training.models.wan.dit import Attention, CausalDiT, Rope

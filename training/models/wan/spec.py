@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longtake.plugins.spec import cache_tensors
+from longtake.plugins.cache_format import cache_tensors
 from longtake.training.models.network_spec import Binding, NetworkSpec
 from longtake.training.models.presets import Preset
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.plugins.spec import CHANNEL_NORM_EPS
+from longtake.plugins.stream_extend.reference import CHANNEL_NORM_EPS
 from longtake.training.models.wan.upsample_fold import upsampled_conv
 
 
