@@ -52,7 +52,6 @@ class Recipe:
     linears: what multiplies in the DiT's blocks: the engine, or between engine segments a library ("library": cuBLASLt).
     memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
     vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
-    vae_fold_upsampling: whether the VAE decoder upsamples and convolves in one step (training/models/wan/upsample_fold.py).
     vae_ops: what normalises, activates and extends the streams of the steady VAE decoder and writes its caches, "engine"
         (TensorRT) or "plugin" (our op `norm_silu_extend`, at which a segmented recipe cuts; caches are channels last);
         "library": cuDNN runs the convolutions too, our kernels upsample, and the engine has attention and the head left.
@@ -69,7 +68,6 @@ class Recipe:
     linears: str = "engine"
     memory_gb: int = 0
     vae_latents_per_step: int = 1
-    vae_fold_upsampling: bool = False
     vae_ops: str = "engine"
 
     def __post_init__(self) -> None:
@@ -87,19 +85,14 @@ class Recipe:
             raise LongtakeError(f"recipe {self.name}: a library cannot run these linears",
                                 got=f"{self.precision}, {self.mode}", expected="fp8 or bf16, segmented",
                                 fix="set linears: engine")  # fmt: skip
-        if self.vae_ops == "library" and (self.mode != "segmented" or self.vae_fold_upsampling):
-            raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder",
-                                got=f"{self.mode}, vae_fold_upsampling: {str(self.vae_fold_upsampling).lower()}",
-                                expected="segmented, not folded", fix="set vae_ops: engine")  # fmt: skip
+        if self.vae_ops == "library" and self.mode != "segmented":
+            raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder", got=self.mode,
+                                expected="segmented", fix="set vae_ops: engine")  # fmt: skip
         for key, least in (("memory_gb", 0), ("vae_latents_per_step", 1)):
             number = getattr(self, key)
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(number),
                                     expected=f"a whole number of at least {least}", fix=f"set {key}: {least}")  # fmt: skip
-
-        if not isinstance(self.vae_fold_upsampling, bool):
-            raise LongtakeError(f"recipe {self.name}: bad vae_fold_upsampling", got=repr(self.vae_fold_upsampling),
-                                expected="true or false", fix="set vae_fold_upsampling: false")  # fmt: skip
 
     @property
     def model(self) -> Preset:

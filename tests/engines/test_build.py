@@ -204,6 +204,19 @@ def test_a_bundle_finds_what_it_was_built_from_even_when_moved(bundle: Path, rec
     assert opened.check_file(moved / "engines" / "dit.segments.json").is_file()
 
 
+def test_a_bundle_of_an_earlier_version_opens_unless_it_needs_what_is_gone(bundle: Path, recipe: Recipe) -> None:
+    path = bundle / bundle_module.NAME
+    content = read_json(path)
+    for value, opens in ((False, True), (True, False)):
+        fields = {**content["recipe_fields"], "vae_fold_upsampling": value}
+        write_json(path, {**content, "recipe_fields": fields})
+        if opens:
+            assert load_bundle(bundle).recipe == recipe
+        else:
+            with pytest.raises(IntegrityError, match="not an engine bundle(.|\n)*vae_fold_upsampling"):
+                load_bundle(bundle)
+
+
 def test_a_bundle_refuses_files_that_changed(bundle: Path) -> None:
     opened = load_bundle(bundle)
     (bundle / "dit.segments.json").write_text("{}")

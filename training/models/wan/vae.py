@@ -155,10 +155,10 @@ class _Step(nn.Module):
     over the old one as soon as that tensor is there, as PyTorch does if `in_place`.
     """
 
-    def __init__(self, vae: CausalVAE, in_place: bool = False, fold: bool = False, ops: bool = False) -> None:
-        """`in_place`, `fold`: see `vae_layers.Stream`. `ops`: the stream is `vae_layers.OpStream`, caches [T,H,W,C]."""
+    def __init__(self, vae: CausalVAE, in_place: bool = False, ops: bool = False) -> None:
+        """`in_place`: see `vae_layers.Stream`. `ops`: the stream is `vae_layers.OpStream`, caches [T,H,W,C]."""
         super().__init__()
-        self.vae, self.in_place, self.fold = vae, in_place, fold
+        self.vae, self.in_place = vae, in_place
         self.stream = OpStream if ops else Stream
         if ops:
             import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
@@ -168,7 +168,7 @@ class DecoderFirst(_Step):
     """latent fp32 [1,z,F,h,w] -> (frames fp32 [1,3,1+4(F-1),H,W], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(fold=self.fold)
+        stream = self.stream()
         return decode_step(self.vae, latent, stream), *stream.new
 
 
@@ -179,7 +179,7 @@ class DecoderSteady(_Step):
     """
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(caches, self.in_place, self.fold)
+        stream = self.stream(caches, self.in_place)
         return decode_step(self.vae, latent, stream), *stream.new
 
 
@@ -187,7 +187,7 @@ class VAEEncoderFirst(_Step):
     """frames fp32 [1,3,1+4(F-1),H,W] -> (latent fp32 [1,z,F,h,w], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(fold=self.fold)
+        stream = self.stream()
         return encode_step(self.vae, frames, stream), *stream.new
 
 
@@ -195,7 +195,7 @@ class VAEEncoderSteady(_Step):
     """(frames fp32 [1,3,4F,H,W], *caches) -> (latent fp32 [1,z,F,h,w], *new caches): later groups of four frames."""
 
     def forward(self, frames: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(caches, self.in_place, self.fold)
+        stream = self.stream(caches, self.in_place)
         return encode_step(self.vae, frames, stream), *stream.new
 
 

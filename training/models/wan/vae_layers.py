@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.plugins.stream_extend.reference import CHANNEL_NORM_EPS
-from longtake.training.models.wan.upsample_fold import upsampled_conv
 
 
 class Stream:
@@ -24,11 +23,10 @@ class Stream:
     Args:
         histories: what the previous call produced; None at the start of a clip, where the past is zeros.
         in_place: write the new histories into `histories` instead of returning new tensors. Not for autograd.
-        fold: compute upsampling convolutions in their folded form, equal up to rounding and cheaper.
     """
 
-    def __init__(self, histories: Sequence[Tensor] | None = None, in_place: bool = False, fold: bool = False) -> None:
-        self.fresh, self.in_place, self.fold = histories is None, in_place, fold
+    def __init__(self, histories: Sequence[Tensor] | None = None, in_place: bool = False) -> None:
+        self.fresh, self.in_place = histories is None, in_place
         self._old = iter(histories or ())
         self.new: list[Tensor] = []
 
@@ -209,14 +207,12 @@ class Down(nn.Module):
 
 
 class UpConv(nn.Conv3d):
-    """Nearest 2x upsampling of space, then a 1x3x3 convolution; `fold` does both in one (see `upsample_fold`)."""
+    """Nearest 2x upsampling of space, then a 1x3x3 convolution."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, (1, 3, 3), padding=(0, 1, 1))
 
-    def forward(self, x: Tensor, fold: bool = False) -> Tensor:
-        if fold and self.bias is not None:
-            return upsampled_conv(x, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
         b, c, t, h, w = x.shape
         x = x.view(b, c, t, h, 1, w, 1).expand(b, c, t, h, 2, w, 2).reshape(b, c, t, h * 2, w * 2)
         return super().forward(x)
@@ -231,7 +227,7 @@ class Up(nn.Module):
         self.space = UpConv(dim)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.space(x if self.time is None else self._double_time(x, stream, self.time), stream.fold)
+        return self.space(x if self.time is None else self._double_time(x, stream, self.time))
 
     def _double_time(self, x: Tensor, stream: Stream, time: CausalConv3d) -> Tensor:
         if not stream.fresh:
