@@ -52,14 +52,13 @@ class PlainGraphs:
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
         self.models = hollow_models(preset, vocabulary)
-        self._made: dict[tuple[str, str, int, str, str], onnx.ModelProto] = {}
+        self._made: dict[tuple[str, str, str, str], onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
         """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
         ops = recipe.vae_ops if name in DECODER else "engine"
-        latents = recipe.vae_latents_per_step if name == "vae_steady" else 1
         linears = recipe.linears if name in LIBRARY_NETWORKS else LINEARS[0]
-        key = name, recipe.cache if name == "dit" else "", latents, ops, linears
+        key = name, recipe.cache if name == "dit" else "", ops, linears
         if key not in self._made:
             spec = recipe_spec(recipe, name, self.preset)
             module = network_module(self.models, name, recipe.cache, ops, linears)
@@ -207,8 +206,7 @@ def code_digest() -> str:
 
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
-    vae = recipe.vae_latents_per_step, recipe.vae_ops
-    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.linears, *vae, versions()
+    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.linears, recipe.vae_ops, versions()
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())
     if checkpoints is not None:

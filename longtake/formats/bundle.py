@@ -13,9 +13,8 @@ from longtake.formats.recipe import Gate, Recipe
 from longtake.machine.flavour import Flavour
 
 FORMAT = 1
-RETIRED = {
-    "vae_fold_upsampling": False
-}  # what earlier versions wrote beside the rest, and its only value that still works
+# what earlier versions wrote beside the rest, and its only value that still works
+RETIRED = {"vae_fold_upsampling": False, "vae_latents_per_step": 1}
 NAME = "bundle.json"
 
 

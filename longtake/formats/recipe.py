@@ -51,7 +51,6 @@ class Recipe:
     attention: what the sink attention's two products are computed in, "bf16" or "fp8".
     linears: what multiplies in the DiT's blocks: the engine, or between engine segments a library ("library": cuBLASLt).
     memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
-    vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
     vae_ops: what normalises, activates and extends the streams of the steady VAE decoder and writes its caches, "engine"
         (TensorRT) or "plugin" (our op `norm_silu_extend`, at which a segmented recipe cuts; caches are channels last);
         "library": cuDNN runs the convolutions too, our kernels upsample, and the engine has attention and the head left.
@@ -67,7 +66,6 @@ class Recipe:
     attention: str = "bf16"
     linears: str = "engine"
     memory_gb: int = 0
-    vae_latents_per_step: int = 1
     vae_ops: str = "engine"
 
     def __post_init__(self) -> None:
@@ -88,11 +86,9 @@ class Recipe:
         if self.vae_ops == "library" and self.mode != "segmented":
             raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder", got=self.mode,
                                 expected="segmented", fix="set vae_ops: engine")  # fmt: skip
-        for key, least in (("memory_gb", 0), ("vae_latents_per_step", 1)):
-            number = getattr(self, key)
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(number),
-                                    expected=f"a whole number of at least {least}", fix=f"set {key}: {least}")  # fmt: skip
+        if isinstance(self.memory_gb, bool) or not isinstance(self.memory_gb, int) or self.memory_gb < 0:
+            raise LongtakeError(f"recipe {self.name}: bad memory_gb", got=repr(self.memory_gb),
+                                expected="a whole number of at least 0", fix="set memory_gb: 0")  # fmt: skip
 
     @property
     def model(self) -> Preset:

@@ -275,15 +275,14 @@ class Bytes:
 
 
 @pytest.mark.parametrize("scratch", (0, 100 << 20, 700 << 20))
-@pytest.mark.parametrize("preset, latents", ((TINY, 1), (TINY, 2), (WAN22_TI2V_5B, 1)), ids=("tiny", "two", "large"))
-def test_nothing_is_overwritten_that_is_still_read(preset: Preset, latents: int, scratch: int) -> None:
-    graph = library_decoder_steps(preset, latents)
+@pytest.mark.parametrize("preset", (TINY, WAN22_TI2V_5B), ids=("tiny", "large"))
+def test_nothing_is_overwritten_that_is_still_read(preset: Preset, scratch: int) -> None:
+    graph = library_decoder_steps(preset)
     plan = planned_steps(graph, {segment.name: scratch for segment in graph.segments})
     Bytes(plan, scratch).follow()
     found = first_steps(graph)
-    assert (found is None) == (latents == 2)
-    if found is not None:
-        Bytes(found.plan, scratch).follow()
+    assert found is not None
+    Bytes(found.plan, scratch).follow()
 
 
 def test_the_large_models_decoder_takes_what_the_peak_step_needs() -> None:

@@ -42,13 +42,8 @@ class FirstSteps:
 
 
 def first_steps(steady: SegmentedGraph) -> FirstSteps | None:
-    """The first step by those of `steady`, as exported; None if its layers are not ops, or it takes several latents."""
-    takes_one = any(
-        len(kind.shape) == 5 and kind.shape[2] == 1 for kind in map(steady.tensors.__getitem__, steady.inputs)
-    )
-    if not BY_OPS or not takes_one or not has_convolutions(steady):
-        return None
-    return _Shortening(steady).result()
+    """The first step by those of `steady`, as exported; None if its layers are not ops."""
+    return _Shortening(steady).result() if BY_OPS and has_convolutions(steady) else None
 
 
 class _Shortening:
