@@ -137,7 +137,7 @@ def _jobs_of(
     jobs = []
     for segment in cut.graph.segments:
         model, names = cut.models[segment.name], tuple[str, ...]()
-        if channels_last and recipe.vae_ops != "engine" and network.startswith("vae"):
+        if channels_last and recipe.vae_ops == "library" and network.startswith("vae"):
             model, names = with_channels_last(model, inner_videos(cut.graph, segment.name))
         jobs.append(_segment_job(segment, model, names))
     return jobs

@@ -36,7 +36,6 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.networks import network_module
 from longtake.training.models.wan.spec import networks_of, recipe_spec
-from longtake.training.models.wan.vae import stream_ops
 from longtake.training.models.wan.vae_library import library_ops
 
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
@@ -131,8 +130,7 @@ def _export_network(
         write_skeleton(model, path)
     progress(f"{name}: structure")
     layers = graphs.preset.dit.layers if name == "dit" else 0
-    made = {"plugin": stream_ops, "library": library_ops}.get(recipe.vae_ops)
-    streams = made(graphs.models.vae) if made and name == "vae_steady" else {}
+    streams = library_ops(graphs.models.vae) if recipe.vae_ops == "library" and name == "vae_steady" else {}
     lowered_shapes = {n: shapes[n] for n in lowered}
     expected = Expected(spec, recipe.precision, recipe.cache, layers, lowered_shapes, library, streams)
     check_structure(path, expected, skeleton=weights is None)

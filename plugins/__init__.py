@@ -1,1 +1,1 @@
-"""Custom ops: one folder a plugin (kernel, reference, plugin), the NVFP4 codec, the capability table."""
+"""Custom ops: one folder an op (description, reference, kernel), the NVFP4 codec, the capability table."""

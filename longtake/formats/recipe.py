@@ -22,7 +22,7 @@ PRECISIONS = ("nvfp4", "w4a16", "fp8", "bf16")  # from the fewest bits a weight 
 ATTENTIONS = ("bf16", "fp8")
 LINEARS = ("engine", "library")
 MODES = ("fused", "segmented")
-VAE_OPS = ("engine", "plugin", "library")
+VAE_OPS = ("engine", "library")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,8 @@ class Recipe:
     attention: what the sink attention's two products are computed in, "bf16" or "fp8".
     linears: what multiplies in the DiT's blocks: the engine, or between engine segments a library ("library": cuBLASLt).
     memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
-    vae_ops: what normalises, activates and extends the streams of the steady VAE decoder and writes its caches, "engine"
-        (TensorRT) or "plugin" (our op `norm_silu_extend`, at which a segmented recipe cuts; caches are channels last);
-        "library": cuDNN runs the convolutions too, our kernels upsample, and the engine has attention and the head left.
+    vae_ops: what runs the steady VAE decoder, "engine" (TensorRT) or, in a segmented recipe, "library": cuDNN the
+        convolutions, our kernels what lies between them and the caches, and the engine has attention and the head left.
     """
 
     name: str
@@ -98,7 +97,7 @@ class Recipe:
     def onnx_name(self) -> str:
         """Export depends on preset, precision, cache and who runs what; targets share the ONNX files."""
         linears = "_library" if self.linears == "library" else ""
-        return f"{self.preset}_{self.precision}{linears}" + (f"_vae_{self.vae_ops}" if self.vae_ops != "engine" else "")
+        return f"{self.preset}_{self.precision}{linears}" + ("_vae_library" if self.vae_ops == "library" else "")
 
 
 def recipe_from_file(path: Path) -> Recipe:

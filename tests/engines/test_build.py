@@ -167,7 +167,8 @@ def layer_of(op: str, inputs: list[str], outputs: list[str]) -> Any:
 
 
 def network_of(*layers: Any) -> Any:
-    return SimpleNamespace(num_inputs=0, num_outputs=0, num_layers=len(layers), get_layer=lambda i: layers[i])
+    none = {"num_inputs": 0, "num_outputs": 0, "get_input": None, "get_output": None}
+    return SimpleNamespace(**none, num_layers=len(layers), get_layer=lambda i: layers[i])
 
 
 def test_aliases_are_those_of_the_op_that_a_layer_says_it_is() -> None:

@@ -77,7 +77,7 @@ def test_the_recipe_for_a_gpu_is_looked_for_within_the_preset(capability: str, r
         ({"vae_fold_upsampling": False}, "unknown key"),
         ({"linears": "library", "mode": "fused"}, r"a library cannot run these linears[\s\S]*fp8 or bf16, segmented"),
         ({"linears": "cublas"}, r"bad linears[\s\S]*engine \| library"),
-        ({"vae_ops": "kernel"}, r"bad vae_ops[\s\S]*engine \| plugin"),
+        ({"vae_ops": "kernel"}, r"bad vae_ops[\s\S]*engine \| library"),
         ({"precision": "fp6"}, r"bad precision[\s\S]*nvfp4 \| w4a16 \| fp8 \| bf16"),
         ({"atention": "bf16"}, r"did you mean 'attention'"),
     ],

@@ -113,9 +113,9 @@ def network_module(
 ) -> nn.Module:
     """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
 
-    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `vae_ops`: "plugin" has the VAE decoder extend its streams by
-    our ops, "library" runs nearly all of it as ops (a recipe's field). `linears`: "library" has the DiT do all that lies
-    between the blocks' linears by our ops (a recipe's field, too).
+    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `vae_ops`: "library" runs
+    nearly all of the VAE decoder's later steps as ops (a recipe's field). `linears`: "library" has the DiT do all that
+    lies between the blocks' linears by our ops (a recipe's field, too).
     """
     if name == "text_encoder":
         return TextStep(models.text).eval()
@@ -126,6 +126,6 @@ def network_module(
     if name in VAE_STEPS:
         if vae_ops == "library" and name == "vae_steady":
             return LibrarySteady(models.vae).eval()
-        return VAE_STEPS[name](models.vae, ops=vae_ops != "engine" and "encoder" not in name).eval()
+        return VAE_STEPS[name](models.vae, ops=vae_ops == "library" and "encoder" not in name).eval()
     known = ["text_encoder", "context", "dit", *VAE_STEPS]
     raise LongtakeError("unknown network", got=name, expected=", ".join(known))

@@ -91,12 +91,12 @@ def vae_spec(preset: Preset, name: str, vae_ops: str = "engine") -> NetworkSpec:
 
     vae_first: one latent to one frame and fresh caches; vae_steady: one latent and caches to four frames.
     vae_encoder_first and vae_encoder_steady: the same from frames to latents, one group at a time.
-    With `vae_ops` other than "engine" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
+    With `vae_ops` "library" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
     """
     from longtake.training.models.wan.vae import decoder_cache_shapes, encoder_cache_shapes
 
     encoder, first = name.startswith("vae_encoder"), name.endswith("first")
-    ops = vae_ops != "engine" and not encoder
+    ops = vae_ops == "library" and not encoder
     frames = 1 if first else preset.vae.stride[0]
     latent = Binding("latent", "fp32", (1, preset.vae.z_channels, 1, *preset.latent_hw))
     video = Binding("frames", "fp32", (1, 3, frames, preset.height, preset.width))
@@ -122,7 +122,7 @@ def network_spec(preset: Preset, cache: str, name: str, vae_ops: str = "engine")
 
     Args:
         cache: format of the K/V cache, "nvfp4" or "bf16".
-        vae_ops: what extends the VAE decoder's streams (a recipe's `vae_ops`).
+        vae_ops: what runs the VAE decoder (a recipe's `vae_ops`).
     """
     if name == "text_encoder":
         return text_encoder_spec(preset)

@@ -22,9 +22,9 @@ from longtake.training.models.presets import Preset, VAEConfig
 from longtake.training.models.wan.vae_layers import (
     CausalConv3d,
     Down,
+    FirstStream,
     Level,
     Middle,
-    OpStream,
     ResBlock,
     RMSNorm,
     Stream,
@@ -156,12 +156,10 @@ class _Step(nn.Module):
     """
 
     def __init__(self, vae: CausalVAE, in_place: bool = False, ops: bool = False) -> None:
-        """`in_place`: see `vae_layers.Stream`. `ops`: the stream is `vae_layers.OpStream`, caches [T,H,W,C]."""
+        """`in_place`: see `vae_layers.Stream`. `ops`: of a first step, caches [T,H,W,C] as ops want them."""
         super().__init__()
         self.vae, self.in_place = vae, in_place
-        self.stream = OpStream if ops else Stream
-        if ops:
-            import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
+        self.stream = FirstStream if ops else Stream
 
 
 class DecoderFirst(_Step):
@@ -216,7 +214,7 @@ def encoder_cache_shapes(preset: Preset) -> list[tuple[int, ...]]:
 
 
 def stream_ops(vae: CausalVAE) -> Counter[str]:
-    """How many nodes of each op a step of the decoder holds whose stream is `OpStream`."""
+    """How many nodes of each op extend the streams of a later step of the decoder."""
     modules = list(vae.decoder.modules())
     blocks = sum(isinstance(module, ResBlock) for module in modules)
     past = sum(isinstance(module, CausalConv3d) and module.past > 0 for module in modules)
