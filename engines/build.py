@@ -27,7 +27,9 @@ from longtake.formats.segmented_graph import Segment, segment_spec
 from longtake.machine.capability import RTX_TARGETS, lookup
 from longtake.machine.flavour import Flavour
 from longtake.machine.trt_log import Messages, forget_scratch, scratch_of_last_build
-from longtake.plugins.spec import DOMAIN, OPS
+from longtake.plugins.adapter import op_of_layer, register_plugins
+from longtake.plugins.registry import op_named
+from longtake.plugins.spec import DOMAIN
 from longtake.settings import settings_from_environment
 from longtake.training.models.wan.spec import networks_of, recipe_spec
 
@@ -135,7 +137,7 @@ def _jobs_of(
     jobs = []
     for segment in cut.graph.segments:
         model, names = cut.models[segment.name], tuple[str, ...]()
-        if channels_last and recipe.vae_ops != "engine" and network.startswith("vae"):
+        if channels_last and recipe.vae_ops == "library" and network.startswith("vae"):
             model, names = with_channels_last(model, inner_videos(cut.graph, segment.name))
         jobs.append(_segment_job(segment, model, names))
     return jobs
@@ -180,8 +182,6 @@ def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress:
     """Parse and compile one plan. Returns its bytes and the number of layers parsed."""
     trt = flavour.module
     if job.plugins:
-        from longtake.plugins.adapter import register_plugins
-
         register_plugins(trt)
     logger = Messages(trt)
     builder = trt.Builder(logger.logger)
@@ -279,11 +279,12 @@ def check_network(trt: Any, network: Any, job: PlanJob) -> None:
     ):
         _check_bindings(job, kind, [get(i) for i in range(count)])
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    plugins = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
-    if len(plugins) != job.plugins.total():
+    plugins = [(op_of_layer(trt, layer), layer) for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
+    found = Counter(op for op, _ in plugins)
+    if found != job.plugins:
         raise IntegrityError(
             f"{job.name}: custom ops did not become plugins",
-            got=f"{len(plugins)} PLUGIN_V3 layers",
+            got=f"{found.total()} PLUGIN_V3 layers: {dict(found)}",
             expected=f"{job.plugins.total()}: {dict(job.plugins)}",
             fix="register plugins of the ONNX nodes' plugin_namespace and plugin_version; without them ops are inlined",
         )
@@ -310,13 +311,12 @@ def _shape(dims: Any) -> list[int]:
     return [int(size) for size in dims]
 
 
-def _check_aliases(job: PlanJob, plugins: list[Any]) -> None:
+def _check_aliases(job: PlanJob, plugins: list[tuple[str, Any]]) -> None:
     """An output aliases an input if its plugin writes it in place over that very network input."""
     found = set()
-    for layer in plugins:
-        names = [layer.get_input(i).name for i in range(layer.num_inputs)]
-        spec = op_of_layer(layer, job)
-        found |= {(layer.get_output(out).name, names[source]) for out, source in OPS[spec].aliases}
+    for op, layer in plugins:
+        aliases = op_named(op).spec.aliases
+        found |= {(layer.get_output(out).name, layer.get_input(source).name) for out, source in aliases}
     wanted = {(output, source) for output, source in job.spec["aliases"]}
     if found != wanted:
         raise IntegrityError(
@@ -324,15 +324,3 @@ def _check_aliases(job: PlanJob, plugins: list[Any]) -> None:
             got=sorted(found - wanted)[:3] or "some missing",
             expected=sorted(wanted - found)[:3] or f"{len(wanted)} aliases",
         )
-
-
-def op_of_layer(layer: Any, job: PlanJob) -> str:
-    """The op that a plugin layer came from: the one with these many inputs and outputs."""
-    for op in job.plugins:
-        if (len(OPS[op].inputs), len(OPS[op].outputs)) == (layer.num_inputs, layer.num_outputs):
-            return op
-    raise IntegrityError(
-        f"{job.name}: plugin layer {layer.name} fits no op",
-        got=f"{layer.num_inputs} inputs, {layer.num_outputs} outputs",
-        expected=sorted(job.plugins),
-    )

@@ -15,7 +15,7 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from longtake.formats.segmented_graph import SegmentedGraph
-from longtake.plugins.spec import STREAM_OPS
+from longtake.plugins.registry import op_named
 
 INWARD, OUTWARD = [3, 0, 1, 2], [1, 2, 3, 0]  # [T, Y, X, C] to [C, T, Y, X], and back
 PACKED = 8  # channels; FORMAT pads to a multiple of it
@@ -24,7 +24,7 @@ FORMAT = "DHWC8"
 
 def inner_videos(graph: SegmentedGraph, segment: str) -> set[str]:
     """Bindings of a segment that hold [1, C, T, Y, X] and that only segments see: their layout is ours to choose."""
-    if not any(step.name in STREAM_OPS for step in graph.steps):
+    if not any(op_named(step.name).extends_stream for step in graph.steps if step.kind == "op"):
         return set()
     seen = {*graph.inputs, *graph.outputs, *graph.weights}
     seen |= {n for s in graph.steps if s.kind != "segment" for n in (*s.inputs, *s.outputs)}

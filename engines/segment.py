@@ -19,7 +19,9 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from longtake.errors import LongtakeError
 from longtake.formats.onnx_file import WEIGHT_BYTES, constants_of
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
-from longtake.plugins.spec import DOMAIN, LIBRARY_OPS, OPS, made_dtype, made_shape
+from longtake.plugins.registry import all_ops, op_named
+from longtake.plugins.shapes import infer_dtype, infer_shape
+from longtake.plugins.spec import DOMAIN
 
 DTYPES: dict[int, str] = {
     TensorProto.FLOAT: "fp32",
@@ -119,7 +121,8 @@ class _GraphView:
 
         Between many small segments memory traffic counts, and bf16 is half of it. Other cuts stay as they were measured.
         """
-        if not any(n.op_type in LIBRARY_OPS for n in self.ops):
+        ops = [op_named(n.op_type) for n in self.ops if n.domain == DOMAIN]
+        if not any(op.runs_in == "library" and not op.of_frames for op in ops):
             return {}
         casts = [
             n for n in self.nodes if n.op_type == "Cast" and n.output[0] in self.types and n.input[0] in self.types
@@ -377,29 +380,23 @@ def _tensor_types(model: onnx.ModelProto, constants: dict[str, TensorProto]) -> 
 
 
 def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) -> None:
-    """An op's output i has the type of the input it aliases, else of input i; a made one (see made_shape) has its own."""
+    """An op's output has the type of the input that it is written over, or else what its spec says, if that is known."""
     for node in nodes:
-        if node.domain != DOMAIN or node.op_type not in OPS or node.input[0] not in types:
+        if node.domain != DOMAIN or node.op_type not in all_ops() or node.input[0] not in types:
             continue
-        spec = OPS[node.op_type]
+        spec = op_named(node.op_type).spec
         aliases = dict(spec.aliases)
+        inputs = [types.get(name) for name in node.input]
         for i, output in enumerate(node.output):
-            source = types.get(node.input[aliases.get(i, i)])
-            if output in types or source is None:
-                continue
-            if i in aliases:
-                types[output] = source
-                continue
-            shape = source.shape
-            if i == 0 and made_shape(spec, [(0, 0)] * len(spec.inputs)) is not None:
-                if not all(name in types and isinstance(types[name].shape[-1], int) for name in node.input):
-                    continue
-                shape = made_shape(spec, [types[name].shape for name in node.input]) or ()
-                if 0 in shape:
-                    continue
-            types[output] = TensorType(
-                made_dtype(spec, i, [types[n].dtype if n in types else "bf16" for n in node.input]), shape
-            )
+            source = inputs[aliases[i]] if i in aliases else None
+            if source is None and i not in aliases:
+                shape = infer_shape(spec, i, [kind.shape if kind else None for kind in inputs])
+                if None not in shape:
+                    source = TensorType(
+                        infer_dtype(spec, i, [kind.dtype if kind else "bf16" for kind in inputs]), shape
+                    )
+            if source is not None:
+                types.setdefault(output, source)
 
 
 def _infer_standard_ops(model: onnx.ModelProto, types: dict[str, TensorType]) -> None:

@@ -25,9 +25,10 @@ from onnxscript.values import Opset
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
-from longtake.plugins.kernels import shape_of
-from longtake.plugins.ops import REFERENCES, torch_op
-from longtake.plugins.spec import DOMAIN, OPS, PLUGIN_ATTRIBUTES, OpSpec, TensorSpec, made_dtype, made_shape
+from longtake.plugins.ops import torch_op
+from longtake.plugins.registry import all_ops
+from longtake.plugins.shapes import infer_dtype, infer_shape, shape_of
+from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES, Op, OpSpec, TensorSpec
 
 DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23
@@ -52,11 +53,11 @@ _TORCH_DTYPES = {
 
 def register_schemas() -> None:
     """Make the ops known to onnx's checker and shape inference; repeated calls do nothing."""
-    for spec in OPS.values():
-        if not onnx.defs.has(spec.name, DOMAIN):
-            onnx.defs.register_schema(op_schema(spec))
+    for name, op in all_ops().items():
+        if not onnx.defs.has(name, DOMAIN):
+            onnx.defs.register_schema(op_schema(op.spec))
             # onnx's registry outlives the interpreter and would call into it to free the inference function
-            atexit.register(onnx.defs.deregister_schema, spec.name, DOMAIN_VERSION, DOMAIN)
+            atexit.register(onnx.defs.deregister_schema, name, DOMAIN_VERSION, DOMAIN)
 
 
 def op_schema(spec: OpSpec) -> OpSchema:
@@ -79,23 +80,18 @@ def op_schema(spec: OpSpec) -> OpSchema:
 
 
 def _infer_outputs(spec: OpSpec, context: Any) -> None:
-    """A cache comes out as it went in, output i is like input i; what made_shape knows has a shape of its own."""
+    """A cache comes out as it went in; all else has the dtype and the shape that the spec says."""
     types = [context.get_input_type(i).tensor_type for i in range(len(spec.inputs))]
-    shapes = [[d.dim_value for d in kind.shape.dim] for kind in types]
+    shapes = [[d.dim_value or d.dim_param or None for d in kind.shape.dim] for kind in types]
     aliases = dict(spec.aliases)
     for output in range(len(spec.outputs)):
         if output in aliases:
             context.set_output_type(output, context.get_input_type(aliases[output]))
             continue
-        made_kind = made_dtype(spec, output, [str(kind.elem_type) for kind in types])
-        kind = _ELEMENT_TYPES[made_kind] if made_kind in _ELEMENT_TYPES else int(made_kind)
-        dims: Any = [d.dim_value or d.dim_param or None for d in types[output].shape.dim]
-        if output == 0 and (made := made_shape(spec, [(0, 0)] * len(types))) is not None:
-            made = made_shape(spec, shapes) if all(shapes) else None
-            dims = None if made is None else [n or None for n in made]
-        elif not types[output].HasField("shape"):
-            dims = None
-        context.set_output_type(output, helper.make_tensor_type_proto(kind, dims))
+        dtype = infer_dtype(spec, output, [str(kind.elem_type) for kind in types])
+        element_type = _ELEMENT_TYPES[dtype] if dtype in _ELEMENT_TYPES else int(dtype)
+        dims: Any = infer_shape(spec, output, shapes)
+        context.set_output_type(output, helper.make_tensor_type_proto(element_type, dims))
 
 
 # --- torch operators to nodes
@@ -104,16 +100,16 @@ def _infer_outputs(spec: OpSpec, context: Any) -> None:
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For torch.onnx.export's `custom_translation_table`: each torch op becomes its node of the `longtake` domain."""
     register_schemas()
-    return {torch_op(name): _translation(name) for name in OPS}
+    return {torch_op(name): _translation(op.spec) for name, op in all_ops().items()}
 
 
-def _translation(name: str) -> Callable[..., Any]:
-    op = getattr(Opset(DOMAIN, DOMAIN_VERSION), name)
+def _translation(spec: OpSpec) -> Callable[..., Any]:
+    op = getattr(Opset(DOMAIN, DOMAIN_VERSION), spec.name)
 
     def translate(*inputs: Any) -> Any:
         return op(*inputs, **PLUGIN_ATTRIBUTES)
 
-    named = [inspect.Parameter(t.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for t in OPS[name].inputs]
+    named = [inspect.Parameter(t.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for t in spec.inputs]
     translate.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]  # the exporter matches by it
     return translate
 
@@ -164,7 +160,7 @@ def dims_from_graph(graph: GraphProto) -> dict[str, int]:
 
 def _sizes(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int]]:
     """(dimension formula, size) of a node's inputs where known; 0 stands for an unknown size."""
-    for tensor, name in zip(_spec(node.op_type).inputs, node.input):
+    for tensor, name in zip(_op(node.op_type).spec.inputs, node.input):
         for formula, size in zip(tensor.shape, shapes.get(name, ())):
             if size and formula[0].isalpha() and formula[0] not in _DYNAMIC and "*" not in formula:
                 yield formula, size
@@ -180,17 +176,17 @@ def _bind(dims: dict[str, int], letter: str, size: int, node: NodeProto) -> None
         )
 
 
-def _spec(name: str) -> OpSpec:
-    if name not in OPS:
-        raise LongtakeError(f"no op of the domain {DOMAIN!r} is named {name!r}", expected=", ".join(OPS))
-    return OPS[name]
+def _op(name: str) -> Op:
+    if name not in all_ops():
+        raise LongtakeError(f"no op of the domain {DOMAIN!r} is named {name!r}", expected=", ".join(all_ops()))
+    return all_ops()[name]
 
 
 @functools.lru_cache(maxsize=32)
 def _function_proto(name: str, dims: tuple[tuple[str, int], ...], opset: int) -> FunctionProto:
     """Export the reference of one op and wrap it: fp32 inside, the activation's dtype outside."""
-    spec = _spec(name)
-    graph = _exported_reference(spec, dict(dims), opset)
+    spec = _op(name).spec
+    graph = _exported_reference(_op(name), dict(dims), opset)
     compute = [t.name for t in spec.inputs if t.dtype == "compute"]
     names = {g.name: f"{t.name}.fp32" if t.name in compute else t.name for t, g in zip(spec.inputs, graph.input)}
     nodes = [helper.make_node("Cast", [t], [f"{t}.fp32"], to=TensorProto.FLOAT) for t in compute]
@@ -217,16 +213,17 @@ def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
 
 
 class _Reference(nn.Module):
-    def __init__(self, name: str) -> None:
+    def __init__(self, op: Op) -> None:
         super().__init__()
-        self.reference = REFERENCES[name]
+        self.reference = op.reference
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.reference(*inputs)
 
 
-def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> GraphProto:
+def _exported_reference(op: Op, dims: Mapping[str, int], opset: int) -> GraphProto:
     """The reference as a graph, its inputs in the order of the spec."""
+    spec = op.spec
     letters = {letter for t in spec.inputs for formula in t.shape for letter in formula if letter.isalpha()}
     unknown = sorted(letters - {*dims, *_DYNAMIC})
     if unknown:
@@ -238,7 +235,7 @@ def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> Gr
         )
     with torch.no_grad(), quiet_exporter():
         program: Any = torch.onnx.export(
-            _Reference(spec.name).eval(),
+            _Reference(op).eval(),
             tuple(_example(t, dims) for t in spec.inputs),
             dynamo=True,
             opset_version=opset,

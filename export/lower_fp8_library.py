@@ -19,7 +19,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from longtake.errors import LongtakeError
 from longtake.plugins.fp8 import multiplier
-from longtake.plugins.spec import BLOCK_NORMS, DOMAIN, PLUGIN_ATTRIBUTES
+from longtake.plugins.registry import op_named
+from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 
 if TYPE_CHECKING:
     from longtake.export.rewriter import Rewriter
@@ -60,7 +61,7 @@ class Fp8LibraryLowering:
     # what nodes are
 
     def _is_norm(self, node: NodeProto) -> bool:
-        return node.domain == DOMAIN and node.op_type in BLOCK_NORMS and self._only_linears_read(node.output[-1])
+        return bool(_quantized(node)) and self._only_linears_read(node.output[-1])
 
     def _is_gelu(self, node: NodeProto) -> bool:
         tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
@@ -104,7 +105,7 @@ class Fp8LibraryLowering:
                                     expected="the linear's output, read by nothing else")  # fmt: skip
             rest = [*self._raw(y), *rest]
         outputs = [*node.output[:-1], self._codes(node.output[-1])]
-        self._op(f"{node.op_type}_fp8", [x, *rest, self._factor(node.output[-1])], outputs)
+        self._op(_quantized(node), [x, *rest, self._factor(node.output[-1])], outputs)
 
     def _raw(self, output: str) -> list[str]:
         """A linear's bare product, its scale and its bias."""
@@ -140,3 +141,8 @@ class Fp8LibraryLowering:
         name = f"{outputs[-1]}/{op}"
         node = helper.make_node(op, list(inputs), outputs, name=name, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
         self.rewriter.nodes.append(node)
+
+
+def _quantized(node: NodeProto) -> str:
+    """The op that gives a node's last output in E4M3; "" if there is none."""
+    return op_named(node.op_type).quantized if node.domain == DOMAIN else ""

@@ -18,7 +18,8 @@ from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper, num
 
 from longtake.export.lower import ACTIVATION_DOMAIN, ACTIVATION_OP
 from longtake.plugins.nvfp4.reference import BLOCK
-from longtake.plugins.spec import DOMAIN, OPS
+from longtake.plugins.registry import op_named
+from longtake.plugins.spec import DOMAIN
 
 ONES, COLUMN = "view.ones", "view.column"
 FLOAT, BF16, FP4, FP8 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN
@@ -58,7 +59,7 @@ def _viewed(node: NodeProto) -> Iterator[NodeProto]:
     """The nodes that stand for `node` in the view."""
     if node.op_type == "DequantizeLinear":
         yield from _dequantize(node)
-    elif node.domain == DOMAIN and OPS[node.op_type].inputs[-1].name == "write_slot":
+    elif node.domain == DOMAIN and "write_slot" in op_named(node.op_type).spec.names:
         yield from _guarded_write(node)
     else:
         yield node
@@ -85,7 +86,7 @@ def _repeated(scale: str, like: str, out: str) -> Iterator[NodeProto]:
 
 def _guarded_write(node: NodeProto) -> Iterator[NodeProto]:
     """If(write_slot >= 0): the write, else the cache unchanged."""
-    spec = OPS[node.op_type]
+    spec = op_named(node.op_type).spec
     slot = node.input[[t.name for t in spec.inputs].index("write_slot")]
     write = NodeProto()
     write.CopyFrom(node)

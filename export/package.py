@@ -36,7 +36,6 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.networks import network_module
 from longtake.training.models.wan.spec import networks_of, recipe_spec
-from longtake.training.models.wan.vae import stream_ops
 from longtake.training.models.wan.vae_library import library_ops
 
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
@@ -52,18 +51,16 @@ class PlainGraphs:
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
         self.models = hollow_models(preset, vocabulary)
-        self._made: dict[tuple[str, str, int, bool, str, str], onnx.ModelProto] = {}
+        self._made: dict[tuple[str, str, str, str], onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
         """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
-        fold = recipe.vae_fold_upsampling and name in DECODER
         ops = recipe.vae_ops if name in DECODER else "engine"
-        latents = recipe.vae_latents_per_step if name == "vae_steady" else 1
         linears = recipe.linears if name in LIBRARY_NETWORKS else LINEARS[0]
-        key = name, recipe.cache if name == "dit" else "", latents, fold, ops, linears
+        key = name, recipe.cache if name == "dit" else "", ops, linears
         if key not in self._made:
             spec = recipe_spec(recipe, name, self.preset)
-            module = network_module(self.models, name, recipe.cache, fold, ops, linears)
+            module = network_module(self.models, name, recipe.cache, ops, linears)
             self._made[key] = onnx_from_model(module, spec)
         model = onnx.ModelProto()
         model.CopyFrom(self._made[key])
@@ -133,8 +130,7 @@ def _export_network(
         write_skeleton(model, path)
     progress(f"{name}: structure")
     layers = graphs.preset.dit.layers if name == "dit" else 0
-    made = {"plugin": stream_ops, "library": library_ops}.get(recipe.vae_ops)
-    streams = made(graphs.models.vae) if made and name == "vae_steady" else {}
+    streams = library_ops(graphs.models.vae) if recipe.vae_ops == "library" and name == "vae_steady" else {}
     lowered_shapes = {n: shapes[n] for n in lowered}
     expected = Expected(spec, recipe.precision, recipe.cache, layers, lowered_shapes, library, streams)
     check_structure(path, expected, skeleton=weights is None)
@@ -208,8 +204,7 @@ def code_digest() -> str:
 
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
-    vae = recipe.vae_latents_per_step, recipe.vae_fold_upsampling, recipe.vae_ops
-    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.linears, *vae, versions()
+    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.linears, recipe.vae_ops, versions()
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())
     if checkpoints is not None:

@@ -1,1 +1,1 @@
-"""Custom ops: one folder an op (reference, kernel, plugin), the number codecs, and their benches."""
+"""Custom ops: one folder an op (description, reference, kernel), the number codecs, and their benches."""

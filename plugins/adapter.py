@@ -1,4 +1,4 @@
-"""The ops as TensorRT plugins: one generic IPluginV3 around (OpSpec, kernels), for either TensorRT flavour.
+"""The ops as TensorRT plugins: one generic IPluginV3 around (spec, kernel), for either TensorRT flavour.
 
 The flavour's module is passed in as `trt`; its API is the same in `tensorrt` and `tensorrt_rtx`. Building needs no GPU:
 kernels are compiled and loaded at the first enqueue, so run once before capturing a CUDA graph.
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.plugins.kernels import Kernels, dims_from_shapes, kernels_of
 from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import source_digest
-from longtake.plugins.spec import KERNEL_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION, TensorSpec
+from longtake.plugins.registry import kernel_of, kernel_ops, op_named
+from longtake.plugins.shapes import dims_from_shapes
+from longtake.plugins.spec import PLUGIN_NAMESPACE, PLUGIN_VERSION, Op, OpSpec, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def register_plugins(trt: Any) -> dict[str, Any]:
     """
     _require_python_plugins(trt)
     registry = trt.get_plugin_registry()
-    creators = {name: _creator_class(trt)(trt, kernels_of(name)) for name in KERNEL_OPS}
+    creators = {name: _creator_class(trt)(trt, op) for name, op in kernel_ops().items()}
     for name, creator in creators.items():
         if not registry.register_creator(creator, PLUGIN_NAMESPACE):
             raise LongtakeError(f"TensorRT refused plugin {name}", fix="is another version of longtake loaded as well?")
@@ -46,7 +47,7 @@ def register_plugins(trt: Any) -> dict[str, Any]:
 def plugin_from_op(trt: Any, op_name: str) -> Any:
     """The IPluginV3 of an op."""
     _require_python_plugins(trt)
-    return _plugin_class(trt)(trt, kernels_of(op_name))
+    return _plugin_class(trt)(trt, op_named(op_name))
 
 
 def _require_python_plugins(trt: Any) -> None:
@@ -61,16 +62,14 @@ def _require_python_plugins(trt: Any) -> None:
 class OpPlugin:
     """What the IPluginV3 of one op does; `_plugin_class` adds TensorRT's base classes."""
 
-    def __init__(self, trt: Any, kernels: Kernels) -> None:
+    def __init__(self, trt: Any, op: Op) -> None:
         for base in _plugin_bases(trt):
             base.__init__(self)
-        self.trt = trt
-        self.kernels = kernels
-        self.spec = kernels.spec
-        self.plugin_name = kernels.spec.name
+        self.trt, self.op, self.spec = trt, op, op.spec
+        self.plugin_name = op.spec.name  # by which a built layer says what it is: see op_of_layer
         self.plugin_namespace = PLUGIN_NAMESPACE
         self.plugin_version = PLUGIN_VERSION
-        self.num_outputs = len(kernels.spec.outputs)
+        self.num_outputs = len(op.spec.outputs)
         self.timing_cache_id = ""
         self._launcher: Launcher | None = None
         self._key: tuple[Any, ...] = ()
@@ -81,7 +80,7 @@ class OpPlugin:
         return self
 
     def clone(self) -> Any:
-        return type(self)(self.trt, self.kernels)
+        return type(self)(self.trt, self.op)
 
     # TensorRT: build
 
@@ -93,7 +92,7 @@ class OpPlugin:
         return [self._dtype(tensor, compute) for tensor in self.spec.outputs]
 
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-        known = _known_sizes(self.trt, self.kernels, inputs, builder)
+        known = _known_sizes(self.trt, self.spec, inputs, builder)
         return [
             self.trt.DimsExprs([known[e] if e in known else builder.constant(int(e)) for e in tensor.shape])
             for tensor in self.spec.outputs
@@ -101,7 +100,7 @@ class OpPlugin:
 
     def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
         """Linear layout, and the spec's types: the first compute tensor is bf16 or fp32, the others follow it."""
-        tensors = (*self.spec.inputs, *self.spec.outputs)
+        tensors = self.spec.tensors
         here = in_out[pos].desc
         if here.format != self.trt.TensorFormat.LINEAR:
             return False
@@ -115,7 +114,7 @@ class OpPlugin:
         dims_from_shapes(self.spec, [tuple(i.max) for i in inputs])
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        return self.kernels.workspace_bytes(dims_from_shapes(self.spec, [tuple(i.max) for i in inputs]))
+        return kernel_of(self.plugin_name).workspace_bytes(dims_from_shapes(self.spec, [tuple(i.max) for i in inputs]))
 
     # TensorRT: run
 
@@ -126,7 +125,9 @@ class OpPlugin:
         return self.clone()
 
     def get_fields_to_serialize(self) -> Any:
-        field = self.trt.PluginField(DIGEST_FIELD, _digest(self.kernels.source), self.trt.PluginFieldType.CHAR)
+        field = self.trt.PluginField(
+            DIGEST_FIELD, _digest(kernel_of(self.plugin_name).source), self.trt.PluginFieldType.CHAR
+        )
         return self.trt.PluginFieldCollection([field])
 
     def set_tactic(self, tactic: int) -> None:
@@ -145,7 +146,7 @@ class OpPlugin:
         shapes = [tuple(i.dims) for i in input_desc]
         launcher = self._launcher_for(shapes, input_desc)
         pointers = [int(pointer) for pointer in (*inputs, *outputs)]
-        table_len = shapes[-1][0] if self.spec.inputs[-1].shape == ("W",) else 0
+        table_len = shapes[-1][0] if self.op.reads_table else 0
         launcher.launch(pointers, int(stream), int(workspace or 0), table_len)
 
     def _launcher_for(self, shapes: list[tuple[int, ...]], input_desc: Sequence[Any]) -> Launcher:
@@ -153,7 +154,7 @@ class OpPlugin:
         dtype = self._compute_name(input_desc)
         key = (dtype, *shapes)
         if self._launcher is None or key != self._key:
-            self._launcher, self._key = Launcher(self.spec.name, dims_from_shapes(self.spec, shapes), dtype), key
+            self._launcher, self._key = Launcher(self.op, dims_from_shapes(self.spec, shapes), dtype), key
         return self._launcher
 
     def _compute_name(self, input_desc: Sequence[Any]) -> str:
@@ -170,11 +171,9 @@ class OpPlugin:
 class OpPluginCreator:
     """Creates the plugin of one op, for the parser and for deserialization; `_creator_class` adds the base class."""
 
-    def __init__(self, trt: Any, kernels: Kernels) -> None:
+    def __init__(self, trt: Any, op: Op) -> None:
         trt.IPluginCreatorV3One.__init__(self)
-        self.trt = trt
-        self.kernels = kernels
-        self.name = kernels.spec.name
+        self.trt, self.op, self.name = trt, op, op.spec.name
         self.plugin_namespace = PLUGIN_NAMESPACE
         self.plugin_version = PLUGIN_VERSION
         self.field_names = trt.PluginFieldCollection([])
@@ -183,10 +182,10 @@ class OpPluginCreator:
         """Raises IntegrityError for a serialized plugin whose kernel is not the one here."""
         if phase == self.trt.TensorRTPhase.RUNTIME:
             self._check_digest(fields)
-        return _plugin_class(self.trt)(self.trt, self.kernels)
+        return _plugin_class(self.trt)(self.trt, self.op)
 
     def _check_digest(self, fields: Any) -> None:
-        here = _digest(self.kernels.source).decode()
+        here = _digest(kernel_of(self.name).source).decode()
         there = [_text(field) for field in fields if field.name == DIGEST_FIELD]
         if there != [here]:
             raise IntegrityError(
@@ -195,6 +194,12 @@ class OpPluginCreator:
                 expected=f"kernel {here[:12]}",
                 fix="build the engines again: longtake engines",
             )
+
+
+def op_of_layer(trt: Any, layer: Any) -> str:
+    """The op that a PLUGIN_V3 layer of a parsed network is: its plugin says so, whom the node's op type chose."""
+    layer.__class__ = trt.IPluginV3Layer  # get_layer() returns the base class
+    return str(layer.plugin.plugin_name)
 
 
 @cache
@@ -208,21 +213,21 @@ def _text(field: Any) -> str:
     return bytes(memoryview(field.data).cast("B")).rstrip(b"\0").decode("ascii", "replace")
 
 
-def _known_sizes(trt: Any, kernels: Kernels, inputs: Sequence[Any], builder: Any) -> dict[str, Any]:
+def _known_sizes(trt: Any, spec: OpSpec, inputs: Sequence[Any], builder: Any) -> dict[str, Any]:
     """Every dimension expression that the inputs determine: as it stands there, its letter by multiplication, a sum,
     a product with a number, a quotient."""
     known: dict[str, Any] = {}
-    for tensor, exprs in zip(kernels.spec.inputs, inputs):
+    for tensor, exprs in zip(spec.inputs, inputs):
         for axis, expression in enumerate(tensor.shape):
             known.setdefault(expression, exprs[axis])
     for expression, size in list(known.items()):
         letter, _, divisor = expression.partition("/")
         if divisor and letter.isalpha() and letter not in known:
             known[letter] = builder.operation(trt.DimensionOperation.PROD, size, builder.constant(int(divisor)))
-    for expression in {e for tensor in kernels.spec.outputs for e in tensor.shape if "+" in e}:
+    for expression in {e for tensor in spec.outputs for e in tensor.shape if "+" in e}:
         first, second = (known[letter] for letter in expression.split("+"))
         known[expression] = builder.operation(trt.DimensionOperation.SUM, first, second)
-    for expression in {e for tensor in kernels.spec.outputs for e in tensor.shape} - known.keys():
+    for expression in {e for tensor in spec.outputs for e in tensor.shape} - known.keys():
         factor, times, letter = expression.partition("*")
         if times and letter in known:
             known[expression] = builder.operation(

@@ -1,4 +1,4 @@
-"""The ops of plugins/spec.py as torch operators `longtake::<name>`, registered when this module is imported.
+"""The ops as torch operators `longtake::<name>`, registered when this module is imported.
 
 On every device they are the references; kernels run them elsewhere (engines, segmented backend).
 """
@@ -11,54 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.plugins.block_norm.reference import BLOCK_NORM_REFERENCES, rms_norm
-from longtake.plugins.conv.reference import conv_1x1x1, conv_1x3x3, conv_3x1x1, conv_3x3x3, conv_3x3x3_add
-from longtake.plugins.cross_attention.reference import cross_attention
-from longtake.plugins.kv_cache_write.reference import kv_cache_write_bf16, kv_cache_write_nvfp4
-from longtake.plugins.linear.reference import linear_bf16, linear_fp8, linear_gelu_bf16, linear_rows_fp8
-from longtake.plugins.nvfp4_dequantize.reference import nvfp4_dequantize
-from longtake.plugins.qk_norm_rope.reference import qk_norm_rope
-from longtake.plugins.quantize_fp8.reference import gelu_quantize_fp8, quantize_fp8
-from longtake.plugins.sink_attention.reference import sink_attention_bf16, sink_attention_nvfp4
-from longtake.plugins.spec import DOMAIN, OPS, OpSpec, made_dtype, made_shape
-from longtake.plugins.stream_extend.reference import norm_silu_extend, stream_extend
-from longtake.plugins.upsample.reference import duplicate_up, duplicate_up_time, upsample_space, upsample_time
-
-REFERENCES: dict[str, Callable[..., Any]] = {
-    "kv_cache_write_nvfp4": kv_cache_write_nvfp4,
-    "kv_cache_write_bf16": kv_cache_write_bf16,
-    "sink_attention_nvfp4": sink_attention_nvfp4,
-    "sink_attention_bf16": sink_attention_bf16,
-    "qk_norm_rope": qk_norm_rope,
-    "norm_silu_extend": norm_silu_extend,
-    "stream_extend": stream_extend,
-    "nvfp4_dequantize": nvfp4_dequantize,
-    "linear_bf16": linear_bf16,
-    "linear_gelu_bf16": linear_gelu_bf16,
-    "linear_fp8": linear_fp8,
-    "linear_rows_fp8": linear_rows_fp8,
-    "cross_attention": cross_attention,
-    "rms_norm": rms_norm,
-    "quantize_fp8": quantize_fp8,
-    "gelu_quantize_fp8": gelu_quantize_fp8,
-    **BLOCK_NORM_REFERENCES,
-    "conv_3x3x3": conv_3x3x3,
-    "conv_3x3x3_add": conv_3x3x3_add,
-    "conv_3x1x1": conv_3x1x1,
-    "conv_1x3x3": conv_1x3x3,
-    "conv_1x1x1": conv_1x1x1,
-    "upsample_space": upsample_space,
-    "upsample_time": upsample_time,
-    "duplicate_up": duplicate_up,
-    "duplicate_up_time": duplicate_up_time,
-}
-
-
-DTYPES = {
-    "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn,
-}  # fmt: skip
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from longtake.plugins.registry import all_ops
+from longtake.plugins.shapes import infer_dtype, infer_shape
+from longtake.plugins.spec import DOMAIN, Op, OpSpec
+from longtake.plugins.tensors import DTYPE_NAMES, TORCH_DTYPES
 
 
 def torch_schema(spec: OpSpec) -> str:
@@ -74,29 +30,31 @@ def torch_op(name: str) -> Any:
 
 
 def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
-    """Outputs like the tensors they are written over; else output i like input i; what made_shape knows has its own."""
-
+    """Outputs without content: like the tensors they are written over, or as the spec says."""
     aliases = dict(spec.aliases)
 
     def fake(*inputs: Tensor) -> Any:
-        made = []
-        for i in range(len(spec.outputs)):
-            like = inputs[aliases.get(i, i)]
-            kind = like.dtype if i in aliases else DTYPES[made_dtype(spec, i, [NAMES.get(x.dtype, "") for x in inputs])]
-            shape = made_shape(spec, [x.shape for x in inputs]) if i == 0 else None
-            made.append(like.new_empty(like.shape if shape is None else shape, dtype=kind))
-        return tuple(made) if len(made) > 1 else made[0]
+        shapes, dtypes = [x.shape for x in inputs], [DTYPE_NAMES.get(x.dtype, "") for x in inputs]
+        outputs = tuple(
+            torch.empty_like(inputs[aliases[i]], memory_format=torch.contiguous_format)
+            if i in aliases
+            else inputs[0].new_empty(infer_shape(spec, i, shapes), dtype=TORCH_DTYPES[infer_dtype(spec, i, dtypes)])
+            for i in range(len(spec.outputs))
+        )
+        return outputs if len(outputs) > 1 else outputs[0]
 
     return fake
 
 
-def _register(spec: OpSpec) -> None:
-    name = f"{DOMAIN}::{spec.name}"
-    torch.library.define(name, torch_schema(spec))
-    torch.library.impl(name, ("cpu", "cuda"), REFERENCES[spec.name])
-    torch.library.register_fake(name, _shapes_only(spec))
+def register(op: Op) -> None:
+    """Define an op's torch operator; one that exists already is left alone."""
+    name = f"{DOMAIN}::{op.spec.name}"
+    if hasattr(getattr(torch.ops, DOMAIN), op.spec.name):  # a module reload must not define it twice
+        return
+    torch.library.define(name, torch_schema(op.spec))
+    torch.library.impl(name, ("cpu", "cuda"), op.reference)
+    torch.library.register_fake(name, _shapes_only(op.spec))
 
 
-for _spec in OPS.values():
-    if not hasattr(getattr(torch.ops, DOMAIN), _spec.name):  # a module reload must not define them twice
-        _register(_spec)
+for _op in all_ops().values():
+    register(_op)

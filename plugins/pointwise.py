@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+QK_NORM_EPS = 1e-6
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalised in fp32, cast back, then multiplied by the weight: the order the reference rounds in."""

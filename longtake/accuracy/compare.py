@@ -20,7 +20,7 @@ from longtake.accuracy.cases import Feeds, Run, cases, random_text, torch_runner
 from longtake.accuracy.ort_session import session_from_view
 from longtake.errors import GateError
 from longtake.formats.recipe import Recipe
-from longtake.plugins.spec import CACHE_FORMATS, cache_tensors
+from longtake.plugins.cache_format import CACHE_FORMATS, cache_tensors
 from longtake.training.models.load import Models
 from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.quantize import apply_precision

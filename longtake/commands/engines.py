@@ -48,7 +48,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--transposed",
         action="store_true",
-        help="with vae_ops: plugin: let each plan of the VAE transpose its streams, as the exported graph says (more "
+        help="with vae_ops: library: let each plan of the VAE transpose its streams, as the exported graph says (more "
         "memory, slower; for comparison)",
     )
     parser.set_defaults(run=run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 from longtake.errors import IntegrityError, LongtakeError
@@ -13,6 +13,8 @@ from longtake.formats.recipe import Gate, Recipe
 from longtake.machine.flavour import Flavour
 
 FORMAT = 1
+# what earlier versions wrote beside the rest, and its only value that still works
+RETIRED = {"vae_fold_upsampling": False, "vae_latents_per_step": 1}
 NAME = "bundle.json"
 
 
@@ -119,7 +121,7 @@ def load_bundle(folder: Path | str) -> Bundle:
         if given["format"] != FORMAT:
             raise IntegrityError(f"{path} has another format", got=given["format"], expected=FORMAT,
                                  fix="build the engines again")  # fmt: skip
-        fields = given["recipe_fields"]
+        fields = {k: v for k, v in given["recipe_fields"].items() if RETIRED.get(k, MISSING) != v}
         recipe = Recipe(**{**fields, "gate": Gate(**fields["gate"])})
         return Bundle(
             folder, recipe, given["flavour"], given["version"], (folder / given["onnx"]).resolve(),

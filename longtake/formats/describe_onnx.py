@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from longtake.errors import IntegrityError
+from longtake.plugins.registry import all_ops
 from longtake.plugins.spec import DOMAIN
 
 BITS: dict[int, int] = {
@@ -137,7 +138,8 @@ def _fp4_pair(node: onnx.NodeProto, held: dict[str, TensorProto], producers: dic
 
 
 def _packed_pair(node: onnx.NodeProto, held: dict[str, TensorProto]) -> Pair | None:
-    if (node.domain, node.op_type) != (DOMAIN, "nvfp4_dequantize"):
+    op = all_ops().get(node.op_type) if node.domain == DOMAIN else None
+    if op is None or not op.unpacks_weight:
         return None
     values, scales = held.get(node.input[0]), held.get(node.input[1])
     return None if values is None or scales is None else (values, scales, 2 * _elements(values))

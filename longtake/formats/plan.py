@@ -14,8 +14,8 @@ from typing import Any
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import read_json, write_json
 from longtake.machine.flavour import Flavour
-from longtake.plugins.kernels import kernels_of
 from longtake.plugins.nvrtc import source_digest
+from longtake.plugins.registry import kernel_of
 from longtake.plugins.spec import PLUGIN_VERSION
 
 FORMAT = 1
@@ -57,7 +57,7 @@ def manifest_path(plan: Path) -> Path:
 
 def plugin_identities(ops: Sequence[str]) -> dict[str, dict[str, str]]:
     """Version and kernel digest of each op, as recorded in manifests."""
-    return {op: {"version": PLUGIN_VERSION, "kernel": source_digest(kernels_of(op).source)} for op in sorted(set(ops))}
+    return {op: {"version": PLUGIN_VERSION, "kernel": source_digest(kernel_of(op).source)} for op in sorted(set(ops))}
 
 
 def write_manifest(plan: Path, manifest: PlanManifest) -> None:

@@ -13,7 +13,7 @@ import yaml
 from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError
 from longtake.paths import REPOSITORY
-from longtake.plugins.spec import CACHE_FORMATS
+from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.training.models.presets import PRESETS, Preset, preset_named
 
 RECIPES = REPOSITORY / "engines" / "recipes"
@@ -22,7 +22,7 @@ PRECISIONS = ("nvfp4", "w4a16", "fp8", "bf16")  # from the fewest bits a weight 
 ATTENTIONS = ("bf16", "fp8")
 LINEARS = ("engine", "library")
 MODES = ("fused", "segmented")
-VAE_OPS = ("engine", "plugin", "library")
+VAE_OPS = ("engine", "library")
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,8 @@ class Recipe:
     attention: what the sink attention's two products are computed in, "bf16" or "fp8".
     linears: what multiplies in the DiT's blocks: the engine, or between engine segments a library ("library": cuBLASLt).
     memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
-    vae_latents_per_step: latent frames that one call of the steady VAE decoder takes.
-    vae_fold_upsampling: whether the VAE decoder upsamples and convolves in one step (training/models/wan/upsample_fold.py).
-    vae_ops: what normalises, activates and extends the streams of the steady VAE decoder and writes its caches, "engine"
-        (TensorRT) or "plugin" (our op `norm_silu_extend`, at which a segmented recipe cuts; caches are channels last);
-        "library": cuDNN runs the convolutions too, our kernels upsample, and the engine has attention and the head left.
+    vae_ops: what runs the steady VAE decoder, "engine" (TensorRT) or, in a segmented recipe, "library": cuDNN the
+        convolutions, our kernels what lies between them and the caches, and the engine has attention and the head left.
     """
 
     name: str
@@ -68,8 +65,6 @@ class Recipe:
     attention: str = "bf16"
     linears: str = "engine"
     memory_gb: int = 0
-    vae_latents_per_step: int = 1
-    vae_fold_upsampling: bool = False
     vae_ops: str = "engine"
 
     def __post_init__(self) -> None:
@@ -87,19 +82,12 @@ class Recipe:
             raise LongtakeError(f"recipe {self.name}: a library cannot run these linears",
                                 got=f"{self.precision}, {self.mode}", expected="fp8 or bf16, segmented",
                                 fix="set linears: engine")  # fmt: skip
-        if self.vae_ops == "library" and (self.mode != "segmented" or self.vae_fold_upsampling):
-            raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder",
-                                got=f"{self.mode}, vae_fold_upsampling: {str(self.vae_fold_upsampling).lower()}",
-                                expected="segmented, not folded", fix="set vae_ops: engine")  # fmt: skip
-        for key, least in (("memory_gb", 0), ("vae_latents_per_step", 1)):
-            number = getattr(self, key)
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(number),
-                                    expected=f"a whole number of at least {least}", fix=f"set {key}: {least}")  # fmt: skip
-
-        if not isinstance(self.vae_fold_upsampling, bool):
-            raise LongtakeError(f"recipe {self.name}: bad vae_fold_upsampling", got=repr(self.vae_fold_upsampling),
-                                expected="true or false", fix="set vae_fold_upsampling: false")  # fmt: skip
+        if self.vae_ops == "library" and self.mode != "segmented":
+            raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder", got=self.mode,
+                                expected="segmented", fix="set vae_ops: engine")  # fmt: skip
+        if isinstance(self.memory_gb, bool) or not isinstance(self.memory_gb, int) or self.memory_gb < 0:
+            raise LongtakeError(f"recipe {self.name}: bad memory_gb", got=repr(self.memory_gb),
+                                expected="a whole number of at least 0", fix="set memory_gb: 0")  # fmt: skip
 
     @property
     def model(self) -> Preset:
@@ -109,7 +97,7 @@ class Recipe:
     def onnx_name(self) -> str:
         """Export depends on preset, precision, cache and who runs what; targets share the ONNX files."""
         linears = "_library" if self.linears == "library" else ""
-        return f"{self.preset}_{self.precision}{linears}" + (f"_vae_{self.vae_ops}" if self.vae_ops != "engine" else "")
+        return f"{self.preset}_{self.precision}{linears}" + ("_vae_library" if self.vae_ops == "library" else "")
 
 
 def recipe_from_file(path: Path) -> Recipe:

@@ -13,35 +13,30 @@ the dequantized window.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.plugins.bench.harness import exit_code, milliseconds, no_gpu, print_rows, relative_error
-from longtake.plugins.kernels import shape_of
-from longtake.plugins.launch import TORCH_DTYPES, Launcher, run_kernel
-from longtake.plugins.sink_attention.hopper import HopperSinkAttention
-from longtake.plugins.sink_attention.library import LAUNCHERS
+from longtake.plugins.bench.harness import Bench, Row, milliseconds, note_of, relative_error
+from longtake.plugins.cache_format import CACHE_FORMATS, cache_tensors
+from longtake.plugins.registry import op_named
+from longtake.plugins.run import launcher_by, run_kernel
+from longtake.plugins.shapes import shape_of
 from longtake.plugins.sink_attention.reference import dequantize_kv
 from longtake.plugins.sink_attention.window import WindowedAttention
-from longtake.plugins.spec import CACHE_FORMATS, cache_tensors
+from longtake.plugins.tensors import torch_dtype
 
 WAYS = (("cudnn", "bf16"), ("wgmma", "fp8"), ("torch", "bf16"), ("portable", "bf16"))
-COLUMNS = ("cache", "keys", "method", "kind", "ms", "tflops", "window_ms", "window_gb_s", "attend_ms",
-           "ratio", "error", "note")  # fmt: skip
 
 
 class Attention:
     """One layer's tensors on the GPU: fresh q, k, v and a cache whose slots are all written."""
 
     def __init__(self, fmt: str, dims: dict[str, int]) -> None:
-        self.fmt, self.dims, self.op = fmt, dims, f"sink_attention_{fmt}"
+        self.fmt, self.dims, self.op = fmt, dims, op_named(f"sink_attention_{fmt}")
         generator = torch.Generator("cuda").manual_seed(0)
         shape = (dims["L"], dims["H"], dims["D"])
 
@@ -49,8 +44,7 @@ class Attention:
             return torch.randn(shape, device="cuda", generator=generator, dtype=torch.bfloat16)
 
         specs = cache_tensors(fmt)
-        types = [TORCH_DTYPES["bf16" if spec.dtype == "compute" else spec.dtype] for spec in specs]
-        self.cache = [torch.zeros(shape_of(s, dims), dtype=t, device="cuda") for s, t in zip(specs, types)]
+        self.cache = [torch.zeros(shape_of(s, dims), dtype=torch_dtype(s), device="cuda") for s in specs]
         for slot in range(dims["S"]):
             where = torch.tensor([slot], dtype=torch.int32, device="cuda")
             run_kernel(f"kv_cache_write_{fmt}", block(), block(), *self.cache, where)
@@ -87,20 +81,10 @@ class Attention:
                              amax[slot : slot + 1])[0, :, :, 0]  # fmt: skip
 
 
-def launcher_for(method: str, kind: str, case: Attention) -> Launcher:
-    """A prepared launcher. Raises LongtakeError where it cannot run."""
-    if method == "portable":
-        return Launcher(case.op, case.dims).prepare()
-    made: Launcher = LAUNCHERS[method](case.op, case.dims).prepare()
-    if isinstance(made, HopperSinkAttention):
-        made.try_out()
-    return made
-
-
-def measure(case: Attention, method: str, kind: str, entries: int, wanted: Tensor, repeats: int) -> dict[str, Any]:
+def measure(case: Attention, method: str, kind: str, entries: int, wanted: Tensor, repeats: int) -> Row:
     """One row of the table."""
     dims, table = case.dims, case.table(entries)
-    launcher = launcher_for(method, kind, case)
+    launcher = launcher_by(case.op, method, dims)
     workspace = torch.empty(max(launcher.workspace_bytes, 1), dtype=torch.uint8, device="cuda")
     pointers = case.pointers(table)
     case.out.fill_(float("nan"))
@@ -132,9 +116,7 @@ def window_bytes(case: Attention, kind: str, entries: int) -> float:
     return cached * (1 if case.fmt == "nvfp4" else 2) + 3 * pane * 2 * 2 + (2 * entries + 1) * pane
 
 
-def rows(
-    formats: list[str], dims: dict[str, int], ways: list[tuple[str, str]], repeats: int
-) -> Iterator[dict[str, Any]]:
+def rows(formats: list[str], dims: dict[str, int], ways: list[tuple[str, str]], repeats: int) -> Iterator[Row]:
     """Every measurement; a way that cannot run gives a row with the reason."""
     for fmt in formats:
         case = Attention(fmt, dims)
@@ -142,7 +124,7 @@ def rows(
             wanted = case.reference(case.table(entries))
             unpacked_ms = 0.0  # cuDNN's bf16 attention alone, over keys and values that lie unpacked already
             for method, kind in ways:
-                row: dict[str, Any] = {"cache": fmt, "keys": entries * dims["L"], "method": method, "kind": kind}
+                row: Row = {"cache": fmt, "keys": entries * dims["L"], "method": method, "kind": kind}
                 try:
                     row |= measure(case, method, kind, entries, wanted, repeats)
                     if (method, kind) == ("cudnn", "bf16"):
@@ -150,31 +132,49 @@ def rows(
                     if unpacked_ms:
                         row["ratio"] = unpacked_ms / row["ms"]
                 except (LongtakeError, RuntimeError) as error:
-                    row["note"] = " ".join(str(error).split())[:300]
+                    row["note"] = note_of(error)
                 yield row
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 without a GPU, 2 if a row could not be timed."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.plugins.bench.attention", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=7040, help="tokens of a chunk")
-    parser.add_argument("--slots", type=int, default=4, help="chunks in the window")
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--cache", choices=(*CACHE_FORMATS, "all"), default="nvfp4")
-    parser.add_argument("--no-portable", action="store_true", help="leave out the slow one")
-    parser.add_argument("--json", type=Path, help="write the rows there as well")
-    args = parser.parse_args(arguments)
-    if no_gpu():
-        return 1
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    dims = {"S": args.slots, "L": args.tokens, "H": args.heads, "D": args.dim}
-    formats = list(CACHE_FORMATS) if args.cache == "all" else [args.cache]
+def _rows(args: argparse.Namespace) -> Iterator[Row]:
     ways = [way for way in WAYS if way[0] != "portable" or not args.no_portable]
-    return exit_code(print_rows(rows(formats, dims, ways, args.repeats), COLUMNS, args.json, dims=dims))
+    formats = list(CACHE_FORMATS) if args.cache == "all" else [args.cache]
+    return rows(formats, _dims(args), ways, args.repeats)
 
+
+def _dims(args: argparse.Namespace) -> dict[str, int]:
+    return {"S": args.slots, "L": args.tokens, "H": args.heads, "D": args.dim}
+
+
+BENCH = Bench(
+    "attention",
+    __doc__,
+    columns=(
+        "cache",
+        "keys",
+        "method",
+        "kind",
+        "ms",
+        "tflops",
+        "window_ms",
+        "window_gb_s",
+        "attend_ms",
+        "ratio",
+        "error",
+        "note",
+    ),
+    rows=_rows,
+    options={
+        "tokens": (7040, "tokens of a chunk"),
+        "slots": (4, "chunks in the window"),
+        "heads": (24, "heads"),
+        "dim": (128, "features of a head"),
+        "repeats": (10, "runs that the median is of"),
+        "cache": ("nvfp4", "format of the cache, or all"),
+        "no-portable": (False, "leave out the slow one"),
+    },
+    facts=lambda args: {"dims": _dims(args)},
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCH.main())

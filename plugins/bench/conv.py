@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.plugins.bench.harness import exit_code, milliseconds, no_gpu, print_rows, relative_error
+from longtake.plugins.bench.harness import Bench, Row, milliseconds, note_of, relative_error
 from longtake.plugins.conv.cudnn_conv import CudnnConv, geometry, handle_of
-from longtake.plugins.conv.library import TorchConv, conv_launcher, trial_tensors, views
+from longtake.plugins.conv.library import trial_tensors, views
 from longtake.plugins.conv.plans import choice_key, remember, timed_plans
-from longtake.plugins.ops import REFERENCES
+from longtake.plugins.registry import op_named
+from longtake.plugins.run import launcher_by
+from longtake.plugins.spec import Op
 
 # op, frames in, height, width, channels in, channels out, how often in a step
 CASES = (
@@ -50,29 +51,32 @@ CASES = (
     ("conv_3x3x3_add", 6, 352, 640, 256, 256, 3),
 )
 METHODS = ("cudnn", "cudnn_plain", "torch", "torch_out", "cublaslt")
-LAUNCHED = ("cudnn", "torch_out", "cublaslt")  # what runs in a network: everything included
-COLUMNS = ("op", "shape", "N", "count", "method", "ms", "tflops", "error", "note")
+LAUNCHED = {
+    "cudnn": "cudnn",
+    "torch_out": "torch",
+    "cublaslt": "cublaslt",
+}  # what runs in a network: everything included
 ROWS = 16  # of a frame, that the check compares
 
 
-def reference_error(op_name: str, tensors: dict[str, Tensor]) -> float:
+def reference_error(op: Op, tensors: dict[str, Tensor]) -> float:
     """Relative L2 error of `out` in the upper rows of its last frame."""
     time = tensors["x"].shape[0] - tensors["out"].shape[0] + 1
     weight = tensors["weight"].permute(0, 4, 1, 2, 3)
     residual = [tensors["residual"][-1:, : ROWS + 1]] if "residual" in tensors else []
-    wanted = REFERENCES[op_name](tensors["x"][-time:, : ROWS + 1], weight, tensors["bias"], *residual)
+    wanted = op.reference(tensors["x"][-time:, : ROWS + 1], weight, tensors["bias"], *residual)
     height = min(ROWS, tensors["x"].shape[1])  # the row below these is padding to the reference
     return relative_error(tensors["out"][-1:, :height], wanted[:, :height])
 
 
-def measure(method: str, op_name: str, dims: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
+def measure(method: str, op: Op, dims: dict[str, int], args: argparse.Namespace) -> Row:
     """One row's figures. Raises what the library raises."""
-    tensors = trial_tensors(op_name, dims)
+    tensors = trial_tensors(op, dims)
     tensors["out"].fill_(float("nan"))
     if method in ("cudnn", "cudnn_plain"):
-        return _measure_plans(op_name, dims, tensors, method == "cudnn", args)
+        return _measure_plans(op, dims, tensors, method == "cudnn", args)
     if method == "torch":
-        sizes = geometry(op_name, dims)
+        sizes = geometry(op, dims)
         x, weight, _ = views(sizes, tensors)
         convolution = functional.conv3d if len(sizes.padding) == 3 else functional.conv2d
         torch.backends.cudnn.benchmark = True
@@ -81,19 +85,19 @@ def measure(method: str, op_name: str, dims: dict[str, int], args: argparse.Name
             convolution(x, weight, tensors["bias"], padding=sizes.padding)
 
         return {"ms": milliseconds(work, args.repeats)}
-    launcher = TorchConv(op_name, dims).prepare() if method == "torch_out" else conv_launcher(op_name, dims)
+    launcher = launcher_by(op, LAUNCHED[method], dims)
     workspace = torch.empty(launcher.workspace_bytes + 1, dtype=torch.uint8, device="cuda")
     pointers = [tensor.data_ptr() for tensor in tensors.values()]
     ms = milliseconds(
         lambda: launcher.launch(pointers, torch.cuda.current_stream().cuda_stream, workspace.data_ptr()), args.repeats
     )
-    return {"ms": ms, "error": reference_error(op_name, tensors)}
+    return {"ms": ms, "error": reference_error(op, tensors)}
 
 
 def _measure_plans(
-    op_name: str, dims: dict[str, int], tensors: dict[str, Tensor], fused: bool, args: argparse.Namespace
-) -> dict[str, Any]:
-    conv = CudnnConv(op_name, dims, handle_of(torch.cuda.current_device()), fused)
+    op: Op, dims: dict[str, int], tensors: dict[str, Tensor], fused: bool, args: argparse.Namespace
+) -> Row:
+    conv = CudnnConv(op, dims, handle_of(torch.cuda.current_device()), fused)
     pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     tried = list(timed_plans(conv, pointers, args.plans, args.seconds))
     good = sorted((row for row in tried if "ms" in row), key=lambda row: row["ms"])
@@ -105,38 +109,39 @@ def _measure_plans(
     def work() -> None:
         conv.run(best["plan"], pointers, memory.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
-    row: dict[str, Any] = {"ms": milliseconds(work, args.repeats)}
+    row: Row = {"ms": milliseconds(work, args.repeats)}
     if fused:
-        row["error"] = reference_error(op_name, tensors)
-        remember(choice_key(op_name, dims), best["plan"])
+        row["error"] = reference_error(op, tensors)
+        remember(choice_key(op.name, dims), best["plan"])
     size = best["workspace"] >> 20
     row["note"] = f"{best['plan']}, {size} MiB; {len(good)} of {len(conv.plans)} ran, first {first['ms']:.3f} ms"
     return row
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def rows(args: argparse.Namespace) -> Iterator[Row]:
     """Every measurement; a method that fails gives a row with the reason."""
-    for op_name, frames, height, width, channels, out, count in CASES:
+    for name, frames, height, width, channels, out, count in CASES:
+        op = op_named(name)
         dims = {"T": frames, "Y": height // args.scale, "X": width // args.scale, "C": channels, "N": out}
         for method in args.methods:
-            if method == "cublaslt" and op_name != "conv_1x1x1":
+            if method == "cublaslt" and method not in {way.method for way in op.ways}:
                 continue
             shape = "x".join(str(dims[letter]) for letter in "TYXC")
-            row: dict[str, Any] = {"op": op_name, "shape": shape, "N": out, "count": count, "method": method}
+            row: Row = {"op": name, "shape": shape, "N": out, "count": count, "method": method}
             try:
-                row |= measure(method, op_name, dims, args)
-                row["tflops"] = geometry(op_name, dims).flops / row["ms"] / 1e9
+                row |= measure(method, op, dims, args)
+                row["tflops"] = geometry(op, dims).flops / row["ms"] / 1e9
             except Exception as error:  # a method that fails must not end the run
-                row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                row["note"] = note_of(error)
             torch.cuda.empty_cache()
             yield row
 
 
-def sums(found: list[dict[str, Any]]) -> dict[str, float]:
+def sums(rows: list[Row]) -> dict[str, float]:
     """Milliseconds a latent: by method, of the shapes that it runs, and with the fastest launcher for each shape."""
     total: dict[str, float] = {}
     best: dict[tuple[Any, ...], float] = {}
-    for row in found:
+    for row in rows:
         ms = row["count"] * row.get("ms", float("inf"))
         if "ms" in row:
             total[row["method"]] = total.get(row["method"], 0.0) + ms
@@ -146,24 +151,26 @@ def sums(found: list[dict[str, Any]]) -> dict[str, float]:
     return {**total, "fastest of " + ", ".join(LAUNCHED): sum(best.values())}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 without a GPU, 2 if a row could not be timed."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.plugins.bench.conv", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--plans", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--scale", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the rows there as well, after each one")
-    args = parser.parse_args(arguments)
-    if no_gpu():
-        return 1
-    found = print_rows(rows(args), COLUMNS, args.json, cudnn=torch.backends.cudnn.version())
-    for name, ms in sums(found).items():
-        sys.stdout.write(f"a latent, {name}: {ms:.2f} ms\n")
-    return exit_code(found)
+def summary(rows: list[Row]) -> Iterable[str]:
+    """Milliseconds a latent, by method."""
+    return [f"a latent, {name}: {ms:.2f} ms" for name, ms in sums(rows).items()]
 
+
+BENCH = Bench(
+    "conv",
+    __doc__,
+    columns=("op", "shape", "N", "count", "method", "ms", "tflops", "error", "note"),
+    rows=rows,
+    options={
+        "methods": (METHODS, "which to time"),
+        "plans": (16, "cuDNN's plans to try for a shape"),
+        "seconds": (4.0, "time to try them for"),
+        "repeats": (5, "runs that the median is of"),
+        "scale": (1, "divisor of a frame's sides"),
+    },
+    facts=lambda args: {"cudnn": torch.backends.cudnn.version()},
+    summary=summary,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCH.main())

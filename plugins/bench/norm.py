@@ -10,84 +10,50 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from longtake.plugins.bench.harness import milliseconds, no_gpu
-from longtake.plugins.cross_attention.library import cross_attention_launcher
-from longtake.plugins.kernels import shape_of
-from longtake.plugins.launch import TORCH_DTYPES, Launcher, OpLauncher
-from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import BLOCK_OPS, OPS
-
-PEAK = 3.35e12  # bytes a second of an H100's memory
+from longtake.plugins import registry
+from longtake.plugins.bench.harness import Bench, Row, inputs_on_gpu, measure
+from longtake.plugins.run import launcher_for
 
 
-def tensors_for(op: str, dims: dict[str, int]) -> list[Tensor]:
-    """Inputs as in a network, then empty outputs."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    made = []
-    for tensor in OPS[op].inputs:
-        values = torch.randn(shape_of(tensor, dims), device="cuda", generator=generator)
-        values = values.abs() * 100 if tensor.name == "factor" else values
-        made.append(values.to(TORCH_DTYPES["bf16" if tensor.dtype == "compute" else tensor.dtype]))
-    for tensor in OPS[op].outputs:
-        kind = TORCH_DTYPES["bf16" if tensor.dtype == "compute" else tensor.dtype]
-        made.append(torch.empty(shape_of(tensor, dims), dtype=kind, device="cuda"))
-    return made
+def as_in_a_network(values: Tensor, name: str, dtype: str) -> Tensor:
+    """Normal numbers, and a factor that brings them into E4M3's range."""
+    return values.abs() * 100 if name == "factor" else values
 
 
-def measure(op: str, dims: dict[str, int], launcher: OpLauncher) -> tuple[float, float, float]:
-    """(milliseconds, bytes moved, worst relative L2 error of an output) in bf16."""
-    tensors = tensors_for(op, dims)
-    given, made = tensors[: len(OPS[op].inputs)], tensors[len(OPS[op].inputs) :]
-    wanted = REFERENCES[op](*given)
-    workspace = torch.empty(max(launcher.workspace_bytes, 1), dtype=torch.uint8, device="cuda")
-    pointers = [t.data_ptr() for t in tensors]
-
-    def work() -> None:
-        launcher.launch(pointers, torch.cuda.current_stream().cuda_stream, workspace.data_ptr())
-
-    work()
-    wide = [(out.float(), w.float()) for out, w in zip(made, wanted if isinstance(wanted, tuple) else (wanted,))]
-    error = max(float((out - w).norm() / w.norm()) for out, w in wide)
-    del wanted, wide
-    return milliseconds(work, 50), float(sum(t.nbytes for t in tensors)), error
-
-
-def cases(tokens: int, dim: int, ffn: int, frames: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """The ops and their sizes."""
-    for op in BLOCK_OPS:
-        yield op, {"L": tokens, "C": ffn if op == "gelu_quantize_fp8" else dim, "F": frames}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.plugins.bench.norm", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=7040, help="tokens of a chunk")
-    parser.add_argument("--dim", type=int, default=3072)
-    parser.add_argument("--ffn", type=int, default=14336)
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--text", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--heads", type=int, default=24)
-    args = parser.parse_args(arguments)
-    if no_gpu():
-        return 1
-    sys.stdout.write(f"{torch.cuda.get_device_name()}\n")
-    for op, dims in cases(args.tokens, args.dim, args.ffn, args.frames):
-        ms, moved, error = measure(op, dims, Launcher(op, dims).prepare())
-        speed = moved / ms * 1e3
-        sys.stdout.write(f"{op:26} {dims['L']}x{dims['C']:<6} {ms:7.4f} ms {speed / 1e9:6.0f} GB/s {speed / PEAK:5.0%} "
-                         f"error {error:.1e}\n")  # fmt: skip
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Every op, and cross-attention."""
+    for op in (*registry.block_norm.OPS, *registry.quantize_fp8.OPS):
+        channels = args.ffn if op.name == "gelu_quantize_fp8" else args.dim
+        dims = {"L": args.tokens, "C": channels, "F": args.frames}
+        yield {"op": op.name, "shape": f"{args.tokens}x{channels}", **_measured(op, dims)}
+    (op,) = registry.cross_attention.OPS
     dims = {"L": args.tokens, "E": args.text, "H": args.heads, "D": args.dim // args.heads}
-    launcher = cross_attention_launcher(dims)
-    ms, _, error = measure("cross_attention", dims, launcher)
-    tflops = 4 * dims["L"] * dims["E"] * args.dim / ms / 1e9
-    sys.stdout.write(f"{'cross_attention':26} {dims['L']}x{dims['E']:<6} {ms:7.4f} ms {tflops:6.0f} TFLOP/s "
-                     f"({launcher.method}) error {error:.1e}\n")  # fmt: skip
-    return 0
+    row = {"op": op.name, "shape": f"{args.tokens}x{args.text}", **_measured(op, dims)}
+    yield row | {"tflops": 4 * args.tokens * args.text * args.dim / row["ms"] / 1e9}
 
+
+def _measured(op: registry.Op, dims: dict[str, int]) -> Row:
+    launcher = launcher_for(op, dims)
+    row = measure(op, dims, launcher, inputs_on_gpu(op, dims, as_in_a_network), 50)
+    return row | {"method": launcher.method}
+
+
+BENCH = Bench(
+    "norm",
+    __doc__,
+    columns=("op", "shape", "method", "ms", "gb_s", "of_peak", "tflops", "error"),
+    rows=rows,
+    options={
+        "tokens": (7040, "tokens of a chunk"),
+        "dim": (3072, "features"),
+        "ffn": (14336, "features inside the FFN"),
+        "frames": (8, "latent frames of a chunk"),
+        "text": (512, "tokens of a prompt"),
+        "heads": (24, "heads"),
+    },
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCH.main())

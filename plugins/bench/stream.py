@@ -5,13 +5,13 @@ python -m longtake.plugins.bench.stream    a table: milliseconds, GB/s of x, y a
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Iterable, Iterator
 
-import torch
-
-from longtake.plugins.bench.harness import milliseconds
-from longtake.plugins.launch import TORCH_DTYPES, Launcher
-from longtake.plugins.ops import REFERENCES
+from longtake.plugins.bench.harness import PEAK, Bench, Row, inputs_on_gpu, measure
+from longtake.plugins.registry import op_named
+from longtake.plugins.run import launcher_for
 
 # op, frames, height, width, channels, how often in a step
 CASES = (
@@ -28,41 +28,29 @@ CASES = (
 PAST = 2
 
 
-def measure(op: str, frames: int, height: int, width: int, channels: int) -> tuple[float, float, float]:
-    """(milliseconds, GB/s, relative L2 error of y) of one case, in bf16."""
-    torch.manual_seed(0)
-    sizes = {"T": frames, "Y": height, "X": width, "C": channels, "F": PAST}
-    x, cache, y = (
-        torch.randn(n, height, width, channels, device="cuda", dtype=TORCH_DTYPES["bf16"])
-        for n in (frames, PAST, frames + PAST)
-    )
-    gamma = [torch.randn(channels, device="cuda", dtype=x.dtype)] if op.startswith("norm") else []
-    wanted = REFERENCES[op](x, *gamma, cache)[0].float()
-    launcher = Launcher(op, sizes).prepare()
-    pointers = [t.data_ptr() for t in (x, *gamma, cache, y, cache)]
-    launcher.launch(pointers, torch.cuda.current_stream().cuda_stream)
-    error = float((y.float() - wanted).norm() / wanted.norm())
-    del wanted
-    ms = milliseconds(lambda: launcher.launch(pointers, torch.cuda.current_stream().cuda_stream), 50)
-    moved = 2 * sum(t.nbytes for t in (x, cache)) + min(frames, PAST) * cache[0].nbytes
-    return ms, moved / ms / 1e6, error
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Every case, in bf16."""
+    for name, frames, height, width, channels, count in CASES:
+        op, dims = op_named(name), {"T": frames, "Y": height, "X": width, "C": channels, "F": PAST}
+        row = measure(op, dims, launcher_for(op, dims), inputs_on_gpu(op, dims, lambda values, *_: values), 50)
+        frame = 2 * height * width * channels
+        row["gb_s"] = (2 * (frames + PAST) + min(frames, PAST)) * frame / row["ms"] / 1e6
+        row["of_peak"] = row["gb_s"] * 1e9 / PEAK
+        yield {"op": name, "shape": f"{frames}x{height}x{width}x{channels}", "count": count, **row}
 
 
-def main() -> int:
-    """Print the table and the sum over a step."""
-    if not torch.cuda.is_available():
-        sys.stderr.write("this needs an NVIDIA GPU\n")
-        return 3
-    total = 0.0
-    sys.stdout.write(f"{torch.cuda.get_device_name()}\n")
-    for op, frames, height, width, channels, count in CASES:
-        ms, speed, error = measure(op, frames, height, width, channels)
-        total += count * ms
-        shape = f"{frames}x{height}x{width}x{channels}"
-        sys.stdout.write(f"{op:17} {shape:18} {ms:7.3f} ms {speed:6.0f} GB/s  error {error:.1e}  x{count}\n")
-    sys.stdout.write(f"a step: {total:.2f} ms\n")
-    return 0
+def summary(rows: list[Row]) -> Iterable[str]:
+    """The sum over a step."""
+    yield f"a step: {sum(row['count'] * row['ms'] for row in rows):.2f} ms"
 
+
+BENCH = Bench(
+    "stream",
+    __doc__,
+    columns=("op", "shape", "count", "ms", "gb_s", "of_peak", "error"),
+    rows=rows,
+    summary=summary,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCH.main())

@@ -5,15 +5,37 @@ It is what the DiT computes in training, so the two cannot differ. Legend: L tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.plugins import pointwise, spec
+from longtake.plugins import pointwise
 from longtake.plugins.quantize_fp8.reference import quantize_fp8
-from longtake.plugins.spec import BLOCK_NORM_EPS, BLOCK_NORMS, QK_NORM_EPS
+
+BLOCK_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class BlockNorm:
+    """Which row of a block's modulation (0 to 5) a norm of the DiT takes for what. gate: of the y that is added to x
+    before; None: y is added as it is. scale, shift: None for an affine norm (weight, bias). following: scale and shift
+    are those of the next block. residual: whether there is a y."""
+
+    gate: int | None = None
+    scale: int | None = None
+    shift: int | None = None
+    residual: bool = True
+    following: bool = False
+
+
+BLOCK_NORMS: dict[str, BlockNorm] = {
+    "norm_modulate": BlockNorm(scale=1, shift=0, residual=False),  # before the first block's self-attention
+    "gated_norm_affine": BlockNorm(gate=2),  # self-attention's end, cross-attention's norm
+    "residual_norm_modulate": BlockNorm(scale=4, shift=3),  # cross-attention's end, the FFN's norm
+    "gated_norm_modulate": BlockNorm(gate=5, scale=1, shift=0, following=True),  # the FFN's end, the next block's norm
+}
 
 
 def block_norm(name: str, fp8: bool, tensors: dict[str, Tensor]) -> Any:
@@ -42,16 +64,6 @@ def _sum(x: Tensor, y: Tensor) -> Tensor:
     return (x.to(torch.float32) + y.to(torch.float32)).to(x.dtype)
 
 
-def _reference(name: str, fp8: bool) -> Callable[..., Any]:
-    names = [tensor.name for tensor in spec.block_norm(name, fp8).inputs]
-    return lambda *given: block_norm(name, fp8, dict(zip(names, given, strict=True)))
-
-
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """x [L,C], weight [C] to [L,C]: normalised, rounded, weighted and rounded again."""
-    return pointwise.rms_norm(x, weight, QK_NORM_EPS)
-
-
-BLOCK_NORM_REFERENCES: dict[str, Callable[..., Any]] = {
-    spec.block_norm(name, fp8).name: _reference(name, fp8) for name in BLOCK_NORMS for fp8 in (False, True)
-}
+    return pointwise.rms_norm(x, weight, pointwise.QK_NORM_EPS)

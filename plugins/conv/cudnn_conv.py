@@ -16,7 +16,7 @@ from typing import Any
 from longtake.errors import UnavailableError
 from longtake.plugins.kernels import Dims
 from longtake.plugins.sink_attention.cudnn_graph import frontend
-from longtake.plugins.spec import CONV_KERNELS
+from longtake.plugins.spec import Op
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Geometry:
         return 2.0 * math.prod(self.out) * math.prod(self.weight[1:])
 
 
-def geometry(op_name: str, dims: Dims) -> Geometry:
+def geometry(op: Op, dims: Dims) -> Geometry:
     """The sizes of a convolution op. dims: T, Y, X, C and N."""
     t, y, x, c, n = (dims[letter] for letter in "TYXCN")
-    time, side, _ = CONV_KERNELS[op_name]
+    time, side, _ = op.kernel_size
     if time == 1:
         return Geometry((t, c, y, x), (n, c, side, side), (t, n, y, x), (side // 2,) * 2)
     if side == 1:
@@ -66,15 +66,15 @@ def handle_of(device: int) -> Any:
 class CudnnConv:
     """A convolution's graph and the plans that cuDNN suggests for it, best guess first; none is built yet.
 
-    fused: with bias and, for `_add` ops, residual; otherwise the product alone.
+    fused: with bias and, where the op has one, residual; otherwise the product alone.
 
     Raises:
         UnavailableError: cuDNN has no plan.
     """
 
-    def __init__(self, op_name: str, dims: Dims, handle: Any, fused: bool = True) -> None:
+    def __init__(self, op: Op, dims: Dims, handle: Any, fused: bool = True) -> None:
         self._cudnn, self._handle = frontend(), handle
-        self._build(geometry(op_name, dims), op_name.endswith("_add"), fused)
+        self._build(geometry(op, dims), "residual" in op.spec.names, fused)
         try:
             self._graph.validate()
             self._graph.build_operation_graph()
@@ -83,7 +83,7 @@ class CudnnConv:
             names = [self._graph.get_plan_name_at_index(i) for i in range(self._graph.get_execution_plan_count())]
         except Exception as error:  # cuDNN's types, and RuntimeError
             raise UnavailableError(
-                f"cuDNN has no {op_name} for {dict(dims)}", got=f"{type(error).__name__}: {str(error)[:500]}"
+                f"cuDNN has no {op.spec.name} for {dict(dims)}", got=f"{type(error).__name__}: {str(error)[:500]}"
             ) from None
         self.plans: dict[str, int] = {}
         for index, name in enumerate(names):
@@ -101,22 +101,22 @@ class CudnnConv:
             strides = channels_last_strides(shape)
             return graph.tensor(name=name, dim=list(shape), stride=strides, data_type=types.BFLOAT16)
 
-        found = {"x": tensor("x", sizes.x), "weight": tensor("weight", sizes.weight)}
+        tensors = {"x": tensor("x", sizes.x), "weight": tensor("weight", sizes.weight)}
         ones, padding = [1] * len(sizes.padding), list(sizes.padding)
         out = graph.conv_fprop(
-            image=found["x"], weight=found["weight"], pre_padding=padding, post_padding=padding, stride=ones, dilation=ones
+            image=tensors["x"], weight=tensors["weight"], pre_padding=padding, post_padding=padding, stride=ones, dilation=ones
         )  # fmt: skip
         if fused:
             out.set_data_type(types.FLOAT)
-            found["bias"] = tensor("bias", (1, sizes.out[1], *ones))
-            out = graph.bias(input=out, bias=found["bias"])
+            tensors["bias"] = tensor("bias", (1, sizes.out[1], *ones))
+            out = graph.bias(input=out, bias=tensors["bias"])
             if add:
                 out.set_data_type(types.FLOAT)
-                found["residual"] = tensor("residual", sizes.out)
-                out = graph.add(a=out, b=found["residual"])
+                tensors["residual"] = tensor("residual", sizes.out)
+                out = graph.add(a=out, b=tensors["residual"])
         out.set_output(True).set_data_type(types.BFLOAT16)
         out.set_dim(list(sizes.out)).set_stride(channels_last_strides(sizes.out))
-        self._graph, self._tensors = graph, {**found, "out": out}
+        self._graph, self._tensors = graph, {**tensors, "out": out}
 
     def build(self, plan: str) -> int:
         """Make a plan ready (some are compiled); the bytes of workspace that it needs. Raises what cuDNN raises."""
@@ -126,5 +126,5 @@ class CudnnConv:
     def run(self, plan: str, pointers: Mapping[str, int], workspace: int, stream: int) -> None:
         """Enqueue on a raw stream handle. `pointers`: addresses of x, weight, out and, fused, bias and residual."""
         self._cudnn.set_stream(self._handle, stream)
-        given = {tensor.uid: pointers[name] for name, tensor in self._tensors.items()}
-        self._graph.execute_plan_at_index(given, workspace, self.plans[plan], handle=self._handle)
+        addresses = {tensor.uid: pointers[name] for name, tensor in self._tensors.items()}
+        self._graph.execute_plan_at_index(addresses, workspace, self.plans[plan], handle=self._handle)

@@ -14,33 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.errors import LongtakeError, UnavailableError
-from longtake.machine.capability import conv_methods
+from longtake.errors import UnavailableError
 from longtake.plugins.conv.cudnn_conv import CudnnConv, Geometry, geometry, handle_of
 from longtake.plugins.conv.plans import choice_key, remember, remembered, timed_plans
+from longtake.plugins.conv.reference import library_weight
 from longtake.plugins.device_memory import on_stream, tensor_at
-from longtake.plugins.kernels import Dims, shape_of
-from longtake.plugins.launch import OpLauncher, compute_capability_of
+from longtake.plugins.kernels import Dims
+from longtake.plugins.launch import OpLauncher
 from longtake.plugins.linear.library import CublasLtLinear
-from longtake.plugins.spec import CONV_OPS
+from longtake.plugins.linear.op import LINEAR_BF16
+from longtake.plugins.shapes import shape_of
+from longtake.plugins.spec import Op
 
 log = logging.getLogger(__name__)
 
 
-def library_weight(weight: Tensor) -> Tensor:
-    """[N,C,kt,kh,kw] as stored to [N,kt,kh,kw,C], contiguous."""
-    return weight.permute(0, 2, 3, 4, 1).contiguous()
-
-
-def trial_tensors(op_name: str, dims: Dims) -> dict[str, Tensor]:
+def trial_tensors(op: Op, dims: Dims) -> dict[str, Tensor]:
     """Random tensors of an op's sizes by name, on the GPU, for one try; the weight as `library_weight` leaves it."""
-    made = {}
-    for tensor in (*CONV_OPS[op_name].inputs, *CONV_OPS[op_name].outputs):
+    tensors = {}
+    for tensor in op.spec.tensors:
         values = torch.empty(shape_of(tensor, dims), dtype=torch.bfloat16, device="cuda").normal_()
-        if tensor.name == "weight":
+        if tensor.channels_last:
             values = library_weight(values).mul_(math.prod(values.shape[1:]) ** -0.5)
-        made[tensor.name] = values
-    return made
+        tensors[tensor.name] = values
+    return tensors
 
 
 class CudnnLibraryConv(OpLauncher):
@@ -49,15 +46,12 @@ class CudnnLibraryConv(OpLauncher):
     method = "cudnn"
     _conv: CudnnConv | None = None
 
-    def __init__(self, op_name: str, dims: Dims) -> None:
-        super().__init__(CONV_OPS[op_name], dims)
-
     def prepare(self) -> CudnnLibraryConv:
         """See OpLauncher.prepare. Raises UnavailableError if no plan runs. Takes the tensors' memory for a moment,
         unless the choice is remembered."""
         if self._conv is None:
-            name, key = self.spec.name, choice_key(self.spec.name, self.dims)
-            conv = CudnnConv(name, self.dims, handle_of(torch.cuda.current_device()))
+            key = choice_key(self.spec.name, self.dims)
+            conv = CudnnConv(self.op, self.dims, handle_of(torch.cuda.current_device()))
             self._plan = remembered(key)
             try:
                 self.workspace_bytes = conv.build(self._plan) if self._plan in conv.plans else -1
@@ -70,7 +64,7 @@ class CudnnLibraryConv(OpLauncher):
         return self
 
     def _choose(self, conv: CudnnConv, key: str) -> None:
-        tensors = trial_tensors(self.spec.name, self.dims)
+        tensors = trial_tensors(self.op, self.dims)
         rows = list(timed_plans(conv, {name: tensor.data_ptr() for name, tensor in tensors.items()}))
         del tensors
         torch.cuda.empty_cache()  # these tensors may be a large part of what the GPU has
@@ -87,8 +81,7 @@ class CudnnLibraryConv(OpLauncher):
         self._check(pointers, workspace, table_len)
         self.prepare()
         assert self._conv is not None
-        names = (tensor.name for tensor in (*self.spec.inputs, *self.spec.outputs))
-        self._conv.run(self._plan, dict(zip(names, pointers)), workspace, stream)
+        self._conv.run(self._plan, dict(zip(self.spec.names, pointers)), workspace, stream)
 
 
 class TorchConv(OpLauncher):
@@ -97,15 +90,15 @@ class TorchConv(OpLauncher):
     method = "torch"
     _tried = False
 
-    def __init__(self, op_name: str, dims: Dims) -> None:
-        super().__init__(CONV_OPS[op_name], dims)
-        self.geometry = geometry(op_name, dims)
+    def __init__(self, op: Op, dims: Dims) -> None:
+        super().__init__(op, dims)
+        self.geometry = geometry(op, dims)
 
     def prepare(self) -> TorchConv:
         """See OpLauncher.prepare. Raises UnavailableError if torch declines."""
         if not self._tried:
             try:
-                self.convolve(trial_tensors(self.spec.name, self.dims))
+                self.convolve(trial_tensors(self.op, self.dims))
             except RuntimeError as error:
                 raise UnavailableError(f"torch does not run {self.spec.name}", got=f"{self.dims}: {error}") from None
             torch.cuda.empty_cache()
@@ -116,8 +109,7 @@ class TorchConv(OpLauncher):
         """See OpLauncher.launch."""
         self._check(pointers, workspace, table_len)
         self.prepare()
-        kinds = (*self.spec.inputs, *self.spec.outputs)
-        tensors = {t.name: tensor_at(p, shape_of(t, self.dims)) for t, p in zip(kinds, pointers)}
+        tensors = {t.name: tensor_at(p, shape_of(t, self.dims)) for t, p in zip(self.spec.tensors, pointers)}
         with on_stream(stream):
             self.convolve(tensors)
 
@@ -142,37 +134,9 @@ def views(sizes: Geometry, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
     return view("x", sizes.x), view("weight", sizes.weight), view("out", sizes.out)
 
 
-def _linear(op_name: str, dims: Dims) -> OpLauncher:
+def _product(op: Op, dims: Dims) -> OpLauncher:
     """A 1x1x1 convolution is a product over all positions."""
-    return CublasLtLinear("linear_bf16", {"T": dims["T"] * dims["Y"] * dims["X"], "N": dims["N"], "K": dims["C"]})
+    return CublasLtLinear(LINEAR_BF16, {"T": dims["T"] * dims["Y"] * dims["X"], "N": dims["N"], "K": dims["C"]})
 
 
-LAUNCHERS: dict[str, Any] = {"cudnn": CudnnLibraryConv, "torch": TorchConv}
-
-
-def conv_launcher(op_name: str, dims: Dims, compute_capability: str = "") -> OpLauncher:
-    """A library's launcher of a convolution op for this GPU, prepared; says which, and why others don't run.
-
-    Raises:
-        UnavailableError: no library takes these sizes here.
-        LongtakeError: no such op.
-    """
-    if op_name not in CONV_OPS:
-        raise LongtakeError("no library runs this op", got=op_name, expected=", ".join(CONV_OPS))
-    compute_capability = compute_capability_of(compute_capability)
-    sizes = " x ".join(str(dims[letter]) for letter in "TYXCN")
-    methods = [LAUNCHERS[method] for method in conv_methods(compute_capability)]
-    declined = []
-    for make in [_linear, *methods] if op_name == "conv_1x1x1" and methods else methods:
-        try:
-            launcher = make(op_name, dims).prepare()
-        except UnavailableError as error:
-            declined.append(str(error))
-            log.warning("%s [%s] goes on to the next library: %s", op_name, sizes, error)
-            continue
-        log.info("%s [%s] runs through %s", op_name, sizes, launcher.method)
-        return launcher
-    raise UnavailableError(
-        f"no library runs {op_name} here", got="; ".join(declined) or f"compute capability {compute_capability}",
-        expected="cuDNN", fix="set vae_ops: plugin in the recipe",
-    )  # fmt: skip
+LAUNCHERS: dict[str, Any] = {"cudnn": CudnnLibraryConv, "torch": TorchConv, "cublaslt": _product}

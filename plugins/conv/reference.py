@@ -43,3 +43,8 @@ def conv_1x3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def conv_1x1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [T,Y,X,C], weight [N,C,1,1,1], bias [N] to [T,Y,X,N]."""
     return _conv(x, weight, bias, 1)
+
+
+def library_weight(weight: Tensor) -> Tensor:
+    """[N,C,kt,kh,kw] as stored to [N,kt,kh,kw,C], contiguous."""
+    return weight.permute(0, 2, 3, 4, 1).contiguous()

@@ -5,22 +5,18 @@ No allocation (torch's SDPA excepted, whose output a CUDA graph keeps in its poo
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from longtake.errors import UnavailableError
-from longtake.machine.capability import attention_methods
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims
-from longtake.plugins.launch import OpLauncher, compute_capability_of
+from longtake.plugins.launch import OpLauncher
 from longtake.plugins.sink_attention.cudnn_graph import CudnnAttention, frontend
 from longtake.plugins.sink_attention.library import torch_attention
-from longtake.plugins.spec import cross_attention
-
-log = logging.getLogger(__name__)
+from longtake.plugins.spec import Op
 
 BYTES = 2  # of a bf16 number
 
@@ -30,9 +26,6 @@ class CudnnCrossAttention(OpLauncher):
 
     method = "cudnn"
     _graph: CudnnAttention | None = None
-
-    def __init__(self, dims: Dims) -> None:
-        super().__init__(cross_attention(), dims)
 
     def prepare(self) -> CudnnCrossAttention:
         """See OpLauncher.prepare. Raises UnavailableError without the frontend or if cuDNN declines the sizes."""
@@ -63,8 +56,8 @@ class TorchCrossAttention(OpLauncher):
     method = "torch"
     _tried = False
 
-    def __init__(self, dims: Dims, fused: bool = True) -> None:
-        super().__init__(cross_attention(), dims)
+    def __init__(self, op: Op, dims: Dims, fused: bool = True) -> None:
+        super().__init__(op, dims)
         self.fused = fused
 
     def prepare(self) -> TorchCrossAttention:
@@ -106,25 +99,9 @@ def _require_ones(dims: Dims, method: str, run: Any, workspace_bytes: int) -> No
         raise UnavailableError(f"{method}'s attention over ones is wrong", got=f"off by {worst:.3g}", expected="1")
 
 
-def cross_attention_launcher(dims: Dims, compute_capability: str = "") -> OpLauncher:
-    """The fastest way to compute cross-attention here, prepared; says which, and why faster ones don't run.
-
-    Args:
-        dims: L, E, H and D. compute_capability: such as "9.0"; by default that of the current device.
-    """
-    compute_capability = compute_capability_of(compute_capability)
-    for method, _ in attention_methods(compute_capability, "bf16", dims["D"]):
-        if method not in LAUNCHERS:
-            continue
-        try:
-            launcher: OpLauncher = LAUNCHERS[method](dims).prepare()
-        except UnavailableError as error:
-            log.warning("cross_attention cannot run through %s: %s", method, error)
-            continue
-        log.info("cross_attention runs through %s", method)
-        return launcher
-    log.info("cross_attention runs through whatever torch has for these sizes")
-    return TorchCrossAttention(dims, fused=False).prepare()
+def unfused(op: Op, dims: Dims) -> OpLauncher:
+    """Through whatever torch has for the sizes."""
+    return TorchCrossAttention(op, dims, fused=False)
 
 
 LAUNCHERS: dict[str, Any] = {"cudnn": CudnnCrossAttention, "torch": TorchCrossAttention}

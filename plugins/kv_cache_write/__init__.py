@@ -1,1 +1,1 @@
-"""The kv_cache_write op: reference, kernel, plugin."""
+"""The kv_cache_write op: description, reference, kernel."""

@@ -1,1 +1,1 @@
-"""The nvfp4_dequantize op: reference, kernel, plugin."""
+"""The nvfp4_dequantize op: description, reference, kernel."""

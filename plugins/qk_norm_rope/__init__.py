@@ -1,1 +1,1 @@
-"""The qk_norm_rope op: reference, kernel, plugin."""
+"""The qk_norm_rope op: description, reference, kernel."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longtake.plugins.pointwise import apply_rope, rms_norm
-from longtake.plugins.spec import QK_NORM_EPS
+from longtake.plugins.pointwise import QK_NORM_EPS, apply_rope, rms_norm
 
 
 def qk_norm_rope(

@@ -1,1 +1,1 @@
-"""The ops quantize_fp8 and gelu_quantize_fp8: reference, kernel, plugin."""
+"""The ops quantize_fp8 and gelu_quantize_fp8: description, reference, kernel."""

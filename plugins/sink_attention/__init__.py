@@ -1,1 +1,1 @@
-"""The sink_attention op: reference, kernel, plugin."""
+"""The sink_attention op: description, reference, kernel."""

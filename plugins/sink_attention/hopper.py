@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from longtake.errors import LongtakeError, UnavailableError
-from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernels, blocks_of, limit_macros
+from longtake.plugins.cache_format import cache_format_of
+from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernel, blocks_of
 from longtake.plugins.kv_cache_write.reference import RULE
 from longtake.plugins.launch import Launcher
+from longtake.plugins.nvfp4.macros import limit_macros
 from longtake.plugins.sink_attention.window import (
     ALIGNMENT,
     THREADS,
@@ -23,7 +25,7 @@ from longtake.plugins.sink_attention.window import (
     elements,
     in_a_row,
 )
-from longtake.plugins.spec import sink_attention
+from longtake.plugins.spec import Op
 
 HEAD_DIMS = (64, 128)
 TILE = 128  # rows of a tile: queries of a thread block, and keys whose products one running sum spans
@@ -50,10 +52,9 @@ def addresses(dims: Dims, workspace: int) -> tuple[dict[str, int], int]:
     return in_a_row(buffers(dims), workspace)
 
 
-def tile_kernels(fmt: str) -> Kernels:
+def tile_kernel(fmt: str) -> Kernel:
     """What lays the window out, for cache format `fmt`. The dims of its calls need W."""
-    return Kernels(
-        spec=sink_attention(fmt),
+    return Kernel(
         source=Path(__file__).with_name("window_fp8.cu"),
         macros=lambda dims: {
             "THREADS": THREADS, "CACHE_NVFP4": int(fmt == "nvfp4"), "HEAD_DIM": dims["D"], "SUM_ROWS": SUM_ROWS,
@@ -83,10 +84,9 @@ def partials(dims: Dims) -> int:
     return min(MAX_PARTIALS, blocks_of(elements(dims) // 16, THREADS))
 
 
-def attend_kernels(fmt: str) -> Kernels:
+def attend_kernel() -> Kernel:
     """What attends over the tiles."""
-    return Kernels(
-        spec=sink_attention(fmt),
+    return Kernel(
         source=Path(__file__).with_name("hopper_fp8.cu"),
         macros=lambda dims: {"HEAD_DIM": dims["D"], "SUM_ROWS": SUM_ROWS, "STAGES": STAGES},
         calls=lambda dims: (
@@ -108,13 +108,12 @@ class HopperSinkAttention(WindowedAttention):
 
     method = "wgmma"
 
-    def __init__(self, op_name: str, dims: Dims, arch: str | None = None) -> None:
+    def __init__(self, op: Op, dims: Dims, arch: str | None = None) -> None:
         if dims["D"] not in HEAD_DIMS:
             raise LongtakeError("no FP8 kernel for this attention", got=f"heads of {dims['D']}",
                                 expected=f"heads of {' or '.join(map(str, HEAD_DIMS))}")  # fmt: skip
-        fmt = self.op_format = op_name.removeprefix("sink_attention_")
-        super().__init__(op_name, dims, arch, tile_kernels(fmt))
-        self._attend = Launcher(op_name, self.dims, "bf16", arch, attend_kernels(fmt))
+        super().__init__(op, dims, arch, tile_kernel(cache_format_of(op.spec)))
+        self._attend = Launcher(op, self.dims, "bf16", arch, attend_kernel())
 
     def prepare(self) -> Launcher:
         """See Launcher.prepare."""
@@ -149,7 +148,7 @@ class HopperSinkAttention(WindowedAttention):
             table = torch.full((entries,), -1, dtype=torch.int32, device="cuda")
             for keys, values, tolerance in ((ones, ones, 0.01), (k, v, 0.1)):
                 out.fill_(float("nan"))
-                unread = [memory.data_ptr()] * len(cache_names(self.op_format))  # the table lists no slot
+                unread = [memory.data_ptr()] * len(cache_names(self.cache_format))  # the table lists no slot
                 pointers = [t.data_ptr() for t in (keys, keys, values)] + unread + [table.data_ptr(), out.data_ptr()]
                 self.launch(pointers, stream, memory.data_ptr(), entries)
                 error = float((out.float() - values.float()).norm() / values.float().norm())

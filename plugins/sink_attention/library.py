@@ -1,12 +1,11 @@
 """Sink attention through a library: our kernel lays the window out, cuDNN (or torch's SDPA) attends over it.
 
-attention_launcher() chooses among these, our own kernel for Hopper and the portable one.
+op.py lists these, our own kernel for Hopper and the portable one.
 Launchers of the op like the portable one: same tensors, same table, no allocation (torch's excepted), on our stream.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +13,11 @@ import torch
 from torch import Tensor
 
 from longtake.errors import UnavailableError
-from longtake.machine.capability import attention_methods
 from longtake.plugins.device_memory import on_stream, tensor_at
-from longtake.plugins.kernels import Dims
-from longtake.plugins.launch import Launcher, compute_capability_of
+from longtake.plugins.launch import Launcher
 from longtake.plugins.sink_attention.cudnn_graph import CudnnAttention, frontend
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.window import WindowedAttention, addresses
-
-log = logging.getLogger(__name__)
 
 
 class CudnnSinkAttention(WindowedAttention):
@@ -68,9 +63,9 @@ class CudnnSinkAttention(WindowedAttention):
     def attend(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
         """See WindowedAttention.attend."""
         assert self._graphs is not None  # launch() has called prepare()
-        found, end = addresses(self.dims, workspace)
-        given = {"q": pointers[0], "k": found["window_k"], "v": found["window_v"], "out": pointers[-1]}
-        self._graphs[table_len].run(given, end, stream)
+        window, end = addresses(self.dims, workspace)
+        tensors = {"q": pointers[0], "k": window["window_k"], "v": window["window_v"], "out": pointers[-1]}
+        self._graphs[table_len].run(tensors, end, stream)
 
 
 class TorchSinkAttention(WindowedAttention):
@@ -95,9 +90,9 @@ class TorchSinkAttention(WindowedAttention):
     def attend(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
         """See WindowedAttention.attend."""
         queries, heads, dim = self.dims["L"], self.dims["H"], self.dims["D"]
-        found = addresses(self.dims, workspace)[0]
+        window = addresses(self.dims, workspace)[0]
         q, out = (tensor_at(address, (queries, heads, dim)) for address in (pointers[0], pointers[-1]))
-        k, v = (tensor_at(found[name], (table_len * queries, heads, dim)) for name in ("window_k", "window_v"))
+        k, v = (tensor_at(window[name], (table_len * queries, heads, dim)) for name in ("window_k", "window_v"))
         with on_stream(stream):
             out.copy_(torch_attention(q, k, v))
 
@@ -110,28 +105,6 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, fused: bool = True) -> Tens
     others = [] if fused else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *others], set_priority=True):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-
-
-def attention_launcher(op_name: str, dims: Dims, attention: str = "bf16", compute_capability: str = "") -> Launcher:
-    """The fastest way to compute a sink attention op in bf16 here, prepared; says which, and why faster ones don't.
-
-    Args:
-        op_name: "sink_attention_nvfp4" or "sink_attention_bf16". dims: S, L, H and D.
-        attention: what the two products are computed in, "bf16" or "fp8"; without FP8 attention it is bf16.
-        compute_capability: such as "9.0"; by default that of the current device.
-    """
-    compute_capability = compute_capability_of(compute_capability)
-    for method, kind in attention_methods(compute_capability, attention, dims["D"]):
-        try:
-            launcher = LAUNCHERS[method](op_name, dims).prepare() if method in LAUNCHERS else None
-            if isinstance(launcher, HopperSinkAttention):
-                launcher.try_out()
-        except UnavailableError as error:
-            log.warning("%s cannot run through %s in %s: %s", op_name, method, kind, error)
-            continue
-        log.info("%s runs through %s in %s", op_name, method, kind)
-        return launcher or Launcher(op_name, dims, "bf16").prepare()
-    raise AssertionError("the portable kernel is always listed")
 
 
 LAUNCHERS: dict[str, Any] = {

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from longtake.plugins import driver
-from longtake.plugins.kernels import Call, Dims, Kernels, blocks_of, limit_macros
+from longtake.plugins.cache_format import cache_format_of, cache_tensors
+from longtake.plugins.kernels import Call, Dims, Kernel, blocks_of
 from longtake.plugins.kv_cache_write.reference import RULE
 from longtake.plugins.launch import Launcher
-from longtake.plugins.spec import cache_tensors, sink_attention
+from longtake.plugins.nvfp4.macros import limit_macros
+from longtake.plugins.spec import Op
 
 THREADS = 256
 ITEMS = 4  # pieces of 16 bytes a thread of the bf16 kernel writes
@@ -22,12 +24,12 @@ ALIGNMENT = 256  # bytes, of every buffer in the workspace
 
 
 class WindowedAttention(Launcher):
-    """Lay out, attend. Subclasses attend. Tables have at most S entries; `kernels` lay out, and read W from the dims."""
+    """Lay out, attend. Subclasses attend. Tables have at most S entries; `kernel` lays out, and reads W from the dims."""
 
-    def __init__(self, op_name: str, dims: Dims, arch: str | None = None, kernels: Kernels | None = None) -> None:
+    def __init__(self, op: Op, dims: Dims, arch: str | None = None, kernel: Kernel | None = None) -> None:
         fixed = {letter: size for letter, size in dims.items() if letter != "W"}
-        kernels = kernels or window_kernels(op_name.removeprefix("sink_attention_"))
-        super().__init__(op_name, {**fixed, "W": fixed["S"]}, "bf16", arch, kernels)
+        self.cache_format = cache_format_of(op.spec)
+        super().__init__(op, {**fixed, "W": fixed["S"]}, "bf16", arch, kernel or window_kernel(self.cache_format))
 
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
         """See Launcher.launch."""
@@ -39,7 +41,7 @@ class WindowedAttention(Launcher):
 
     def lay_out(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
         """Enqueue what writes the window."""
-        calls = self.kernels.calls({**self.dims, "W": table_len})
+        calls = self.kernel.calls({**self.dims, "W": table_len})
         self.enqueue(calls, pointers, stream, workspace, table_len)
 
     @abstractmethod
@@ -60,17 +62,16 @@ def addresses(dims: Dims, workspace: int) -> tuple[dict[str, int], int]:
 
 def in_a_row(sizes: Mapping[str, int], start: int) -> tuple[dict[str, int], int]:
     """The address of each buffer of so many bytes, aligned one after the other, and of the first byte after them."""
-    found, end = {}, start
+    addresses, end = {}, start
     for name, size in sizes.items():
-        found[name] = end
+        addresses[name] = end
         end += -(-size // ALIGNMENT) * ALIGNMENT
-    return found, end
+    return addresses, end
 
 
-def window_kernels(fmt: str) -> Kernels:
+def window_kernel(fmt: str) -> Kernel:
     """What lays the window out in bf16, for cache format `fmt`. The dims of its calls need W, the table's length."""
-    return Kernels(
-        spec=sink_attention(fmt),
+    return Kernel(
         source=Path(__file__).with_name("window_bf16.cu"),
         macros=lambda dims: {
             "THREADS": THREADS, "ITEMS": ITEMS, "CACHE_NVFP4": int(fmt == "nvfp4"), **limit_macros(RULE),

@@ -1,1 +1,1 @@
-"""The ops norm_silu_extend and stream_extend: reference, kernel, plugin."""
+"""The ops norm_silu_extend and stream_extend: description, reference, kernel."""

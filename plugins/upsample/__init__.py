@@ -1,1 +1,1 @@
-"""The ops upsample_space, upsample_time, duplicate_up and duplicate_up_time: reference, kernels, plugin."""
+"""The ops upsample_space, upsample_time, duplicate_up and duplicate_up_time: description, reference, kernels."""

@@ -57,8 +57,6 @@ def fixes_for(recipe: Recipe, use: Use, free: int, gpus: int) -> list[str]:
         moved = now - budget_of(recipe, replace(use, decode_apart=True)).peak["generate"]
         where = "--decode-device cuda:1" if gpus > 1 else "--decode-device, with a second GPU"
         fixes.append(f"decode on another GPU, which frees {moved / 1e9:.1f} GB ({where})")
-    if recipe.vae_latents_per_step > 1:
-        fixes.append("decode fewer latents at once (vae_latents_per_step: 1 in the recipe)")
     return fixes
 
 

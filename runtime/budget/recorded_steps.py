@@ -23,12 +23,12 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @lru_cache
-def library_decoder_steps(preset: Preset, latents: int = 1) -> SegmentedGraph:
-    """`vae_steady` with `vae_ops: library`, run without data. `latents`: the recipe's vae_latents_per_step."""
+def library_decoder_steps(preset: Preset) -> SegmentedGraph:
+    """`vae_steady` with `vae_ops: library`, run without data."""
     from longtake.training.models.wan.vae import CausalVAE
     from longtake.training.models.wan.vae_library import LibrarySteady
 
-    spec = network_spec(preset, "bf16", NETWORK, latents, "library")
+    spec = network_spec(preset, "bf16", NETWORK, "library")
     with torch.device("meta"):
         module = LibrarySteady(CausalVAE(preset.vae)).eval().to(torch.bfloat16)
         kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -80,14 +80,16 @@ def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
 
 
 def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Term]:
-    steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_latents_per_step, recipe.vae_ops)
+    steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_ops)
     first = network_spec(preset, recipe.cache, "vae_first")
     # Once: our op writes them in place. TensorRT's plans do where they pass their proof, which only a run can tell (see
     # trt_stream.py); what they then keep twice, all of it at worst, is written down and known to the next budget.
     caches = total_bytes(steady.inputs[1:])
-    twice = 0 if recipe.vae_ops != "engine" else measured_arena(use.engines).get("caches twice", 0)
-    known: Known = "exact" if recipe.vae_ops != "engine" else "measured" if measured_arena(use.engines) else "estimated"
-    frames = (preset.vae.stride[0] * recipe.vae_latents_per_step, preset.height, preset.width, 3)
+    twice = 0 if recipe.vae_ops == "library" else measured_arena(use.engines).get("caches twice", 0)
+    known: Known = (
+        "exact" if recipe.vae_ops == "library" else "measured" if measured_arena(use.engines) else "estimated"
+    )
+    frames = (preset.vae.stride[0], preset.height, preset.width, 3)
     own = total_bytes((steady.inputs[0], steady.outputs[0], first.inputs[0], first.outputs[0]))
     return [
         decoder_weights(recipe, preset, use.engines, place),
@@ -223,6 +225,7 @@ def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | Non
 
 def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
     """Arena bytes of a network among `engines`: None if it is not there, or its plans do not say what they want."""
+    from longtake.plugins.registry import op_named
     from longtake.runtime.backends.segments.arena import aligned
     from longtake.runtime.backends.segments.planner import planned_steps
     from longtake.runtime.backends.segments.vae_first import first_steps
@@ -240,19 +243,21 @@ def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
     scratch = {name: aligned(size or 1) for name, size in sizes.items()}
     plan = first.plan if first else planned_steps(graph, scratch)
     steps = enumerate(plan.graph.steps)
-    ops = {i: _workspace(recipe, graph, i) for i, step in steps if step.name.startswith("sink_att")}
+    ops = {
+        i: _workspace(recipe, graph, i) for i, step in steps if step.kind == "op" and op_named(step.name).reads_table
+    }
     return plan.layout(scratch, ops)[2]
 
 
 def _workspace(recipe: Recipe, graph: SegmentedGraph, index: int) -> int:
     """What laying the attention's window out takes; a library's own workspace, some MB, is not known here."""
-    from longtake.plugins.kernels import dims_from_shapes
+    from longtake.plugins.registry import op_named
+    from longtake.plugins.shapes import dims_from_shapes
     from longtake.plugins.sink_attention import hopper, window
-    from longtake.plugins.spec import OPS
 
     step = graph.steps[index]
     shapes = [[n if isinstance(n, int) else 1 for n in graph.tensors[name].shape] for name in step.inputs]
-    dims = dims_from_shapes(OPS[step.name], shapes)
+    dims = dims_from_shapes(op_named(step.name).spec, shapes)
     if recipe.compute_capability != "9.0":
         return 0
     layout = hopper if recipe.attention == "fp8" else window
@@ -287,19 +292,19 @@ def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
     level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive. Where a library
     runs all but a few layers the steps are known; what is not is the scratch of those few."""
     if recipe.vae_ops == "library":
-        return _library_estimate(preset, recipe.vae_latents_per_step)
-    frames, width = preset.vae.stride[0] * recipe.vae_latents_per_step, preset.vae.decoder_dim * preset.vae.dim_mult[1]
+        return _library_estimate(preset)
+    frames, width = preset.vae.stride[0], preset.vae.decoder_dim * preset.vae.dim_mult[1]
     largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
     return int(DECODER_TENSORS_ALIVE * largest)
 
 
 @lru_cache
-def _library_estimate(preset: Preset, latents: int) -> int:
+def _library_estimate(preset: Preset) -> int:
     from longtake.runtime.backends.segments.planner import planned_steps
     from longtake.runtime.backends.segments.vae_first import first_steps
     from longtake.runtime.budget.recorded_steps import library_decoder_steps
 
-    graph = library_decoder_steps(preset, latents)
+    graph = library_decoder_steps(preset)
     scratch = {segment.name: 0 for segment in graph.segments}
     first = first_steps(graph)
     return max(plan.layout(scratch)[2] for plan in (planned_steps(graph, scratch), *([first.plan] if first else [])))

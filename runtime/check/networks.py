@@ -25,7 +25,7 @@ from longtake.accuracy.ssim import ssim
 from longtake.errors import GateError
 from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Gate, Recipe
-from longtake.plugins.spec import cache_tensors
+from longtake.plugins.cache_format import cache_tensors
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.check.runners import BackendRunner, TorchRunner, ViewRunner, quiet_polygraphy
 from longtake.runtime.generator import Generator, Script

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 
 from longtake.engines import build as build_module
-from longtake.engines.build import PlanJob, build_recipe, engine_from_onnx, require_buildable
+from longtake.engines.build import PlanJob, build_recipe, check_network, engine_from_onnx, require_buildable
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import read_json, write_json
 from longtake.formats import bundle as bundle_module
@@ -23,6 +24,7 @@ from longtake.formats.bundle import load_bundle, write_bundle
 from longtake.formats.plan import manifest_path
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.machine.flavour import Flavour, flavour_for
+from longtake.plugins.spec import DOMAIN
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
 miniature = importlib.util.module_from_spec(_spec)
@@ -153,6 +155,38 @@ def test_a_network_that_is_not_the_specs_is_refused(flavour: Flavour) -> None:
     assert "got: x ('fp32', [4, 32])" in str(caught.value)
 
 
+class Tensor(SimpleNamespace):
+    """A tensor of a parsed network."""
+
+
+def layer_of(op: str, inputs: list[str], outputs: list[str]) -> Any:
+    """A PLUGIN_V3 layer of a parsed network."""
+    names = {"get_input": inputs, "get_output": outputs}
+    get = {key: lambda i, names=names: Tensor(name=names[i]) for key, names in names.items()}
+    return SimpleNamespace(type="PLUGIN_V3", plugin=SimpleNamespace(plugin_name=op), **get)
+
+
+def network_of(*layers: Any) -> Any:
+    none = {"num_inputs": 0, "num_outputs": 0, "get_input": None, "get_output": None}
+    return SimpleNamespace(**none, num_layers=len(layers), get_layer=lambda i: layers[i])
+
+
+def test_aliases_are_those_of_the_op_that_a_layer_says_it_is() -> None:
+    """Of two ops with four inputs and one output, one writes in place."""
+    trt = SimpleNamespace(LayerType=SimpleNamespace(PLUGIN_V3="PLUGIN_V3"), IPluginV3Layer=SimpleNamespace)
+    norm = layer_of("norm_modulate_fp8", ["x", "e", "table", "factor"], ["n"])
+    write = layer_of("kv_cache_write_bf16", ["k", "v", "cache_in", "slot"], ["cache_out"])
+    spec = {"inputs": [], "outputs": [], "aliases": [["cache_out", "cache_in"]], "profile": []}
+    plugins = Counter(["norm_modulate_fp8", "kv_cache_write_bf16"])
+    job = PlanJob("net", Path("net.onnx"), "", spec, plugins)
+    for layers in ((norm, write), (write, norm)):
+        check_network(trt, network_of(*layers), job)
+    with pytest.raises(IntegrityError, match="in-place outputs differ"):
+        check_network(trt, network_of(norm, write), replace(job, spec={**spec, "aliases": []}))
+    with pytest.raises(IntegrityError, match=r"custom ops did not become plugins(.|\n)*'gelu_quantize_fp8': 1"):
+        check_network(trt, network_of(norm, write), replace(job, plugins=Counter(["gelu_quantize_fp8", *plugins][:2])))
+
+
 @pytest.fixture
 def bundle(flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path) -> Iterator[Path]:
     results = build_recipe(recipe, exported, tmp_path / "engines", flavour, None, False)
@@ -169,6 +203,19 @@ def test_a_bundle_finds_what_it_was_built_from_even_when_moved(bundle: Path, rec
     assert opened.recipe == recipe and opened.vocabulary == ("red", "seven")
     assert opened.onnx_file("dit.onnx") == (moved / "onnx" / "dit.onnx").resolve()
     assert opened.check_file(moved / "engines" / "dit.segments.json").is_file()
+
+
+def test_a_bundle_of_an_earlier_version_opens_unless_it_needs_what_is_gone(bundle: Path, recipe: Recipe) -> None:
+    path = bundle / bundle_module.NAME
+    content = read_json(path)
+    for value, opens in ((False, True), (True, False)):
+        fields = {**content["recipe_fields"], "vae_fold_upsampling": value}
+        write_json(path, {**content, "recipe_fields": fields})
+        if opens:
+            assert load_bundle(bundle).recipe == recipe
+        else:
+            with pytest.raises(IntegrityError, match="not an engine bundle(.|\n)*vae_fold_upsampling"):
+                load_bundle(bundle)
 
 
 def test_a_bundle_refuses_files_that_changed(bundle: Path) -> None:
@@ -203,7 +250,6 @@ def small_dit(precision: str, cache: str, folder: Path) -> PlanJob:
     from longtake.export.functions import attach_functions
     from longtake.export.lower import lower
     from longtake.export.onnx_from_model import onnx_from_model
-    from longtake.plugins.spec import DOMAIN
     from longtake.training.models.load import random_models
     from longtake.training.models.presets import TINY
     from longtake.training.models.wan.networks import network_module

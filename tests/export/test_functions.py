@@ -20,10 +20,11 @@ from longtake.export.functions import (
     register_schemas,
     translation_table,
 )
-from longtake.plugins.cases import LINEAR_SIZES, op_inputs
-from longtake.plugins.kernels import size_of
-from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import BLOCK_OPS, CONV_OPS, DOMAIN, DUPLICATE_OPS, KERNEL_OPS, LIBRARY_OPS, OPS, UP_OPS
+from longtake.plugins import registry
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.registry import all_ops, kernel_ops, op_named
+from longtake.plugins.shapes import size_of
+from longtake.plugins.spec import DOMAIN
 
 MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
 S, L, H, D = 4, 24, 3, 32
@@ -43,7 +44,7 @@ def shape_of(dims: Sequence[str]) -> list[int | str]:
 
 def model_of(name: str, compute: int = FLOAT) -> ModelProto:
     """A model of one node of the op, as an exported graph holds it, function body attached."""
-    spec = OPS[name]
+    spec = op_named(name).spec
     kinds = {"compute": compute, "fp32": FLOAT, "int8": INT8, "int32": INT32, "fp8": TensorProto.FLOAT8E4M3FN}
     inputs = [helper.make_tensor_value_info(t.name, kinds[t.dtype], shape_of(t.shape)) for t in spec.inputs]
     outputs = [f"{t.name}_out" for t in spec.outputs]
@@ -79,12 +80,12 @@ def random_cache(fmt: str) -> tuple[Tensor, ...]:
         return (torch.randn(S, 2, L, H, D),)
     cache: tuple[Tensor, ...] = tuple(
         torch.zeros(shape_of(t.shape), dtype=d)
-        for t, d in zip(OPS["kv_cache_write_nvfp4"].inputs[2:5], (torch.int8, torch.int8, torch.float32))
+        for t, d in zip(op_named("kv_cache_write_nvfp4").spec.inputs[2:5], (torch.int8, torch.int8, torch.float32))
     )
     for slot in range(3):
         rng = torch.Generator().manual_seed(slot)
         k, v = (torch.randn(L, H, D, generator=rng) for _ in range(2))
-        cache = REFERENCES["kv_cache_write_nvfp4"](k, v, *cache, torch.tensor([slot], dtype=torch.int32))
+        cache = op_named("kv_cache_write_nvfp4").reference(k, v, *cache, torch.tensor([slot], dtype=torch.int32))
     return cache
 
 
@@ -98,7 +99,7 @@ def test_attention_body_equals_the_reference_for_every_window_length(fmt: str, i
     cache = random_cache(fmt)
     for table in ((-1,), (2,), (0, -1), (0, 2, -1), (1, -1, 0, 2)):
         inputs = (*blocks, *cache, torch.tensor(table, dtype=torch.int32))
-        expected = REFERENCES[f"sink_attention_{fmt}"](*inputs)
+        expected = op_named(f"sink_attention_{fmt}").reference(*inputs)
         torch.testing.assert_close(run(model, inputs)[0], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -109,7 +110,7 @@ def test_write_body_stores_the_same_bytes_as_the_reference(fmt: str) -> None:
     for seed, slot, scale in ((1, 3, 1.0), (2, 0, 1e-6), (3, 2, 1e6), (4, -1, 1.0), (5, 1, 0.0)):
         inputs = (random_block(seed) * scale, random_block(seed + 50), *cache)
         inputs = (*inputs, torch.tensor([slot], dtype=torch.int32))
-        expected = REFERENCES[f"kv_cache_write_{fmt}"](*inputs)
+        expected = op_named(f"kv_cache_write_{fmt}").reference(*inputs)
         for ours, theirs in zip(run(model, inputs), expected if isinstance(expected, tuple) else (expected,)):
             assert torch.equal(ours, theirs)
 
@@ -124,42 +125,70 @@ def test_weight_body_is_bit_equal_and_serves_every_size() -> None:
     for rows, columns in ((1, 16), (48, 96), (256, 64)):
         values = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
         scales = torch.randint(0, 127, (rows, columns // 16), dtype=torch.int8)
-        expected = REFERENCES["nvfp4_dequantize"](values, scales)
+        expected = op_named("nvfp4_dequantize").reference(values, scales)
         assert torch.equal(run(model, (values, scales))[0], expected.float())
 
 
 def test_norm_and_rope_body_equals_the_reference() -> None:
     model = inline_functions(model_of("qk_norm_rope"))
     inputs = op_inputs("qk_norm_rope", SIZES, "fp32")
-    for ours, theirs in zip(run(model, inputs), REFERENCES["qk_norm_rope"](*inputs)):
+    for ours, theirs in zip(run(model, inputs), op_named("qk_norm_rope").reference(*inputs)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["linear_bf16", "linear_gelu_bf16"])
 def test_linear_body_equals_the_reference_at_every_size(name: str) -> None:
     model = inline_functions(model_of(name))
-    for dims in LINEAR_SIZES:
+    for dims in op_named(name).sizes:
         inputs = op_inputs(name, dims, "fp32")
-        torch.testing.assert_close(run(model, inputs)[0], REFERENCES[name](*inputs), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(run(model, inputs)[0], op_named(name).reference(*inputs), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", OPS)
+def in_fp32(model: ModelProto) -> ModelProto:
+    """The model with fp32 at its borders: numpy has neither bf16 nor FP8."""
+    for value in (*model.graph.input, *model.graph.output):
+        kind = value.type.tensor_type.elem_type
+        if kind not in (FP8, BF16):
+            continue
+        inner, into = f"{value.name}.inner", value in model.graph.input
+        for node in model.graph.node:
+            names = node.input if into else node.output
+            names[:] = [inner if name == value.name else name for name in names]
+        cast = [value.name, inner] if into else [inner, value.name]
+        node = helper.make_node("Cast", [cast[0]], [cast[1]], to=kind if into else FLOAT)
+        model.graph.node.insert(0 if into else len(model.graph.node), node)
+        value.type.tensor_type.elem_type = FLOAT
+    return model
+
+
+@pytest.mark.parametrize("name", all_ops())
+def test_every_body_equals_its_reference(name: str) -> None:
+    op = op_named(name)
+    inputs = op_inputs(name, {**SIZES, "N": 32, "K": 48}, "fp32", (1,))
+    outputs = op.reference(*inputs)
+    eight_bits = [t.float() if t.dtype == torch.float8_e4m3fn else t for t in inputs]
+    got = run(in_fp32(model_of(name)), eight_bits)
+    for ours, theirs in zip(got, outputs if isinstance(outputs, tuple) else (outputs,), strict=True):
+        step = {torch.float8_e4m3fn: 2**-3, torch.bfloat16: 2**-7}.get(theirs.dtype, 1e-4)
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=step, atol=1e-4 if step < 0.1 else 0.02)
+
+
+@pytest.mark.parametrize("name", all_ops())
 def test_one_body_serves_bf16_and_fp32_and_shapes_are_inferred(name: str) -> None:
     compute = {}
     for dtype in (BF16, FLOAT):
         model = model_of(name, dtype)
         onnx.checker.check_model(model)
         del model.graph.output[:]
-        spec = OPS[name]
+        spec = op_named(name).spec
         model.graph.output.extend(onnx.ValueInfoProto(name=f"{t.name}_out") for t in spec.outputs)
         inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
         for tensor, value in zip(spec.outputs, inferred.graph.output):
             kind = value.type.tensor_type
             expected = {"compute": BF16 if name in MAKES_BF16 else dtype, "int8": INT8, "fp32": FLOAT, "fp8": FP8}
             assert kind.elem_type == expected[tensor.dtype]
-            if name not in (*MAKES_BF16, *LIBRARY_OPS, *CONV_OPS, *UP_OPS, *DUPLICATE_OPS):
-                known = [size if isinstance(size, int) else 0 for size in shape_of(tensor.shape)]
-                assert [d.dim_value for d in kind.shape.dim] == known
+            known = [size if isinstance(size, int) else 0 for size in shape_of(tensor.shape)]
+            assert [d.dim_value for d in kind.shape.dim] == known
         compute[dtype] = model.functions[0].SerializeToString()
     assert compute[BF16] == compute[FLOAT]
 
@@ -201,12 +230,13 @@ def test_the_exporter_emits_nodes_that_tensorrt_takes_for_plugins() -> None:
     attach_functions(model)
     onnx.checker.check_model(model, full_check=True)
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
-    wanted = set(KERNEL_OPS) - {*BLOCK_OPS, *UP_OPS, *DUPLICATE_OPS}
+    others = (registry.block_norm, registry.quantize_fp8, registry.upsample)
+    wanted = set(kernel_ops()) - {op.name for folder in others for op in folder.OPS}
     assert {node.op_type for node in nodes} == wanted == {f.name for f in model.functions}
     for node in nodes:
         attributes = {a.name: helper.get_attribute_value(a).decode() for a in node.attribute}
         assert attributes == {"plugin_namespace": "longtake", "plugin_version": "1"}
-        assert len(node.input) == len(OPS[node.op_type].inputs)
+        assert len(node.input) == len(op_named(node.op_type).spec.inputs)
     attach_functions(model)
     assert len(model.functions) == len(wanted)
 

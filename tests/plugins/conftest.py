@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from longtake.plugins import driver
-from longtake.plugins.kernels import dims_from_shapes, shape_of
-from longtake.plugins.launch import TORCH_DTYPES, Launcher
+from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import INCLUDE
-from longtake.plugins.spec import OPS
+from longtake.plugins.registry import op_named
+from longtake.plugins.shapes import dims_from_shapes, shape_of
+from longtake.plugins.tensors import TORCH_DTYPES
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
@@ -45,12 +46,12 @@ class HostDevice:
         self.launches: list[tuple[int, int]] = []  # (stream, threads of a block)
 
     def prepare(self, launcher: Launcher) -> Launcher:
-        kernels, calls = launcher.kernels, launcher.kernels.calls(launcher.dims)
-        macros = {**kernels.macros(launcher.dims), "COMPUTE_BF16": int(launcher.dtype == "bf16")}
+        kernel, calls = launcher.kernel, launcher.kernel.calls(launcher.dims)
+        macros = {**kernel.macros(launcher.dims), "COMPUTE_BF16": int(launcher.dtype == "bf16")}
         options = [f"-D{name}={value}" for name, value in macros.items()]
         options += ["-DHOST_REVERSED"] if self.reverse else []
         names = tuple(call.function for call in calls)
-        library = host_library(kernels.source, names, tuple(options), self.folder)
+        library = host_library(kernel.source, names, tuple(options), self.folder)
         launcher._functions = [getattr(library, f"run_{name}") for name in names]
         return launcher
 
@@ -69,9 +70,9 @@ class HostDevice:
 
     def run(self, op_name: str, *tensors: Tensor, out: Tensor | None = None) -> tuple[Tensor, ...]:
         """Like launch.run_kernel, on CPU tensors. What is not written in place, or `out`, starts poisoned."""
-        spec = OPS[op_name]
+        spec = op_named(op_name).spec
         dims = dims_from_shapes(spec, [t.shape for t in tensors])
-        launcher = Launcher(op_name, dims, "fp32" if tensors[0].dtype == torch.float32 else "bf16")
+        launcher = Launcher(op_named(op_name), dims, "fp32" if tensors[0].dtype == torch.float32 else "bf16")
         aliases, nan = dict(spec.aliases), float("nan")
         outputs = tuple(
             tensors[aliases[i]]

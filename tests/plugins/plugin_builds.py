@@ -16,21 +16,21 @@ from onnx import TensorProto, helper
 
 from longtake.machine.flavour import flavour_for
 from longtake.plugins.adapter import register_plugins
-from longtake.plugins.cases import sizes_for
-from longtake.plugins.kernels import kernels_of, size_of
 from longtake.plugins.nvrtc import source_digest
-from longtake.plugins.spec import DOMAIN, KERNEL_OPS, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from longtake.plugins.registry import kernel_of, kernel_ops, op_named
+from longtake.plugins.shapes import size_of
+from longtake.plugins.spec import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 ONNX_TYPES = {
     "compute": TensorProto.BFLOAT16, "int8": TensorProto.INT8, "int32": TensorProto.INT32, "fp32": TensorProto.FLOAT,
     "fp8": TensorProto.FLOAT8E4M3FN,
 }  # fmt: skip
-BUILDS = [*(f"{op}-{target}-bf16" for op in KERNEL_OPS for target in ("89", "120")), "sink_attention_nvfp4-89-fp32"]
+BUILDS = [*(f"{op}-{target}-bf16" for op in kernel_ops() for target in ("89", "120")), "sink_attention_nvfp4-89-fp32"]
 
 
 def model_of(op: str, version: str = PLUGIN_VERSION, compute: int = TensorProto.BFLOAT16) -> onnx.ModelProto:
     """An ONNX file with one node, the op; the table's length is dynamic."""
-    spec, dims = KERNEL_OPS[op], sizes_for(op)[0]
+    spec, dims = op_named(op).spec, op_named(op).sizes[0]
     types = {**ONNX_TYPES, "compute": compute}
     inputs, outputs = (
         [
@@ -68,7 +68,7 @@ def build(trt: Any, op: str, target: str, dtype: str) -> bytes:
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     config.num_compute_capabilities = 1
     config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), 0)
-    if "sink_attention" in op:
+    if op_named(op).reads_table:
         profile = builder.create_optimization_profile()
         profile.set_shape("table", (1,), (4,), (4,))
         config.add_optimization_profile(profile)
@@ -83,7 +83,7 @@ def main(out: Path, names: list[str]) -> None:
     for name in names or BUILDS:
         op, target, dtype = name.split("-")
         plan = build(trt, op, target, dtype)
-        digest = source_digest(kernels_of(op).source).encode()
+        digest = source_digest(kernel_of(op).source).encode()
         with out.open("a") as lines:
             lines.write(json.dumps({"build": name, "named": op.encode() in plan, "digest": digest in plan}) + "\n")
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.machine.flavour import flavour_for
-from longtake.plugins.adapter import DIGEST_FIELD, plugin_from_op, register_plugins
-from longtake.plugins.cases import SIZES, op_inputs, sizes_for
-from longtake.plugins.kernels import dims_from_shapes, shape_of
-from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import KERNEL_OPS
+from longtake.plugins.adapter import DIGEST_FIELD, op_of_layer, plugin_from_op, register_plugins
+from longtake.plugins.cache_format import SIZES
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.registry import kernel_ops, op_named
+from longtake.plugins.shapes import dims_from_shapes, shape_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plugin_builds import BUILDS, model_of, parse  # noqa: E402
@@ -67,10 +67,21 @@ def test_another_plugin_version_is_not_parsed(trt: Any) -> None:
     assert not parsed or network.num_layers == 0
 
 
+def test_a_built_layer_says_which_op_it_is(trt: Any) -> None:
+    """Ops with as many inputs and outputs are told apart, by what the node's type made of its plugin."""
+    alike = ("kv_cache_write_bf16", "norm_modulate_fp8", "gelu_quantize_fp8")
+    assert {(len(op_named(op).spec.inputs), len(op_named(op).spec.outputs)) for op in alike} == {(4, 1)}
+    for op in alike:
+        model = model_of(op)
+        model.graph.node[0].name = "any/name"
+        _, network, parsed = parse(trt, model)
+        assert parsed and op_of_layer(trt, network.get_layer(0)) == op
+
+
 def test_registering_twice_registers_once(trt: Any) -> None:
     assert register_plugins(trt) is register_plugins(trt)
-    mine = [c.name for c in trt.get_plugin_registry().all_creators if c.name in KERNEL_OPS]
-    assert sorted(mine) == sorted(KERNEL_OPS)
+    mine = [c.name for c in trt.get_plugin_registry().all_creators if c.name in kernel_ops()]
+    assert sorted(mine) == sorted(kernel_ops())
 
 
 def test_a_serialized_plugin_with_another_kernel_is_refused(trt: Any) -> None:
@@ -148,10 +159,10 @@ def descriptor(api: Any, tensor: Tensor) -> Any:
 def enqueue(api: Any, op: str, inputs: tuple[Tensor, ...], stream: int) -> tuple[Tensor, ...]:
     """The plugin's enqueue as TensorRT calls it: descriptors, addresses, workspace, stream."""
     plugin = plugin_from_op(api, op).attach_to_context(None)
-    spec = KERNEL_OPS[op]
+    spec = op_named(op).spec
     aliases = dict(spec.aliases)
     dims = dims_from_shapes(spec, [t.shape for t in inputs])
-    compute = torch.bfloat16 if op == "nvfp4_dequantize" else inputs[0].dtype
+    compute = inputs[0].dtype if len(op_named(op).compute_dtypes) > 1 else torch.bfloat16
     outputs = tuple(
         inputs[aliases[i]]
         if i in aliases
@@ -173,25 +184,22 @@ def enqueue(api: Any, op: str, inputs: tuple[Tensor, ...], stream: int) -> tuple
     return outputs
 
 
-CASES = [(op, dtype) for op in KERNEL_OPS for dtype in ("bf16", "fp32") if (op, dtype) != ("nvfp4_dequantize", "fp32")]
+CASES = [(name, dtype) for name, op in kernel_ops().items() for dtype in op.compute_dtypes]
 
 
 def check_enqueue(api: Any, op: str, dtype: str, device: str, stream: int) -> None:
-    dims = SIZES[2] if sizes_for(op) is SIZES else sizes_for(op)[1]
-    for indices in ((2,), (-1,), *(((3, -1, 0),) if "sink" in op else ())):
+    dims = op_named(op).sizes[2 if op_named(op).sizes is SIZES else 1]
+    for indices in ((2,), (-1,), *(((3, -1, 0),) if op_named(op).reads_table else ())):
         inputs = op_inputs(op, dims, dtype, indices)
-        wanted = REFERENCES[op](*inputs)
+        wanted = op_named(op).reference(*inputs)
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)
         for g, w in zip(enqueue(api, op, tuple(t.to(device) for t in inputs), stream), wanted):
-            limits = {"sink": (1e-2, 1e-5), "qk_n": (1e-3, 1e-6), "norm": (1e-3, 1e-6), "gate": (1e-3, 1e-6),
-                      "resi": (1e-3, 1e-6), "rms_": (1e-3, 1e-6)}.get(op[:4], (0.0, 0.0))  # fmt: skip
-            limits = (4e-3, 4e-3) if w.dtype == torch.float8_e4m3fn else limits
-            tolerance = limits[dtype == "fp32"]
+            tolerance = op_named(op).tolerance.get(dtype, 0.0)
             assert g.dtype == w.dtype
             assert (g.cpu().double() - w.double()).norm() <= tolerance * w.double().norm(), indices
 
 
-@pytest.mark.parametrize("op", KERNEL_OPS)
+@pytest.mark.parametrize("op", kernel_ops())
 def test_enqueue_equals_the_reference_on_the_host(api: Any, host_device: Any, op: str) -> None:
     check_enqueue(api, op, "bf16", "cpu", stream=77)
     assert {stream for stream, _ in host_device.launches} == {77}, "everything goes to TensorRT's stream"

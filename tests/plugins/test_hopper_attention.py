@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
+from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.plugins.cases import op_inputs
-from longtake.plugins.kernels import dims_from_shapes
 from longtake.plugins.nvrtc import compile_cubin
-from longtake.plugins.sink_attention.hopper import HopperSinkAttention, attend_kernels, tile_kernels
+from longtake.plugins.registry import op_named
+from longtake.plugins.shapes import dims_from_shapes
+from longtake.plugins.sink_attention.hopper import HopperSinkAttention, attend_kernel, tile_kernel
 from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
-from longtake.plugins.spec import CACHE_FORMATS, OPS
 
 CASES = (  # a tile and no more; tiles over two blocks of the cache, the last one cut; queries in two thread blocks
     ({"S": 2, "L": 128, "H": 2, "D": 128}, (1,)),
@@ -32,7 +33,9 @@ def run(
     inputs = op_inputs(op, dims, "bf16", table, len(table))
     if change:
         change(*inputs)
-    launcher = HopperSinkAttention(op, dims_from_shapes(OPS[op], [t.shape for t in inputs]), arch="sm_90a")
+    launcher = HopperSinkAttention(
+        op_named(op), dims_from_shapes(op_named(op).spec, [t.shape for t in inputs]), arch="sm_90a"
+    )
     memory = torch.full((launcher.workspace_bytes + 256,), 0x7F, dtype=torch.uint8)
     out = torch.full_like(inputs[0], float("nan"))
     workspace = -(-memory.data_ptr() // 256) * 256
@@ -108,7 +111,7 @@ def test_tiny_magnitudes_give_numbers(host_device: Any, size: float) -> None:
 def test_an_unaligned_workspace_is_refused(host_device: Any) -> None:
     dims = {"S": 2, "L": 16, "H": 1, "D": 64}
     with pytest.raises(LongtakeError, match="not aligned"):
-        HopperSinkAttention("sink_attention_bf16", dims, arch="sm_90a").launch([16] * 6, 0, 0x1080, 1)
+        HopperSinkAttention(op_named("sink_attention_bf16"), dims, arch="sm_90a").launch([16] * 6, 0, 0x1080, 1)
 
 
 def test_scores_far_apart(host_device: Any) -> None:
@@ -126,14 +129,14 @@ def test_scores_far_apart(host_device: Any) -> None:
 
 def test_other_heads_are_refused() -> None:
     with pytest.raises(LongtakeError, match="no FP8 kernel") as raised:
-        HopperSinkAttention("sink_attention_nvfp4", {"S": 2, "L": 16, "H": 1, "D": 48})
+        HopperSinkAttention(op_named("sink_attention_nvfp4"), {"S": 2, "L": 16, "H": 1, "D": 48})
     assert "heads of 48" in str(raised.value) and "heads of 64 or 128" in str(raised.value)
 
 
 @pytest.mark.parametrize("dim", (64, 128))
 def test_compiles(dim: int) -> None:
-    for kernels in (tile_kernels("nvfp4"), tile_kernels("bf16"), attend_kernels("nvfp4")):
-        cubin = compile_cubin(kernels.source, {**kernels.macros({"D": dim}), "COMPUTE_BF16": 1}, "sm_90a")
+    for kernel in (tile_kernel("nvfp4"), tile_kernel("bf16"), attend_kernel()):
+        cubin = compile_cubin(kernel.source, {**kernel.macros({"D": dim}), "COMPUTE_BF16": 1}, "sm_90a")
         assert cubin[:4] == b"\x7fELF"
 
 

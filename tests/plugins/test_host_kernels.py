@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.plugins.cases import SIZES, WEIGHT_SIZES, op_inputs
-from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import CACHE_FORMATS
+from longtake.plugins.cache_format import CACHE_FORMATS, SIZES
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.nvfp4_dequantize.op import OPS as DEQUANTIZE
+from longtake.plugins.registry import op_named
 
 ODD = SIZES[2]  # more than one tile, none of them full
 
@@ -25,7 +26,7 @@ def test_write(host_device: Any, fmt: str, reverse: bool) -> None:
     op = f"kv_cache_write_{fmt}"
     for seed, slot in enumerate((-1, 0, 3, 4)):
         inputs = op_inputs(op, ODD, "bf16", (slot,), seed)
-        wanted = REFERENCES[op](*inputs)
+        wanted = op_named(op).reference(*inputs)
         got = host_device.run(op, *inputs)
         assert all(torch.equal(g, w) for g, w in zip(got, wanted if isinstance(wanted, tuple) else (wanted,)))
 
@@ -35,7 +36,7 @@ def test_many_writes_are_equal_to_the_last_bit(host_device: Any) -> None:
     for seed, scale in enumerate((1.0, 0.0, 1e-36, 1e-30, 1e-22, 3e-5, 117.0, 1e30, 2e35, 1e37)):
         k, v, *rest = op_inputs(op, dims, "bf16", (0,), seed)
         inputs = (k * scale, v * scale, *rest)
-        for g, w in zip(host_device.run(op, *inputs), REFERENCES[op](*inputs)):
+        for g, w in zip(host_device.run(op, *inputs), op_named(op).reference(*inputs)):
             assert torch.equal(g, w), scale
 
 
@@ -47,7 +48,7 @@ def test_attention(host_device: Any, fmt: str, dtype: str, tolerance: float, rev
     op = f"sink_attention_{fmt}"
     for table in ((-1,), (3, 0), (2, -1, 1)):
         inputs = op_inputs(op, ODD, dtype, table)
-        wanted = REFERENCES[op](*inputs).double()
+        wanted = op_named(op).reference(*inputs).double()
         (got,) = host_device.run(op, *inputs)
         assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
 
@@ -59,7 +60,7 @@ def test_norm_and_rope(host_device: Any, dtype: str, reverse: bool) -> None:
     sizes = (*SIZES[2:], {"L": 5, "H": 24, "D": 128}, {"L": 3, "H": 40, "D": 128}, {"L": 3, "H": 1, "D": 112})
     for dims in sizes:
         inputs = op_inputs("qk_norm_rope", dims, dtype)
-        wanted = REFERENCES["qk_norm_rope"](*inputs)
+        wanted = op_named("qk_norm_rope").reference(*inputs)
         for g, w in zip(host_device.run("qk_norm_rope", *inputs), wanted):
             assert_one_step_at_most(g, w)
 
@@ -77,10 +78,10 @@ def test_norm_and_rope_of_zeros_and_extremes(host_device: Any) -> None:
     q, k, *rest = op_inputs("qk_norm_rope", SIZES[2], "bf16")
     for scale in (0.0, 1e-20, 1e-4, 1e4):
         inputs = (q * scale, k * scale, *rest)
-        for g, w in zip(host_device.run("qk_norm_rope", *inputs), REFERENCES["qk_norm_rope"](*inputs)):
+        for g, w in zip(host_device.run("qk_norm_rope", *inputs), op_named("qk_norm_rope").reference(*inputs)):
             assert_one_step_at_most(g, w)
 
 
 def test_dequantize(host_device: Any) -> None:
-    inputs = op_inputs("nvfp4_dequantize", WEIGHT_SIZES[1])
-    assert torch.equal(host_device.run("nvfp4_dequantize", *inputs)[0], REFERENCES["nvfp4_dequantize"](*inputs))
+    inputs = op_inputs("nvfp4_dequantize", DEQUANTIZE[0].sizes[1])
+    assert torch.equal(host_device.run("nvfp4_dequantize", *inputs)[0], op_named("nvfp4_dequantize").reference(*inputs))

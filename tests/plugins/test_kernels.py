@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.plugins.cases import SIZES, SLOTS, TABLES, TINY, WEIGHT_SIZES, WRITE_SLOTS, op_inputs
+from longtake.plugins.cache_format import CACHE_FORMATS, SIZES, SLOTS
+from longtake.plugins.cases import TABLES, WRITE_SLOTS, op_inputs
 from longtake.plugins.kernels import COMPUTE_DTYPES
-from longtake.plugins.launch import run_kernel
-from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import CACHE_FORMATS
+from longtake.plugins.nvfp4_dequantize.op import OPS as DEQUANTIZE
+from longtake.plugins.registry import op_named
+from longtake.plugins.run import run_kernel
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
@@ -34,7 +35,7 @@ def test_write_equals_the_reference_byte_for_byte(fmt: str, dtype: str, dims: di
     op = f"kv_cache_write_{fmt}"
     for slot in (*WRITE_SLOTS, SLOTS):
         inputs = op_inputs(op, dims, dtype, (slot,), seed=slot + 2)
-        wanted = as_tuple(REFERENCES[op](*inputs))
+        wanted = as_tuple(op_named(op).reference(*inputs))
         on_gpu = [t.cuda() for t in inputs]
         got = as_tuple(run_kernel(op, *on_gpu))
         for name, g, w, source in zip(("values", "scales", "amax"), got, wanted, on_gpu[2:]):
@@ -44,9 +45,9 @@ def test_write_equals_the_reference_byte_for_byte(fmt: str, dtype: str, dims: di
 
 def test_write_of_zeros_and_extremes() -> None:
     for scale in (0.0, 1e-30, 1e-12, 1e4):
-        k, v, *rest = op_inputs("kv_cache_write_nvfp4", TINY, "fp32", (1,))
+        k, v, *rest = op_inputs("kv_cache_write_nvfp4", SIZES[0], "fp32", (1,))
         inputs = (k * scale, v * scale, *rest)
-        wanted = REFERENCES["kv_cache_write_nvfp4"](*inputs)
+        wanted = op_named("kv_cache_write_nvfp4").reference(*inputs)
         for g, w in zip(run_kernel("kv_cache_write_nvfp4", *(t.cuda() for t in inputs)), wanted):
             assert torch.equal(g.cpu(), w), scale
 
@@ -62,7 +63,7 @@ def test_attention_equals_the_reference_for_every_table(fmt: str, dtype: str, di
         indices = torch.tensor(table, dtype=torch.int32)
         out = torch.full_like(on_gpu[0], float("nan"))
         run_kernel(op, *on_gpu[:-1], indices.cuda(), out=out)
-        error = relative_error(out, REFERENCES[op](*inputs[:-1], indices))
+        error = relative_error(out, op_named(op).reference(*inputs[:-1], indices))
         assert error <= TOLERANCE[dtype], f"table {table}"
 
 
@@ -70,7 +71,7 @@ def test_attention_equals_the_reference_for_every_table(fmt: str, dtype: str, di
 @pytest.mark.parametrize("dims", (*SIZES, {"L": 65, "H": 24, "D": 128}), ids=lambda d: "L{L}H{H}D{D}".format(**d))
 def test_norm_and_rope_equal_the_reference(dtype: str, dims: dict[str, int]) -> None:
     inputs = op_inputs("qk_norm_rope", dims, dtype)
-    wanted = REFERENCES["qk_norm_rope"](*inputs)
+    wanted = op_named("qk_norm_rope").reference(*inputs)
     for got, w in zip(run_kernel("qk_norm_rope", *(t.cuda() for t in inputs)), wanted):
         assert relative_error(got, w) <= {"bf16": 1e-3, "fp32": 1e-6}[dtype]
         if dtype == "bf16":
@@ -78,10 +79,10 @@ def test_norm_and_rope_equal_the_reference(dtype: str, dims: dict[str, int]) -> 
 
 
 @dtypes
-@pytest.mark.parametrize("dims", WEIGHT_SIZES, ids=lambda d: "N{N}K{K}".format(**d))
+@pytest.mark.parametrize("dims", DEQUANTIZE[0].sizes, ids=lambda d: "N{N}K{K}".format(**d))
 def test_dequantize_is_exact(dtype: str, dims: dict[str, int]) -> None:
     inputs = op_inputs("nvfp4_dequantize", dims)
-    wanted = REFERENCES["nvfp4_dequantize"](*inputs)
+    wanted = op_named("nvfp4_dequantize").reference(*inputs)
     got = run_kernel("nvfp4_dequantize", *(t.cuda() for t in inputs), dtype=dtype)
     assert torch.equal(got.cpu(), wanted.to(got.dtype))
 
@@ -89,8 +90,8 @@ def test_dequantize_is_exact(dtype: str, dims: dict[str, int]) -> None:
 @formats
 def test_a_captured_graph_follows_what_lies_in_the_device_buffers(fmt: str) -> None:
     write, read = f"kv_cache_write_{fmt}", f"sink_attention_{fmt}"
-    k, v, *cache, slot = (t.cuda() for t in op_inputs(write, TINY, "bf16", (0,)))
-    q, *_, table = (t.cuda() for t in op_inputs(read, TINY, "bf16", (0, 1, -1), seed=9))
+    k, v, *cache, slot = (t.cuda() for t in op_inputs(write, SIZES[0], "bf16", (0,)))
+    q, *_, table = (t.cuda() for t in op_inputs(read, SIZES[0], "bf16", (0, 1, -1), seed=9))
     start = [t.clone() for t in cache]
     out = torch.empty_like(q)
 
@@ -111,7 +112,7 @@ def test_a_captured_graph_follows_what_lies_in_the_device_buffers(fmt: str) -> N
         out.fill_(float("nan"))
         graph.replay()
         host = [t.cpu() for t in (k, v, *start, slot)]
-        wanted = as_tuple(REFERENCES[write](*host))
+        wanted = as_tuple(op_named(write).reference(*host))
         assert all(torch.equal(c.cpu(), w) for c, w in zip(cache, wanted))
-        error = relative_error(out, REFERENCES[read](q.cpu(), *host[:2], *wanted, table.cpu()))
+        error = relative_error(out, op_named(read).reference(q.cpu(), *host[:2], *wanted, table.cpu()))
         assert error <= TOLERANCE["bf16"]

@@ -7,15 +7,17 @@ import torch
 
 from longtake.errors import UnavailableError
 from longtake.machine.capability import attention_methods
-from longtake.plugins.bench.attention import Attention, launcher_for, main
+from longtake.plugins.bench.attention import BENCH, Attention
 from longtake.plugins.bench.harness import relative_error
+from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.plugins.device_memory import tensor_at
 from longtake.plugins.launch import Launcher
+from longtake.plugins.registry import op_named
+from longtake.plugins.run import launcher_by, launcher_for
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention
-from longtake.plugins.sink_attention.library import CudnnSinkAttention, TorchSinkAttention, attention_launcher
+from longtake.plugins.sink_attention.library import CudnnSinkAttention, TorchSinkAttention
 from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.plugins.sink_attention.window import WindowedAttention, addresses
-from longtake.plugins.spec import CACHE_FORMATS
 
 gpu = pytest.mark.gpu
 # E4M3 keeps 4 bits of q, k, v and of the probabilities; the reference rounds nothing.
@@ -40,7 +42,7 @@ def run(launcher: Launcher, case: Attention, table: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize("fmt", CACHE_FORMATS)
 def test_every_table_equals_the_reference(fmt: str, dims: dict[str, int], method: str, kind: str) -> None:
     case = Attention(fmt, dims)
-    launcher = launcher_for(method, kind, case)
+    launcher = launcher_by(case.op, method, case.dims)
     for entries in ((-1,), (2,), (0, -1), (2, 0), (1, -1, 2), (0, 1, 2)):
         table = torch.tensor(entries, dtype=torch.int32, device="cuda")
         assert relative_error(run(launcher, case, table), case.reference(table)) <= TOLERANCE[kind], entries
@@ -50,7 +52,7 @@ def test_every_table_equals_the_reference(fmt: str, dims: dict[str, int], method
 @pytest.mark.parametrize("method, kind", WAYS)
 def test_large_model(method: str, kind: str) -> None:
     case = Attention("nvfp4", LARGE)
-    launcher = launcher_for(method, kind, case)
+    launcher = launcher_by(case.op, method, case.dims)
     for entries in range(1, 5):
         table = case.table(entries)
         error = relative_error(run(launcher, case, table), case.reference(table))
@@ -62,7 +64,7 @@ def test_large_model(method: str, kind: str) -> None:
 def test_fp8_over_the_whole_window_of_ones_and_of_shifted_values() -> None:
     """Weights spread over thousands of keys add up: the kernel's sums are fp32 after every 128 keys."""
     case = Attention("bf16", LARGE)
-    launcher, bound = launcher_for("wgmma", "fp8", case), 0.01
+    launcher, bound = launcher_by(case.op, "wgmma", case.dims), 0.01
     for entries in range(1, 5):
         table = case.table(entries)
         for t in (case.q, case.k, case.v, *case.cache):
@@ -106,7 +108,7 @@ def test_window_is_the_codec_to_the_last_bit(fmt: str, dims: dict[str, int]) -> 
 @pytest.mark.parametrize("method, kind", [("cudnn", "bf16"), ("wgmma", "fp8")])
 def test_a_captured_graph_follows_table_and_cache_and_allocates_nothing(method: str, kind: str) -> None:
     case = Attention("nvfp4", SMALL)
-    launcher = launcher_for(method, kind, case)
+    launcher = launcher_by(case.op, method, case.dims)
     workspace = torch.empty(launcher.workspace_bytes, dtype=torch.uint8, device="cuda")
     table = case.table(3)
 
@@ -140,18 +142,18 @@ def test_chosen_here_and_falls_back_with_a_word(
 ) -> None:
     major, minor = torch.cuda.get_device_capability()
     first = attention_methods(f"{major}.{minor}", "bf16", 64)[0][0]
-    assert attention_launcher("sink_attention_nvfp4", SMALL).method == first
+    assert launcher_for(op_named("sink_attention_nvfp4"), SMALL).method == first
 
     def refuse(launcher: Launcher) -> Launcher:
         raise UnavailableError("not today")
 
     if (major, minor) == (9, 0):
-        assert attention_launcher("sink_attention_nvfp4", SMALL, "fp8").method == "wgmma"
+        assert launcher_for(op_named("sink_attention_nvfp4"), SMALL, "fp8").method == "wgmma"
     monkeypatch.setattr(HopperSinkAttention, "try_out", refuse)
     monkeypatch.setattr(CudnnSinkAttention, "prepare", refuse)
-    assert attention_launcher("sink_attention_nvfp4", SMALL, "fp8").method == "torch"
+    assert launcher_for(op_named("sink_attention_nvfp4"), SMALL, "fp8").method == "torch"
     monkeypatch.setattr(TorchSinkAttention, "prepare", refuse)
-    launcher = attention_launcher("sink_attention_nvfp4", SMALL)
+    launcher = launcher_for(op_named("sink_attention_nvfp4"), SMALL)
     assert launcher.method == "portable" and "cannot run through torch" in caplog.text
     case = Attention("nvfp4", SMALL)
     assert relative_error(run(launcher, case, case.table(4)), case.reference(case.table(4))) <= TOLERANCE["bf16"]
@@ -159,7 +161,7 @@ def test_chosen_here_and_falls_back_with_a_word(
 
 @gpu
 def test_bench_prints_every_way(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--tokens", "256", "--slots", "2", "--heads", "4", "--repeats", "2", "--cache", "all"]) == 0
+    assert BENCH.main(["--tokens", "256", "--slots", "2", "--heads", "4", "--repeats", "2", "--cache", "all"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("cudnn") == 4 and printed.count("wgmma") == 4 and printed.count("portable") == 4
 
@@ -167,7 +169,7 @@ def test_bench_prints_every_way(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert main([]) == 1
+    assert BENCH.main([]) == 1
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
@@ -178,7 +180,7 @@ def test_our_fp8_attention_is_its_reference(dims: dict[str, int]) -> None:
     case = Attention("nvfp4", dims)
     case.k.mul_(1.37), case.v.mul_(1.37)  # the largest: of a cached block's numbers many would lie on an edge
     table = case.table(3)
-    got = run(launcher_for("wgmma", "fp8", case), case, table).float()
+    got = run(launcher_by(case.op, "wgmma", case.dims), case, table).float()
     slots = dequantize_kv(*case.cache)
     k, v = (torch.cat([(slots[i, pane] if i >= 0 else fresh.float()) for i in table.tolist()])
             for pane, fresh in enumerate((case.k, case.v)))  # fmt: skip

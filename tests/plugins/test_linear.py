@@ -8,25 +8,27 @@ import torch
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.machine.capability import linear_method
 from longtake.plugins.bench.harness import relative_error
-from longtake.plugins.bench.linear import main, tensors_for
-from longtake.plugins.cases import LINEAR_SIZES, op_inputs
-from longtake.plugins.linear.library import CublasLtLinear, linear_launcher
-from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import LINEAR_OPS
+from longtake.plugins.bench.linear import BENCH, tensors_for
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.linear.library import CublasLtLinear
+from longtake.plugins.linear.op import OPS
+from longtake.plugins.linear.op import SIZES as LINEAR_SIZES
+from longtake.plugins.registry import op_named
+from longtake.plugins.run import launcher_by, launcher_for
 
 gpu = pytest.mark.gpu
 LARGE = {"T": 7040, "N": 3072, "K": 14336}
 TOLERANCE = 6e-3  # bf16's rounding is 0.002; Hopper's fast accumulation of E4M3 products adds up to 0.004
 
 
-@pytest.mark.parametrize("op", LINEAR_OPS)
+@pytest.mark.parametrize("op", [op.name for op in OPS])
 def test_the_call_computes_the_reference(op: str) -> None:
     """The arguments that torch is given, on the CPU; its GELU there is the exact one, a little off tanh's."""
     given = op_inputs(op, LINEAR_SIZES[1])
     out = torch.full((200, 512), float("nan"), dtype=torch.bfloat16)
-    launcher = CublasLtLinear(op, LINEAR_SIZES[1])
+    launcher = CublasLtLinear(op_named(op), LINEAR_SIZES[1])
     launcher.multiply(*given, out, one=launcher.ones("cpu"))
-    assert relative_error(out, REFERENCES[op](*given)) < TOLERANCE
+    assert relative_error(out, op_named(op).reference(*given)) < TOLERANCE
 
 
 def test_what_cannot_run_is_refused_by_name() -> None:
@@ -34,38 +36,38 @@ def test_what_cannot_run_is_refused_by_name() -> None:
         "cublaslt", None, "cublaslt",
     )  # fmt: skip
     with pytest.raises(UnavailableError, match=r"no library runs linear_fp8 here[\s\S]*8.6[\s\S]*linears: engine"):
-        linear_launcher("linear_fp8", LINEAR_SIZES[0], "8.6")
+        launcher_for(op_named("linear_fp8"), LINEAR_SIZES[0], compute_capability="8.6")
     with pytest.raises(UnavailableError, match=r"does not multiply these sizes in FP8[\s\S]*N=24, K=32"):
-        CublasLtLinear("linear_fp8", {"T": 8, "N": 24, "K": 32})
-    with pytest.raises(LongtakeError, match="no library runs this op"):
-        linear_launcher("qk_norm_rope", {}, "9.0")
+        CublasLtLinear(op_named("linear_fp8"), {"T": 8, "N": 24, "K": 32})
+    with pytest.raises(LongtakeError, match=r"qk_norm_rope does not run through this\n  got: cublaslt"):
+        launcher_by(op_named("qk_norm_rope"), "cublaslt", {})
 
 
 def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert main([]) == 1
+    assert BENCH.main([]) == 1
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
 @gpu
 @pytest.mark.parametrize("dims", [*LINEAR_SIZES, LARGE], ids=["small", "odd", "large"])
-@pytest.mark.parametrize("op", LINEAR_OPS)
+@pytest.mark.parametrize("op", [op.name for op in OPS])
 def test_every_size_equals_the_reference(op: str, dims: dict[str, int]) -> None:
-    given = tensors_for(op, dims)
+    given = tensors_for(op_named(op), dims)
     out = torch.full((dims["T"], dims["N"]), float("nan"), dtype=torch.bfloat16, device="cuda")
     pointers = [t.data_ptr() for t in (*given, out)]
-    linear_launcher(op, dims).launch(pointers, torch.cuda.current_stream().cuda_stream)
-    assert relative_error(out, REFERENCES[op](*given)) < TOLERANCE
+    launcher_for(op_named(op), dims).launch(pointers, torch.cuda.current_stream().cuda_stream)
+    assert relative_error(out, op_named(op).reference(*given)) < TOLERANCE
 
 
 @gpu
-@pytest.mark.parametrize("op", LINEAR_OPS)
+@pytest.mark.parametrize("op", [op.name for op in OPS])
 def test_a_captured_graph_follows_its_input_on_its_stream_and_allocates_nothing(op: str) -> None:
     dims = LINEAR_SIZES[1]
-    given = tensors_for(op, dims)
+    given = tensors_for(op_named(op), dims)
     out = torch.empty((dims["T"], dims["N"]), dtype=torch.bfloat16, device="cuda")
-    launcher, pointers = linear_launcher(op, dims), [t.data_ptr() for t in (*given, out)]
+    launcher, pointers = launcher_for(op_named(op), dims), [t.data_ptr() for t in (*given, out)]
 
     def work() -> None:
         launcher.launch(pointers, torch.cuda.current_stream().cuda_stream)
@@ -84,11 +86,11 @@ def test_a_captured_graph_follows_its_input_on_its_stream_and_allocates_nothing(
     given[0].copy_(given[0].float().flip(0).to(given[0].dtype))
     out.fill_(float("nan"))
     graph.replay()
-    assert relative_error(out, REFERENCES[op](*given)) < TOLERANCE
+    assert relative_error(out, op_named(op).reference(*given)) < TOLERANCE
 
 
 @gpu
 def test_bench_prints_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--tokens", "256", "--dim", "128", "--ffn", "512", "--repeats", "2"]) == 0
+    assert BENCH.main(["--tokens", "256", "--dim", "128", "--ffn", "512", "--repeats", "2"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("promoted") == 6 and printed.count("linear_bf16") == 3

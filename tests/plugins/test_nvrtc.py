@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from longtake.errors import LongtakeError
-from longtake.plugins.cases import SIZES, WEIGHT_SIZES, op_inputs, sizes_for
-from longtake.plugins.kernels import COMPUTE_DTYPES, dims_from_shapes, kernels_of
-from longtake.plugins.launch import Launcher, run_kernel
+from longtake.plugins.cache_format import SIZES
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.kernels import COMPUTE_DTYPES
+from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import ARCHITECTURES, arch_for, compile_cubin
-from longtake.plugins.spec import KERNEL_OPS, OPS
+from longtake.plugins.registry import kernel_of, kernel_ops, op_named
+from longtake.plugins.run import run_kernel
+from longtake.plugins.shapes import dims_from_shapes
 
 SOURCE = 'extern "C" __global__ void fill(float* x) { x[threadIdx.x] = VALUE; }\n'
 
@@ -32,12 +35,12 @@ def source_in(folder: Path, text: str = SOURCE) -> Path:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles(arch: str) -> None:
-    for op in KERNEL_OPS:
-        for dims in (SIZES[0], SIZES[1]) if sizes_for(op) is SIZES else sizes_for(op)[:1]:
+    for op in kernel_ops().values():
+        for dims in op.sizes[:2] if op.sizes is SIZES else op.sizes[:1]:
             for dtype in COMPUTE_DTYPES:
                 cubin = Launcher(op, dims, dtype).cubin(arch)
                 assert cubin.startswith(b"\x7fELF")
-                for call in kernels_of(op).calls(dims):
+                for call in kernel_of(op.name).calls(dims):
                     assert call.function.encode() in cubin
 
 
@@ -88,7 +91,7 @@ def test_a_compile_error_holds_the_log(cache: Path, tmp_path: Path) -> None:
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    spec = OPS["sink_attention_bf16"]
+    spec = op_named("sink_attention_bf16").spec
     good = [t.shape for t in op_inputs(spec.name, SIZES[0], indices=(0, -1))]
     assert dims_from_shapes(spec, good) == {"S": 4, "L": 128, "H": 4, "D": 64, "W": 2}
     with pytest.raises(LongtakeError, match=r"cache has the wrong shape"):
@@ -104,7 +107,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 
 def test_a_product_of_dims_is_checked() -> None:
-    spec = OPS["qk_norm_rope"]
+    spec = op_named("qk_norm_rope").spec
     good = [t.shape for t in op_inputs(spec.name, SIZES[0])]
     assert dims_from_shapes(spec, good) == {"L": 128, "H": 4, "D": 64}
     with pytest.raises(LongtakeError, match=r"q_weight has the wrong shape\n  got: \[255\]\n  expected: \[H\*D\] with"):
@@ -113,14 +116,14 @@ def test_a_product_of_dims_is_checked() -> None:
 
 def test_cpu_tensors_are_refused_by_name() -> None:
     with pytest.raises(LongtakeError, match=r"values does not suit the kernel(.|\n)*CUDA device"):
-        run_kernel("nvfp4_dequantize", *op_inputs("nvfp4_dequantize", WEIGHT_SIZES[1]))
+        run_kernel("nvfp4_dequantize", *op_inputs("nvfp4_dequantize", op_named("nvfp4_dequantize").sizes[1]))
     with pytest.raises(LongtakeError, match=r"unknown compute dtype"):
         k, v, *rest = op_inputs("kv_cache_write_bf16", SIZES[1])
         run_kernel("kv_cache_write_bf16", k.to(torch.float16), v, *rest)
 
 
 def test_pointers_are_checked_before_anything_is_launched() -> None:
-    launcher = Launcher("kv_cache_write_bf16", SIZES[1])
+    launcher = Launcher(op_named("kv_cache_write_bf16"), SIZES[1])
     cases = {
         "wrong number of pointers": [16] * 4,
         "bad address of k": [24, 32, 48, 64, 48],
@@ -131,6 +134,6 @@ def test_pointers_are_checked_before_anything_is_launched() -> None:
         with pytest.raises(LongtakeError, match=message):
             launcher.launch(pointers, stream=0)
     with pytest.raises(LongtakeError, match="no workspace"):
-        Launcher("kv_cache_write_nvfp4", SIZES[1]).launch([16, 32, 48, 64, 80, 96, 48, 64, 80], stream=0)
+        Launcher(op_named("kv_cache_write_nvfp4"), SIZES[1]).launch([16, 32, 48, 64, 80, 96, 48, 64, 80], stream=0)
     with pytest.raises(LongtakeError, match="empty table"):
-        Launcher("sink_attention_bf16", SIZES[1]).launch([16, 32, 48, 64, 80, 96], stream=0)
+        Launcher(op_named("sink_attention_bf16"), SIZES[1]).launch([16, 32, 48, 64, 80, 96], stream=0)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.plugins.cases import DUPLICATE_SIZES, STREAM_SIZES, op_inputs
-from longtake.plugins.kernels import dims_from_shapes, shape_of
-from longtake.plugins.launch import run_kernel
-from longtake.plugins.spec import DUPLICATE_OPS, KERNEL_OPS, STREAM_OPS
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.registry import kernel_ops, op_named
+from longtake.plugins.run import run_kernel
+from longtake.plugins.shapes import dims_from_shapes, shape_of
 
 LARGE = {"T": 4, "Y": 44, "X": 80, "C": 512, "F": 2}, {"T": 2, "Y": 44, "X": 80, "C": 512, "N": 256}
-CASES = [(op, dims) for op in STREAM_OPS for dims in STREAM_SIZES]
-CASES += [(op, dims) for op in DUPLICATE_OPS for dims in DUPLICATE_SIZES]
+STREAM_OPS, DUPLICATE_OPS = ("norm_silu_extend", "stream_extend"), ("duplicate_up", "duplicate_up_time")
+CASES = [(op, dims) for op in (*STREAM_OPS, *DUPLICATE_OPS) for dims in op_named(op).sizes]
 ON_GPU = [*CASES, *((op, LARGE[0]) for op in STREAM_OPS), *((op, LARGE[1]) for op in DUPLICATE_OPS)]
 dtypes = pytest.mark.parametrize("dtype", ("bf16", "fp32"))
 
@@ -26,7 +26,7 @@ def ids(value: Any) -> str:
 
 def in_output(op: str, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """The inputs, the one that may share memory lying in the end of the output that comes with them."""
-    spec = KERNEL_OPS[op]
+    spec = op_named(op).spec
     ((output, source),) = spec.may_share
     dims = dims_from_shapes(spec, [t.shape for t in inputs])
     out = torch.full(shape_of(spec.outputs[output], dims), float("nan"), dtype=inputs[0].dtype, device=inputs[0].device)
@@ -36,7 +36,7 @@ def in_output(op: str, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 
 def test_only_these_ops_do() -> None:
-    assert {name for name, spec in KERNEL_OPS.items() if spec.may_share} == {*STREAM_OPS, *DUPLICATE_OPS}
+    assert {name for name, op in kernel_ops().items() if op.spec.may_share} == {*STREAM_OPS, *DUPLICATE_OPS}
 
 
 @pytest.mark.parametrize("op, dims", CASES, ids=ids)

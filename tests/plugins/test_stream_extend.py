@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.plugins.cases import STREAM_SIZES, op_inputs
-from longtake.plugins.launch import run_kernel
-from longtake.plugins.ops import REFERENCES
-from longtake.plugins.spec import STREAM_OPS
+from longtake.plugins.cases import op_inputs
+from longtake.plugins.registry import op_named
+from longtake.plugins.run import run_kernel
+from longtake.plugins.stream_extend.op import OPS, SIZES
 from longtake.training.models.wan.vae_layers import RMSNorm, Stream, channels_first, channels_last
 
-sizes = pytest.mark.parametrize("dims", STREAM_SIZES, ids=lambda d: "T{T}Y{Y}X{X}C{C}F{F}".format(**d))
-ops = pytest.mark.parametrize("op", STREAM_OPS)
+sizes = pytest.mark.parametrize("dims", SIZES, ids=lambda d: "T{T}Y{Y}X{X}C{C}F{F}".format(**d))
+ops = pytest.mark.parametrize("op", [op.name for op in OPS])
 dtypes = pytest.mark.parametrize("dtype", ("bf16", "fp32"))
 
 
@@ -37,14 +37,14 @@ def test_the_kernels_text_equals_the_reference(
 ) -> None:
     host_device.reverse = reverse
     inputs = op_inputs(op, dims, dtype)
-    wanted = REFERENCES[op](*inputs)
+    wanted = op_named(op).reference(*inputs)
     got = host_device.run(op, *inputs)
     assert got[1] is inputs[-1], "the cache is written in place"
     check(got, wanted, op)
 
 
 def test_zeros_stay_zeros(host_device: Any) -> None:
-    x, gamma, cache = op_inputs("norm_silu_extend", STREAM_SIZES[2], "bf16")
+    x, gamma, cache = op_inputs("norm_silu_extend", SIZES[2], "bf16")
     y, _ = host_device.run("norm_silu_extend", x * 0, gamma, cache)
     assert (y[2:] == 0).all()
 
@@ -55,7 +55,7 @@ def test_zeros_stay_zeros(host_device: Any) -> None:
 @sizes
 def test_the_kernel_equals_the_reference(op: str, dtype: str, dims: dict[str, int]) -> None:
     inputs = op_inputs(op, dims, dtype)
-    wanted = REFERENCES[op](*inputs)
+    wanted = op_named(op).reference(*inputs)
     on_gpu = [t.cuda() for t in inputs]
     got = run_kernel(op, *on_gpu)
     assert got[1] is on_gpu[-1]
@@ -70,6 +70,6 @@ def test_the_reference_is_what_the_vae_computes(dims: dict[str, int]) -> None:
     stream = Stream([channels_first(cache)])
     with torch.no_grad():
         wanted = stream.extend(functional.silu(norm(channels_first(x))), dims["F"])
-    y, new = REFERENCES["norm_silu_extend"](x, gamma, cache)
+    y, new = op_named("norm_silu_extend").reference(x, gamma, cache)
     torch.testing.assert_close(y, channels_last(wanted), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(new, channels_last(stream.new[0]), rtol=1e-5, atol=1e-6)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from longtake.machine.capability import attention_methods
-from longtake.plugins.cases import SIZES, op_inputs
-from longtake.plugins.kernels import dims_from_shapes
+from longtake.plugins.cache_format import CACHE_FORMATS, SIZES
+from longtake.plugins.cases import op_inputs
 from longtake.plugins.nvrtc import ARCHITECTURES, compile_cubin
+from longtake.plugins.registry import op_named
+from longtake.plugins.shapes import dims_from_shapes
 from longtake.plugins.sink_attention import hopper, window
 from longtake.plugins.sink_attention.reference import dequantize_kv
-from longtake.plugins.sink_attention.window import WindowedAttention, addresses, window_kernels
-from longtake.plugins.spec import CACHE_FORMATS, OPS
+from longtake.plugins.sink_attention.window import WindowedAttention, addresses, window_kernel
 from longtake.training.models.presets import WAN22_TI2V_5B as WAN  # the sizes that a workspace is promised for
 
 LARGE = {"S": 2, "L": 40, "H": 4, "D": 128}  # several thread blocks, the last one not full
@@ -38,7 +39,7 @@ class Recorded(WindowedAttention):
 def run(fmt: str, dims: dict[str, int], table: tuple[int, ...], seed: int = 0) -> tuple[Any, ...]:
     op = f"sink_attention_{fmt}"
     inputs = op_inputs(op, dims, "bf16", table, seed)
-    launcher = Recorded(op, dims_from_shapes(OPS[op], [t.shape for t in inputs]), arch="sm_90a")
+    launcher = Recorded(op_named(op), dims_from_shapes(op_named(op).spec, [t.shape for t in inputs]), arch="sm_90a")
     launcher.memory = torch.full((launcher.workspace_bytes + 256,), 0x7F, dtype=torch.uint8)
     out = torch.full_like(inputs[0], float("nan"))
     launcher.tensors = (*inputs, out)
@@ -74,7 +75,7 @@ def test_bf16_window_of_every_code_scale_and_magnitude(host_device: Any) -> None
     for largest in (0.0, 1e-20, 3e-5, 1.0, 117.0, 1e20):
         amax.fill_(largest)
         inputs = (q, k, v, values, scales, amax, table)
-        launcher = Recorded(op, dims, arch="sm_90a")
+        launcher = Recorded(op_named(op), dims, arch="sm_90a")
         launcher.memory = torch.zeros(launcher.workspace_bytes + 256, dtype=torch.uint8)
         out = torch.empty_like(q)
         launcher.tensors = (*inputs, out)
@@ -93,8 +94,8 @@ def test_buffers_are_aligned_and_apart() -> None:
 
 def test_workspace_of_the_large_model() -> None:
     dims = {"S": WAN.window_chunks, "L": WAN.chunk_tokens, "H": WAN.dit.heads, "D": WAN.dit.head_dim}
-    assert WindowedAttention("sink_attention_nvfp4", dims).workspace_bytes == 4 * 28160 * 3072
-    assert hopper.HopperSinkAttention("sink_attention_nvfp4", dims).workspace_bytes < 2.8 * 28160 * 3072
+    assert WindowedAttention(op_named("sink_attention_nvfp4"), dims).workspace_bytes == 4 * 28160 * 3072
+    assert hopper.HopperSinkAttention(op_named("sink_attention_nvfp4"), dims).workspace_bytes < 2.8 * 28160 * 3072
 
 
 def test_methods_end_with_the_one_that_always_works() -> None:
@@ -107,5 +108,5 @@ def test_methods_end_with_the_one_that_always_works() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_for_every_architecture(arch: str) -> None:
     for fmt in CACHE_FORMATS:
-        kernels = window_kernels(fmt)
-        assert compile_cubin(kernels.source, {**kernels.macros({}), "COMPUTE_BF16": 1}, arch)[:4] == b"\x7fELF"
+        kernel = window_kernel(fmt)
+        assert compile_cubin(kernel.source, {**kernel.macros({}), "COMPUTE_BF16": 1}, arch)[:4] == b"\x7fELF"

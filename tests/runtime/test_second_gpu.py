@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtake.plugins.run import run_kernel
 from longtake.runtime.decode import DecodeQueue
 from longtake.training.models.presets import TINY
 
@@ -65,7 +66,6 @@ def test_state_saved_and_loaded_is_ordered_with_the_decoding() -> None:
 def test_a_plugin_s_kernels_run_on_each_gpu(device: int) -> None:
     """Loaded once a context: a kernel of the first GPU's would not run on the second."""
     need_two_gpus()
-    from longtake.plugins.launch import run_kernel
 
     x = torch.randn(2, 8, 8, 32, device=torch.device("cuda", device)).bfloat16()
     past = torch.zeros_like(x)

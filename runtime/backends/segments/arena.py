@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from longtake.formats.segmented_graph import SegmentedGraph, Step, TensorType
-from longtake.plugins.spec import OPS
+from longtake.plugins.registry import op_named
 from longtake.runtime.backends.trt.engine import TORCH_DTYPES
 
 ALIGNMENT = 256  # bytes, what TensorRT asks of a binding's address
@@ -180,4 +180,4 @@ def aliases_of(step: Step) -> dict[str, str]:
         return {}
     if step.kind == "view":
         return {step.outputs[0]: step.inputs[0]}
-    return {step.outputs[out]: step.inputs[source] for out, source in OPS[step.name].aliases}
+    return {step.outputs[out]: step.inputs[source] for out, source in op_named(step.name).spec.aliases}

@@ -17,13 +17,11 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.formats.onnx_file import WeightSource, weights_from_onnx
 from longtake.formats.segmented_graph import SegmentedGraph, Step, segment_spec
-from longtake.plugins.conv.library import conv_launcher, library_weight
-from longtake.plugins.cross_attention.library import cross_attention_launcher
-from longtake.plugins.kernels import dims_from_shapes
-from longtake.plugins.launch import Launcher, OpLauncher
-from longtake.plugins.linear.library import linear_launcher
-from longtake.plugins.sink_attention.library import attention_launcher
-from longtake.plugins.spec import CONV_OPS, LINEAR_OPS, OPS
+from longtake.plugins.conv.reference import library_weight
+from longtake.plugins.launch import OpLauncher
+from longtake.plugins.registry import op_named
+from longtake.plugins.run import launcher_for
+from longtake.plugins.shapes import dims_from_shapes
 from longtake.runtime.backends.segments.arena import aliases_of, aligned, step_scratch, storage_bytes
 from longtake.runtime.backends.segments.planner import PlannedSteps, planned_steps
 from longtake.runtime.backends.trt.engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext, TrtEngine
@@ -93,7 +91,7 @@ class SegmentedNetwork:
         self.step_scratch: list[int] = []
         self._placed = False
         self._contexts: dict[tuple[str, int], TrtContext] = {}
-        self._conv_weights = {step.inputs[1] for step in graph.steps if step.name in CONV_OPS}
+        self._turned_weights = {name for step in graph.steps for name in _channels_last_weights(step)}
         self._fixed: dict[str, Tensor] = {}
         self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], OpLauncher] = {}
 
@@ -107,7 +105,7 @@ class SegmentedNetwork:
         for name, tensor in tensors:
             kept = self._shared.get(name)
             if kept is None or not same_bytes(kept, tensor.to(self.device)):
-                kept = block.placed(name, tensor, channels_last=name in self._conv_weights)
+                kept = block.placed(name, tensor, channels_last=name in self._turned_weights)
             self._fixed[name] = kept
             self._shared.setdefault(name, kept)
 
@@ -154,20 +152,11 @@ class SegmentedNetwork:
     def _launcher(self, step: Step) -> OpLauncher:
         """The op's kernels, compiled and loaded for this step's shapes; a table's length is told at each launch."""
         shapes = [[n if isinstance(n, int) else 1 for n in self.graph.tensors[name].shape] for name in step.inputs]
-        dims = dims_from_shapes(OPS[step.name], shapes)
+        op = op_named(step.name)
+        dims = dims_from_shapes(op.spec, shapes)
         fixed = tuple(sorted((letter, size) for letter, size in dims.items() if letter != "W"))
         if (step.name, fixed) not in self._compiled:
-            if step.name.startswith("sink_attention"):
-                made: OpLauncher = attention_launcher(step.name, dict(fixed), self.attention)
-            elif step.name == "cross_attention":
-                made = cross_attention_launcher(dict(fixed))
-            elif step.name in LINEAR_OPS:
-                made = linear_launcher(step.name, dict(fixed))
-            elif step.name in CONV_OPS:
-                made = conv_launcher(step.name, dict(fixed))
-            else:
-                made = Launcher(step.name, dict(fixed), "bf16").prepare()
-            self._compiled[step.name, fixed] = made
+            self._compiled[step.name, fixed] = launcher_for(op, dict(fixed), self.attention)
         return self._compiled[step.name, fixed]
 
     def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None:
@@ -206,7 +195,14 @@ class SegmentedNetwork:
 
     def _launch(self, index: int, step: Step, values: Mapping[str, Tensor]) -> None:
         pointers = [values[name].data_ptr() for name in (*step.inputs, *step.outputs)]
-        inputs = zip(OPS[step.name].inputs, step.inputs, strict=True)
+        inputs = zip(op_named(step.name).spec.inputs, step.inputs, strict=True)
         table_length = next((values[name].numel() for spec, name in inputs if spec.shape == ("W",)), 0)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         self._launchers[index].launch(pointers, stream, self.arena.address + self._places[index], table_length)
+
+
+def _channels_last_weights(step: Step) -> list[str]:
+    """The weights of a step that a library reads with their channels last."""
+    if step.kind != "op":
+        return []
+    return [name for tensor, name in zip(op_named(step.name).spec.inputs, step.inputs) if tensor.channels_last]

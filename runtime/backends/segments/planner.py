@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from longtake.formats.segmented_graph import SegmentedGraph, Step, TensorType
-from longtake.plugins.spec import CONV_OPS, OPS, UP_OPS
+from longtake.plugins.registry import op_named
 from longtake.runtime.backends.segments.arena import (
     ALIGNMENT,
     Inside,
@@ -53,7 +53,7 @@ def planned_steps(graph: SegmentedGraph, scratch: Mapping[str, int]) -> PlannedS
     Args:
         scratch: bytes that each segment wants while it runs, by name.
     """
-    if not any(step.name in CONV_OPS for step in graph.steps):
+    if not has_convolutions(graph):
         return PlannedSteps(graph)
     plain = PlannedSteps(_shortcuts_first(graph) if SHARE else graph)
 
@@ -77,6 +77,15 @@ def planned_steps(graph: SegmentedGraph, scratch: Mapping[str, int]) -> PlannedS
     return best
 
 
+def has_convolutions(graph: SegmentedGraph) -> bool:
+    """Whether convolutions are ops, rather than parts of segments."""
+    return any(_kernel_size(step) for step in graph.steps)
+
+
+def _kernel_size(step: Step) -> tuple[int, ...]:
+    return op_named(step.name).kernel_size if step.kind == "op" else ()
+
+
 def bytes_alive(plan: PlannedSteps) -> list[int]:
     """Bytes of the tensors that are alive in each step, as if none shared memory."""
     graph, last = plan.graph, _last_use(plan.graph)
@@ -98,11 +107,11 @@ def _last_use(graph: SegmentedGraph) -> dict[str, int]:
 def _shortcuts_first(graph: SegmentedGraph) -> SegmentedGraph:
     """1x1x1 convolutions before the first step that could take their input's memory over."""
     steps = list(graph.steps)
-    for step in [s for s in steps if s.name == "conv_1x1x1"]:
+    for step in [s for s in steps if _kernel_size(s) == (1, 1, 1)]:
         at = steps.index(step)
         for i, other in enumerate(steps[:at]):
             if other.kind == "op" and any(
-                other.inputs[source] == step.inputs[0] for _, source in OPS[other.name].may_share
+                other.inputs[source] == step.inputs[0] for _, source in op_named(other.name).spec.may_share
             ):
                 steps.insert(i, steps.pop(at))
                 break
@@ -122,7 +131,7 @@ def shared(plan: PlannedSteps) -> PlannedSteps:
         last |= dict.fromkeys((whole.get(n, n) for n in (*step.inputs, *step.outputs)), i)
     shown = {place.other for place in views_of(graph).values()}
     for i, step in enumerate(graph.steps):
-        for output, source in OPS[step.name].may_share if step.kind == "op" else ():
+        for output, source in op_named(step.name).spec.may_share if step.kind == "op" else ():
             x, out = step.inputs[source], step.outputs[output]
             if {x, out} & apart or x in inside or out in whole or x in shown:
                 continue
@@ -150,20 +159,20 @@ def _splits(graph: SegmentedGraph, i: int) -> bool:
     """Whether step `i` can go in parts: upsampling with the convolution behind it, or a 3x3x3 convolution."""
     step = graph.steps[i]
     given = {*graph.inputs, *graph.outputs, *graph.weights}
-    if step.kind != "op" or {step.inputs[0], step.outputs[0]} & given:
+    if step.kind != "op" or not op_named(step.name).splits_by_frame or {step.inputs[0], step.outputs[0]} & given:
         return False
     x, out = (graph.tensors[n] for n in (step.inputs[0], step.outputs[0]))
     if x.dtype != "bf16" or out.dtype != "bf16" or any(_bytes(t.shape[1:]) % ALIGNMENT for t in (x, out)):
         return False
     readers = [j for j, s in enumerate(graph.steps) if step.outputs[0] in s.inputs]
-    if step.name in UP_OPS:
-        follows = readers == [i + 1] and graph.steps[i + 1].name == "conv_1x3x3"
+    if op_named(step.name).repeats:
+        follows = readers == [i + 1] and _kernel_size(graph.steps[i + 1]) == (1, 3, 3)
         made = graph.tensors[graph.steps[i + 1].outputs[0]] if follows else out
         return follows and int(x.shape[0]) > 1 and _bytes(made.shape[1:]) % ALIGNMENT == 0 and (
             graph.steps[i + 1].outputs[0] not in given
         )  # fmt: skip
     narrower = _bytes(out.shape[1:]) <= _bytes(x.shape[1:])
-    return step.name == "conv_3x3x3" and int(out.shape[0]) > 1 and narrower and _last_use(graph)[step.inputs[0]] == i
+    return int(out.shape[0]) > 1 and narrower and _last_use(graph)[step.inputs[0]] == i
 
 
 def split(plan: PlannedSteps, indices: Iterable[int], parts: int) -> PlannedSteps:
@@ -176,7 +185,7 @@ def split(plan: PlannedSteps, indices: Iterable[int], parts: int) -> PlannedStep
             continue
         if i not in wanted:
             steps.append(step)
-        elif step.name in UP_OPS:
+        elif op_named(step.name).repeats:
             steps += _upsampled_by_frames(tensors, inside, step, plan.graph.steps[i + 1])
             skipped.add(i + 1)
         else:
@@ -195,7 +204,7 @@ def _stretch(tensors: dict[str, TensorType], inside: dict[str, Inside], name: st
 
 
 def _upsampled_by_frames(tensors: dict[str, TensorType], inside: dict[str, Inside], up: Step, conv: Step) -> list[Step]:
-    steps, rate = [], UP_OPS[up.name]
+    steps, rate = [], op_named(up.name).repeats
     for frame in range(int(tensors[up.inputs[0]].shape[0])):
         wide = f"{up.outputs[0]}[{frame * rate}:{(frame + 1) * rate}]"  # for itself: the whole is never there
         tensors[wide] = replace(tensors[up.outputs[0]], shape=(rate, *tensors[up.outputs[0]].shape[1:]))

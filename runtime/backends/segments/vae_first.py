@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from longtake.formats.segmented_graph import SegmentedGraph, Step
-from longtake.plugins.spec import CONV_KERNELS, CONV_OPS, STREAM_OPS
+from longtake.plugins.registry import op_named
 from longtake.runtime.backends.segments.arena import Inside, aliases_of, storage_bytes
 from longtake.runtime.backends.segments.network import SegmentedNetwork
-from longtake.runtime.backends.segments.planner import PlannedSteps, shared
+from longtake.runtime.backends.segments.planner import PlannedSteps, has_convolutions, shared
 
 BY_OPS = True  # False: the network `vae_first` of the recipe runs, as it was built
 WHOLE = "frames of a later step"
+DOUBLES_FRAMES = (3, 1, 1)  # the kernel of the convolution that makes two frames of one
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,8 @@ class FirstSteps:
 
 
 def first_steps(steady: SegmentedGraph) -> FirstSteps | None:
-    """The first step by those of `steady`, as exported; None if its layers are not ops, or it takes several latents."""
-    takes_one = any(
-        len(kind.shape) == 5 and kind.shape[2] == 1 for kind in map(steady.tensors.__getitem__, steady.inputs)
-    )
-    if not BY_OPS or not takes_one or not any(step.name in CONV_OPS for step in steady.steps):
-        return None
-    return _Shortening(steady).result()
+    """The first step by those of `steady`, as exported; None if its layers are not ops."""
+    return _Shortening(steady).result() if BY_OPS and has_convolutions(steady) else None
 
 
 class _Shortening:
@@ -94,23 +90,21 @@ class _Shortening:
 
     def _op(self, step: Step) -> bool:
         """Add a custom op at one frame, unless it is left out; False if it is none that this file knows."""
-        x, out = step.inputs[0], step.outputs[0]
-        if step.name in STREAM_OPS:
+        x, out, op = step.inputs[0], step.outputs[0], op_named(step.name)
+        if op.extends_stream:
             if self._doubles(out):
                 self.skipped[out] = x
                 return True
             self._sized(out, 1 + int(self.tensors[step.inputs[-1]].shape[0]))
-        elif step.name == "conv_3x1x1":
+        elif op.kernel_size == DOUBLES_FRAMES:
             self.skipped[out] = x  # x is what stands for the extended stream
             return True
-        elif step.name in CONV_OPS:
-            self._sized(out, int(self.tensors[x].shape[0]) - CONV_KERNELS[step.name][0] + 1)
-        elif step.name == "upsample_time":
-            step = replace(step, name="upsample_space")
+        elif op.kernel_size:
+            self._sized(out, int(self.tensors[x].shape[0]) - op.kernel_size[0] + 1)
+        elif op.first_frame:
+            step = replace(step, name=op.first_frame)
             self._sized(out, 1)
-        elif step.name in ("upsample_space", "duplicate_up"):
-            self._sized(out, 1)
-        elif step.name == "duplicate_up_time":
+        elif op.of_frames and op.doubles_frames:
             step = replace(step, inputs=(x, self._second_of_two(step.inputs[1])), outputs=(self._second_of_two(out),))
         else:
             return False
@@ -119,7 +113,8 @@ class _Shortening:
 
     def _doubles(self, name: str) -> bool:
         """Whether an extended stream goes into the convolution that makes two frames of one."""
-        return any(step.name == "conv_3x1x1" and step.inputs[0] == name for step in self.steady.steps)
+        readers = (step for step in self.steady.steps if step.kind == "op" and step.inputs[0] == name)
+        return any(op_named(step.name).kernel_size == DOUBLES_FRAMES for step in readers)
 
     def _sized(self, name: str, frames: int) -> None:
         kind = self.tensors[name]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.plugins.pointwise import gated_add
-from longtake.plugins.spec import BLOCK_NORM_EPS, QK_NORM_EPS
+from longtake.plugins.block_norm.reference import BLOCK_NORM_EPS
+from longtake.plugins.pointwise import QK_NORM_EPS, gated_add
 from longtake.training.models.wan.dit import Attend, Attention, Block, CausalDiT, Rope
 
 NormRope = Callable[[Attention, Tensor, Tensor, Rope], tuple[Tensor, Tensor]]

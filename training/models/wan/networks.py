@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
+from longtake.plugins.cache_format import cache_tensors
 from longtake.plugins.cross_attention.reference import dense_cross_attention
-from longtake.plugins.spec import QK_NORM_EPS, cache_tensors
+from longtake.plugins.pointwise import QK_NORM_EPS
 from longtake.training.models.load import Models
 from longtake.training.models.text.words import AnyTextEncoder
 from longtake.training.models.wan.dit import Attention, CausalDiT, Rope
@@ -107,16 +108,14 @@ def network_module(
     models: Models,
     name: str,
     cache: str = "nvfp4",
-    fold: bool = False,
     vae_ops: str = "engine",
     linears: str = "engine",
 ) -> nn.Module:
     """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
 
-    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `fold`: compute the VAE's
-    upsampling in its folded form (see `upsample_fold`). `vae_ops`: "plugin" has the VAE decoder extend its streams by
-    our ops, "library" runs nearly all of it as ops (a recipe's field). `linears`: "library" has the DiT do all that lies
-    between the blocks' linears by our ops (a recipe's field, too).
+    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `vae_ops`: "library" runs
+    nearly all of the VAE decoder's later steps as ops (a recipe's field). `linears`: "library" has the DiT do all that
+    lies between the blocks' linears by our ops (a recipe's field, too).
     """
     if name == "text_encoder":
         return TextStep(models.text).eval()
@@ -127,6 +126,6 @@ def network_module(
     if name in VAE_STEPS:
         if vae_ops == "library" and name == "vae_steady":
             return LibrarySteady(models.vae).eval()
-        return VAE_STEPS[name](models.vae, fold=fold, ops=vae_ops != "engine" and "encoder" not in name).eval()
+        return VAE_STEPS[name](models.vae, ops=vae_ops == "library" and "encoder" not in name).eval()
     known = ["text_encoder", "context", "dit", *VAE_STEPS]
     raise LongtakeError("unknown network", got=name, expected=", ".join(known))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longtake.plugins.spec import cache_tensors
+from longtake.plugins.cache_format import cache_tensors
 from longtake.training.models.network_spec import Binding, NetworkSpec
 from longtake.training.models.presets import Preset
 
@@ -86,20 +86,19 @@ def dit_spec(preset: Preset, cache: str) -> NetworkSpec:
     )
 
 
-def vae_spec(preset: Preset, name: str, latents: int = 1, vae_ops: str = "engine") -> NetworkSpec:
+def vae_spec(preset: Preset, name: str, vae_ops: str = "engine") -> NetworkSpec:
     """One step of a VAE stream, in either direction.
 
-    vae_first: one latent to one frame and fresh caches; vae_steady: `latents` latents and caches to four frames each.
+    vae_first: one latent to one frame and fresh caches; vae_steady: one latent and caches to four frames.
     vae_encoder_first and vae_encoder_steady: the same from frames to latents, one group at a time.
-    With `vae_ops` other than "engine" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
+    With `vae_ops` "library" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
     """
     from longtake.training.models.wan.vae import decoder_cache_shapes, encoder_cache_shapes
 
     encoder, first = name.startswith("vae_encoder"), name.endswith("first")
-    ops = vae_ops != "engine" and not encoder
-    count = 1 if first or encoder else latents
-    frames = 1 if first else count * preset.vae.stride[0]
-    latent = Binding("latent", "fp32", (1, preset.vae.z_channels, count, *preset.latent_hw))
+    ops = vae_ops == "library" and not encoder
+    frames = 1 if first else preset.vae.stride[0]
+    latent = Binding("latent", "fp32", (1, preset.vae.z_channels, 1, *preset.latent_hw))
     video = Binding("frames", "fp32", (1, 3, frames, preset.height, preset.width))
     shapes, prefix = (
         (encoder_cache_shapes(preset), "vae_encoder_cache")
@@ -118,13 +117,12 @@ def vae_spec(preset: Preset, name: str, latents: int = 1, vae_ops: str = "engine
     )
 
 
-def network_spec(preset: Preset, cache: str, name: str, latents: int = 1, vae_ops: str = "engine") -> NetworkSpec:
+def network_spec(preset: Preset, cache: str, name: str, vae_ops: str = "engine") -> NetworkSpec:
     """The spec of one network.
 
     Args:
         cache: format of the K/V cache, "nvfp4" or "bf16".
-        latents: latent frames that one call of `vae_steady` takes (a recipe's `vae_latents_per_step`).
-        vae_ops: what extends the VAE decoder's streams (a recipe's `vae_ops`).
+        vae_ops: what runs the VAE decoder (a recipe's `vae_ops`).
     """
     if name == "text_encoder":
         return text_encoder_spec(preset)
@@ -132,9 +130,9 @@ def network_spec(preset: Preset, cache: str, name: str, latents: int = 1, vae_op
         return context_spec(preset)
     if name == "dit":
         return dit_spec(preset, cache)
-    return vae_spec(preset, name, latents, vae_ops)
+    return vae_spec(preset, name, vae_ops)
 
 
 def recipe_spec(recipe: Any, name: str, preset: Preset | None = None) -> NetworkSpec:
     """The spec of network `name` as `recipe` wants it; `preset` overrides the recipe's (tests use smaller ones)."""
-    return network_spec(preset or recipe.model, recipe.cache, name, recipe.vae_latents_per_step, recipe.vae_ops)
+    return network_spec(preset or recipe.model, recipe.cache, name, recipe.vae_ops)

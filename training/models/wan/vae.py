@@ -22,9 +22,9 @@ from longtake.training.models.presets import Preset, VAEConfig
 from longtake.training.models.wan.vae_layers import (
     CausalConv3d,
     Down,
+    FirstStream,
     Level,
     Middle,
-    OpStream,
     ResBlock,
     RMSNorm,
     Stream,
@@ -155,20 +155,18 @@ class _Step(nn.Module):
     over the old one as soon as that tensor is there, as PyTorch does if `in_place`.
     """
 
-    def __init__(self, vae: CausalVAE, in_place: bool = False, fold: bool = False, ops: bool = False) -> None:
-        """`in_place`, `fold`: see `vae_layers.Stream`. `ops`: the stream is `vae_layers.OpStream`, caches [T,H,W,C]."""
+    def __init__(self, vae: CausalVAE, in_place: bool = False, ops: bool = False) -> None:
+        """`in_place`: see `vae_layers.Stream`. `ops`: of a first step, caches [T,H,W,C] as ops want them."""
         super().__init__()
-        self.vae, self.in_place, self.fold = vae, in_place, fold
-        self.stream = OpStream if ops else Stream
-        if ops:
-            import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
+        self.vae, self.in_place = vae, in_place
+        self.stream = FirstStream if ops else Stream
 
 
 class DecoderFirst(_Step):
     """latent fp32 [1,z,F,h,w] -> (frames fp32 [1,3,1+4(F-1),H,W], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(fold=self.fold)
+        stream = self.stream()
         return decode_step(self.vae, latent, stream), *stream.new
 
 
@@ -179,7 +177,7 @@ class DecoderSteady(_Step):
     """
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(caches, self.in_place, self.fold)
+        stream = self.stream(caches, self.in_place)
         return decode_step(self.vae, latent, stream), *stream.new
 
 
@@ -187,7 +185,7 @@ class VAEEncoderFirst(_Step):
     """frames fp32 [1,3,1+4(F-1),H,W] -> (latent fp32 [1,z,F,h,w], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(fold=self.fold)
+        stream = self.stream()
         return encode_step(self.vae, frames, stream), *stream.new
 
 
@@ -195,7 +193,7 @@ class VAEEncoderSteady(_Step):
     """(frames fp32 [1,3,4F,H,W], *caches) -> (latent fp32 [1,z,F,h,w], *new caches): later groups of four frames."""
 
     def forward(self, frames: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(caches, self.in_place, self.fold)
+        stream = self.stream(caches, self.in_place)
         return encode_step(self.vae, frames, stream), *stream.new
 
 
@@ -216,7 +214,7 @@ def encoder_cache_shapes(preset: Preset) -> list[tuple[int, ...]]:
 
 
 def stream_ops(vae: CausalVAE) -> Counter[str]:
-    """How many nodes of each op a step of the decoder holds whose stream is `OpStream`."""
+    """How many nodes of each op extend the streams of a later step of the decoder."""
     modules = list(vae.decoder.modules())
     blocks = sum(isinstance(module, ResBlock) for module in modules)
     past = sum(isinstance(module, CausalConv3d) and module.past > 0 for module in modules)

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longtake.plugins.spec import CHANNEL_NORM_EPS
-from longtake.training.models.wan.upsample_fold import upsampled_conv
+from longtake.plugins.stream_extend.reference import CHANNEL_NORM_EPS
 
 
 class Stream:
@@ -24,17 +23,12 @@ class Stream:
     Args:
         histories: what the previous call produced; None at the start of a clip, where the past is zeros.
         in_place: write the new histories into `histories` instead of returning new tensors. Not for autograd.
-        fold: compute upsampling convolutions in their folded form, equal up to rounding and cheaper.
     """
 
-    def __init__(self, histories: Sequence[Tensor] | None = None, in_place: bool = False, fold: bool = False) -> None:
-        self.fresh, self.in_place, self.fold = histories is None, in_place, fold
+    def __init__(self, histories: Sequence[Tensor] | None = None, in_place: bool = False) -> None:
+        self.fresh, self.in_place = histories is None, in_place
         self._old = iter(histories or ())
         self.new: list[Tensor] = []
-
-    def hold(self, x: Tensor) -> Tensor:
-        """`x`, which is to be extended and used otherwise too."""
-        return x
 
     def extend(self, x: Tensor, frames: int, norm: RMSNorm | None = None) -> Tensor:
         """Put the last `frames` frames of the past before `x` [B,C,T,H,W] and keep the last `frames` of the result.
@@ -66,36 +60,11 @@ def channels_first(x: Tensor) -> Tensor:
     return x.permute(3, 0, 1, 2)[None]
 
 
-class OpStream(Stream):
-    """Histories [T,H,W,C], extended by the ops `longtake::norm_silu_extend` and `stream_extend`; of one clip.
-
-    A tensor that `hold` returned is kept channels last, so that a cut network carries it across its cuts only once.
-    """
-
-    _held: tuple[Tensor, Tensor] | None = None  # (as the layers have it, channels last)
-
-    def hold(self, x: Tensor) -> Tensor:
-        if self.fresh:
-            return x
-        if self._held is None or self._held[0] is not x:
-            last = channels_last(x).contiguous()
-            self._held = channels_first(last), last
-        return self._held[0]
-
-    def extend(self, x: Tensor, frames: int, norm: RMSNorm | None = None) -> Tensor:
-        old = None if self.fresh else next(self._old)
-        if old is None:
-            return super().extend(x, frames, norm)
-        held = self._held is not None and self._held[0] is x
-        last = self._held[1] if held and self._held else channels_last(x).contiguous()
-        ops = torch.ops.longtake
-        y, new = (
-            ops.stream_extend(last, old) if norm is None else ops.norm_silu_extend(last, norm.gamma.to(x.dtype), old)
-        )
-        self.new.append(old.copy_(new) if self.in_place else new)
-        return channels_first(y)
+class FirstStream(Stream):
+    """The start of a clip whose histories are kept as the ops have them, [T,H,W,C]."""
 
     def keep(self, history: Tensor, old: Tensor | None = None) -> None:
+        """Keep `history` channels last."""
         self.new.append(channels_last(history).contiguous())
 
 
@@ -138,7 +107,6 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        x = stream.hold(x)
         y = self.conv1(x, stream, self.norm1)
         return self.conv2(y, stream, self.norm2) + self.shortcut(x)
 
@@ -209,14 +177,12 @@ class Down(nn.Module):
 
 
 class UpConv(nn.Conv3d):
-    """Nearest 2x upsampling of space, then a 1x3x3 convolution; `fold` does both in one (see `upsample_fold`)."""
+    """Nearest 2x upsampling of space, then a 1x3x3 convolution."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, (1, 3, 3), padding=(0, 1, 1))
 
-    def forward(self, x: Tensor, fold: bool = False) -> Tensor:
-        if fold and self.bias is not None:
-            return upsampled_conv(x, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
         b, c, t, h, w = x.shape
         x = x.view(b, c, t, h, 1, w, 1).expand(b, c, t, h, 2, w, 2).reshape(b, c, t, h * 2, w * 2)
         return super().forward(x)
@@ -231,7 +197,7 @@ class Up(nn.Module):
         self.space = UpConv(dim)
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        return self.space(x if self.time is None else self._double_time(x, stream, self.time), stream.fold)
+        return self.space(x if self.time is None else self._double_time(x, stream, self.time))
 
     def _double_time(self, x: Tensor, stream: Stream, time: CausalConv3d) -> Tensor:
         if not stream.fresh:
@@ -263,7 +229,7 @@ class Level(nn.Module):
         self.out_dim = out_dim
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        y = x = x if self.resample is None and not self.shortcut else stream.hold(x)
+        y = x
         for block in self.blocks:
             y = block(y, stream)
         if self.resample is None:

@@ -1,0 +1,50 @@
+"""Weight unpacking: one launch, a thread a block of 16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longtake.plugins.kernels import Call, Dims, Kernel, Macros, blocks_of
+from longtake.plugins.nvfp4.macros import limit_macros
+from longtake.plugins.nvfp4_dequantize.reference import nvfp4_dequantize
+from longtake.plugins.spec import Op, OpSpec, TensorSpec
+
+THREADS = 256
+SPEC = OpSpec(
+    # E2M1 value x E4M3 block scale, exact in bf16; the per-tensor scale is applied to the product's output.
+    "nvfp4_dequantize",
+    inputs=(TensorSpec("values", "int8", ("N", "K/2")), TensorSpec("scales", "int8", ("N", "K/16"))),
+    outputs=(TensorSpec("weight", "compute", ("N", "K")),),
+)
+
+
+def _macros(dims: Dims) -> Macros:
+    return {"THREADS": THREADS, **limit_macros("static_6")}
+
+
+def _calls(dims: Dims) -> tuple[Call, ...]:
+    units = dims["N"] * dims["K"] // 16
+    return (Call("nvfp4_dequantize", (blocks_of(units, THREADS), 1), THREADS, ("values", "scales", "weight", units)),)
+
+
+def _inputs(spec: OpSpec, dims: Dims, compute: torch.dtype, generator: torch.Generator) -> Mapping[str, Tensor]:
+    """Any codes, and scales that are numbers."""
+    rows, columns = dims["N"], dims["K"]
+    values = torch.randint(-128, 128, (rows, columns // 2), generator=generator).to(torch.int8)
+    scales = torch.randint(0, 127, (rows, columns // 16), generator=generator).to(torch.int8)
+    return {"values": values, "scales": scales}
+
+
+OPS = (
+    Op(
+        SPEC,
+        nvfp4_dequantize,
+        ways=(Kernel(Path(__file__).with_name("kernel.cu"), _macros, _calls),),
+        sizes=({"N": 256, "K": 1024}, {"N": 5, "K": 48}, {"N": 1, "K": 16}),
+        inputs=_inputs,
+    ),
+)

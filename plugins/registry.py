@@ -1,0 +1,70 @@
+"""Every op by name. An op's folder is named here and nowhere else; whatever else knows the ops asks this file.
+
+Importing it imports the references (torch): no CUDA bindings, no TensorRT, no library.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from longtake.errors import LongtakeError
+from longtake.plugins.block_norm import op as block_norm
+from longtake.plugins.conv import op as conv
+from longtake.plugins.cross_attention import op as cross_attention
+from longtake.plugins.kernels import Kernel
+from longtake.plugins.kv_cache_write import op as kv_cache_write
+from longtake.plugins.linear import op as linear
+from longtake.plugins.nvfp4_dequantize import op as nvfp4_dequantize
+from longtake.plugins.qk_norm_rope import op as qk_norm_rope
+from longtake.plugins.quantize_fp8 import op as quantize_fp8
+from longtake.plugins.sink_attention import op as sink_attention
+from longtake.plugins.spec import Op
+from longtake.plugins.stream_extend import op as stream_extend
+from longtake.plugins.upsample import op as upsample
+
+FOLDERS = (
+    kv_cache_write,
+    sink_attention,
+    qk_norm_rope,
+    stream_extend,
+    upsample,
+    nvfp4_dequantize,
+    block_norm,
+    quantize_fp8,
+    linear,
+    cross_attention,
+    conv,
+)
+
+
+@cache
+def all_ops() -> dict[str, Op]:
+    """Every op, by name. Raises LongtakeError if two have the same."""
+    ops: dict[str, Op] = {}
+    for folder in FOLDERS:
+        for op in folder.OPS:
+            if op.spec.name in ops:
+                raise LongtakeError("two ops have one name", got=op.spec.name, fix=f"rename that of {folder.__name__}")
+            ops[op.spec.name] = op
+    return ops
+
+
+@cache
+def kernel_ops() -> dict[str, Op]:
+    """Those with a kernel of ours, which are plugins as well."""
+    return {name: op for name, op in all_ops().items() if op.kernel}
+
+
+def kernel_of(name: str) -> Kernel:
+    """The kernel of an op. Raises LongtakeError for an unknown op, or one that only libraries run."""
+    kernel = op_named(name).kernel
+    if kernel is None:
+        raise LongtakeError(f"{name} has no kernel of ours, and is no plugin", expected=", ".join(kernel_ops()))
+    return kernel
+
+
+def op_named(name: str) -> Op:
+    """An op. Raises LongtakeError for an unknown name."""
+    if name not in all_ops():
+        raise LongtakeError("unknown op", got=name, expected=", ".join(all_ops()))
+    return all_ops()[name]

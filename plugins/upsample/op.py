@@ -1,0 +1,83 @@
+"""Upsampling, and the shortcut beside it: one launch each, gridDim.y frames."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from longtake.errors import LongtakeError
+from longtake.plugins.kernels import Call, Dims, Kernel, Macros, blocks_of
+from longtake.plugins.spec import Op, OpSpec, TensorSpec
+from longtake.plugins.upsample.reference import duplicate_up, duplicate_up_time, upsample_space, upsample_time
+
+THREADS, UNIT = 256, 8
+SOURCE = Path(__file__).with_name("kernel.cu")
+UP_SIZES: tuple[dict[str, int], ...] = (
+    {"T": 2, "Y": 9, "X": 7, "C": 256},
+    {"T": 1, "Y": 5, "X": 3, "C": 48},
+    {"T": 3, "Y": 1, "X": 1, "C": 16},
+)
+DUPLICATE_SIZES: tuple[dict[str, int], ...] = (
+    {"T": 2, "Y": 9, "X": 7, "C": 256, "N": 128},
+    {"T": 1, "Y": 5, "X": 3, "C": 48, "N": 48},
+    {"T": 3, "Y": 1, "X": 1, "C": 32, "N": 8},
+)
+FRAMES = TensorSpec("x", "compute", ("T", "Y", "X", "C"))
+
+
+def _upsample_macros(time: int, dims: Dims) -> Macros:
+    return {"UPSAMPLE": 1, "CHANNELS": dims["C"] // time, "TIME": time, "THREADS": THREADS}
+
+
+def _upsample_calls(dims: Dims) -> tuple[Call, ...]:
+    positions = dims["Y"] * dims["X"]
+    grid = blocks_of(positions * dims["C"] // UNIT, THREADS), dims["T"]
+    return (Call("upsample", grid, THREADS, ("x", "out", positions, dims["X"])),)
+
+
+def _upsample(time: int) -> Op:
+    """Repeat each position twice in both directions. `time` 2: the two halves of the channels are two frames."""
+    shape = ("T", "2*Y", "2*X", "C") if time == 1 else ("2*T", "2*Y", "2*X", "C/2")
+    spec = OpSpec("upsample_space" if time == 1 else "upsample_time", (FRAMES,), (TensorSpec("out", "compute", shape),))
+    return Op(
+        spec,
+        upsample_space if time == 1 else upsample_time,
+        ways=(Kernel(SOURCE, partial(_upsample_macros, time), _upsample_calls),),
+        sizes=UP_SIZES,
+        first_frame="upsample_space",
+        repeats=time,
+        splits_by_frame=True,
+    )
+
+
+def _duplicate_macros(time: int, dims: Dims) -> Macros:
+    ratio, rest = divmod(dims["C"], dims["N"])
+    if rest or dims["N"] % UNIT or (4 * time) % ratio:
+        raise LongtakeError(
+            "duplicate_up: the kernel does not take these channels", got=f"{dims['C']} to {dims['N']}",
+            expected=f"a multiple of {UNIT}, from 1 to {4 * time} times as many, a power of 2",
+        )  # fmt: skip
+    return {"UPSAMPLE": 0, "CHANNELS": dims["N"], "RATIO": ratio, "TIME": time, "THREADS": THREADS}
+
+
+def _duplicate_calls(dims: Dims) -> tuple[Call, ...]:
+    positions = dims["Y"] * dims["X"]
+    grid = blocks_of(positions * dims["N"] // UNIT, THREADS), dims["T"]
+    return (Call("duplicate_up", grid, THREADS, ("x", "y", "out", positions, dims["X"])),)
+
+
+def _duplicate(time: int) -> Op:
+    """y + x, whose channels are repeated and unfolded into 2x2 positions and, `time` 2, two frames: a shortcut."""
+    shape = ("T" if time == 1 else "2*T", "2*Y", "2*X", "N")
+    y, out = (TensorSpec(name, "compute", shape) for name in ("y", "out"))
+    name = "duplicate_up" if time == 1 else "duplicate_up_time"
+    return Op(
+        OpSpec(name, (FRAMES, y), (out,), may_share=((0, 1),)),
+        duplicate_up if time == 1 else duplicate_up_time,
+        ways=(Kernel(SOURCE, partial(_duplicate_macros, time), _duplicate_calls),),
+        sizes=DUPLICATE_SIZES,
+        first_frame=name if time == 1 else "",
+    )
+
+
+OPS = (_upsample(1), _upsample(2), _duplicate(1), _duplicate(2))
