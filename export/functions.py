@@ -29,6 +29,7 @@ from longtake.plugins.ops import torch_op
 from longtake.plugins.registry import all_ops
 from longtake.plugins.shapes import infer_dtype, infer_shape, shape_of
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES, Op, OpSpec, TensorSpec
+from longtake.plugins.tensors import torch_dtype
 
 DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23
@@ -42,10 +43,6 @@ _ELEMENT_TYPES = {
     "fp8": TensorProto.FLOAT8E4M3FN,
 }  # fmt: skip
 _COMPUTE_TYPES = ["tensor(bfloat16)", "tensor(float16)", "tensor(float)"]
-_TORCH_DTYPES = {
-    "compute": torch.float32, "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32,
-    "fp8": torch.float8_e4m3fn,
-}  # fmt: skip
 
 
 # --- schemas
@@ -247,7 +244,7 @@ def _exported_reference(op: Op, dims: Mapping[str, int], opset: int) -> GraphPro
 
 def _example(tensor: TensorSpec, dims: Mapping[str, int]) -> Tensor:
     sizes = {"W": 3, "N": 48, "K": 96, "T": 24, "Y": 5, "X": 6, "C": 32, **dims}
-    return torch.zeros(shape_of(tensor, sizes), dtype=_TORCH_DTYPES[tensor.dtype])
+    return torch.zeros(shape_of(tensor, sizes), dtype=torch_dtype(tensor, "fp32"))
 
 
 def _dynamic_dims(tensor: TensorSpec, spec: OpSpec) -> dict[int, Any]:

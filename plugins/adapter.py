@@ -16,7 +16,7 @@ from typing import Any
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import source_digest
-from longtake.plugins.registry import kernel_of, kernel_ops, op_named
+from longtake.plugins.registry import kernel_of, kernel_ops
 from longtake.plugins.shapes import dims_from_shapes
 from longtake.plugins.spec import PLUGIN_NAMESPACE, PLUGIN_VERSION, Op, OpSpec, TensorSpec
 
@@ -42,12 +42,6 @@ def register_plugins(trt: Any) -> dict[str, Any]:
             raise LongtakeError(f"TensorRT refused plugin {name}", fix="is another version of longtake loaded as well?")
     log.debug("registered plugins %s, version %s", ", ".join(creators), PLUGIN_VERSION)
     return creators
-
-
-def plugin_from_op(trt: Any, op_name: str) -> Any:
-    """The IPluginV3 of an op."""
-    _require_python_plugins(trt)
-    return _plugin_class(trt)(trt, op_named(op_name))
 
 
 def _require_python_plugins(trt: Any) -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import permutations
 
 import torch
 from torch import Tensor
 
-from longtake.plugins.cache_format import SLOTS
 from longtake.plugins.kernels import Dims
 from longtake.plugins.registry import op_named
 from longtake.plugins.shapes import shape_of
 from longtake.plugins.tensors import TORCH_DTYPES, torch_dtype
-
-WRITE_SLOTS = (-1, 0, 1, 2, 3)
-TABLES = tuple(t for length in range(1, SLOTS + 1) for t in permutations((0, 1, 2, 3, -1), length))
 
 
 def op_inputs(

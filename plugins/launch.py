@@ -80,12 +80,7 @@ class Launcher(OpLauncher):
     method = "portable"
 
     def __init__(
-        self,
-        op: Op,
-        dims: Dims,
-        dtype: str = "bf16",
-        arch: str | None = None,
-        kernel: Kernel | None = None,
+        self, op: Op, dims: Dims, dtype: str = "bf16", arch: str | None = None, kernel: Kernel | None = None
     ) -> None:
         super().__init__(op, dims)
         if dtype not in COMPUTE_DTYPES:

@@ -16,7 +16,7 @@ from itertools import product
 
 import torch
 
-from longtake.plugins.bench.harness import relative_error
+from longtake.plugins.bench.harness import milliseconds, relative_error
 from longtake.plugins.cases import op_inputs
 from longtake.plugins.kernels import Dims
 from longtake.plugins.registry import kernel_ops
@@ -81,18 +81,12 @@ def time_all(repeats: int = 200) -> None:
     for name, op in kernel_ops().items():
         dims = op.sizes[0]
         inputs = [t.cuda() for t in op_inputs(name, dims, "bf16", op.indices[0])]
-        run_kernel(name, *inputs)
-        torch.cuda.synchronize()
-        graph, start, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.graph(graph):
+
+        def work(name: str = name, inputs: list[torch.Tensor] = inputs) -> None:
             for _ in range(repeats):
                 run_kernel(name, *inputs)
-        graph.replay()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        print(f"{name} bf16 {dims}: {start.elapsed_time(end) / repeats * 1e3:.1f} us")
+
+        print(f"{name} bf16 {dims}: {milliseconds(work, 3) / repeats * 1e3:.1f} us")
 
 
 if __name__ == "__main__":

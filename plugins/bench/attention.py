@@ -25,7 +25,6 @@ from longtake.plugins.cache_format import CACHE_FORMATS, cache_tensors
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_by, run_kernel
 from longtake.plugins.shapes import shape_of
-from longtake.plugins.sink_attention.reference import dequantize_kv
 from longtake.plugins.sink_attention.window import WindowedAttention
 from longtake.plugins.tensors import torch_dtype
 
@@ -61,24 +60,12 @@ class Attention:
     @torch.no_grad()
     def reference(self, table: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(D)) v in fp32, a head at a time."""
-        out = torch.empty(self.q.shape, device="cuda")
+        heads = []
         for head in range(self.dims["H"]):
-            parts = [self._head(slot, head) for slot in table.tolist()]
-            keys, values = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-            scores = (self.q[:, head].float() * self.dims["D"] ** -0.5) @ keys.T
-            out[:, head] = torch.softmax(scores, dim=-1) @ values
-        return out
-
-    def _head(self, slot: int, head: int) -> Tensor:
-        """One slot's K and V of one head in fp32 [2, L, D]."""
-        if slot < 0:
-            return torch.stack((self.k[:, head], self.v[:, head])).float()
-        if self.fmt == "bf16":
-            return self.cache[0][slot, :, :, head].float()
-        values, scales, amax = self.cache
-        pick = slice(head, head + 1)
-        return dequantize_kv(values[slot : slot + 1, :, :, pick], scales[slot : slot + 1, :, :, pick],
-                             amax[slot : slot + 1])[0, :, :, 0]  # fmt: skip
+            q, k, v = (t[:, head : head + 1].float() for t in (self.q, self.k, self.v))
+            cache = (t[:, :, :, head : head + 1] if t.dim() > 2 else t for t in self.cache)
+            heads.append(self.op.reference(q, k, v, *cache, table))
+        return torch.cat(heads, 1)
 
 
 def measure(case: Attention, method: str, kind: str, entries: int, wanted: Tensor, repeats: int) -> Row:

@@ -137,7 +137,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             yield row
 
 
-def sums(rows: list[Row]) -> dict[str, float]:
+def summary(rows: list[Row]) -> Iterable[str]:
     """Milliseconds a latent: by method, of the shapes that it runs, and with the fastest launcher for each shape."""
     total: dict[str, float] = {}
     best: dict[tuple[Any, ...], float] = {}
@@ -148,12 +148,8 @@ def sums(rows: list[Row]) -> dict[str, float]:
         if row["method"] in LAUNCHED:
             key = row["op"], row["shape"], row["N"]
             best[key] = min(best.get(key, float("inf")), ms)
-    return {**total, "fastest of " + ", ".join(LAUNCHED): sum(best.values())}
-
-
-def summary(rows: list[Row]) -> Iterable[str]:
-    """Milliseconds a latent, by method."""
-    return [f"a latent, {name}: {ms:.2f} ms" for name, ms in sums(rows).items()]
+    total["fastest of " + ", ".join(LAUNCHED)] = sum(best.values())
+    return [f"a latent, {name}: {ms:.2f} ms" for name, ms in total.items()]
 
 
 BENCH = Bench(

@@ -45,11 +45,7 @@ def summary(rows: list[Row]) -> Iterable[str]:
 
 
 BENCH = Bench(
-    "stream",
-    __doc__,
-    columns=("op", "shape", "count", "ms", "gb_s", "of_peak", "error"),
-    rows=rows,
-    summary=summary,
+    "stream", __doc__, columns=("op", "shape", "count", "ms", "gb_s", "of_peak", "error"), rows=rows, summary=summary
 )
 
 if __name__ == "__main__":

@@ -155,15 +155,15 @@ def test_a_network_that_is_not_the_specs_is_refused(flavour: Flavour) -> None:
     assert "got: x ('fp32', [4, 32])" in str(caught.value)
 
 
-class Tensor(SimpleNamespace):
-    """A tensor of a parsed network."""
-
-
-def layer_of(op: str, inputs: list[str], outputs: list[str]) -> Any:
+class Layer:
     """A PLUGIN_V3 layer of a parsed network."""
-    names = {"get_input": inputs, "get_output": outputs}
-    get = {key: lambda i, names=names: Tensor(name=names[i]) for key, names in names.items()}
-    return SimpleNamespace(type="PLUGIN_V3", plugin=SimpleNamespace(plugin_name=op), **get)
+
+    type = "PLUGIN_V3"
+
+    def __init__(self, op: str, inputs: list[str], outputs: list[str]) -> None:
+        self.plugin = SimpleNamespace(plugin_name=op)
+        self.get_input = lambda i: SimpleNamespace(name=inputs[i])
+        self.get_output = lambda i: SimpleNamespace(name=outputs[i])
 
 
 def network_of(*layers: Any) -> Any:
@@ -173,9 +173,9 @@ def network_of(*layers: Any) -> Any:
 
 def test_aliases_are_those_of_the_op_that_a_layer_says_it_is() -> None:
     """Of two ops with four inputs and one output, one writes in place."""
-    trt = SimpleNamespace(LayerType=SimpleNamespace(PLUGIN_V3="PLUGIN_V3"), IPluginV3Layer=SimpleNamespace)
-    norm = layer_of("norm_modulate_fp8", ["x", "e", "table", "factor"], ["n"])
-    write = layer_of("kv_cache_write_bf16", ["k", "v", "cache_in", "slot"], ["cache_out"])
+    trt = SimpleNamespace(LayerType=SimpleNamespace(PLUGIN_V3="PLUGIN_V3"), IPluginV3Layer=Layer)
+    norm = Layer("norm_modulate_fp8", ["x", "e", "table", "factor"], ["n"])
+    write = Layer("kv_cache_write_bf16", ["k", "v", "cache_in", "slot"], ["cache_out"])
     spec = {"inputs": [], "outputs": [], "aliases": [["cache_out", "cache_in"]], "profile": []}
     plugins = Counter(["norm_modulate_fp8", "kv_cache_write_bf16"])
     job = PlanJob("net", Path("net.onnx"), "", spec, plugins)

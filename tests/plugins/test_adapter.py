@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.machine.flavour import flavour_for
-from longtake.plugins.adapter import DIGEST_FIELD, op_of_layer, plugin_from_op, register_plugins
+from longtake.plugins.adapter import DIGEST_FIELD, _plugin_class, op_of_layer, register_plugins
 from longtake.plugins.cache_format import SIZES
 from longtake.plugins.cases import op_inputs
 from longtake.plugins.registry import kernel_ops, op_named
@@ -24,6 +24,11 @@ from longtake.plugins.shapes import dims_from_shapes, shape_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plugin_builds import BUILDS, model_of, parse  # noqa: E402
+
+
+def plugin_from_op(trt: Any, name: str) -> Any:
+    """The IPluginV3 of an op."""
+    return _plugin_class(trt)(trt, op_named(name))
 
 
 @pytest.fixture(scope="module")

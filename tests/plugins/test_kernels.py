@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 from torch import Tensor
 
 from longtake.plugins.cache_format import CACHE_FORMATS, SIZES, SLOTS
-from longtake.plugins.cases import TABLES, WRITE_SLOTS, op_inputs
+from longtake.plugins.cases import op_inputs
 from longtake.plugins.kernels import COMPUTE_DTYPES
 from longtake.plugins.nvfp4_dequantize.op import OPS as DEQUANTIZE
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import run_kernel
 
 pytestmark = pytest.mark.gpu
+WRITE_SLOTS = (-1, 0, 1, 2, 3)
+TABLES = tuple(t for length in range(1, SLOTS + 1) for t in permutations((0, 1, 2, 3, -1), length))
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
 sizes = pytest.mark.parametrize("dims", SIZES, ids=lambda d: "L{L}H{H}D{D}".format(**d))
 dtypes = pytest.mark.parametrize("dtype", COMPUTE_DTYPES)

@@ -90,6 +90,8 @@ class _Shortening:
 
     def _op(self, step: Step) -> bool:
         """Add a custom op at one frame, unless it is left out; False if it is none that this file knows."""
+        if step.kind != "op":
+            return False
         x, out, op = step.inputs[0], step.outputs[0], op_named(step.name)
         if op.extends_stream:
             if self._doubles(out):

@@ -10,7 +10,6 @@ Legend: B batch, C channels, F latent frames, T pixel frames (T = 1 + 4 (F - 1) 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -25,7 +24,6 @@ from longtake.training.models.wan.vae_layers import (
     FirstStream,
     Level,
     Middle,
-    ResBlock,
     RMSNorm,
     Stream,
     Up,
@@ -211,15 +209,6 @@ def encoder_cache_shapes(preset: Preset) -> list[tuple[int, ...]]:
     with torch.device("meta"):
         frame = torch.empty(1, 3, 1, preset.height, preset.width)
         return [tuple(cache.shape) for cache in VAEEncoderFirst(CausalVAE(preset.vae))(frame)[1:]]
-
-
-def stream_ops(vae: CausalVAE) -> Counter[str]:
-    """How many nodes of each op extend the streams of a later step of the decoder."""
-    modules = list(vae.decoder.modules())
-    blocks = sum(isinstance(module, ResBlock) for module in modules)
-    past = sum(isinstance(module, CausalConv3d) and module.past > 0 for module in modules)
-    normed = 2 * blocks + 1  # two in a block, one before the last convolution
-    return Counter({"norm_silu_extend": normed, "stream_extend": past - normed})
 
 
 def _check_video(video: Tensor, config: VAEConfig, first: bool) -> None:

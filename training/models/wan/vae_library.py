@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.training.models.wan.vae import CausalVAE, shuffle, stream_ops
+from longtake.training.models.wan.vae import CausalVAE, shuffle
 from longtake.training.models.wan.vae_layers import (
     CausalConv3d,
     Level,
@@ -108,10 +108,13 @@ def library_ops(vae: CausalVAE) -> Counter[str]:
     blocks = [module for module in modules if isinstance(module, ResBlock)]
     ups = [module for module in modules if isinstance(module, Up)]
     timed = sum(up.time is not None for up in ups)
-    convs = {
+    past = sum(isinstance(module, CausalConv3d) and module.past > 0 for module in modules)
+    normed = 2 * len(blocks) + 1  # two in a block, one before the last convolution
+    ops = {
+        "norm_silu_extend": normed, "stream_extend": past - normed,
         "conv_3x3x3": len(blocks) + 1, "conv_3x3x3_add": len(blocks), "conv_3x1x1": timed, "conv_1x3x3": len(ups),
         "conv_1x1x1": sum(isinstance(block.shortcut, nn.Conv3d) for block in blocks),
         "upsample_time": timed, "duplicate_up_time": timed,
         "upsample_space": len(ups) - timed, "duplicate_up": len(ups) - timed,
     }  # fmt: skip
-    return +(stream_ops(vae) + Counter(convs))
+    return +Counter(ops)
