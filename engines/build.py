@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 
+from longtake.dtypes import BY_TRT
 from longtake.engines.channels_last import inner_videos, set_format, with_channels_last
 from longtake.engines.precheck import require_resources
 from longtake.engines.progress import BuildProgress, Interrupts
@@ -32,11 +33,6 @@ from longtake.settings import settings_from_environment
 from longtake.training.models.wan.spec import networks_of, recipe_spec
 
 log = logging.getLogger(__name__)
-
-DTYPE_NAMES = {
-    "FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
-    "BOOL": "bool", "FP8": "fp8", "FP4": "fp4",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -290,8 +286,13 @@ def check_network(trt: Any, network: Any, job: PlanJob) -> None:
     _check_aliases(job, plugins)
 
 
+def _dtype_name(tensor: Any) -> str:
+    name = tensor.dtype.name
+    return BY_TRT[name].name if name in BY_TRT else name
+
+
 def _check_bindings(job: PlanJob, kind: str, tensors: list[Any]) -> None:
-    found = {t.name: (DTYPE_NAMES.get(t.dtype.name, t.dtype.name), _shape(t.shape)) for t in tensors}
+    found = {t.name: (_dtype_name(t), _shape(t.shape)) for t in tensors}
     wanted = {n: (dtype, [-1 if isinstance(d, str) else d for d in shape]) for n, dtype, shape in job.spec[kind]}
     for name in wanted.keys() & set(job.channels_last):
         dtype, shape = wanted[name]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
-import torch
 from onnx import TensorProto
 from safetensors import safe_open
 from torch import Tensor
 
+from longtake.dtypes import BY_ONNX
 from longtake.errors import IntegrityError
 from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
@@ -31,13 +31,6 @@ CHECKPOINTS = {
     "vae_encoder_steady": "vae",
     "vae_first": "vae",
     "vae_steady": "vae",
-}
-DTYPES: dict[int, torch.dtype] = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.INT32: torch.int32,
-    TensorProto.INT64: torch.int64,
-    TensorProto.BOOL: torch.bool,
 }
 
 
@@ -135,7 +128,7 @@ def _plain(weights: Mapping[str, Tensor], tensor: TensorProto) -> Tensor:
     if tuple(value.shape) != tuple(tensor.dims):
         raise IntegrityError(f"weight {tensor.name} has another shape than the graph", got=list(value.shape),
                              expected=list(tensor.dims), fix="use a checkpoint of the same preset")  # fmt: skip
-    return value.to(DTYPES[tensor.data_type])
+    return value.to(BY_ONNX[tensor.data_type].torch)
 
 
 def _checked(weights: Mapping[str, Tensor], name: str) -> Tensor:

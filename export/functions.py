@@ -24,6 +24,7 @@ from onnx.defs import OpSchema
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.ops import REFERENCES, torch_op
@@ -33,18 +34,7 @@ DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23
 
 _DYNAMIC = ("W", "N", "K", "T", "Y", "X", "C")  # a body serves every size of these; others are fixed when it is made
-_TYPES = {
-    "int8": "tensor(int8)", "int32": "tensor(int32)", "fp32": "tensor(float)", "fp8": "tensor(float8e4m3fn)",
-}  # fmt: skip
-_ELEMENT_TYPES = {
-    "int8": TensorProto.INT8, "int32": TensorProto.INT32, "fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16,
-    "fp8": TensorProto.FLOAT8E4M3FN,
-}  # fmt: skip
 _COMPUTE_TYPES = ["tensor(bfloat16)", "tensor(float16)", "tensor(float)"]
-_TORCH_DTYPES = {
-    "compute": torch.float32, "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32,
-    "fp8": torch.float8_e4m3fn,
-}  # fmt: skip
 
 
 # --- schemas
@@ -62,20 +52,25 @@ def register_schemas() -> None:
 def op_schema(spec: OpSpec) -> OpSchema:
     """The ONNX schema of an op, with attributes `plugin_namespace` and `plugin_version` and shape inference."""
 
-    def formal(tensor: TensorSpec) -> OpSchema.FormalParameter:
-        return OpSchema.FormalParameter(tensor.name, _TYPES.get(tensor.dtype, "T"))
+    def formal(tensor: TensorSpec, ending: str = "") -> OpSchema.FormalParameter:
+        return OpSchema.FormalParameter(tensor.name + ending, _type_string(tensor.dtype))
 
     schema = OpSchema(
         spec.name,
         DOMAIN,
         DOMAIN_VERSION,
         inputs=[formal(t) for t in spec.inputs],
-        outputs=[OpSchema.FormalParameter(f"{t.name}_out", _TYPES.get(t.dtype, "T")) for t in spec.outputs],
+        outputs=[formal(t, "_out") for t in spec.outputs],
         type_constraints=[("T", _COMPUTE_TYPES, "the activation dtype")],
         attributes=[OpSchema.Attribute(a, OpSchema.AttrType.STRING, required=False) for a in PLUGIN_ATTRIBUTES],
     )
     schema.set_type_and_shape_inference_function(functools.partial(_infer_outputs, spec))
     return schema
+
+
+def _type_string(dtype: str) -> str:
+    """What an op schema calls an element type, such as "tensor(float)"; "T" is the type it computes in."""
+    return f"tensor({TensorProto.DataType.Name(DTYPES[dtype].onnx).lower()})" if dtype in DTYPES else "T"
 
 
 def _infer_outputs(spec: OpSpec, context: Any) -> None:
@@ -88,7 +83,7 @@ def _infer_outputs(spec: OpSpec, context: Any) -> None:
             context.set_output_type(output, context.get_input_type(aliases[output]))
             continue
         made_kind = made_dtype(spec, output, [str(kind.elem_type) for kind in types])
-        kind = _ELEMENT_TYPES[made_kind] if made_kind in _ELEMENT_TYPES else int(made_kind)
+        kind = DTYPES[made_kind].onnx if made_kind in DTYPES else int(made_kind)
         dims: Any = [d.dim_value or d.dim_param or None for d in types[output].shape.dim]
         if output == 0 and (made := made_shape(spec, [(0, 0)] * len(types))) is not None:
             made = made_shape(spec, shapes) if all(shapes) else None
@@ -250,7 +245,9 @@ def _exported_reference(spec: OpSpec, dims: Mapping[str, int], opset: int) -> Gr
 
 def _example(tensor: TensorSpec, dims: Mapping[str, int]) -> Tensor:
     sizes = {"W": 3, "N": 48, "K": 96, "T": 24, "Y": 5, "X": 6, "C": 32, **dims}
-    return torch.zeros(shape_of(tensor, sizes), dtype=_TORCH_DTYPES[tensor.dtype])
+    return torch.zeros(
+        shape_of(tensor, sizes), dtype=DTYPES["fp32" if tensor.dtype == "compute" else tensor.dtype].torch
+    )
 
 
 def _dynamic_dims(tensor: TensorSpec, spec: OpSpec) -> dict[int, Any]:

@@ -17,6 +17,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.export.functions import quiet_exporter, translation_table
 from longtake.training.models.network_spec import Binding, NetworkSpec
@@ -24,14 +25,6 @@ from longtake.training.models.network_spec import Binding, NetworkSpec
 OPSET = 23  # the first with FLOAT4E2M1; read by TensorRT-RTX 1.7 and ONNX Runtime 1.24
 IR_VERSION = 11
 UNIFORM_BYTES = 256  # a constant of one value above this is generated, not stored
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int32": torch.int32, "int8": torch.int8}
-ONNX_DTYPES = {
-    "fp32": onnx.TensorProto.FLOAT,
-    "bf16": onnx.TensorProto.BFLOAT16,
-    "int32": onnx.TensorProto.INT32,
-    "int8": onnx.TensorProto.INT8,
-}
 
 
 class Bound(nn.Module):
@@ -135,7 +128,7 @@ def example_input(binding: Binding, spec: NetworkSpec) -> Tensor:
     """A tensor, never touched, in the binding's dtype and shape, dynamic dimensions at their profile's optimum."""
     sizes = {name: sizes[1] for name, sizes in spec.profile}
     shape = [sizes[d] if isinstance(d, str) else d for d in binding.shape]
-    return torch.empty(shape, dtype=TORCH_DTYPES[binding.dtype])
+    return torch.empty(shape, dtype=DTYPES[binding.dtype].torch)
 
 
 def tidy(model: onnx.ModelProto, name: str) -> onnx.ModelProto:

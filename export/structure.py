@@ -10,10 +10,10 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from longtake.dtypes import DTYPES
 from longtake.errors import IntegrityError
 from longtake.export.files import check_extents
 from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP
-from longtake.export.onnx_from_model import ONNX_DTYPES
 from longtake.export.rewriter import linear_name
 from longtake.formats.describe_onnx import tensor_bytes
 from longtake.formats.onnx_file import read_onnx
@@ -119,7 +119,7 @@ def _check_bindings(
     path: Path, kind: str, values: Iterable[onnx.ValueInfoProto], bindings: tuple[Binding, ...]
 ) -> None:
     got = [_binding(value) for value in values]
-    wanted = [(b.name, ONNX_DTYPES[b.dtype], tuple(b.shape)) for b in bindings]
+    wanted = [(b.name, DTYPES[b.dtype].onnx, tuple(b.shape)) for b in bindings]
     for have, want in zip(got, wanted):
         if have != want:
             raise _broken(path, f"has other {kind} than the engine spec", _shown(have), _shown(want))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.plugins import driver
 from longtake.plugins.kernels import (
@@ -30,10 +31,6 @@ from longtake.plugins.nvrtc import compile_cubin
 from longtake.plugins.spec import OpSpec, TensorSpec
 
 ALIGNMENT = 16  # bytes; the kernels load vectors of that size
-TORCH_DTYPES = {
-    "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32, "bf16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-}  # fmt: skip
 
 
 def compute_capability_of(given: str = "") -> str:
@@ -203,7 +200,7 @@ def _output(
 ) -> Tensor:
     """`given`, checked, or a new tensor."""
     if given is None:
-        return torch.empty(shape_of(spec, dims), dtype=_torch_dtype(spec, dtype), device=device)
+        return torch.empty(shape_of(spec, dims), dtype=torch_dtype(spec, dtype), device=device)
     if tuple(given.shape) != shape_of(spec, dims):
         raise LongtakeError(
             f"{op_name}: {spec.name} has the wrong shape", got=list(given.shape), expected=list(shape_of(spec, dims))
@@ -212,13 +209,14 @@ def _output(
     return given
 
 
-def _torch_dtype(tensor: TensorSpec, dtype: str) -> torch.dtype:
-    return TORCH_DTYPES[dtype if tensor.dtype == "compute" else tensor.dtype]
+def torch_dtype(tensor: TensorSpec, dtype: str = COMPUTE_DTYPES[0]) -> torch.dtype:
+    """What `tensor` holds in torch where the op computes in `dtype`."""
+    return DTYPES[dtype if tensor.dtype == "compute" else tensor.dtype].torch
 
 
 def _compute_dtype(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> str | None:
     """The dtype of the first tensor that has the compute dtype, or None if the op has no such input."""
-    names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items() if name in COMPUTE_DTYPES}
+    names = {DTYPES[name].torch: name for name in COMPUTE_DTYPES}
     for spec, tensor in zip(specs, tensors):
         if spec.dtype == "compute":
             return names.get(tensor.dtype, str(tensor.dtype))
@@ -228,7 +226,7 @@ def _compute_dtype(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> st
 def _check_tensor(op_name: str, spec: TensorSpec, tensor: Tensor, dtype: str) -> None:
     if dtype not in COMPUTE_DTYPES:
         raise LongtakeError(f"{op_name}: unknown compute dtype", got=dtype, expected=" | ".join(COMPUTE_DTYPES))
-    wanted = _torch_dtype(spec, dtype)
+    wanted = torch_dtype(spec, dtype)
     if not tensor.is_cuda or tensor.dtype != wanted or not tensor.is_contiguous():
         contiguous = "contiguous" if tensor.is_contiguous() else "not contiguous"
         raise LongtakeError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.dtypes import DTYPES, of_torch
 from longtake.plugins.block_norm.reference import BLOCK_NORM_REFERENCES, rms_norm
 from longtake.plugins.conv.reference import conv_1x1x1, conv_1x3x3, conv_3x1x1, conv_3x3x3, conv_3x3x3_add
 from longtake.plugins.cross_attention.reference import cross_attention
@@ -54,13 +55,6 @@ REFERENCES: dict[str, Callable[..., Any]] = {
 }
 
 
-DTYPES = {
-    "int8": torch.int8, "int32": torch.int32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn,
-}  # fmt: skip
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
 def torch_schema(spec: OpSpec) -> str:
     """The torch operator schema of an op, for example "(Tensor values, Tensor scales) -> Tensor"."""
     inputs = ", ".join(f"Tensor {t.name}" for t in spec.inputs)
@@ -82,7 +76,11 @@ def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
         made = []
         for i in range(len(spec.outputs)):
             like = inputs[aliases.get(i, i)]
-            kind = like.dtype if i in aliases else DTYPES[made_dtype(spec, i, [NAMES.get(x.dtype, "") for x in inputs])]
+            kind = (
+                like.dtype
+                if i in aliases
+                else DTYPES[made_dtype(spec, i, [of_torch(x.dtype).name for x in inputs])].torch
+            )
             shape = made_shape(spec, [x.shape for x in inputs]) if i == 0 else None
             made.append(like.new_empty(like.shape if shape is None else shape, dtype=kind))
         return tuple(made) if len(made) > 1 else made[0]

@@ -10,16 +10,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
+from longtake.dtypes import BY_ONNX
 from longtake.errors import IntegrityError
 from longtake.plugins.spec import DOMAIN
-
-BITS: dict[int, int] = {
-    TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16,
-    TensorProto.INT64: 64, TensorProto.INT32: 32, TensorProto.INT16: 16, TensorProto.INT8: 8,
-    TensorProto.UINT64: 64, TensorProto.UINT32: 32, TensorProto.UINT16: 16, TensorProto.UINT8: 8,
-    TensorProto.BOOL: 8, TensorProto.FLOAT8E4M3FN: 8, TensorProto.FLOAT8E5M2: 8,
-    TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4,
-}  # fmt: skip
 
 
 def onnx_from_file(path: Path) -> onnx.ModelProto:
@@ -88,7 +81,7 @@ def _elements(tensor: TensorProto) -> int:
 
 def tensor_bytes(tensor: TensorProto) -> int:
     """Bytes that `tensor` takes on disk (two 4-bit elements a byte)."""
-    return -(-_elements(tensor) * BITS.get(tensor.data_type, 32) // 8)
+    return BY_ONNX[tensor.data_type].bytes(_elements(tensor)) if tensor.data_type in BY_ONNX else 4 * _elements(tensor)
 
 
 def weights_by_type(model: onnx.ModelProto) -> dict[str, dict[str, int]]:

@@ -12,18 +12,9 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_model, load_external_data_for_tensor, uses_external_data
 
+from longtake.dtypes import BY_ONNX
 from longtake.errors import IntegrityError, LongtakeError
 
-TORCH_DTYPES: dict[int, torch.dtype] = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.FLOAT16: torch.float16,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.INT8: torch.int8,
-    TensorProto.INT32: torch.int32,
-    TensorProto.INT64: torch.int64,
-    TensorProto.BOOL: torch.bool,
-    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
-}
 # The constants asked for, one after the other in the dtype stored: from a file, or made up on the device.
 WeightSource = Callable[[set[str]], Iterator[tuple[str, torch.Tensor]]]
 RE_EXPORT = "export it again: longtake export --force"
@@ -88,7 +79,8 @@ def weights_from_onnx(path: Path, names: set[str]) -> Iterator[tuple[str, torch.
 
 
 def _tensor(tensor: TensorProto, path: Path) -> torch.Tensor:
-    if tensor.data_type not in TORCH_DTYPES:
+    dtype = BY_ONNX.get(tensor.data_type)
+    if dtype is None or not dtype.torch_name:
         raise LongtakeError(f"weight {tensor.name} has a dtype engines are not fed with", got=tensor.data_type)
     if tensor.data_location == TensorProto.EXTERNAL:
         location, offset, length = _extent(tensor)
@@ -98,7 +90,7 @@ def _tensor(tensor: TensorProto, path: Path) -> torch.Tensor:
     else:
         content = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
         raw = np.frombuffer(content, dtype=np.uint8).copy()
-    return torch.from_numpy(raw).view(TORCH_DTYPES[tensor.data_type]).reshape(tuple(tensor.dims))
+    return torch.from_numpy(raw).view(dtype.torch).reshape(tuple(tensor.dims))
 
 
 def read_onnx(path: Path, content: bool = True) -> onnx.ModelProto:

@@ -25,7 +25,7 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.plugins.bench.harness import exit_code, milliseconds, no_gpu, print_rows, relative_error
 from longtake.plugins.kernels import shape_of
-from longtake.plugins.launch import TORCH_DTYPES, Launcher, run_kernel
+from longtake.plugins.launch import Launcher, run_kernel, torch_dtype
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.library import LAUNCHERS
 from longtake.plugins.sink_attention.reference import dequantize_kv
@@ -49,7 +49,7 @@ class Attention:
             return torch.randn(shape, device="cuda", generator=generator, dtype=torch.bfloat16)
 
         specs = cache_tensors(fmt)
-        types = [TORCH_DTYPES["bf16" if spec.dtype == "compute" else spec.dtype] for spec in specs]
+        types = [torch_dtype(spec) for spec in specs]
         self.cache = [torch.zeros(shape_of(s, dims), dtype=t, device="cuda") for s, t in zip(specs, types)]
         for slot in range(dims["S"]):
             where = torch.tensor([slot], dtype=torch.int32, device="cuda")

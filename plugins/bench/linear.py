@@ -23,11 +23,11 @@ from longtake.errors import LongtakeError
 from longtake.plugins.bench.harness import exit_code, milliseconds, no_gpu, print_rows, relative_error
 from longtake.plugins.kernels import shape_of
 from longtake.plugins.linear.library import CublasLtLinear
+from longtake.plugins.nvfp4.formats import E4M3_MAX
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import LINEAR_OPS
 
 COLUMNS = ("op", "T", "N", "K", "accum", "ms", "tflops", "error", "note")
-E4M3_MAX = 448.0
 
 
 def tensors_for(op_name: str, dims: dict[str, int]) -> list[Tensor]:

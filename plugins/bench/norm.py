@@ -16,7 +16,7 @@ from torch import Tensor
 from longtake.plugins.bench.harness import milliseconds, no_gpu
 from longtake.plugins.cross_attention.library import cross_attention_launcher
 from longtake.plugins.kernels import shape_of
-from longtake.plugins.launch import TORCH_DTYPES, Launcher, OpLauncher
+from longtake.plugins.launch import Launcher, OpLauncher, torch_dtype
 from longtake.plugins.ops import REFERENCES
 from longtake.plugins.spec import BLOCK_OPS, OPS
 
@@ -30,9 +30,9 @@ def tensors_for(op: str, dims: dict[str, int]) -> list[Tensor]:
     for tensor in OPS[op].inputs:
         values = torch.randn(shape_of(tensor, dims), device="cuda", generator=generator)
         values = values.abs() * 100 if tensor.name == "factor" else values
-        made.append(values.to(TORCH_DTYPES["bf16" if tensor.dtype == "compute" else tensor.dtype]))
+        made.append(values.to(torch_dtype(tensor)))
     for tensor in OPS[op].outputs:
-        kind = TORCH_DTYPES["bf16" if tensor.dtype == "compute" else tensor.dtype]
+        kind = torch_dtype(tensor)
         made.append(torch.empty(shape_of(tensor, dims), dtype=kind, device="cuda"))
     return made
 

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from longtake.plugins.bench.harness import milliseconds
-from longtake.plugins.launch import TORCH_DTYPES, Launcher
+from longtake.plugins.launch import Launcher
 from longtake.plugins.ops import REFERENCES
 
 # op, frames, height, width, channels, how often in a step
@@ -33,7 +33,7 @@ def measure(op: str, frames: int, height: int, width: int, channels: int) -> tup
     torch.manual_seed(0)
     sizes = {"T": frames, "Y": height, "X": width, "C": channels, "F": PAST}
     x, cache, y = (
-        torch.randn(n, height, width, channels, device="cuda", dtype=TORCH_DTYPES["bf16"])
+        torch.randn(n, height, width, channels, device="cuda", dtype=torch.bfloat16)
         for n in (frames, PAST, frames + PAST)
     )
     gamma = [torch.randn(channels, device="cuda", dtype=x.dtype)] if op.startswith("norm") else []

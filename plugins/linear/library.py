@@ -22,7 +22,7 @@ from longtake.errors import LongtakeError, UnavailableError
 from longtake.machine.capability import linear_method
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims, shape_of
-from longtake.plugins.launch import TORCH_DTYPES, OpLauncher, compute_capability_of
+from longtake.plugins.launch import OpLauncher, compute_capability_of, torch_dtype
 from longtake.plugins.spec import LINEAR_OPS
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class CublasLtLinear(OpLauncher):
         """See OpLauncher.prepare. Raises UnavailableError if the library declines the sizes. Takes memory for a moment."""
         if self._one is None:
             one = self.ones("cuda")
-            kinds = [TORCH_DTYPES["bf16" if t.dtype == "compute" else t.dtype] for t in self._tensors]
+            kinds = [torch_dtype(t) for t in self._tensors]
             try:
                 self.multiply(*(one.new_zeros(s, dtype=t) for s, t in zip(self._shapes(), kinds)), one=one)
             except RuntimeError as error:
@@ -70,7 +70,7 @@ class CublasLtLinear(OpLauncher):
         """See OpLauncher.launch."""
         self._check(pointers, workspace, table_len)
         self.prepare()
-        kinds = (TORCH_DTYPES["bf16" if t.dtype == "compute" else t.dtype] for t in self._tensors)
+        kinds = (torch_dtype(t) for t in self._tensors)
         tensors = [tensor_at(*given) for given in zip(pointers, self._shapes(), kinds)]
         with on_stream(stream):
             self.multiply(*tensors, one=self._one)

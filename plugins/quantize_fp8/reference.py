@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-E4M3_MAX = 448.0
+from longtake.plugins.nvfp4.formats import E4M3_MAX
 
 
 def quantize_fp8(x: Tensor, factor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longtake.plugins import driver
 from longtake.plugins.kernels import dims_from_shapes, shape_of
-from longtake.plugins.launch import TORCH_DTYPES, Launcher
+from longtake.plugins.launch import Launcher, torch_dtype
 from longtake.plugins.nvrtc import INCLUDE
 from longtake.plugins.spec import OPS
 
@@ -78,7 +78,7 @@ class HostDevice:
             if i in aliases
             else out
             if out is not None
-            else torch.full(shape_of(t, dims), nan).to(TORCH_DTYPES.get(t.dtype, TORCH_DTYPES[launcher.dtype]))
+            else torch.full(shape_of(t, dims), nan).to(torch_dtype(t, launcher.dtype))
             for i, t in enumerate(spec.outputs)
         )
         workspace = torch.full((max(launcher.workspace_bytes, 1),), 0x7F, dtype=torch.uint8)
