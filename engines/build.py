@@ -21,7 +21,7 @@ from longtake.engines.segment import segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import atomic_path
 from longtake.formats import segmented_graph
-from longtake.formats.onnx_file import onnx_digest, read_graph
+from longtake.formats.onnx_file import onnx_digest, read_onnx
 from longtake.formats.plan import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
 from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import Segment, segment_spec
@@ -119,7 +119,7 @@ def _jobs_of(
 ) -> list[PlanJob]:
     """The plans of one network. A segmented recipe's networks are cut, those without custom ops into one segment: their
     weights go from the exported file to the device, and no plan holds them."""
-    model = read_graph(path)
+    model = read_onnx(path, "small")
     ops = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
     segments = out / f"{network}.segments.json"
     if recipe.mode == "fused" or (network in inside and not ops):

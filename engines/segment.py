@@ -18,7 +18,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from longtake.dtypes import BY_ONNX, DTYPES
 from longtake.errors import LongtakeError
-from longtake.formats.onnx_file import WEIGHT_BYTES, constants_of
+from longtake.formats.onnx_file import INLINE_BYTES, constants_of
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
 from longtake.plugins.spec import DOMAIN, LIBRARY_OPS, OPS, made_dtype, made_shape
 
@@ -152,7 +152,7 @@ class _GraphView:
 
     def is_weight(self, name: str) -> bool:
         """Whether a constant goes in as an input: it is large, or comes out of an unpack."""
-        return name in self.unpacks or _bytes(self.type_of(name)) > WEIGHT_BYTES
+        return name in self.unpacks or _bytes(self.type_of(name)) > INLINE_BYTES
 
 
 class _Body:
@@ -321,7 +321,7 @@ def _raw(tensor: TensorProto) -> bytes:
         raise LongtakeError(
             "a small constant lies in external data",
             got=tensor.name,
-            expected=f"constants of up to {WEIGHT_BYTES} bytes inside the ONNX file",
+            expected=f"constants of up to {INLINE_BYTES} bytes inside the ONNX file",
             fix="load the model with its external data, or export again with a size threshold",
         )
     return numpy_helper.to_array(tensor).tobytes()

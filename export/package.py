@@ -17,7 +17,7 @@ import onnx
 import torch
 
 from longtake.export.content import Weights, stored_tensors
-from longtake.export.files import data_path, is_reference, write_onnx, write_skeleton
+from longtake.export.files import is_reference, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
 from longtake.export.onnx_from_model import OPSET, onnx_from_model
@@ -25,9 +25,8 @@ from longtake.export.ort_view import ort_view
 from longtake.export.rewriter import linear_name
 from longtake.export.structure import Expected, check_structure
 from longtake.files import atomic_path, require_disk, sha256, write_json
-from longtake.formats.describe_onnx import tensor_bytes
 from longtake.formats.exported import FORMAT, INDEX
-from longtake.formats.onnx_file import read_onnx
+from longtake.formats.onnx_file import data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import LINEARS, Recipe
 from longtake.paths import REPOSITORY
 from longtake.plugins.spec import PLUGIN_VERSION
@@ -149,7 +148,7 @@ def _export_network(
 
 def _view(path: Path) -> list[Path]:
     """Write the view of an ONNX file if it fits into one message; its path, or nothing."""
-    if view_bytes(read_onnx(path, content=False)) > VIEW_BYTES:
+    if view_bytes(read_onnx(path, "none")) > VIEW_BYTES:
         view_path(path).unlink(missing_ok=True)
         return []
     with atomic_path(view_path(path)) as partial:

@@ -12,11 +12,9 @@ from onnx import NodeProto, TensorProto, helper
 
 from longtake.dtypes import DTYPES
 from longtake.errors import IntegrityError
-from longtake.export.files import check_extents
 from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP
 from longtake.export.rewriter import linear_name
-from longtake.formats.describe_onnx import tensor_bytes
-from longtake.formats.onnx_file import read_onnx
+from longtake.formats.onnx_file import data_sizes, read_onnx, tensor_bytes
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
@@ -85,9 +83,9 @@ def check_structure(path: Path, expected: Expected, skeleton: bool = False) -> N
         LongtakeError: the file is missing.
         IntegrityError: it is damaged or differs from `expected`; the message names the file and the difference.
     """
-    model = read_onnx(path, content=False)
+    model = read_onnx(path, "none")
     if not skeleton:
-        check_extents(model, path)
+        data_sizes(model, path)
     try:
         onnx.checker.check_model(_weights_as_inputs(model))
     except (onnx.checker.ValidationError, ValueError) as error:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import onnx
 import torch
 from torch import Tensor
 
 from longtake.dtypes import BY_ONNX, DType
-from longtake.formats.onnx_file import constants_of, weights_from_onnx
+from longtake.formats.onnx_file import constants_of, read_onnx, tensor_value
 from longtake.training.models.random_weights import random_weight
 
 PACKED = (".values", ".scales", ".scale")
@@ -25,7 +24,7 @@ CHUNK = 1 << 22  # elements quantized at a time: the codec's fp32 and int32 inte
 
 def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]], Iterator[tuple[str, Tensor]]]:
     """A WeightSource (longtake/formats/onnx_file.py) that makes an exported file's weights up: its data file may be absent."""
-    constants = constants_of(onnx.load(str(onnx_path), load_external_data=False))
+    constants = constants_of(read_onnx(onnx_path, "none"))
     tensors = {name: (BY_ONNX[t.data_type], tuple(t.dims)) for name, t in constants.items()}
 
     def weights(names: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -33,7 +32,7 @@ def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]]
         for name in sorted(names):
             base = base_name(name)
             if "." not in name:  # a constant of the graph itself, such as the ones of a plain LayerNorm
-                yield name, graph_constant(constants[name], onnx_path).to(device)
+                yield name, tensor_value(constants[name], onnx_path).to(device)
                 continue
             if base is None:
                 dtype, shape = tensors[name]
@@ -64,13 +63,6 @@ def in_own_memory(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return kept
-
-
-def graph_constant(tensor: onnx.TensorProto, onnx_path: Path) -> Tensor:
-    """A constant with the value it has in the file; a skeleton holds these itself, whatever their size."""
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return next(weights_from_onnx(onnx_path, {tensor.name}))[1]
-    return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).to(BY_ONNX[tensor.data_type].torch)
 
 
 def base_name(name: str) -> str | None:

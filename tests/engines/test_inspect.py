@@ -64,7 +64,7 @@ def test_onnx_external_data_is_measured_and_missed(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="weights of linear.onnx are missing or truncated"):
         describe(path)
     data.unlink()
-    with pytest.raises(IntegrityError, match="no such file"):
+    with pytest.raises(IntegrityError, match=r"linear.onnx.data does not exist"):
         describe(path)
 
 
@@ -72,7 +72,7 @@ def test_onnx_external_data_is_measured_and_missed(tmp_path: Path) -> None:
 def test_truncated_onnx(tmp_path: Path, keep: int) -> None:
     path = _fp4_linear(tmp_path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(IntegrityError, match="is not a whole ONNX file"):
+    with pytest.raises(IntegrityError, match="is not a readable ONNX model"):
         describe(path)
 
 

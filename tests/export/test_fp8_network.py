@@ -20,7 +20,7 @@ from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.rewriter import linear_name
 from longtake.formats.exported import load_index
-from longtake.formats.onnx_file import read_graph, weights_from_onnx
+from longtake.formats.onnx_file import read_onnx, weights_from_onnx
 from longtake.machine.flavour import flavour_for
 from longtake.plugins.spec import DOMAIN
 from longtake.training.models.load import random_models
@@ -66,7 +66,7 @@ def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cut(dit_file: Path) -> CutNetwork:
-    return segments_from_onnx(read_graph(dit_file), "dit")
+    return segments_from_onnx(read_onnx(dit_file, "small"), "dit")
 
 
 def test_middle_layers_share_one_plan_though_their_scales_differ(cut: CutNetwork) -> None:

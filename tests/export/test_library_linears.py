@@ -15,7 +15,7 @@ from longtake.export.content import weights_from_models
 from longtake.export.package import export_package
 from longtake.export.structure import Expected, check_structure
 from longtake.formats.exported import require_recipe
-from longtake.formats.onnx_file import read_graph
+from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Recipe, recipe_from_file
 from longtake.machine.flavour import flavour_for
 from longtake.paths import REPOSITORY
@@ -36,7 +36,7 @@ def exported(request, small_models, small_graphs, tmp_path_factory) -> Package: 
 
 @pytest.fixture(scope="module")
 def cut(exported: Package) -> CutNetwork:
-    return segments_from_onnx(read_graph(exported[1] / "dit.onnx"), "dit")
+    return segments_from_onnx(read_onnx(exported[1] / "dit.onnx", "small"), "dit")
 
 
 def test_every_network_agrees_with_pytorch(exported: Package, small_models) -> None:  # type: ignore[no-untyped-def]

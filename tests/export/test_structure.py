@@ -10,10 +10,10 @@ import pytest
 from onnx import helper
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.export.files import data_path, write_onnx
+from longtake.export.files import write_onnx
 from longtake.export.structure import Expected, check_structure
 from longtake.formats.exported import load_index
-from longtake.formats.onnx_file import read_onnx
+from longtake.formats.onnx_file import data_path, read_onnx
 from longtake.training.models.wan.spec import network_spec
 
 Tamper = Callable[[onnx.ModelProto], object]

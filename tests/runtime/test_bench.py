@@ -92,12 +92,12 @@ def test_8_bit_parts_are_what_the_exporter_stores(monkeypatch: pytest.MonkeyPatc
 def test_an_exported_file_is_fed_by_name_and_like_pytorch(recipe: str) -> None:
     """Every constant that segments take as input, in the dtype and shape stored; plain ones equal PyTorch's."""
     from longtake.dtypes import BY_ONNX
-    from longtake.formats.onnx_file import constants_of, read_graph
+    from longtake.formats.onnx_file import constants_of, read_onnx
 
     path = EXPORTS / recipe_named(recipe).onnx_name / "dit.onnx"
     if not path.is_file():
         pytest.skip(f"{path} is not exported")
-    constants = constants_of(read_graph(path))
+    constants = constants_of(read_onnx(path, "small"))
     names = {name for name in constants if name.startswith("blocks.0.")}
     dit = random_dit(TINY, CPU).state_dict()
     seen = dict(weights.random_weights(path, CPU)(names))

@@ -13,7 +13,7 @@ import torch
 from longtake.engines.segment import segments_from_onnx
 from longtake.export import package
 from longtake.export.package import PlainGraphs
-from longtake.formats.onnx_file import read_graph
+from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.plugins.spec import CONV_OPS, DOMAIN, STREAM_OPS
 from longtake.runtime.backends.segments.arena import memory_layout, storage_bytes
@@ -74,7 +74,7 @@ def test_a_decoder_of_ops_gives_the_same_frames_and_caches(count: int, in_place:
 def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(tmp_path: Path) -> None:
     recipe = replace(recipe_named("tiny_bf16_sm90"), vae_ops="library")
     package._export_network(PlainGraphs(TINY), recipe, "vae_steady", tmp_path, lambda words: None, None)
-    cut = segments_from_onnx(read_graph(tmp_path / "vae_steady.onnx"), "vae_steady")
+    cut = segments_from_onnx(read_onnx(tmp_path / "vae_steady.onnx", "small"), "vae_steady")
     ops = Counter(step.name for step in cut.graph.steps if step.kind == "op")
     assert ops == library_ops(CausalVAE(TINY.vae))
     assert len(cut.graph.segments) == 3 == sum(step.kind == "segment" for step in cut.graph.steps)
@@ -104,7 +104,7 @@ def test_both_networks_have_the_same_caches(recipe: Recipe) -> None:
 def test_the_graph_is_cut_at_the_ops_and_blocks_share_plans(recipe: Recipe, tmp_path: Path) -> None:
     graphs = PlainGraphs(TINY)
     package._export_network(graphs, recipe, "vae_steady", tmp_path, lambda words: None, None)
-    cut = segments_from_onnx(read_graph(tmp_path / "vae_steady.onnx"), "vae_steady")
+    cut = segments_from_onnx(read_onnx(tmp_path / "vae_steady.onnx", "small"), "vae_steady")
     ops = [step for step in cut.graph.steps if step.kind == "op"]
     assert len(ops) == len(decoder_cache_shapes(TINY, True))
     assert {step.name for step in ops} == set(STREAM_OPS)
