@@ -20,7 +20,6 @@ from longtake.training.convert.calibrate import calibrate_folder
 from longtake.training.convert.files import read_container
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
-from longtake.training.convert.writer import write_checkpoint
 from longtake.training.models.presets import Preset, preset_named
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
@@ -163,7 +162,7 @@ def write(models: list[Converted], out: Path) -> None:
     require_disk(out, total + SLACK)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", leave=False, dynamic_ncols=True) as bar:
         for model in models:
-            write_checkpoint(out / f"{model.kind}.safetensors", model, bar.update)
+            model.write(out / f"{model.kind}.safetensors", bar.update)
 
 
 def calibrate(args: argparse.Namespace, preset: Preset) -> None:

@@ -10,17 +10,18 @@ import contextlib
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, read_json, sha256, write_json
+from longtake.training.models.safetensors_stream import Shaped, write_tensors
 
 FORMAT = 1
 PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
@@ -40,16 +41,25 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "modelopt": modelopt.__version__}
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write `tensors` and their side file so that a crash at any moment leaves the old pair or the new one.
+def save_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Shaped],
+    meta: dict[str, Any],
+    make: Callable[[str], Tensor] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Write `tensors`, one after the other, and their side file so that a crash at any moment leaves the old pair or the new one.
 
     The new side file waits beside the old one until the tensors have their final name; `finish_save` ends a save that
     was cut off between the two renames. `meta` must hold "kind" and "preset"; digest, format and versions are added.
+
+    make: makes the tensor of a name where `tensors` knows only its shape and dtype. progress: called with the bytes of
+    each tensor written.
     """
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = make or cast(Mapping[str, Tensor], tensors).__getitem__
     with atomic_path(path) as partial:
-        save_file(flat, partial)
-        digest = sha256(partial)
+        with open(partial, "wb") as out:
+            digest = write_tensors(out, tensors, content, progress)
         write_json(pending_side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions()})
     _put_in_place(pending_side_file(path), side_file(path))
 
