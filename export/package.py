@@ -11,7 +11,6 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -24,8 +23,8 @@ from longtake.export.onnx_from_model import OPSET, onnx_from_model
 from longtake.export.ort_view import ort_view
 from longtake.export.rewriter import linear_name
 from longtake.export.structure import Expected, check_structure
-from longtake.files import atomic_path, require_disk, sha256, write_json
-from longtake.formats.exported import FORMAT, INDEX
+from longtake.files import atomic_path, require_disk, sha256
+from longtake.formats.exported import KIND, NAME, Export, ExportedFile, ExportedNetwork
 from longtake.formats.onnx_file import data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import LINEARS, Recipe
 from longtake.paths import REPOSITORY
@@ -71,8 +70,8 @@ class PlainGraphs:
 
 def export_package(
     graphs: PlainGraphs, recipe: Recipe, folder: Path, inputs: str, progress: Progress, weights: Weights | None
-) -> dict[str, Any]:
-    """Export every network of `recipe` into `folder` and return what export.json holds (also written).
+) -> Export:
+    """Export every network of `recipe` into `folder` and return its description (also written).
 
     Args:
         inputs: digest of checkpoints and code, kept to recognise a package that is up to date.
@@ -84,28 +83,26 @@ def export_package(
         IntegrityError: an exported file fails its structural check, or a weight is missing or of another shape.
     """
     require_disk(folder, disk_needed(graphs, recipe) if weights else 16 << 20)
-    (folder / INDEX).unlink(missing_ok=True)
+    (folder / NAME).unlink(missing_ok=True)
     names = networks_of(graphs.preset)
     networks = {name: _export_network(graphs, recipe, name, folder, progress, weights) for name in names}
-    index = {
-        "format": FORMAT,
-        "onnx_name": recipe.onnx_name,
-        "preset": recipe.preset,
-        "precision": recipe.precision,
-        "cache": recipe.cache,
-        "linears": recipe.linears,
-        "opset": OPSET,
-        "plugin_version": PLUGIN_VERSION,
-        "inputs": inputs,
-        "skeleton": weights is None,
-        "networks": networks,
-        "amax": weights.amax if weights else {},
-        "vocabulary": list(weights.vocabulary) if weights else [],
-        "versions": versions(),
-        "parity": [],
-    }
-    write_json(folder / INDEX, index)
-    return index
+    export = Export(
+        onnx_name=recipe.onnx_name,
+        preset=recipe.preset,
+        precision=recipe.precision,
+        cache=recipe.cache,
+        networks=networks,
+        vocabulary=weights.vocabulary if weights else (),
+        linears=recipe.linears,
+        opset=OPSET,
+        plugin_version=PLUGIN_VERSION,
+        inputs=inputs,
+        skeleton=weights is None,
+        amax=weights.amax if weights else {},
+        versions=versions(),
+    )
+    export.write(folder)
+    return export
 
 
 def steps_of(preset: Preset) -> int:
@@ -115,8 +112,8 @@ def steps_of(preset: Preset) -> int:
 
 def _export_network(
     graphs: PlainGraphs, recipe: Recipe, name: str, folder: Path, progress: Progress, weights: Weights | None
-) -> dict[str, Any]:
-    """Export, lower, check and view one network; the entry of export.json."""
+) -> ExportedNetwork:
+    """Export, lower, check and view one network."""
     spec = recipe_spec(recipe, name, graphs.preset)
     path = folder / f"{name}.onnx"
     progress(f"{name}: PyTorch to ONNX")
@@ -139,11 +136,8 @@ def _export_network(
     check_structure(path, expected, skeleton=weights is None)
     progress(f"{name}: view for ONNX Runtime")
     files = [path] if weights is None else [path, data_path(path), *_view(path)]
-    return {
-        "spec": spec.as_json(),
-        "linears": lowered,
-        "files": {f.name: {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files},
-    }
+    described = {f.name: ExportedFile(sha256(f), f.stat().st_size) for f in files}
+    return ExportedNetwork(described, spec.as_json(), tuple(lowered))
 
 
 def _view(path: Path) -> list[Path]:
@@ -208,7 +202,7 @@ def code_digest() -> str:
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
     vae = recipe.vae_latents_per_step, recipe.vae_fold_upsampling, recipe.vae_ops
-    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.linears, *vae, versions()
+    fields = KIND.format, recipe.model, recipe.precision, recipe.cache, recipe.linears, *vae, versions()
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())
     if checkpoints is not None:

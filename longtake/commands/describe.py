@@ -11,6 +11,7 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, sha256
 from longtake.formats.describe_checkpoint import describe_safetensors, safetensors_header
 from longtake.formats.describe_onnx import describe_onnx
+from longtake.formats.exported import Export
 from longtake.formats.plan import manifest_path, read_manifest
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.snapshot import snapshot_from_file
@@ -98,7 +99,8 @@ def describe_exported(path: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: it is not whole, or not the file that was exported under its name.
     """
-    expected = _exported_digests(path.parent)
+    export = Export.find(path.parent)
+    expected = export.digests if export else {}
     for name in (path.name, f"{path.name}.data"):
         file = path.parent / name
         if name in expected and file.is_file() and (got := sha256(file)) != expected[name]:
@@ -109,18 +111,6 @@ def describe_exported(path: Path) -> dict[str, Any]:
                 fix="longtake export --force",
             )
     return {**describe_onnx(path), "digest": "matches export.json" if path.name in expected else "not given"}
-
-
-def _exported_digests(folder: Path) -> dict[str, str]:
-    """{file name: sha256} of the export.json in `folder`; empty without one."""
-    if not (folder / "export.json").is_file():
-        return {}
-    index = read_json(folder / "export.json")
-    try:
-        files = [entry["files"] for entry in index["networks"].values()]
-        return {name: entry["sha256"] for group in files for name, entry in group.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{folder / 'export.json'} is no export description", got=repr(error)) from None
 
 
 def describe_tensors(path: Path) -> dict[str, Any]:

@@ -111,14 +111,14 @@ def build(
     Raises:
         IntegrityError: an exported file is not what was exported; no plan is built from it.
     """
-    from longtake.formats.exported import load_index, require_recipe
+    from longtake.formats.exported import Export
 
-    if not (onnx / "export.json").is_file():
+    if not Export.is_in(onnx):
         from longtake.commands.export import export
 
         print(f"  {onnx} is not exported yet; exporting first")
         export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
-    require_recipe(load_index(onnx), onnx, recipe, content=recipe.mode == "fused")
+    Export.read(onnx).require_recipe(recipe, onnx, weights=recipe.mode == "fused")
     results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside, channels_last)
     write_bundle(out, recipe, flavour, onnx, [result.path for result in results])
     return results

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, sha256, write_json
+from longtake.formats.exported import Export
 from longtake.formats.recipe import Gate, Recipe
 from longtake.machine.flavour import Flavour
 
@@ -72,8 +73,7 @@ def _checked(path: Path, expected: str | None, fix: str) -> Path:
 
 def write_bundle(folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, plans: Sequence[Path]) -> Path:
     """Describe the plans in `folder`, built from the export in `onnx`."""
-    exported = read_json(onnx / "export.json") if (onnx / "export.json").is_file() else {}
-    words = exported.get("vocabulary")
+    export = Export.find(onnx)
     own = [*plans, *folder.glob("*.segments.json")]
     sources = sorted(path for pattern in ("*.onnx", "*.onnx.data") for path in onnx.glob(pattern))
     write_json(
@@ -87,8 +87,8 @@ def write_bundle(folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, pla
             "onnx": os.path.relpath(onnx.resolve(), folder.resolve()),
             "files": {path.name: sha256(path) for path in sorted(own)},
             "onnx_files": {path.name: sha256(path) for path in sources},
-            "vocabulary": list(_shipped_vocabulary() if words is None else words),
-            "export_inputs": exported.get("inputs", ""),
+            "vocabulary": list(export.vocabulary if export else _shipped_vocabulary()),
+            "export_inputs": export.inputs if export else "",
         },
     )
     return folder / NAME

@@ -20,6 +20,7 @@ from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import read_json, write_json
 from longtake.formats import bundle as bundle_module
 from longtake.formats.bundle import load_bundle, write_bundle
+from longtake.formats.exported import Export
 from longtake.formats.plan import manifest_path
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.machine.flavour import Flavour, flavour_for
@@ -84,7 +85,7 @@ def exported(tmp_path: Path) -> Path:
     folder = tmp_path / "onnx"
     folder.mkdir()
     onnx.save(miniature.model_of_layers(4), folder / "dit.onnx")
-    write_json(folder / "export.json", {"vocabulary": ["red", "seven"], "inputs": "abc"})
+    Export("tiny_bf16", "tiny", "bf16", "bf16", {}, ("red", "seven"), inputs="abc").write(folder)
     return folder
 
 

@@ -18,6 +18,7 @@ from longtake.commands import inspect as inspect_cli
 from longtake.commands.describe import describe
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256, write_json
+from longtake.formats.exported import Export, ExportedFile, ExportedNetwork
 from longtake.formats.plan import PlanManifest, write_manifest
 
 
@@ -141,8 +142,8 @@ def test_swapped_plan(tmp_path: Path) -> None:
 
 def test_swapped_onnx_is_caught_by_the_export_description(tmp_path: Path) -> None:
     path = _fp4_linear(tmp_path)
-    entry = {"files": {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}}}
-    write_json(tmp_path / "export.json", {"onnx_name": "tiny_nvfp4", "networks": {"linear": entry}})
+    files = {path.name: ExportedFile(sha256(path), path.stat().st_size)}
+    Export("tiny_nvfp4", "tiny", "nvfp4", "nvfp4", {"linear": ExportedNetwork(files)}, ()).write(tmp_path)
     assert describe(path)["digest"] == "matches export.json"
     assert describe(tmp_path)["kind"] == "export description"
     model = onnx.load(str(path))

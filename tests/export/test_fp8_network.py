@@ -19,7 +19,7 @@ from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.rewriter import linear_name
-from longtake.formats.exported import load_index
+from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx, weights_from_onnx
 from longtake.machine.flavour import flavour_for
 from longtake.plugins.spec import DOMAIN
@@ -42,7 +42,7 @@ def test_every_network_agrees_with_pytorch(package) -> None:  # type: ignore[no-
 def test_8_bit_weights_take_a_byte_on_disk(package) -> None:  # type: ignore[no-untyped-def]
     models, _, plain = package("bf16")
     _, _, packed = package("fp8")
-    linears = load_index(packed)["networks"]["dit"]["linears"]
+    linears = Export.read(packed).networks["dit"].linears
     assert len(linears) == 2 * 8
     count = sum(models.dit.get_submodule(name).weight.numel() for name in linears)
     saved = (plain / "dit.onnx.data").stat().st_size - (packed / "dit.onnx.data").stat().st_size

@@ -14,7 +14,7 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.export.content import weights_from_models
 from longtake.export.package import export_package
 from longtake.export.structure import Expected, check_structure
-from longtake.formats.exported import require_recipe
+from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Recipe, recipe_from_file
 from longtake.machine.flavour import flavour_for
@@ -51,7 +51,7 @@ def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_
     recipe, folder = exported
     assert recipe.onnx_name == f"tiny_{recipe.precision}_library_vae_library"
     with pytest.raises(LongtakeError, match="are of another recipe"):
-        require_recipe({"preset": "tiny", "precision": recipe.precision, "cache": recipe.cache}, folder, recipe)
+        Export("tiny", "tiny", recipe.precision, recipe.cache, {}, ()).require_recipe(recipe, folder)
     with pytest.raises(IntegrityError, match="another number of custom ops"):
         spec = network_spec(small_models.preset, recipe.cache, "dit")
         check_structure(folder / "dit.onnx", Expected(spec, recipe.precision, recipe.cache, 2))

@@ -21,7 +21,7 @@ from longtake.export.content import stored_tensors, weights_from_models
 from longtake.export.files import write_onnx
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.package import PlainGraphs, export_package, view_path
-from longtake.formats.exported import load_index
+from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx
 from longtake.training.models.load import Models
 from longtake.training.models.wan.networks import network_module
@@ -50,8 +50,8 @@ def test_4_bit_weights_take_4_5_bits_on_disk(package) -> None:  # type: ignore[n
     """The DiT's file is as large as its unquantized part in bf16 plus 4.5 bits for every quantized weight."""
     models, _, plain = package("bf16")
     _, _, packed = package("nvfp4")
-    index = load_index(packed)
-    count = sum(models.dit.get_submodule(n).weight.numel() for n in index["networks"]["dit"]["linears"])
+    export = Export.read(packed)
+    count = sum(models.dit.get_submodule(n).weight.numel() for n in export.networks["dit"].linears)
     saved = (plain / "dit.onnx.data").stat().st_size - (packed / "dit.onnx.data").stat().st_size
     assert saved == pytest.approx(count * (16 - 4.5) / 8, rel=0.002)
     types = {t.name: t.data_type for t in onnx.load(packed / "dit.onnx", load_external_data=False).graph.initializer}
@@ -113,7 +113,7 @@ def test_an_interrupt_leaves_no_package_and_no_partial_file(
     assert not (tmp_path / "export.json").exists()
     assert not [path for path in tmp_path.iterdir() if ".tmp" in path.name]
     with pytest.raises(LongtakeError, match="holds no exported model"):
-        load_index(tmp_path)
+        Export.read(tmp_path)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
@@ -132,12 +132,12 @@ def test_a_changed_file_is_noticed(package, tmp_path: Path) -> None:  # type: ig
     folder = package("bf16")[2]
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    load_index(tmp_path)
+    Export.read(tmp_path)
     data = bytearray((tmp_path / "dit.onnx.data").read_bytes())
     data[1000] ^= 1
     (tmp_path / "dit.onnx.data").write_bytes(data)
     with pytest.raises(IntegrityError, match=r"dit.onnx.data is not what was exported[\s\S]*longtake export --force"):
-        load_index(tmp_path)
+        Export.read(tmp_path)
 
 
 def test_export_command(

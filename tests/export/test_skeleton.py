@@ -19,7 +19,7 @@ from longtake.export import package as package_module
 from longtake.export.content import stored_tensors, weights_from_folder, weights_from_models
 from longtake.export.files import write_onnx
 from longtake.export.package import PlainGraphs, export_package
-from longtake.formats.exported import load_index, require_recipe
+from longtake.formats.exported import Export
 from longtake.formats.onnx_file import INLINE_BYTES, data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import recipe_named
 from longtake.training.models.load import Models, load_models
@@ -56,8 +56,8 @@ def test_segments_of_a_skeleton_are_those_of_the_full_export(skeleton: Path, pac
 
 def test_a_skeleton_is_no_package_to_run(skeleton: Path) -> None:
     with pytest.raises(LongtakeError, match=r"have no weights[\s\S]*fix: longtake export .*--checkpoints FOLDER"):
-        require_recipe(load_index(skeleton), skeleton, recipe_named("tiny_w4a16_sm90"))
-    require_recipe(load_index(skeleton), skeleton, recipe_named("tiny_w4a16_sm90"), content=False)
+        Export.read(skeleton).require_recipe(recipe_named("tiny_w4a16_sm90"), skeleton)
+    Export.read(skeleton).require_recipe(recipe_named("tiny_w4a16_sm90"), skeleton, weights=False)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import torch
 
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
-from longtake.files import sha256, write_json
+from longtake.files import sha256
 from longtake.formats.bundle import write_bundle
+from longtake.formats.exported import Export
 from longtake.formats.plan import PlanManifest, write_manifest
 from longtake.formats.recipe import recipe_named
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType, save
@@ -31,6 +32,8 @@ from longtake.training.models.presets import TINY, WAN22_TI2V_5B
 from longtake.training.models.wan.spec import NETWORKS, network_spec
 
 RECIPE = recipe_named("tiny_bf16_sm90")
+EXPORT = Export(RECIPE.onnx_name, RECIPE.preset, RECIPE.precision, RECIPE.cache, {}, (),
+                sampling={"steps": 4, "guidance": 1.0, "shift": 5.0})  # fmt: skip
 LARGE = recipe_named("wan2.2-ti2v-5b_fp8_sm90")
 GB = 10**9
 
@@ -253,8 +256,7 @@ def student(tmp_path: Path) -> Path:
     """Engines of a student of the tiny preset, which itself is sampled with guidance 3; nothing is built."""
     exported, folder = tmp_path / "exports" / RECIPE.onnx_name, tmp_path / "engines" / RECIPE.name
     exported.mkdir(parents=True)
-    sampling = {"steps": 4, "guidance": 1.0, "shift": 5.0}
-    write_json(exported / "export.json", {"onnx_name": RECIPE.onnx_name, "vocabulary": [], "sampling": sampling})
+    EXPORT.write(exported)
     folder.mkdir(parents=True)
     write_bundle(folder, RECIPE, Flavour("tensorrt_rtx", "1.6.1", None, "a test"), exported, [])
     return folder
@@ -279,10 +281,10 @@ def test_a_student_s_engines_take_one_cache(student: Path, capsys: pytest.Captur
 def test_without_a_record_guidance_is_the_preset_s(
     student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported = tmp_path / "exports" / RECIPE.onnx_name / "export.json"
-    write_json(exported, {"onnx_name": RECIPE.onnx_name, "vocabulary": [], "sampling": None})
+    exported = tmp_path / "exports" / RECIPE.onnx_name
+    replace(EXPORT, sampling=None).write(exported)
     assert budgeted(capsys, "--engines", str(student))["guidance"] == 3.0
-    exported.unlink()  # the engines went to another machine alone
+    (exported / "export.json").unlink()  # the engines went to another machine alone
     assert budgeted(capsys, "--engines", str(student))["guidance"] == 3.0
 
 
