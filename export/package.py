@@ -7,14 +7,12 @@ a package of graphs without weights and views: enough to build segmented engines
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import onnx
-import torch
 
+import longtake
 from longtake.export.content import Weights, stored_tensors
 from longtake.export.files import is_reference, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
@@ -27,8 +25,8 @@ from longtake.files import atomic_path, require_disk, sha256
 from longtake.formats.exported import KIND, NAME, Export, ExportedFile, ExportedNetwork
 from longtake.formats.onnx_file import data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import LINEARS, Recipe
-from longtake.paths import REPOSITORY
 from longtake.plugins.spec import PLUGIN_VERSION
+from longtake.provenance import versions
 from longtake.training.models.load import Models, hollow_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import quantized_linears
@@ -39,7 +37,9 @@ from longtake.training.models.wan.vae_library import library_ops
 
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
 DECODER = ("vae_first", "vae_steady")
-SOURCES = ("export", "plugins", "training/models")  # what an export computes with
+PACKAGE = Path(longtake.__file__).parent
+SOURCES = ("export", "plugins", "training/models", "formats")  # what an export computes with, and this folder
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "nvidia-modelopt")
 VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB
 Progress = Callable[[str], None]
 
@@ -99,7 +99,7 @@ def export_package(
         inputs=inputs,
         skeleton=weights is None,
         amax=weights.amax if weights else {},
-        versions=versions(),
+        versions=versions(PACKAGES),
     )
     export.write(folder)
     return export
@@ -178,31 +178,19 @@ def disk_needed(graphs: PlainGraphs, recipe: Recipe) -> int:
     return total
 
 
-def versions() -> dict[str, str]:
-    """Versions the files depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("onnx", "onnxscript", "onnxruntime", "nvidia-modelopt"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def code_digest() -> str:
     """Digest of the sources an export depends on: a package exported by other code is not up to date."""
-    root, digest = REPOSITORY, hashlib.sha256()
-    for source in SOURCES:
-        place = root / source
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    digest = hashlib.sha256()
+    folders = [file for source in SOURCES for file in (PACKAGE / source).rglob("*.py")]
+    for file in sorted([*PACKAGE.glob("*.py"), *folders]):
+        digest.update(f"{file.relative_to(PACKAGE)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
     vae = recipe.vae_latents_per_step, recipe.vae_fold_upsampling, recipe.vae_ops
-    fields = KIND.format, recipe.model, recipe.precision, recipe.cache, recipe.linears, *vae, versions()
+    fields = KIND.format, recipe.model, recipe.precision, recipe.cache, recipe.linears, *vae, versions(PACKAGES)
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())
     if checkpoints is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, read_json, sha256, write_json
+from longtake.provenance import versions
 from longtake.training.models.safetensors_stream import Shaped, write_tensors
 
 FORMAT = 1
+PACKAGES = ("torch", "nvidia-modelopt")  # whose versions a checkpoint's numbers depend on
 PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 RETRAIN = "copy the file again together with its .json, or train it again with `longtake train`"
@@ -32,13 +33,6 @@ RETRAIN = "copy the file again together with its .json, or train it again with `
 def side_file(path: Path) -> Path:
     """The JSON file that belongs to a checkpoint."""
     return path.with_suffix(".json")
-
-
-def versions() -> dict[str, str]:
-    """Versions that a checkpoint's numbers depend on."""
-    import modelopt
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "modelopt": modelopt.__version__}
 
 
 def save_checkpoint(
@@ -60,7 +54,9 @@ def save_checkpoint(
     with atomic_path(path) as partial:
         with open(partial, "wb") as out:
             digest = write_tensors(out, tensors, content, progress)
-        write_json(pending_side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions()})
+        write_json(
+            pending_side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions(PACKAGES)}
+        )
     _put_in_place(pending_side_file(path), side_file(path))
 
 
