@@ -15,9 +15,9 @@ from longtake.dtypes import BY_ONNX
 from longtake.errors import IntegrityError
 from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
-from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
+from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats
 from longtake.training.models.checkpoint import require_digest
-from longtake.training.models.load import Models, load_meta
+from longtake.training.models.load import Models, read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
 from longtake.training.models.wan.spec import networks_of
@@ -85,13 +85,12 @@ def weights_from_folder(preset: Preset, folder: Path) -> Weights:
         IntegrityError: one is damaged, altered, or of another preset.
     """
     kinds = list(dict.fromkeys(CHECKPOINTS[name] for name in networks_of(preset)))
-    metas = {kind: load_meta(folder / f"{kind}.safetensors", kind, preset) for kind in kinds}
-    for kind, meta in metas.items():
-        require_digest(folder / f"{kind}.safetensors", meta, COPY_AGAIN)
+    sides = {kind: read_side(folder / f"{kind}.safetensors", kind, preset) for kind in kinds}
+    for kind, side in sides.items():
+        require_digest(folder / f"{kind}.safetensors", side, COPY_AGAIN)
     tensors = {kind: LazyTensors(folder / f"{kind}.safetensors") for kind in kinds}
-    words = metas.get("text_encoder", {}).get("vocabulary") or ()
-    formats = formats_from_meta(metas["dit"])
-    return Weights(preset, tensors, metas["dit"].get("amax") or {}, tuple(words), formats)
+    words = sides["text_encoder"].vocabulary or () if "text_encoder" in sides else ()
+    return Weights(preset, tensors, sides["dit"].amax, words, sides["dit"].formats)
 
 
 def stored_tensors(

@@ -105,7 +105,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return record_from_json(hint, value)  # type: ignore[arg-type]
     plain = {float: (int, float), NoneType: NoneType}.get(hint, hint)
     if origin is None and isinstance(value, plain) and (hint is bool or not isinstance(value, bool)):  # type: ignore[arg-type]
-        return value
+        return float(value) if hint is float else value
     raise TypeError(f"{where}: {value!r:.60}")
 
 

@@ -6,8 +6,8 @@ For trying a preset whose weights are not at hand: exports, builds, checks, memo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.load import weights_dtype
 from longtake.training.models.presets import Preset
 from longtake.training.models.random_weights import bound, random_weight
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.linears import quantized_linears
 
 KINDS = ("dit", "vae", "text_encoder")
@@ -40,27 +41,28 @@ def write_random_checkpoints(
     dtype = weights_dtype(*modules.values()) or torch.bfloat16
     states = {kind: _typed(modules[kind].state_dict(), dtype) for kind in kinds}
     require_disk(folder, sum(t.nbytes for state in states.values() for t in state.values()))
-    metas: dict[str, dict[str, Any]] = {kind: {"kind": kind, "preset": preset.name} for kind in kinds}
-    if "dit" in metas:
+    sides = {kind: SideFile(kind, preset.name, facts={"random_seed": seed}) for kind in kinds}
+    if "dit" in sides:
         weights = {name: models.dit.get_parameter(f"{name}.weight") for name in quantized_linears(models.dit)}
-        metas["dit"]["amax"] = {
+        amax = {
             name: {"input": INPUT_AMAX, "weight": bound(f"{name}.weight", tuple(weight.shape))}
             for name, weight in weights.items()
         }
-    if "text_encoder" in metas and models.vocabulary:
-        metas["text_encoder"]["vocabulary"] = list(models.vocabulary)
-    return [_write(folder / f"{kind}.safetensors", states[kind], metas[kind], seed) for kind in kinds]
+        sides["dit"] = replace(sides["dit"], amax=amax)
+    if "text_encoder" in sides and models.vocabulary:
+        sides["text_encoder"] = replace(sides["text_encoder"], vocabulary=models.vocabulary)
+    return [_write(folder / f"{kind}.safetensors", states[kind], sides[kind], seed) for kind in kinds]
 
 
 def _typed(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
-def _write(path: Path, state: dict[str, Tensor], meta: dict[str, Any], seed: int) -> Path:
+def _write(path: Path, state: dict[str, Tensor], side: SideFile, seed: int) -> Path:
     def make(name: str) -> Tensor:
         key = name if seed == 0 else f"{seed}:{name}"
         return random_weight(key, tuple(state[name].shape), CPU, state[name].dtype)
 
     with tqdm(total=len(state), desc=path.name, unit="tensor", leave=False, disable=None) as bar:
-        save_checkpoint(path, state, {**meta, "random_seed": seed}, make, lambda done: bar.update())
+        save_checkpoint(path, state, side, make, lambda done: bar.update())
     return path

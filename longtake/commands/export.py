@@ -16,7 +16,7 @@ from longtake.export.package import PlainGraphs, export_package, inputs_digest, 
 from longtake.formats.exported import Export
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.paths import EXPORTS, REPOSITORY
-from longtake.training.models.load import load_meta, load_models
+from longtake.training.models.load import load_models, read_side
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
 Graphs = dict[tuple[str, tuple[str, ...]], PlainGraphs]
@@ -104,7 +104,7 @@ def export(
         with tqdm(total=steps_of(recipe.model), desc=recipe.onnx_name, unit="step", leave=False) as bar:
             made = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
         if not skeleton:  # where what is not exported is found at run time
-            sampling = load_meta(source / "dit.safetensors", "dit", recipe.model).get("sampling")
+            sampling = read_side(source / "dit.safetensors", "dit", recipe.model).sampling
             made = replace(made, checkpoints=str(source.resolve()), sampling=sampling)
             made.write(folder)
     return check_parity(recipe, source, folder, made) if parity else made

@@ -61,6 +61,9 @@ class Export:
     checkpoints: str | None = None
     sampling: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        SamplingConfig.told(self.sampling)
+
     @staticmethod
     def is_in(folder: Path) -> bool:
         """Whether `folder` holds an export."""
@@ -105,10 +108,7 @@ class Export:
     @property
     def sampled(self) -> SamplingConfig | None:
         """How the checkpoints are sampled, if that is recorded."""
-        told = self.sampling
-        return (
-            SamplingConfig(int(told["steps"]), float(told["guidance"]), float(told.get("shift", 5.0))) if told else None
-        )
+        return SamplingConfig.told(self.sampling)
 
     @property
     def checkpoint_folder(self) -> Path | None:

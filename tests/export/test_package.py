@@ -24,6 +24,7 @@ from longtake.export.package import PlainGraphs, export_package, view_path
 from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx
 from longtake.training.models.load import Models
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.networks import network_module
 from longtake.training.models.wan.spec import NETWORKS, network_spec
 
@@ -158,7 +159,8 @@ def test_export_command(
     monkeypatch.setattr(cli, "PlainGraphs", lambda preset, vocabulary: small_graphs)
     monkeypatch.setattr(cli, "weights_from_folder", lambda preset, folder: weights_from_models(small_models))
     monkeypatch.setattr(cli, "export_package", export)
-    monkeypatch.setattr(cli, "load_meta", lambda *given: {"sampling": {"steps": 4, "guidance": 1.0}})
+    side = SideFile("dit", "tiny", sampling={"steps": 4, "guidance": 1.0})
+    monkeypatch.setattr(cli, "read_side", lambda *given: side)
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / "dit.safetensors").write_bytes(b"one")

@@ -19,6 +19,7 @@ from longtake.plugins.nvfp4.weight_format import WeightFormat, WeightFormats, fo
 from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.quantize import apply_precision
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.linears import quantized_linears
 
 RECIPES = {"w4a16": "tiny_w4a16_sm89", "nvfp4": "tiny_nvfp4_sm120"}
@@ -94,9 +95,8 @@ def test_a_checkpoint_says_how_its_weights_were_trained(small_models: Models, tm
               "packed": {"rule": "mse", "order": "longlive", "amax": {NAME: 0.25}}}  # fmt: skip
     for name, module in modules.items():
         facts = {"vocabulary": list(small_models.vocabulary)} if name == "text_encoder" else record
-        save_checkpoint(
-            tmp_path / f"{name}.safetensors", module.state_dict(), {"kind": name, "preset": "small", **facts}
-        )
+        side = SideFile.of({"kind": name, "preset": "small", **facts})
+        save_checkpoint(tmp_path / f"{name}.safetensors", module.state_dict(), side)
     wanted = WeightFormats(WeightFormat("mse", block_2d=True), {NAME: WeightFormat("mse", "longlive", amax=0.25)})
     assert load_models(preset, tmp_path).formats == wanted == weights_from_folder(preset, tmp_path).formats
 

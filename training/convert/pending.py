@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError
 from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.side_file import SideFile
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Converted:
         Raises:
             IntegrityError: a tensor is not finite; nothing stands under `path` that wasn't there before.
         """
-        meta = {"kind": self.kind, "preset": self.preset, **self.meta}
-        save_checkpoint(path, self.tensors, meta, lambda name: made(name, self.tensors[name]), progress)
+        side = SideFile.of({"kind": self.kind, "preset": self.preset, **self.meta})
+        save_checkpoint(path, self.tensors, side, lambda name: made(name, self.tensors[name]), progress)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it in memory: for small models."""

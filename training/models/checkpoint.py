@@ -1,8 +1,4 @@
-"""Checkpoints: a safetensors file and a JSON side file with its digest; whole or absent, never loaded by half.
-
-The side file of `dit.safetensors` is `dit.json`: kind, preset, sha256, step, command, versions and what the stage
-adds (amax of quantized linears, vocabulary, metrics).
-"""
+"""Checkpoints: a safetensors file and its side file (side_file.py); whole or absent, never loaded by half."""
 
 from __future__ import annotations
 
@@ -10,8 +6,9 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,15 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import atomic_path, read_json, sha256, write_json
+from longtake.files import atomic_path, sha256
 from longtake.provenance import versions
 from longtake.training.models.safetensors_stream import Shaped, write_tensors
+from longtake.training.models.side_file import KIND, SideFile
 
-FORMAT = 1
 PACKAGES = ("torch", "nvidia-modelopt")  # whose versions a checkpoint's numbers depend on
 PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
-RETRAIN = "copy the file again together with its .json, or train it again with `longtake train`"
+RETRAIN = KIND.remake
 
 
 def side_file(path: Path) -> Path:
@@ -38,15 +35,16 @@ def side_file(path: Path) -> Path:
 def save_checkpoint(
     path: Path,
     tensors: Mapping[str, Shaped],
-    meta: dict[str, Any],
+    side: SideFile,
     make: Callable[[str], Tensor] | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
     """Write `tensors`, one after the other, and their side file so that a crash at any moment leaves the old pair or the new one.
 
     The new side file waits beside the old one until the tensors have their final name; `finish_save` ends a save that
-    was cut off between the two renames. `meta` must hold "kind" and "preset"; digest, format and versions are added.
+    was cut off between the two renames.
 
+    side: to be written, without digest and versions, which are added.
     make: makes the tensor of a name where `tensors` knows only its shape and dtype. progress: called with the bytes of
     each tensor written.
     """
@@ -54,9 +52,7 @@ def save_checkpoint(
     with atomic_path(path) as partial:
         with open(partial, "wb") as out:
             digest = write_tensors(out, tensors, content, progress)
-        write_json(
-            pending_side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions(PACKAGES)}
-        )
+        replace(side, sha256=digest, versions=versions(PACKAGES)).write(pending_side_file(path))
     _put_in_place(pending_side_file(path), side_file(path))
 
 
@@ -71,10 +67,10 @@ def finish_save(path: Path) -> None:
     if not pending.is_file():
         return
     try:
-        waiting = read_json(pending)
+        waiting = SideFile.read(pending)
     except LongtakeError:  # another process has just put it in place, or it is damaged
         return
-    if path.is_file() and isinstance(waiting, dict) and waiting.get("sha256") == sha256(path):
+    if waiting.describes(path):
         _put_in_place(pending, side_file(path))
 
 
@@ -83,7 +79,7 @@ def _put_in_place(pending: Path, final: Path) -> None:
         os.replace(pending, final)
 
 
-def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+def read_side_file(path: Path, *, kind: str, preset: str) -> SideFile:
     """The side file of checkpoint `path`, checked to be of `kind` and `preset`.
 
     Raises:
@@ -103,35 +99,31 @@ def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
         raise LongtakeError(
             f"checkpoint {path} has no side file", got=f"no {side.name}", expected=str(side), fix=RETRAIN
         )
-    meta = read_json(side)
-    if not isinstance(meta, dict) or "sha256" not in meta:
-        raise IntegrityError(
-            f"{side} is not a checkpoint's side file", expected='keys "kind", "preset", "sha256"', fix=RETRAIN
-        )
-    for key, wanted in (("kind", kind), ("preset", preset)):
-        if meta.get(key) != wanted:
+    told = SideFile.read(side)
+    for key, got, wanted in (("kind", told.kind, kind), ("preset", told.preset, preset)):
+        if got != wanted:
             raise IntegrityError(
                 f"checkpoint {path} is of another {key}",
-                got=meta.get(key),
+                got=got,
                 expected=wanted,
                 fix=f"pass a folder whose {path.name} was trained for {key} {wanted!r}",
             )
-    return meta
+    return told
 
 
-def require_digest(path: Path, meta: Mapping[str, Any], fix: str = RETRAIN) -> None:
+def require_digest(path: Path, side: SideFile, fix: str = RETRAIN) -> None:
     """Raise IntegrityError unless the file's digest is the one in its side file."""
     digest = sha256(path)
-    if digest != meta["sha256"]:
+    if digest != side.sha256:
         raise IntegrityError(
             f"checkpoint {path} is not the file its side file describes",
             got=f"sha256 {digest[:16]}…, {path.stat().st_size} bytes",
-            expected=f"sha256 {str(meta['sha256'])[:16]}…",
+            expected=f"sha256 {side.sha256[:16]}…",
             fix=fix,
         )
 
 
-def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Tensor], SideFile]:
     """Tensors and side file of a checkpoint whose digest was verified before anything was parsed.
 
     Raises:
@@ -139,10 +131,10 @@ def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Te
         IntegrityError: the file is truncated, altered, a pickle, or of another kind or preset.
     """
     path = Path(path)
-    meta = read_side_file(path, kind=kind, preset=preset)
-    require_digest(path, meta)
+    side = read_side_file(path, kind=kind, preset=preset)
+    require_digest(path, side)
     try:
-        return load_file(path), meta
+        return load_file(path), side
     except (SafetensorError, ValueError) as error:
         raise IntegrityError(f"checkpoint {path} is not safetensors", got=str(error), fix=RETRAIN) from None
 
@@ -169,7 +161,7 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> SideFile:
     """Load a checkpoint into `module` (casting to its dtypes) and return the side file.
 
     Nothing is written to the module unless every key and shape fits.
@@ -177,12 +169,12 @@ def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[
     Raises:
         LongtakeError, IntegrityError: see `load_checkpoint`; also for missing, extra or wrong-shaped keys.
     """
-    tensors, meta = load_checkpoint(path, kind=kind, preset=preset)
+    tensors, side = load_checkpoint(path, kind=kind, preset=preset)
     copy_state(module, tensors, str(path))
-    return meta
+    return side
 
 
-def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> SideFile:
     """Let a module built on the meta device have the checkpoint's tensors as its own, and return the side file.
 
     The tensors are views of the mapped file, in its dtypes: memory is taken only for what is read, and writing to them
@@ -191,10 +183,10 @@ def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[s
     Raises:
         LongtakeError, IntegrityError: as `load_into`.
     """
-    tensors, meta = load_checkpoint(path, kind=kind, preset=preset)
+    tensors, side = load_checkpoint(path, kind=kind, preset=preset)
     check_state(module, tensors, str(path))
     module.load_state_dict(tensors, assign=True)
-    return meta
+    return side
 
 
 @torch.no_grad()

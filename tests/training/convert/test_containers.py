@@ -106,7 +106,7 @@ def test_written_pair_loads_as_it_is(preset: Preset, dit_state: State, tmp_path:
     model.write(tmp_path / "dit.safetensors")
     tensors, meta = load_checkpoint(tmp_path / "dit.safetensors", kind="dit", preset="small")
     assert same(tensors, dit_state) and tensors["head.head.weight"].dtype == torch.bfloat16
-    assert meta["source"] == {"entry": "raw", "keys": "wan"} and "amax" not in meta
+    assert meta.facts["source"] == {"entry": "raw", "keys": "wan"} and not meta.amax
     load_into(CausalDiT(preset.dit), tmp_path / "dit.safetensors", kind="dit", preset="small")
     assert (tmp_path / "dit.safetensors").stat().st_size - model.nbytes < 8192
 
