@@ -20,9 +20,8 @@ from longtake.engines.progress import BuildProgress, Interrupts
 from longtake.engines.segment import segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import atomic_path
-from longtake.formats import segmented_graph
 from longtake.formats.onnx_file import onnx_digest, read_onnx
-from longtake.formats.plan import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
+from longtake.formats.plan import PlanManifest, manifest_path, plugin_identities, verify_plan
 from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import Segment, segment_spec
 from longtake.machine.capability import RTX_TARGETS, lookup
@@ -127,7 +126,7 @@ def _jobs_of(
         spec = recipe_spec(recipe, network).as_json()
         return [PlanJob(network, path, onnx_digest(path), spec, ops)]
     cut = segments_from_onnx(model, network)
-    segmented_graph.save(cut.graph, segments)
+    cut.graph.write(segments)
     jobs = []
     for segment in cut.graph.segments:
         model, names = cut.models[segment.name], tuple[str, ...]()
@@ -159,7 +158,7 @@ def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progr
         flavour.name, flavour.version, recipe.compute_capability, plugin_identities(list(job.plugins)), job.spec,
         recipe.name, recipe.preset, layers, round(time.monotonic() - start, 2), scratch_of_last_build(),
     )  # fmt: skip
-    write_manifest(plan, manifest)
+    manifest.write(plan)
     return PlanResult(plan, manifest, False)
 
 

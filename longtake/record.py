@@ -103,6 +103,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(inner[0], each, f"{where}[{i}]") for i, each in enumerate(value))
     if is_dataclass(hint) and isinstance(value, dict):
         return record_from_json(hint, value)  # type: ignore[arg-type]
+    if hint is Path and isinstance(value, str):
+        return Path(value)
     plain = {float: (int, float), NoneType: NoneType}.get(hint, hint)
     if origin is None and isinstance(value, plain) and (hint is bool or not isinstance(value, bool)):  # type: ignore[arg-type]
         return float(value) if hint is float else value

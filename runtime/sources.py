@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from longtake.errors import LongtakeError, UnavailableError
-from longtake.formats.bundle import load_bundle
+from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
 from longtake.machine.capability import Choice, backend_for
@@ -103,7 +103,7 @@ def source_from_bundle(folder: Path) -> Source:
     Raises:
         LongtakeError: the folder holds no engines; IntegrityError: its bundle.json is damaged.
     """
-    bundle = load_bundle(folder)
+    bundle = Bundle.read(folder)
     export = Export.find(bundle.onnx)
     return Source(
         bundle.recipe,

@@ -12,7 +12,7 @@ from longtake.files import read_json, sha256
 from longtake.formats.describe_checkpoint import describe_safetensors, safetensors_header
 from longtake.formats.describe_onnx import describe_onnx
 from longtake.formats.exported import Export
-from longtake.formats.plan import manifest_path, read_manifest
+from longtake.formats.plan import PlanManifest, manifest_path
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.snapshot import snapshot_from_file
 
@@ -81,7 +81,7 @@ def describe_plan(path: Path) -> dict[str, Any]:
     if not beside.is_file():
         note = f"none ({beside.name} is not beside it); a plan is executable code and is not opened to look inside"
         return {"kind": "TensorRT plan", "manifest": note}
-    manifest = read_manifest(path)
+    manifest = PlanManifest.read(path)
     got = sha256(path)
     if got != manifest.sha256 or path.name != manifest.plan:
         raise IntegrityError(

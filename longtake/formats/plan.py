@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.files import read_json, write_json
 from longtake.machine.flavour import Flavour
 from longtake.plugins.kernels import kernels_of
 from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.spec import PLUGIN_VERSION
+from longtake.record import Kind
 
-FORMAT = 1
+KIND = Kind("a plan manifest", "`longtake engines`", "build it again: longtake engines --recipe NAME")
 REBUILD = "build it again: longtake engines --recipe {recipe}"
 
 
@@ -47,7 +47,22 @@ class PlanManifest:
     layers: int = 0
     seconds: float = 0.0
     scratch_bytes: int | None = None
-    format: int = field(default=FORMAT)
+
+    @classmethod
+    def read(cls, plan: Path) -> PlanManifest:
+        """The manifest beside `plan`.
+
+        Raises:
+            IntegrityError: there is none, it is not one, or of another format.
+        """
+        path = manifest_path(plan)
+        if not path.is_file():
+            raise IntegrityError(f"{plan} has no manifest", expected=f"{path.name} beside it", fix=KIND.remake)
+        return KIND.read(cls, path)
+
+    def write(self, plan: Path) -> None:
+        """Write it beside `plan`, atomically."""
+        KIND.write(self, manifest_path(plan))
 
 
 def manifest_path(plan: Path) -> Path:
@@ -58,35 +73,6 @@ def manifest_path(plan: Path) -> Path:
 def plugin_identities(ops: Sequence[str]) -> dict[str, dict[str, str]]:
     """Version and kernel digest of each op, as recorded in manifests."""
     return {op: {"version": PLUGIN_VERSION, "kernel": source_digest(kernels_of(op).source)} for op in sorted(set(ops))}
-
-
-def write_manifest(plan: Path, manifest: PlanManifest) -> None:
-    """Write the manifest beside its plan, atomically."""
-    write_json(manifest_path(plan), asdict(manifest))
-
-
-def read_manifest(plan: Path) -> PlanManifest:
-    """The manifest beside `plan`.
-
-    Raises:
-        IntegrityError: there is none, or it is not one.
-    """
-    path = manifest_path(plan)
-    if not path.is_file():
-        raise IntegrityError(
-            f"{plan} has no manifest", expected=f"{path.name} beside it", fix="build it again: longtake engines"
-        )
-    given = read_json(path)
-    try:
-        known = {f.name for f in fields(PlanManifest)}
-        manifest = PlanManifest(**{key: value for key, value in given.items() if key in known})
-    except (TypeError, AttributeError) as error:
-        raise IntegrityError(f"{path} is not a plan manifest", got=str(error), fix="build the engines again") from None
-    if manifest.format != FORMAT:
-        raise IntegrityError(
-            f"{path} has another format", got=manifest.format, expected=FORMAT, fix="build the engines again"
-        )
-    return manifest
 
 
 def read_plan(
@@ -107,7 +93,7 @@ def read_plan(
         IntegrityError: missing, truncated, altered or swapped, or made for another spec.
         UnavailableError: made for another TensorRT, GPU or plugin version.
     """
-    manifest = read_manifest(plan)
+    manifest = PlanManifest.read(plan)
     fix = REBUILD.format(recipe=manifest.recipe)
     content = _intact_bytes(plan, manifest, fix)
     _check_identity(plan, manifest, network, spec, fix)

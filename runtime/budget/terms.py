@@ -14,7 +14,6 @@ from torch import nn
 from longtake.dtypes import DTYPES, stored_bytes
 from longtake.errors import LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats import segmented_graph
 from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import SegmentedGraph
 from longtake.runtime.budget.terms_table import CUDA_CONTEXT_BYTES, KERNEL_BYTES, Budget, Known, Place, Term
@@ -155,7 +154,7 @@ def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
 def graph_of(engines: Path | None, name: str) -> SegmentedGraph | None:
     """The cut network beside the plans, if it was cut."""
     path = engines / f"{name}.segments.json" if engines else None
-    return segmented_graph.load(path) if path is not None and path.is_file() else None
+    return SegmentedGraph.read(path) if path is not None and path.is_file() else None
 
 
 def _stored(graph: SegmentedGraph, name: str) -> int:
@@ -259,10 +258,10 @@ def _workspace(recipe: Recipe, graph: SegmentedGraph, index: int) -> int:
 
 def scratch_of_plan(plan: Path) -> int | None:
     """Bytes that a plan's context wants, as its manifest says; None if it does not."""
-    from longtake.formats.plan import read_manifest
+    from longtake.formats.plan import PlanManifest
 
     try:
-        return read_manifest(plan).scratch_bytes
+        return PlanManifest.read(plan).scratch_bytes
     except LongtakeError:
         return None
 

@@ -19,7 +19,7 @@ from longtake.engines.build import PlanJob, build_recipe, engine_from_onnx, requ
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import read_json, write_json
 from longtake.formats import bundle as bundle_module
-from longtake.formats.bundle import load_bundle, write_bundle
+from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
 from longtake.formats.plan import manifest_path
 from longtake.formats.recipe import Recipe, recipe_named
@@ -157,7 +157,7 @@ def test_a_network_that_is_not_the_specs_is_refused(flavour: Flavour) -> None:
 @pytest.fixture
 def bundle(flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path) -> Iterator[Path]:
     results = build_recipe(recipe, exported, tmp_path / "engines", flavour, None, False)
-    write_bundle(tmp_path / "engines", recipe, flavour, exported, [r.path for r in results])
+    Bundle.of(tmp_path / "engines", recipe, flavour, exported, [r.path for r in results]).write()
     yield tmp_path / "engines"
 
 
@@ -166,14 +166,14 @@ def test_a_bundle_finds_what_it_was_built_from_even_when_moved(bundle: Path, rec
     moved.mkdir()
     for name in ("onnx", "engines"):
         (tmp_path / name).rename(moved / name)
-    opened = load_bundle(moved / "engines")
+    opened = Bundle.read(moved / "engines")
     assert opened.recipe == recipe and opened.vocabulary == ("red", "seven")
     assert opened.onnx_file("dit.onnx") == (moved / "onnx" / "dit.onnx").resolve()
     assert opened.check_file(moved / "engines" / "dit.segments.json").is_file()
 
 
 def test_a_bundle_refuses_files_that_changed(bundle: Path) -> None:
-    opened = load_bundle(bundle)
+    opened = Bundle.read(bundle)
     (bundle / "dit.segments.json").write_text("{}")
     with pytest.raises(IntegrityError, match="not the file that the engines were built with"):
         opened.check_file(bundle / "dit.segments.json")
@@ -187,11 +187,11 @@ def test_a_bundle_refuses_files_that_changed(bundle: Path) -> None:
 
 def test_a_folder_without_a_bundle_says_what_makes_one(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(LongtakeError, match="holds no engines") as caught:
-        load_bundle(tmp_path)
+        Bundle.read(tmp_path)
     assert "longtake engines --recipe" in str(caught.value)
     (bundle / bundle_module.NAME).write_text('{"format": 1}')
     with pytest.raises(IntegrityError, match="not an engine bundle"):
-        load_bundle(bundle)
+        Bundle.read(bundle)
 
 
 # ---- fused, with plugins, ahead of time ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from longtake.commands.describe import describe
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256, write_json
 from longtake.formats.exported import Export, ExportedFile, ExportedNetwork
-from longtake.formats.plan import PlanManifest, write_manifest
+from longtake.formats.plan import PlanManifest
 
 
 def _fp4_linear(folder: Path, external: bool = False) -> Path:
@@ -120,7 +120,7 @@ def _plan(folder: Path, name: str, content: bytes) -> Path:
     path.write_bytes(content)
     manifest = PlanManifest(path.name, name, sha256(path), len(content), "", "tensorrt_rtx", "1.7.1", "12.0", {}, {},
                             "tiny_nvfp4_sm120", "tiny")  # fmt: skip
-    write_manifest(path, manifest)
+    manifest.write(path)
     return path
 
 

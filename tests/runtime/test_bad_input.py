@@ -24,7 +24,7 @@ import yaml
 
 from longtake import files
 from longtake.commands.main import main
-from longtake.formats.plan import PlanManifest, write_manifest
+from longtake.formats.plan import PlanManifest
 from longtake.formats.recipe import recipe_named
 from longtake.training.models.wan.spec import NETWORKS
 
@@ -165,8 +165,10 @@ def test_a_damaged_bundle(tmp_path: Path, refused: Callable[..., str], content: 
 def test_a_damaged_plan(tmp_path: Path, refused: Callable[..., str], damage: str) -> None:
     plan, content = tmp_path / "dit.plan", os.urandom(999)
     plan.write_bytes(content)
-    write_manifest(plan, PlanManifest("dit.plan", "dit", digest(content), 999, "", "tensorrt_rtx", "1.7", "12.0", {}, {},
-                                      RECIPE.name, "tiny"))  # fmt: skip
+    manifest = PlanManifest(
+        "dit.plan", "dit", digest(content), 999, "", "tensorrt_rtx", "1.7", "12.0", {}, {}, RECIPE.name, "tiny"
+    )
+    manifest.write(plan)
     plan.write_bytes(os.urandom(999) if damage == "swapped" else DAMAGE[damage](content))
     assert "is not the plan that dit.plan.json describes" in refused(4, "inspect", plan)
 

@@ -13,11 +13,11 @@ import torch
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
 from longtake.files import sha256
-from longtake.formats.bundle import write_bundle
+from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
-from longtake.formats.plan import PlanManifest, write_manifest
+from longtake.formats.plan import PlanManifest
 from longtake.formats.recipe import recipe_named
-from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType, save
+from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType
 from longtake.machine.flavour import Flavour
 from longtake.runtime import sources
 from longtake.runtime.backends.host import HostBackend
@@ -120,7 +120,7 @@ def graph(network: str) -> SegmentedGraph:
 @pytest.fixture
 def engines(tmp_path: Path) -> Path:
     for name in NETWORKS:
-        save(graph(name), tmp_path / f"{name}.segments.json")
+        graph(name).write(tmp_path / f"{name}.segments.json")
     (tmp_path / "bundle.json").write_text("{}")
     return tmp_path
 
@@ -132,7 +132,7 @@ def test_built_segments_make_weights_and_arena_exact(engines: Path) -> None:
     assert known["VAE working memory"][1] == "estimated"  # the plans do not say what they want
     for plan, wanted in {"one": 5 << 20, "two": 1 << 20, "three": 0}.items():
         manifest = PlanManifest(f"{plan}.plan", plan, "", 0, "", "", "", "", {}, {}, "", "", scratch_bytes=wanted)
-        write_manifest(engines / f"{plan}.plan", manifest)
+        manifest.write(engines / f"{plan}.plan")
     budget = budget_of(RECIPE, Use(engines=engines))
     known = {term.name: (term.bytes, term.known) for term in budget.terms}
     # `one` runs beside its output, and nothing else is alive then; y and z beside `two`'s scratch are less.
@@ -258,7 +258,7 @@ def student(tmp_path: Path) -> Path:
     exported.mkdir(parents=True)
     EXPORT.write(exported)
     folder.mkdir(parents=True)
-    write_bundle(folder, RECIPE, Flavour("tensorrt_rtx", "1.6.1", None, "a test"), exported, [])
+    Bundle.of(folder, RECIPE, Flavour("tensorrt_rtx", "1.6.1", None, "a test"), exported, []).write()
     return folder
 
 

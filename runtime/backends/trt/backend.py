@@ -13,10 +13,9 @@ from torch import Tensor
 from longtake.cuda_streams import lend_stream
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError, UnavailableError
-from longtake.formats import segmented_graph
 from longtake.formats.bundle import Bundle
 from longtake.formats.onnx_file import WeightSource
-from longtake.formats.segmented_graph import TensorType
+from longtake.formats.segmented_graph import SegmentedGraph, TensorType
 from longtake.machine.flavour import Flavour
 from longtake.runtime.backends.base import Cache, Encoder
 from longtake.runtime.backends.segments.arena import storage_bytes
@@ -79,7 +78,7 @@ def network_from_bundle(
         spec = recipe_spec(bundle.recipe, name).as_json()
         return WholeNetwork(host.load(name, spec), arena)
     bundle.check_file(cut)
-    graph, attention = segmented_graph.load(cut), bundle.recipe.attention
+    graph, attention = SegmentedGraph.read(cut), bundle.recipe.attention
     network = SegmentedNetwork(host, graph, arena, attention=attention, shared=shared)
     network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
