@@ -75,6 +75,7 @@ _TABLE = (
 DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _TABLE}
 BY_ONNX: dict[int, DType] = {dtype.onnx: dtype for dtype in _TABLE}
 BY_TRT: dict[str, DType] = {dtype.trt: dtype for dtype in _TABLE if dtype.trt}
+BY_SAFETENSORS: dict[str, DType] = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
 _BY_TORCH = {f"torch.{dtype.torch_name}": dtype for dtype in _TABLE if dtype.torch_name}
 # A weight or a cache in four bits: E2M1 numbers, and an E4M3 scale in every 16.
 _STORED_BITS = {"nvfp4": 4.5, "w4a16": 4.5}

@@ -9,7 +9,7 @@ from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats.describe_checkpoint import describe_safetensors, safetensors_header
+from longtake.formats.describe_checkpoint import describe_safetensors, opened
 from longtake.formats.describe_onnx import describe_onnx
 from longtake.formats.exported import Export
 from longtake.formats.plan import PlanManifest, manifest_path
@@ -115,8 +115,9 @@ def describe_exported(path: Path) -> dict[str, Any]:
 
 def describe_tensors(path: Path) -> dict[str, Any]:
     """Facts about a checkpoint, or about a saved session, which is a safetensors file as well."""
-    header = safetensors_header(path).get("__metadata__", {})
-    if header.get("format") != SESSION_FORMAT:
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != SESSION_FORMAT:
         return describe_safetensors(path)
     snapshot = snapshot_from_file(path)
     sizes = {name: list(tensor.shape) for name, tensor in snapshot.tensors.items()}

@@ -154,12 +154,8 @@ def _check_machine(
     plan: Path, manifest: PlanManifest, flavour: Flavour, compute_capability: str | None, fix: str
 ) -> None:
     if (manifest.flavour, manifest.version) != (flavour.name, flavour.version):
-        raise UnavailableError(
-            f"{plan} was built by another TensorRT",
-            got=f"{manifest.flavour} {manifest.version}",
-            expected=flavour.label,
-            fix=fix,
-        )
+        got = f"{manifest.flavour} {manifest.version}"
+        raise UnavailableError(f"{plan} was built by another TensorRT", got=got, expected=flavour.label, fix=fix)
     if compute_capability not in (None, manifest.compute_capability):
         raise UnavailableError(
             f"{plan} was built for another GPU",
