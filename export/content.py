@@ -17,7 +17,7 @@ from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats
 from longtake.training.models.checkpoint import require_digest
-from longtake.training.models.load import Models, read_side
+from longtake.training.models.load import read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
 from longtake.training.models.wan.spec import networks_of
@@ -68,13 +68,6 @@ class Weights:
     def of(self, network: str) -> Mapping[str, Tensor]:
         """The state dict that network `network` takes its weights from."""
         return self.tensors[CHECKPOINTS[network]]
-
-
-def weights_from_models(models: Models) -> Weights:
-    """The weights of models in memory."""
-    tensors = {"dit": models.dit, "vae": models.vae, "text_encoder": models.text}
-    states = {name: module.state_dict() for name, module in tensors.items() if module is not None}
-    return Weights(models.preset, states, models.amax, models.vocabulary, models.formats)
 
 
 def weights_from_folder(preset: Preset, folder: Path) -> Weights:

@@ -56,13 +56,6 @@ def write_skeleton(model: onnx.ModelProto, path: Path) -> None:
     data_path(path).unlink(missing_ok=True)  # of an earlier export: its weights are not this graph's
 
 
-def fill(model: onnx.ModelProto, content: Content) -> None:
-    """Give references of a small `model` their content in memory."""
-    waiting = {t.name: t for t in model.graph.initializer if is_reference(t)}
-    for name, value in content:
-        _set_inline(waiting[name], tensor_raw(value))
-
-
 def is_reference(tensor: TensorProto) -> bool:
     """Whether `tensor` has no content and no place yet."""
     return tensor.data_location == TensorProto.EXTERNAL and not tensor.external_data

@@ -15,9 +15,9 @@ from longtake.formats.exported import Export
 from longtake.formats.plan import PlanManifest, manifest_path
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.snapshot import snapshot_from_file
+from longtake.training.models.checkpoint import refuse_pickle
 
 KNOWN = ".plan, .onnx, .safetensors, or the .json of a manifest, export, bundle, checkpoint, profile or report"
-PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 # Which JSON file is it? The first kind whose keys are all there.
 JSON_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -41,7 +41,9 @@ def describe(path: Path) -> dict[str, Any]:
         return _describe_folder(path)
     if not path.is_file():
         raise LongtakeError(f"{path} does not exist", expected=KNOWN, fix="check the path")
-    _reject_empty_and_pickle(path)
+    if not path.stat().st_size:
+        raise IntegrityError(f"{path} is empty", got="0 bytes", expected=KNOWN, fix="make it again, or restore it")
+    refuse_pickle(path)
     reader = READERS.get(path.suffix)
     if reader is None:
         raise IntegrityError(f"{path} is not a kind of file that longtake knows", got=path.name, expected=KNOWN)
@@ -55,20 +57,6 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     raise LongtakeError(
         f"{path} is a folder without bundle.json or export.json", expected=KNOWN, fix="name a file in it"
     )
-
-
-def _reject_empty_and_pickle(path: Path) -> None:
-    with open(path, "rb") as source:
-        start = source.read(4096)
-    if not start:
-        raise IntegrityError(f"{path} is empty", got="0 bytes", expected=KNOWN, fix="make it again, or restore it")
-    if start.startswith(PICKLE_STARTS) or (start.startswith(b"PK") and b"data.pkl" in start):
-        raise IntegrityError(
-            f"{path} is a pickle, which can run any code when it is loaded",
-            got="a Python pickle",
-            expected=KNOWN,
-            fix="convert it to safetensors where you trust it, and pass that",
-        )
 
 
 def describe_plan(path: Path) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def test_pickles_are_refused_whatever_their_name(tmp_path: Path) -> None:
     plain.write_bytes(pickle.dumps({"a": 1}))
     torch.save({"a": torch.zeros(2)}, zipped)
     for path in (plain, zipped):
-        with pytest.raises(IntegrityError, match="(?s)is a pickle.*convert it to safetensors") as caught:
+        with pytest.raises(
+            IntegrityError, match="(?s)is a pickle.*convert it where you trust it: safetensors"
+        ) as caught:
             describe(path)
         assert caught.value.exit_code == 4
 

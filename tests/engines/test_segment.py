@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from segment_steps import run_steps
 
 from longtake.engines.segment import CutNetwork, segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.formats.onnx_file import constants_of
-from longtake.formats.segmented_graph import SegmentedGraph, run_steps
+from longtake.formats.segmented_graph import SegmentedGraph
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
 miniature = importlib.util.module_from_spec(_spec)

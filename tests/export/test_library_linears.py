@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from held_weights import weights_from_models
 
 from longtake.accuracy.compare import parity_table, require_parity
 from longtake.engines.build import _segment_job, engine_from_onnx
 from longtake.engines.segment import CutNetwork, segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.export.content import weights_from_models
 from longtake.export.package import export_package
 from longtake.export.structure import Expected, check_structure
 from longtake.formats.exported import Export

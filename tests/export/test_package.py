@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from held_weights import weights_from_models
 
 from longtake.accuracy.cases import dit_feeds, empty_caches
 from longtake.accuracy.compare import Row, parity_table, require_parity
@@ -17,7 +18,7 @@ from longtake.commands import export as cli
 from longtake.commands import main as command
 from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.export import package as package_module
-from longtake.export.content import stored_tensors, weights_from_models
+from longtake.export.content import stored_tensors
 from longtake.export.files import write_onnx
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.package import PlainGraphs, export_package, view_path

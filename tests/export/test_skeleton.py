@@ -11,12 +11,13 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from held_weights import weights_from_models
 
 from longtake.accuracy.compare import parity_table
 from longtake.engines.segment import segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.export import package as package_module
-from longtake.export.content import stored_tensors, weights_from_folder, weights_from_models
+from longtake.export.content import stored_tensors, weights_from_folder
 from longtake.export.files import write_onnx
 from longtake.export.package import PlainGraphs, export_package
 from longtake.formats.exported import Export

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from held_weights import weights_from_models
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.export.content import stored_tensors, weights_from_folder, weights_from_models
+from longtake.export.content import stored_tensors, weights_from_folder
 from longtake.export.lower import lower, packed_weight
 from longtake.export.package import PlainGraphs
 from longtake.formats.recipe import recipe_named
