@@ -45,7 +45,7 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     (their bodies are attached once lowering is done). Weights are references named by state-dict key without the
     wrapper's prefix ("blocks.0.ffn.0.weight"). The result is deterministic.
     """
-    module = Bound(hollow(network)).eval()
+    module = Bound(empty_copy(network)).eval()
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, _, high) in spec.profile}
     shapes = tuple({i: dims[d] for i, d in enumerate(b.shape) if isinstance(d, str)} for b in spec.inputs)
     with torch.no_grad(), quiet_exporter():
@@ -71,7 +71,7 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     return tidy(program.model_proto, spec.name)
 
 
-def hollow(network: nn.Module) -> nn.Module:
+def empty_copy(network: nn.Module) -> nn.Module:
     """A copy of `network` with bf16 parameters and buffers in memory of the CPU that nobody has touched.
 
     Raises:

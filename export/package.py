@@ -13,7 +13,6 @@ from pathlib import Path
 import onnx
 
 import longtake
-from longtake.export.content import Weights, stored_tensors
 from longtake.export.files import is_reference, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
@@ -21,13 +20,14 @@ from longtake.export.onnx_from_model import OPSET, onnx_from_model
 from longtake.export.ort_view import ort_view
 from longtake.export.rewriter import linear_name
 from longtake.export.structure import Expected, check_structure
+from longtake.export.weights import Weights, stored_tensors
 from longtake.files import atomic_path, require_disk, sha256
 from longtake.formats.exported import KIND, NAME, Export, ExportedFile, ExportedNetwork
 from longtake.formats.onnx_file import data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import LINEARS, Recipe
 from longtake.plugins.spec import PLUGIN_VERSION
 from longtake.provenance import versions
-from longtake.training.models.load import Models, hollow_models
+from longtake.training.models.load import Models, meta_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.networks import network_module
@@ -49,7 +49,7 @@ class PlainGraphs:
 
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
-        self.models = hollow_models(preset, vocabulary)
+        self.models = meta_models(preset, vocabulary)
         self._made: dict[tuple[str, str, int, bool, str, str], onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:

@@ -74,10 +74,10 @@ class Kind:
 
 def record_from_json(cls: type[T], given: dict[str, Any]) -> T:
     """A dataclass from a JSON object; fields that have a default may be missing. Raises TypeError naming the key."""
-    values = {}
+    values, hints = {}, _hints(cls)  # type: ignore[arg-type]
     for field in fields(cls):  # type: ignore[arg-type]
         if field.name in given:
-            values[field.name] = _value(_hints(cls)[field.name], given[field.name], field.name)
+            values[field.name] = _value(hints[field.name], given[field.name], field.name)
         elif field.default is MISSING and field.default_factory is MISSING:
             raise TypeError(f"no {field.name!r}")
     return cls(**values)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from longtake.accuracy.compare import Row, parity_table, require_parity
 from longtake.errors import LongtakeError
-from longtake.export.content import Weights, weights_from_folder
 from longtake.export.package import PlainGraphs, export_package, inputs_digest, steps_of
+from longtake.export.weights import Weights, weights_from_folder
 from longtake.formats.exported import Export
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.paths import EXPORTS, REPOSITORY

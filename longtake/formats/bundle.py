@@ -109,12 +109,8 @@ class Bundle:
 def _checked(path: Path, expected: str | None, fix: str) -> Path:
     got = sha256(path) if path.is_file() else "no such file"
     if got != expected:
-        raise IntegrityError(
-            f"{path} is not the file that the engines were built with",
-            got=got,
-            expected=f"sha256 {expected}" if expected else "a file listed in bundle.json",
-            fix=fix,
-        )
+        what, wanted = f"{path} is not the file that the engines were built with", f"sha256 {expected}"
+        raise IntegrityError(what, got=got, expected=wanted if expected else "a file listed in bundle.json", fix=fix)
     return path
 
 

@@ -97,13 +97,10 @@ def data_sizes(model: onnx.ModelProto, path: Path) -> dict[str, int]:
         if name not in sizes:
             sizes[name] = data.stat().st_size if data.is_file() else -1
         if sizes[name] < end:
-            short = f"{data} is too short for tensor {tensor.name}: {sizes[name]} bytes"
-            raise IntegrityError(
-                f"the weights of {path.name} are missing or truncated",
-                got=short if sizes[name] >= 0 else f"{data} does not exist",
-                expected=f"at least {end} bytes",
-                fix=RE_EXPORT,
-            )
+            short = f"is too short for tensor {tensor.name}: {sizes[name]} bytes"
+            got, expected = f"{data} {short if sizes[name] >= 0 else 'does not exist'}", f"at least {end} bytes"
+            what = f"the weights of {path.name} are missing or truncated"
+            raise IntegrityError(what, got=got, expected=expected, fix=RE_EXPORT)
     return sizes
 
 

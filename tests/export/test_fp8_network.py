@@ -13,12 +13,12 @@ import pytest
 from longtake.accuracy.compare import parity_table, require_parity
 from longtake.engines.build import PlanJob, _segment_job, engine_from_onnx
 from longtake.engines.segment import CutNetwork, segments_from_onnx
-from longtake.export.content import stored_tensors
 from longtake.export.files import write_onnx
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.rewriter import linear_name
+from longtake.export.weights import stored_tensors
 from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx, weights_from_onnx
 from longtake.machine.flavour import flavour_for

@@ -10,12 +10,12 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
-from longtake.export.content import stored_tensors
 from longtake.export.files import is_reference, tensor_raw
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.ort_view import activation_function, ort_view
+from longtake.export.weights import stored_tensors
 from longtake.plugins.nvfp4.reference import fake_quantize, quantize
 from longtake.training.models.network_spec import Binding, NetworkSpec
 

@@ -18,10 +18,10 @@ from longtake.commands import export as cli
 from longtake.commands import main as command
 from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.export import package as package_module
-from longtake.export.content import stored_tensors
 from longtake.export.files import write_onnx
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.package import PlainGraphs, export_package, view_path
+from longtake.export.weights import stored_tensors
 from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx
 from longtake.training.models.load import Models

@@ -17,9 +17,9 @@ from longtake.accuracy.compare import parity_table
 from longtake.engines.segment import segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.export import package as package_module
-from longtake.export.content import stored_tensors, weights_from_folder
 from longtake.export.files import write_onnx
 from longtake.export.package import PlainGraphs, export_package
+from longtake.export.weights import stored_tensors, weights_from_folder
 from longtake.formats.exported import Export
 from longtake.formats.onnx_file import INLINE_BYTES, data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import recipe_named

@@ -11,9 +11,9 @@ from held_weights import weights_from_models
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.export.content import stored_tensors, weights_from_folder
 from longtake.export.lower import lower, packed_weight
 from longtake.export.package import PlainGraphs
+from longtake.export.weights import stored_tensors, weights_from_folder
 from longtake.formats.recipe import recipe_named
 from longtake.plugins.nvfp4.reference import RULE_LIMITS, Packed, dequantize, fake_quantize, quantize
 from longtake.plugins.nvfp4.weight_format import WeightFormat, WeightFormats, formats_from_meta

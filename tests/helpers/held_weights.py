@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longtake.export.content import Weights
+from longtake.export.weights import Weights
 from longtake.training.models.load import Models
 
 

@@ -39,12 +39,12 @@ def save_checkpoint(
     make: Callable[[str], Tensor] | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Write `tensors`, one after the other, and their side file so that a crash at any moment leaves the old pair or the new one.
+    """Write `tensors`, one after the other, and `side` with their digest and our versions: a crash at any moment leaves
+    the old pair or the new one.
 
     The new side file waits beside the old one until the tensors have their final name; `finish_save` ends a save that
     was cut off between the two renames.
 
-    side: to be written, without digest and versions, which are added.
     make: makes the tensor of a name where `tensors` knows only its shape and dtype. progress: called with the bytes of
     each tensor written.
     """
@@ -87,27 +87,19 @@ def read_side_file(path: Path, *, kind: str, preset: str) -> SideFile:
         IntegrityError: the side file is damaged.
     """
     if not path.is_file():
-        raise LongtakeError(
-            f"checkpoint {path} does not exist",
-            expected=f"a {kind} checkpoint",
-            fix=_train_fix(kind, preset, path.parent),
-        )
+        fix = _train_fix(kind, preset, path.parent)
+        raise LongtakeError(f"checkpoint {path} does not exist", expected=f"a {kind} checkpoint", fix=fix)
     refuse_pickle(path)
     finish_save(path)
     side = side_file(path)
     if not side.is_file():
-        raise LongtakeError(
-            f"checkpoint {path} has no side file", got=f"no {side.name}", expected=str(side), fix=RETRAIN
-        )
+        got = f"no {side.name}"
+        raise LongtakeError(f"checkpoint {path} has no side file", got=got, expected=str(side), fix=RETRAIN)
     told = SideFile.read(side)
     for key, got, wanted in (("kind", told.kind, kind), ("preset", told.preset, preset)):
         if got != wanted:
-            raise IntegrityError(
-                f"checkpoint {path} is of another {key}",
-                got=got,
-                expected=wanted,
-                fix=f"pass a folder whose {path.name} was trained for {key} {wanted!r}",
-            )
+            fix = f"pass a folder whose {path.name} was trained for {key} {wanted!r}"
+            raise IntegrityError(f"checkpoint {path} is of another {key}", got=got, expected=wanted, fix=fix)
     return told
 
 

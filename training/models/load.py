@@ -107,7 +107,7 @@ def read_side(path: Path, kind: str, preset: Preset) -> SideFile:
     return side
 
 
-def hollow_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
+def meta_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
     """Models of `preset` without memory for their weights: what graphs are exported from.
 
     `vocabulary`: of a text encoder of words, whose size is part of the graph; the shipped one's if None.
