@@ -13,15 +13,15 @@ from typing import Any
 
 import onnx
 
+from longtake.dtypes import BY_TRT
 from longtake.engines.channels_last import inner_videos, set_format, with_channels_last
 from longtake.engines.precheck import require_resources
 from longtake.engines.progress import BuildProgress, Interrupts
 from longtake.engines.segment import segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import atomic_path
-from longtake.formats import segmented_graph
-from longtake.formats.onnx_file import onnx_digest, read_graph
-from longtake.formats.plan import PlanManifest, manifest_path, plugin_identities, verify_plan, write_manifest
+from longtake.formats.onnx_file import onnx_digest, read_onnx
+from longtake.formats.plan import PlanManifest, manifest_path, plugin_identities, verify_plan
 from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import Segment, segment_spec
 from longtake.machine.capability import RTX_TARGETS, lookup
@@ -34,11 +34,6 @@ from longtake.settings import settings_from_environment
 from longtake.training.models.wan.spec import networks_of, recipe_spec
 
 log = logging.getLogger(__name__)
-
-DTYPE_NAMES = {
-    "FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
-    "BOOL": "bool", "FP8": "fp8", "FP4": "fp4",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def _jobs_of(
 ) -> list[PlanJob]:
     """The plans of one network. A segmented recipe's networks are cut, those without custom ops into one segment: their
     weights go from the exported file to the device, and no plan holds them."""
-    model = read_graph(path)
+    model = read_onnx(path, "small")
     ops = Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
     segments = out / f"{network}.segments.json"
     if recipe.mode == "fused" or (network in inside and not ops):
@@ -133,7 +128,7 @@ def _jobs_of(
         spec = recipe_spec(recipe, network).as_json()
         return [PlanJob(network, path, onnx_digest(path), spec, ops)]
     cut = segments_from_onnx(model, network)
-    segmented_graph.save(cut.graph, segments)
+    cut.graph.write(segments)
     jobs = []
     for segment in cut.graph.segments:
         model, names = cut.models[segment.name], tuple[str, ...]()
@@ -165,7 +160,7 @@ def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progr
         flavour.name, flavour.version, recipe.compute_capability, plugin_identities(list(job.plugins)), job.spec,
         recipe.name, recipe.preset, layers, round(time.monotonic() - start, 2), scratch_of_last_build(),
     )  # fmt: skip
-    write_manifest(plan, manifest)
+    manifest.write(plan)
     return PlanResult(plan, manifest, False)
 
 
@@ -291,8 +286,13 @@ def check_network(trt: Any, network: Any, job: PlanJob) -> None:
     _check_aliases(job, plugins)
 
 
+def _dtype_name(tensor: Any) -> str:
+    name = tensor.dtype.name
+    return BY_TRT[name].name if name in BY_TRT else name
+
+
 def _check_bindings(job: PlanJob, kind: str, tensors: list[Any]) -> None:
-    found = {t.name: (DTYPE_NAMES.get(t.dtype.name, t.dtype.name), _shape(t.shape)) for t in tensors}
+    found = {t.name: (_dtype_name(t), _shape(t.shape)) for t in tensors}
     wanted = {n: (dtype, [-1 if isinstance(d, str) else d for d in shape]) for n, dtype, shape in job.spec[kind]}
     for name in wanted.keys() & set(job.channels_last):
         dtype, shape = wanted[name]

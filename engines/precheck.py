@@ -14,8 +14,7 @@ import onnx
 
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.files import require_disk
-from longtake.formats.describe_onnx import tensor_bytes
-from longtake.formats.onnx_file import data_files
+from longtake.formats.onnx_file import data_files, read_onnx, tensor_bytes
 from longtake.formats.recipe import Recipe
 
 BASE = 1.5e9  # Python, torch, TensorRT and a plan's graph
@@ -77,7 +76,7 @@ def _weight_bytes(source: Path | onnx.ModelProto) -> int:
     """Bytes of the weights a plan from `source` will hold. A segment's are inputs, so it holds next to none."""
     if not isinstance(source, Path):
         return source.ByteSize()
-    model = onnx.load(str(source), load_external_data=False)
+    model = read_onnx(source, "none")
     outside = any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
     if outside and len(data_files(source)) < 2:
         raise LongtakeError(

@@ -16,26 +16,14 @@ from dataclasses import dataclass, field
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from longtake.dtypes import BY_ONNX, DTYPES
 from longtake.errors import LongtakeError
-from longtake.formats.onnx_file import WEIGHT_BYTES, constants_of
+from longtake.formats.onnx_file import INLINE_BYTES, constants_of
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, StepKind, TensorType
 from longtake.plugins.registry import all_ops, op_named
 from longtake.plugins.shapes import infer_dtype, infer_shape
 from longtake.plugins.spec import DOMAIN
 
-DTYPES: dict[int, str] = {
-    TensorProto.FLOAT: "fp32",
-    TensorProto.FLOAT16: "fp16",
-    TensorProto.BFLOAT16: "bf16",
-    TensorProto.INT8: "int8",
-    TensorProto.INT32: "int32",
-    TensorProto.INT64: "int64",
-    TensorProto.BOOL: "bool",
-    TensorProto.FLOAT8E4M3FN: "fp8",
-    TensorProto.FLOAT4E2M1: "fp4",
-}
-ELEMENT_TYPES: dict[str, int] = {name: number for number, name in DTYPES.items()}
-BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int32": 32, "int64": 64, "bool": 8, "fp8": 8, "fp4": 4}
 FLOATS = ("fp32", "fp16", "bf16")
 
 
@@ -167,7 +155,7 @@ class _GraphView:
 
     def is_weight(self, name: str) -> bool:
         """Whether a constant goes in as an input: it is large, or comes out of an unpack."""
-        return name in self.unpacks or _bytes(self.type_of(name)) > WEIGHT_BYTES
+        return name in self.unpacks or _bytes(self.type_of(name)) > INLINE_BYTES
 
 
 class _Body:
@@ -336,7 +324,7 @@ def _raw(tensor: TensorProto) -> bytes:
         raise LongtakeError(
             "a small constant lies in external data",
             got=tensor.name,
-            expected=f"constants of up to {WEIGHT_BYTES} bytes inside the ONNX file",
+            expected=f"constants of up to {INLINE_BYTES} bytes inside the ONNX file",
             fix="load the model with its external data, or export again with a size threshold",
         )
     return numpy_helper.to_array(tensor).tobytes()
@@ -346,26 +334,26 @@ def _bytes(kind: TensorType) -> int:
     count = 1
     for size in kind.shape:
         count *= size if isinstance(size, int) else 1
-    return count * BITS[kind.dtype] // 8
+    return DTYPES[kind.dtype].bytes(count)
 
 
 def _value_info(name: str, kind: TensorType) -> ValueInfoProto:
     if any(not isinstance(size, int) for size in kind.shape):
         raise LongtakeError("a segment input or output has a dynamic shape", got=f"{name} {kind.shape}")
-    return helper.make_tensor_value_info(name, ELEMENT_TYPES[kind.dtype], kind.shape)
+    return helper.make_tensor_value_info(name, DTYPES[kind.dtype].onnx, kind.shape)
 
 
 def _type_from(info: ValueInfoProto) -> TensorType | None:
     tensor = info.type.tensor_type
-    if tensor.elem_type not in DTYPES or not tensor.HasField("shape"):
+    if tensor.elem_type not in BY_ONNX or not tensor.HasField("shape"):
         return None
     dims = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or "?") for d in tensor.shape.dim)
-    return TensorType(DTYPES[tensor.elem_type], dims)
+    return TensorType(BY_ONNX[tensor.elem_type].name, dims)
 
 
 def _tensor_types(model: onnx.ModelProto, constants: dict[str, TensorProto]) -> dict[str, TensorType]:
     """Types from the file's value_info; what is missing there comes from shape inference, op by op."""
-    types = {name: TensorType(DTYPES[t.data_type], tuple(t.dims)) for name, t in constants.items()}
+    types = {name: TensorType(BY_ONNX[t.data_type].name, tuple(t.dims)) for name, t in constants.items()}
     graph = model.graph
     infos = (*graph.value_info, *graph.input, *graph.output)
     types |= {info.name: kind for info in infos if (kind := _type_from(info))}
@@ -404,7 +392,7 @@ def _infer_standard_ops(model: onnx.ModelProto, types: dict[str, TensorType]) ->
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     copy.graph.value_info.extend(
-        helper.make_tensor_value_info(name, ELEMENT_TYPES[kind.dtype], kind.shape)
+        helper.make_tensor_value_info(name, DTYPES[kind.dtype].onnx, kind.shape)
         for name, kind in types.items()
         if name not in known
     )

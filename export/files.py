@@ -15,23 +15,15 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto
-from onnx.external_data_helper import uses_external_data
 from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.files import atomic_path
-from longtake.formats.describe_onnx import tensor_bytes
-from longtake.formats.onnx_file import _check_extent
+from longtake.formats.onnx_file import INLINE_BYTES, data_path, tensor_bytes
 
 ALIGNMENT = 64
-INLINE_BYTES = 1024  # up to here a tensor stays in the graph file: tools can read it, and segments keep it inside
 
 Content = Iterable[tuple[str, Tensor]]
-
-
-def data_path(path: Path) -> Path:
-    """The external data file of an ONNX file: `dit.onnx` has `dit.onnx.data`."""
-    return path.with_name(path.name + ".data")
 
 
 def write_onnx(model: onnx.ModelProto, path: Path, content: Content = ()) -> None:
@@ -62,13 +54,6 @@ def write_skeleton(model: onnx.ModelProto, path: Path) -> None:
     lay_out(model, path, references_only=True)
     _write_graph(model, path)
     data_path(path).unlink(missing_ok=True)  # of an earlier export: its weights are not this graph's
-
-
-def fill(model: onnx.ModelProto, content: Content) -> None:
-    """Give references of a small `model` their content in memory."""
-    waiting = {t.name: t for t in model.graph.initializer if is_reference(t)}
-    for name, value in content:
-        _set_inline(waiting[name], tensor_raw(value))
 
 
 def is_reference(tensor: TensorProto) -> bool:
@@ -149,13 +134,3 @@ def placeholder(tensor: TensorProto) -> bytes:
 def _write_graph(model: onnx.ModelProto, path: Path) -> None:
     with atomic_path(path) as partial:
         partial.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def check_extents(model: onnx.ModelProto, path: Path) -> None:
-    """Raise IntegrityError (LongtakeError if there is none) unless the data file holds every tensor of `model`."""
-    try:
-        for tensor in model.graph.initializer:
-            if uses_external_data(tensor):
-                _check_extent(tensor, path)
-    except FileNotFoundError as error:
-        raise LongtakeError(f"{error.filename} does not exist", fix="run `longtake export`") from None

@@ -24,6 +24,7 @@ from onnx.defs import OpSchema
 from onnxscript.values import Opset
 from torch import Tensor, nn
 
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.plugins.ops import torch_op
 from longtake.plugins.registry import all_ops
@@ -35,13 +36,6 @@ DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23
 
 _DYNAMIC = ("W", "N", "K", "T", "Y", "X", "C")  # a body serves every size of these; others are fixed when it is made
-_TYPES = {
-    "int8": "tensor(int8)", "int32": "tensor(int32)", "fp32": "tensor(float)", "fp8": "tensor(float8e4m3fn)",
-}  # fmt: skip
-_ELEMENT_TYPES = {
-    "int8": TensorProto.INT8, "int32": TensorProto.INT32, "fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16,
-    "fp8": TensorProto.FLOAT8E4M3FN,
-}  # fmt: skip
 _COMPUTE_TYPES = ["tensor(bfloat16)", "tensor(float16)", "tensor(float)"]
 
 
@@ -60,20 +54,25 @@ def register_schemas() -> None:
 def op_schema(spec: OpSpec) -> OpSchema:
     """The ONNX schema of an op, with attributes `plugin_namespace` and `plugin_version` and shape inference."""
 
-    def formal(tensor: TensorSpec) -> OpSchema.FormalParameter:
-        return OpSchema.FormalParameter(tensor.name, _TYPES.get(tensor.dtype, "T"))
+    def formal(tensor: TensorSpec, ending: str = "") -> OpSchema.FormalParameter:
+        return OpSchema.FormalParameter(tensor.name + ending, _type_string(tensor.dtype))
 
     schema = OpSchema(
         spec.name,
         DOMAIN,
         DOMAIN_VERSION,
         inputs=[formal(t) for t in spec.inputs],
-        outputs=[OpSchema.FormalParameter(f"{t.name}_out", _TYPES.get(t.dtype, "T")) for t in spec.outputs],
+        outputs=[formal(t, "_out") for t in spec.outputs],
         type_constraints=[("T", _COMPUTE_TYPES, "the activation dtype")],
         attributes=[OpSchema.Attribute(a, OpSchema.AttrType.STRING, required=False) for a in PLUGIN_ATTRIBUTES],
     )
     schema.set_type_and_shape_inference_function(functools.partial(_infer_outputs, spec))
     return schema
+
+
+def _type_string(dtype: str) -> str:
+    """What an op schema calls an element type, such as "tensor(float)"; "T" is the type it computes in."""
+    return f"tensor({TensorProto.DataType.Name(DTYPES[dtype].onnx).lower()})" if dtype in DTYPES else "T"
 
 
 def _infer_outputs(spec: OpSpec, context: Any) -> None:
@@ -86,7 +85,7 @@ def _infer_outputs(spec: OpSpec, context: Any) -> None:
             context.set_output_type(output, context.get_input_type(aliases[output]))
             continue
         dtype = infer_dtype(spec, output, [str(kind.elem_type) for kind in types])
-        element_type = _ELEMENT_TYPES[dtype] if dtype in _ELEMENT_TYPES else int(dtype)
+        element_type = DTYPES[dtype].onnx if dtype in DTYPES else int(dtype)
         dims: Any = infer_shape(spec, output, shapes)
         context.set_output_type(output, helper.make_tensor_type_proto(element_type, dims))
 

@@ -17,6 +17,7 @@ import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.export.functions import quiet_exporter, translation_table
 from longtake.training.models.network_spec import Binding, NetworkSpec
@@ -24,14 +25,6 @@ from longtake.training.models.network_spec import Binding, NetworkSpec
 OPSET = 23  # the first with FLOAT4E2M1; read by TensorRT-RTX 1.7 and ONNX Runtime 1.24
 IR_VERSION = 11
 UNIFORM_BYTES = 256  # a constant of one value above this is generated, not stored
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int32": torch.int32, "int8": torch.int8}
-ONNX_DTYPES = {
-    "fp32": onnx.TensorProto.FLOAT,
-    "bf16": onnx.TensorProto.BFLOAT16,
-    "int32": onnx.TensorProto.INT32,
-    "int8": onnx.TensorProto.INT8,
-}
 
 
 class Bound(nn.Module):
@@ -52,7 +45,7 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     (their bodies are attached once lowering is done). Weights are references named by state-dict key without the
     wrapper's prefix ("blocks.0.ffn.0.weight"). The result is deterministic.
     """
-    module = Bound(hollow(network)).eval()
+    module = Bound(empty_copy(network)).eval()
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, _, high) in spec.profile}
     shapes = tuple({i: dims[d] for i, d in enumerate(b.shape) if isinstance(d, str)} for b in spec.inputs)
     with torch.no_grad(), quiet_exporter():
@@ -78,7 +71,7 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     return tidy(program.model_proto, spec.name)
 
 
-def hollow(network: nn.Module) -> nn.Module:
+def empty_copy(network: nn.Module) -> nn.Module:
     """A copy of `network` with bf16 parameters and buffers in memory of the CPU that nobody has touched.
 
     Raises:
@@ -135,7 +128,7 @@ def example_input(binding: Binding, spec: NetworkSpec) -> Tensor:
     """A tensor, never touched, in the binding's dtype and shape, dynamic dimensions at their profile's optimum."""
     sizes = {name: sizes[1] for name, sizes in spec.profile}
     shape = [sizes[d] if isinstance(d, str) else d for d in binding.shape]
-    return torch.empty(shape, dtype=TORCH_DTYPES[binding.dtype])
+    return torch.empty(shape, dtype=DTYPES[binding.dtype].torch)
 
 
 def tidy(model: onnx.ModelProto, name: str) -> onnx.ModelProto:

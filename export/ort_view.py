@@ -16,7 +16,9 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from longtake.dtypes import DTYPES
 from longtake.export.lower import ACTIVATION_DOMAIN, ACTIVATION_OP
+from longtake.plugins.nvfp4.formats import E2M1_MAX, E4M3_MAX
 from longtake.plugins.nvfp4.reference import BLOCK
 from longtake.plugins.registry import op_named
 from longtake.plugins.spec import DOMAIN
@@ -110,8 +112,7 @@ def _outputs(nodes: list[NodeProto]) -> list[str]:
 
 
 def _typed(name: str, dtype: str) -> onnx.ValueInfoProto:
-    kinds = {"compute": FLOAT, "fp32": FLOAT, "int8": TensorProto.INT8, "int32": TensorProto.INT32}
-    return helper.make_tensor_value_info(name, kinds[dtype], None)
+    return helper.make_tensor_value_info(name, FLOAT if dtype == "compute" else DTYPES[dtype].onnx, None)
 
 
 def activation_function(opset: int) -> onnx.FunctionProto:
@@ -133,7 +134,7 @@ def activation_function(opset: int) -> onnx.FunctionProto:
         return op("Constant", value=numpy_helper.from_array(np.array(value, dtype)))
 
     peak = op("ReduceMax", op("Reshape", op("Abs", "x"), constant([-1, BLOCK], np.int64)), constant([1], np.int64))
-    raw = op("Clip", op("Div", peak, op("Mul", "g", constant(6.0))), constant(2.0**-9), constant(448.0))
+    raw = op("Clip", op("Div", peak, op("Mul", "g", constant(E2M1_MAX))), constant(2.0**-9), constant(E4M3_MAX))
     column = op("Cast", op("Cast", raw, to=FP8), to=FLOAT)
     step = op("MatMul", op("Mul", column, "g"), constant(np.ones((1, BLOCK))))
     z = op("Div", "x", op("Reshape", step, op("Shape", "x")))

@@ -7,31 +7,27 @@ a package of graphs without weights and views: enough to build segmented engines
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import onnx
-import torch
 
-from longtake.export.content import Weights, stored_tensors
-from longtake.export.files import data_path, is_reference, write_onnx, write_skeleton
+import longtake
+from longtake.export.files import is_reference, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
 from longtake.export.onnx_from_model import OPSET, onnx_from_model
 from longtake.export.ort_view import ort_view
 from longtake.export.rewriter import linear_name
 from longtake.export.structure import Expected, check_structure
-from longtake.files import atomic_path, require_disk, sha256, write_json
-from longtake.formats.describe_onnx import tensor_bytes
-from longtake.formats.exported import FORMAT, INDEX
-from longtake.formats.onnx_file import read_onnx
+from longtake.export.weights import Weights, stored_tensors
+from longtake.files import atomic_path, require_disk, sha256
+from longtake.formats.exported import KIND, NAME, Export, ExportedFile, ExportedNetwork
+from longtake.formats.onnx_file import data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import LINEARS, Recipe
-from longtake.paths import REPOSITORY
 from longtake.plugins.spec import PLUGIN_VERSION
-from longtake.training.models.load import Models, hollow_models
+from longtake.provenance import versions
+from longtake.training.models.load import Models, meta_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.networks import network_module
@@ -40,7 +36,9 @@ from longtake.training.models.wan.vae_library import library_ops
 
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
 DECODER = ("vae_first", "vae_steady")
-SOURCES = ("export", "plugins", "training/models")  # what an export computes with
+PACKAGE = Path(longtake.__file__).parent
+SOURCES = ("export", "plugins", "training/models", "formats")  # what an export computes with, and this folder
+PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "nvidia-modelopt")
 VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB
 Progress = Callable[[str], None]
 
@@ -50,7 +48,7 @@ class PlainGraphs:
 
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
-        self.models = hollow_models(preset, vocabulary)
+        self.models = meta_models(preset, vocabulary)
         self._made: dict[tuple[str, str, str, str], onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
@@ -69,8 +67,8 @@ class PlainGraphs:
 
 def export_package(
     graphs: PlainGraphs, recipe: Recipe, folder: Path, inputs: str, progress: Progress, weights: Weights | None
-) -> dict[str, Any]:
-    """Export every network of `recipe` into `folder` and return what export.json holds (also written).
+) -> Export:
+    """Export every network of `recipe` into `folder` and return its description (also written).
 
     Args:
         inputs: digest of checkpoints and code, kept to recognise a package that is up to date.
@@ -82,28 +80,26 @@ def export_package(
         IntegrityError: an exported file fails its structural check, or a weight is missing or of another shape.
     """
     require_disk(folder, disk_needed(graphs, recipe) if weights else 16 << 20)
-    (folder / INDEX).unlink(missing_ok=True)
+    (folder / NAME).unlink(missing_ok=True)
     names = networks_of(graphs.preset)
     networks = {name: _export_network(graphs, recipe, name, folder, progress, weights) for name in names}
-    index = {
-        "format": FORMAT,
-        "onnx_name": recipe.onnx_name,
-        "preset": recipe.preset,
-        "precision": recipe.precision,
-        "cache": recipe.cache,
-        "linears": recipe.linears,
-        "opset": OPSET,
-        "plugin_version": PLUGIN_VERSION,
-        "inputs": inputs,
-        "skeleton": weights is None,
-        "networks": networks,
-        "amax": weights.amax if weights else {},
-        "vocabulary": list(weights.vocabulary) if weights else [],
-        "versions": versions(),
-        "parity": [],
-    }
-    write_json(folder / INDEX, index)
-    return index
+    export = Export(
+        onnx_name=recipe.onnx_name,
+        preset=recipe.preset,
+        precision=recipe.precision,
+        cache=recipe.cache,
+        networks=networks,
+        vocabulary=weights.vocabulary if weights else (),
+        linears=recipe.linears,
+        opset=OPSET,
+        plugin_version=PLUGIN_VERSION,
+        inputs=inputs,
+        skeleton=weights is None,
+        amax=weights.amax if weights else {},
+        versions=versions(PACKAGES),
+    )
+    export.write(folder)
+    return export
 
 
 def steps_of(preset: Preset) -> int:
@@ -113,8 +109,8 @@ def steps_of(preset: Preset) -> int:
 
 def _export_network(
     graphs: PlainGraphs, recipe: Recipe, name: str, folder: Path, progress: Progress, weights: Weights | None
-) -> dict[str, Any]:
-    """Export, lower, check and view one network; the entry of export.json."""
+) -> ExportedNetwork:
+    """Export, lower, check and view one network."""
     spec = recipe_spec(recipe, name, graphs.preset)
     path = folder / f"{name}.onnx"
     progress(f"{name}: PyTorch to ONNX")
@@ -136,16 +132,13 @@ def _export_network(
     check_structure(path, expected, skeleton=weights is None)
     progress(f"{name}: view for ONNX Runtime")
     files = [path] if weights is None else [path, data_path(path), *_view(path)]
-    return {
-        "spec": spec.as_json(),
-        "linears": lowered,
-        "files": {f.name: {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files},
-    }
+    described = {f.name: ExportedFile(sha256(f), f.stat().st_size) for f in files}
+    return ExportedNetwork(described, spec.as_json(), tuple(lowered))
 
 
 def _view(path: Path) -> list[Path]:
     """Write the view of an ONNX file if it fits into one message; its path, or nothing."""
-    if view_bytes(read_onnx(path, content=False)) > VIEW_BYTES:
+    if view_bytes(read_onnx(path, "none")) > VIEW_BYTES:
         view_path(path).unlink(missing_ok=True)
         return []
     with atomic_path(view_path(path)) as partial:
@@ -181,30 +174,19 @@ def disk_needed(graphs: PlainGraphs, recipe: Recipe) -> int:
     return total
 
 
-def versions() -> dict[str, str]:
-    """Versions the files depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("onnx", "onnxscript", "onnxruntime", "nvidia-modelopt"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def code_digest() -> str:
     """Digest of the sources an export depends on: a package exported by other code is not up to date."""
-    root, digest = REPOSITORY, hashlib.sha256()
-    for source in SOURCES:
-        place = root / source
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    digest = hashlib.sha256()
+    folders = [file for source in SOURCES for file in (PACKAGE / source).rglob("*.py")]
+    for file in sorted([*PACKAGE.glob("*.py"), *folders]):
+        digest.update(f"{file.relative_to(PACKAGE)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
-    fields = FORMAT, recipe.model, recipe.precision, recipe.cache, recipe.linears, recipe.vae_ops, versions()
+    how = recipe.precision, recipe.cache, recipe.linears, recipe.vae_ops
+    fields = KIND.format, recipe.model, *how, versions(PACKAGES)
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())
     if checkpoints is not None:

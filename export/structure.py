@@ -10,13 +10,11 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from longtake.dtypes import DTYPES
 from longtake.errors import IntegrityError
-from longtake.export.files import check_extents
 from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP
-from longtake.export.onnx_from_model import ONNX_DTYPES
 from longtake.export.rewriter import linear_name
-from longtake.formats.describe_onnx import tensor_bytes
-from longtake.formats.onnx_file import read_onnx
+from longtake.formats.onnx_file import data_sizes, read_onnx, tensor_bytes
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
@@ -85,9 +83,9 @@ def check_structure(path: Path, expected: Expected, skeleton: bool = False) -> N
         LongtakeError: the file is missing.
         IntegrityError: it is damaged or differs from `expected`; the message names the file and the difference.
     """
-    model = read_onnx(path, content=False)
+    model = read_onnx(path, "none")
     if not skeleton:
-        check_extents(model, path)
+        data_sizes(model, path)
     try:
         onnx.checker.check_model(_weights_as_inputs(model))
     except (onnx.checker.ValidationError, ValueError) as error:
@@ -119,7 +117,7 @@ def _check_bindings(
     path: Path, kind: str, values: Iterable[onnx.ValueInfoProto], bindings: tuple[Binding, ...]
 ) -> None:
     got = [_binding(value) for value in values]
-    wanted = [(b.name, ONNX_DTYPES[b.dtype], tuple(b.shape)) for b in bindings]
+    wanted = [(b.name, DTYPES[b.dtype].onnx, tuple(b.shape)) for b in bindings]
     for have, want in zip(got, wanted):
         if have != want:
             raise _broken(path, f"has other {kind} than the engine spec", _shown(have), _shown(want))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,10 +31,10 @@ def commit() -> str | None:
         return None
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on; packages that are absent are left out."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Our version, Python's, and those of `packages`; the absent ones are left out."""
     found = {"longtake": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

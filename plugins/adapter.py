@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from longtake.dtypes import DTYPES
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import source_digest
@@ -23,7 +24,6 @@ from longtake.plugins.spec import PLUGIN_NAMESPACE, PLUGIN_VERSION, Op, OpSpec, 
 log = logging.getLogger(__name__)
 
 DIGEST_FIELD = "kernel_digest"  # hex SHA-256 of the kernel's source, in every serialized plugin
-_DTYPE_NAMES = {"int8": "INT8", "int32": "INT32", "fp32": "FLOAT", "bf16": "BF16", "fp8": "FP8"}
 
 
 @cache
@@ -159,7 +159,7 @@ class OpPlugin:
         """TensorRT's type of a tensor; `compute` is None where no input says what it is, which means bf16."""
         if tensor.dtype == "compute":
             return compute if compute is not None else self.trt.DataType.BF16
-        return getattr(self.trt.DataType, _DTYPE_NAMES[tensor.dtype])
+        return getattr(self.trt.DataType, DTYPES[tensor.dtype].trt)
 
 
 class OpPluginCreator:

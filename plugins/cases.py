@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longtake.dtypes import DTYPES
 from longtake.plugins.kernels import Dims
 from longtake.plugins.registry import op_named
 from longtake.plugins.shapes import shape_of
-from longtake.plugins.tensors import TORCH_DTYPES, torch_dtype
+from longtake.plugins.tensors import torch_dtype
 
 
 def op_inputs(
@@ -19,7 +20,7 @@ def op_inputs(
     """CPU inputs of an op in spec order. `indices` is the write_slot [1] or the table [W]."""
     generator = torch.Generator().manual_seed(seed)
     op = op_named(op_name)
-    special = op.inputs(op.spec, dims, TORCH_DTYPES[dtype], generator) if op.inputs else {}
+    special = op.inputs(op.spec, dims, DTYPES[dtype].torch, generator) if op.inputs else {}
     tensors = []
     for tensor in op.spec.inputs:
         if tensor.name in special:

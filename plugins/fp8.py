@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
-
+from longtake.plugins.nvfp4.formats import E4M3_MAX
 
 SMALLEST_AMAX = 2.0**-24  # below it ModelOpt takes an amax for zero and quantizes with amax 1
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.dtypes import DTYPES, of_torch
 from longtake.plugins.registry import all_ops
 from longtake.plugins.shapes import infer_dtype, infer_shape
 from longtake.plugins.spec import DOMAIN, Op, OpSpec
-from longtake.plugins.tensors import DTYPE_NAMES, TORCH_DTYPES
 
 
 def torch_schema(spec: OpSpec) -> str:
@@ -34,11 +34,11 @@ def _shapes_only(spec: OpSpec) -> Callable[..., Any]:
     aliases = dict(spec.aliases)
 
     def fake(*inputs: Tensor) -> Any:
-        shapes, dtypes = [x.shape for x in inputs], [DTYPE_NAMES.get(x.dtype, "") for x in inputs]
+        shapes, dtypes = [x.shape for x in inputs], [of_torch(x.dtype).name for x in inputs]
         outputs = tuple(
             torch.empty_like(inputs[aliases[i]], memory_format=torch.contiguous_format)
             if i in aliases
-            else inputs[0].new_empty(infer_shape(spec, i, shapes), dtype=TORCH_DTYPES[infer_dtype(spec, i, dtypes)])
+            else inputs[0].new_empty(infer_shape(spec, i, shapes), dtype=DTYPES[infer_dtype(spec, i, dtypes)].torch)
             for i in range(len(spec.outputs))
         )
         return outputs if len(outputs) > 1 else outputs[0]

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.dtypes import of_torch
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, Kernel
 from longtake.plugins.launch import Launcher, OpLauncher, way_names
 from longtake.plugins.registry import op_named
 from longtake.plugins.shapes import dims_from_shapes, shape_of
 from longtake.plugins.spec import Op, TensorSpec
-from longtake.plugins.tensors import DTYPE_NAMES, torch_dtype
+from longtake.plugins.tensors import torch_dtype
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def _output(op_name: str, spec: TensorSpec, dims: Dims, dtype: str, device: torc
 def _compute_dtype(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> str | None:
     """The dtype of the first tensor that has the compute dtype, or None if the op has no such input."""
     dtypes = (tensor.dtype for spec, tensor in zip(specs, tensors) if spec.dtype == "compute")
-    return next((DTYPE_NAMES.get(dtype, str(dtype)) for dtype in dtypes), None)
+    return next((of_torch(dtype).name for dtype in dtypes), None)
 
 
 def _check_tensor(op_name: str, spec: TensorSpec, tensor: Tensor, dtype: str) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, require_disk
+from longtake.record import Kind, record_from_json
 from longtake.runtime.state import Position, position_from_json
 
 FORMAT = "longtake-session"
-VERSION = 1
+KIND = Kind("a saved session", "--save-session", "start a new session")
 FIRST_LATENT = "first_latent"  # tensor of a session that has yet to generate the chunk that starts from a picture
 NOISE = 1  # version of conditions.noise_for_chunk: another one would continue with other noise
 
@@ -90,7 +91,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 def snapshot_to_file(snapshot: Snapshot, path: Path | str) -> None:
     """Write `snapshot` to `path` as one file, atomically. Raises LongtakeError if the disk is too full."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in snapshot.tensors.items()}
-    about = {"version": VERSION, "noise": NOISE, "identity": asdict(snapshot.identity),
+    about = {"version": KIND.format, "noise": NOISE, "identity": asdict(snapshot.identity),
              "position": snapshot.position.as_json()}  # fmt: skip
     text = json.dumps(about, ensure_ascii=True, sort_keys=True)
     require_disk(Path(path).parent, sum(t.nbytes for t in tensors.values()) + (1 << 20))
@@ -127,8 +128,8 @@ def snapshot_from_file(path: Path | str) -> Snapshot:
 
 
 def _snapshot_from_json(source: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
-    for key, wanted in (("version", VERSION), ("noise", NOISE)):
-        if about.get(key) != wanted:
-            raise LongtakeError(f"{source} was saved by another version of longtake", got=f"{key} {about.get(key)}",
-                                expected=f"{key} {wanted}", fix="start a new session")  # fmt: skip
-    return Snapshot(Identity(**about["identity"]), position_from_json(about["position"]), tensors)
+    KIND.require_format(about.get("version"), source)
+    if about.get("noise") != NOISE:
+        raise LongtakeError(f"{source} was saved by another version of longtake", got=f"noise {about.get('noise')}",
+                            expected=f"noise {NOISE}", fix=KIND.remake)  # fmt: skip
+    return Snapshot(record_from_json(Identity, about["identity"]), position_from_json(about["position"]), tensors)

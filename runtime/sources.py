@@ -6,13 +6,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from longtake.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.files import read_json
-from longtake.formats.bundle import load_bundle
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.formats.bundle import Bundle
+from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
 from longtake.machine.capability import Choice, backend_for
 from longtake.machine.machine import machine_here
@@ -25,8 +24,6 @@ from longtake.runtime.budget.terms_table import Budget
 from longtake.training.models.presets import SamplingConfig
 
 log = logging.getLogger(__name__)
-
-Entry = TypeVar("Entry")
 
 BUILD_FIX = "run `make export engines`, or pass a folder with --engines"
 ORACLE = "torch"  # PyTorch itself, for checks and tests; not among the backends a user is offered
@@ -60,7 +57,7 @@ def source_from_name(name: Path | str | None) -> Source:
     folder = Path(name)
     if (folder / "bundle.json").is_file():
         return source_from_bundle(folder)
-    if (folder / "export.json").is_file():
+    if Export.is_in(folder):
         return _source_from_export(folder)
     if folder.is_dir():
         raise LongtakeError(f"folder {folder} holds no engines", got="neither bundle.json nor export.json",
@@ -78,7 +75,7 @@ def source_of_recipe(recipe: Recipe) -> Source | None:
     """What is built for a recipe, else what is exported for it, in the project's own folders; None if neither."""
     if (ENGINES / recipe.name / "bundle.json").is_file():
         return source_from_bundle(ENGINES / recipe.name)
-    if (EXPORTS / recipe.onnx_name / "export.json").is_file():
+    if Export.is_in(EXPORTS / recipe.onnx_name):
         return _source_from_export(EXPORTS / recipe.onnx_name, recipe)
     return None
 
@@ -106,51 +103,27 @@ def source_from_bundle(folder: Path) -> Source:
     Raises:
         LongtakeError: the folder holds no engines; IntegrityError: its bundle.json is damaged.
     """
-    bundle = load_bundle(folder)
-    index = bundle.onnx / "export.json"
+    bundle = Bundle.read(folder)
+    export = Export.find(bundle.onnx)
     return Source(
         bundle.recipe,
         bundle.onnx,
         folder,
         bundle.vocabulary,
-        _checkpoints(read_json(index)) if index.is_file() else None,
-        _sampling(read_json(index)) if index.is_file() else None,
+        export.checkpoint_folder if export else None,
+        export.sampled if export else None,
     )
 
 
 def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
-    given = read_json(folder / "export.json")
+    export = Export.read(folder, digests=False)
     if recipe is None:
-        wanted = _entry(given, "onnx_name", str, folder)
-        matching = [r for r in map(recipe_named, recipe_names()) if r.onnx_name == wanted]
+        matching = [r for r in map(recipe_named, recipe_names()) if r.onnx_name == export.onnx_name]
         if not matching:
-            raise LongtakeError(f"no recipe fits the export in {folder}", got=wanted,
+            raise LongtakeError(f"no recipe fits the export in {folder}", got=export.onnx_name,
                                 expected=", ".join(recipe_names()))  # fmt: skip
         recipe = matching[0]
-    words = tuple(_entry(given, "vocabulary", list, folder))
-    return Source(recipe, folder, None, words, _checkpoints(given), _sampling(given))
-
-
-def _sampling(index: object) -> SamplingConfig | None:
-    """How the exported checkpoint is sampled, if that is recorded."""
-    found = index.get("sampling") if isinstance(index, dict) else None
-    if not isinstance(found, dict):
-        return None
-    return SamplingConfig(int(found["steps"]), float(found["guidance"]), float(found.get("shift", 5.0)))
-
-
-def _checkpoints(index: object) -> Path | None:
-    """The folder that networks were exported from, if it is recorded and still there."""
-    found = index.get("checkpoints") if isinstance(index, dict) else None
-    return Path(found) if isinstance(found, str) and Path(found).is_dir() else None
-
-
-def _entry(given: object, key: str, kind: type[Entry], folder: Path) -> Entry:
-    found = given.get(key) if isinstance(given, dict) else None
-    if not isinstance(found, kind):
-        raise IntegrityError(f"{folder / 'export.json'} is no export description", got=f"{key!r}: {found!r}"[:80],
-                             expected="what `longtake export` writes", fix=BUILD_FIX)  # fmt: skip
-    return found
+    return Source(recipe, folder, None, export.vocabulary, export.checkpoint_folder, export.sampled)
 
 
 def require_checkpoints(folder: Path) -> Path:

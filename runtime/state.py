@@ -7,7 +7,7 @@ has changed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -102,22 +102,6 @@ def position_from_json(given: dict[str, Any]) -> Position:
         edits=tuple(Edit(*entry) for entry in given["edits"]),
         slots=slots_from_json(given["slots"]),
     )
-
-
-class LayerState(Protocol):
-    """What the layers remember of earlier chunks. K/V slots today; a fixed recurrent state would fit as well.
-
-    Its tensors are allocated once and used in place. Which part of them counts is told by a small immutable marker (the
-    slot table here) that lives in `Position`: staging yields the next marker, keeping it is the commit.
-    """
-
-    def stage(self, marker: SlotTable, cut: bool) -> Plan:
-        """What the next chunk reads and writes; `Plan.after` is the marker to commit."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, not copied, for snapshots."""
-        ...
 
 
 class KVState:

@@ -6,26 +6,22 @@ For trying a preset whose weights are not at hand: exports, builds, checks, memo
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.files import atomic_path, require_disk, write_json
-from longtake.training.models.checkpoint import FORMAT, side_file, versions
+from longtake.files import require_disk
+from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.load import weights_dtype
 from longtake.training.models.presets import Preset
 from longtake.training.models.random_weights import bound, random_weight
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.linears import quantized_linears
 
 KINDS = ("dit", "vae", "text_encoder")
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
 INPUT_AMAX = 6.0  # of activations: a LayerNorm's output of some thousand values seldom exceeds it
 CPU = torch.device("cpu")
 
@@ -38,52 +34,35 @@ def write_random_checkpoints(
     Raises:
         LongtakeError: not enough disk space.
     """
-    from longtake.training.models.load import hollow_models
+    from longtake.training.models.load import meta_models
 
-    models = hollow_models(preset)
+    models = meta_models(preset)
     modules = {"dit": models.dit, "vae": models.vae, "text_encoder": models.text}
     dtype = weights_dtype(*modules.values()) or torch.bfloat16
     states = {kind: _typed(modules[kind].state_dict(), dtype) for kind in kinds}
     require_disk(folder, sum(t.nbytes for state in states.values() for t in state.values()))
-    metas: dict[str, dict[str, Any]] = {kind: {"kind": kind, "preset": preset.name} for kind in kinds}
-    if "dit" in metas:
+    sides = {kind: SideFile(kind, preset.name, facts={"random_seed": seed}) for kind in kinds}
+    if "dit" in sides:
         weights = {name: models.dit.get_parameter(f"{name}.weight") for name in quantized_linears(models.dit)}
-        metas["dit"]["amax"] = {
+        amax = {
             name: {"input": INPUT_AMAX, "weight": bound(f"{name}.weight", tuple(weight.shape))}
             for name, weight in weights.items()
         }
-    if "text_encoder" in metas and models.vocabulary:
-        metas["text_encoder"]["vocabulary"] = list(models.vocabulary)
-    return [_write(folder / f"{kind}.safetensors", states[kind], metas[kind], seed) for kind in kinds]
+        sides["dit"] = replace(sides["dit"], amax=amax)
+    if "text_encoder" in sides and models.vocabulary:
+        sides["text_encoder"] = replace(sides["text_encoder"], vocabulary=models.vocabulary)
+    return [_write(folder / f"{kind}.safetensors", states[kind], sides[kind], seed) for kind in kinds]
 
 
 def _typed(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
-def _write(path: Path, state: dict[str, Tensor], meta: dict[str, Any], seed: int) -> Path:
-    """A safetensors file (length, JSON header, tensors one after the other) with its side file."""
-    digest = hashlib.sha256()
-    with atomic_path(path) as partial, open(partial, "wb") as file:
-        for piece in _pieces(path, state, seed):
-            digest.update(piece)
-            file.write(piece)
-        file.flush()
-        side = {"format": FORMAT, **meta, "random_seed": seed, "sha256": digest.hexdigest(), "versions": versions()}
-        write_json(side_file(path), side)
-    return path
-
-
-def _pieces(path: Path, state: dict[str, Tensor], seed: int) -> Iterator[bytes]:
-    header, end = {}, 0
-    for name, tensor in state.items():
-        places = [end, end + tensor.nbytes]
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": places}
-        end = places[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for name, tensor in tqdm(state.items(), desc=path.name, unit="tensor", leave=False, disable=None):
+def _write(path: Path, state: dict[str, Tensor], side: SideFile, seed: int) -> Path:
+    def make(name: str) -> Tensor:
         key = name if seed == 0 else f"{seed}:{name}"
-        value = random_weight(key, tuple(tensor.shape), CPU, tensor.dtype)
-        yield value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return random_weight(key, tuple(state[name].shape), CPU, state[name].dtype)
+
+    with tqdm(total=len(state), desc=path.name, unit="tensor", leave=False, disable=None) as bar:
+        save_checkpoint(path, state, side, make, lambda done: bar.update())
+    return path

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.training.models.checkpoint import finish_save, load_checkpoint, side_file
+from longtake.training.models.side_file import SideFile
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def require_resume_point(out: Path) -> None:
         )
 
 
-def newest_whole(out: Path, *, kind: str, preset: str) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+def newest_whole(out: Path, *, kind: str, preset: str) -> tuple[Path, dict[str, Tensor], SideFile]:
     """The newest resume point that is whole, its tensors and its side file; damaged ones are named in the log.
 
     Raises:

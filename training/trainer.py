@@ -22,6 +22,7 @@ from longtake.errors import LongtakeError
 from longtake.files import require_disk, require_folder, write_json
 from longtake.training.history import History
 from longtake.training.models.checkpoint import copy_checkpoint, save_checkpoint
+from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.report import present_memory, train_report
 from longtake.training.resume import check_same_run, delete_older, newest_whole, require_resume_point, set_aside, sweep
@@ -227,27 +228,29 @@ class Trainer:
             tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
         require_finite(tensors, path)
         position = self.stage.position() if hasattr(self.stage, "position") else {}
-        side = {**self.side(), "kind": f"resume-{self.stage.name}", "position": position}
-        save_checkpoint(path, tensors, {**side, "settings": self.config.settings})
+        where = {"position": position, "settings": self.config.settings}
+        save_checkpoint(path, tensors, SideFile.of({**self.side(), "kind": f"resume-{self.stage.name}", **where}))
         self.history.save()
         delete_older(self.config.out)
         self.saved_at = time.monotonic()
 
     def load_resume_point(self) -> None:
         """Restore modules, optimizer, EMA, generator, step and the place in the data, of the newest whole one."""
-        path, tensors, meta = newest_whole(self.config.out, kind=f"resume-{self.stage.name}", preset=self.config.preset)
-        check_same_run(path, meta.get("settings", {}), self.config.settings)
-        if meta["steps"] != self.config.steps:
+        path, tensors, saved = newest_whole(
+            self.config.out, kind=f"resume-{self.stage.name}", preset=self.config.preset
+        )
+        check_same_run(path, saved.settings, self.config.settings)
+        if saved.steps != self.config.steps:
             logger.warning(
-                "resuming with --steps %d, saved with %d: the schedule changes", self.config.steps, meta["steps"]
+                "resuming with --steps %d, saved with %d: the schedule changes", self.config.steps, saved.steps
             )
         self.generator.set_state(tensors.pop("generator"))
         self.optimizer.load_state(tensors)
         if hasattr(self.stage, "load_state"):
             self.stage.load_state({k.removeprefix("stage/"): v for k, v in tensors.items() if k.startswith("stage/")})
         if hasattr(self.stage, "seek"):
-            self.stage.seek(meta.get("position", {}))
-        self.step = int(meta["step"])
+            self.stage.seek(saved.position)
+        self.step = saved.step or 0
         logger.info("resumed from %s", path)
 
     def finish(self, steps_per_s: float) -> dict[str, float]:
@@ -269,7 +272,8 @@ class Trainer:
         dtype = self.config.save_dtype
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         require_finite(tensors, self.config.out / f"{name}.safetensors")
-        save_checkpoint(self.config.out / f"{name}.safetensors", tensors, {**self.side(), "kind": name, **facts})
+        side = SideFile.of({**self.side(), "kind": name, **facts})
+        save_checkpoint(self.config.out / f"{name}.safetensors", tensors, side)
 
     def side(self) -> dict[str, Any]:
         """The part of a side file that every checkpoint of a run shares."""

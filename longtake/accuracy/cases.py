@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.dtypes import DTYPES
 from longtake.formats.recipe import Recipe
 from longtake.training.models.load import Models
 from longtake.training.models.network_spec import NetworkSpec
@@ -97,10 +98,11 @@ def _dit_cases(
 
 def empty_caches(spec: NetworkSpec) -> Feeds:
     """Zeros for the bindings that are written in place; bf16 ones as fp32."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.float32, "int8": torch.int8}
     aliased = {source for _, source in spec.aliases}
     return {
-        b.name: torch.zeros([int(d) for d in b.shape], dtype=dtypes[b.dtype]) for b in spec.inputs if b.name in aliased
+        b.name: torch.zeros([int(d) for d in b.shape], dtype=DTYPES[b.dtype].host.torch)
+        for b in spec.inputs
+        if b.name in aliased
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, write_json
+from longtake.formats.exported import Export
 from longtake.formats.recipe import recipe_named
 from longtake.paths import REPOSITORY
 from longtake.runtime.bench.engine_side import engine_folder, export_folder
@@ -137,10 +138,10 @@ def prepare(options: BenchOptions) -> None:
     """Export (graphs without weights) and build what is not there yet; on a CPU only the export is needed."""
     name = options.the_recipe.name
     if device_from_name(options.device).type == "cpu":
-        if not (export_folder(options) / "export.json").is_file():
+        if not Export.is_in(export_folder(options)):
             _longtake("export", "--recipe", name, "--no-parity", "--out", str(export_folder(options).parent))
     elif not (engine_folder(options) / "bundle.json").is_file():
-        if not (export_folder(options) / "export.json").is_file():
+        if not Export.is_in(export_folder(options)):
             _longtake("export", "--recipe", name, "--skeleton", "--out", str(export_folder(options).parent))
         onnx, out = export_folder(options).parent, engine_folder(options).parent
         _longtake("engines", "--recipe", name, "--onnx", str(onnx), "--out", str(out))

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from longtake.errors import LongtakeError
-from longtake.formats.exported import load_index
+from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.paths import REPOSITORY
 from longtake.runtime.backends.base import Backend
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print, write the report; a failed gate is raised last, as GateError."""
     recipe = recipe_named(args.recipe)
     source = source_from_name(args.engines or args.recipe)
-    models = models_of_export(recipe, load_index(source.onnx), args.checkpoints or source.checkpoints)
+    models = models_of_export(recipe, Export.read(source.onnx), args.checkpoints or source.checkpoints)
     path = args.report or OUT / f"{recipe.name}.json"
     promise = Promise(runs=args.story is not None)  # asked of the reference backend only: networks have runners here
     with closing(backend_from_source(source, args.backend, None, promise=promise)) as backend:
@@ -80,17 +80,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def models_of_export(recipe: Recipe, index: dict[str, Any], checkpoints: Path | None) -> Models:
-    """The torch models that `index` (export.json) was exported from.
+def models_of_export(recipe: Recipe, export: Export, checkpoints: Path | None) -> Models:
+    """The torch models that were exported.
 
     Raises:
         LongtakeError: it is of another recipe, or was exported from other checkpoints.
     """
-    if index.get("onnx_name") != recipe.onnx_name:
-        raise LongtakeError(f"the export is not of recipe {recipe.name}", got=index.get("onnx_name"),
+    if export.onnx_name != recipe.onnx_name:
+        raise LongtakeError(f"the export is not of recipe {recipe.name}", got=export.onnx_name,
                             expected=recipe.onnx_name, fix=f"longtake export --recipe {recipe.name}")  # fmt: skip
     models = load_models(recipe.model, checkpoints)
-    if index.get("amax") != models.amax:
+    if export.amax != models.amax:
         raise LongtakeError(
             "the networks were exported from other checkpoints", got=f"amax of {checkpoints or 'the shipped ones'}",
             expected="the amax in export.json", fix="name the checkpoints that were exported with --checkpoints FOLDER",

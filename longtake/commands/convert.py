@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.files import read_json, require_disk, require_folder
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
@@ -19,13 +20,11 @@ from longtake.training.convert.calibrate import calibrate_folder
 from longtake.training.convert.files import read_container
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
-from longtake.training.convert.writer import write_checkpoint
 from longtake.training.models.presets import Preset, preset_named
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SLACK = 64 << 20  # side files, headers and the tokenizer
 DESCRIPTION = """\
 Convert released weights into a checkpoint folder that `longtake export --checkpoints FOLDER` takes.
@@ -63,7 +62,7 @@ def register(subparsers: Any) -> None:
         "--packed-rule", choices=sorted(RULE_LIMITS), help="block scales of a packed --dit (default: mse)"
     )
     parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="bf16", help="of the weights written (default: bf16)"
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights written (default: bf16)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="checkpoint folder")
     group = parser.add_argument_group("calibration: activation amax, which native W4A4 and fp8 recipes need")
@@ -122,7 +121,7 @@ def dit_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
     lora = None if args.lora is None else read_container(args.lora)
     scale = args.lora_scale if args.lora_scale is not None else stored_scale(args.lora or args.dit)
     model = convert_dit(
-        read_container(args.dit), preset, dtype=DTYPES[args.dtype], use_ema=args.use_ema, base=base, lora=lora,
+        read_container(args.dit), preset, dtype=DTYPES[args.dtype].torch, use_ema=args.use_ema, base=base, lora=lora,
         lora_scale=scale, packed_rule=args.packed_rule,
     )  # fmt: skip
     return _from(model, args.dit, {"base": args.base, "lora": args.lora})
@@ -132,14 +131,16 @@ def vae_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
     """The VAE that was asked for."""
     if not args.vae:
         return None
-    return _from(convert_vae(read_container(args.vae, "vae"), preset, dtype=DTYPES[args.dtype]), args.vae)
+    return _from(convert_vae(read_container(args.vae, "vae"), preset, dtype=DTYPES[args.dtype].torch), args.vae)
 
 
 def text_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
     """The text encoder that was asked for."""
     if not args.text:
         return None
-    return _from(convert_text(read_container(args.text, "text_encoder"), preset, dtype=DTYPES[args.dtype]), args.text)
+    return _from(
+        convert_text(read_container(args.text, "text_encoder"), preset, dtype=DTYPES[args.dtype].torch), args.text
+    )
 
 
 def stored_scale(path: Path) -> float:
@@ -161,7 +162,7 @@ def write(models: list[Converted], out: Path) -> None:
     require_disk(out, total + SLACK)
     with tqdm(total=total, unit="B", unit_scale=True, desc="convert", leave=False, dynamic_ncols=True) as bar:
         for model in models:
-            write_checkpoint(out / f"{model.kind}.safetensors", model, bar.update)
+            model.write(out / f"{model.kind}.safetensors", bar.update)
 
 
 def calibrate(args: argparse.Namespace, preset: Preset) -> None:

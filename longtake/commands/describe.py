@@ -9,14 +9,15 @@ from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats.describe_checkpoint import describe_safetensors, safetensors_header
+from longtake.formats.describe_checkpoint import describe_safetensors, opened
 from longtake.formats.describe_onnx import describe_onnx
-from longtake.formats.plan import manifest_path, read_manifest
+from longtake.formats.exported import Export
+from longtake.formats.plan import PlanManifest, manifest_path
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.snapshot import snapshot_from_file
+from longtake.training.models.checkpoint import refuse_pickle
 
 KNOWN = ".plan, .onnx, .safetensors, or the .json of a manifest, export, bundle, checkpoint, profile or report"
-PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 # Which JSON file is it? The first kind whose keys are all there.
 JSON_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -40,7 +41,9 @@ def describe(path: Path) -> dict[str, Any]:
         return _describe_folder(path)
     if not path.is_file():
         raise LongtakeError(f"{path} does not exist", expected=KNOWN, fix="check the path")
-    _reject_empty_and_pickle(path)
+    if not path.stat().st_size:
+        raise IntegrityError(f"{path} is empty", got="0 bytes", expected=KNOWN, fix="make it again, or restore it")
+    refuse_pickle(path)
     reader = READERS.get(path.suffix)
     if reader is None:
         raise IntegrityError(f"{path} is not a kind of file that longtake knows", got=path.name, expected=KNOWN)
@@ -56,20 +59,6 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     )
 
 
-def _reject_empty_and_pickle(path: Path) -> None:
-    with open(path, "rb") as source:
-        start = source.read(4096)
-    if not start:
-        raise IntegrityError(f"{path} is empty", got="0 bytes", expected=KNOWN, fix="make it again, or restore it")
-    if start.startswith(PICKLE_STARTS) or (start.startswith(b"PK") and b"data.pkl" in start):
-        raise IntegrityError(
-            f"{path} is a pickle, which can run any code when it is loaded",
-            got="a Python pickle",
-            expected=KNOWN,
-            fix="convert it to safetensors where you trust it, and pass that",
-        )
-
-
 def describe_plan(path: Path) -> dict[str, Any]:
     """Facts about a plan from the manifest beside it; the plan itself, being executable code, is never loaded.
 
@@ -80,7 +69,7 @@ def describe_plan(path: Path) -> dict[str, Any]:
     if not beside.is_file():
         note = f"none ({beside.name} is not beside it); a plan is executable code and is not opened to look inside"
         return {"kind": "TensorRT plan", "manifest": note}
-    manifest = read_manifest(path)
+    manifest = PlanManifest.read(path)
     got = sha256(path)
     if got != manifest.sha256 or path.name != manifest.plan:
         raise IntegrityError(
@@ -98,7 +87,8 @@ def describe_exported(path: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: it is not whole, or not the file that was exported under its name.
     """
-    expected = _exported_digests(path.parent)
+    export = Export.find(path.parent)
+    expected = export.digests if export else {}
     for name in (path.name, f"{path.name}.data"):
         file = path.parent / name
         if name in expected and file.is_file() and (got := sha256(file)) != expected[name]:
@@ -111,22 +101,11 @@ def describe_exported(path: Path) -> dict[str, Any]:
     return {**describe_onnx(path), "digest": "matches export.json" if path.name in expected else "not given"}
 
 
-def _exported_digests(folder: Path) -> dict[str, str]:
-    """{file name: sha256} of the export.json in `folder`; empty without one."""
-    if not (folder / "export.json").is_file():
-        return {}
-    index = read_json(folder / "export.json")
-    try:
-        files = [entry["files"] for entry in index["networks"].values()]
-        return {name: entry["sha256"] for group in files for name, entry in group.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{folder / 'export.json'} is no export description", got=repr(error)) from None
-
-
 def describe_tensors(path: Path) -> dict[str, Any]:
     """Facts about a checkpoint, or about a saved session, which is a safetensors file as well."""
-    header = safetensors_header(path).get("__metadata__", {})
-    if header.get("format") != SESSION_FORMAT:
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != SESSION_FORMAT:
         return describe_safetensors(path)
     snapshot = snapshot_from_file(path)
     sizes = {name: list(tensor.shape) for name, tensor in snapshot.tensors.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from longtake.engines.build import PlanResult, build_recipe, require_buildable
 from longtake.engines.precheck import peak_memory
 from longtake.errors import UnavailableError
-from longtake.formats.bundle import write_bundle
+from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
 from longtake.paths import ENGINES, EXPORTS
@@ -111,16 +111,16 @@ def build(
     Raises:
         IntegrityError: an exported file is not what was exported; no plan is built from it.
     """
-    from longtake.formats.exported import load_index, require_recipe
+    from longtake.formats.exported import Export
 
-    if not (onnx / "export.json").is_file():
+    if not Export.is_in(onnx):
         from longtake.commands.export import export
 
         print(f"  {onnx} is not exported yet; exporting first")
         export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
-    require_recipe(load_index(onnx), onnx, recipe, content=recipe.mode == "fused")
+    Export.read(onnx).require_recipe(recipe, onnx, weights=recipe.mode == "fused")
     results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside, channels_last)
-    write_bundle(out, recipe, flavour, onnx, [result.path for result in results])
+    Bundle.of(out, recipe, flavour, onnx, [result.path for result in results]).write()
     return results
 
 

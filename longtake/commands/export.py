@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,12 @@ from tqdm import tqdm
 
 from longtake.accuracy.compare import Row, parity_table, require_parity
 from longtake.errors import LongtakeError
-from longtake.export.content import Weights, weights_from_folder
 from longtake.export.package import PlainGraphs, export_package, inputs_digest, steps_of
-from longtake.files import write_json
-from longtake.formats.exported import INDEX, load_index
+from longtake.export.weights import Weights, weights_from_folder
+from longtake.formats.exported import Export
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.paths import EXPORTS, REPOSITORY
-from longtake.training.models.load import load_meta, load_models
+from longtake.training.models.load import load_models, read_side
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
 Graphs = dict[tuple[str, tuple[str, ...]], PlainGraphs]
@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     for recipe in distinct(args.recipe or recipe_names(DEFAULT_PRESET)):
         folder = args.out / recipe.onnx_name
         parity = not (args.no_parity or args.skeleton)
-        index = export(recipe, args.checkpoints, folder, force=args.force, parity=parity, graphs=graphs,
+        made = export(recipe, args.checkpoints, folder, force=args.force, parity=parity, graphs=graphs,
                        skeleton=args.skeleton)  # fmt: skip
-        print_index(folder, index)
+        print_sizes(folder, made)
     return 0
 
 
@@ -83,8 +83,8 @@ def export(
     parity: bool,
     graphs: Graphs | None = None,
     skeleton: bool = False,
-) -> dict[str, Any]:
-    """Export one recipe unless `folder` is up to date; returns export.json's content.
+) -> Export:
+    """Export one recipe unless `folder` is up to date; returns what lies there.
 
     Args:
         graphs: by preset and vocabulary, lets several exports share what is the same for all recipes.
@@ -94,22 +94,20 @@ def export(
     if recipe.model.text.kind == "umt5" and not skeleton:
         carry_tokenizer(source, folder)
     inputs = inputs_digest(recipe, None if skeleton else source)
-    index = None if force else up_to_date(folder, inputs)
-    if index is not None and (index["parity"] or not parity):
+    made = None if force else up_to_date(folder, inputs)
+    if made is not None and (made.parity or not parity):
         print(f"{recipe.onnx_name}: up to date (checkpoints and code unchanged; --force exports again)")
-        return index
-    if index is None:
+        return made
+    if made is None:
         weights = None if skeleton else weights_from_folder(recipe.model, source)
         own = _graphs(recipe, weights, {} if graphs is None else graphs)
         with tqdm(total=steps_of(recipe.model), desc=recipe.onnx_name, unit="step", leave=False) as bar:
-            index = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
+            made = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
         if not skeleton:  # where what is not exported is found at run time
-            index["checkpoints"] = str(source.resolve())
-            index["sampling"] = load_meta(source / "dit.safetensors", "dit", recipe.model).get("sampling")
-            write_json(folder / INDEX, index)
-    if parity:
-        check_parity(recipe, source, folder, index)
-    return index
+            sampling = read_side(source / "dit.safetensors", "dit", recipe.model).sampling
+            made = replace(made, checkpoints=str(source.resolve()), sampling=sampling)
+            made.write(folder)
+    return check_parity(recipe, source, folder, made) if parity else made
 
 
 def _graphs(recipe: Recipe, weights: Weights | None, graphs: Graphs) -> PlainGraphs:
@@ -119,17 +117,17 @@ def _graphs(recipe: Recipe, weights: Weights | None, graphs: Graphs) -> PlainGra
     return graphs[key]
 
 
-def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, index: dict[str, Any]) -> None:
-    """Fill the parity table of export.json, print it, and raise GateError if a row fails (then nothing is kept).
+def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, export: Export) -> Export:
+    """The export with its parity table, printed and written; raises GateError if a row fails (then nothing is kept).
 
     Networks too large for ONNX Runtime's one message have no view and are left out, which is said.
     """
-    whole = [name for name in index["networks"] if f"{name}.ort.onnx" in index["networks"][name]["files"]]
-    if left := [name for name in index["networks"] if name not in whole]:
+    whole = [name for name, network in export.networks.items() if f"{name}.ort.onnx" in network.files]
+    if left := [name for name in export.networks if name not in whole]:
         print(f"{recipe.onnx_name}: no parity table for {', '.join(left)}: too large for ONNX Runtime on a CPU; "
               "a preset of the same widths and fewer layers has one")  # fmt: skip
     if not whole:
-        return
+        return export
     bar = tqdm(
         parity_table(load_models(recipe.model, checkpoints), recipe, folder, networks=whole),
         desc=f"{recipe.onnx_name}: parity",
@@ -139,8 +137,9 @@ def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, index: dict[st
     rows = list(bar)
     print(format_rows(rows))
     require_parity(rows, recipe.onnx_name)
-    index["parity"] = [row.as_json() for row in rows]
-    write_json(folder / INDEX, index)
+    export = replace(export, parity=tuple(row.as_json() for row in rows))
+    export.write(folder)
+    return export
 
 
 def _advance(bar: tqdm, words: str) -> None:
@@ -148,23 +147,23 @@ def _advance(bar: tqdm, words: str) -> None:
     bar.update()
 
 
-def up_to_date(folder: Path, inputs: str) -> dict[str, Any] | None:
-    """The index of a whole package made from the same inputs, else None."""
+def up_to_date(folder: Path, inputs: str) -> Export | None:
+    """A whole package made from the same inputs, else None."""
     try:
-        index = load_index(folder)
+        found = Export.read(folder)
     except LongtakeError:
         return None
-    return index if index.get("inputs") == inputs else None
+    return found if found.inputs == inputs else None
 
 
-def print_index(folder: Path, index: dict[str, Any]) -> None:
+def print_sizes(folder: Path, export: Export) -> None:
     """Sizes of what lies in `folder`."""
     print(f"{folder}:")
-    for name, entry in index["networks"].items():
-        sizes = {file: item["bytes"] / 1e6 for file, item in entry["files"].items()}
+    for name, network in export.networks.items():
+        sizes = {name: file.bytes / 1e6 for name, file in network.files.items()}
         view = sizes.pop(f"{name}.ort.onnx", None)
         viewed = "no view" if view is None else f"{view:8.2f} MB view"
-        linears = f", {len(entry['linears'])} quantized linears" if entry["linears"] else ""
+        linears = f", {len(network.linears)} quantized linears" if network.linears else ""
         print(f"  {name:18} {sum(sizes.values()):8.2f} MB ONNX, {viewed}{linears}")
 
 

@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reference(source: Any, names: list[str], runs: int) -> Iterator[Profile]:
-    from longtake.formats.exported import load_index
+    from longtake.formats.exported import Export
     from longtake.settings import settings_from_environment
 
-    load_index(source.onnx)
+    Export.read(source.onnx)
     threads = settings_from_environment().threads
     for name in names:
         feed = timing_feed(network_spec(source.recipe.model, source.recipe.cache, name))

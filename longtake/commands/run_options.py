@@ -9,8 +9,7 @@ import shlex
 import sys
 from typing import Any
 
-import torch
-
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.trainer import TrainConfig
@@ -58,7 +57,7 @@ def train_config(args: argparse.Namespace, optimizer: OptimizerConfig) -> TrainC
         save_steps=args.save_steps,
         save_seconds=args.save_seconds,
         evaluate_steps=args.evaluate_steps,
-        save_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.save_dtype],
+        save_dtype=DTYPES[args.save_dtype].torch,
         sample_steps=args.sample_steps,
         command=shlex.join(["longtake", *sys.argv[1:]]),
         settings=settings_of(args),

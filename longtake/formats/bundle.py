@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import read_json, sha256, write_json
-from longtake.formats.recipe import Gate, Recipe
+from longtake.files import read_json, sha256
+from longtake.formats.exported import Export
+from longtake.formats.recipe import Recipe
 from longtake.machine.flavour import Flavour
+from longtake.record import Kind
 
-FORMAT = 1
 # what earlier versions wrote beside the rest, and its only value that still works
 RETIRED = {"vae_fold_upsampling": False, "vae_latents_per_step": 1}
 NAME = "bundle.json"
+KIND = Kind("an engine bundle", "`longtake engines`", "build it again: longtake engines --recipe NAME")
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A folder of plans, opened.
 
-    folder: where the plans are. onnx: the folder they were built from. files: digests of the plans and segment
+    onnx: the folder that the plans were built from. files: digests of the plans and segment
     descriptions. onnx_files: digests of the exported files. vocabulary: the text encoder's words, in token order
     (none where the folder of exported files carries a tokenizer).
-    export_inputs: digest of the checkpoints and the code that the export was made from.
+    export_inputs: digest of the checkpoints and the code that the export was made from. folder: where the plans are.
     """
 
-    folder: Path
     recipe: Recipe
     flavour: str
     version: str
@@ -37,6 +38,58 @@ class Bundle:
     onnx_files: dict[str, str]
     vocabulary: tuple[str, ...]
     export_inputs: str = ""
+    folder: Path = Path()
+
+    @classmethod
+    def of(cls, folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, plans: Sequence[Path]) -> Bundle:
+        """Of the plans in `folder`, built from the export in `onnx`."""
+        export = Export.find(onnx)
+        sources = sorted(path for pattern in ("*.onnx", "*.onnx.data") for path in onnx.glob(pattern))
+        return cls(
+            recipe,
+            flavour.name,
+            flavour.version,
+            onnx.resolve(),
+            {path.name: sha256(path) for path in sorted([*plans, *folder.glob("*.segments.json")])},
+            {path.name: sha256(path) for path in sources},
+            export.vocabulary if export else _shipped_vocabulary(),
+            export.inputs if export else "",
+            folder,
+        )
+
+    def write(self) -> Path:
+        """Write it into its folder, atomically."""
+        told = {key: value for key, value in vars(self).items() if key != "folder"}
+        onnx = os.path.relpath(self.onnx, self.folder.resolve())
+        told |= {"recipe": self.recipe.name, "recipe_fields": asdict(self.recipe), "onnx": onnx}
+        KIND.write(told, self.folder / NAME)
+        return self.folder / NAME
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Bundle:
+        """The bundle in `folder`. Files are checked when they are opened (`check_file`, `onnx_file`, manifests of plans).
+
+        Raises:
+            LongtakeError: the folder holds no bundle.
+            IntegrityError: the file is not one, or of another format.
+        """
+        folder = Path(folder)
+        path = folder / NAME
+        if not path.is_file():
+            raise LongtakeError(
+                f"{folder} holds no engines", got=f"no {NAME}", expected="a folder written by `longtake engines`",
+                fix="longtake engines --recipe NAME",
+            )  # fmt: skip
+        told = read_json(path)
+        if isinstance(told, dict):  # "recipe" is its name, for people
+            fields = told.get("recipe_fields")
+            if isinstance(fields, dict) and (
+                gone := {k: fields[k] for k in RETIRED if fields.get(k, RETIRED[k]) != RETIRED[k]}
+            ):
+                raise KIND.broken(path, str(gone))
+            told = {**told, "recipe": fields, "folder": str(folder)}
+        bundle = KIND.parse(cls, told, path)
+        return replace(bundle, onnx=(folder / bundle.onnx).resolve())
 
     @property
     def fix(self) -> str:
@@ -63,72 +116,12 @@ class Bundle:
 def _checked(path: Path, expected: str | None, fix: str) -> Path:
     got = sha256(path) if path.is_file() else "no such file"
     if got != expected:
-        raise IntegrityError(
-            f"{path} is not the file that the engines were built with",
-            got=got,
-            expected=f"sha256 {expected}" if expected else "a file listed in bundle.json",
-            fix=fix,
-        )
+        what, wanted = f"{path} is not the file that the engines were built with", f"sha256 {expected}"
+        raise IntegrityError(what, got=got, expected=wanted if expected else "a file listed in bundle.json", fix=fix)
     return path
-
-
-def write_bundle(folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, plans: Sequence[Path]) -> Path:
-    """Describe the plans in `folder`, built from the export in `onnx`."""
-    exported = read_json(onnx / "export.json") if (onnx / "export.json").is_file() else {}
-    words = exported.get("vocabulary")
-    own = [*plans, *folder.glob("*.segments.json")]
-    sources = sorted(path for pattern in ("*.onnx", "*.onnx.data") for path in onnx.glob(pattern))
-    write_json(
-        folder / NAME,
-        {
-            "format": FORMAT,
-            "recipe": recipe.name,
-            "recipe_fields": asdict(recipe),
-            "flavour": flavour.name,
-            "version": flavour.version,
-            "onnx": os.path.relpath(onnx.resolve(), folder.resolve()),
-            "files": {path.name: sha256(path) for path in sorted(own)},
-            "onnx_files": {path.name: sha256(path) for path in sources},
-            "vocabulary": list(_shipped_vocabulary() if words is None else words),
-            "export_inputs": exported.get("inputs", ""),
-        },
-    )
-    return folder / NAME
 
 
 def _shipped_vocabulary() -> tuple[str, ...]:
     from longtake.training.models.text.words import default_vocabulary
 
     return default_vocabulary()
-
-
-def load_bundle(folder: Path | str) -> Bundle:
-    """Read `bundle.json`. Files are checked when they are opened (`check_file`, `onnx_file`, manifests of plans).
-
-    Raises:
-        LongtakeError: the folder holds no bundle.
-        IntegrityError: the file is not one.
-    """
-    folder = Path(folder)
-    path = folder / NAME
-    if not path.is_file():
-        raise LongtakeError(
-            f"{folder} holds no engines", got=f"no {NAME}", expected="a folder written by `longtake engines`",
-            fix="longtake engines --recipe NAME",
-        )  # fmt: skip
-    given = read_json(path)
-    try:
-        if given["format"] != FORMAT:
-            raise IntegrityError(f"{path} has another format", got=given["format"], expected=FORMAT,
-                                 fix="build the engines again")  # fmt: skip
-        fields = {k: v for k, v in given["recipe_fields"].items() if RETIRED.get(k, MISSING) != v}
-        recipe = Recipe(**{**fields, "gate": Gate(**fields["gate"])})
-        return Bundle(
-            folder, recipe, given["flavour"], given["version"], (folder / given["onnx"]).resolve(),
-            dict(given["files"]), dict(given["onnx_files"]), tuple(given["vocabulary"]), given["export_inputs"],
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(
-            f"{path} is not an engine bundle", got=f"{type(error).__name__}: {error}",
-            expected="what `longtake engines` writes", fix="build the engines again",
-        ) from None  # fmt: skip

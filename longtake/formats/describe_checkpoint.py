@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from longtake.dtypes import BY_SAFETENSORS
 from longtake.errors import IntegrityError
 from longtake.files import read_json, sha256
 
-LARGEST_HEADER = 100_000_000  # the format's own limit, in bytes
 
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: {tensor: {dtype, shape, data_offsets}, "__metadata__": {...}}.
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file, of which nothing but its header is read.
 
     Raises:
         IntegrityError: the file is truncated, too long, or no safetensors file.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as source:
-        start = source.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-            raise _broken(path, f"a header of {length} bytes in a file of {size}", "a safetensors header")
-        text = source.read(length)
     try:
-        header = json.loads(text)
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _broken(path, f"an unreadable header ({error})", "a safetensors header") from None
-    if size != 8 + length + end:
-        raise _broken(path, f"{size} bytes", f"{8 + length + end} bytes, as its header says")
-    return header
-
-
-def _broken(path: Path, got: str, expected: str) -> IntegrityError:
-    return IntegrityError(
-        f"{path} is not a whole safetensors file", got=got, expected=expected, fix="restore the file or train again"
-    )
+        with safe_open(path, framework="np") as file:
+            yield file
+    except SafetensorError as error:
+        raise IntegrityError(f"{path} is not a whole safetensors file", got=str(error), expected="a safetensors header",
+                             fix="restore the file or train again") from None  # fmt: skip
 
 
 def describe_safetensors(path: Path) -> dict[str, Any]:
@@ -49,18 +36,19 @@ def describe_safetensors(path: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: the file is not whole, or its digest differs from the one in the JSON beside it.
     """
-    header = safetensors_header(path)
-    metadata = header.pop("__metadata__", {})
     by_type: dict[str, dict[str, int]] = {}
-    for entry in header.values():
-        kind = by_type.setdefault(entry["dtype"], {"tensors": 0, "elements": 0, "bytes": 0})
-        kind["tensors"] += 1
-        kind["elements"] += math.prod(entry["shape"])
-        kind["bytes"] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    with opened(path) as file:
+        metadata, names = file.metadata() or {}, file.keys()
+        for tensor in map(file.get_slice, names):
+            row = by_type.setdefault(tensor.get_dtype(), {"tensors": 0, "elements": 0, "bytes": 0})
+            elements = math.prod(tensor.get_shape())
+            row["tensors"] += 1
+            row["elements"] += elements
+            row["bytes"] += BY_SAFETENSORS[tensor.get_dtype()].bytes(elements)
     return {
         "kind": "checkpoint (safetensors)",
-        "tensors": len(header),
-        "elements": sum(kind["elements"] for kind in by_type.values()),
+        "tensors": len(names),
+        "elements": sum(row["elements"] for row in by_type.values()),
         "weights": by_type,
         "metadata": metadata,
         **_sidecar(path),

@@ -7,40 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-from longtake.errors import IntegrityError
+from longtake.formats.onnx_file import data_sizes, read_onnx, tensor_bytes, tensor_elements
 from longtake.plugins.registry import all_ops
 from longtake.plugins.spec import DOMAIN
-
-BITS: dict[int, int] = {
-    TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16,
-    TensorProto.INT64: 64, TensorProto.INT32: 32, TensorProto.INT16: 16, TensorProto.INT8: 8,
-    TensorProto.UINT64: 64, TensorProto.UINT32: 32, TensorProto.UINT16: 16, TensorProto.UINT8: 8,
-    TensorProto.BOOL: 8, TensorProto.FLOAT8E4M3FN: 8, TensorProto.FLOAT8E5M2: 8,
-    TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4,
-}  # fmt: skip
-
-
-def onnx_from_file(path: Path) -> onnx.ModelProto:
-    """Parse an ONNX file without its external data.
-
-    Raises:
-        IntegrityError: the bytes are not a whole ONNX model.
-    """
-    fix = "export it again (longtake export), or restore the file"
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise IntegrityError(
-            f"{path} is not a whole ONNX file", got=str(error), expected="an ONNX model", fix=fix
-        ) from None
-    if not model.graph.output or not model.opset_import:
-        raise IntegrityError(
-            f"{path} is not a whole ONNX file", got="no graph outputs or no opset", expected="an ONNX model", fix=fix
-        )
-    return model
 
 
 def describe_onnx(path: Path) -> dict[str, Any]:
@@ -49,7 +20,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: the file, or the external data it names, is missing or truncated.
     """
-    model = onnx_from_file(path)
+    model = read_onnx(path, "none")
     graph = model.graph
     ops = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.node)
     bodies = {f"{body.domain}::{body.name}" for body in model.functions}
@@ -65,7 +36,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         },
         "weights": weights_by_type(model),
         "quantized_weights": quantized_weights(model),
-        "external_data": external_data(model, path),
+        "external_data": data_sizes(model, path),
         "metadata": {entry.key: entry.value for entry in model.metadata_props},
     }
 
@@ -80,25 +51,13 @@ def _binding(value: onnx.ValueInfoProto) -> dict[str, Any]:
     return {"name": value.name, "type": _type_name(tensor.elem_type), "shape": shape}
 
 
-def _elements(tensor: TensorProto) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    return count
-
-
-def tensor_bytes(tensor: TensorProto) -> int:
-    """Bytes that `tensor` takes on disk (two 4-bit elements a byte)."""
-    return -(-_elements(tensor) * BITS.get(tensor.data_type, 32) // 8)
-
-
 def weights_by_type(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
     """{type: {tensors, elements, bytes}} over all initializers."""
     found: dict[str, dict[str, int]] = {}
     for tensor in model.graph.initializer:
         entry = found.setdefault(_type_name(tensor.data_type), {"tensors": 0, "elements": 0, "bytes": 0})
         entry["tensors"] += 1
-        entry["elements"] += _elements(tensor)
+        entry["elements"] += tensor_elements(tensor)
         entry["bytes"] += tensor_bytes(tensor)
     return found
 
@@ -134,7 +93,7 @@ def _fp4_pair(node: onnx.NodeProto, held: dict[str, TensorProto], producers: dic
     scales = held.get(node.input[1])
     if scales is None and node.input[1] in producers:
         scales = held.get(producers[node.input[1]].input[0])
-    return None if scales is None else (values, scales, _elements(values))
+    return None if scales is None else (values, scales, tensor_elements(values))
 
 
 def _packed_pair(node: onnx.NodeProto, held: dict[str, TensorProto]) -> Pair | None:
@@ -142,31 +101,4 @@ def _packed_pair(node: onnx.NodeProto, held: dict[str, TensorProto]) -> Pair | N
     if op is None or not op.unpacks_weight:
         return None
     values, scales = held.get(node.input[0]), held.get(node.input[1])
-    return None if values is None or scales is None else (values, scales, 2 * _elements(values))
-
-
-def external_data(model: onnx.ModelProto, path: Path) -> dict[str, int]:
-    """{file name: bytes it holds}; raises IntegrityError when one is missing, too short, or outside the folder."""
-    needed: dict[str, int] = {}
-    for tensor in model.graph.initializer:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        entry = {pair.key: pair.value for pair in tensor.external_data}
-        end = int(entry.get("offset", 0)) + int(entry.get("length", tensor_bytes(tensor)))
-        needed[entry["location"]] = max(needed.get(entry["location"], 0), end)
-    return {name: _external_size(path, name, end) for name, end in needed.items()}
-
-
-def _external_size(path: Path, name: str, end: int) -> int:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise IntegrityError(f"{path} names weights outside its folder", got=name, expected="a file beside it")
-    data = path.parent / name
-    size = data.stat().st_size if data.is_file() else None
-    if size is None or size < end:
-        raise IntegrityError(
-            f"the weights of {path.name} are missing or truncated",
-            got=f"{data}: " + ("no such file" if size is None else f"{size} bytes"),
-            expected=f"at least {end} bytes",
-            fix="export it again (longtake export), or restore the file",
-        )
-    return size
+    return None if values is None or scales is None else (values, scales, 2 * tensor_elements(values))

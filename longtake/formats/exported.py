@@ -1,75 +1,135 @@
-"""What `longtake export` leaves in a folder, as the stages after it read it: export.json and the digests in it."""
+"""`export.json`: what `longtake export` leaves in a folder, with the digest of every file."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import read_json, sha256
+from longtake.files import sha256
 from longtake.formats.recipe import LINEARS, Recipe
+from longtake.record import Kind
+from longtake.training.models.presets import SamplingConfig
 from longtake.training.models.wan.spec import networks_of
 
-FORMAT = 1
-INDEX = "export.json"
+NAME = "export.json"
+KIND = Kind("an export description", "`longtake export`", "run `longtake export --force`")
 
 
-def load_index(folder: Path) -> dict[str, Any]:
-    """Read and check a package: export.json and the digest of every file it names.
+@dataclass(frozen=True)
+class ExportedFile:
+    """Digest and size in bytes of a file."""
 
-    Raises:
-        LongtakeError: there is no package.
-        IntegrityError: a file is missing or differs from what was exported.
+    sha256: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class ExportedNetwork:
+    """One network. files: by name, graph, weights and view. spec: its bindings, as NetworkSpec.as_json. linears: those
+    that were quantized."""
+
+    files: dict[str, ExportedFile]
+    spec: dict[str, Any] = field(default_factory=dict)
+    linears: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder of exported networks.
+
+    inputs: digest of the checkpoints and the code it was made from. skeleton: graphs without weights.
+    amax, vocabulary, sampling: of the checkpoints; sampling is how a DiT is sampled, if that is recorded.
+    checkpoints: the folder they were in. parity: rows of the comparison with PyTorch; empty where none was made.
     """
-    if not (folder / INDEX).is_file():
-        raise LongtakeError(f"{folder} holds no exported model", expected=f"{INDEX} in it", fix="run `longtake export`")
-    index = read_json(folder / INDEX)
-    for name, expected in _digests(index, folder / INDEX).items():
-        path = folder / name
-        got = sha256(path) if path.is_file() else "no file"
-        if got != expected:
-            raise IntegrityError(
-                f"{path} is not what was exported", got=got, expected=expected, fix="run `longtake export --force`"
+
+    onnx_name: str
+    preset: str
+    precision: str
+    cache: str
+    networks: dict[str, ExportedNetwork]
+    vocabulary: tuple[str, ...]
+    linears: str = LINEARS[0]
+    opset: int = 0
+    plugin_version: str = ""
+    inputs: str = ""
+    skeleton: bool = False
+    amax: dict[str, dict[str, float]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    parity: tuple[dict[str, Any], ...] = ()
+    checkpoints: str | None = None
+    sampling: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        SamplingConfig.told(self.sampling)
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether `folder` holds an export."""
+        return (folder / NAME).is_file()
+
+    @classmethod
+    def find(cls, folder: Path) -> Export | None:
+        """The export in `folder`, whose files are not looked at; None if there is none."""
+        return cls.read(folder, digests=False) if cls.is_in(folder) else None
+
+    @classmethod
+    def read(cls, folder: Path, digests: bool = True) -> Export:
+        """The export in `folder`, and unless `digests` is False every file of it, checked.
+
+        Raises:
+            LongtakeError: there is none.
+            IntegrityError: it is damaged, or a file is missing or differs from what was exported.
+        """
+        path = folder / NAME
+        if not cls.is_in(folder):
+            raise LongtakeError(
+                f"{folder} holds no exported model", expected=f"{NAME} in it", fix="run `longtake export`"
             )
-    return index
+        export = KIND.read(cls, path)
+        for name, expected in export.digests.items() if digests else ():
+            file = folder / name
+            got = sha256(file) if file.is_file() else "no file"
+            if got != expected:
+                raise IntegrityError(f"{file} is not what was exported", got=got, expected=expected, fix=KIND.remake)
+        return export
 
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`, atomically."""
+        KIND.write(self, folder / NAME)
 
-def _digests(index: Any, path: Path) -> dict[str, str]:
-    """{file name: sha256} of export.json's content `index`, which is checked for what its readers rely on."""
-    try:
-        if index["format"] != FORMAT:
-            raise IntegrityError(f"{path} has another format", got=index["format"], expected=FORMAT,
-                                 fix="run `longtake export --force`")  # fmt: skip
-        if not all(isinstance(word, str) for word in index["vocabulary"]):
-            raise TypeError("the vocabulary is no list of words")
-        files = [network["files"] for network in index["networks"].values()]
-        return {Path(name).name: entry["sha256"] for group in files for name, entry in group.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"{path} is no export description", got=f"{type(error).__name__}: {error}",
-            expected="what `longtake export` writes", fix="run `longtake export --force`",
-        ) from None  # fmt: skip
+    @property
+    def digests(self) -> dict[str, str]:
+        """{file name: sha256} of all files."""
+        files = [network.files.items() for network in self.networks.values()]
+        return {Path(name).name: file.sha256 for group in files for name, file in group}
 
+    @property
+    def sampled(self) -> SamplingConfig | None:
+        """How the checkpoints are sampled, if that is recorded."""
+        return SamplingConfig.told(self.sampling)
 
-def require_recipe(index: dict[str, Any], folder: Path, recipe: Recipe, content: bool = True) -> None:
-    """Raise LongtakeError if the package in `folder`, described by `index`, is of another recipe or not complete.
+    @property
+    def checkpoint_folder(self) -> Path | None:
+        """The folder that was exported from, if it is recorded and still there."""
+        return Path(self.checkpoints) if self.checkpoints and Path(self.checkpoints).is_dir() else None
 
-    `content`: whether the weights must be there; a skeleton has none.
-    """
-    given = {key: index.get(key) for key in ("preset", "precision", "cache")} | {
-        "linears": index.get("linears", LINEARS[0])
-    }
-    wanted = {
-        "preset": recipe.preset, "precision": recipe.precision, "cache": recipe.cache, "linears": recipe.linears,
-    }  # fmt: skip
-    fix = f"longtake export --recipe {recipe.name}"
-    if given != wanted:
-        raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
-    names = networks_of(recipe.model)
-    missing = [name for name in names if name not in index["networks"]]
-    if missing:
-        raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),
-                             fix=f"{fix} --force")  # fmt: skip
-    if content and index.get("skeleton"):
-        raise LongtakeError(f"the networks in {folder} have no weights", got="a skeleton",
-                            expected="networks exported from checkpoints", fix=f"{fix} --checkpoints FOLDER")  # fmt: skip
+    def require_recipe(self, recipe: Recipe, folder: Path, weights: bool = True) -> None:
+        """Raise LongtakeError if this export, in `folder`, is of another recipe or not complete.
+
+        `weights`: whether they must be there; a skeleton has none.
+        """
+        keys = ("preset", "precision", "cache", "linears")
+        given, wanted = ({key: getattr(of, key) for key in keys} for of in (self, recipe))
+        fix = f"longtake export --recipe {recipe.name}"
+        if given != wanted:
+            raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
+        names = networks_of(recipe.model)
+        missing = [name for name in names if name not in self.networks]
+        if missing:
+            raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),
+                                 fix=f"{fix} --force")  # fmt: skip
+        if weights and self.skeleton:
+            raise LongtakeError(f"the networks in {folder} have no weights", got="a skeleton",
+                                expected="networks exported from checkpoints", fix=f"{fix} --checkpoints FOLDER")  # fmt: skip

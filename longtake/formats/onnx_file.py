@@ -1,38 +1,36 @@
-"""Reading an exported ONNX file without loading its weights: the graph, one weight at a time, the digest."""
+"""The one reader of ONNX files: the graph with all, the small or none of its constants, one weight at a time, the digest."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
-from onnx.external_data_helper import load_external_data_for_model, load_external_data_for_tensor, uses_external_data
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
+from longtake.dtypes import BY_ONNX, DTYPES
 from longtake.errors import IntegrityError, LongtakeError
 
-TORCH_DTYPES: dict[int, torch.dtype] = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.FLOAT16: torch.float16,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.INT8: torch.int8,
-    TensorProto.INT32: torch.int32,
-    TensorProto.INT64: torch.int64,
-    TensorProto.BOOL: torch.bool,
-    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
-}
+INLINE_BYTES = 1024  # up to here a constant stays in the graph file and in a segment; above, it is a segment's input
 # The constants asked for, one after the other in the dtype stored: from a file, or made up on the device.
 WeightSource = Callable[[set[str]], Iterator[tuple[str, torch.Tensor]]]
-RE_EXPORT = "export it again: longtake export --force"
+RE_EXPORT = "export it again (longtake export --force), or restore the file"
+
+
+def data_path(path: Path) -> Path:
+    """The external data file of an ONNX file: `dit.onnx` has `dit.onnx.data`."""
+    return path.with_name(path.name + ".data")
 
 
 def data_files(path: Path) -> list[Path]:
     """The ONNX file and its external data file, if it has one."""
-    data = path.with_name(path.name + ".data")
-    return [path, data] if data.is_file() else [path]
+    return [file for file in (path, data_path(path)) if file == path or file.is_file()]
 
 
 def onnx_digest(path: Path) -> str:
@@ -45,32 +43,74 @@ def onnx_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_graph(path: Path) -> onnx.ModelProto:
-    """The model with small constants only; larger ones stay in the data file.
+def read_onnx(path: Path, content: Literal["all", "small", "none"] = "all") -> onnx.ModelProto:
+    """Read an ONNX file and, of what lies in its data file, everything, constants up to INLINE_BYTES, or nothing.
 
     Raises:
         LongtakeError: the file does not exist.
-        IntegrityError: it, or its data file, is damaged.
+        IntegrityError: it is no whole ONNX file, or its data file is missing or too short for what is to be read.
     """
     if not path.is_file():
         raise LongtakeError(f"{path} does not exist", fix="export it: longtake export --recipe NAME")
     try:
         model = onnx.load(str(path), load_external_data=False)
-        for tensor in model.graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL and _extent(tensor)[2] <= WEIGHT_BYTES:
+        if not model.graph.output or not model.opset_import:
+            raise ValueError("no graph outputs or no opset")
+        if content == "all":
+            data_sizes(model, path)
+        for tensor in model.graph.initializer if content != "none" else ():
+            if uses_external_data(tensor) and (content == "all" or tensor_bytes(tensor) <= INLINE_BYTES):
                 load_external_data_for_tensor(tensor, str(path.parent))
                 tensor.data_location = TensorProto.DEFAULT
                 del tensor.external_data[:]
+    except IntegrityError:
+        raise
     except Exception as error:  # protobuf and onnx raise their own types for damaged files
-        raise IntegrityError(
-            f"{path} is not a readable ONNX model", got=f"{type(error).__name__}: {error}", fix=RE_EXPORT
-        ) from None
+        got = f"{type(error).__name__}: {str(error)[:200]}"
+        raise IntegrityError(f"{path} is not a readable ONNX model", got=got, expected="a file written by `longtake export`",
+                             fix=RE_EXPORT) from None  # fmt: skip
     return model
 
 
-def _extent(tensor: TensorProto) -> tuple[str, int, int]:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    return place["location"], int(place.get("offset", 0)), int(place.get("length", 0))
+def tensor_elements(tensor: TensorProto) -> int:
+    """Elements of `tensor`, whose content need not be there."""
+    return math.prod(tensor.dims)
+
+
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Bytes that `tensor` takes on disk (two 4-bit elements a byte)."""
+    return BY_ONNX.get(tensor.data_type, DTYPES["fp32"]).bytes(tensor_elements(tensor))
+
+
+def data_sizes(model: onnx.ModelProto, path: Path) -> dict[str, int]:
+    """{data file: bytes it holds} of the model in `path`.
+
+    Raises:
+        IntegrityError: a data file is missing, too short, or outside the folder.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if not uses_external_data(tensor):
+            continue
+        name, offset, length = _place(tensor, path)
+        data, end = path.parent / name, offset + length
+        if name not in sizes:
+            sizes[name] = data.stat().st_size if data.is_file() else -1
+        if sizes[name] < end:
+            short = f"is too short for tensor {tensor.name}: {sizes[name]} bytes"
+            got, expected = f"{data} {short if sizes[name] >= 0 else 'does not exist'}", f"at least {end} bytes"
+            what = f"the weights of {path.name} are missing or truncated"
+            raise IntegrityError(what, got=got, expected=expected, fix=RE_EXPORT)
+    return sizes
+
+
+def _place(tensor: TensorProto, path: Path) -> tuple[str, int, int]:
+    """Where the content of `tensor` lies: data file, offset, length."""
+    entry = {pair.key: pair.value for pair in tensor.external_data}
+    name = entry["location"]
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise IntegrityError(f"{path} names weights outside its folder", got=name, expected="a file beside it")
+    return name, int(entry.get("offset", 0)), int(entry.get("length", tensor_bytes(tensor)))
 
 
 def weights_from_onnx(path: Path, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -79,70 +119,27 @@ def weights_from_onnx(path: Path, names: set[str]) -> Iterator[tuple[str, torch.
     Raises:
         IntegrityError: one is missing or cut short.
     """
-    model = read_graph(path)
-    constants = constants_of(model)
+    constants = constants_of(read_onnx(path, "small"))
     if missing := names - constants.keys():
         raise IntegrityError(f"{path} lacks weights", got=sorted(missing)[:3], fix=RE_EXPORT)
     for name in sorted(names):
-        yield name, _tensor(constants[name], path)
+        yield name, tensor_value(constants[name], path)
 
 
-def _tensor(tensor: TensorProto, path: Path) -> torch.Tensor:
-    if tensor.data_type not in TORCH_DTYPES:
+def tensor_value(tensor: TensorProto, path: Path) -> torch.Tensor:
+    """The content of one constant of the model in `path`, in memory of its own."""
+    dtype = BY_ONNX.get(tensor.data_type)
+    if dtype is None or not dtype.torch_name:
         raise LongtakeError(f"weight {tensor.name} has a dtype engines are not fed with", got=tensor.data_type)
-    if tensor.data_location == TensorProto.EXTERNAL:
-        location, offset, length = _extent(tensor)
-        raw = np.fromfile(path.parent / location, dtype=np.uint8, count=length, offset=offset)
+    if uses_external_data(tensor):
+        name, offset, length = _place(tensor, path)
+        raw = np.fromfile(path.parent / name, dtype=np.uint8, count=length, offset=offset)
         if raw.nbytes != length:
-            raise IntegrityError(f"{location} is too short for {tensor.name}", got=raw.nbytes, expected=length)
+            raise IntegrityError(f"{name} is too short for {tensor.name}", got=raw.nbytes, expected=length)
     else:
         content = tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
         raw = np.frombuffer(content, dtype=np.uint8).copy()
-    return torch.from_numpy(raw).view(TORCH_DTYPES[tensor.data_type]).reshape(tuple(tensor.dims))
-
-
-def read_onnx(path: Path, content: bool = True) -> onnx.ModelProto:
-    """Read an ONNX file, with its external data unless `content` is False.
-
-    Raises:
-        LongtakeError: the file is missing.
-        IntegrityError: it is no ONNX file, or (if content is read) its data file is missing or too short.
-    """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-        if content:
-            for tensor in model.graph.initializer:
-                if uses_external_data(tensor):
-                    _check_extent(tensor, path)
-            load_external_data_for_model(model, str(path.parent))
-    except FileNotFoundError as error:
-        raise LongtakeError(f"{error.filename or path} does not exist", fix="run `longtake export`") from None
-    except LongtakeError:
-        raise
-    except Exception as error:  # protobuf and onnx raise their own types for damaged files
-        raise IntegrityError(
-            f"{path} is not a readable ONNX model",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
-            expected="a file written by `longtake export`",
-            fix="run `longtake export --force`",
-        ) from None
-    return model
-
-
-def _check_extent(tensor: onnx.TensorProto, path: Path) -> None:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    data, end = path.parent / place["location"], int(place.get("offset", 0)) + int(place.get("length", 0))
-    size = data.stat().st_size
-    if size < end:
-        raise IntegrityError(
-            f"{data} is too short for tensor {tensor.name}",
-            got=f"{size} bytes",
-            expected=f"at least {end} bytes",
-            fix="run `longtake export --force`",
-        )
-
-
-WEIGHT_BYTES = 1024  # a constant above this becomes an input
+    return torch.from_numpy(raw).view(dtype.torch).reshape(tuple(tensor.dims))
 
 
 def constants_of(model: onnx.ModelProto) -> dict[str, TensorProto]:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.files import read_json, write_json
 from longtake.machine.flavour import Flavour
 from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.registry import kernel_of
 from longtake.plugins.spec import PLUGIN_VERSION
+from longtake.record import Kind
 
-FORMAT = 1
+KIND = Kind("a plan manifest", "`longtake engines`", "build it again: longtake engines --recipe NAME")
 REBUILD = "build it again: longtake engines --recipe {recipe}"
 
 
@@ -47,7 +47,22 @@ class PlanManifest:
     layers: int = 0
     seconds: float = 0.0
     scratch_bytes: int | None = None
-    format: int = field(default=FORMAT)
+
+    @classmethod
+    def read(cls, plan: Path) -> PlanManifest:
+        """The manifest beside `plan`.
+
+        Raises:
+            IntegrityError: there is none, it is not one, or of another format.
+        """
+        path = manifest_path(plan)
+        if not path.is_file():
+            raise IntegrityError(f"{plan} has no manifest", expected=f"{path.name} beside it", fix=KIND.remake)
+        return KIND.read(cls, path)
+
+    def write(self, plan: Path) -> None:
+        """Write it beside `plan`, atomically."""
+        KIND.write(self, manifest_path(plan))
 
 
 def manifest_path(plan: Path) -> Path:
@@ -58,35 +73,6 @@ def manifest_path(plan: Path) -> Path:
 def plugin_identities(ops: Sequence[str]) -> dict[str, dict[str, str]]:
     """Version and kernel digest of each op, as recorded in manifests."""
     return {op: {"version": PLUGIN_VERSION, "kernel": source_digest(kernel_of(op).source)} for op in sorted(set(ops))}
-
-
-def write_manifest(plan: Path, manifest: PlanManifest) -> None:
-    """Write the manifest beside its plan, atomically."""
-    write_json(manifest_path(plan), asdict(manifest))
-
-
-def read_manifest(plan: Path) -> PlanManifest:
-    """The manifest beside `plan`.
-
-    Raises:
-        IntegrityError: there is none, or it is not one.
-    """
-    path = manifest_path(plan)
-    if not path.is_file():
-        raise IntegrityError(
-            f"{plan} has no manifest", expected=f"{path.name} beside it", fix="build it again: longtake engines"
-        )
-    given = read_json(path)
-    try:
-        known = {f.name for f in fields(PlanManifest)}
-        manifest = PlanManifest(**{key: value for key, value in given.items() if key in known})
-    except (TypeError, AttributeError) as error:
-        raise IntegrityError(f"{path} is not a plan manifest", got=str(error), fix="build the engines again") from None
-    if manifest.format != FORMAT:
-        raise IntegrityError(
-            f"{path} has another format", got=manifest.format, expected=FORMAT, fix="build the engines again"
-        )
-    return manifest
 
 
 def read_plan(
@@ -107,11 +93,18 @@ def read_plan(
         IntegrityError: missing, truncated, altered or swapped, or made for another spec.
         UnavailableError: made for another TensorRT, GPU or plugin version.
     """
-    manifest = read_manifest(plan)
+    manifest = PlanManifest.read(plan)
     fix = REBUILD.format(recipe=manifest.recipe)
     content = _intact_bytes(plan, manifest, fix)
-    _check_identity(plan, manifest, network, spec, fix)
-    _check_machine(plan, manifest, flavour, compute_capability, fix)
+    there, wanted = (
+        f"{manifest.plan}, network {manifest.network}",
+        f"{plan.name}, network {network or manifest.network}",
+    )
+    _require_same(IntegrityError, f"{plan} was swapped: its manifest describes another plan", there, wanted, fix)
+    if spec is not None and spec != manifest.spec:
+        got, expected = _first_difference(manifest.spec, spec), _first_difference(spec, manifest.spec)
+        raise IntegrityError(f"{plan} was built for another engine spec", got=got, expected=expected, fix=fix)
+    _require_machine(plan, manifest, flavour, compute_capability or manifest.compute_capability, fix)
     return content, manifest
 
 
@@ -120,40 +113,20 @@ def verify_plan(plan: Path, flavour: Flavour, compute_capability: str | None, **
     return read_plan(plan, flavour, compute_capability, **expected)[1]
 
 
+def _require_same(error: type[LongtakeError], what: str, got: object, expected: object, fix: str) -> None:
+    if got != expected:
+        raise error(what, got=got, expected=expected, fix=fix)
+
+
 def _intact_bytes(plan: Path, manifest: PlanManifest, fix: str) -> bytes:
     if not plan.is_file():
         raise LongtakeError(f"{plan} does not exist", expected="the plan its manifest describes", fix=fix)
-    size = plan.stat().st_size
-    if size != manifest.size:
-        raise IntegrityError(
-            f"{plan} is truncated or altered", got=f"{size} bytes", expected=f"{manifest.size} bytes", fix=fix
-        )
+    size = f"{plan.stat().st_size} bytes"
+    _require_same(IntegrityError, f"{plan} is truncated or altered", size, f"{manifest.size} bytes", fix)
     content = plan.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != manifest.sha256:
-        raise IntegrityError(
-            f"{plan} was altered", got=f"sha256 {digest}", expected=f"sha256 {manifest.sha256}", fix=fix
-        )
+    digest = f"sha256 {hashlib.sha256(content).hexdigest()}"
+    _require_same(IntegrityError, f"{plan} was altered", digest, f"sha256 {manifest.sha256}", fix)
     return content
-
-
-def _check_identity(
-    plan: Path, manifest: PlanManifest, network: str | None, spec: dict[str, Any] | None, fix: str
-) -> None:
-    if manifest.plan != plan.name or network not in (None, manifest.network):
-        raise IntegrityError(
-            f"{plan} was swapped: its manifest describes another plan",
-            got=f"{manifest.plan}, network {manifest.network}",
-            expected=f"{plan.name}, network {network or manifest.network}",
-            fix=fix,
-        )
-    if spec is not None and spec != manifest.spec:
-        raise IntegrityError(
-            f"{plan} was built for another engine spec",
-            got=_first_difference(manifest.spec, spec),
-            expected=_first_difference(spec, manifest.spec),
-            fix=fix,
-        )
 
 
 def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
@@ -164,26 +137,12 @@ def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     return f"{key}: {mine}"
 
 
-def _check_machine(
-    plan: Path, manifest: PlanManifest, flavour: Flavour, compute_capability: str | None, fix: str
-) -> None:
-    if (manifest.flavour, manifest.version) != (flavour.name, flavour.version):
-        raise UnavailableError(
-            f"{plan} was built by another TensorRT",
-            got=f"{manifest.flavour} {manifest.version}",
-            expected=flavour.label,
-            fix=fix,
-        )
-    if compute_capability not in (None, manifest.compute_capability):
-        raise UnavailableError(
-            f"{plan} was built for another GPU",
-            got=f"compute capability {manifest.compute_capability}",
-            expected=f"compute capability {compute_capability}",
-            fix=f"build a recipe for compute capability {compute_capability}",
-        )
+def _require_machine(plan: Path, manifest: PlanManifest, flavour: Flavour, compute_capability: str, fix: str) -> None:
+    built = f"{manifest.flavour} {manifest.version}"
+    _require_same(UnavailableError, f"{plan} was built by another TensorRT", built, flavour.label, fix)
+    built, here = (f"compute capability {it}" for it in (manifest.compute_capability, compute_capability))
+    _require_same(UnavailableError, f"{plan} was built for another GPU", built, here, f"build a recipe for {here}")
     current = plugin_identities(list(manifest.plugins))
     for op, identity in manifest.plugins.items():
-        if identity != current[op]:
-            raise UnavailableError(
-                f"{plan} was built with another version of plugin {op}", got=identity, expected=current[op], fix=fix
-            )
+        what = f"{plan} was built with another version of plugin {op}"
+        _require_same(UnavailableError, what, identity, current[op], fix)

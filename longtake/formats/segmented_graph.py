@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from longtake.errors import IntegrityError
-from longtake.files import read_json, write_json
+from longtake.record import Kind
 
+KIND = Kind("a segmented network", "`longtake engines`", "build it again: longtake engines --recipe NAME")
 StepKind = Literal["segment", "op", "unpack", "view"]
 
 
@@ -61,57 +60,14 @@ class SegmentedGraph:
     def segment(self, name: str) -> Segment:
         return next(segment for segment in self.segments if segment.name == name)
 
+    @classmethod
+    def read(cls, path: Path) -> SegmentedGraph:
+        """What `write` wrote. Raises IntegrityError if the file is no such graph."""
+        return KIND.read(cls, path)
 
-def save(graph: SegmentedGraph, path: Path) -> None:
-    """Write the graph as JSON, atomically."""
-    write_json(path, {"format": 1, **asdict(graph)})
-
-
-def _types(given: dict[str, Any]) -> dict[str, TensorType]:
-    return {name: TensorType(value["dtype"], tuple(value["shape"])) for name, value in given.items()}
-
-
-def load(path: Path) -> SegmentedGraph:
-    """Read what `save` wrote.
-
-    Raises:
-        IntegrityError: the file is not such a graph.
-    """
-    given = read_json(path)
-    try:
-        return SegmentedGraph(
-            given["network"],
-            tuple(given["inputs"]),
-            tuple(given["outputs"]),
-            tuple(given["weights"]),
-            _types(given["tensors"]),
-            tuple(
-                Segment(s["name"], tuple(s["inputs"]), tuple(s["outputs"]), _types(s["types"]))
-                for s in given["segments"]
-            ),
-            tuple(Step(s["kind"], s["name"], tuple(s["inputs"]), tuple(s["outputs"])) for s in given["steps"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{path} does not describe a segmented network", got=repr(error), fix="build the engines again"
-        ) from None
-
-
-RunStep = Callable[[str, Sequence[Any]], Sequence[Any]]
-
-
-def run_steps(
-    graph: SegmentedGraph, feeds: Mapping[str, Any], weights: Mapping[str, Any], segment: RunStep, op: RunStep
-) -> dict[str, Any]:
-    """Execute the steps with any tensors and runners: what every executor of this graph must compute."""
-    values = {**weights, **feeds}
-    for step in graph.steps:
-        if step.kind == "view":
-            values[step.outputs[0]] = values[step.inputs[0]].reshape(graph.tensors[step.outputs[0]].shape)
-            continue
-        run = segment if step.kind == "segment" else op
-        values |= zip(step.outputs, run(step.name, [values[name] for name in step.inputs]), strict=True)
-    return {name: values[name] for name in graph.outputs}
+    def write(self, path: Path) -> None:
+        """Write the graph as JSON, atomically."""
+        KIND.write(self, path)
 
 
 def segment_spec(segment: Segment) -> dict[str, Any]:

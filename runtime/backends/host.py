@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longtake.dtypes import DTYPES
 from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.base import Cache, Encoder
 from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.spec import NETWORKS, cache_bindings, context_bindings, network_spec
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "int8": torch.int8, "int32": torch.int32}
 
 
 class HostBackend(ABC):
@@ -71,7 +70,10 @@ class HostBackend(ABC):
         layers = range(self.preset.dit.layers)
         bindings = [cache_bindings(self.preset, self.recipe.cache, layer) for layer in layers]
         return [
-            tuple(torch.zeros([int(n) for n in b.shape], dtype=DTYPES[b.dtype], device=self.device) for b in own)
+            tuple(
+                torch.zeros([int(n) for n in b.shape], dtype=DTYPES[b.dtype].host.torch, device=self.device)
+                for b in own
+            )
             for own in bindings
         ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longtake.accuracy.ort_session import session_from_view
-from longtake.formats.exported import load_index, require_recipe
+from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.host import HostBackend
 from longtake.training.models.presets import Preset
@@ -36,9 +36,9 @@ class ReferenceBackend(HostBackend):
             UnavailableError: ONNX Runtime is not installed.
         """
         super().__init__(recipe, reason, torch.device("cpu"), preset, checkpoints)
-        index = load_index(folder)
-        require_recipe(index, folder, recipe)
-        self._views = {name: folder / f"{name}.ort.onnx" for name in NETWORKS if name in index["networks"]}
+        export = Export.read(folder)
+        export.require_recipe(recipe, folder)
+        self._views = {name: folder / f"{name}.ort.onnx" for name in NETWORKS if name in export.networks}
         self._sessions: dict[str, Any] = {}
         if runs:
             for name in self._views:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longtake.formats.bundle import load_bundle
+from longtake.formats.bundle import Bundle
 from longtake.paths import ENGINES, EXPORTS
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.bench.gpu import device_from_name
@@ -43,7 +43,7 @@ def open_engines(options: BenchOptions) -> Backend:
 
         return ReferenceBackend(export_folder(options), options.the_recipe, "no GPU here: timings are not figures")
     folder = engine_folder(options)
-    onnx, wanted, decode_device = load_bundle(folder).onnx, networks_needed(options), decode_device_from(options)
+    onnx, wanted, decode_device = Bundle.read(folder).onnx, networks_needed(options), decode_device_from(options)
     places = {name: (decode_device or device) if name.startswith("vae") else device for name in wanted}
     from longtake.runtime.backends.trt.open import backend_from_engines
 

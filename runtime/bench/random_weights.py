@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import onnx
 import torch
 from torch import Tensor
 
-from longtake.formats.onnx_file import TORCH_DTYPES, constants_of, weights_from_onnx
+from longtake.dtypes import BY_ONNX, DType
+from longtake.formats.onnx_file import constants_of, read_onnx, tensor_value
 from longtake.training.models.random_weights import random_weight
 
 PACKED = (".values", ".scales", ".scale")
@@ -24,19 +24,19 @@ CHUNK = 1 << 22  # elements quantized at a time: the codec's fp32 and int32 inte
 
 def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]], Iterator[tuple[str, Tensor]]]:
     """A WeightSource (longtake/formats/onnx_file.py) that makes an exported file's weights up: its data file may be absent."""
-    constants = constants_of(onnx.load(str(onnx_path), load_external_data=False))
-    tensors = {name: (TORCH_DTYPES.get(t.data_type), tuple(t.dims)) for name, t in constants.items()}
+    constants = constants_of(read_onnx(onnx_path, "none"))
+    tensors = {name: (BY_ONNX[t.data_type], tuple(t.dims)) for name, t in constants.items()}
 
     def weights(names: set[str]) -> Iterator[tuple[str, Tensor]]:
         packed: tuple[str, dict[str, Tensor]] = ("", {})
         for name in sorted(names):
             base = base_name(name)
             if "." not in name:  # a constant of the graph itself, such as the ones of a plain LayerNorm
-                yield name, graph_constant(constants[name], onnx_path).to(device)
+                yield name, tensor_value(constants[name], onnx_path).to(device)
                 continue
             if base is None:
                 dtype, shape = tensors[name]
-                yield name, random_weight(name, shape, device, dtype or torch.bfloat16)
+                yield name, random_weight(name, shape, device, dtype.torch)
                 continue
             if packed[0] != base:  # sorted: the parts of one weight come one after the other
                 packed = base, in_own_memory(partial(packed_parts, base, tensors, device), base, tensors, device)
@@ -51,25 +51,18 @@ def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]]
 def in_own_memory(
     make: Callable[[], dict[str, Tensor]],
     base: str,
-    tensors: dict[str, tuple[torch.dtype | None, tuple[int, ...]]],
+    tensors: dict[str, tuple[DType, tuple[int, ...]]],
     device: torch.device,
 ) -> dict[str, Tensor]:
     """What `make` makes, in memory taken before: made in the middle of what quantizing takes in passing, a weight would
     pin a block of the allocator several times its size, which weights read from a file do not."""
     names = [name for name in tensors if base_name(name) == base]
-    kept = {name: torch.empty(tensors[name][1], dtype=tensors[name][0], device=device) for name in names}
+    kept = {name: torch.empty(tensors[name][1], dtype=tensors[name][0].torch, device=device) for name in names}
     for name, tensor in make().items():
         kept[name].copy_(tensor.view(kept[name].shape))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return kept
-
-
-def graph_constant(tensor: onnx.TensorProto, onnx_path: Path) -> Tensor:
-    """A constant with the value it has in the file; a skeleton holds these itself, whatever their size."""
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return next(weights_from_onnx(onnx_path, {tensor.name}))[1]
-    return torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).to(TORCH_DTYPES[tensor.data_type])
 
 
 def base_name(name: str) -> str | None:
@@ -78,7 +71,7 @@ def base_name(name: str) -> str | None:
 
 
 def packed_parts(
-    base: str, tensors: dict[str, tuple[torch.dtype | None, tuple[int, ...]]], device: torch.device
+    base: str, tensors: dict[str, tuple[DType, tuple[int, ...]]], device: torch.device
 ) -> dict[str, Tensor]:
     """The stored parts of one quantized weight, by initializer name; two a byte means NVFP4, one means FP8."""
     rows, stored = tensors[f"{base}.values"][1]

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from longtake.dtypes import stored_bytes
 from longtake.formats.recipe import Recipe
 from longtake.training.models.presets import Preset
 
@@ -22,8 +23,6 @@ HOPPER_RATES = {
 }
 HBM_BYTES_PER_S = {"H100": 3.35e12, "H200": 4.8e12}  # the vendor's figures
 GEMM_IN = {"bf16": "bf16", "w4a16": "bf16", "fp8": "fp8", "nvfp4": "fp8"}
-WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "w4a16": 0.5625, "nvfp4": 0.5625}  # an element of a quantized linear
-CACHE_BYTES = {"bf16": 2.0, "nvfp4": 0.5625}
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def dit_pass(preset: Preset, precision: str = "bf16", cache: str = "bf16", windo
     time = 2 * frames * dit.dim * (dit.freq_dim + 7 * dit.dim)
     gemm = 2 * tokens * linear_elements(preset) + edges + time
     attention = 4 * tokens * dit.dim * dit.layers * (blocks * tokens + dit.text_len)
-    read = linear_elements(preset) * WEIGHT_BYTES[precision] + 2 * dit.dim * (2 * patch + 7 * dit.dim)
-    history = 2 * dit.layers * dit.dim * (blocks - 1) * tokens * CACHE_BYTES[cache]
+    read = linear_elements(preset) * stored_bytes(precision) + 2 * dit.dim * (2 * patch + 7 * dit.dim)
+    history = 2 * dit.layers * dit.dim * (blocks - 1) * tokens * stored_bytes(cache)
     return Work(gemm, attention, 0.0, read + history + 4 * dit.layers * dit.text_len * dit.dim)
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longtake.dtypes import DTYPES, of_torch
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType
 from longtake.plugins.spec import DOMAIN
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.spec import network_spec
 
 NETWORK = "vae_steady"
-_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @lru_cache
@@ -31,8 +31,7 @@ def library_decoder_steps(preset: Preset) -> SegmentedGraph:
     spec = network_spec(preset, "bf16", NETWORK, "library")
     with torch.device("meta"):
         module = LibrarySteady(CausalVAE(preset.vae)).eval().to(torch.bfloat16)
-        kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        given = {b.name: torch.empty([int(n) for n in b.shape], dtype=kinds[b.dtype]) for b in spec.inputs}
+        given = {b.name: torch.empty([int(n) for n in b.shape], dtype=DTYPES[b.dtype].torch) for b in spec.inputs}
     weights = {name.removeprefix("vae."): tensor for name, tensor in module.named_parameters()}
     recorder = Recorder(given | weights)
     with torch.no_grad(), recorder:
@@ -113,7 +112,7 @@ def _segment_of(step: Step, tensors: dict[str, TensorType]) -> Segment:
 
 
 def _type_of(tensor: Tensor) -> TensorType:
-    return TensorType(_DTYPES[tensor.dtype], tuple(tensor.shape))
+    return TensorType(of_torch(tensor.dtype).name, tuple(tensor.shape))
 
 
 def _renamed(names: tuple[str, ...], new: dict[str, str]) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from longtake.dtypes import DTYPES, stored_bytes
 from longtake.errors import LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats import segmented_graph
 from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import SegmentedGraph
 from longtake.runtime.budget.terms_table import CUDA_CONTEXT_BYTES, KERNEL_BYTES, Budget, Known, Place, Term
@@ -23,9 +23,6 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.text.runner import KEPT
 from longtake.training.models.wan.spec import cache_bindings, context_bindings, network_spec
 
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int8": 1, "int32": 4, "int64": 8, "bool": 1, "fp4": 0.5}
-# Bytes of a weight of a quantized linear: E2M1 with one E4M3 scale in 16; the rest of every network is bf16.
-LINEAR_BYTES = {"bf16": 2.0, "fp8": 1.0, "w4a16": 9 / 16, "nvfp4": 9 / 16}
 MEASURED = "memory.json"  # beside the plans: arena bytes by lane, written by a run that loaded them: what their lanes' arenas take
 PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena
 DECODER = ("vae_first", "vae_steady")
@@ -115,7 +112,7 @@ def _apart(preset: Preset, use: Use) -> Iterable[Term]:
 def total_bytes(bindings: Iterable[Binding]) -> int:
     """Bytes of some bindings; a dynamic dimension (the slot table's) counts 4, which is its most."""
     sizes = ([n if isinstance(n, int) else 4 for n in b.shape] for b in bindings)
-    return int(sum(prod(shape) * ITEM_BYTES[b.dtype] for shape, b in zip(sizes, list(bindings), strict=True)))
+    return sum(DTYPES[b.dtype].bytes(prod(shape)) for shape, b in zip(sizes, list(bindings), strict=True))
 
 
 def static_bindings(dit: NetworkSpec) -> list[Binding]:
@@ -153,18 +150,18 @@ def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None, place:
 def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
     """Bytes of a network's weights as `recipe` stores them: its linears in its precision, the rest in bf16."""
     linears = _linear_parameters(preset, name) if name in ("dit", "context") else 0
-    return int(linears * LINEAR_BYTES[recipe.precision] + (_parameters(preset, name) - linears) * 2)
+    return int(linears * stored_bytes(recipe.precision) + (_parameters(preset, name) - linears) * 2)
 
 
 def graph_of(engines: Path | None, name: str) -> SegmentedGraph | None:
     """The cut network beside the plans, if it was cut."""
     path = engines / f"{name}.segments.json" if engines else None
-    return segmented_graph.load(path) if path is not None and path.is_file() else None
+    return SegmentedGraph.read(path) if path is not None and path.is_file() else None
 
 
 def _stored(graph: SegmentedGraph, name: str) -> int:
     kind = graph.tensors[name]
-    return int(prod(int(n) for n in kind.shape) * ITEM_BYTES[kind.dtype])
+    return DTYPES[kind.dtype].bytes(prod(int(n) for n in kind.shape))
 
 
 def _models(preset: Preset) -> dict[str, nn.Module]:
@@ -266,10 +263,10 @@ def _workspace(recipe: Recipe, graph: SegmentedGraph, index: int) -> int:
 
 def scratch_of_plan(plan: Path) -> int | None:
     """Bytes that a plan's context wants, as its manifest says; None if it does not."""
-    from longtake.formats.plan import read_manifest
+    from longtake.formats.plan import PlanManifest
 
     try:
-        return read_manifest(plan).scratch_bytes
+        return PlanManifest.read(plan).scratch_bytes
     except LongtakeError:
         return None
 

@@ -19,10 +19,10 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor, nn
 
 from longtake.accuracy.ort_session import session_from_model, session_from_view
+from longtake.dtypes import DTYPES
 from longtake.runtime.backends.base import Backend, Cache
 from longtake.training.models.network_spec import NetworkSpec
 
-NUMPY = {"fp32": np.float32, "bf16": np.float32, "int32": np.int32, "int8": np.int8}
 Arrays = OrderedDict[str, np.ndarray]
 
 
@@ -44,7 +44,7 @@ class _SpecRunner(BaseRunner):
         metadata = TensorMetadata()
         for b in self.spec.inputs:
             shape = tuple(-1 if isinstance(size, str) else size for size in b.shape)
-            metadata.add(b.name, NUMPY[b.dtype], shape)
+            metadata.add(b.name, DTYPES[b.dtype].host.numpy, shape)
         return metadata
 
     @torch.no_grad()

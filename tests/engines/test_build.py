@@ -20,7 +20,8 @@ from longtake.engines.build import PlanJob, build_recipe, check_network, engine_
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import read_json, write_json
 from longtake.formats import bundle as bundle_module
-from longtake.formats.bundle import load_bundle, write_bundle
+from longtake.formats.bundle import Bundle
+from longtake.formats.exported import Export
 from longtake.formats.plan import manifest_path
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.machine.flavour import Flavour, flavour_for
@@ -86,7 +87,7 @@ def exported(tmp_path: Path) -> Path:
     folder = tmp_path / "onnx"
     folder.mkdir()
     onnx.save(miniature.model_of_layers(4), folder / "dit.onnx")
-    write_json(folder / "export.json", {"vocabulary": ["red", "seven"], "inputs": "abc"})
+    Export("tiny_bf16", "tiny", "bf16", "bf16", {}, ("red", "seven"), inputs="abc").write(folder)
     return folder
 
 
@@ -190,7 +191,7 @@ def test_aliases_are_those_of_the_op_that_a_layer_says_it_is() -> None:
 @pytest.fixture
 def bundle(flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path) -> Iterator[Path]:
     results = build_recipe(recipe, exported, tmp_path / "engines", flavour, None, False)
-    write_bundle(tmp_path / "engines", recipe, flavour, exported, [r.path for r in results])
+    Bundle.of(tmp_path / "engines", recipe, flavour, exported, [r.path for r in results]).write()
     yield tmp_path / "engines"
 
 
@@ -199,7 +200,7 @@ def test_a_bundle_finds_what_it_was_built_from_even_when_moved(bundle: Path, rec
     moved.mkdir()
     for name in ("onnx", "engines"):
         (tmp_path / name).rename(moved / name)
-    opened = load_bundle(moved / "engines")
+    opened = Bundle.read(moved / "engines")
     assert opened.recipe == recipe and opened.vocabulary == ("red", "seven")
     assert opened.onnx_file("dit.onnx") == (moved / "onnx" / "dit.onnx").resolve()
     assert opened.check_file(moved / "engines" / "dit.segments.json").is_file()
@@ -212,14 +213,14 @@ def test_a_bundle_of_an_earlier_version_opens_unless_it_needs_what_is_gone(bundl
         fields = {**content["recipe_fields"], "vae_fold_upsampling": value}
         write_json(path, {**content, "recipe_fields": fields})
         if opens:
-            assert load_bundle(bundle).recipe == recipe
+            assert Bundle.read(bundle).recipe == recipe
         else:
             with pytest.raises(IntegrityError, match="not an engine bundle(.|\n)*vae_fold_upsampling"):
-                load_bundle(bundle)
+                Bundle.read(bundle)
 
 
 def test_a_bundle_refuses_files_that_changed(bundle: Path) -> None:
-    opened = load_bundle(bundle)
+    opened = Bundle.read(bundle)
     (bundle / "dit.segments.json").write_text("{}")
     with pytest.raises(IntegrityError, match="not the file that the engines were built with"):
         opened.check_file(bundle / "dit.segments.json")
@@ -233,11 +234,11 @@ def test_a_bundle_refuses_files_that_changed(bundle: Path) -> None:
 
 def test_a_folder_without_a_bundle_says_what_makes_one(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(LongtakeError, match="holds no engines") as caught:
-        load_bundle(tmp_path)
+        Bundle.read(tmp_path)
     assert "longtake engines --recipe" in str(caught.value)
     (bundle / bundle_module.NAME).write_text('{"format": 1}')
     with pytest.raises(IntegrityError, match="not an engine bundle"):
-        load_bundle(bundle)
+        Bundle.read(bundle)
 
 
 # ---- fused, with plugins, ahead of time ----------------------------------------------------------------------------
@@ -245,11 +246,11 @@ def test_a_folder_without_a_bundle_says_what_makes_one(bundle: Path, tmp_path: P
 
 def small_dit(precision: str, cache: str, folder: Path) -> PlanJob:
     """A DiT of two layers with random weights, exported and lowered."""
-    from longtake.export.content import stored_tensors
     from longtake.export.files import write_onnx
     from longtake.export.functions import attach_functions
     from longtake.export.lower import lower
     from longtake.export.onnx_from_model import onnx_from_model
+    from longtake.export.weights import stored_tensors
     from longtake.training.models.load import random_models
     from longtake.training.models.presets import TINY
     from longtake.training.models.wan.networks import network_module

@@ -18,7 +18,8 @@ from longtake.commands import inspect as inspect_cli
 from longtake.commands.describe import describe
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256, write_json
-from longtake.formats.plan import PlanManifest, write_manifest
+from longtake.formats.exported import Export, ExportedFile, ExportedNetwork
+from longtake.formats.plan import PlanManifest
 
 
 def _fp4_linear(folder: Path, external: bool = False) -> Path:
@@ -64,7 +65,7 @@ def test_onnx_external_data_is_measured_and_missed(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="weights of linear.onnx are missing or truncated"):
         describe(path)
     data.unlink()
-    with pytest.raises(IntegrityError, match="no such file"):
+    with pytest.raises(IntegrityError, match=r"linear.onnx.data does not exist"):
         describe(path)
 
 
@@ -72,7 +73,7 @@ def test_onnx_external_data_is_measured_and_missed(tmp_path: Path) -> None:
 def test_truncated_onnx(tmp_path: Path, keep: int) -> None:
     path = _fp4_linear(tmp_path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(IntegrityError, match="is not a whole ONNX file"):
+    with pytest.raises(IntegrityError, match="is not a readable ONNX model"):
         describe(path)
 
 
@@ -109,7 +110,9 @@ def test_pickles_are_refused_whatever_their_name(tmp_path: Path) -> None:
     plain.write_bytes(pickle.dumps({"a": 1}))
     torch.save({"a": torch.zeros(2)}, zipped)
     for path in (plain, zipped):
-        with pytest.raises(IntegrityError, match="(?s)is a pickle.*convert it to safetensors") as caught:
+        with pytest.raises(
+            IntegrityError, match="(?s)is a pickle.*convert it where you trust it: safetensors"
+        ) as caught:
             describe(path)
         assert caught.value.exit_code == 4
 
@@ -119,7 +122,7 @@ def _plan(folder: Path, name: str, content: bytes) -> Path:
     path.write_bytes(content)
     manifest = PlanManifest(path.name, name, sha256(path), len(content), "", "tensorrt_rtx", "1.7.1", "12.0", {}, {},
                             "tiny_nvfp4_sm120", "tiny")  # fmt: skip
-    write_manifest(path, manifest)
+    manifest.write(path)
     return path
 
 
@@ -141,8 +144,8 @@ def test_swapped_plan(tmp_path: Path) -> None:
 
 def test_swapped_onnx_is_caught_by_the_export_description(tmp_path: Path) -> None:
     path = _fp4_linear(tmp_path)
-    entry = {"files": {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}}}
-    write_json(tmp_path / "export.json", {"onnx_name": "tiny_nvfp4", "networks": {"linear": entry}})
+    files = {path.name: ExportedFile(sha256(path), path.stat().st_size)}
+    Export("tiny_nvfp4", "tiny", "nvfp4", "nvfp4", {"linear": ExportedNetwork(files)}, ()).write(tmp_path)
     assert describe(path)["digest"] == "matches export.json"
     assert describe(tmp_path)["kind"] == "export description"
     model = onnx.load(str(path))

@@ -129,7 +129,7 @@ def test_command_writes_json_and_says_it_is_a_cpu_reference(
     _model(tmp_path / "text_encoder.ort.onnx")
     monkeypatch.setattr(sources, "source_from_name", lambda name: source)
     monkeypatch.setattr(sources, "choose_backend", lambda *_: argparse.Namespace(backend="reference", reason="no GPU"))
-    monkeypatch.setattr("longtake.formats.exported.load_index", lambda folder: {})
+    monkeypatch.setattr("longtake.formats.exported.Export.read", lambda folder: None)
     monkeypatch.setattr(profile_cli, "timing_feed", lambda spec: {"x": np.ones((8, 8), np.float32)})
     args = argparse.Namespace(engines=None, network=["text_encoder"], backend="auto", runs=2, top=5,
                               without_trtexec=False, out=tmp_path / "out")  # fmt: skip

@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from segment_steps import run_steps
 
 from longtake.engines.segment import CutNetwork, segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.formats import segmented_graph
 from longtake.formats.onnx_file import constants_of
-from longtake.formats.segmented_graph import run_steps
+from longtake.formats.segmented_graph import SegmentedGraph
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
 miniature = importlib.util.module_from_spec(_spec)
@@ -88,11 +88,11 @@ def test_what_one_layer_needs_is_computed_in_its_own_segment() -> None:
 
 def test_json_round_trip(tmp_path) -> None:
     graph = segments_from_onnx(model_of_layers(2, packed=True), "dit").graph
-    segmented_graph.save(graph, tmp_path / "dit.segments.json")
-    assert segmented_graph.load(tmp_path / "dit.segments.json") == graph
+    graph.write(tmp_path / "dit.segments.json")
+    assert SegmentedGraph.read(tmp_path / "dit.segments.json") == graph
     (tmp_path / "dit.segments.json").write_text("{}")
-    with pytest.raises(IntegrityError, match="does not describe a segmented network"):
-        segmented_graph.load(tmp_path / "dit.segments.json")
+    with pytest.raises(IntegrityError, match="is not a segmented network"):
+        SegmentedGraph.read(tmp_path / "dit.segments.json")
 
 
 def test_nested_subgraphs_are_refused() -> None:

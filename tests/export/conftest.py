@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from held_weights import weights_from_models
 
-from longtake.export.content import weights_from_models
 from longtake.export.package import PlainGraphs, export_package
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.training.models.load import Models, random_models

@@ -13,14 +13,14 @@ import pytest
 from longtake.accuracy.compare import parity_table, require_parity
 from longtake.engines.build import PlanJob, _segment_job, engine_from_onnx
 from longtake.engines.segment import CutNetwork, segments_from_onnx
-from longtake.export.content import stored_tensors
 from longtake.export.files import write_onnx
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.rewriter import linear_name
-from longtake.formats.exported import load_index
-from longtake.formats.onnx_file import read_graph, weights_from_onnx
+from longtake.export.weights import stored_tensors
+from longtake.formats.exported import Export
+from longtake.formats.onnx_file import read_onnx, weights_from_onnx
 from longtake.machine.flavour import flavour_for
 from longtake.plugins.spec import DOMAIN
 from longtake.training.models.load import random_models
@@ -42,7 +42,7 @@ def test_every_network_agrees_with_pytorch(package) -> None:  # type: ignore[no-
 def test_8_bit_weights_take_a_byte_on_disk(package) -> None:  # type: ignore[no-untyped-def]
     models, _, plain = package("bf16")
     _, _, packed = package("fp8")
-    linears = load_index(packed)["networks"]["dit"]["linears"]
+    linears = Export.read(packed).networks["dit"].linears
     assert len(linears) == 2 * 8
     count = sum(models.dit.get_submodule(name).weight.numel() for name in linears)
     saved = (plain / "dit.onnx.data").stat().st_size - (packed / "dit.onnx.data").stat().st_size
@@ -66,7 +66,7 @@ def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cut(dit_file: Path) -> CutNetwork:
-    return segments_from_onnx(read_graph(dit_file), "dit")
+    return segments_from_onnx(read_onnx(dit_file, "small"), "dit")
 
 
 def test_middle_layers_share_one_plan_though_their_scales_differ(cut: CutNetwork) -> None:

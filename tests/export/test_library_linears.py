@@ -6,16 +6,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from held_weights import weights_from_models
 
 from longtake.accuracy.compare import parity_table, require_parity
 from longtake.engines.build import _segment_job, engine_from_onnx
 from longtake.engines.segment import CutNetwork, segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.export.content import weights_from_models
 from longtake.export.package import export_package
 from longtake.export.structure import Expected, check_structure
-from longtake.formats.exported import require_recipe
-from longtake.formats.onnx_file import read_graph
+from longtake.formats.exported import Export
+from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Recipe, recipe_from_file
 from longtake.machine.flavour import flavour_for
 from longtake.paths import REPOSITORY
@@ -36,7 +36,7 @@ def exported(request, small_models, small_graphs, tmp_path_factory) -> Package: 
 
 @pytest.fixture(scope="module")
 def cut(exported: Package) -> CutNetwork:
-    return segments_from_onnx(read_graph(exported[1] / "dit.onnx"), "dit")
+    return segments_from_onnx(read_onnx(exported[1] / "dit.onnx", "small"), "dit")
 
 
 def test_every_network_agrees_with_pytorch(exported: Package, small_models) -> None:  # type: ignore[no-untyped-def]
@@ -51,7 +51,7 @@ def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_
     recipe, folder = exported
     assert recipe.onnx_name == f"tiny_{recipe.precision}_library_vae_library"
     with pytest.raises(LongtakeError, match="are of another recipe"):
-        require_recipe({"preset": "tiny", "precision": recipe.precision, "cache": recipe.cache}, folder, recipe)
+        Export("tiny", "tiny", recipe.precision, recipe.cache, {}, ()).require_recipe(recipe, folder)
     with pytest.raises(IntegrityError, match="another number of custom ops"):
         spec = network_spec(small_models.preset, recipe.cache, "dit")
         check_structure(folder / "dit.onnx", Expected(spec, recipe.precision, recipe.cache, 2))

@@ -10,12 +10,12 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
-from longtake.export.content import stored_tensors
-from longtake.export.files import fill
+from longtake.export.files import is_reference, tensor_raw
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.ort_view import activation_function, ort_view
+from longtake.export.weights import stored_tensors
 from longtake.plugins.nvfp4.reference import fake_quantize, quantize
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
@@ -46,7 +46,10 @@ def lowered(one: tuple[nn.Linear, onnx.ModelProto], precision: str) -> onnx.Mode
     names = lower(model, precision, ["linear"], AMAX)
     assert names == ([] if precision == "bf16" else ["linear"])
     state = {f"linear.{name}": tensor for name, tensor in one[0].state_dict().items()}
-    fill(model, stored_tensors(model, state, precision, names, AMAX))
+    waiting = {t.name: t for t in model.graph.initializer if is_reference(t)}
+    for name, value in stored_tensors(model, state, precision, names, AMAX):
+        waiting[name].ClearField("data_location")
+        waiting[name].raw_data = tensor_raw(value)
     attach_functions(model)
     onnx.checker.check_model(model)
     return model

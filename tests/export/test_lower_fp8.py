@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from longtake.dtypes import BY_ONNX
 from longtake.engines.build import PlanJob, engine_from_onnx
-from longtake.engines.segment import DTYPES
 from longtake.errors import LongtakeError
 from longtake.export.lower import lower, packed_weight
 from longtake.export.ort_view import ort_view
@@ -106,7 +106,7 @@ def as_segment(model: onnx.ModelProto, kept: set[str]) -> PlanJob:
     graph.initializer.extend(constants)
     rows = [
         [
-            [v.name, DTYPES[v.type.tensor_type.elem_type], [d.dim_value for d in v.type.tensor_type.shape.dim]]
+            [v.name, BY_ONNX[v.type.tensor_type.elem_type].name, [d.dim_value for d in v.type.tensor_type.shape.dim]]
             for v in end
         ]
         for end in (graph.input, graph.output)

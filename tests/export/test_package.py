@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from held_weights import weights_from_models
 
 from longtake.accuracy.cases import dit_feeds, empty_caches
 from longtake.accuracy.compare import Row, parity_table, require_parity
@@ -17,13 +18,14 @@ from longtake.commands import export as cli
 from longtake.commands import main as command
 from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.export import package as package_module
-from longtake.export.content import stored_tensors, weights_from_models
 from longtake.export.files import write_onnx
 from longtake.export.onnx_from_model import onnx_from_model
 from longtake.export.package import PlainGraphs, export_package, view_path
-from longtake.formats.exported import load_index
+from longtake.export.weights import stored_tensors
+from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx
 from longtake.training.models.load import Models
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.networks import network_module
 from longtake.training.models.wan.spec import NETWORKS, network_spec
 
@@ -50,8 +52,8 @@ def test_4_bit_weights_take_4_5_bits_on_disk(package) -> None:  # type: ignore[n
     """The DiT's file is as large as its unquantized part in bf16 plus 4.5 bits for every quantized weight."""
     models, _, plain = package("bf16")
     _, _, packed = package("nvfp4")
-    index = load_index(packed)
-    count = sum(models.dit.get_submodule(n).weight.numel() for n in index["networks"]["dit"]["linears"])
+    export = Export.read(packed)
+    count = sum(models.dit.get_submodule(n).weight.numel() for n in export.networks["dit"].linears)
     saved = (plain / "dit.onnx.data").stat().st_size - (packed / "dit.onnx.data").stat().st_size
     assert saved == pytest.approx(count * (16 - 4.5) / 8, rel=0.002)
     types = {t.name: t.data_type for t in onnx.load(packed / "dit.onnx", load_external_data=False).graph.initializer}
@@ -113,7 +115,7 @@ def test_an_interrupt_leaves_no_package_and_no_partial_file(
     assert not (tmp_path / "export.json").exists()
     assert not [path for path in tmp_path.iterdir() if ".tmp" in path.name]
     with pytest.raises(LongtakeError, match="holds no exported model"):
-        load_index(tmp_path)
+        Export.read(tmp_path)
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
@@ -132,12 +134,12 @@ def test_a_changed_file_is_noticed(package, tmp_path: Path) -> None:  # type: ig
     folder = package("bf16")[2]
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    load_index(tmp_path)
+    Export.read(tmp_path)
     data = bytearray((tmp_path / "dit.onnx.data").read_bytes())
     data[1000] ^= 1
     (tmp_path / "dit.onnx.data").write_bytes(data)
     with pytest.raises(IntegrityError, match=r"dit.onnx.data is not what was exported[\s\S]*longtake export --force"):
-        load_index(tmp_path)
+        Export.read(tmp_path)
 
 
 def test_export_command(
@@ -158,7 +160,8 @@ def test_export_command(
     monkeypatch.setattr(cli, "PlainGraphs", lambda preset, vocabulary: small_graphs)
     monkeypatch.setattr(cli, "weights_from_folder", lambda preset, folder: weights_from_models(small_models))
     monkeypatch.setattr(cli, "export_package", export)
-    monkeypatch.setattr(cli, "load_meta", lambda *given: {"sampling": {"steps": 4, "guidance": 1.0}})
+    side = SideFile("dit", "tiny", sampling={"steps": 4, "guidance": 1.0})
+    monkeypatch.setattr(cli, "read_side", lambda *given: side)
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / "dit.safetensors").write_bytes(b"one")

@@ -11,17 +11,17 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from held_weights import weights_from_models
 
 from longtake.accuracy.compare import parity_table
 from longtake.engines.segment import segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.export import package as package_module
-from longtake.export.content import stored_tensors, weights_from_folder, weights_from_models
-from longtake.export.files import INLINE_BYTES, data_path, write_onnx
+from longtake.export.files import write_onnx
 from longtake.export.package import PlainGraphs, export_package
-from longtake.formats.describe_onnx import tensor_bytes
-from longtake.formats.exported import load_index, require_recipe
-from longtake.formats.onnx_file import read_graph
+from longtake.export.weights import stored_tensors, weights_from_folder
+from longtake.formats.exported import Export
+from longtake.formats.onnx_file import INLINE_BYTES, data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import recipe_named
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import PRESETS, TINY, WAN22_TI2V_5B
@@ -49,14 +49,16 @@ def test_a_skeleton_is_the_graph_of_the_full_export(skeleton: Path, package) -> 
 
 
 def test_segments_of_a_skeleton_are_those_of_the_full_export(skeleton: Path, package) -> None:  # type: ignore[no-untyped-def]
-    cuts = [segments_from_onnx(read_graph(f / "dit.onnx"), "dit").graph for f in (skeleton, package("w4a16")[2])]
+    cuts = [
+        segments_from_onnx(read_onnx(f / "dit.onnx", "small"), "dit").graph for f in (skeleton, package("w4a16")[2])
+    ]
     assert cuts[0] == cuts[1]
 
 
 def test_a_skeleton_is_no_package_to_run(skeleton: Path) -> None:
     with pytest.raises(LongtakeError, match=r"have no weights[\s\S]*fix: longtake export .*--checkpoints FOLDER"):
-        require_recipe(load_index(skeleton), skeleton, recipe_named("tiny_w4a16_sm90"))
-    require_recipe(load_index(skeleton), skeleton, recipe_named("tiny_w4a16_sm90"), content=False)
+        Export.read(skeleton).require_recipe(recipe_named("tiny_w4a16_sm90"), skeleton)
+    Export.read(skeleton).require_recipe(recipe_named("tiny_w4a16_sm90"), skeleton, weights=False)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ FULL_WIDTH = """
 import json, resource, sys, time
 from dataclasses import replace
 from pathlib import Path
-from longtake.formats.onnx_file import read_graph
+from longtake.formats.onnx_file import INLINE_BYTES, data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import recipe_named
 from longtake.engines.segment import segments_from_onnx
 from longtake.export import package
@@ -125,7 +127,7 @@ recipe = recipe_named("wan2.2-ti2v-5b_w4a16_sm90")
 preset = replace(recipe.model, dit=replace(recipe.model.dit, layers=int(sys.argv[2])))
 folder = Path(sys.argv[1])
 package._export_network(package.PlainGraphs(preset), recipe, "dit", folder, lambda words: None, None)
-cut = segments_from_onnx(read_graph(folder / "dit.onnx"), "dit").graph
+cut = segments_from_onnx(read_onnx(folder / "dit.onnx", "small"), "dit").graph
 status = Path("/proc/self/status").read_text()  # its own peak: getrusage tells that of the process it was forked from, too
 peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
 print(json.dumps({"segments": len(cut.segments), "peak": peak, "seconds": time.monotonic() - start}))

@@ -10,17 +10,17 @@ import pytest
 from onnx import helper
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.export.files import data_path, write_onnx
+from longtake.export.files import write_onnx
 from longtake.export.structure import Expected, check_structure
-from longtake.formats.exported import load_index
-from longtake.formats.onnx_file import read_onnx
+from longtake.formats.exported import Export
+from longtake.formats.onnx_file import data_path, read_onnx
 from longtake.training.models.wan.spec import network_spec
 
 Tamper = Callable[[onnx.ModelProto], object]
 
 
 def expected(models, recipe, folder: Path, network: str = "dit") -> Expected:  # type: ignore[no-untyped-def]
-    linears = load_index(folder)["networks"][network]["linears"]
+    linears = Export.read(folder).networks[network].linears
     shapes = {name: tuple(models.dit.get_submodule(name).weight.shape) for name in linears}
     layers = models.preset.dit.layers if network == "dit" else 0
     return Expected(network_spec(models.preset, recipe.cache, network), recipe.precision, recipe.cache, layers, shapes)

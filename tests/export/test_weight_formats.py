@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from held_weights import weights_from_models
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.export.content import stored_tensors, weights_from_folder, weights_from_models
 from longtake.export.lower import lower, packed_weight
 from longtake.export.package import PlainGraphs
+from longtake.export.weights import stored_tensors, weights_from_folder
 from longtake.formats.recipe import recipe_named
 from longtake.plugins.nvfp4.reference import RULE_LIMITS, Packed, dequantize, fake_quantize, quantize
 from longtake.plugins.nvfp4.weight_format import WeightFormat, WeightFormats, formats_from_meta
 from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.quantize import apply_precision
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.linears import quantized_linears
 
 RECIPES = {"w4a16": "tiny_w4a16_sm89", "nvfp4": "tiny_nvfp4_sm120"}
@@ -94,9 +96,8 @@ def test_a_checkpoint_says_how_its_weights_were_trained(small_models: Models, tm
               "packed": {"rule": "mse", "order": "longlive", "amax": {NAME: 0.25}}}  # fmt: skip
     for name, module in modules.items():
         facts = {"vocabulary": list(small_models.vocabulary)} if name == "text_encoder" else record
-        save_checkpoint(
-            tmp_path / f"{name}.safetensors", module.state_dict(), {"kind": name, "preset": "small", **facts}
-        )
+        side = SideFile.of({"kind": name, "preset": "small", **facts})
+        save_checkpoint(tmp_path / f"{name}.safetensors", module.state_dict(), side)
     wanted = WeightFormats(WeightFormat("mse", block_2d=True), {NAME: WeightFormat("mse", "longlive", amax=0.25)})
     assert load_models(preset, tmp_path).formats == wanted == weights_from_folder(preset, tmp_path).formats
 

@@ -20,7 +20,7 @@ from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import INCLUDE
 from longtake.plugins.registry import op_named
 from longtake.plugins.shapes import dims_from_shapes, shape_of
-from longtake.plugins.tensors import TORCH_DTYPES
+from longtake.plugins.tensors import torch_dtype
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")
@@ -79,7 +79,7 @@ class HostDevice:
             if i in aliases
             else out
             if out is not None
-            else torch.full(shape_of(t, dims), nan).to(TORCH_DTYPES.get(t.dtype, TORCH_DTYPES[launcher.dtype]))
+            else torch.full(shape_of(t, dims), nan).to(torch_dtype(t, launcher.dtype))
             for i, t in enumerate(spec.outputs)
         )
         workspace = torch.full((max(launcher.workspace_bytes, 1),), 0x7F, dtype=torch.uint8)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtake.dtypes import of_torch
 from longtake.errors import LongtakeError
 from longtake.plugins import registry
 from longtake.plugins.cases import op_inputs
@@ -23,7 +24,7 @@ from longtake.plugins.registry import all_ops, kernel_ops, op_named
 from longtake.plugins.run import run_kernel
 from longtake.plugins.shapes import dims_from_shapes, infer_dtype, infer_shape, shape_of
 from longtake.plugins.spec import Op
-from longtake.plugins.tensors import DTYPE_NAMES, torch_dtype
+from longtake.plugins.tensors import torch_dtype
 
 every_op = pytest.mark.parametrize("name", all_ops())
 every_kernel = pytest.mark.parametrize("name", kernel_ops())
@@ -54,10 +55,10 @@ def test_sizes_are_those_of_the_inputs(name: str) -> None:
 def test_the_reference_gives_what_the_spec_says(name: str, dtype: str) -> None:
     op = op_named(name)
     dims, inputs = odd_case(op, dtype)
-    shapes, dtypes = [t.shape for t in inputs], [DTYPE_NAMES[t.dtype] for t in inputs]
+    shapes, dtypes = [t.shape for t in inputs], [of_torch(t.dtype).name for t in inputs]
     for i, out in enumerate(as_tuple(op.reference(*inputs))):
         assert tuple(out.shape) == infer_shape(op.spec, i, shapes) == shape_of(op.spec.outputs[i], dims)
-        assert DTYPE_NAMES[out.dtype] == infer_dtype(op.spec, i, dtypes) and out.is_contiguous()
+        assert of_torch(out.dtype).name == infer_dtype(op.spec, i, dtypes) and out.is_contiguous()
 
 
 def test_a_size_that_is_not_known_leaves_what_it_decides_unknown() -> None:

@@ -24,7 +24,7 @@ import yaml
 
 from longtake import files
 from longtake.commands.main import main
-from longtake.formats.plan import PlanManifest, write_manifest
+from longtake.formats.plan import PlanManifest
 from longtake.formats.recipe import recipe_named
 from longtake.training.models.wan.spec import NETWORKS
 
@@ -165,8 +165,10 @@ def test_a_damaged_bundle(tmp_path: Path, refused: Callable[..., str], content: 
 def test_a_damaged_plan(tmp_path: Path, refused: Callable[..., str], damage: str) -> None:
     plan, content = tmp_path / "dit.plan", os.urandom(999)
     plan.write_bytes(content)
-    write_manifest(plan, PlanManifest("dit.plan", "dit", digest(content), 999, "", "tensorrt_rtx", "1.7", "12.0", {}, {},
-                                      RECIPE.name, "tiny"))  # fmt: skip
+    manifest = PlanManifest(
+        "dit.plan", "dit", digest(content), 999, "", "tensorrt_rtx", "1.7", "12.0", {}, {}, RECIPE.name, "tiny"
+    )
+    manifest.write(plan)
     plan.write_bytes(os.urandom(999) if damage == "swapped" else DAMAGE[damage](content))
     assert "is not the plan that dit.plan.json describes" in refused(4, "inspect", plan)
 
@@ -196,8 +198,12 @@ def test_a_text_encoder_without_words(tmp_path: Path, refused: Callable[..., str
     folder = tmp_path / "checkpoints"
     shutil.copytree(CHECKPOINTS, folder)
     about = json.loads((folder / "text_encoder.json").read_text())
-    (folder / "text_encoder.json").write_text(json.dumps({**about, "vocabulary": 5}))
-    assert "has no vocabulary" in refused(4, "train", "--stage", "dit", "--init", folder, "--out", "t")
+    for words, says in (
+        (5, "text_encoder.json is not a checkpoint's side file\n  got: vocabulary: 5"),
+        (None, "has no vocabulary"),
+    ):
+        (folder / "text_encoder.json").write_text(json.dumps({**about, "vocabulary": words}))
+        assert says in refused(4, "train", "--stage", "dit", "--init", folder, "--out", "t")
 
 
 # ---- recipes, stories, prompts, options ----------------------------------------------------------------------------

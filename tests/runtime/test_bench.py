@@ -92,19 +92,20 @@ def test_8_bit_parts_are_what_the_exporter_stores(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("recipe", ["tiny_bf16_sm90", "tiny_w4a16_sm90"])
 def test_an_exported_file_is_fed_by_name_and_like_pytorch(recipe: str) -> None:
     """Every constant that segments take as input, in the dtype and shape stored; plain ones equal PyTorch's."""
-    from longtake.formats.onnx_file import TORCH_DTYPES, constants_of, read_graph
+    from longtake.dtypes import BY_ONNX
+    from longtake.formats.onnx_file import constants_of, read_onnx
 
     path = EXPORTS / recipe_named(recipe).onnx_name / "dit.onnx"
     if not path.is_file():
         pytest.skip(f"{path} is not exported")
-    constants = constants_of(read_graph(path))
+    constants = constants_of(read_onnx(path, "small"))
     names = {name for name in constants if name.startswith("blocks.0.")}
     dit = random_dit(TINY, CPU).state_dict()
     seen = dict(weights.random_weights(path, CPU)(names))
     assert seen.keys() == names and any(name.endswith("ffn.0.bias") for name in names)
     for name, tensor in seen.items():
         assert tuple(tensor.shape) == tuple(constants[name].dims), name
-        assert tensor.dtype == TORCH_DTYPES[constants[name].data_type], name
+        assert tensor.dtype == BY_ONNX[constants[name].data_type].torch, name
         if name in dit and tensor.dtype == torch.bfloat16:
             assert torch.equal(tensor, dit[name]), name
 

@@ -12,11 +12,12 @@ import torch
 
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
-from longtake.files import sha256, write_json
-from longtake.formats.bundle import write_bundle
-from longtake.formats.plan import PlanManifest, write_manifest
+from longtake.files import sha256
+from longtake.formats.bundle import Bundle
+from longtake.formats.exported import Export
+from longtake.formats.plan import PlanManifest
 from longtake.formats.recipe import recipe_named
-from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType, save
+from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType
 from longtake.machine.flavour import Flavour
 from longtake.runtime import sources
 from longtake.runtime.backends.host import HostBackend
@@ -31,6 +32,8 @@ from longtake.training.models.presets import TINY, WAN22_TI2V_5B
 from longtake.training.models.wan.spec import NETWORKS, network_spec
 
 RECIPE = recipe_named("tiny_bf16_sm90")
+EXPORT = Export(RECIPE.onnx_name, RECIPE.preset, RECIPE.precision, RECIPE.cache, {}, (),
+                sampling={"steps": 4, "guidance": 1.0, "shift": 5.0})  # fmt: skip
 LARGE = recipe_named("wan2.2-ti2v-5b_fp8_sm90")
 GB = 10**9
 
@@ -117,7 +120,7 @@ def graph(network: str) -> SegmentedGraph:
 @pytest.fixture
 def engines(tmp_path: Path) -> Path:
     for name in NETWORKS:
-        save(graph(name), tmp_path / f"{name}.segments.json")
+        graph(name).write(tmp_path / f"{name}.segments.json")
     (tmp_path / "bundle.json").write_text("{}")
     return tmp_path
 
@@ -129,7 +132,7 @@ def test_built_segments_make_weights_and_arena_exact(engines: Path) -> None:
     assert known["VAE working memory"][1] == "estimated"  # the plans do not say what they want
     for plan, wanted in {"one": 5 << 20, "two": 1 << 20, "three": 0}.items():
         manifest = PlanManifest(f"{plan}.plan", plan, "", 0, "", "", "", "", {}, {}, "", "", scratch_bytes=wanted)
-        write_manifest(engines / f"{plan}.plan", manifest)
+        manifest.write(engines / f"{plan}.plan")
     budget = budget_of(RECIPE, Use(engines=engines))
     known = {term.name: (term.bytes, term.known) for term in budget.terms}
     # `one` runs beside its output, and nothing else is alive then; y and z beside `two`'s scratch are less.
@@ -253,10 +256,9 @@ def student(tmp_path: Path) -> Path:
     """Engines of a student of the tiny preset, which itself is sampled with guidance 3; nothing is built."""
     exported, folder = tmp_path / "exports" / RECIPE.onnx_name, tmp_path / "engines" / RECIPE.name
     exported.mkdir(parents=True)
-    sampling = {"steps": 4, "guidance": 1.0, "shift": 5.0}
-    write_json(exported / "export.json", {"onnx_name": RECIPE.onnx_name, "vocabulary": [], "sampling": sampling})
+    EXPORT.write(exported)
     folder.mkdir(parents=True)
-    write_bundle(folder, RECIPE, Flavour("tensorrt_rtx", "1.6.1", None, "a test"), exported, [])
+    Bundle.of(folder, RECIPE, Flavour("tensorrt_rtx", "1.6.1", None, "a test"), exported, []).write()
     return folder
 
 
@@ -279,10 +281,10 @@ def test_a_student_s_engines_take_one_cache(student: Path, capsys: pytest.Captur
 def test_without_a_record_guidance_is_the_preset_s(
     student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported = tmp_path / "exports" / RECIPE.onnx_name / "export.json"
-    write_json(exported, {"onnx_name": RECIPE.onnx_name, "vocabulary": [], "sampling": None})
+    exported = tmp_path / "exports" / RECIPE.onnx_name
+    replace(EXPORT, sampling=None).write(exported)
     assert budgeted(capsys, "--engines", str(student))["guidance"] == 3.0
-    exported.unlink()  # the engines went to another machine alone
+    (exported / "export.json").unlink()  # the engines went to another machine alone
     assert budgeted(capsys, "--engines", str(student))["guidance"] == 3.0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longtake.errors import LongtakeError
-from longtake.files import write_json
+from longtake.formats.exported import Export
 from longtake.runtime.sources import require_checkpoints, source_from_name
 from longtake.training.models.checkpoint import read_side_file
 
@@ -16,8 +16,7 @@ def test_an_export_knows_its_checkpoints(tmp_path: Path) -> None:
     made, export = tmp_path / "mine", tmp_path / "export"
     made.mkdir()
     export.mkdir()
-    index = {"onnx_name": "tiny_w4a16", "vocabulary": [], "checkpoints": str(made)}
-    write_json(export / "export.json", index)
+    Export("tiny_w4a16", "tiny", "w4a16", "bf16", {}, (), checkpoints=str(made)).write(export)
     assert source_from_name(export).checkpoints == made
     made.rmdir()  # moved to another machine: the preset's own folder is looked at
     assert source_from_name(export).checkpoints is None

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from segment_steps import run_steps
 from torch import Tensor
 
-from longtake.formats.segmented_graph import SegmentedGraph, Step, run_steps
+from longtake.formats.segmented_graph import SegmentedGraph, Step
 from longtake.plugins.registry import op_named
 from longtake.runtime.backends.segments import planner as less_memory
 from longtake.runtime.backends.segments import vae_first as first_step

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from held_weights import weights_from_models
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.export.content import weights_from_models
 from longtake.export.package import PlainGraphs, export_package
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.runtime.backends.base import Backend

@@ -10,6 +10,7 @@ import torch
 
 from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.presets import TINY, DiTConfig, Preset, TextEncoderConfig
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.vae import CausalVAE
 
 SMALL = replace(
@@ -31,6 +32,6 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder that holds an untrained VAE of the small preset."""
     folder = tmp_path_factory.mktemp("vae")
     torch.manual_seed(0)
-    meta = {"kind": "vae", "preset": SMALL.name}
-    save_checkpoint(folder / "vae.safetensors", CausalVAE(SMALL.vae).state_dict(), meta)
+    side = SideFile("vae", SMALL.name)
+    save_checkpoint(folder / "vae.safetensors", CausalVAE(SMALL.vae).state_dict(), side)
     return folder

@@ -16,6 +16,7 @@ from longtake.training.models import load as networks
 from longtake.training.models.checkpoint import map_into, save_checkpoint
 from longtake.training.models.load import load_models
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B, Preset, TextEncoderConfig
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.umt5 import UMT5
 from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "text_encoder": text_encoder_for(WIDE),
     }
     for name, module in modules.items():
-        save_checkpoint(made / f"{name}.safetensors", module.bfloat16().state_dict(), {"kind": name, "preset": "wide"})
+        save_checkpoint(made / f"{name}.safetensors", module.bfloat16().state_dict(), SideFile(name, "wide"))
     return made
 
 

@@ -21,6 +21,7 @@ from longtake.files import read_json
 from longtake.paths import REPOSITORY
 from longtake.training.models.checkpoint import load_checkpoint, load_into, save_checkpoint
 from longtake.training.models.presets import Preset
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.resume import newest_whole, resume_points
 from longtake.training.stages.base import StageOptions
@@ -28,7 +29,7 @@ from longtake.training.stages.vae import VAEStage
 from longtake.training.trainer import TrainConfig, Trainer
 
 CPU = torch.device("cpu")
-META = {"kind": "dit", "preset": "tiny"}
+SIDE = SideFile("dit", "tiny")
 
 # One import, then a process per death. A child either runs until a random moment or dies at its n-th change of a name.
 SCRIPT = """
@@ -98,10 +99,10 @@ def child(out, before=lambda: None, seconds=None):
 def step_of(out):
     if not resume_points(out):
         return 0
-    path, tensors, meta = newest_whole(out, kind="resume-square", preset="small")
-    assert meta["position"]["taken"] == 8 * meta["step"], meta
+    path, tensors, side = newest_whole(out, kind="resume-square", preset="small")
+    assert side.position["taken"] == 8 * side.step, side
     assert all(v.isfinite().all() for v in tensors.values() if v.is_floating_point())
-    return meta["step"]
+    return side.step
 
 root, STEPS = Path(sys.argv[1]), int(sys.argv[2])
 run(root / "straight")  # imports everything, too, so that a child starts at once
@@ -130,15 +131,15 @@ def test_kill_9_at_any_moment_changes_nothing_in_the_end(tmp_path: Path) -> None
         assert re.search(rf"^{mode} ([2-9]|\d\d) {steps}$", done.stderr, re.MULTILINE), done.stderr[-3000:]
     wanted = load_file(tmp_path / "straight" / "square.safetensors")
     for killed in (tmp_path / "moments", tmp_path / "renames"):
-        found, meta = load_checkpoint(killed / "square.safetensors", kind="square", preset="small")
+        found, side = load_checkpoint(killed / "square.safetensors", kind="square", preset="small")
         assert wanted.keys() == found.keys() and all(torch.equal(wanted[k], found[k]) for k in wanted)
-        assert meta["drawn"] == 8 * steps and meta["step"] == steps
+        assert side.facts["drawn"] == 8 * steps and side.step == steps
         assert not [path.name for path in killed.iterdir() if path.name.startswith(".")]
         assert len(resume_points(killed)) == 2
 
 
 def save(path: Path, value: float) -> None:
-    save_checkpoint(path, {"weight": torch.full((2,), value)}, META)
+    save_checkpoint(path, {"weight": torch.full((2,), value)}, SIDE)
 
 
 @pytest.mark.parametrize("crash_at", range(1, 7))
@@ -161,7 +162,7 @@ def test_a_crash_inside_a_save_leaves_the_old_pair_or_the_new(tmp_path: Path, cr
         save(path, 2.0)
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
-    tensors, meta = load_checkpoint(path, kind="dit", preset="tiny")
+    tensors, side = load_checkpoint(path, kind="dit", preset="tiny")
     survived = tensors["weight"][0].item()
     assert survived in (1.0, 2.0) and (os.WIFSIGNALED(status) or survived == 2.0)
     save(path, 3.0)
@@ -209,8 +210,8 @@ def test_a_damaged_resume_point_is_named_and_the_one_before_taken(
     newest = resume_points(tmp_path)[-1]
     content = newest.read_bytes()
     newest.write_bytes(content[:-9])
-    path, _, meta = newest_whole(tmp_path, kind="resume-line", preset="small")
-    assert meta["step"] == 4 and path.stem == "resume-0000004" and str(newest) in caplog.text
+    path, _, side = newest_whole(tmp_path, kind="resume-line", preset="small")
+    assert side.step == 4 and path.stem == "resume-0000004" and str(newest) in caplog.text
     assert fit(tmp_path, 6, resume=True).step == 6
     for path in resume_points(tmp_path):
         path.write_bytes(b"")
@@ -246,7 +247,7 @@ def test_the_step_of_an_initial_checkpoint_is_not_taken_over(tmp_path: Path, sma
     save_checkpoint(
         start / "vae.safetensors",
         CausalVAE(small_preset.vae).state_dict(),
-        {"kind": "vae", "preset": "small", "step": 600},
+        SideFile("vae", "small", step=600),
     )
     stage = VAEStage(StageOptions(small_preset, init=start))
     trainer = Trainer(stage, TrainConfig(out=tmp_path / "run", preset="small", steps=700), CPU)
@@ -287,11 +288,12 @@ import resource, torch
 from pathlib import Path
 from longtake.commands.failures import explained
 from longtake.training.models.checkpoint import load_checkpoint, save_checkpoint
-path, meta = Path({str(tmp_path)!r}) / "dit.safetensors", {META!r}
-save_checkpoint(path, {{"weight": torch.ones(1000)}}, meta)
+from longtake.training.models.side_file import SideFile
+path, side = Path({str(tmp_path)!r}) / "dit.safetensors", {SIDE!r}
+save_checkpoint(path, {{"weight": torch.ones(1000)}}, side)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    save_checkpoint(path, {{"weight": torch.zeros(1_000_000)}}, meta)
+    save_checkpoint(path, {{"weight": torch.zeros(1_000_000)}}, side)
 except Exception as error:
     print(explained(error))
 print(load_checkpoint(path, kind="dit", preset="tiny")[0]["weight"].sum().item())

@@ -14,6 +14,7 @@ from longtake.runtime.bench.umt5 import main, random_source, report
 from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.load import load_models
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B, TextEncoderConfig
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.text import runner as text_runner
 from longtake.training.models.text.runner import TextRunner, text_runner_for
 from longtake.training.models.text.umt5 import UMT5
@@ -144,7 +145,7 @@ def test_the_last_prompts_are_kept() -> None:
 
 @torch.no_grad()
 def test_the_runner_reads_a_checkpoint(state: dict[str, Tensor], tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "text_encoder.safetensors", state, {"kind": "text_encoder", "preset": PRESET.name})
+    save_checkpoint(tmp_path / "text_encoder.safetensors", state, SideFile("text_encoder", PRESET.name))
     runner = text_runner_for(PRESET, tmp_path, CPU)
     assert torch.equal(runner(prompt()), module_of(state)(prompt()))
     assert error(text_runner_for(PRESET, tmp_path, CPU, storage="int8")(prompt()), runner(prompt())) < 0.03

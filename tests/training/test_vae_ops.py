@@ -13,7 +13,7 @@ import torch
 from longtake.engines.segment import segments_from_onnx
 from longtake.export import package
 from longtake.export.package import PlainGraphs
-from longtake.formats.onnx_file import read_graph
+from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.plugins.registry import op_named
 from longtake.plugins.spec import DOMAIN
@@ -56,7 +56,7 @@ def test_a_decoder_of_ops_gives_the_same_frames_and_caches(count: int, in_place:
 
 def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(recipe: Recipe, tmp_path: Path) -> None:
     package._export_network(PlainGraphs(TINY), recipe, "vae_steady", tmp_path, lambda words: None, None)
-    cut = segments_from_onnx(read_graph(tmp_path / "vae_steady.onnx"), "vae_steady")
+    cut = segments_from_onnx(read_onnx(tmp_path / "vae_steady.onnx", "small"), "vae_steady")
     ops = Counter(step.name for step in cut.graph.steps if step.kind == "op")
     assert ops == library_ops(CausalVAE(TINY.vae))
     for model in cut.models.values():

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import write_json
 from longtake.training.convert.files import read_container
 from longtake.training.models.checkpoint import map_into, side_file
-from longtake.training.models.load import load_meta
+from longtake.training.models.load import read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.quantize import insert_quantizers, read_amax
 from longtake.training.models.text.words import text_encoder_for
@@ -47,12 +47,12 @@ def calibrate_folder(
     path = folder / "dit.safetensors"
     with torch.device("meta"):
         dit = CausalDiT(preset.dit)
-    meta = map_into(dit, path, kind="dit", preset=preset.name)
+    side = map_into(dit, path, kind="dit", preset=preset.name)
     given = None if latents is None else read_latents(latents, preset, chunks)
     text = empty_context(preset, folder)
     amax = measure(dit.to(device).eval(), preset, text.to(device), chunks, passes, given, seed, progress)
     how = {"chunks": chunks, "passes": passes, "seed": seed, "latents": str(latents or "N(0, 1)")}
-    write_json(side_file(path), {**meta, "amax": amax, "calibration": how})
+    replace(side, amax=amax, facts={**side.facts, "calibration": how}).write(side_file(path))
     return amax
 
 
@@ -94,7 +94,7 @@ def empty_context(preset: Preset, folder: Path) -> Tensor:
     if not path.is_file():
         logger.warning("%s has no text encoder: calibrating with all-padding text", folder)
         return torch.zeros(preset.text.length, preset.text.dim)
-    words = load_meta(path, "text_encoder", preset).get("vocabulary")
+    words = read_side(path, "text_encoder", preset).vocabulary
     with torch.device("meta"):
         text = text_encoder_for(preset, words, folder)
     map_into(text, path, kind="text_encoder", preset=preset.name)

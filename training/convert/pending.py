@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtake.errors import IntegrityError
+from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.side_file import SideFile
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ class Converted:
     def nbytes(self) -> int:
         """Size of the file it becomes, but for the header."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, path: Path, progress: Callable[[int], object] = lambda done: None) -> None:
+        """Write the checkpoint pair, one tensor in memory at a time; `progress` is called with the bytes of each.
+
+        Raises:
+            IntegrityError: a tensor is not finite; nothing stands under `path` that wasn't there before.
+        """
+        side = SideFile.of({"kind": self.kind, "preset": self.preset, **self.meta})
+        save_checkpoint(path, self.tensors, side, lambda name: made(name, self.tensors[name]), progress)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it in memory: for small models."""

@@ -62,8 +62,8 @@ def vae_checkpoint(preset: Preset, folder: Path | None) -> Path:
 def frozen_vae(path: Path, preset: Preset, device: torch.device) -> tuple[CausalVAE, str]:
     """A trained VAE and its digest."""
     vae = CausalVAE(preset.vae)
-    meta = load_into(vae, path, kind="vae", preset=preset.name)
-    return vae.requires_grad_(False).eval().to(device), meta["sha256"]
+    side = load_into(vae, path, kind="vae", preset=preset.name)
+    return vae.requires_grad_(False).eval().to(device), side.sha256
 
 
 @torch.no_grad()

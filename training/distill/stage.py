@@ -20,7 +20,7 @@ from longtake.training.distill.rollout import Rollout
 from longtake.training.distill.scene import Scene, SceneSampler
 from longtake.training.distill.scores import GraphedScorer, Scorer, critic_loss, dmd_gradient, dmd_loss, draw_levels
 from longtake.training.models.checkpoint import load_into
-from longtake.training.models.load import load_meta
+from longtake.training.models.load import read_side
 from longtake.training.models.quantize import insert_quantizers, read_amax
 from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
@@ -44,12 +44,12 @@ class DistillStage:
         self.options, self.preset = options, options.preset
         preset, folder = options.preset, options.teacher
         text_file = folder / "text_encoder.safetensors"
-        self.text = text_encoder_for(preset, load_meta(text_file, "text_encoder", preset).get("vocabulary"), folder)
+        self.text = text_encoder_for(preset, read_side(text_file, "text_encoder", preset).vocabulary, folder)
         self.teacher = CausalDiT(preset.dit)
         self.companions = [vae_checkpoint(preset, options.vae), text_file]
-        self.text_digest = load_into(self.text, text_file, kind="text_encoder", preset=preset.name)["sha256"]
+        self.text_digest = load_into(self.text, text_file, kind="text_encoder", preset=preset.name).sha256
         self.cached_text: CachedText | None = None
-        self.teacher_facts = load_into(self.teacher, folder / "dit.safetensors", kind="dit", preset=preset.name)
+        self.teacher_digest = load_into(self.teacher, folder / "dit.safetensors", kind="dit", preset=preset.name).sha256
         self.modules: dict[str, nn.Module] = {}
         self.critic_modules: dict[str, nn.Module] = {}
         self.rollout = Rollout(preset, options.student_steps, options.cache)
@@ -230,4 +230,4 @@ class DistillStage:
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What the student is, and how it is sampled: its steps, without guidance."""
         amax = read_amax(insert_quantizers(self.networks.student(), self.calibration(0), rules=self.options.rules))
-        return {"dit": student_metadata(self.options, self.vae_digest, self.teacher_facts["sha256"], amax)}
+        return {"dit": student_metadata(self.options, self.vae_digest, self.teacher_digest, amax)}

@@ -12,6 +12,7 @@ from torch import Tensor
 from longtake.training.distill.lora import Adapter
 from longtake.training.distill.stage import DistillStage
 from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.stages.base import Metric
 from longtake.training.trainer import TrainConfig, Trainer, backward, require_finite
@@ -86,4 +87,4 @@ class DistillTrainer(Trainer):
 
     def save(self, path: Any, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         require_finite(tensors, path)
-        save_checkpoint(path, tensors, {**self.side(), **facts})
+        save_checkpoint(path, tensors, SideFile.of({**self.side(), **facts}))

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.accuracy.ssim import frame_ssim
-from longtake.files import read_json, write_json
+from longtake.files import write_json
 from longtake.training.data.digit_stories import Story
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
 from longtake.training.experiment.arms import PRESET, shipped
@@ -36,6 +36,7 @@ from longtake.training.experiment.jobs import MIXED_SEED
 from longtake.training.experiment.stories import mixed_stories, scripts_of
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.quantize import apply_precision
+from longtake.training.models.side_file import SideFile
 
 
 class Arithmetic(NamedTuple):
@@ -116,7 +117,7 @@ def measured(args: argparse.Namespace, stories: Sequence[Story], eyes: Eyes, sam
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """As the checkpoints say, or as told."""
     usual = PRESET.sampling
-    told = read_json(args.checkpoints / "dit.json").get("sampling", {})
+    told = SideFile.read(args.checkpoints / "dit.json").sampling or {}
     steps = args.steps or int(told.get("steps", usual.steps))
     guidance = float(told.get("guidance", usual.guidance)) if args.guidance is None else args.guidance
     return Sampling(steps, guidance, float(told.get("shift", usual.shift)))

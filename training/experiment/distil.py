@@ -14,6 +14,7 @@ from longtake.files import read_json, write_json
 from longtake.training.experiment.arms import OutOfTime
 from longtake.training.experiment.batched import Sampling
 from longtake.training.experiment.settings import Settings
+from longtake.training.models.side_file import SideFile
 
 
 def student_folder(out: Path, steps: int) -> Path:
@@ -23,7 +24,7 @@ def student_folder(out: Path, steps: int) -> Path:
 
 def student_sampling(out: Path, steps: int) -> Sampling:
     """How a student is sampled: its steps, without guidance, unless its side file says otherwise."""
-    told = read_json(student_folder(out, steps) / "dit.json").get("sampling", {})
+    told = SideFile.read(student_folder(out, steps) / "dit.json").sampling or {}
     return Sampling(
         int(told.get("steps", steps)), float(told.get("guidance", 1.0)), float(told.get("shift", 5.0)), "nvfp4"
     )
@@ -48,13 +49,14 @@ def distil(
         return {"skipped": f"`{' '.join(command[2:])}` failed: {' / '.join(said[-3:])}"}
     spent += time.monotonic() - begun
     write_json(spent_file, {"seconds": spent})
-    side = read_json(folder / "dit.json")
-    if side["step"] < side["steps"] and seconds < own:
-        raise OutOfTime(f"the student of {steps} steps stands at step {side['step']} of {side['steps']}")
+    side = SideFile.read(folder / "dit.json")
+    step, planned = side.step or 0, side.steps or 0
+    if step < planned and seconds < own:
+        raise OutOfTime(f"the student of {steps} steps stands at step {step} of {planned}")
     for path in folder.glob("resume-*"):
         path.unlink()
-    metrics = side.get("metrics", {})
-    return {"steps": side["step"], "trained_seconds": round(spent), "metrics": metrics, "teacher": teacher.name}
+    metrics = side.facts.get("metrics", {})
+    return {"steps": step, "trained_seconds": round(spent), "metrics": metrics, "teacher": teacher.name}
 
 
 def distil_command(

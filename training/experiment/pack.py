@@ -13,6 +13,7 @@ from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.files import atomic_path
+from longtake.record import record_from_json
 from longtake.training.experiment.arms import shipped
 from longtake.training.experiment.plots import PICTURES
 from longtake.training.experiment.units import Unit, wanted
@@ -53,7 +54,7 @@ def models_in_order(out: Path, every: Sequence[Unit], results: dict[str, Any]) -
 
     open_ = {name for unit in wanted(every, results, out) for name in unit.needs}
     needed = [unit for unit in every if unit.name in open_ and unit.name in results]
-    settings = Settings.from_json(read_json(out / "settings.json"))
+    settings = record_from_json(Settings, read_json(out / "settings.json"))
     best = best_seed(results, settings)
     last = [f"distill-{steps}" for steps in settings.students] + ([] if best is None else [f"train-nvfp4-{best}"])
     order = [*needed, *(unit for name in last for unit in every if unit.name == name and name in results)]

@@ -74,15 +74,7 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """Everything that makes this experiment the one it is."""
-        described = asdict(self)
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in described.items()}
-
-    @classmethod
-    def from_json(cls, described: dict[str, Any]) -> Settings:
-        """What `as_json` described."""
-        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in described.items()}
-        plain["judge"] = JudgeTraining(**described["judge"])
-        return cls(**plain)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
 
 def quick(settings: Settings) -> Settings:

@@ -41,12 +41,13 @@ def read(orders: queue.Queue[str]) -> None:
 def work(out: Path, device: str, orders: queue.Queue[str], answers: Any) -> int:
     """Run what is ordered."""
     from longtake.files import read_json
+    from longtake.record import record_from_json
     from longtake.training.devices import device_named
     from longtake.training.experiment.bench import Bench
     from longtake.training.experiment.settings import Settings
     from longtake.training.experiment.units import units
 
-    settings = Settings.from_json(read_json(out / "settings.json"))
+    settings = record_from_json(Settings, read_json(out / "settings.json"))
     bench, known = Bench(settings, out, device_named(device)), {unit.name: unit for unit in units(settings)}
     while True:
         order = json.loads(orders.get())

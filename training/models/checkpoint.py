@@ -1,31 +1,30 @@
-"""Checkpoints: a safetensors file and a JSON side file with its digest; whole or absent, never loaded by half.
-
-The side file of `dit.safetensors` is `dit.json`: kind, preset, sha256, step, command, versions and what the stage
-adds (amax of quantized linears, vocabulary, metrics).
-"""
+"""Checkpoints: a safetensors file and its side file (side_file.py); whole or absent, never loaded by half."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import atomic_path, read_json, sha256, write_json
+from longtake.files import atomic_path, sha256
+from longtake.provenance import versions
+from longtake.training.models.safetensors_stream import Shaped, write_tensors
+from longtake.training.models.side_file import KIND, SideFile
 
-FORMAT = 1
+PACKAGES = ("torch", "nvidia-modelopt")  # whose versions a checkpoint's numbers depend on
 PICKLE_MAGIC = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 PICKLE_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
-RETRAIN = "copy the file again together with its .json, or train it again with `longtake train`"
+RETRAIN = KIND.remake
 
 
 def side_file(path: Path) -> Path:
@@ -33,24 +32,27 @@ def side_file(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def versions() -> dict[str, str]:
-    """Versions that a checkpoint's numbers depend on."""
-    import modelopt
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "modelopt": modelopt.__version__}
-
-
-def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write `tensors` and their side file so that a crash at any moment leaves the old pair or the new one.
+def save_checkpoint(
+    path: Path,
+    tensors: Mapping[str, Shaped],
+    side: SideFile,
+    make: Callable[[str], Tensor] | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Write `tensors`, one after the other, and `side` with their digest and our versions: a crash at any moment leaves
+    the old pair or the new one.
 
     The new side file waits beside the old one until the tensors have their final name; `finish_save` ends a save that
-    was cut off between the two renames. `meta` must hold "kind" and "preset"; digest, format and versions are added.
+    was cut off between the two renames.
+
+    make: makes the tensor of a name where `tensors` knows only its shape and dtype. progress: called with the bytes of
+    each tensor written.
     """
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = make or cast(Mapping[str, Tensor], tensors).__getitem__
     with atomic_path(path) as partial:
-        save_file(flat, partial)
-        digest = sha256(partial)
-        write_json(pending_side_file(path), {"format": FORMAT, **meta, "sha256": digest, "versions": versions()})
+        with open(partial, "wb") as out:
+            digest = write_tensors(out, tensors, content, progress)
+        replace(side, sha256=digest, versions=versions(PACKAGES)).write(pending_side_file(path))
     _put_in_place(pending_side_file(path), side_file(path))
 
 
@@ -65,10 +67,10 @@ def finish_save(path: Path) -> None:
     if not pending.is_file():
         return
     try:
-        waiting = read_json(pending)
+        waiting = SideFile.read(pending)
     except LongtakeError:  # another process has just put it in place, or it is damaged
         return
-    if path.is_file() and isinstance(waiting, dict) and waiting.get("sha256") == sha256(path):
+    if waiting.describes(path):
         _put_in_place(pending, side_file(path))
 
 
@@ -77,7 +79,7 @@ def _put_in_place(pending: Path, final: Path) -> None:
         os.replace(pending, final)
 
 
-def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+def read_side_file(path: Path, *, kind: str, preset: str) -> SideFile:
     """The side file of checkpoint `path`, checked to be of `kind` and `preset`.
 
     Raises:
@@ -85,47 +87,35 @@ def read_side_file(path: Path, *, kind: str, preset: str) -> dict[str, Any]:
         IntegrityError: the side file is damaged.
     """
     if not path.is_file():
-        raise LongtakeError(
-            f"checkpoint {path} does not exist",
-            expected=f"a {kind} checkpoint",
-            fix=_train_fix(kind, preset, path.parent),
-        )
+        fix = _train_fix(kind, preset, path.parent)
+        raise LongtakeError(f"checkpoint {path} does not exist", expected=f"a {kind} checkpoint", fix=fix)
     refuse_pickle(path)
     finish_save(path)
     side = side_file(path)
     if not side.is_file():
-        raise LongtakeError(
-            f"checkpoint {path} has no side file", got=f"no {side.name}", expected=str(side), fix=RETRAIN
-        )
-    meta = read_json(side)
-    if not isinstance(meta, dict) or "sha256" not in meta:
-        raise IntegrityError(
-            f"{side} is not a checkpoint's side file", expected='keys "kind", "preset", "sha256"', fix=RETRAIN
-        )
-    for key, wanted in (("kind", kind), ("preset", preset)):
-        if meta.get(key) != wanted:
-            raise IntegrityError(
-                f"checkpoint {path} is of another {key}",
-                got=meta.get(key),
-                expected=wanted,
-                fix=f"pass a folder whose {path.name} was trained for {key} {wanted!r}",
-            )
-    return meta
+        got = f"no {side.name}"
+        raise LongtakeError(f"checkpoint {path} has no side file", got=got, expected=str(side), fix=RETRAIN)
+    told = SideFile.read(side)
+    for key, got, wanted in (("kind", told.kind, kind), ("preset", told.preset, preset)):
+        if got != wanted:
+            fix = f"pass a folder whose {path.name} was trained for {key} {wanted!r}"
+            raise IntegrityError(f"checkpoint {path} is of another {key}", got=got, expected=wanted, fix=fix)
+    return told
 
 
-def require_digest(path: Path, meta: Mapping[str, Any], fix: str = RETRAIN) -> None:
+def require_digest(path: Path, side: SideFile, fix: str = RETRAIN) -> None:
     """Raise IntegrityError unless the file's digest is the one in its side file."""
     digest = sha256(path)
-    if digest != meta["sha256"]:
+    if digest != side.sha256:
         raise IntegrityError(
             f"checkpoint {path} is not the file its side file describes",
             got=f"sha256 {digest[:16]}…, {path.stat().st_size} bytes",
-            expected=f"sha256 {str(meta['sha256'])[:16]}…",
+            expected=f"sha256 {side.sha256[:16]}…",
             fix=fix,
         )
 
 
-def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Tensor], SideFile]:
     """Tensors and side file of a checkpoint whose digest was verified before anything was parsed.
 
     Raises:
@@ -133,10 +123,10 @@ def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Te
         IntegrityError: the file is truncated, altered, a pickle, or of another kind or preset.
     """
     path = Path(path)
-    meta = read_side_file(path, kind=kind, preset=preset)
-    require_digest(path, meta)
+    side = read_side_file(path, kind=kind, preset=preset)
+    require_digest(path, side)
     try:
-        return load_file(path), meta
+        return load_file(path), side
     except (SafetensorError, ValueError) as error:
         raise IntegrityError(f"checkpoint {path} is not safetensors", got=str(error), fix=RETRAIN) from None
 
@@ -163,7 +153,7 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> SideFile:
     """Load a checkpoint into `module` (casting to its dtypes) and return the side file.
 
     Nothing is written to the module unless every key and shape fits.
@@ -171,12 +161,12 @@ def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[
     Raises:
         LongtakeError, IntegrityError: see `load_checkpoint`; also for missing, extra or wrong-shaped keys.
     """
-    tensors, meta = load_checkpoint(path, kind=kind, preset=preset)
+    tensors, side = load_checkpoint(path, kind=kind, preset=preset)
     copy_state(module, tensors, str(path))
-    return meta
+    return side
 
 
-def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[str, Any]:
+def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> SideFile:
     """Let a module built on the meta device have the checkpoint's tensors as its own, and return the side file.
 
     The tensors are views of the mapped file, in its dtypes: memory is taken only for what is read, and writing to them
@@ -185,10 +175,10 @@ def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> dict[s
     Raises:
         LongtakeError, IntegrityError: as `load_into`.
     """
-    tensors, meta = load_checkpoint(path, kind=kind, preset=preset)
+    tensors, side = load_checkpoint(path, kind=kind, preset=preset)
     check_state(module, tensors, str(path))
     module.load_state_dict(tensors, assign=True)
-    return meta
+    return side
 
 
 @torch.no_grad()

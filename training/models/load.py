@@ -14,8 +14,9 @@ from torch import nn
 
 from longtake.errors import IntegrityError
 from longtake.paths import REPOSITORY
-from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
+from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats
 from longtake.training.models.presets import Preset
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.linears import Amax, quantized_linears, weight_amax
@@ -76,17 +77,17 @@ def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype |
     from longtake.training.models.checkpoint import map_into
 
     folder = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints
-    words = load_meta(folder / "text_encoder.safetensors", "text_encoder", preset).get("vocabulary")
+    words = read_side(folder / "text_encoder.safetensors", "text_encoder", preset).vocabulary
     with torch.device("meta"):
         text = text_encoder_for(preset, words, folder)
         vae, dit = CausalVAE(preset.vae), CausalDiT(preset.dit)
     modules: dict[str, nn.Module] = {"text_encoder": text, "vae": vae, "dit": dit}
     dtype = dtype or weights_dtype(*modules.values())
-    metas = {}
+    sides = {}
     for name, module in modules.items():
-        metas[name] = map_into(module, folder / f"{name}.safetensors", kind=name, preset=preset.name)
+        sides[name] = map_into(module, folder / f"{name}.safetensors", kind=name, preset=preset.name)
         module.to(dtype=dtype).eval()
-    return Models(preset, dit, vae, text, metas["dit"].get("amax") or {}, formats=formats_from_meta(metas["dit"]))
+    return Models(preset, dit, vae, text, sides["dit"].amax, formats=sides["dit"].formats)
 
 
 def weights_dtype(*modules: nn.Module) -> torch.dtype | None:
@@ -95,21 +96,18 @@ def weights_dtype(*modules: nn.Module) -> torch.dtype | None:
     return None if count > LARGE else torch.float32
 
 
-def load_meta(path: Path, kind: str, preset: Preset) -> dict:
-    """The checked JSON side file of a checkpoint; that of a text encoder of words holds its vocabulary."""
+def read_side(path: Path, kind: str, preset: Preset) -> SideFile:
+    """The checked side file of a checkpoint; that of a text encoder of words holds its vocabulary."""
     from longtake.training.models.checkpoint import RETRAIN, read_side_file
 
-    meta = read_side_file(path, kind=kind, preset=preset.name)
-    if kind != "text_encoder" or preset.text.kind != "words":
-        return meta
-    words = meta.get("vocabulary")
-    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
-        raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary", got=repr(words)[:80],
+    side = read_side_file(path, kind=kind, preset=preset.name)
+    if kind == "text_encoder" and preset.text.kind == "words" and side.vocabulary is None:
+        raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary",
                              expected='"vocabulary": a list of words', fix=RETRAIN)  # fmt: skip
-    return meta
+    return side
 
 
-def hollow_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
+def meta_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
     """Models of `preset` without memory for their weights: what graphs are exported from.
 
     `vocabulary`: of a text encoder of words, whose size is part of the graph; the shipped one's if None.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from longtake.errors import LongtakeError
+from longtake.record import record_from_json
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class SamplingConfig:
     steps: int
     guidance: float
     shift: float = 5.0
+
+    @classmethod
+    def told(cls, record: dict[str, Any] | None) -> SamplingConfig | None:
+        """What a checkpoint or an export tells of how it is sampled; TypeError for what tells nothing of it."""
+        return None if record is None else record_from_json(cls, record)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 NORM_NAMES = ("gamma", "norm.weight", "norm_q.weight", "norm_k.weight", "norm3.weight", "layer_norm.weight")
-INLINE_BYTES = 1024  # export.files.INLINE_BYTES, of bf16 values
+INLINE_BYTES = 1024  # formats.onnx_file.INLINE_BYTES, of bf16 values
 
 
 def seed_of(name: str) -> int:

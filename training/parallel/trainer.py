@@ -16,6 +16,7 @@ from torch import Tensor
 from longtake.files import require_disk
 from longtake.training.history import History
 from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.side_file import SideFile
 from longtake.training.parallel.optimizer import ShardedAveraged
 from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.sharding import whole
@@ -77,7 +78,8 @@ class ParallelTrainer(Trainer):
                 kept = gathered.to(self.config.save_dtype) if gathered.is_floating_point() else gathered
                 tensors[key] = kept.cpu().clone()
         if self.ranks.first:
-            save_checkpoint(self.config.out / f"{name}.safetensors", tensors, {**self.side(), "kind": name, **facts})
+            side = SideFile.of({**self.side(), "kind": name, **facts})
+            save_checkpoint(self.config.out / f"{name}.safetensors", tensors, side)
         self.ranks.wait()
 
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from longtake.dtypes import DTYPES
 from longtake.formats.segmented_graph import SegmentedGraph, Step, TensorType
 from longtake.plugins.registry import op_named
-from longtake.runtime.backends.trt.engine import TORCH_DTYPES
 
 ALIGNMENT = 256  # bytes, what TensorRT asks of a binding's address
 ATTEMPTS = 12  # at placing the pieces, one after the other; each takes milliseconds
@@ -17,7 +17,7 @@ ATTEMPTS = 12  # at placing the pieces, one after the other; each takes millisec
 
 def storage_bytes(kind: TensorType) -> int:
     """Bytes of a tensor, rounded up to ALIGNMENT."""
-    return aligned(prod(int(n) for n in kind.shape) * TORCH_DTYPES[kind.dtype].itemsize)
+    return aligned(DTYPES[kind.dtype].bytes(prod(int(n) for n in kind.shape)))
 
 
 def aligned(size: int) -> int:

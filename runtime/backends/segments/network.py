@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.formats.onnx_file import WeightSource, weights_from_onnx
 from longtake.formats.segmented_graph import SegmentedGraph, Step, segment_spec
@@ -24,7 +25,7 @@ from longtake.plugins.run import launcher_for
 from longtake.plugins.shapes import dims_from_shapes
 from longtake.runtime.backends.segments.arena import aliases_of, aligned, step_scratch, storage_bytes
 from longtake.runtime.backends.segments.planner import PlannedSteps, planned_steps
-from longtake.runtime.backends.trt.engine import TORCH_DTYPES, EngineHost, Scratch, TrtContext, TrtEngine
+from longtake.runtime.backends.trt.engine import EngineHost, Scratch, TrtContext, TrtEngine
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -40,7 +41,7 @@ class WeightBlock:
         self.device, self._used = device, 0
         self._expected = {name for name in graph.weights if name not in apart}
         kinds = [graph.tensors[name] for name in self._expected]
-        size = sum(storage_bytes(kind) for kind in kinds if kind.dtype in TORCH_DTYPES)
+        size = sum(storage_bytes(kind) for kind in kinds if DTYPES[kind.dtype].torch_name)
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
 
     def placed(self, name: str, tensor: Tensor, channels_last: bool = False) -> Tensor:
@@ -144,9 +145,9 @@ class SegmentedNetwork:
         networks that share it are prepared, and before the first run."""
         for name, offset in self._offsets.items():
             kind = self.graph.tensors[name]
-            size = prod(map(int, kind.shape)) * TORCH_DTYPES[kind.dtype].itemsize
+            size = DTYPES[kind.dtype].bytes(prod(map(int, kind.shape)))
             piece = self.arena.memory[offset : offset + size]
-            self._fixed[name] = piece.view(TORCH_DTYPES[kind.dtype]).view(tuple(map(int, kind.shape)))
+            self._fixed[name] = piece.view(DTYPES[kind.dtype].torch).view(tuple(map(int, kind.shape)))
         self._placed = True
 
     def _launcher(self, step: Step) -> OpLauncher:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from longtake.cuda_streams import lend_stream
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError, UnavailableError
-from longtake.formats import segmented_graph
 from longtake.formats.bundle import Bundle
 from longtake.formats.onnx_file import WeightSource
-from longtake.formats.segmented_graph import TensorType
+from longtake.formats.segmented_graph import SegmentedGraph, TensorType
 from longtake.machine.flavour import Flavour
 from longtake.runtime.backends.base import Cache, Encoder
 from longtake.runtime.backends.segments.arena import storage_bytes
 from longtake.runtime.backends.segments.network import SegmentedNetwork
 from longtake.runtime.backends.segments.vae_first import FirstStep, first_steps
 from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
-from longtake.runtime.backends.trt.engine import TORCH_DTYPES, EngineHost, Scratch, TrtEngine
+from longtake.runtime.backends.trt.engine import EngineHost, Scratch, TrtEngine
 from longtake.runtime.backends.trt.lane import Lane
 from longtake.runtime.backends.trt.memory_log import MemoryLog
 from longtake.runtime.backends.trt.vae_stream import (
@@ -78,7 +78,7 @@ def network_from_bundle(
         spec = recipe_spec(bundle.recipe, name).as_json()
         return WholeNetwork(host.load(name, spec), arena)
     bundle.check_file(cut)
-    graph, attention = segmented_graph.load(cut), bundle.recipe.attention
+    graph, attention = SegmentedGraph.read(cut), bundle.recipe.attention
     network = SegmentedNetwork(host, graph, arena, attention=attention, shared=shared)
     network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
@@ -181,7 +181,7 @@ class TrtBackend:
     def bytes_kept_twice(self) -> int:
         """Bytes of the VAE caches that need a second buffer."""
         caches = [b for b in self.specs["vae_steady"].inputs if b.name in self._twice]
-        return sum(prod(int(n) for n in b.shape) * TORCH_DTYPES[b.dtype].itemsize for b in caches)
+        return sum(DTYPES[b.dtype].bytes(prod(int(n) for n in b.shape)) for b in caches)
 
     def _allocate_decode(self, binding: Binding) -> Tensor:
         return self.allocate(binding, device=self.decode_device)
@@ -203,7 +203,7 @@ class TrtBackend:
         largest = {name: sizes[2] for spec in self.specs.values() for name, sizes in spec.profile}
         shape = [largest[size] if isinstance(size, str) else size for size in binding.shape]
         make = torch.zeros if zero else torch.empty
-        return make(shape, dtype=TORCH_DTYPES[binding.dtype], device=device or self.device)
+        return make(shape, dtype=DTYPES[binding.dtype].torch, device=device or self.device)
 
     def _zeros_side_by_side(self, bindings: Sequence[Binding]) -> list[Tensor]:
         """Tensors of zeros in one piece of memory: in pieces of their own, some 0.1 GB between them stays unused."""
@@ -211,7 +211,7 @@ class TrtBackend:
         memory = torch.zeros(sum(map(storage_bytes, kinds)), dtype=torch.uint8, device=self.device)
         pieces = memory.split([storage_bytes(kind) for kind in kinds])
         shapes = [tuple(map(int, kind.shape)) for kind in kinds]
-        dtypes = [TORCH_DTYPES[kind.dtype] for kind in kinds]
+        dtypes = [DTYPES[kind.dtype].torch for kind in kinds]
         return [
             piece[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for piece, shape, dtype in zip(pieces, shapes, dtypes, strict=True)
@@ -222,7 +222,7 @@ class TrtBackend:
         spec = self.specs[name]
         outputs = {binding.name: self.allocate(binding) for binding in spec.outputs}
         (binding,) = spec.inputs
-        given = {binding.name: tensor.to(self.device, TORCH_DTYPES[binding.dtype]).contiguous()}
+        given = {binding.name: tensor.to(self.device, DTYPES[binding.dtype].torch).contiguous()}
         with self.lanes["denoise"].turn():
             self.network(name).run({**given, **outputs})
         return outputs

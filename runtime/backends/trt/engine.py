@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.dtypes import BY_TRT
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.files import atomic_path, read_json, write_json
 from longtake.formats.plan import read_plan
@@ -23,19 +24,6 @@ from longtake.machine.nvml import nvml
 from longtake.machine.trt_log import Messages
 
 log = logging.getLogger(__name__)
-
-TORCH_DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.int8,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "bool": torch.bool,
-    "fp8": torch.float8_e4m3fn,
-}
-_DTYPE_OF = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
-             "FP8": "fp8"}  # fmt: skip
 
 
 class Scratch:
@@ -159,7 +147,7 @@ class TrtEngine:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self.outputs = [n for n in names if n not in self.inputs]
-        self.dtypes = {n: TORCH_DTYPES[_DTYPE_OF[engine.get_tensor_dtype(n).name]] for n in names}
+        self.dtypes = {n: BY_TRT[engine.get_tensor_dtype(n).name].torch for n in names}
         self.dynamic = {n for n in self.inputs if -1 in tuple(engine.get_tensor_shape(n))}
         self._cache: Any = None
 

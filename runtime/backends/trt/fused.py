@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longtake.formats.bundle import load_bundle
+from longtake.formats.bundle import Bundle
 from longtake.machine.flavour import flavour_here
 from longtake.runtime.backends.trt.backend import TrtBackend, check_mode
 
@@ -35,7 +35,7 @@ def open_backend(
         UnavailableError: no GPU, another GPU or TensorRT than they were built for, or built segmented.
         IntegrityError: a file is damaged or was swapped.
     """
-    bundle = load_bundle(folder)
+    bundle = Bundle.read(folder)
     check_mode(bundle, "fused", folder)
     flavour = flavour_here()
     if torch.cuda.is_available():

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longtake.formats.bundle import load_bundle
+from longtake.formats.bundle import Bundle
 from longtake.machine.flavour import flavour_here
 from longtake.runtime.backends.trt.backend import TrtBackend, check_mode
 
@@ -31,6 +31,6 @@ def open_backend(
         UnavailableError: no GPU, another GPU or TensorRT than they were built for, or built fused.
         IntegrityError: a file is damaged or was swapped.
     """
-    bundle = load_bundle(folder)
+    bundle = Bundle.read(folder)
     check_mode(bundle, "segmented", folder)
     return SegmentedBackend(bundle, flavour_here(), device or torch.device("cuda"), reason, cuda_graphs, **options)

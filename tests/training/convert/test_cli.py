@@ -63,7 +63,7 @@ def test_three_files_to_a_folder(
     assert "no activation amax" in said and "--calibrate" in said
     for kind in ("dit", "vae", "text_encoder"):
         tensors, meta = load_checkpoint(out / f"{kind}.safetensors", kind=kind, preset="small")
-        assert meta["source"]["keys"] == "wan"
+        assert meta.facts["source"]["keys"] == "wan"
         floats = {name for name, tensor in tensors.items() if tensor.dtype != torch.bfloat16}
         assert floats == ({"latent_mean", "latent_std"} if kind == "vae" else set())
     models = load_models(known, out)
@@ -185,7 +185,7 @@ def test_text_of_hugging_face_equals_wans(preset: Preset) -> None:
     )  # fmt: skip
     theirs = UMT5EncoderModel(config).state_dict()
     model = convert_text(theirs, preset)
-    assert model.meta["source"]["keys"] == "huggingface"
+    assert model.meta.facts["source"]["keys"] == "huggingface"
     assert torch.equal(model.state_dict()["embedding.weight"], theirs["shared.weight"])
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from longtake.errors import IntegrityError
 from longtake.training.convert.files import read_container
 from longtake.training.convert.models import convert_dit, dit_shapes
-from longtake.training.convert.writer import write_checkpoint
 from longtake.training.models.checkpoint import load_checkpoint, load_into
 from longtake.training.models.presets import WAN22_TI2V_5B, Preset
 from longtake.training.models.wan.dit import CausalDiT
@@ -104,20 +103,20 @@ def write_shards(state: State, folder: Path, count: int = 3) -> Path:
 
 def test_written_pair_loads_as_it_is(preset: Preset, dit_state: State, tmp_path: Path) -> None:
     model = convert_dit(dit_state, preset)
-    write_checkpoint(tmp_path / "dit.safetensors", model)
+    model.write(tmp_path / "dit.safetensors")
     tensors, meta = load_checkpoint(tmp_path / "dit.safetensors", kind="dit", preset="small")
     assert same(tensors, dit_state) and tensors["head.head.weight"].dtype == torch.bfloat16
-    assert meta["source"] == {"entry": "raw", "keys": "wan"} and "amax" not in meta
+    assert meta.facts["source"] == {"entry": "raw", "keys": "wan"} and not meta.amax
     load_into(CausalDiT(preset.dit), tmp_path / "dit.safetensors", kind="dit", preset="small")
     assert (tmp_path / "dit.safetensors").stat().st_size - model.nbytes < 8192
 
 
 def test_a_failure_leaves_what_was_there(preset: Preset, dit_state: State, tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "dit.safetensors", convert_dit(dit_state, preset))
+    convert_dit(dit_state, preset).write(tmp_path / "dit.safetensors")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     bad = {**dit_state, "blocks.1.ffn.2.bias": torch.full((128,), torch.nan)}
     with pytest.raises(IntegrityError, match="blocks.1.ffn.2.bias is not finite"):
-        write_checkpoint(tmp_path / "dit.safetensors", convert_dit(bad, preset))
+        convert_dit(bad, preset).write(tmp_path / "dit.safetensors")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

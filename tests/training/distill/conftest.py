@@ -9,6 +9,7 @@ import pytest
 from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
+from longtake.training.models.side_file import SideFile
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +18,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, small_preset: Preset) -> P
     folder = tmp_path_factory.mktemp("teacher")
     models = random_models(small_preset)
     for name, module in (("dit", models.dit), ("text_encoder", models.text), ("vae", models.vae)):
-        words = {"vocabulary": list(models.vocabulary)} if name == "text_encoder" else {}
-        save_checkpoint(
-            folder / f"{name}.safetensors", module.state_dict(), {"kind": name, "preset": small_preset.name, **words}
-        )
+        side = SideFile(name, small_preset.name, vocabulary=models.vocabulary if name == "text_encoder" else None)
+        save_checkpoint(folder / f"{name}.safetensors", module.state_dict(), side)
     return folder

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longtake.errors import LongtakeError
+from longtake.record import record_from_json
 from longtake.training.experiment.batched import Rollout, Sampling, Script
 from longtake.training.experiment.classifier import JudgeTraining, trained_judge
 from longtake.training.experiment.cli import main, prepare, spent
@@ -90,7 +91,7 @@ def test_a_report_alone_is_not_time_spent(tmp_path: Path) -> None:
 
 
 def test_settings_survive_json() -> None:
-    assert Settings.from_json(json.loads(json.dumps(Settings().as_json()))) == Settings()
+    assert record_from_json(Settings, json.loads(json.dumps(Settings().as_json()))) == Settings()
 
 
 def test_student_is_held_against_its_own_teacher() -> None:

@@ -71,11 +71,11 @@ def _paged(
 
 def _words(preset: Preset, folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     from longtake.training.models.checkpoint import load_into
-    from longtake.training.models.load import load_meta
+    from longtake.training.models.load import read_side
     from longtake.training.models.text.words import text_encoder_for
 
     path = folder / "text_encoder.safetensors"
-    encoder = text_encoder_for(preset, load_meta(path, "text_encoder", preset).get("vocabulary"))
+    encoder = text_encoder_for(preset, read_side(path, "text_encoder", preset).vocabulary)
     load_into(encoder, path, kind="text_encoder", preset=preset.name)
     encoder.to(device).eval()
 

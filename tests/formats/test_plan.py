@@ -16,9 +16,7 @@ from longtake.formats.plan import (
     PlanManifest,
     manifest_path,
     plugin_identities,
-    read_manifest,
     verify_plan,
-    write_manifest,
 )
 from longtake.machine.flavour import Flavour
 
@@ -35,7 +33,7 @@ def plan(tmp_path: Path) -> Path:
     manifest = PlanManifest(
         "dit.plan", "dit", digest, len(content), "0" * 64, RTX.name, RTX.version, "8.9", plugins, SPEC, "r", "tiny"
     )
-    write_manifest(path, manifest)
+    manifest.write(path)
     return path
 
 
@@ -44,7 +42,7 @@ def edit(plan: Path, /, **changes: object) -> None:
 
 
 def test_an_intact_plan_passes(plan: Path) -> None:
-    assert verify_plan(plan, RTX, "8.9", network="dit", spec=SPEC) == read_manifest(plan)
+    assert verify_plan(plan, RTX, "8.9", network="dit", spec=SPEC) == PlanManifest.read(plan)
 
 
 def flip_bit(plan: Path) -> None:
@@ -67,7 +65,7 @@ def swap(plan: Path) -> None:
         (lambda plan: manifest_path(plan).unlink(), IntegrityError, "has no manifest"),
         (lambda plan: manifest_path(plan).write_text("{}"), IntegrityError, "not a plan manifest"),
         (lambda plan: manifest_path(plan).write_text("{"), IntegrityError, "not valid JSON"),
-        (lambda plan: edit(plan, format=99), IntegrityError, "another format"),
+        (lambda plan: edit(plan, format=99), IntegrityError, "made by a newer version"),
         (lambda plan: plan.unlink(), LongtakeError, "does not exist"),
         (lambda plan: plan.write_bytes(plan.read_bytes()[:-1]), IntegrityError, "truncated or altered"),
         (flip_bit, IntegrityError, "was altered"),
@@ -110,4 +108,4 @@ def test_another_network_than_asked_for_is_a_swap(plan: Path) -> None:
 
 def test_kernel_identity_follows_the_source(plan: Path) -> None:
     assert plugin_identities(["kv_cache_write_bf16"]) != plugin_identities(["sink_attention_bf16"])
-    assert replace(read_manifest(plan)).plugins["sink_attention_nvfp4"]["version"] == "1"
+    assert replace(PlanManifest.read(plan)).plugins["sink_attention_nvfp4"]["version"] == "1"

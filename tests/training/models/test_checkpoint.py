@@ -10,14 +10,16 @@ from torch import nn
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.training.models.checkpoint import load_into, save_checkpoint
+from longtake.training.models.side_file import SideFile
 
 META = {"kind": "dit", "preset": "tiny", "step": 3}
+SIDE = SideFile.of(META)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "dit.safetensors"
-    save_checkpoint(path, nn.Linear(4, 3).state_dict(), META)
+    save_checkpoint(path, nn.Linear(4, 3).state_dict(), SIDE)
     return path
 
 
@@ -34,10 +36,10 @@ def refused(path: Path, module: nn.Module | None = None, kind: str = "dit", pres
 def test_round_trip_and_cast(tmp_path: Path) -> None:
     one, other = nn.Linear(4, 3), nn.Linear(4, 3)
     path = tmp_path / "dit.safetensors"
-    save_checkpoint(path, {name: value.bfloat16() for name, value in one.state_dict().items()}, META)
-    meta = load_into(other, path, kind="dit", preset="tiny")
+    save_checkpoint(path, {name: value.bfloat16() for name, value in one.state_dict().items()}, SIDE)
+    side = load_into(other, path, kind="dit", preset="tiny")
     assert torch.equal(other.weight, one.weight.bfloat16().float()) and other.weight.dtype == torch.float32
-    assert meta["step"] == 3 and len(meta["sha256"]) == 64 and meta["versions"]["torch"]
+    assert side.step == 3 and len(side.sha256) == 64 and side.versions["torch"]
 
 
 def test_missing_file_says_how_to_train_one(tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def test_bad_header_with_a_matching_digest(saved: Path) -> None:
 
 def test_swapped_files(saved: Path, tmp_path: Path) -> None:
     other = tmp_path / "vae.safetensors"
-    save_checkpoint(other, nn.Linear(4, 3).state_dict(), {"kind": "vae", "preset": "tiny"})
+    save_checkpoint(other, nn.Linear(4, 3).state_dict(), SideFile("vae", "tiny"))
     saved.write_bytes(other.read_bytes())
     assert "not the file its side file describes" in refused(saved)
 
@@ -111,9 +113,9 @@ def test_failed_save_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longtake.training.models.checkpoint.write_json", interrupt)
+    monkeypatch.setattr("longtake.training.models.side_file.SideFile.write", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(saved, nn.Linear(4, 3).state_dict(), META)
+        save_checkpoint(saved, nn.Linear(4, 3).state_dict(), SIDE)
     monkeypatch.undo()
     load_into(nn.Linear(4, 3), saved, kind="dit", preset="tiny")
     assert sorted(p.name for p in saved.parent.iterdir()) == ["dit.json", "dit.safetensors"]

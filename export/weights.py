@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
-import torch
 from onnx import TensorProto
 from safetensors import safe_open
 from torch import Tensor
 
+from longtake.dtypes import BY_ONNX
 from longtake.errors import IntegrityError
 from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
-from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
+from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats
 from longtake.training.models.checkpoint import require_digest
-from longtake.training.models.load import Models, load_meta
+from longtake.training.models.load import read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
 from longtake.training.models.wan.spec import networks_of
@@ -31,13 +31,6 @@ CHECKPOINTS = {
     "vae_encoder_steady": "vae",
     "vae_first": "vae",
     "vae_steady": "vae",
-}
-DTYPES: dict[int, torch.dtype] = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.INT32: torch.int32,
-    TensorProto.INT64: torch.int64,
-    TensorProto.BOOL: torch.bool,
 }
 
 
@@ -77,13 +70,6 @@ class Weights:
         return self.tensors[CHECKPOINTS[network]]
 
 
-def weights_from_models(models: Models) -> Weights:
-    """The weights of models in memory."""
-    tensors = {"dit": models.dit, "vae": models.vae, "text_encoder": models.text}
-    states = {name: module.state_dict() for name, module in tensors.items() if module is not None}
-    return Weights(models.preset, states, models.amax, models.vocabulary, models.formats)
-
-
 def weights_from_folder(preset: Preset, folder: Path) -> Weights:
     """The checkpoints in `folder` that `preset`'s networks need, digests verified, none of them loaded.
 
@@ -92,13 +78,12 @@ def weights_from_folder(preset: Preset, folder: Path) -> Weights:
         IntegrityError: one is damaged, altered, or of another preset.
     """
     kinds = list(dict.fromkeys(CHECKPOINTS[name] for name in networks_of(preset)))
-    metas = {kind: load_meta(folder / f"{kind}.safetensors", kind, preset) for kind in kinds}
-    for kind, meta in metas.items():
-        require_digest(folder / f"{kind}.safetensors", meta, COPY_AGAIN)
+    sides = {kind: read_side(folder / f"{kind}.safetensors", kind, preset) for kind in kinds}
+    for kind, side in sides.items():
+        require_digest(folder / f"{kind}.safetensors", side, COPY_AGAIN)
     tensors = {kind: LazyTensors(folder / f"{kind}.safetensors") for kind in kinds}
-    words = metas.get("text_encoder", {}).get("vocabulary") or ()
-    formats = formats_from_meta(metas["dit"])
-    return Weights(preset, tensors, metas["dit"].get("amax") or {}, tuple(words), formats)
+    words = sides["text_encoder"].vocabulary or () if "text_encoder" in sides else ()
+    return Weights(preset, tensors, sides["dit"].amax, words, sides["dit"].formats)
 
 
 def stored_tensors(
@@ -135,7 +120,7 @@ def _plain(weights: Mapping[str, Tensor], tensor: TensorProto) -> Tensor:
     if tuple(value.shape) != tuple(tensor.dims):
         raise IntegrityError(f"weight {tensor.name} has another shape than the graph", got=list(value.shape),
                              expected=list(tensor.dims), fix="use a checkpoint of the same preset")  # fmt: skip
-    return value.to(DTYPES[tensor.data_type])
+    return value.to(BY_ONNX[tensor.data_type].torch)
 
 
 def _checked(weights: Mapping[str, Tensor], name: str) -> Tensor:

@@ -1,0 +1,120 @@
+"""JSON files that one stage writes and another reads: a frozen dataclass each, with a format number."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from longtake.errors import IntegrityError
+from longtake.files import read_json, write_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file. what: it is, such as "an engine bundle". writer: what writes it. remake: what to do for a new one.
+
+    format: the newest format that this version reads, and writes. oldest: the oldest it still reads; a file without a
+    number is of format 1.
+    """
+
+    what: str
+    writer: str
+    remake: str
+    format: int = 1
+    oldest: int = 1
+
+    def require_format(self, found: object, path: Path) -> None:
+        """Raise IntegrityError, saying what to do, unless this version reads format `found`."""
+        expected = f"format {self.format}" if self.format == self.oldest else f"format {self.oldest} to {self.format}"
+        if isinstance(found, bool) or not isinstance(found, int):
+            raise IntegrityError(
+                f"{path} has no format number", got=repr(found)[:80], expected=expected, fix=self.remake
+            )
+        if found > self.format:
+            raise IntegrityError(f"{path} was made by a newer version of longtake", got=f"format {found}",
+                                 expected=expected, fix=f"update longtake, or {self.remake}")  # fmt: skip
+        if found < self.oldest:
+            raise IntegrityError(f"{path} was made by an older version of longtake", got=f"format {found}",
+                                 expected=expected, fix=self.remake)  # fmt: skip
+
+    def read(self, cls: type[T], path: Path) -> T:
+        """The record in a JSON file.
+
+        Raises:
+            LongtakeError: there is no such file.
+            IntegrityError: it is no JSON, of another format, or lacks what `cls` holds.
+        """
+        return self.parse(cls, read_json(path), path)
+
+    def parse(self, cls: type[T], given: object, path: Path) -> T:
+        """The record that JSON value `given`, read from `path`, holds; keys that `cls` doesn't know are left out."""
+        if not isinstance(given, dict):
+            raise self.broken(path, type(given).__name__)
+        self.require_format(given.get("format", 1), path)
+        try:
+            return record_from_json(cls, given)
+        except (TypeError, ValueError) as error:
+            raise self.broken(path, str(error)) from None
+
+    def broken(self, path: Path, got: str) -> IntegrityError:
+        """What is raised for a file that holds no such record."""
+        return IntegrityError(
+            f"{path} is not {self.what}", got=got, expected=f"what {self.writer} writes", fix=self.remake
+        )
+
+    def write(self, record: Any, path: Path) -> None:
+        """Write a record, or what stands for it in JSON, atomically."""
+        write_json(path, {"format": self.format, **(record if isinstance(record, dict) else asdict(record))})
+
+
+def record_from_json(cls: type[T], given: dict[str, Any]) -> T:
+    """A dataclass from a JSON object; fields that have a default may be missing. Raises TypeError naming the key."""
+    values, hints = {}, _hints(cls)  # type: ignore[arg-type]
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.name in given:
+            values[field.name] = _value(hints[field.name], given[field.name], field.name)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise TypeError(f"no {field.name!r}")
+    return cls(**values)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` as a field of type `hint` holds it: objects as dataclasses, lists as tuples."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, UnionType):
+        return _first_that_fits(inner, value, where)
+    if origin is Literal and value in inner:
+        return value
+    if origin is dict and isinstance(value, dict):
+        return {key: _value(inner[1], each, f"{where}.{key}") for key, each in value.items()}
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(inner[0], each, f"{where}[{i}]") for i, each in enumerate(value))
+    if is_dataclass(hint) and isinstance(value, dict):
+        return record_from_json(hint, value)  # type: ignore[arg-type]
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    plain = {float: (int, float), NoneType: NoneType}.get(hint, hint)
+    if origin is None and isinstance(value, plain) and (hint is bool or not isinstance(value, bool)):  # type: ignore[arg-type]
+        return float(value) if hint is float else value
+    raise TypeError(f"{where}: {value!r:.60}")
+
+
+def _first_that_fits(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+    for hint in hints:
+        try:
+            return _value(hint, value, where)
+        except TypeError:
+            continue
+    raise TypeError(f"{where}: {value!r:.60}")
