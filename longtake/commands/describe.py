@@ -41,7 +41,7 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise LongtakeError(f"{path} does not exist", expected=KNOWN, fix="check the path")
     _reject_empty_and_pickle(path)
-    reader = READERS.get(path.suffix)
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise IntegrityError(f"{path} is not a kind of file that longtake knows", got=path.name, expected=KNOWN)
     return {"file": str(path), "bytes": path.stat().st_size, **reader(path)}

@@ -317,7 +317,7 @@ def _total(session: Session, asked: int | None) -> int:
 def _output(args: argparse.Namespace, story: Story | None) -> Path:
     name = story.name if story else args.load_session.stem
     out = args.out or Path("runs") / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}.mp4"
-    if out.suffix != ".mp4":
+    if out.suffix.lower() != ".mp4":
         raise LongtakeError("the video must be an mp4", got=out, expected="a path ending in .mp4",
                             fix=f"--out {out.with_suffix('.mp4')}")  # fmt: skip
     for path in (out, args.report, args.save_session):
