@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from longtake.errors import LongtakeError
-from longtake.files import read_json, require_disk, require_folder
+from longtake.files import require_disk, require_folder
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.convert.calibrate import calibrate_folder
 from longtake.training.convert.files import read_container
+from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
 from longtake.training.convert.writer import write_checkpoint
@@ -55,9 +56,14 @@ def register(subparsers: Any) -> None:
         "--text", type=Path, metavar="PATH", help="models_t5_umt5-xxl-enc-bf16.pth, or Hugging Face's folder"
     )
     parser.add_argument("--base", type=Path, metavar="PATH", help="weights under a --dit that holds a LoRA only")
-    parser.add_argument("--lora", type=Path, metavar="PATH", help="a LoRA (PEFT keys) to merge into --dit, in fp32")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="PATH",
+        help="a LoRA (PEFT's, kohya's or ComfyUI's keys) to merge into --dit, in fp32",
+    )
     parser.add_argument("--lora-scale", type=float, metavar="S",
-                        help="default: alpha / rank of adapter_config.json beside --lora, else 1.0")  # fmt: skip
+                        help="default: as adapter_config.json beside the LoRA, its header or its alphas say, else 1.0")  # fmt: skip
     parser.add_argument("--use-ema", action="store_true", help="take generator_ema")
     parser.add_argument(
         "--packed-rule", choices=sorted(RULE_LIMITS), help="block scales of a packed --dit (default: mse)"
@@ -120,10 +126,10 @@ def dit_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
         return None
     base = None if args.base is None else read_container(args.base)
     lora = None if args.lora is None else read_container(args.lora)
-    scale = args.lora_scale if args.lora_scale is not None else stored_scale(args.lora or args.dit)
+    given = None if args.lora_scale is None else LoraScale(factor=args.lora_scale)
     model = convert_dit(
         read_container(args.dit), preset, dtype=DTYPES[args.dtype], use_ema=args.use_ema, base=base, lora=lora,
-        lora_scale=scale, packed_rule=args.packed_rule,
+        lora_scale=given or stored_scale(args.lora or args.dit), own_scale=given or stored_scale(args.dit), packed_rule=args.packed_rule,
     )  # fmt: skip
     return _from(model, args.dit, {"base": args.base, "lora": args.lora})
 
@@ -140,19 +146,6 @@ def text_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
     if not args.text:
         return None
     return _from(convert_text(read_container(args.text, "text_encoder"), preset, dtype=DTYPES[args.dtype]), args.text)
-
-
-def stored_scale(path: Path) -> float:
-    """alpha / rank of the adapter_config.json beside a LoRA; 1.0 where there is none, as LongLive's are."""
-    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if not config.is_file():
-        return 1.0
-    values = read_json(config)
-    try:
-        return float(values["lora_alpha"]) / float(values["r"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise LongtakeError(f"{config} doesn't say how a LoRA is scaled", expected="lora_alpha and r",
-                            fix="pass --lora-scale") from None  # fmt: skip
 
 
 def write(models: list[Converted], out: Path) -> None:
