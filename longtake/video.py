@@ -82,6 +82,7 @@ class VideoWriter:
         with _as_error(self.path, "cannot write"), contextlib.ExitStack() as stack:
             partial = stack.enter_context(atomic_path(self.path))
             container = av.open(_url(partial), "w", format="mp4", options={"movflags": "+faststart"})
+            container.metadata["comment"] = "made with longtake"  # by which `outputs` knows our own files
             stream = container.add_stream("libx264", rate=self.fps, options=QUALITY)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             context = stream.codec_context

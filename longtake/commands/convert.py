@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from longtake.errors import LongtakeError
 from longtake.files import require_disk, require_folder
+from longtake.outputs import claim_checkpoints
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.convert.calibrate import calibrate_folder
-from longtake.training.convert.files import read_container
+from longtake.training.convert.files import PLACES, read_container
 from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     preset = preset_named(args.preset)
     check_arguments(args)
     require_folder(args.out)
+    _claim(args)
     models = [model for model in (dit_from(args, preset), vae_from(args, preset), text_from(args, preset)) if model]
     if models:
         write(models, args.out)
@@ -118,6 +120,16 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise LongtakeError(
             "no GPU to calibrate on", got=args.device, expected="a device that is there", fix="--device cpu"
         )
+
+
+def _claim(args: argparse.Namespace) -> None:
+    """Refuse to write over what is read, or over files that are not ours."""
+    kinds = [kind for kind, given in (("dit", args.dit), ("vae", args.vae), ("text_encoder", args.text)) if given]
+    kinds += ["dit"] if args.calibrate and not args.dit else []
+    read = {f"--{name}": getattr(args, name) for name in ("dit", "vae", "text", "base", "lora", "latents")}
+    parts = {f"{name}/{place}": given / place for name, given in read.items() if given
+             for places in PLACES.values() for place in places}  # fmt: skip
+    claim_checkpoints(args.out, read | parts, kinds)
 
 
 def dit_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
