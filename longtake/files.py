@@ -83,6 +83,8 @@ def read_json(path: Path | str) -> Any:
         what, got = "is not UTF-8 text", str(error)
     except json.JSONDecodeError as error:
         what, got = "is not valid JSON", str(error)
+    except ValueError as error:  # a number of more digits than Python reads
+        what, got = "is not valid JSON", str(error)
     except RecursionError:
         what, got = "is not valid JSON", "thousands of nested brackets"
     raise IntegrityError(f"{source} {what}", got=got, expected="a JSON file", fix="make it again, or restore it")
