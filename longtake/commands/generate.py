@@ -58,7 +58,8 @@ examples:
   longtake generate --prompt "a green seven drifts left" --image first.png --chunks 3
   longtake generate --prompt "a green seven rises" --continue-from demo.mp4 --clip-prompt "a green seven drifts left"
 
-Ctrl-C stops at the next pass and keeps the frames finished so far as a playable file (exit code 130).
+Ctrl-C stops at the next pass and keeps the frames finished so far as a playable file (exit code 130); SIGTERM and
+SIGHUP do the same (143, 129).
 """
 
 
@@ -243,7 +244,7 @@ def cancel_on_interrupt(session: Session) -> Iterator[None]:
         return
 
     def on_interrupt(*_: object) -> None:
-        print("\nstopping at the next pass; Ctrl-C again stops at once", file=sys.stderr)
+        print("\nstopping at the next pass; once more stops at once", file=sys.stderr)
         signal.signal(signal.SIGINT, previous)
         session.cancel()
 
