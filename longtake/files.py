@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,27 +15,48 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.outputs import is_special
+
+STEM = 40  # characters of a name that its temporary file keeps, so that no name is too long for one
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, else deleted.
 
-    Any exception, Ctrl-C included, leaves whatever stood under `path` before untouched.
+    Any exception, Ctrl-C included, leaves whatever stood under `path` before untouched. A link is followed. The file's
+    mode is that of the file it replaces, or what the umask leaves of 0666. What is no file (a pipe, a terminal, the
+    null device) is written to as it is, once all is there.
     """
-    final = Path(path)
+    if is_special(Path(path)):
+        with _through(Path(path)) as partial:
+            yield partial
+        return
+    final = Path(os.path.realpath(path))
     final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.stem}.", suffix=f".tmp{final.suffix}")
+    partial = final.with_name(f".{final.stem[:STEM]}.{secrets.token_hex(4)}.tmp{final.suffix[:STEM]}")
+    handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    mode = stat.S_IMODE((final if final.is_file() else partial).stat().st_mode)
     os.close(handle)
-    partial = Path(name)
     try:
         yield partial
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(partial, 0o644)
+        os.chmod(partial, mode)  # whoever wrote it may have made it anew
         os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _through(path: Path) -> Iterator[Path]:
+    """A temporary path whose content then goes to `path`, which is no file."""
+    with tempfile.TemporaryDirectory(prefix="longtake-") as folder:
+        partial = Path(folder) / path.name
+        partial.touch()
+        yield partial
+        with open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as out, open(partial, "rb") as written:
+            shutil.copyfileobj(written, out)
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -59,6 +82,8 @@ def read_json(path: Path | str) -> Any:
     except UnicodeDecodeError as error:
         what, got = "is not UTF-8 text", str(error)
     except json.JSONDecodeError as error:
+        what, got = "is not valid JSON", str(error)
+    except ValueError as error:  # a number of more digits than Python reads
         what, got = "is not valid JSON", str(error)
     except RecursionError:
         what, got = "is not valid JSON", "thousands of nested brackets"

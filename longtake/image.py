@@ -5,6 +5,8 @@ Legend: H, W sizes.
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,23 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 
+log = logging.getLogger(__name__)
+
 LEAST_SIDE = 16  # pixels: one latent's worth; below it there is no picture to speak of
 MOST_PIXELS = 100_000_000  # a file that says more than this would fill the memory before it is shrunk
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+COLOURED = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr", "HSV", "LAB")  # modes that are not grey
 FIX = f"pass a picture file ({', '.join(name.lower() for name in FORMATS)})"
 
 
 def image_from_file(path: Path | str, height: int, width: int) -> Tensor:
     """A picture as fp32 [3, H, W] in [-1, 1], resized to height x width with antialiasing and without cropping.
 
-    Its orientation tag is obeyed and transparency is laid over black. The bilinear filter is the reference's.
+    Its orientation tag is obeyed, its colours are brought to sRGB where it has a profile, and transparency is laid over
+    black. 16-bit grey is scaled, and so are floats in 0..1. The bilinear filter is the reference's.
 
     Raises:
-        LongtakeError: missing, a folder, not a picture, damaged, or too small or too large to use.
+        LongtakeError: missing, a folder, not a picture, damaged, too small or too large, or of numbers of unknown range.
     """
     source = Path(path)
     if not source.is_file():
@@ -56,7 +62,7 @@ def image_from_pixels(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor
 
 
 def _opened(source: Path) -> Any:
-    """The decoded picture, RGB, upright."""
+    """The decoded picture, RGB in sRGB, upright."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -64,11 +70,14 @@ def _opened(source: Path) -> Any:
             warnings.simplefilter("ignore")  # what is too large is refused below, by our own limit
             with Image.open(source, formats=FORMATS) as opened:
                 _check_size(f"image {source}", *opened.size)
-                upright = ImageOps.exif_transpose(opened)
-                if upright.has_transparency_data:
-                    clear = upright.convert("RGBA")
-                    return Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear).convert("RGB")
-                return _as_rgb(upright)
+                picture = _eight_bits(source, ImageOps.exif_transpose(opened), opened.format == "PNG")
+                if not picture.has_transparency_data:
+                    return _in_srgb(source, picture)
+                clear = picture.convert("RGBA")
+                grey = picture.mode not in COLOURED
+                colours = _in_srgb(source, clear.convert("L" if grey else "RGB"))
+                colours.putalpha(clear.getchannel("A"))
+                return Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), colours).convert("RGB")
     except Image.DecompressionBombError:
         raise LongtakeError(f"image {source} is too large", got="a size that PIL refuses to decode",
                             expected=f"at most {MOST_PIXELS // 10**6} million", fix="shrink it first") from None  # fmt: skip
@@ -78,13 +87,39 @@ def _opened(source: Path) -> Any:
         raise LongtakeError(f"cannot read image {source}", got=kind, expected="a whole picture file", fix=FIX) from None
 
 
-def _as_rgb(picture: Any) -> Any:
-    """16-bit grey is scaled, which PIL's conversion would clip; the rest is converted."""
-    if picture.mode.startswith("I"):
-        grey = (np.asarray(picture).astype(np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)
-        from PIL import Image
+def _eight_bits(source: Path, picture: Any, png: bool) -> Any:
+    """Grey of more than 8 bits as 8, which PIL's conversion would clip; other pictures as they are."""
+    from PIL import Image
 
-        return Image.fromarray(grey).convert("RGB")
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    grey = np.asarray(picture).astype(np.float64)
+    sixteen = picture.mode.startswith("I;16") or (png and picture.mode == "I")
+    most = 65535.0 if sixteen else 1.0
+    if (picture.mode == "I" and not sixteen) or not (grey.min() >= 0 and grey.max() <= most):
+        raise LongtakeError(f"image {source} is of numbers whose range is unknown",
+                            got=f"{'floats' if picture.mode == 'F' else 'integers'} from {grey.min():g} to {grey.max():g}",
+                            expected="8 bits, 16 bits, or floats from 0 to 1", fix="save it with 8 or 16 bits")  # fmt: skip
+    scaled = Image.fromarray((grey * (255.0 / most)).round().astype(np.uint8))
+    scaled.info = {key: value for key, value in picture.info.items() if key != "transparency"}
+    return scaled
+
+
+def _in_srgb(source: Path, picture: Any) -> Any:
+    """RGB, by the picture's colour profile if it has one that can be read; without one it is sRGB already."""
+    from PIL import ImageCms
+
+    profile = picture.info.get("icc_profile")
+    if profile:
+        try:
+            stored, srgb = ImageCms.getOpenProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            mode = "CMYK" if picture.mode == "CMYK" else "RGB" if picture.mode in COLOURED else "L"
+            flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+            intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+            seen = ImageCms.profileToProfile(picture.convert(mode), stored, srgb, intent, "RGB", flags=flags)
+            return seen or picture.convert("RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError) as error:
+            log.warning("image %s: its colour profile cannot be used, its colours are taken as sRGB: %s", source, error)
     return picture.convert("RGB")
 
 

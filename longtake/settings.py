@@ -2,7 +2,7 @@
 
 | variable            | meaning                                                           | default                       |
 |---------------------|-------------------------------------------------------------------|-------------------------------|
-| LONGTAKE_CACHE_DIR  | where compiled kernels and timing caches are kept                 | ~/.cache/longtake             |
+| LONGTAKE_CACHE_DIR  | where compiled kernels and timing caches are kept                 | ~/.cache/longtake (no home: temporary files) |
 | LONGTAKE_LOG        | log level: debug, info, warning, error                            | warning                       |
 | LONGTAKE_THREADS    | CPU threads of the reference backend                              | all cores this process may use |
 | LONGTAKE_FLAVOUR    | TensorRT flavour: auto, tensorrt, tensorrt_rtx                    | auto                          |
@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from longtake.errors import LongtakeError
@@ -60,12 +64,31 @@ def _threads(environ: Mapping[str, str]) -> int:
     return int(given)
 
 
+def _home_cache() -> Path:
+    """~/.cache/longtake; without a home (services, containers under any user id) a private folder for temporary files."""
+    try:
+        return Path.home() / ".cache" / "longtake"
+    except RuntimeError:  # no HOME, and no entry in the system's list of users
+        return _private_folder(Path(tempfile.gettempdir()) / f"longtake-{os.getuid()}")
+
+
+@cache
+def _private_folder(folder: Path) -> Path:
+    """`folder`, made for this user alone; a new one if another user could write into it, as compiled code lies there."""
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="longtake-"))
+
+
 def settings_from_environment(environ: Mapping[str, str] | None = None) -> Settings:
     """Read and check the settings. Raises LongtakeError naming the variable that is wrong."""
     environ = os.environ if environ is None else environ
     trtexec = environ.get("LONGTAKE_TRTEXEC")
     return Settings(
-        cache_dir=Path(environ.get("LONGTAKE_CACHE_DIR") or Path.home() / ".cache" / "longtake"),
+        cache_dir=Path(environ.get("LONGTAKE_CACHE_DIR") or _home_cache()),
         log_level=_choice(environ, "LONGTAKE_LOG", LOG_LEVELS, "warning"),
         threads=_threads(environ),
         flavour=_choice(environ, "LONGTAKE_FLAVOUR", FLAVOURS, "auto"),

@@ -1,4 +1,4 @@
-"""mp4 files: written frame by frame as h264, yuv420p; read back from whatever FFmpeg decodes.
+"""mp4 files: written frame by frame as h264, yuv420p; read back, as a player shows them, from whatever FFmpeg decodes.
 
 Legend: T frames, H, W sizes.
 """
@@ -6,6 +6,7 @@ Legend: T frames, H, W sizes.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation
 
 from longtake.errors import LongtakeError
 from longtake.files import atomic_path
+from longtake.video_display import as_shown, display_matrix, sideways
 
 BT709 = 1  # the code of the colour matrix, primaries and transfer that the files are tagged with
 QUALITY = {"crf": "17", "preset": "medium"}
+SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")  # of the video files that are looked for in folders, in any case
+LONGEST_STILL = 600  # seconds between two frames; more is no pause but a broken clock
 DECODER_ERRORS = (av.FFmpegError, ValueError, IndexError, OSError)
 
 
@@ -76,7 +81,8 @@ class VideoWriter:
     def _open(self, height: int, width: int) -> None:
         with _as_error(self.path, "cannot write"), contextlib.ExitStack() as stack:
             partial = stack.enter_context(atomic_path(self.path))
-            container = av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"})
+            container = av.open(_url(partial), "w", format="mp4", options={"movflags": "+faststart"})
+            container.metadata["comment"] = "made with longtake"  # by which `outputs` knows our own files
             stream = container.add_stream("libx264", rate=self.fps, options=QUALITY)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             context = stream.codec_context
@@ -110,7 +116,8 @@ def frames_from_video(
 ) -> tuple[np.ndarray, float]:
     """All frames, uint8 [T, H, W, 3], and their rate; resized to `size_hw` and resampled to `fps` where given.
 
-    Resampling takes the nearest frame: number k of the result is number k * rate / fps of the file, rounded.
+    Frames stand upright, as players show them. Resampling goes by time stamps: number k of the result is the frame that
+    is to be seen at k / fps seconds, or the next one if that is nearer than half a frame.
 
     Raises:
         LongtakeError: missing, not a video, without frames, or broken in the middle.
@@ -118,7 +125,7 @@ def frames_from_video(
     source = Path(path)
     with _opened(source) as (_, stream):
         rate = _rate(source, stream)
-    return np.stack(list(frames_one_by_one(source, size_hw, fps))), fps or rate
+    return np.stack(list(frames_one_by_one(source, size_hw, fps))), fps or float(rate)
 
 
 def frames_one_by_one(
@@ -127,15 +134,32 @@ def frames_one_by_one(
     """The frames of `frames_from_video`, uint8 [H, W, 3], as they are decoded. Raises what that does."""
     source, count = Path(path), 0
     with _opened(source) as (container, stream):
-        step = _rate(source, stream) / fps if fps else 1.0
-        for number, frame in enumerate(container.decode(stream)):
-            pixels: np.ndarray | None = None
-            while int(count * step + 0.5) <= number:
-                pixels = _pixels(frame, size_hw) if pixels is None else pixels
-                yield pixels
-                count += 1
+        for frame, shown in _shown(source, container, stream, fps):
+            if shown:
+                pixels = _pixels(frame, size_hw)
+                for _ in range(shown):
+                    yield pixels
+            count += 1
     if not count:
         raise _empty(source)
+
+
+def count_frames(path: Path | str, fps: float) -> int:
+    """How many frames `frames_one_by_one` gives at `fps`, found without decoding.
+
+    Raises:
+        LongtakeError: missing, not a video, or without frames.
+    """
+    source = Path(path)
+    with _opened(source) as (container, stream):
+        rate = _rate(source, stream)
+        half, seconds = _half(stream, rate), stream.duration * stream.time_base if stream.duration else None
+        if not (stream.frames and stream.base_rate == rate and seconds == stream.frames / rate):  # not a constant rate
+            last = _last(container, stream, rate)
+            seconds = last and _end(stream, *last, half)
+    if not seconds:
+        raise _empty(source)
+    return _count(seconds - half, fps)
 
 
 def probe_video(path: Path | str) -> tuple[int, float]:
@@ -146,7 +170,7 @@ def probe_video(path: Path | str) -> tuple[int, float]:
     """
     source = Path(path)
     with _opened(source) as (container, stream):
-        rate, frames = _rate(source, stream), stream.frames
+        rate, frames = float(_rate(source, stream)), stream.frames
         if next(container.decode(stream), None) is None:
             raise _empty(source)
         if not frames:  # some formats don't say
@@ -157,20 +181,21 @@ def probe_video(path: Path | str) -> tuple[int, float]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """An input container and its first video stream."""
+    """An input container and its first video stream that is no cover picture."""
     if not path.is_file():
         raise LongtakeError(f"{path} does not exist" if not path.exists() else f"{path} is not a file",
                             got="a folder" if path.is_dir() else "nothing there", expected="a video file",
                             fix="check the path")  # fmt: skip
     if not path.stat().st_size:
         raise LongtakeError(f"{path} is empty", got="0 bytes", expected="a video file", fix="write it again")
-    with _as_error(path, "cannot read"), av.open(str(path)) as container:
-        if not container.streams.video:
-            kinds = " and ".join(sorted({stream.type for stream in container.streams}))
+    with _as_error(path, "cannot read"), av.open(_url(path)) as container:
+        films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not films:
+            kinds = " and ".join(sorted({_kind(stream) for stream in container.streams}))
             got = f"{kinds} only" if kinds else "no streams"
             raise LongtakeError(f"{path} has no picture", got=got, expected="a video stream",
                                 fix="choose another file")  # fmt: skip
-        stream = container.streams.video[0]
+        stream = films[0]
         stream.thread_type = "AUTO"
         yield container, stream
 
@@ -188,18 +213,86 @@ def _as_error(path: Path, what: str) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _rate(path: Path, stream: Any) -> float:
+def _url(path: Path) -> str:
+    """A path for FFmpeg, which takes what stands before a colon for a protocol."""
+    return f"file:{path}"
+
+
+def _kind(stream: Any) -> str:
+    return "cover picture" if stream.type == "video" else str(stream.type)
+
+
+def _rate(path: Path, stream: Any) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise LongtakeError(f"{path} does not say its frame rate", expected="a video with a constant frame rate",
                             fix="convert it to mp4")  # fmt: skip
-    return float(rate)
+    return Fraction(rate)
+
+
+def _half(stream: Any, rate: Fraction) -> Fraction:
+    """Half the time between two frames where they come fastest: so much earlier than its time a frame is taken."""
+    return 1 / (2 * max(rate, Fraction(stream.base_rate or 0)))
+
+
+def _count(seconds: Fraction, fps: float) -> int:
+    """How many of the moments k / fps, k = 0, 1, ... lie before `seconds`; at least the first."""
+    return max(1, math.ceil(seconds * Fraction(fps)))
+
+
+def _shown(path: Path, container: Any, stream: Any, fps: float | None) -> Iterator[tuple[av.VideoFrame, int]]:
+    """Each frame, and how many times it is shown at `fps`; once if that is None."""
+    if fps is None:
+        yield from ((frame, 1) for frame in container.decode(stream))
+        return
+    rate = _rate(path, stream)
+    half, count = _half(stream, rate), 0
+    last: av.VideoFrame | None = None
+    first = time = due = Fraction(0)  # due: when the next frame comes if it has no stamp
+    for frame in container.decode(stream):
+        stamp = None if frame.pts is None else frame.pts * frame.time_base
+        first = stamp or first if last is None else first
+        before, time = time, due if stamp is None else max(time, stamp - first)
+        if time - before > LONGEST_STILL:
+            raise LongtakeError(f"{path} stands still for too long", got=f"{float(time - before):.0f} s without a new frame",
+                                expected=f"at most {LONGEST_STILL} s", fix="cut the pause out, or convert it to mp4")  # fmt: skip
+        if last is not None:
+            until = max(count, _count(time - half, fps))
+            yield last, until - count
+            count = until
+        last, due = frame, time + (frame.duration * frame.time_base if frame.duration else 1 / rate)
+    if last is not None:
+        yield last, max(0, _count(_end(stream, time, due, half) - half, fps) - count)
+
+
+def _end(stream: Any, last: Fraction, end: Fraction, half: Fraction) -> Fraction:
+    """When the last frame ends, which begins at `last` and says that it ends at `end`.
+
+    Where frames are stored in another order than they are shown in, a frame's duration may be another one's, but the
+    sum of all holds. All times are from the first frame's on.
+    """
+    whole = stream.duration * stream.time_base if stream.duration else end
+    return min(end, max(last + 2 * half, whole), last + LONGEST_STILL)
+
+
+def _last(container: Any, stream: Any, rate: Fraction) -> tuple[Fraction, Fraction] | None:
+    """When the frame shown last begins and ends, from the first one's time on, by the packets' stamps; None without."""
+    begins: dict[Fraction, Fraction] = {}
+    due = Fraction(0)
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard:
+            begin = due if packet.pts is None else packet.pts * stream.time_base
+            due = begins[begin] = begin + (packet.duration * stream.time_base if packet.duration else 1 / rate)
+    return (max(begins) - min(begins), begins[max(begins)] - min(begins)) if begins else None
 
 
 def _pixels(frame: av.VideoFrame, size_hw: tuple[int, int] | None) -> np.ndarray:
-    """One frame as uint8 [H, W, 3]; sizes are changed by averaging, which does not alias."""
-    height, width = size_hw or (frame.height, frame.width)
-    return frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=Interpolation.AREA)
+    """One frame as uint8 [H, W, 3], upright; sizes are changed by averaging, which does not alias."""
+    matrix = display_matrix(frame)
+    height, width = (frame.height, frame.width) if size_hw is None else size_hw[:: -1 if sideways(matrix) else 1]
+    return as_shown(
+        frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=Interpolation.AREA), matrix
+    )
 
 
 def _empty(path: Path) -> LongtakeError:

@@ -6,7 +6,6 @@ Legend: F latent frames, C latent channels, h, w latent size, T video frames, H,
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from longtake.runtime.backends.base import Backend
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
 from longtake.training.models.presets import Preset
-from longtake.video import frames_one_by_one, probe_video
+from longtake.video import count_frames, frames_one_by_one, probe_video
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ LATENTS = "latents"  # the tensor's name in a file of latents
 def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
     """A clip's normalized latents, fp32 [1, F, C, h, w] on the CPU, F a whole number of chunks.
 
-    A video is resampled to the preset's frame rate and resized to its size, without cropping. Of what is not a whole
+    A video is resampled to the preset's frame rate, by time stamps, and resized to its size, without cropping. Of what is not a whole
     number of chunks the *beginning* is left out: the new frames follow on the clip's last one. Only one group of frames
     is in memory at a time, so a clip may be of any length.
 
@@ -41,10 +40,9 @@ def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
         IntegrityError: a file of latents is damaged.
     """
     source, preset = Path(path), backend.preset
-    if source.suffix == ".safetensors":
+    if source.suffix.lower() == ".safetensors":
         return latents_from_file(source, preset)
-    frames, rate = probe_video(source)
-    count = math.ceil((frames - 0.5) * preset.fps / rate)
+    count = count_frames(source, preset.fps)
     skip = count - _whole(count, preset)
     if skip == count:
         raise LongtakeError(f"{source} is too short to go on from", got=f"{count} frames at {preset.fps} a second",
@@ -62,7 +60,7 @@ def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
 
 def check_clip(source: Path) -> None:
     """Raise what `latents_from_clip` does, as far as that is known without a model."""
-    if source.suffix == ".safetensors":
+    if source.suffix.lower() == ".safetensors":
         _latents_in(source)
     else:
         probe_video(source)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import yaml
 
+from longtake.checked_yaml import read_yaml
 from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError
 from longtake.training.models.presets import Preset
@@ -18,7 +18,7 @@ from longtake.training.models.wan.prompts import CUT_PREFIX
 
 SCHEMA = Path(__file__).parent / "schema" / "story.json"
 MAX_PROMPT = 4096  # characters; the schema says the same, a test compares
-MAX_FILE = 1 << 20  # bytes; no story is this long, so something else was passed
+WHOLE = {"seed", "steps", "chunks", "height", "width", "fps"}  # what the schema wants whole; a test compares
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ class Segment:
     prompt: str
     chunks: int = 1
     cut: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError if it doesn't last a whole number of chunks; 2.0 is 2."""
+        if isinstance(self.chunks, float) and self.chunks.is_integer():
+            object.__setattr__(self, "chunks", int(self.chunks))
+        if isinstance(self.chunks, bool) or not isinstance(self.chunks, int):
+            raise LongtakeError("bad number of chunks", got=repr(self.chunks), expected="a whole number", fix="pass 2")
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,22 @@ def story_from_prompt(prompt: str, chunks: int) -> Story:
 def story_from_file(path: Path | str) -> Story:
     """Read and check a story. Raises LongtakeError that says where in the file what is wrong."""
     source = Path(path)
-    given = _parse(source, _read(source))
+    given = _read(source)
     _validate(given, source.name)
+    given = _whole_numbers(given)
     rest = {key: value for key, value in given.items() if key not in ("shots", "name", "image", "continue_from")}
     starts = _starts(given, source)
     return Story(given.get("name", source.stem), _segments(given["shots"], f"{source.name}: "), **starts, **rest)
+
+
+def _whole_numbers(given: Any) -> Any:
+    """`given` with 7 for 7.0 where the schema wants a whole number: to JSON Schema they are the same."""
+    if isinstance(given, list):
+        return [_whole_numbers(item) for item in given]
+    if not isinstance(given, dict):
+        return given
+    return {key: int(value) if key in WHOLE and isinstance(value, float) else _whole_numbers(value)
+            for key, value in given.items()}  # fmt: skip
 
 
 def _segments(shots: list[dict[str, Any]], where: str) -> tuple[Segment, ...]:
@@ -173,35 +191,14 @@ def fit_segments(segments: tuple[Segment, ...], chunks: int) -> tuple[Segment, .
     return tuple(fitted)
 
 
-def _read(source: Path) -> str:
+def _read(source: Path) -> Any:
     if not source.is_file():
         raise LongtakeError(
             f"story {source} does not exist" if not source.exists() else f"story {source} is not a file",
             fix="pass the path of a story, such as docs/stories/demo.yaml",
         )
-    if source.stat().st_size > MAX_FILE:
-        raise LongtakeError(f"{source} is too large for a story", got=f"{source.stat().st_size} bytes",
-                            expected=f"at most {MAX_FILE}", fix="pass a YAML story file")  # fmt: skip
-    try:
-        return source.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise LongtakeError(
-            f"story {source} is not UTF-8 text", got=str(error), expected="UTF-8", fix="save the file as UTF-8"
-        ) from None
-
-
-def _parse(source: Path, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise LongtakeError(
-            f"story {source} is not valid YAML",
-            got=line + str(getattr(error, "problem", None) or getattr(error, "reason", None) or error),
-            expected="a YAML mapping like docs/stories/demo.yaml",
-            fix="mind the indentation, and put text that holds ': ' or '#' in quotes",
-        ) from None
+    return read_yaml(source, "story", "a YAML mapping like docs/stories/demo.yaml",
+                      "mind the indentation, and put text that holds ': ' or '#' in quotes")  # fmt: skip
 
 
 @cache

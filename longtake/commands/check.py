@@ -13,6 +13,7 @@ from tqdm import tqdm
 from longtake.errors import LongtakeError
 from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe, recipe_named
+from longtake.outputs import claim_outputs
 from longtake.paths import REPOSITORY
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.check.networks import ChunkRow, Row, check_chunks, check_networks, require_gates
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     source = source_from_name(args.engines or args.recipe)
     models = models_of_export(recipe, Export.read(source.onnx), args.checkpoints or source.checkpoints)
     path = args.report or OUT / f"{recipe.name}.json"
+    claim_outputs({"--report": path, "the plot beside --report": path.with_suffix(".png")}, {"--story": args.story})
     promise = Promise(runs=args.story is not None)  # asked of the reference backend only: networks have runners here
     with closing(backend_from_source(source, args.backend, None, promise=promise)) as backend:
         print(f"backend {backend.name}: {backend.reason}")

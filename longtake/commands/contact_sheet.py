@@ -64,4 +64,4 @@ def write_contact_sheet(stills: Sequence[Still], path: Path | str) -> None:
         axis.set_title(title, fontsize=8, loc="left", color="darkred" if still.cut else "black", pad=2)
         axis.text(0.5, -0.03, text, transform=axis.transAxes, fontsize=7, ha="center", va="top")
     with atomic_path(path) as partial:
-        figure.savefig(partial, format="png")
+        figure.savefig(partial, format="png", metadata={"Software": "longtake"})

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
-from longtake.files import read_json, require_disk, require_folder
+from longtake.files import require_disk, require_folder
+from longtake.outputs import claim_checkpoints
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.convert.calibrate import calibrate_folder
-from longtake.training.convert.files import read_container
+from longtake.training.convert.files import PLACES, read_container
+from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
 from longtake.training.models.presets import Preset, preset_named
@@ -54,9 +56,14 @@ def register(subparsers: Any) -> None:
         "--text", type=Path, metavar="PATH", help="models_t5_umt5-xxl-enc-bf16.pth, or Hugging Face's folder"
     )
     parser.add_argument("--base", type=Path, metavar="PATH", help="weights under a --dit that holds a LoRA only")
-    parser.add_argument("--lora", type=Path, metavar="PATH", help="a LoRA (PEFT keys) to merge into --dit, in fp32")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="PATH",
+        help="a LoRA (PEFT's, kohya's or ComfyUI's keys) to merge into --dit, in fp32",
+    )
     parser.add_argument("--lora-scale", type=float, metavar="S",
-                        help="default: alpha / rank of adapter_config.json beside --lora, else 1.0")  # fmt: skip
+                        help="default: as adapter_config.json beside the LoRA, its header or its alphas say, else 1.0")  # fmt: skip
     parser.add_argument("--use-ema", action="store_true", help="take generator_ema")
     parser.add_argument(
         "--packed-rule", choices=sorted(RULE_LIMITS), help="block scales of a packed --dit (default: mse)"
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     preset = preset_named(args.preset)
     check_arguments(args)
     require_folder(args.out)
+    _claim(args)
     models = [model for model in (dit_from(args, preset), vae_from(args, preset), text_from(args, preset)) if model]
     if models:
         write(models, args.out)
@@ -113,16 +121,26 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
+def _claim(args: argparse.Namespace) -> None:
+    """Refuse to write over what is read, or over files that are not ours."""
+    kinds = [kind for kind, given in (("dit", args.dit), ("vae", args.vae), ("text_encoder", args.text)) if given]
+    kinds += ["dit"] if args.calibrate and not args.dit else []
+    read = {f"--{name}": getattr(args, name) for name in ("dit", "vae", "text", "base", "lora", "latents")}
+    parts = {f"{name}/{place}": given / place for name, given in read.items() if given
+             for places in PLACES.values() for place in places}  # fmt: skip
+    claim_checkpoints(args.out, read | parts, kinds)
+
+
 def dit_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
     """The DiT that was asked for, checked and not yet read."""
     if not args.dit:
         return None
     base = None if args.base is None else read_container(args.base)
     lora = None if args.lora is None else read_container(args.lora)
-    scale = args.lora_scale if args.lora_scale is not None else stored_scale(args.lora or args.dit)
+    given = None if args.lora_scale is None else LoraScale(factor=args.lora_scale)
     model = convert_dit(
         read_container(args.dit), preset, dtype=DTYPES[args.dtype].torch, use_ema=args.use_ema, base=base, lora=lora,
-        lora_scale=scale, packed_rule=args.packed_rule,
+        lora_scale=given or stored_scale(args.lora or args.dit), own_scale=given or stored_scale(args.dit), packed_rule=args.packed_rule,
     )  # fmt: skip
     return _from(model, args.dit, {"base": args.base, "lora": args.lora})
 
@@ -141,19 +159,6 @@ def text_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
     return _from(
         convert_text(read_container(args.text, "text_encoder"), preset, dtype=DTYPES[args.dtype].torch), args.text
     )
-
-
-def stored_scale(path: Path) -> float:
-    """alpha / rank of the adapter_config.json beside a LoRA; 1.0 where there is none, as LongLive's are."""
-    config = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if not config.is_file():
-        return 1.0
-    values = read_json(config)
-    try:
-        return float(values["lora_alpha"]) / float(values["r"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise LongtakeError(f"{config} doesn't say how a LoRA is scaled", expected="lora_alpha and r",
-                            fix="pass --lora-scale") from None  # fmt: skip
 
 
 def write(models: list[Converted], out: Path) -> None:

@@ -44,7 +44,7 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.stat().st_size:
         raise IntegrityError(f"{path} is empty", got="0 bytes", expected=KNOWN, fix="make it again, or restore it")
     refuse_pickle(path)
-    reader = READERS.get(path.suffix)
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise IntegrityError(f"{path} is not a kind of file that longtake knows", got=path.name, expected=KNOWN)
     return {"file": str(path), "bytes": path.stat().st_size, **reader(path)}

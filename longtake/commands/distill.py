@@ -10,6 +10,7 @@ import torch
 from longtake.commands.options_file import RecipeOptions
 from longtake.commands.run_options import add_saving, chunk_choices, train_config
 from longtake.errors import LongtakeError
+from longtake.outputs import claim_checkpoints
 from longtake.training.devices import device_named
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.scores import CONTEXTS
@@ -131,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
 
     if config.resume:
         require_resume_point(config.out)
+    claim_checkpoints(
+        config.out, {"--teacher": args.teacher, "--vae": args.vae and args.vae / "vae.safetensors"}, ("dit",)
+    )
     torch.manual_seed(args.seed)
     device = device_named(args.device)
     stage = DistillStage(options)

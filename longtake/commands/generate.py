@@ -18,6 +18,7 @@ from longtake.commands.meter import Meter
 from longtake.commands.progress_bar import GenerateProgress
 from longtake.errors import LongtakeError
 from longtake.files import require_disk
+from longtake.outputs import claim_outputs
 from longtake.runtime.budget.terms_table import Budget, budget_table
 from longtake.runtime.generator import Generator
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
@@ -57,7 +58,8 @@ examples:
   longtake generate --prompt "a green seven drifts left" --image first.png --chunks 3
   longtake generate --prompt "a green seven rises" --continue-from demo.mp4 --clip-prompt "a green seven drifts left"
 
-Ctrl-C stops at the next pass and keeps the frames finished so far as a playable file (exit code 130).
+Ctrl-C stops at the next pass and keeps the frames finished so far as a playable file (exit code 130); SIGTERM and
+SIGHUP do the same (143, 129).
 """
 
 
@@ -242,7 +244,7 @@ def cancel_on_interrupt(session: Session) -> Iterator[None]:
         return
 
     def on_interrupt(*_: object) -> None:
-        print("\nstopping at the next pass; Ctrl-C again stops at once", file=sys.stderr)
+        print("\nstopping at the next pass; once more stops at once", file=sys.stderr)
         signal.signal(signal.SIGINT, previous)
         session.cancel()
 
@@ -317,12 +319,20 @@ def _total(session: Session, asked: int | None) -> int:
 def _output(args: argparse.Namespace, story: Story | None) -> Path:
     name = story.name if story else args.load_session.stem
     out = args.out or Path("runs") / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}.mp4"
-    if out.suffix != ".mp4":
+    if out.suffix.lower() != ".mp4":
         raise LongtakeError("the video must be an mp4", got=out, expected="a path ending in .mp4",
                             fix=f"--out {out.with_suffix('.mp4')}")  # fmt: skip
-    for path in (out, args.report, args.save_session):
-        if path is not None and path.is_dir():
-            raise LongtakeError(f"{path} is a folder", expected="a file name", fix=f"pass {path}/NAME")
+    written = {
+        "the video (--out)": out, "the contact sheet beside --out": out.with_suffix(".png"),
+        "the report (--report)": args.report or out.with_suffix(".json"), "--save-session": args.save_session,
+    }  # fmt: skip
+    told, engines = Path(args.story) if args.story else None, Path(args.engines or ".")
+    read = {
+        "the story": told, "the story's picture": story and story.image, "the story's clip": story and story.clip,
+        "--image": args.image, "--continue-from": args.continue_from, "--load-session": args.load_session,
+        "the engines": engines / "bundle.json", "the export": engines / "export.json",
+    }  # fmt: skip
+    claim_outputs(written, {name: path and Path(path) for name, path in read.items()})
     return out
 
 

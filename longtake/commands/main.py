@@ -17,6 +17,7 @@ from longtake import __version__
 from longtake.commands.failures import explained
 from longtake.errors import LongtakeError
 from longtake.settings import configure_logging
+from longtake.signals import ended_by_signals
 
 # Command -> module with `register(subparsers)`, which adds the parser and sets `run=function(args) -> int`.
 COMMANDS = {
@@ -62,7 +63,11 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code. What a user or the system did never shows a traceback; a defect does."""
-    words = sys.argv[1:] if argv is None else argv
+    with ended_by_signals() as ended:
+        return ended.code(_run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(words: list[str]) -> int:
     try:
         _print_any_text()
         configure_logging()

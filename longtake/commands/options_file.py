@@ -11,8 +11,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from longtake.checked_yaml import read_yaml
 from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError
 from longtake.paths import REPOSITORY
@@ -97,12 +96,7 @@ def recipe_path(recipe: str, command: str) -> Path:
 
 
 def _mapping(path: Path) -> dict[Any, Any]:
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
-        raise LongtakeError(
-            f"recipe {path} is not valid YAML", got=str(error), expected="key: value lines in UTF-8", fix=SEE
-        ) from None
+    given = read_yaml(path, "recipe", "key: value lines in UTF-8", SEE)
     if not isinstance(given, dict):
         raise LongtakeError(
             f"recipe {path} is not a mapping", got=type(given).__name__, expected="key: value lines", fix=SEE

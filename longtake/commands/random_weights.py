@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from longtake.outputs import claim_checkpoints
 from longtake.training.models.presets import PRESETS, preset_named
 from longtake.training.random_weights import KINDS, write_random_checkpoints
 
@@ -26,6 +27,7 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files and say where."""
+    claim_checkpoints(args.out, {}, args.only or KINDS)
     for path in write_random_checkpoints(preset_named(args.preset), args.out, args.seed, args.only or KINDS):
         print(f"{path}  {path.stat().st_size / 1e9:.2f} GB")
     return 0

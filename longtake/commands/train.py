@@ -11,6 +11,7 @@ import torch
 from longtake.commands.options_file import RecipeOptions
 from longtake.commands.run_options import add_saving, chunk_choices, train_config
 from longtake.errors import LongtakeError
+from longtake.outputs import claim_checkpoints
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.devices import device_named
 from longtake.training.models.presets import PRESETS, preset_named
@@ -248,6 +249,8 @@ def run(args: argparse.Namespace) -> int:
         require_resume_point(config.out)
     if args.dry_run:
         return show_costs(args.stage, options_from(args))
+    kinds = ("vae",) if args.stage == "vae" else ("dit", "text_encoder")
+    claim_checkpoints(args.out, {"--init": args.init, "--vae": args.vae and args.vae / "vae.safetensors"}, kinds)
     if args.sequence_parallel != 1 or started_by_torchrun():
         from longtake.commands.train_parallel import run_parallel
 

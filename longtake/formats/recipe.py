@@ -8,8 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from longtake.checked_yaml import read_yaml
 from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError
 from longtake.paths import REPOSITORY
@@ -102,11 +101,7 @@ class Recipe:
 
 def recipe_from_file(path: Path) -> Recipe:
     """Load and validate one recipe file. Unknown or missing keys are errors that name the nearest known key."""
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
-        raise LongtakeError(f"recipe {path} is not valid YAML", got=str(error), expected="key: value lines in UTF-8",
-                            fix="see engines/recipes") from None  # fmt: skip
+    given = read_yaml(path, "recipe", "key: value lines in UTF-8", "see engines/recipes")
     _require_mapping(given, f"recipe {path}")
     known = [f.name for f in fields(Recipe) if f.name != "name"]
     optional = {f.name for f in fields(Recipe) if f.default is not MISSING}

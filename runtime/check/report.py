@@ -103,7 +103,7 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
     for panel, network in zip(axes, networks):
         _draw_network(panel, network, [row for row in rows if row.network == network])
     with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=110)
+        figure.savefig(partial, dpi=110, metadata={"Software": "longtake"})
 
 
 def _draw_network(panel: Any, network: str, rows: list[Row]) -> None:

@@ -99,8 +99,11 @@ def test_save_and_go_on(story: str, opened: Any, capsys: Any) -> None:
     assert frames_in("c.mp4") == 64
 
 
-def test_ctrl_c_keeps_finished_frames_and_the_session(story: str, opened: Any, capsys: Any) -> None:
-    """SIGINT in a pass of chunk 2: two chunks are kept, playable; the session goes on as if nothing had happened."""
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_ctrl_c_keeps_finished_frames_and_the_session(
+    story: str, opened: Any, capsys: Any, sent: signal.Signals, code: int
+) -> None:
+    """A signal in a pass of chunk 2: two chunks are kept, playable; the session goes on as if nothing had happened."""
     assert main(["generate", story, "--out", "whole.mp4", "--save-session", "whole.st"]) == 0
     calls = opened.count
     passes = 2 * 2 + 2
@@ -108,10 +111,10 @@ def test_ctrl_c_keeps_finished_frames_and_the_session(story: str, opened: Any, c
 
     def interrupt(call: int) -> None:
         if call == calls + start:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), sent)
 
     opened.hook = interrupt
-    assert main(["generate", story, "--out", "cut.mp4", "--save-session", "cut.st"]) == 130
+    assert main(["generate", story, "--out", "cut.mp4", "--save-session", "cut.st"]) == code
     said = capsys.readouterr()
     assert "interrupted: the frames finished so far" in said.out and "Traceback" not in said.err
     assert frames_in("cut.mp4") == 61 and json.loads(Path("cut.json").read_text())["complete"] is False
@@ -119,6 +122,8 @@ def test_ctrl_c_keeps_finished_frames_and_the_session(story: str, opened: Any, c
     assert main(["generate", "--load-session", "cut.st", "--out", "rest.mp4", "--save-session", "rest.st"]) == 0
     assert frames_in("rest.mp4") == 64 and same_session("rest.st", "whole.st")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert sorted(Path().glob(".*")) == []
 
 
 def test_ctrl_c_before_the_first_chunk_leaves_nothing(story: str, opened: Any, capsys: Any) -> None:

@@ -59,3 +59,23 @@ def test_the_table_is_complete_and_nobody_else_reads_the_environment() -> None:
             workers = path.parts[-2:] == ("experiment", "slots.py")  # hands its own on, and each its GPU
             if path.name != "settings.py" and not torchrun and not workers:
                 assert not re.search(r"os\.environ\b|getenv", path.read_text()), f"{path} reads the environment"
+
+
+def test_without_a_home_the_cache_is_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As services and containers run: no HOME, and a user id that the system's list lacks."""
+
+    def nobody(*_: object) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    settings._private_folder.cache_clear()
+    found = settings_from_environment({}).cache_dir
+    assert found.parent == tmp_path and found.stat().st_mode & 0o777 == 0o700
+    assert settings_from_environment({"LONGTAKE_CACHE_DIR": "/c"}).cache_dir == Path("/c")
+    settings._private_folder.cache_clear()
+    found.chmod(0o777)  # where anyone can write, anyone can leave compiled code to be run
+    other = settings_from_environment({}).cache_dir
+    assert other != found and other.parent == tmp_path and other.stat().st_mode & 0o777 == 0o700
+    settings._private_folder.cache_clear()

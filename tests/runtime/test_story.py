@@ -14,6 +14,7 @@ from longtake.runtime.session import prompt_text
 from longtake.runtime.story import (
     MAX_PROMPT,
     SCHEMA,
+    WHOLE,
     Segment,
     check_fits,
     fit_segments,
@@ -174,3 +175,32 @@ def test_a_list_of_prompts_cuts_where_the_reference_does() -> None:
     segments = story_from_script(prompts).segments
     assert segments == (Segment("a"), Segment("a"), Segment("b", cut=True), Segment("b"))
     assert [prompt_text(segment) for segment in segments] == prompts
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
+    """To JSON Schema 7.0 is an integer; to the noise it was another seed."""
+    text = (
+        "seed: 7{0}\nsteps: 2{0}\nfps: 24{0}\nguidance: 1.5\ncontinue_from: {{clip: a.mp4, shots: [{{prompt: x, chunks: 1{0}}}]}}\n"
+        "shots:\n  - {{prompt: a, chunks: 2{0}, then: [{{prompt: b, chunks: 3{0}}}]}}\n"
+    )
+    told = []
+    for number, zero in enumerate(("", ".0")):
+        (tmp_path / f"{number}.yaml").write_text("name: s\n" + text.format(zero))
+        told.append(story_from_file(tmp_path / f"{number}.yaml"))
+    assert told[0] == told[1] and repr(told[0]) == repr(told[1])
+    assert Segment("a", 2.0) == Segment("a", 2) and isinstance(Segment("a", 2.0).chunks, int)  # type: ignore[arg-type]
+    with pytest.raises(LongtakeError, match=r"bad number of chunks\n  got: 1.5\n  expected: a whole number"):
+        Segment("a", 1.5)  # type: ignore[arg-type]
+
+
+def test_what_the_schema_wants_whole_is_known() -> None:
+    found: set[str] = set()
+
+    def look(schema: Any) -> None:
+        for key, value in schema.items() if isinstance(schema, dict) else ():
+            if isinstance(value, dict) and value.get("type") == "integer":
+                found.add(key)
+            look(value)
+
+    look(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    assert found == WHOLE

@@ -234,3 +234,23 @@ def test_the_dit_trains_on_a_folder(
 def test_the_vae_trains_on_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path, clips_folder: Path) -> None:
     text = train(capsys, clips_folder, "--stage", "vae", "--steps", "1", "--out", str(tmp_path / "vae"))
     assert "psnr_db" in text and read_json(tmp_path / "vae" / "vae.json")["step"] == 1
+
+
+def test_films_of_any_suffix_in_any_case_and_one_line_for_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Shot 1 must not go missing between 0 and 2; what is no clip is named with its reason."""
+    for number, suffix in enumerate((".mp4", ".MP4", ".Mov", ".mkv", ".WEBM")):
+        path = write_clip(tmp_path, "film", str(number), range(29))
+        path.rename(path.with_suffix(suffix))
+    (tmp_path / "caption" / "film" / "1.json").rename(tmp_path / "caption" / "film" / "1.JSON")
+    for name in ("notes.txt", "film/0.mov", "film/cover.jpg", "film/.DS_Store"):
+        (tmp_path / "video" / name).write_text("no film")
+    write_caption(tmp_path, "film", "9", "{}")
+    folder = Folder(tmp_path, MINI)
+    assert [clip.path.name for clip in folder.samples[0]] == ["0.mp4", "1.MP4", "2.Mov", "3.mkv", "4.WEBM"]
+    (line,) = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+    assert "5 files are ignored: " in line and "video/notes.txt (not in video/<sample>/" not in line
+    for part in ("notes.txt (not mp4, mov, mkv, webm)", "cover.jpg (not mp4", ".DS_Store (hidden)", "beside 0.m",
+                 "film/9.json (no clip of this name)"):  # fmt: skip
+        assert part in line

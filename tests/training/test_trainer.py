@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json
+from longtake.signals import ended_by_signals
 from longtake.training.data.latent_cache import LatentCache, cache_from_dataset
 from longtake.training.models.checkpoint import load_into
 from longtake.training.models.presets import Preset
@@ -94,13 +95,14 @@ def test_divergence_names_the_step_and_keeps_the_last_good_point(tmp_path: Path)
     assert not (tmp_path / "line.safetensors").exists()
 
 
-def test_ctrl_c_finishes_the_step_and_saves_a_resume_point(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_finishes_the_step_and_saves_a_resume_point(tmp_path: Path, sent: signal.Signals) -> None:
     def interrupt(step: int, loss: Tensor) -> Tensor:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), sent)
         return loss
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), ended_by_signals():
         Trainer(LineStage(fault=interrupt), config(tmp_path, 20), CPU).fit()
     assert read_json(tmp_path / "resume-0000004.json")["step"] == 4
     Trainer(LineStage(), config(tmp_path, 20, resume=True), CPU).fit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from longtake.errors import IntegrityError, LongtakeError
 LEGACY = "longlive_generator_te_nvfp4"
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")  # anywhere in a key
 PREFIXES = ("module.", "base_model.model.", "model.diffusion_model.", "diffusion_model.", "model.")  # in front
+# Parts of keys that adapters have and weights have not; which of them can be merged, `lora.pairs` says.
+ADAPTER = re.compile(r"\.(lora[_.]|alpha$|dora_scale$|hada_|lokr_|oft_|ia3_|on_input$|diff$|diff_b$)")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def choose(container: Mapping[str, Any], use_ema: bool = False) -> Chosen:
     if isinstance(container.get("generator_lora"), Mapping):
         return Chosen("generator_lora", {}, _tensors("generator_lora", container["generator_lora"]), about)
     raw = _tensors("the file", {key: value for key, value in container.items() if key not in about})
-    if raw and all(".lora_" in key for key in raw):
+    if raw and all(ADAPTER.search(key) for key in raw):
         return Chosen("raw", {}, raw, about)
     return Chosen("raw", unwrapped(raw), {}, about)
 

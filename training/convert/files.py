@@ -45,9 +45,9 @@ def read_container(path: Path, kind: str = "dit") -> dict[str, Any]:
                             fix="check the path")  # fmt: skip
     if path.stat().st_size == 0:
         raise IntegrityError(f"{path} is empty", got="0 bytes", fix=AGAIN)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return dict(_read_safetensors(path))
-    if path.suffix in TORCH_SUFFIXES:
+    if path.suffix.lower() in TORCH_SUFFIXES:
         return _read_torch(path)
     raise LongtakeError(f"{path} is not a weights file", got=f"suffix {path.suffix!r}",
                         expected=f".safetensors, {', '.join(sorted(TORCH_SUFFIXES))}", fix="pass the weights file")  # fmt: skip
@@ -93,7 +93,7 @@ def _read_folder(folder: Path, kind: str) -> dict[str, Any]:
     indices = sorted(folder.glob("*.index.json"))
     if len(indices) == 1:
         return dict(_read_shards(indices[0]))
-    files = indices or [p for p in sorted(folder.iterdir()) if p.suffix in {".safetensors", *TORCH_SUFFIXES}]
+    files = indices or [p for p in sorted(folder.iterdir()) if p.suffix.lower() in {".safetensors", *TORCH_SUFFIXES}]
     if len(files) != 1 or indices:
         raise LongtakeError(
             f"cannot tell which file of {folder} is the model",

@@ -14,6 +14,7 @@ from longtake.training.convert import dit_keys, text_keys, vae_keys, vae_stock
 from longtake.training.convert.containers import choose, unwrapped
 from longtake.training.convert.fit import Shapes, check_fit, refuse_other_model
 from longtake.training.convert.lora import merge
+from longtake.training.convert.lora_scale import LoraScale
 from longtake.training.convert.packed import ORDER, rule_of, unpack
 from longtake.training.convert.pending import Converted, Pending, pending
 from longtake.training.models.presets import Preset
@@ -21,11 +22,13 @@ from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.vae import CausalVAE
 
+UNSCALED = LoraScale()
+
 
 def convert_dit(
     container: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype | None = None, use_ema: bool = False,
-    base: Mapping[str, Any] | None = None, lora: Mapping[str, Any] | None = None, lora_scale: float = 1.0,
-    packed_rule: str | None = None,
+    base: Mapping[str, Any] | None = None, lora: Mapping[str, Any] | None = None,
+    lora_scale: LoraScale = UNSCALED, own_scale: LoraScale = UNSCALED, packed_rule: str | None = None,
 ) -> Converted:  # fmt: skip
     """The DiT in a container (or plain state dict) under our names.
 
@@ -34,7 +37,7 @@ def convert_dit(
         dtype: of the result; as in the source if None (fp32 where the source is packed).
         use_ema: take `generator_ema`.
         base: the weights under a container that holds a LoRA only.
-        lora: a LoRA to merge besides.
+        lora: a LoRA to merge besides. lora_scale: how it is scaled; own_scale: how the container's is.
         packed_rule: rule of packed block scales where the container doesn't say; "mse" if None.
 
     Raises:
@@ -42,7 +45,7 @@ def convert_dit(
         IntegrityError: keys missing, extra or of another shape; LoRA or packed parts that don't fit.
     """
     chosen = choose(container, use_ema)
-    loras = [chosen.lora] if chosen.lora else []
+    loras = [(chosen.lora, own_scale)] if chosen.lora else []
     entry, about = chosen.name, chosen.about
     if not chosen.weights:
         if base is None:
@@ -53,25 +56,26 @@ def convert_dit(
         if not chosen.weights:
             raise LongtakeError("the base holds a LoRA only, too", fix="pass the full weights with --base")
     if lora is not None:
-        loras.append(_only_lora(lora))
-    return _dit(chosen.weights, preset, dtype, loras, lora_scale, rule_of(about, packed_rule), entry)
+        loras.append((_only_lora(lora), lora_scale))
+    return _dit(chosen.weights, preset, dtype, loras, rule_of(about, packed_rule), entry)
 
 
 def _dit(
     state: Mapping[str, Tensor], preset: Preset, dtype: torch.dtype | None,
-    loras: list[dict[str, Tensor]], scale: float, rule: str, entry: str,
+    loras: list[tuple[dict[str, Tensor], LoraScale]], rule: str, entry: str,
 ) -> Converted:  # fmt: skip
     keys = "diffusers" if dit_keys.is_diffusers(state) else "wan"
     tensors, packed = unpack(dit_keys.from_diffusers(state) if keys == "diffusers" else state, rule)
     refuse_other_model(tensors, preset)
     check_fit(tensors, dit_shapes(preset), f"the DiT of preset {preset.name}")
-    result = dict(tensors)
-    for lora in loras:
+    result, factors = dict(tensors), set[float]()
+    for lora, scale in loras:
         result, merged = merge(result, lora, scale)
+        factors.update(merged.values())
         packed = {name: value for name, value in packed.items() if name not in merged}
     meta: dict[str, Any] = {"source": {"entry": entry, "keys": keys}}
     if loras:
-        meta["lora"] = {"merged": len(loras), "scale": scale}
+        meta["lora"] = {"merged": len(loras), "scale": factors.pop() if len(factors) == 1 else sorted(factors)}
     if packed:
         meta["packed"] = {"rule": rule, "order": ORDER, "amax": packed}
     return Converted("dit", preset.name, _cast(result, tensors, dtype), meta)
@@ -148,7 +152,7 @@ def _only_lora(container: Mapping[str, Any]) -> dict[str, Tensor]:
     chosen = choose(container)
     if not chosen.lora:
         raise LongtakeError("the file given as LoRA holds no LoRA", got=f"{len(chosen.weights)} weights in {chosen.name!r}",
-                            expected="PEFT keys: ...lora_A.weight", fix="pass full weights with --dit")  # fmt: skip
+                            expected="PEFT's, kohya's or ComfyUI's keys: ...lora_A.weight", fix="pass full weights with --dit")  # fmt: skip
     return chosen.lora
 
 

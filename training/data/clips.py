@@ -1,4 +1,7 @@
-"""Find the usable clips of a folder laid out as video/<sample>/<n>.mp4 and caption/<sample>/<n>.json."""
+"""Find the usable clips of a folder laid out as video/<sample>/<n>.mp4 and caption/<sample>/<n>.json.
+
+mp4 stands for any of `video.SUFFIXES`, and suffixes may be in any case.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from longtake.errors import LongtakeError
 from longtake.files import read_json
 from longtake.training.data.facts import Facts
 from longtake.training.models.presets import Preset
-from longtake.video import frames_from_video, probe_video
+from longtake.video import SUFFIXES, count_frames, frames_from_video
 
 LAYOUT = 'video/<sample>/<n>.mp4 beside caption/<sample>/<n>.json, which holds {"caption": "..."}'
 REASONS_SHOWN = 5
@@ -33,10 +36,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Index:
-    """The usable clips of each sample, in shot order, and why others were skipped (path: reason)."""
+    """The usable clips of each sample, in shot order, and why others were skipped (path: reason).
+
+    ignored: why what lies beside them is no clip at all.
+    """
 
     samples: dict[str, list[Clip]]
     skipped: dict[Path, str]
+    ignored: dict[Path, str]
 
 
 def clips_from_folder(root: Path, preset: Preset) -> Index:
@@ -47,9 +54,9 @@ def clips_from_folder(root: Path, preset: Preset) -> Index:
     """
     samples: dict[str, list[Clip]] = {}
     skipped: dict[Path, str] = {}
-    paths = sorted(root.glob("video/*/*.mp4"), key=lambda path: (path.parent.name, *_shot_number(path)))
+    paths, captions, ignored = _found(root)
     with ThreadPoolExecutor(PROBES) as pool:
-        looked = pool.map(lambda path: _clip_or_error(root, path, preset), paths)
+        looked = pool.map(lambda path: _clip_or_error(path, captions[_shot(path)], preset), paths)
         bar = tqdm(looked, total=len(paths), unit="clip", desc=f"look at {root.name}", disable=None, leave=False)
         for path, clip in zip(paths, bar):
             if isinstance(clip, LongtakeError):
@@ -57,8 +64,48 @@ def clips_from_folder(root: Path, preset: Preset) -> Index:
             else:
                 samples.setdefault(path.parent.name, []).append(clip)
     if not samples:
-        raise _nothing(root, skipped)
-    return Index(samples, skipped)
+        raise _nothing(root, skipped, ignored)
+    return Index(samples, skipped, ignored)
+
+
+Shot = tuple[str, str]  # sample, name without suffix
+
+
+def _shot(path: Path) -> Shot:
+    return path.parent.name, path.stem
+
+
+def _found(root: Path) -> tuple[list[Path], dict[Shot, Path], dict[Path, str]]:
+    """Clips in the order of their shots, each one's caption, and why everything else is ignored."""
+    films: dict[Shot, Path] = {}
+    captions: dict[Shot, Path] = {}
+    ignored: dict[Path, str] = {}
+    for kind, suffixes, taken in (("video", SUFFIXES, films), ("caption", (".json",), captions)):
+        inside = [path for path in root.glob(f"{kind}/*") if not path.is_dir()]
+        for path in sorted(
+            [*inside, *root.glob(f"{kind}/*/*")], key=lambda path: (path.suffix.lower() != suffixes[0], path)
+        ):
+            shot = _shot(path)
+            if path.name.startswith(".") or path.is_dir():
+                ignored[path] = "a folder" if path.is_dir() else "hidden"
+            elif path.suffix.lower() not in suffixes:
+                ignored[path] = f"not {', '.join(suffix[1:] for suffix in suffixes)}"
+            elif path.parent.parent != root / kind:
+                ignored[path] = f"not in {kind}/<sample>/"
+            elif shot in taken:
+                ignored[path] = f"beside {taken[shot].name}"
+            else:
+                taken[shot] = path
+    ignored |= {path: "no clip of this name" for shot, path in captions.items() if shot not in films}
+    paths = sorted(films.values(), key=lambda path: (path.parent.name, *_shot_number(path)))
+    nowhere = {shot: root / "caption" / shot[0] / f"{shot[1]}.json" for shot in films}
+    return paths, nowhere | captions, ignored
+
+
+def listed(ignored: dict[Path, str]) -> str:
+    """The first of some ignored files, and why."""
+    shown = [f"{path.parent.name}/{path.name} ({why})" for path, why in list(ignored.items())[:REASONS_SHOWN]]
+    return ", ".join(shown) + (f" and {len(ignored) - REASONS_SHOWN} more" if len(ignored) > REASONS_SHOWN else "")
 
 
 def one_line(error: LongtakeError) -> str:
@@ -115,9 +162,9 @@ def _shot_number(path: Path) -> tuple[float, str]:
     return (int(path.stem), "") if path.stem.isdecimal() else (float("inf"), path.stem)
 
 
-def _clip_or_error(root: Path, path: Path, preset: Preset) -> Clip | LongtakeError:
+def _clip_or_error(path: Path, caption_path: Path, preset: Preset) -> Clip | LongtakeError:
     try:
-        return _clip(path, root / "caption" / path.parent.name / f"{path.stem}.json", preset)
+        return _clip(path, caption_path, preset)
     except LongtakeError as error:
         return error
 
@@ -127,15 +174,13 @@ def _clip(path: Path, caption_path: Path, preset: Preset) -> Clip:
     caption = content.get("caption") if isinstance(content, dict) else None
     if not isinstance(caption, str) or not caption.strip():
         raise LongtakeError(f"{caption_path} has no caption")
-    frames, rate = probe_video(path)
-    return Clip(path, " ".join(caption.split()), int((frames - 1) * preset.fps / rate) + 1)
+    return Clip(path, " ".join(caption.split()), count_frames(path, preset.fps))
 
 
-def _nothing(root: Path, skipped: dict[Path, str]) -> LongtakeError:
+def _nothing(root: Path, skipped: dict[Path, str], ignored: dict[Path, str]) -> LongtakeError:
     if not skipped:
-        return LongtakeError(
-            f"no clips in {root}", got="no video/<sample>/<n>.mp4", expected=LAYOUT, fix="check --data"
-        )
+        got = "no video/<sample>/<n>.mp4" + (f"; ignored: {listed(ignored)}" if ignored else "")
+        return LongtakeError(f"no clips in {root}", got=got, expected=LAYOUT, fix="check --data")
     shown = [f"    {reason}" for reason in list(skipped.values())[:REASONS_SHOWN]]
     if len(skipped) > REASONS_SHOWN:
         shown.append(f"    and {len(skipped) - REASONS_SHOWN} more")

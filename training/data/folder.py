@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.training.data.base import Batch, Take, chunk_frames, chunk_starts, item_generator
-from longtake.training.data.clips import MEMORY, Clip, ClipReader, clips_from_folder, one_line
+from longtake.training.data.clips import MEMORY, Clip, ClipReader, clips_from_folder, listed, one_line
 from longtake.training.data.facts import Facts
 from longtake.training.data.order import permutation
 from longtake.training.data.shards import key_of
@@ -96,7 +96,7 @@ class Folder:
         self._reader = ClipReader(preset)
         self._starts: dict[tuple[int, ...], list[Starts]] = {}
         self._named: set[str] = set()
-        self._report()
+        self._report(index.ignored)
         self._check_share()
 
     @property
@@ -157,7 +157,7 @@ class Folder:
 
     def _key(self, segments: list[Segment]) -> str:
         shown = [(self.facts.digest(s.clip.path), s.start, s.frames) for s in segments]
-        return key_of("folder", self.preset.height, self.preset.width, self.preset.fps, shown)
+        return key_of("folder by time", self.preset.height, self.preset.width, self.preset.fps, shown)
 
     def _read(self, segments: list[Segment]) -> np.ndarray:
         return np.concatenate([self._reader.read(s.clip, s.start, s.frames) for s in segments])
@@ -276,10 +276,12 @@ class Folder:
             return samples
         return [clips for i, clips in enumerate(samples) if (i % HELD_OUT_EVERY == 0) == (self.split == "eval")]
 
-    def _report(self) -> None:
+    def _report(self, ignored: dict[Path, str]) -> None:
         """Log what is there, and once (for the training split) what is not."""
         used = sum(map(len, self.samples))
         log.info("%s: %d clips in %d samples for %s", self.root, used, len(self.samples), self.split)
+        if self.split == "train" and ignored:
+            log.warning("%s: %d files are ignored: %s", self.root, len(ignored), listed(ignored))
         if self.split == "train" and self.skipped:
             for reason in self.skipped.values():
                 log.warning("skipped a clip: %s", reason)

@@ -144,7 +144,7 @@ def refuse_pickle(path: Path) -> None:
     """Raise IntegrityError when `path` is a pickle by name or by content: unpickling runs whatever it holds."""
     with open(path, "rb") as source:
         head = source.read(4)
-    if path.suffix in PICKLE_SUFFIXES or head.startswith(PICKLE_MAGIC):
+    if path.suffix.lower() in PICKLE_SUFFIXES or head.startswith(PICKLE_MAGIC):
         raise IntegrityError(
             f"{path} is a pickle, which could run code when opened",
             got=f"suffix {path.suffix}, first bytes {head!r}",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from longtake.commands.convert import stored_scale
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.training.convert.files import read_container
+from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.dit import CausalDiT
@@ -48,7 +53,7 @@ def merged(dit_state: State, lora: State, scale: float) -> State:
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_merge_is_in_fp32_and_rounded_once(scale: float, preset: Preset, dit_state: State, lora: State) -> None:
-    got = convert_dit(dit_state, preset, lora=lora, lora_scale=scale).state_dict()
+    got = convert_dit(dit_state, preset, lora=lora, lora_scale=LoraScale(factor=scale)).state_dict()
     wanted = merged(dit_state, lora, scale)
     changed = 0
     for name, tensor in wanted.items():
@@ -92,6 +97,151 @@ def test_lora_that_does_not_fit(preset: Preset, dit_state: State, lora: State) -
 
 
 def test_scale_of_the_adapter_config(tmp_path: Path) -> None:
-    assert stored_scale(tmp_path / "lora.pt") == 1.0
+    assert stored_scale(tmp_path / "lora.pt").of("blocks.0.ffn.0", 128) == 1.0
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 64, "r": 128}))
-    assert stored_scale(tmp_path / "lora.pt") == 0.5
+    assert stored_scale(tmp_path / "lora.pt").of("blocks.0.ffn.0", 128) == 0.5
+
+
+# ---- scales and layouts ----------------------------------------------------------------------------------------------
+
+
+def peft_merged(dit_state: State, config: Any, tensors: dict[str, tuple[Tensor, Tensor]]) -> State:
+    """What PEFT itself makes of the weights, in fp32."""
+    model = nn.Module()
+    for name in tensors:
+        place = model
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, nn.Module())
+            place = getattr(place, part)
+        weight = dit_state[f"{name}.weight"].float()
+        place.add_module(last, nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+        getattr(place, last).weight.data.copy_(weight)
+    inject_adapter_in_model(config, model)
+    result = {}
+    for name, (a, b) in tensors.items():
+        layer = model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
+        result[f"{name}.weight"] = (layer.base_layer.weight + layer.get_delta_weight("default")).detach()
+    return result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"ffn.0": 2}, "alpha_pattern": {"ffn.0": 16, "q": 3}},
+        {"rank_pattern": {r"blocks\.1\..*": 2}, "alpha_pattern": {"blocks.0.self_attn.q": 5}, "use_rslora": True},
+    ],
+)
+@pytest.mark.parametrize("in_header", [False, True])
+def test_scales_are_pefts(
+    settings: dict[str, Any], in_header: bool, preset: Preset, dit_state: State, tmp_path: Path
+) -> None:
+    names = ["blocks.0.self_attn.q", "blocks.0.ffn.0", "blocks.1.cross_attn.q"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=names, **settings)
+    tensors = {}
+    for number, name in enumerate(names):
+        rank = next((r for key, r in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), 4)
+        generator = torch.Generator().manual_seed(number)
+        out, into = dit_state[f"{name}.weight"].shape
+        tensors[name] = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
+    state = {
+        f"base_model.model.{name}.lora_{side}.weight": x for name, ab in tensors.items() for side, x in zip("AB", ab)
+    }
+    values = {key: value for key, value in config.to_dict().items() if isinstance(value, (int, bool, dict))}
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in values.items()})}
+    save_file(state, tmp_path / "adapter_model.safetensors", metadata=header if in_header else None)
+    if not in_header:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **values}))
+    got = convert_dit(
+        dit_state, preset, dtype=torch.float32, lora=read_container(tmp_path), lora_scale=stored_scale(tmp_path)
+    ).state_dict()
+    for name, wanted in peft_merged(dit_state, config, tensors).items():
+        assert torch.allclose(got[name], wanted, rtol=1e-5, atol=1e-6), name
+
+
+def test_one_lora_in_three_layouts_merges_to_the_same_bits(
+    preset: Preset, dit_state: State, lora: State, tmp_path: Path
+) -> None:
+    names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in lora}
+    of = {(name, side): lora[f"base_model.model.{name}.lora_{side}.weight"] for name in names for side in "AB"}
+    layouts: dict[str, State] = {
+        "peft": lora,
+        "kohya": {f"lora_unet_{name.replace('.', '_')}.lora_{'down' if side == 'A' else 'up'}.weight": x
+                  for (name, side), x in of.items()} | {
+                      f"lora_unet_{name.replace('.', '_')}.alpha": torch.tensor(6.0) for name in names},
+        "comfy": {f"diffusion_model.{name}.lora_{side}.weight": x for (name, side), x in of.items()} | {
+            f"diffusion_model.{name}.alpha": torch.tensor(6.0, dtype=torch.bfloat16) for name in names},
+        "comfy without alphas": {f"diffusion_model.{name}.lora_{side}.weight": x for (name, side), x in of.items()},
+    }  # fmt: skip
+    results = []
+    for layout, state in layouts.items():
+        folder = tmp_path / layout
+        folder.mkdir()
+        header = {"lora_alpha": "6", "rank": str(RANK)} if layout == "comfy without alphas" else None
+        save_file(state, folder / "lora.safetensors", metadata=header)
+        if layout == "peft":
+            (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 6}))
+        path = folder / "lora.safetensors"
+        model = convert_dit(dit_state, preset, lora=read_container(path), lora_scale=stored_scale(path))
+        assert model.meta["lora"] == {"merged": 1, "scale": 1.5}
+        results.append(model.state_dict())
+    wanted = merged(dit_state, lora, 1.5)
+    for name, tensor in results[0].items():
+        assert all(torch.equal(tensor, other[name]) for other in results[1:])
+        assert torch.allclose(tensor.float(), wanted[name].float(), rtol=2**-7, atol=1e-6)
+
+
+def test_the_scale_of_our_own_lora_is_beside_it(tmp_path: Path) -> None:
+    facts = {"distillation": {"lora": {"rank": 8, "alpha": 2}}}
+    (tmp_path / "student_lora.json").write_text(json.dumps(facts))
+    assert stored_scale(tmp_path / "student_lora.safetensors").of("blocks.0.ffn.0", 8) == 0.25
+
+
+@pytest.mark.parametrize(
+    "key, kind",
+    [
+        ("blocks.0.ffn.0.lora_magnitude_vector", "DoRA"),
+        ("lora_unet_blocks_0_ffn_0.dora_scale", "DoRA"),
+        ("lora_unet_blocks_0_ffn_0.hada_w1_a", "LoHa"),
+        ("lora_unet_blocks_0_ffn_0.lokr_w1", "LoKr"),
+        ("diffusion_model.blocks.0.ffn.0.diff_b", "a LoRA with full differences"),
+    ],
+)
+@pytest.mark.parametrize("alone", [False, True])
+def test_other_adapters_are_named(
+    key: str, kind: str, alone: bool, preset: Preset, dit_state: State, lora: State
+) -> None:
+    state = {key: torch.ones(4)} | ({} if alone else lora)
+    with pytest.raises(LongtakeError, match=rf"this is {kind}, not a plain LoRA\n  got: {key}[\s\S]*fix: merge it"):
+        convert_dit(dit_state, preset, lora=state)
+
+
+@pytest.mark.parametrize(
+    "settings, kind",
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "LoRA on weights changed by pissa"),
+    ],
+)
+def test_other_kinds_of_a_configuration_are_named(tmp_path: Path, settings: dict[str, Any], kind: str) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LongtakeError, match=f"this is {kind}, not a plain LoRA"):
+        stored_scale(tmp_path)
+
+
+def test_a_rank_that_is_not_the_stated_one(preset: Preset, dit_state: State, lora: State) -> None:
+    with pytest.raises(IntegrityError, match="another rank than .* says\n  got: 4\n  expected: 8"):
+        convert_dit(dit_state, preset, lora=lora, lora_scale=LoraScale(8.0, 8))
+
+
+def test_two_adapters_in_one_file_are_refused(preset: Preset, dit_state: State, lora: State) -> None:
+    both = lora | {key.replace(".weight", ".other.weight"): value for key, value in lora.items()}
+    with pytest.raises(IntegrityError, match=r"linears twice[\s\S]*one adapter"):
+        convert_dit(dit_state, preset, lora=both)
