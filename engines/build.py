@@ -29,7 +29,7 @@ from longtake.machine.flavour import Flavour
 from longtake.machine.trt_log import Messages, forget_scratch, scratch_of_last_build
 from longtake.plugins.spec import DOMAIN, OPS
 from longtake.settings import settings_from_environment
-from longtake.training.models.wan.spec import networks_of, recipe_spec
+from longtake.training.models.families import family_of
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def build_recipe(
         LongtakeError: an ONNX file is missing, does not parse, or does not match the spec.
     """
     require_buildable(recipe, flavour, machine)
-    names = networks_of(recipe.model)
+    names = family_of(recipe.model).networks(recipe.model)
     jobs = [
         job
         for name in names
@@ -128,7 +128,7 @@ def _jobs_of(
     segments = out / f"{network}.segments.json"
     if recipe.mode == "fused" or (network in inside and not ops):
         segments.unlink(missing_ok=True)  # of an earlier, segmented build: where one lies, the network is run cut
-        spec = recipe_spec(recipe, network).as_json()
+        spec = family_of(recipe.model).spec(recipe.model, recipe, network).as_json()
         return [PlanJob(network, path, onnx_digest(path), spec, ops)]
     cut = segments_from_onnx(model, network)
     segmented_graph.save(cut.graph, segments)

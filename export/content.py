@@ -17,10 +17,10 @@ from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
 from longtake.training.models.checkpoint import require_digest
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, load_meta
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
-from longtake.training.models.wan.spec import networks_of
 
 COPY_AGAIN = "copy the file again together with its .json, or make it again"
 CHECKPOINTS = {
@@ -91,7 +91,7 @@ def weights_from_folder(preset: Preset, folder: Path) -> Weights:
         LongtakeError: a file is missing.
         IntegrityError: one is damaged, altered, or of another preset.
     """
-    kinds = list(dict.fromkeys(CHECKPOINTS[name] for name in networks_of(preset)))
+    kinds = list(dict.fromkeys(CHECKPOINTS[name] for name in family_of(preset).networks(preset)))
     metas = {kind: load_meta(folder / f"{kind}.safetensors", kind, preset) for kind in kinds}
     for kind, meta in metas.items():
         require_digest(folder / f"{kind}.safetensors", meta, COPY_AGAIN)

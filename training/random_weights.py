@@ -38,9 +38,9 @@ def write_random_checkpoints(
     Raises:
         LongtakeError: not enough disk space.
     """
-    from longtake.training.models.load import hollow_models
+    from longtake.training.models.load import meta_models
 
-    models = hollow_models(preset)
+    models = meta_models(preset)
     modules = {"dit": models.dit, "vae": models.vae, "text_encoder": models.text}
     dtype = weights_dtype(*modules.values()) or torch.bfloat16
     states = {kind: _typed(modules[kind].state_dict(), dtype) for kind in kinds}

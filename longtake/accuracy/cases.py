@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from longtake.formats.recipe import Recipe
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models
 from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.networks import network_module
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
-from longtake.training.models.wan.spec import recipe_spec
 
 # (name, slots read, chunk index, slot written): what a session does at its start, in its middle, and committing.
 DIT_CASES = (
@@ -33,7 +32,7 @@ Run = Callable[[Feeds], list[Tensor]]
 
 def torch_runner(models: Models, name: str, recipe: Recipe) -> Run:
     """Runs the torch module of a network on named fp32 feeds, outputs in spec order."""
-    module = network_module(models, name, recipe.cache, vae_ops=recipe.vae_ops)
+    module = family_of(models.preset).module(models, recipe, name)
 
     @torch.no_grad()
     def run(feeds: Feeds) -> list[Tensor]:
@@ -54,7 +53,8 @@ def cases(
 ) -> Iterator[tuple[str, Feeds]]:
     """The named input sets of one network; `text` holds the outputs of the networks before it."""
     preset = models.preset
-    spec = recipe_spec(recipe, name, preset)
+    family = family_of(preset)
+    spec = family.spec(preset, recipe, name)
     if name == "text_encoder":
         tokens = torch.zeros(1, preset.text.length, dtype=torch.int32)
         words = preset.text.length // 2
@@ -68,7 +68,7 @@ def cases(
         yield "start of a clip", {spec.inputs[0].name: _random(spec, generator)}
     else:
         name = name.replace("steady", "first")
-        first = recipe_spec(recipe, name, preset)
+        first = family.spec(preset, recipe, name)
         outputs = torch_runner(models, name, recipe)({first.inputs[0].name: _random(first, generator)})
         names = [b.name for b in spec.inputs]
         for step in ("second step", "third step"):

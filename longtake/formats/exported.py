@@ -8,7 +8,7 @@ from typing import Any
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, sha256
 from longtake.formats.recipe import LINEARS, Recipe
-from longtake.training.models.wan.spec import networks_of
+from longtake.training.models.families import family_of
 
 FORMAT = 1
 INDEX = "export.json"
@@ -65,7 +65,7 @@ def require_recipe(index: dict[str, Any], folder: Path, recipe: Recipe, content:
     fix = f"longtake export --recipe {recipe.name}"
     if given != wanted:
         raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
-    names = networks_of(recipe.model)
+    names = family_of(recipe.model).networks(recipe.model)
     missing = [name for name in names if name not in index["networks"]]
     if missing:
         raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),

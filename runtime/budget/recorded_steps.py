@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType
 from longtake.plugins.spec import DOMAIN
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.spec import network_spec
+from longtake.training.models.wan.spec import vae_spec
 
 NETWORK = "vae_steady"
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -28,7 +28,7 @@ def library_decoder_steps(preset: Preset, latents: int = 1) -> SegmentedGraph:
     from longtake.training.models.wan.vae import CausalVAE
     from longtake.training.models.wan.vae_library import LibrarySteady
 
-    spec = network_spec(preset, "bf16", NETWORK, latents, "library")
+    spec = vae_spec(preset, NETWORK, latents, "library")
     with torch.device("meta"):
         module = LibrarySteady(CausalVAE(preset.vae)).eval().to(torch.bfloat16)
         kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}

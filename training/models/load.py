@@ -15,6 +15,7 @@ from torch import nn
 from longtake.errors import IntegrityError
 from longtake.paths import REPOSITORY
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats, formats_from_meta
+from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
@@ -75,11 +76,11 @@ def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype |
     """
     from longtake.training.models.checkpoint import map_into
 
-    folder = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints
+    folder, family = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints, family_of(preset)
     words = load_meta(folder / "text_encoder.safetensors", "text_encoder", preset).get("vocabulary")
     with torch.device("meta"):
         text = text_encoder_for(preset, words, folder)
-        vae, dit = CausalVAE(preset.vae), CausalDiT(preset.dit)
+        vae, dit = family.vae(preset), family.dit(preset)
     modules: dict[str, nn.Module] = {"text_encoder": text, "vae": vae, "dit": dit}
     dtype = dtype or weights_dtype(*modules.values())
     metas = {}
@@ -109,11 +110,12 @@ def load_meta(path: Path, kind: str, preset: Preset) -> dict:
     return meta
 
 
-def hollow_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
+def meta_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Models:
     """Models of `preset` without memory for their weights: what graphs are exported from.
 
     `vocabulary`: of a text encoder of words, whose size is part of the graph; the shipped one's if None.
     """
+    family = family_of(preset)
     with torch.device("meta"):
         text = text_encoder_for(preset, vocabulary)
-        return Models(preset, CausalDiT(preset.dit).eval(), CausalVAE(preset.vae).eval(), text.eval())
+        return Models(preset, family.dit(preset).eval(), family.vae(preset).eval(), text.eval())
