@@ -19,7 +19,7 @@ from torch import Tensor
 from longtake.cuda_streams import acquire_stream
 from longtake.errors import LongtakeError
 from longtake.runtime.frames import HostRing, Staging
-from longtake.runtime.video_model import VideoModel
+from longtake.runtime.video_model import Decoder
 from longtake.training.models.presets import Preset
 
 log = logging.getLogger(__name__)
@@ -68,10 +68,11 @@ class DecodeQueue:
     The decoder may be on another GPU than the generator; the latents are then copied over first.
     """
 
-    def __init__(self, model: VideoModel) -> None:
-        """A decoder of `model` at the start of a video. Latents come from the model's device."""
-        preset = model.preset
-        self.decoder, self.source, self.device = model.decoder(), model.device, model.backend.decode_device
+    def __init__(
+        self, decoder: Decoder, preset: Preset, source: torch.device, device: torch.device | None = None
+    ) -> None:
+        """`source`: where the latents come from. `device`: the decoder's, the same if None."""
+        self.decoder, self.source, self.device = decoder, source, device or source
         frames = preset.vae.stride[0]
         pixels = (preset.height, preset.width, 3)
         self._most = max(preset.frames_of(0), preset.chunk_latents)
@@ -81,7 +82,7 @@ class DecodeQueue:
         self._error: BaseException | None = None
         self._last: Frames | None = None
         self._stream = acquire_stream(self.device, self) if self.device.type == "cuda" else None
-        self._hand_over = acquire_stream(self.source, self) if self._stream and self.device != self.source else None
+        self._hand_over = acquire_stream(source, self) if self._stream and self.device != source else None
         self._latents = self._place_for_latents(preset) if self._hand_over else None
         self._closed = self._discard = False
         self._thread = threading.Thread(target=self._work, name="longtake-decode", daemon=True)

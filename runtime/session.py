@@ -49,12 +49,16 @@ class Session:
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled)
         self._position = Position(script, model.family.start(model.preset))
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
-        self._decoding = DecodeQueue(model) if options.decode else None
+        self._decoding = self._new_queue() if options.decode else None
         if self._decoding:
             # A session that is dropped without `close` must not leave its thread (and the decoder's memory) behind.
             weakref.finalize(self, self._decoding.close)
         self._lock = threading.Lock()
         self._busy = False
+
+    def _new_queue(self) -> DecodeQueue:
+        model = self.model
+        return DecodeQueue(model.decoder(), model.preset, model.device, model.backend.decode_device)
 
     # ---- the chunk loop ------------------------------------------------------------------------------------------
 

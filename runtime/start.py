@@ -94,9 +94,9 @@ def take_in(session: Session, latents_BFCHW: Tensor, segments: tuple[Segment, ..
         LongtakeError: the latents are not whole chunks of the session's preset.
     """
     try:
-        preset, frames = session.model.preset, latents_BFCHW.shape[1]
-        first = min(preset.frames_of(0), frames)
-        chunks = [*latents_BFCHW[:, :first].split(first, 1), *latents_BFCHW[:, first:].split(preset.chunk_latents, 1)]
+        preset = session.model.preset
+        first, rest = latents_BFCHW.tensor_split([preset.frames_of(0)], dim=1)
+        chunks = [first, *(rest.split(preset.chunk_latents, dim=1) if rest.shape[1] else ())]
         for chunk, segment in zip(chunks, one_a_chunk(fit_segments(segments, len(chunks))), strict=True):
             session.feed(chunk, segment.prompt, segment.cut)
     except BaseException:

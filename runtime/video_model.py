@@ -20,6 +20,25 @@ from longtake.training.models.family import Plan
 Tensors = Mapping[str, Tensor]
 
 
+class Decoder(Protocol):
+    """Streaming VAE decoder of one video: one latent frame in, one (the first) or a group of video frames out."""
+
+    def decode(self, latent_BCHW: Tensor) -> Tensor:
+        """Normalized latent fp32 [1, C, H, W] to frames fp32 [3, T, H, W] in [-1, 1]; advances the state.
+
+        The result may be a buffer that the next call overwrites.
+        """
+        ...
+
+    def state(self) -> list[Tensor]:
+        """The feature caches, not copied; an empty list before the first latent."""
+        ...
+
+    def load_state(self, tensors: list[Tensor]) -> None:
+        """Continue from `tensors` (any device, any float dtype), copied; an empty list starts a new video."""
+        ...
+
+
 class Encoder(Protocol):
     """Streaming VAE encoder of one video: one video frame in (the first) or a group, one latent frame out."""
 
@@ -70,7 +89,7 @@ class VideoModel:
 
     def decoder(self) -> Decoder:
         """A decoder at the start of a video."""
-        return Decoder(self.backend)
+        return NetworkDecoder(self.backend)
 
     def encoder(self) -> Encoder:
         """An encoder at the start of a video. It may hold device memory for as long as it is referenced.
@@ -100,25 +119,19 @@ class _Stream:
         return outputs[spec.outputs[0].name]
 
 
-class Decoder(_Stream):
-    """Streaming VAE decoder of one video: one latent frame in, one (the first) or a group of video frames out."""
+class NetworkDecoder(_Stream):
+    """See Decoder; by the backend's networks. The caches are in the spec's order."""
 
     def __init__(self, backend: Backend) -> None:
         super().__init__(backend, "vae_first", "vae_steady")
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """Normalized latent fp32 [1, C, H, W] to frames fp32 [3, T, H, W] in [-1, 1]; advances the state.
-
-        The result may be a buffer that the next call overwrites.
-        """
         return self.step(latent_BCHW[:, :, None])[0]
 
     def state(self) -> list[Tensor]:
-        """The feature caches in the spec's order, not copied; an empty list before the first latent."""
         return list(self.kept.tensors.values()) if self.started else []
 
     def load_state(self, tensors: list[Tensor]) -> None:
-        """Continue from `tensors` (any device, any float dtype), copied; an empty list starts a new video."""
         self.started = bool(tensors)
         if self.started:
             for kept, tensor in zip(self.kept.tensors.values(), tensors, strict=True):
@@ -133,9 +146,3 @@ class NetworkEncoder(_Stream):
 
     def encode(self, frames_CTHW: Tensor) -> Tensor:
         return self.step(frames_CTHW[None])[:, :, 0]
-
-
-def encode_video(encoder: Encoder, frames_CTHW: Tensor) -> Tensor:
-    """The start of a video, fp32 [3, 1 + 4 (F - 1), H, W] in [-1, 1], to latents fp32 [1, F, C, h, w] on the CPU."""
-    groups = [frames_CTHW[:, :1], *frames_CTHW[:, 1:].split(4, dim=1)]
-    return torch.stack([encoder.encode(group).cpu().clone() for group in groups if group.shape[1]], dim=1)

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.runtime.session import CancelledError, Chunk, Session
+from longtake.runtime.chunk import Chunk
+from longtake.runtime.sampling import CancelledError
+from longtake.runtime.session import Session
 from longtake.runtime.story import Segment
 from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import TINY
@@ -56,7 +58,7 @@ def test_chunks_follow_the_script(session: Session) -> None:
     assert [c.shot for c in chunks] == [0, 0, 1, 1, 1, 1, 1, 2]
     assert [c.frames.shape for c in chunks] == [(29, 128, 128, 3)] + [(32, 128, 128, 3)] * 7
     assert chunks[0].frames.dtype == np.uint8 and chunks[0].latents.shape == (1, 8, 16, 8, 8)
-    assert [c.visible for c in chunks] == visible_blocks([c.cut for c in chunks])
+    assert [c.visible for c in chunks] == visible_blocks([c.cut for c in chunks], TINY.window_chunks)
     assert set(chunks[0].timings) == {"conditions", "denoise", "clean", "decode"}
 
 
@@ -72,7 +74,7 @@ def test_passes_of_a_chunk(toy: Any, make_generator: Make) -> None:
 
 def test_without_guidance_there_is_one_cache(toy: Any, make_generator: Make) -> None:
     list(make_generator(toy).session(STORY, steps=2, guidance=1.0))
-    assert len(toy.caches) == 1 and len(toy.calls) == 8 * 3
+    assert len(toy.states) == 1 and len(toy.calls) == 8 * 3
 
 
 def test_the_cut_prefix_is_encoded_at_cuts_only(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

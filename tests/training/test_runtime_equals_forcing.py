@@ -15,13 +15,15 @@ from torch import Tensor
 
 from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.torch_oracle import TorchBackend
+from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
-from longtake.runtime.session import Chunk, prompt_text
 from longtake.runtime.story import Segment
+from longtake.runtime.video_model import VideoModel
 from longtake.training.models.load import random_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.sampler import unipc_steps
 from longtake.training.models.text.words import tokenize
+from longtake.training.models.wan.family import Wan
 from longtake.training.models.wan.window import full_history, shot_offsets, window_history
 from longtake.training.objective.teacher_forcing import Clips, Noise, predict_velocity
 
@@ -34,11 +36,11 @@ class Recording(TorchBackend):
 
     passes: list[tuple[Tensor, Tensor]]
 
-    def dit(self, latents_BCFHW: Tensor, *rest: Any, **named: Any) -> Tensor:
-        velocity = super().dit(latents_BCFHW, *rest, **named)
-        if int(rest[-1]) < 0:
-            self.passes.append((latents_BCFHW[0].clone(), velocity[0].clone()))
-        return velocity
+    def run(self, network: str, inputs: Any, state: Any = None, commit: bool = True) -> Any:
+        outputs = super().run(network, inputs, state, commit)
+        if network == "dit" and not commit:
+            self.passes.append((inputs["latents"][0].clone(), outputs["velocity"][0].clone()))
+        return outputs
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +77,8 @@ def generate(backend: Recording, script: tuple[Segment, ...]) -> list[Chunk]:
 def as_clips(backend: Recording, script: tuple[Segment, ...], chunks: list[Chunk]) -> tuple[Clips, Tensor]:
     """What the session generated as a clip to be teacher-forced, and its prompts' embeddings."""
     cuts, count = [segment.cut for segment in script], len(script)
-    tokens = tokenize([prompt_text(segment) for segment in script], TINY.text.length)
-    embeddings = torch.cat([backend.text(row[None]) for row in tokens])[None]
-    history = window_history(cuts) if any(cuts) else full_history(count)
+    tokens = tokenize([Wan().prompt(segment.prompt, segment.cut) for segment in script], TINY.text.length)
+    embeddings = torch.cat([VideoModel(backend).text(row[None]) for row in tokens])[None]
+    history = window_history(cuts, TINY.window_chunks) if any(cuts) else full_history(count)
     offsets = torch.tensor([shot_offsets(cuts, TINY.shot_rope_offset)])
     return Clips(torch.cat([c.latents for c in chunks], 1), tokens[None], history[None], 0, offsets), embeddings
