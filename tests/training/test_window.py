@@ -63,6 +63,6 @@ def test_mask_equals_the_rule_by_brute_force(cuts: tuple[int, ...] | None) -> No
 
 
 def test_batched_masks() -> None:
-    histories = torch.stack([full_history(5), window_history(cuts_at(5, 1))])
+    histories = torch.stack([full_history(5), window_history(cuts_at(5, 1), 4)])
     masks = block_mask(histories)
     assert torch.equal(masks[1], block_mask(histories[1])) and masks.shape == (2, 10, 10)
