@@ -63,8 +63,9 @@ class PlainTorchBackend(Backend):
         tensors = list(state.tensors.values())
         cache = list(zip(tensors[::2], tensors[1::2], strict=True))
         context = [inputs[f"context_{i}"] for i in range(len(cache))]
-        conditions = (inputs[name] for name in ("timestep_sinusoid", "rope_cos", "rope_sin"))
-        return {"velocity": self._module(inputs["latents"][0], *conditions, context, cache, slots, own)[None]}
+        latents, sinusoid = inputs["latents"][0], inputs["timestep_sinusoid"]
+        cos, sin = inputs["rope_cos"], inputs["rope_sin"]
+        return {"velocity": self._module(latents, sinusoid, cos, sin, context, cache, slots, own)[None]}
 
     @property
     def _module(self) -> PlainDiT:

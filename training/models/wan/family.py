@@ -26,7 +26,7 @@ class Wan:
     """See training/models/family.py for what each member is."""
 
     name = "wan"
-    keys = ("wan", "diffusers")  # training/convert/dit_keys.py, vae_keys.py, text_keys.py
+    keys: tuple[str, ...] = ("wan", "diffusers")  # training/convert/dit_keys.py, vae_keys.py, text_keys.py
 
     def networks(self, preset: Preset) -> tuple[str, ...]:
         return networks_of(preset)
