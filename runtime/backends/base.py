@@ -20,6 +20,8 @@ from longtake.training.models.families import family_of
 from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset
 
+NO_SLOT = torch.tensor([-1], dtype=torch.int32)  # in the place of `spec.slot`: nothing is written
+
 
 class State:
     """What a network keeps from call to call: tensors by the names of its inputs. They are used in place and never move.

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from longtake.formats.recipe import Recipe
-from longtake.runtime.backends.base import Backend, State
+from longtake.runtime.backends.base import NO_SLOT, Backend, State
 from longtake.training.models.presets import Preset
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "int8": torch.int8, "int32": torch.int32}
-NO_SLOT = torch.tensor([-1], dtype=torch.int32)
 
 
 class HostBackend(Backend):

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from longtake.cuda_streams import acquire_stream
 from longtake.errors import LongtakeError
-from longtake.runtime.backends.base import State
+from longtake.runtime.backends.base import NO_SLOT, State
 from longtake.runtime.backends.trt.networks import Network
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # window lengths times states in use; beyond it the oldest is dropped
-NO_SLOT = torch.tensor([-1], dtype=torch.int32)
 
 
 class Passes:
