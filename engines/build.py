@@ -31,7 +31,7 @@ from longtake.plugins.adapter import op_of_layer, register_plugins
 from longtake.plugins.registry import op_named
 from longtake.plugins.spec import DOMAIN
 from longtake.settings import settings_from_environment
-from longtake.training.models.wan.spec import networks_of, recipe_spec
+from longtake.training.models.families import family_of
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def build_recipe(
         LongtakeError: an ONNX file is missing, does not parse, or does not match the spec.
     """
     require_buildable(recipe, flavour, machine)
-    names = networks_of(recipe.model)
+    names = family_of(recipe.model).networks(recipe.model)
     jobs = [
         job
         for name in names
@@ -125,7 +125,7 @@ def _jobs_of(
     segments = out / f"{network}.segments.json"
     if recipe.mode == "fused" or (network in inside and not ops):
         segments.unlink(missing_ok=True)  # of an earlier, segmented build: where one lies, the network is run cut
-        spec = recipe_spec(recipe, network).as_json()
+        spec = family_of(recipe.model).spec(recipe.model, recipe, network).as_json()
         return [PlanJob(network, path, onnx_digest(path), spec, ops)]
     cut = segments_from_onnx(model, network)
     cut.graph.write(segments)

@@ -27,11 +27,9 @@ from longtake.formats.onnx_file import data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import LINEARS, Recipe
 from longtake.plugins.spec import PLUGIN_VERSION
 from longtake.provenance import versions
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, meta_models
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.linears import quantized_linears
-from longtake.training.models.wan.networks import network_module
-from longtake.training.models.wan.spec import networks_of, recipe_spec
 from longtake.training.models.wan.vae_library import library_ops
 
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
@@ -57,9 +55,9 @@ class PlainGraphs:
         linears = recipe.linears if name in LIBRARY_NETWORKS else LINEARS[0]
         key = name, recipe.cache if name == "dit" else "", ops, linears
         if key not in self._made:
-            spec = recipe_spec(recipe, name, self.preset)
-            module = network_module(self.models, name, recipe.cache, ops, linears)
-            self._made[key] = onnx_from_model(module, spec)
+            family = family_of(self.preset)
+            module = family.module(self.models, recipe, name, exported=True)
+            self._made[key] = onnx_from_model(module, family.spec(self.preset, recipe, name))
         model = onnx.ModelProto()
         model.CopyFrom(self._made[key])
         return model
@@ -81,7 +79,7 @@ def export_package(
     """
     require_disk(folder, disk_needed(graphs, recipe) if weights else 16 << 20)
     (folder / NAME).unlink(missing_ok=True)
-    names = networks_of(graphs.preset)
+    names = family_of(graphs.preset).networks(graphs.preset)
     networks = {name: _export_network(graphs, recipe, name, folder, progress, weights) for name in names}
     export = Export(
         onnx_name=recipe.onnx_name,
@@ -104,14 +102,14 @@ def export_package(
 
 def steps_of(preset: Preset) -> int:
     """How often `export_package` calls its progress."""
-    return 3 * len(networks_of(preset))
+    return 3 * len(family_of(preset).networks(preset))
 
 
 def _export_network(
     graphs: PlainGraphs, recipe: Recipe, name: str, folder: Path, progress: Progress, weights: Weights | None
 ) -> ExportedNetwork:
     """Export, lower, check and view one network."""
-    spec = recipe_spec(recipe, name, graphs.preset)
+    spec = family_of(graphs.preset).spec(graphs.preset, recipe, name)
     path = folder / f"{name}.onnx"
     progress(f"{name}: PyTorch to ONNX")
     model = graphs.graph(name, recipe)
@@ -159,7 +157,7 @@ def view_path(path: Path) -> Path:
 
 def linears_of(models: Models, model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     """The DiT's quantized linears that `model` contains, with their (N, K)."""
-    own = set(quantized_linears(models.dit))
+    own = set(family_of(models.preset).linears(models.dit))
     found = [name for name in map(linear_name, model.graph.node) if name in own]
     return {name: tuple(models.dit.get_parameter(f"{name}.weight").shape) for name in found}  # type: ignore[misc]
 
@@ -167,7 +165,7 @@ def linears_of(models: Models, model: onnx.ModelProto) -> dict[str, tuple[int, i
 def disk_needed(graphs: PlainGraphs, recipe: Recipe) -> int:
     """An upper bound of a package's size in bytes: bf16 graph files and fp32 views of every network."""
     total = 16 << 20
-    for name in networks_of(graphs.preset):
+    for name in family_of(graphs.preset).networks(graphs.preset):
         model = graphs.graph(name, recipe)
         stored = sum(tensor_bytes(t) for t in model.graph.initializer if is_reference(t))
         total += stored + (2 * stored if view_bytes(model) <= VIEW_BYTES else 0)

@@ -17,10 +17,10 @@ from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats
 from longtake.training.models.checkpoint import require_digest
+from longtake.training.models.families import family_of
 from longtake.training.models.load import read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
-from longtake.training.models.wan.spec import networks_of
 
 COPY_AGAIN = "copy the file again together with its .json, or make it again"
 CHECKPOINTS = {
@@ -77,7 +77,7 @@ def weights_from_folder(preset: Preset, folder: Path) -> Weights:
         LongtakeError: a file is missing.
         IntegrityError: one is damaged, altered, or of another preset.
     """
-    kinds = list(dict.fromkeys(CHECKPOINTS[name] for name in networks_of(preset)))
+    kinds = list(dict.fromkeys(CHECKPOINTS[name] for name in family_of(preset).networks(preset)))
     sides = {kind: read_side(folder / f"{kind}.safetensors", kind, preset) for kind in kinds}
     for kind, side in sides.items():
         require_digest(folder / f"{kind}.safetensors", side, COPY_AGAIN)

@@ -11,8 +11,8 @@ _lock = threading.Lock()
 _free: dict[int, list[torch.cuda.Stream]] = {}  # by the device's index
 
 
-def lend_stream(device: torch.device, owner: object) -> torch.cuda.Stream:
-    """A stream that nobody else is lent until `owner` is gone; what is still queued there then runs before the next's work.
+def acquire_stream(device: torch.device, owner: object) -> torch.cuda.Stream:
+    """A stream that nobody else acquires until `owner` is gone; what is still queued there then runs before the next's work.
 
     Two users of one stream would wait for each other, and one that captures a graph would capture the other's work, too.
     """

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.runtime.backends.base import Backend
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
+from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import Preset
 from longtake.video import count_frames, frames_one_by_one, probe_video
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 LATENTS = "latents"  # the tensor's name in a file of latents
 
 
-def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
+def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
     """A clip's normalized latents, fp32 [1, F, C, h, w] on the CPU, F a whole number of chunks.
 
     A video is resampled to the preset's frame rate, by time stamps, and resized to its size, without cropping. Of what is not a whole
@@ -35,11 +35,11 @@ def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
     is in memory at a time, so a clip may be of any length.
 
     Raises:
-        LongtakeError: missing, not a video or file of latents, too short, of another preset; or the backend cannot
+        LongtakeError: missing, not a video or file of latents, too short, of another preset; or the model cannot
             encode.
         IntegrityError: a file of latents is damaged.
     """
-    source, preset = Path(path), backend.preset
+    source, preset = Path(path), model.preset
     if source.suffix.lower() == ".safetensors":
         return latents_from_file(source, preset)
     count = count_frames(source, preset.fps)
@@ -48,12 +48,12 @@ def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
         raise LongtakeError(f"{source} is too short to go on from", got=f"{count} frames at {preset.fps} a second",
                             expected=f"at least {frame_count(preset, 1)}, one chunk", fix="pass a longer clip")  # fmt: skip
     video = islice(frames_one_by_one(source, (preset.height, preset.width), preset.fps), skip, None)
-    encoder = backend.new_encoder()
+    encoder = model.encoder()
     latents = [encoder.encode(group).to("cpu", copy=True) for group in _groups(video, preset.vae.stride[0])]
-    whole = len(latents) - len(latents) % preset.chunk_latents
+    whole = preset.first_frame(preset.whole_chunks(len(latents)))
     if not whole:  # the file said that it had more frames than came
         raise LongtakeError(f"{source} ends too early", got=f"{len(latents)} latents",
-                            expected=f"at least {preset.chunk_latents}", fix="convert it to mp4")  # fmt: skip
+                            expected=f"at least {preset.frames_of(0)}", fix="convert it to mp4")  # fmt: skip
     log.info("%s: %d of %d frames, %d latents", source, count - skip, count, whole)
     return torch.stack(latents[:whole], dim=1)
 
@@ -66,9 +66,15 @@ def check_clip(source: Path) -> None:
         probe_video(source)
 
 
+def _is_whole(latents: int, preset: Preset) -> bool:
+    """Whether that many latents are one chunk or several, with nothing left over."""
+    chunks = preset.whole_chunks(latents)
+    return chunks > 0 and preset.first_frame(chunks) == latents
+
+
 def _whole(frames: int, preset: Preset) -> int:
     """The most frames, up to `frames`, that are a whole number of chunks; 0 if there are too few for one."""
-    chunks = (frames + preset.vae.stride[0] - 1) // (preset.vae.stride[0] * preset.chunk_latents)
+    chunks = preset.whole_chunks((frames + preset.vae.stride[0] - 1) // preset.vae.stride[0])
     return frame_count(preset, chunks) if chunks else 0
 
 
@@ -114,7 +120,7 @@ def _checked(source: Path, latents: Tensor | None, names: list[str], preset: Pre
                             expected=f"a tensor named {LATENTS!r}: {expected}", fix="pass a video, or name it so")  # fmt: skip
     frames = latents[None] if latents.ndim == 4 else latents
     good = frames.ndim == 5 and frames.shape[0] == 1 and tuple(frames.shape[2:]) == frame
-    if not good or not frames.shape[1] or frames.shape[1] % preset.chunk_latents or not frames.is_floating_point():
+    if not good or not _is_whole(frames.shape[1], preset) or not frames.is_floating_point():
         raise LongtakeError(f"the latents in {source} do not fit", got=f"{latents.dtype} {tuple(latents.shape)}",
                             expected=expected, fix="encode the clip with this preset's VAE, or pass the video")  # fmt: skip
     if not bool(frames.isfinite().all()):

@@ -6,15 +6,15 @@ Legend: F latent frames of a chunk, C channels, E text length.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from longtake.runtime.backends.base import Backend
+from longtake.errors import LongtakeError
+from longtake.runtime.video_model import Tensors, VideoModel
+from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.noise import noise_for_chunk
-from longtake.training.models.wan.positions import frame_positions
-from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
 MOST_EMBEDDINGS = 16  # prompts whose text embeddings are kept, in host memory: 8 MB each for the 5B model
 
@@ -23,12 +23,14 @@ Tokenize = Callable[[list[str], int], Tensor]
 
 @dataclass(frozen=True)
 class Conditions:
-    """Tensors of one chunk. context and negative: each layer's cross-attention K and V (negative: only under CFG)."""
+    """Tensors of one chunk, by the names of the transformer's inputs.
 
-    context: list[Tensor]
-    negative: list[Tensor] | None
-    rope_cos: Tensor
-    rope_sin: Tensor
+    fixed: what the chunk alone decides. context and negative: what a prompt does (negative: only under CFG).
+    """
+
+    fixed: Tensors
+    context: Tensors
+    negative: Tensors | None
     noise_BCFHW: Tensor
 
 
@@ -36,52 +38,71 @@ class Conditioner:
     """Builds a session's conditions; keeps the last prompt's context and the constant tensors on the device."""
 
     def __init__(
-        self, backend: Backend, tokenize: Tokenize, seed: int, negative_prompt: str | None, timesteps: Sequence[int]
+        self, model: VideoModel, tokenize: Tokenize, seed: int, negative_prompt: str | None, timesteps: Sequence[int]
     ) -> None:
-        self.backend, self.tokenize, self.seed, self.negative_prompt = backend, tokenize, seed, negative_prompt
-        self._sinusoids = {(t, clean): self._sinusoid(t, clean) for t in (*timesteps, 0) for clean in (0, 1)}
-        self._kept: dict[str, list[Tensor]] = {}
+        self.model, self.tokenize, self.seed, self.negative_prompt = model, tokenize, seed, negative_prompt
+        lengths = {model.preset.frames_of(0), model.preset.chunk_latents}
+        self._times = {
+            (t, clean, frames): self._pass_inputs(t, clean, frames)
+            for t in (*timesteps, 0) for clean in (0, 1) for frames in lengths
+        }  # fmt: skip
+        self._kept: dict[str, Tensors] = {}
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
     def for_chunk(self, chunk: int, shot: int, prompt: str) -> Conditions:
         """Conditions of chunk `chunk` in shot `shot`; `prompt` is the text to encode."""
-        preset, device = self.backend.preset, self.backend.device
+        model = self.model
         context, negative = self._contexts(prompt)
-        cos, sin = rope_tables(preset.dit, frame_positions(preset, chunk, shot), preset.grid_hw)
-        noise = noise_for_chunk(preset, self.seed, chunk).transpose(1, 2).contiguous()
-        return Conditions(context, negative, cos.to(device), sin.to(device), noise.to(device))
+        fixed = self._moved(model.family.chunk_inputs(model.preset, chunk, shot))
+        noise = noise_for_chunk(model.preset, self.seed, chunk).transpose(1, 2).contiguous()
+        return Conditions(fixed, context, negative, noise.to(model.device))
 
-    def sinusoid(self, timestep: int, clean_frames: int = 0) -> Tensor:
-        """The embedding input fp32 [F, freq_dim] of a pass at `timestep`, whose first `clean_frames` (0 or 1) are clean."""
-        return self._sinusoids[timestep, clean_frames]
+    def times(self, chunk: int, timestep: int, clean_frames: int = 0) -> Tensors:
+        """The inputs of a pass at `timestep`, the first `clean_frames` (0 or 1) of whose latents are clean."""
+        return self._times[timestep, clean_frames, self.model.preset.frames_of(chunk)]
 
     def forget(self) -> None:
         """Drop everything that is kept of prompts."""
         self._kept.clear()
         self._embeddings.clear()
 
-    def _contexts(self, prompt: str) -> tuple[list[Tensor], list[Tensor] | None]:
+    def _contexts(self, prompt: str) -> tuple[Tensors, Tensors | None]:
         """Encode what is not kept already; keep these prompts only (a large model's context is large)."""
         wanted = [prompt] if self.negative_prompt is None else [prompt, self.negative_prompt]
         # What is not needed goes first: at no time are there more contexts on the device than one chunk has.
         self._kept = {text: self._kept[text] for text in wanted if text in self._kept}
         for text in wanted:
             if text not in self._kept:
-                self._kept[text] = self.backend.context(self._embedding(text))
+                self._kept[text] = self.model.context(self._embedding(text))
         negative = None if self.negative_prompt is None else self._kept[self.negative_prompt]
         return self._kept[prompt], negative
 
     def _embedding(self, prompt: str) -> Tensor:
         """Text embeddings of `prompt` on the device; those of the last MOST_EMBEDDINGS prompts are not computed again."""
         if prompt not in self._embeddings:
-            tokens = self.tokenize([prompt], self.backend.preset.text.length).to(self.backend.device)
-            self._embeddings[prompt] = self.backend.text(tokens).to("cpu", copy=True)
+            tokens = self.tokenize([prompt], self.model.preset.text.length).to(self.model.device)
+            self._embeddings[prompt] = self.model.text(tokens).to("cpu", copy=True)
             if len(self._embeddings) > MOST_EMBEDDINGS:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(prompt)
-        return self._embeddings[prompt].to(self.backend.device)
+        return self._embeddings[prompt].to(self.model.device)
 
-    def _sinusoid(self, timestep: int, clean_frames: int) -> Tensor:
-        preset = self.backend.preset
-        times = [0.0] * clean_frames + [float(timestep)] * (preset.chunk_latents - clean_frames)
-        return timestep_sinusoid(times, preset.dit.freq_dim).to(self.backend.device)
+    def _pass_inputs(self, timestep: int, clean_frames: int, frames: int) -> Tensors:
+        return self._moved(self.model.family.pass_inputs(self.model.preset, frames, timestep, clean_frames))
+
+    def _moved(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        check_fit(tensors, self.model.backend.specs["dit"])
+        return {name: tensor.to(self.model.device) for name, tensor in tensors.items()}
+
+
+def check_fit(tensors: Mapping[str, Tensor], spec: NetworkSpec) -> None:
+    """Raise LongtakeError for a tensor that is no input of `spec`, or of another shape; a dynamic dimension fits any."""
+    shapes = {binding.name: binding.shape for binding in spec.inputs}
+    for name, tensor in tensors.items():
+        wanted = shapes.get(name, ())
+        sizes = tuple(
+            size if isinstance(size, int) else given for size, given in zip(wanted, tensor.shape, strict=False)
+        )
+        if name not in shapes or sizes != tuple(tensor.shape) or len(wanted) != tensor.ndim:
+            raise LongtakeError(f"a chunk's condition {name} does not fit network {spec.name}", got=tuple(tensor.shape),
+                                expected=wanted or ", ".join(shapes), fix="see the family's chunk_inputs")  # fmt: skip

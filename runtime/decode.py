@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.cuda_streams import lend_stream
+from longtake.cuda_streams import acquire_stream
 from longtake.errors import LongtakeError
-from longtake.runtime.backends.base import Decoder
 from longtake.runtime.frames import HostRing, Staging
+from longtake.runtime.video_model import Decoder
 from longtake.training.models.presets import Preset
 
 log = logging.getLogger(__name__)
@@ -75,13 +75,14 @@ class DecodeQueue:
         self.decoder, self.source, self.device = decoder, source, device or source
         frames = preset.vae.stride[0]
         pixels = (preset.height, preset.width, 3)
-        self._ring = HostRing((frames * preset.chunk_latents, *pixels), pinned=self.device.type == "cuda")
+        self._most = max(preset.frames_of(0), preset.chunk_latents)
+        self._ring = HostRing((frames * self._most, *pixels), pinned=self.device.type == "cuda")
         self._staging = Staging(self.device, (frames, *pixels))
         self._jobs: queue.Queue[tuple[Frames, Tensor, torch.cuda.Event | None] | None] = queue.Queue(QUEUE_LENGTH)
         self._error: BaseException | None = None
         self._last: Frames | None = None
-        self._stream = lend_stream(self.device, self) if self.device.type == "cuda" else None
-        self._hand_over = lend_stream(source, self) if self._stream and self.device != source else None
+        self._stream = acquire_stream(self.device, self) if self.device.type == "cuda" else None
+        self._hand_over = acquire_stream(source, self) if self._stream and self.device != source else None
         self._latents = self._place_for_latents(preset) if self._hand_over else None
         self._closed = self._discard = False
         self._thread = threading.Thread(target=self._work, name="longtake-decode", daemon=True)
@@ -145,7 +146,7 @@ class DecodeQueue:
             self._thread.join()
 
     def _place_for_latents(self, preset: Preset) -> Tensor:
-        shape = (1, preset.chunk_latents, preset.vae.z_channels, *preset.latent_hw)
+        shape = (1, self._most, preset.vae.z_channels, *preset.latent_hw)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def _work(self) -> None:
@@ -192,6 +193,7 @@ class DecodeQueue:
         # one wait for it.
         with torch.cuda.stream(self._hand_over), torch.cuda.stream(self._stream):
             self._hand_over.wait_event(ready)
-            self._latents.copy_(latents, non_blocking=True)
+            place = self._latents[:, : latents.shape[1]]
+            place.copy_(latents, non_blocking=True)
             latents.record_stream(self._hand_over)
-            yield self._latents
+            yield place

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.cuda_streams import lend_stream
+from longtake.cuda_streams import acquire_stream
 
 SPARE_BUFFERS = 4  # host buffers kept for reuse: one being filled, one waiting, one being written to disk, one to spare
 
@@ -50,7 +50,7 @@ class Staging:
         if self._cuda:
             self._bytes = [torch.empty(shape_THWC, dtype=torch.uint8, device=device) for _ in range(2)]
             self._sent = [torch.cuda.Event() for _ in self._bytes]
-            self._stream = lend_stream(device, self)
+            self._stream = acquire_stream(device, self)
             self._turn = 0
 
     def send(self, frames_CTHW: Tensor, to_THWC: Tensor) -> int:

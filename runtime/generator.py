@@ -11,17 +11,19 @@ import torch
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.terms_table import Budget
 from longtake.runtime.conditions import Tokenize
-from longtake.runtime.session import Session, SessionOptions
+from longtake.runtime.session import Session
+from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import (
     NOTHING_SPECIAL,
-    Promise,
+    OpenOptions,
     backend_from_source,
     require_checkpoints,
     source_from_name,
 )
 from longtake.runtime.start import Clip, Picture, start_of, take_in
 from longtake.runtime.story import Script, check_fits, fit_segments, story_from_script
+from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import SamplingConfig
 
 
@@ -37,6 +39,7 @@ class Generator:
     ) -> None:
         """`budget`: the GPU memory that was announced for `backend`, if any was. `sampling`: the preset's if None."""
         self.backend, self._tokenize, self.budget = backend, tokenize, budget
+        self.model = VideoModel(backend)
         self.sampling = sampling or backend.preset.sampling
 
     @classmethod
@@ -46,7 +49,7 @@ class Generator:
         backend: str = "auto",
         device: torch.device | str | None = None,
         decode_device: torch.device | str | None = None,
-        promise: Promise = NOTHING_SPECIAL,
+        opening: OpenOptions = NOTHING_SPECIAL,
         checkpoints: Path | None = None,
     ) -> Generator:
         """Open a folder of engines or of exported networks, or a recipe by name; None takes the best one that is there.
@@ -56,7 +59,7 @@ class Generator:
             backend: "auto" chooses and says why; "fused", "segmented" or "reference" is taken or refused, never replaced.
             device: such as "cuda:0"; the backend's own choice if None.
             decode_device: another GPU for the VAE; the same if None.
-            promise: what it will be used for, which its memory follows from, and who is told.
+            opening: what it will be used for, which its memory follows from, and who is told.
             checkpoints: folder of a text or VAE encoder that was not exported; by default what the export was made from.
 
         Raises:
@@ -74,9 +77,9 @@ class Generator:
 
         def announce(budget: Budget) -> None:
             announced.append(budget)
-            promise.announce(budget)
+            opening.announce(budget)
 
-        told = replace(promise, announce=announce)
+        told = replace(opening, announce=announce)
         opened = backend_from_source(source, backend, device, decode_device, told)
         return cls(opened, tokenizer, announced[0] if announced else None, source.sampling)
 
@@ -127,8 +130,8 @@ class Generator:
             endless=endless,
         )
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
-        first, clip_latents = start.encoded(self.backend)  # before the caches are allocated
-        session = Session(self.backend, self._tokenize, segments, options, first)
+        first, clip_latents = start.encoded(self.model)  # before the caches are allocated
+        session = Session(self.model, self._tokenize, segments, options, first)
         if clip_latents is not None:
             take_in(session, clip_latents, start.segments)
         return session
@@ -146,7 +149,7 @@ class Generator:
             seed=saved.seed, steps=saved.steps, guidance=saved.guidance, negative_prompt=saved.negative_prompt,
             shift=saved.shift, decode=decode, endless=endless,
         )  # fmt: skip
-        session = Session(self.backend, self._tokenize, (), options)
+        session = Session(self.model, self._tokenize, (), options)
         try:
             session.restore(snapshot)
         except BaseException:

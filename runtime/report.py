@@ -13,7 +13,7 @@ import torch
 
 from longtake.files import write_json
 from longtake.provenance import commit, cpu_name, versions
-from longtake.runtime.backends.base import Backend, decode_device_of
+from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.terms_table import Budget
 from longtake.training.models.presets import Preset
 
@@ -90,7 +90,7 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
         "chunk_latents": preset.chunk_latents,
         "window_latents": preset.chunk_latents * preset.window_chunks,
         "peak_gb": round(backend.peak_bytes() / 1e9, 3),
-        "decode_device": str(decode_device_of(backend)),
+        "decode_device": str(backend.decode_device),
         "budget": budget.as_json() if budget else None,
         "peak_of": "GPU memory" if on_gpu else "resident memory of the process (CPU)",
     }

@@ -5,100 +5,27 @@ Legend: B = 1, F latent frames of a chunk, C latent channels, H, W sizes, T vide
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.runtime.backends.base import Backend, Cache, decode_device_of
+from longtake.runtime.chunk import Chunk
 from longtake.runtime.clock import StageClock
-from longtake.runtime.conditions import Conditioner, Conditions, Tokenize
-from longtake.runtime.decode import DecodeQueue, Frames
+from longtake.runtime.conditions import Conditioner, Tokenize
+from longtake.runtime.decode import DecodeQueue
+from longtake.runtime.sampling import ChunkSampler
+from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
-from longtake.runtime.state import Edit, KVState, Position, with_edit
+from longtake.runtime.state import Edit, Position, SessionState, with_edit
 from longtake.runtime.story import Segment, checked_prompt
-from longtake.training.models.sampler import UniPC, unipc_steps
-from longtake.training.models.wan.prompts import CUT_PREFIX, with_cut_prefix
-from longtake.training.models.wan.slots import Plan
-
-MOST_GUIDANCE = 100
-
-
-class CancelledError(Exception):
-    """`Session.cancel` was called while a chunk was being generated; the session is as it was before the chunk."""
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """How a session samples. guidance 1 turns classifier-free guidance off. endless: go on when the script ends."""
-
-    seed: int = 0
-    steps: int = 16
-    guidance: float = 1.0
-    negative_prompt: str = ""
-    shift: float = 5.0
-    decode: bool = True
-    endless: bool = False
-
-    def __post_init__(self) -> None:
-        """Raise LongtakeError for what cannot be sampled."""
-        if not 0 <= self.seed < 2**63:
-            raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass --seed 7")
-        if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
-            raise LongtakeError("bad guidance scale", got=self.guidance, expected=f"at most {MOST_GUIDANCE}, 1 for none",
-                                fix="pass --guidance 3")  # fmt: skip
-        if self.negative_prompt:
-            checked_prompt(self.negative_prompt, "the negative prompt")
-
-
-@dataclass
-class Chunk:
-    """One generated chunk. latents: fp32 [1, F, C, H, W], normalized. cut: it begins a shot. visible: blocks it saw."""
-
-    index: int
-    prompt: str
-    cut: bool
-    shot: int
-    latents: Tensor
-    visible: tuple[int, ...]
-    decoding: Frames | None
-    stage_ms: dict[str, float]
-
-    @property
-    def frames(self) -> np.ndarray:
-        """Video frames uint8 [T, H, W, 3]; waits for the decoder, raises its error."""
-        if self.decoding is None:
-            raise LongtakeError("this session does not decode", fix="make the session with decode=True")
-        return self.decoding.result()
-
-    @property
-    def finished_at(self) -> float:
-        """When the frames were there, on time.perf_counter's clock; waits for them."""
-        return self.decoding.finished_at if self.decoding and len(self.frames) else 0.0
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """Milliseconds by stage; "decode" (in parallel with the next chunk) is there once the frames are."""
-        decoded = self.decoding is not None and self.decoding.ready
-        return {**self.stage_ms, **({"decode": self.decoding.milliseconds} if decoded and self.decoding else {})}
-
-
-def pin(sample_BCFHW: Tensor, first_BCHW: Tensor | None) -> None:
-    """Put the picture that a video starts from over latent frame 0, in place."""
-    if first_BCHW is not None:
-        sample_BCFHW[:, :, 0].copy_(first_BCHW)
-
-
-def prompt_text(segment: Segment) -> str:
-    """The text that is encoded for a segment's first chunk: a cut is announced as in training, once."""
-    return with_cut_prefix(segment.prompt.removeprefix(CUT_PREFIX), segment.cut)
+from longtake.runtime.video_model import VideoModel
+from longtake.training.models.family import Plan
 
 
 class Session:
@@ -106,33 +33,32 @@ class Session:
 
     def __init__(
         self,
-        backend: Backend,
+        model: VideoModel,
         tokenize: Tokenize,
         script: tuple[Segment, ...],
         options: SessionOptions,
         first_latent: Tensor | None = None,
     ) -> None:
         """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
-        self.backend, self.options = backend, options
-        self._guided = options.guidance != 1.0
-        schedule = unipc_steps(options.steps, options.shift)
-        negative = options.negative_prompt if self._guided else None
-        self._conditioner = Conditioner(backend, tokenize, options.seed, negative, [s.timestep for s in schedule])
-        self._state = KVState(backend, negative=self._guided)
-        self._position = Position(script)
-        self._first = None if first_latent is None else first_latent.to(backend.device, torch.float32)
+        self.model, self.options = model, options
+        timesteps = model.family.solver(options.steps, options.shift).timesteps
+        negative = options.negative_prompt if options.guided else None
+        self._conditioner = Conditioner(model, tokenize, options.seed, negative, timesteps)
+        self._state = SessionState(model, negative=options.guided)
+        self._cancelled = threading.Event()
+        self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled)
+        self._position = Position(script, model.family.start(model.preset))
+        self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
         self._decoding = self._new_queue() if options.decode else None
         if self._decoding:
             # A session that is dropped without `close` must not leave its thread (and the decoder's memory) behind.
             weakref.finalize(self, self._decoding.close)
         self._lock = threading.Lock()
         self._busy = False
-        self._cancelled = threading.Event()
-        self._nothing = torch.tensor([-1], dtype=torch.int32)  # stays on the host, see Backend.dit
 
     def _new_queue(self) -> DecodeQueue:
-        backend = self.backend
-        return DecodeQueue(backend.new_decoder(), backend.preset, backend.device, decode_device_of(backend))
+        model = self.model
+        return DecodeQueue(model.decoder(), model.preset, model.device, model.backend.decode_device)
 
     # ---- the chunk loop ------------------------------------------------------------------------------------------
 
@@ -157,17 +83,18 @@ class Session:
         Raises:
             LongtakeError: the latents are not one chunk of this preset, or the prompt is none.
         """
-        preset = self.backend.preset
-        wanted = (1, preset.chunk_latents, preset.vae.z_channels, *preset.latent_hw)
+        preset = self.model.preset
+        frames = preset.frames_of(self._position.chunk)
+        wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
         if tuple(latents_BFCHW.shape) != wanted:
             raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted,
-                                fix=f"cut the video into chunks of {preset.chunk_latents} latents")  # fmt: skip
+                                fix=f"cut the video into chunks of {frames} latents")  # fmt: skip
         if self._decoding:
             self._decoding.raise_error()
         segment = Segment(checked_prompt(prompt, "the clip's prompt"), 1, cut and self._position.chunk > 0)
         with self._lock:
             self._busy = True
-        given = latents_BFCHW.to(self.backend.device, torch.float32).transpose(1, 2).contiguous()
+        given = latents_BFCHW.to(self.model.device, torch.float32).transpose(1, 2).contiguous()
         return self._attempt(segment, given)
 
     def _attempt(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
@@ -185,65 +112,25 @@ class Session:
     @torch.no_grad()
     def _generate(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
         """The stages of one chunk, in order; latents that are given are not sampled."""
-        here, clock = self._position, StageClock(self.backend.device)
-        plan = self._state.stage(here.slots, segment.cut)
-        table = torch.tensor(plan.table, dtype=torch.int32).to(self.backend.device)
+        here, clock = self._position, StageClock(self.model.device)
+        plan = here.slots.plan(segment.cut)
+        slots = self.model.slots(plan)
         shot = here.shot + segment.cut
+        first = self._first if here.chunk == 0 else None
         with clock.stage("conditions"):
-            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt_text(segment))
+            prompt = self.model.family.prompt(segment.prompt, segment.cut)
+            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt)
         with clock.stage("denoise"):
-            sample = self._denoise(conditions, table) if given_BCFHW is None else given_BCFHW
+            sample = given_BCFHW
+            if sample is None:
+                sample = self._sampler.denoise(here.chunk, conditions, slots, first)
         with clock.stage("clean"):
-            self._write_kv(sample, conditions, table, plan)
+            self._sampler.commit(here.chunk, sample, conditions, slots)
         self._synchronize()  # a device fault must show before the commit, not after it
         latents = sample.transpose(1, 2).contiguous()
         frames = self._decoding.submit(here.chunk, latents) if self._decoding else None
         self._commit(segment, plan, scripted=given_BCFHW is None)
         return Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, clock.milliseconds())
-
-    def _denoise(self, conditions: Conditions, table: Tensor) -> Tensor:
-        """Noise to latents, fp32 [1, C, F, H, W]. A picture to start from stays latent 0 of chunk 0, at timestep 0."""
-        first = self._first if self._position.chunk == 0 else None
-        sample, solver = conditions.noise_BCFHW, UniPC(self.options.steps, self.options.shift)
-        pin(sample, first)
-        for step in solver.schedule:
-            sinusoid = self._conditioner.sinusoid(step.timestep, clean_frames=0 if first is None else 1)
-            velocity = self._velocity(sample, sinusoid, conditions, table)
-            sample = solver.step(velocity, sample)
-            pin(sample, first)
-        return sample
-
-    def _velocity(self, sample: Tensor, sinusoid: Tensor, conditions: Conditions, table: Tensor) -> Tensor:
-        """One denoise step's velocity: it reads the cache and writes nothing. Guided: v = u + s (c - u)."""
-        velocity = self._pass(sample, sinusoid, conditions, conditions.context, self._state.positive, table)
-        if conditions.negative is None or self._state.negative is None:
-            return velocity
-        wanted = velocity.clone()  # the next pass may overwrite the backend's output
-        base = self._pass(sample, sinusoid, conditions, conditions.negative, self._state.negative, table)
-        return torch.lerp(base, wanted, self.options.guidance)
-
-    def _write_kv(self, sample: Tensor, conditions: Conditions, table: Tensor, plan: Plan) -> None:
-        """The clean pass, at timestep 0 on the final latents: its purpose is this block's K/V."""
-        slot = torch.tensor([plan.write_slot], dtype=torch.int32)
-        sinusoid = self._conditioner.sinusoid(0)
-        self._pass(sample, sinusoid, conditions, conditions.context, self._state.positive, table, slot)
-        if conditions.negative is not None and self._state.negative is not None:
-            self._pass(sample, sinusoid, conditions, conditions.negative, self._state.negative, table, slot)
-
-    def _pass(
-        self,
-        sample: Tensor,
-        sinusoid: Tensor,
-        conditions: Conditions,
-        context: list[Tensor],
-        cache: Cache,
-        table: Tensor,
-        write_slot: Tensor | None = None,
-    ) -> Tensor:
-        self._raise_if_cancelled()
-        cos, sin = conditions.rope_cos, conditions.rope_sin
-        slot = self._nothing if write_slot is None else write_slot
-        return self.backend.dit(sample, sinusoid, cos, sin, context, cache, table, slot)
 
     def _begin(self) -> Segment | None:
         with self._lock:
@@ -258,8 +145,8 @@ class Session:
             self._busy = False
 
     def _synchronize(self) -> None:
-        if self.backend.device.type == "cuda":
-            torch.cuda.current_stream(self.backend.device).synchronize()
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream(self.model.device).synchronize()
 
     # ---- live changes --------------------------------------------------------------------------------------------
 
@@ -304,21 +191,16 @@ class Session:
             self._position = replace(self._position, edits=with_edit(self._position.edits, Edit(at, prompt, cut)))
         return at
 
-    def _raise_if_cancelled(self) -> None:
-        if self._cancelled.is_set():
-            self._cancelled.clear()
-            raise CancelledError(f"cancelled before chunk {self._position.chunk} was whole")
-
     # ---- snapshots -----------------------------------------------------------------------------------------------
 
     @property
     def identity(self) -> Identity:
         """What a snapshot of this session fits."""
-        recipe, options = self.backend.recipe, self.options
+        recipe, options = self.model.recipe, self.options
         return Identity(
-            preset=self.backend.preset.name, model=recipe.onnx_name, cache=recipe.cache, seed=options.seed,
+            preset=self.model.preset.name, model=recipe.onnx_name, cache=recipe.cache, seed=options.seed,
             steps=options.steps, guidance=options.guidance, negative_prompt=options.negative_prompt,
-            shift=options.shift,
+            shift=options.shift, family=self.model.family.name,
         )  # fmt: skip
 
     def snapshot(self) -> Snapshot:
@@ -345,7 +227,7 @@ class Session:
         if self._decoding:
             self._decoding.load_state(decoder)
         first = snapshot.tensors.get(FIRST_LATENT)
-        self._first = None if first is None else first.to(self.backend.device, torch.float32)
+        self._first = None if first is None else first.to(self.model.device, torch.float32)
         self._position = snapshot.position
 
     def save(self, path: Path | str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, require_disk
 from longtake.record import Kind, record_from_json
 from longtake.runtime.state import Position, position_from_json
+from longtake.training.models.families import family_named
 
 FORMAT = "longtake-session"
-KIND = Kind("a saved session", "--save-session", "start a new session")
+KIND = Kind("a saved session", "--save-session", "start a new session", format=2, oldest=1)
+OLD_NAME = re.compile(r"(positive|negative)\.(\d+)\.(\d+)")  # of version 1: side, layer, number within the layer
 FIRST_LATENT = "first_latent"  # tensor of a session that has yet to generate the chunk that starts from a picture
 NOISE = 1  # version of conditions.noise_for_chunk: another one would continue with other noise
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What has to agree for a snapshot to be continued. model: preset and precision, such as "tiny_w4a16"."""
+    """What has to agree for a snapshot to be continued. model: preset and precision, such as "tiny_w4a16".
+
+    family: whose slots the position holds; version 1 knew one.
+    """
 
     preset: str
     model: str
@@ -36,11 +42,12 @@ class Identity:
     guidance: float
     negative_prompt: str
     shift: float
+    family: str = "wan"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session's state. Tensors are copies: "positive.LAYER.I", "negative.LAYER.I" (caches), "decoder.I", FIRST_LATENT."""
+    """A session's state. Tensors are copies: "positive.NAME", "negative.NAME" (the model's state), "decoder.I", FIRST_LATENT."""
 
     identity: Identity
     position: Position
@@ -63,10 +70,12 @@ def check_same(given: Identity, wanted: Identity) -> None:
 
 
 def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
-    """Copy the cache tensors of `snapshot` over `into`, in place; the dtype may differ between backends."""
+    """Copy the state's tensors of `snapshot` over `into`, in place; the dtype may differ between backends."""
     given = {
         name: t for name, t in snapshot.tensors.items() if not name.startswith("decoder.") and name != FIRST_LATENT
     }
+    if given and all(map(OLD_NAME.fullmatch, given)):
+        given = _renamed(given, into)
     shapes = {name: tuple(t.shape) for name, t in given.items()}
     wanted = {name: tuple(t.shape) for name, t in into.items()}
     if shapes != wanted:
@@ -77,6 +86,12 @@ def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
         )  # fmt: skip
     for name, tensor in into.items():
         tensor.copy_(given[name])
+
+
+def _renamed(given: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a version 1 file, which are numbered in the order of `into`, by the names of today."""
+    old = sorted(given, key=lambda name: (name[0] != "p", *map(int, name.split(".")[1:])))
+    return {new: given[name] for new, name in zip([*into, *old[len(into) :]], old, strict=False)}
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
@@ -132,4 +147,6 @@ def _snapshot_from_json(source: Path, about: dict[str, Any], tensors: dict[str, 
     if about.get("noise") != NOISE:
         raise LongtakeError(f"{source} was saved by another version of longtake", got=f"noise {about.get('noise')}",
                             expected=f"noise {NOISE}", fix=KIND.remake)  # fmt: skip
-    return Snapshot(record_from_json(Identity, about["identity"]), position_from_json(about["position"]), tensors)
+    identity = record_from_json(Identity, about["identity"])
+    position = position_from_json(about["position"], family_named(identity.family).marker)
+    return Snapshot(identity, position, tensors)

@@ -135,7 +135,7 @@ def require_checkpoints(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Promise:
+class OpenOptions:
     """What a backend is opened for, so that its memory is known first. announce: is told the budget, before it is used.
 
     guided: with classifier-free guidance (a second cache); None stands for the preset's own. encode: from a picture or
@@ -149,7 +149,7 @@ class Promise:
     announce: Callable[[Budget], None] = lambda budget: None
 
 
-NOTHING_SPECIAL = Promise()
+NOTHING_SPECIAL = OpenOptions()
 
 
 def backend_from_source(
@@ -157,7 +157,7 @@ def backend_from_source(
     asked: str,
     device: torch.device | str | None,
     decode_device: torch.device | str | None = None,
-    promise: Promise = NOTHING_SPECIAL,
+    opening: OpenOptions = NOTHING_SPECIAL,
 ) -> Backend:
     """Open the backend asked for, or with "auto" the one that fits, and log which and why.
 
@@ -177,11 +177,11 @@ def backend_from_source(
         from longtake.runtime.backends.reference import ReferenceBackend
 
         return ReferenceBackend(
-            source.onnx, source.recipe, choice.reason, checkpoints=source.checkpoints, runs=promise.runs
+            source.onnx, source.recipe, choice.reason, checkpoints=source.checkpoints, runs=opening.runs
         )
     generate = torch.device(device or "cuda:0")
     decode = None if decode_device is None else torch.device(decode_device)
-    _keep_promise(source, promise, generate, decode)
+    _announce_memory(source, opening, generate, decode)
     from longtake.runtime.backends.trt.open import backend_from_engines
 
     options: dict[str, object] = {} if decode is None else {"decode_device": decode}
@@ -192,15 +192,17 @@ def backend_from_source(
     return opened
 
 
-def _keep_promise(source: Source, promise: Promise, device: torch.device, decode_device: torch.device | None) -> None:
+def _announce_memory(
+    source: Source, opening: OpenOptions, device: torch.device, decode_device: torch.device | None
+) -> None:
     """Announce the memory budget, and raise LongtakeError if it is not free."""
     recipe = source.recipe
     sampling = source.sampling or recipe.model.sampling
-    guided = sampling.guidance != 1.0 if promise.guided is None else promise.guided
+    guided = sampling.guidance != 1.0 if opening.guided is None else opening.guided
     apart = decode_device is not None and (decode_device.index or 0) != (device.index or 0)
-    use = Use(guided=guided, decode_apart=apart, encode=promise.encode, engines=source.engines)
-    promise.announce(budget_of(recipe, use))
-    if promise.check:
+    use = Use(guided=guided, decode_apart=apart, encode=opening.encode, engines=source.engines)
+    opening.announce(budget_of(recipe, use))
+    if opening.check:
         check_memory(recipe, use, device, decode_device)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.image import LEAST_SIDE, image_from_file, image_from_pixels
-from longtake.runtime.backends.base import Backend
 from longtake.runtime.clip import check_clip, latents_from_clip
 from longtake.runtime.session import Session
 from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
+from longtake.runtime.video_model import VideoModel
 
 Picture = Path | str | np.ndarray  # a file, or uint8 [H, W, 3]
 Clip = Path | str | Tensor  # a video, a file of latents, or normalized latents fp32 [1, F, C, h, w]
@@ -45,26 +45,26 @@ class Start:
         if isinstance(self.clip, (str, Path)):
             check_clip(Path(self.clip))
 
-    def encoded(self, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
+    def encoded(self, model: VideoModel) -> tuple[Tensor | None, Tensor | None]:
         """The picture's latent, fp32 [1, C, h, w], and the clip's, fp32 [1, F, C, h, w]; None for what isn't given.
 
         Raises:
-            LongtakeError: the picture or clip cannot be used, or `backend` cannot encode.
+            LongtakeError: the picture or clip cannot be used, or `model` cannot encode.
         """
         try:
-            clip = latents_from_clip(self.clip, backend) if isinstance(self.clip, (str, Path)) else self.clip
-            return self._first_latent(backend), clip
+            clip = latents_from_clip(self.clip, model) if isinstance(self.clip, (str, Path)) else self.clip
+            return self._first_latent(model), clip
         finally:
-            if backend.device.type == "cuda":
+            if model.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the encoder took: the caches to come would not fit into its places
 
-    def _first_latent(self, backend: Backend) -> Tensor | None:
+    def _first_latent(self, model: VideoModel) -> Tensor | None:
         if self.image is None:
             return None
-        size = backend.preset.height, backend.preset.width
+        size = model.preset.height, model.preset.width
         given = self.image
         pixels = image_from_pixels(given, *size) if isinstance(given, np.ndarray) else image_from_file(given, *size)
-        return backend.new_encoder().encode(pixels[:, None]).clone()
+        return model.encoder().encode(pixels[:, None]).clone()
 
 
 def start_of(
@@ -94,7 +94,9 @@ def take_in(session: Session, latents_BFCHW: Tensor, segments: tuple[Segment, ..
         LongtakeError: the latents are not whole chunks of the session's preset.
     """
     try:
-        chunks = latents_BFCHW.split(session.backend.preset.chunk_latents, dim=1)
+        preset = session.model.preset
+        first, rest = latents_BFCHW.tensor_split([preset.frames_of(0)], dim=1)
+        chunks = [first, *(rest.split(preset.chunk_latents, dim=1) if rest.shape[1] else ())]
         for chunk, segment in zip(chunks, one_a_chunk(fit_segments(segments, len(chunks))), strict=True):
             session.feed(chunk, segment.prompt, segment.cut)
     except BaseException:

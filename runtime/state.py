@@ -1,4 +1,4 @@
-"""What a session carries from chunk to chunk: a position (small, immutable) and layer states (tensors, in place).
+"""What a session carries from chunk to chunk: a position (small, immutable) and state (tensors, in place).
 
 A chunk stages its changes and commits them in one assignment when it is whole; until then nothing a retry would read
 has changed.
@@ -6,14 +6,16 @@ has changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from longtake.runtime.backends.base import Backend, Cache
+from longtake.runtime.backends.base import State
 from longtake.runtime.story import Segment
-from longtake.training.models.wan.slots import Plan, SlotTable, slots_from_json
+from longtake.runtime.video_model import VideoModel
+from longtake.training.models.family import Marker
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,16 @@ class Position:
     """Where a session stands, tensors aside.
 
     chunk: index of the next chunk. shot: shots begun before it, minus one. prompt: the last chunk's prompt.
-    script: what is still to come. edits: live changes not yet taken up. slots: the cache's slot table.
+    script: what is still to come. edits: live changes not yet taken up. slots: which slots of the state
+    hold what.
     """
 
     script: tuple[Segment, ...]
+    slots: Marker
     chunk: int = 0
     shot: int = 0
     prompt: str = ""
     edits: tuple[Edit, ...] = ()
-    slots: SlotTable = field(default_factory=SlotTable)
 
     def upcoming(self, endless: bool) -> Segment | None:
         """The next chunk as a segment of one chunk, live changes included; None at the end of the script."""
@@ -61,7 +64,7 @@ class Position:
                 segment = Segment(edit.prompt or segment.prompt, 1, segment.cut or edit.cut)
         return replace(segment, cut=segment.cut and self.chunk > 0)
 
-    def after(self, segment: Segment, slots: SlotTable, edits: tuple[Edit, ...], scripted: bool = True) -> Position:
+    def after(self, segment: Segment, slots: Marker, edits: tuple[Edit, ...], scripted: bool = True) -> Position:
         """The position once the chunk of `segment` is whole. `edits` are all that are known by then.
 
         A chunk that is not `scripted` was given, not generated: it uses up neither the script nor live changes.
@@ -92,31 +95,30 @@ class Position:
         }
 
 
-def position_from_json(given: dict[str, Any]) -> Position:
-    """Read `Position.as_json` back."""
+def position_from_json(given: Mapping[str, Any], marker: Callable[[Mapping[str, Any]], Marker]) -> Position:
+    """Read `Position.as_json` back; `marker` reads the slots of the model's family."""
     return Position(
         script=tuple(Segment(*entry) for entry in given["script"]),
         chunk=given["chunk"],
         shot=given["shot"],
         prompt=given["prompt"],
         edits=tuple(Edit(*entry) for entry in given["edits"]),
-        slots=slots_from_json(given["slots"]),
+        slots=marker(given["slots"]),
     )
 
 
-class KVState:
-    """K/V slots of all layers: one cache, and a second one for the negative prompt under CFG."""
+class SessionState:
+    """A model's state of one video: one set of tensors, and a second one for the negative prompt under CFG.
 
-    def __init__(self, backend: Backend, negative: bool) -> None:
-        self.positive: Cache = backend.new_cache()
-        self.negative: Cache | None = backend.new_cache() if negative else None
+    They are allocated once and used in place. Which slots count is told by the marker in `Position`: staging a chunk
+    yields the next marker, keeping it is the commit.
+    """
 
-    def stage(self, marker: SlotTable, cut: bool) -> Plan:
-        return marker.plan(cut)
+    def __init__(self, model: VideoModel, negative: bool) -> None:
+        self.positive: State = model.new_state()
+        self.negative: State | None = model.new_state() if negative else None
 
     def tensors(self) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = {}
-        for side, cache in (("positive", self.positive), ("negative", self.negative or [])):
-            for layer, parts in enumerate(cache):
-                named |= {f"{side}.{layer}.{i}": tensor for i, tensor in enumerate(parts)}
-        return named
+        """The tensors by name, not copied, for snapshots."""
+        sides = {"positive": self.positive, "negative": self.negative}
+        return {f"{side}.{name}": t for side, state in sides.items() if state for name, t in state.tensors.items()}

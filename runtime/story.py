@@ -77,7 +77,8 @@ def frame_count(preset: Preset, chunks: int, continued: bool = False) -> int:
 
     `continued`: they go on from earlier ones, so that none is the video's first.
     """
-    frames = preset.vae.stride[0] * chunks * preset.chunk_latents
+    latents = chunks * preset.chunk_latents if continued else preset.first_frame(chunks)
+    frames = preset.vae.stride[0] * latents
     return frames if continued else frames - (preset.vae.stride[0] - 1)
 
 

@@ -1,6 +1,6 @@
 """Realistic, seeded inputs of every network, for comparing two ways of running it.
 
-The window cases use a cache that was filled by actual writes, as in a session: chunks 0, 1, 2 written, chunk 3 read.
+The window cases use a cache that was filled by actual writes, as in a session: all chunks but the last of a window written, which is read.
 """
 
 from __future__ import annotations
@@ -13,28 +13,19 @@ from torch import Tensor
 
 from longtake.dtypes import DTYPES
 from longtake.formats.recipe import Recipe
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models
 from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.networks import network_module
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
-from longtake.training.models.wan.spec import recipe_spec
 
-# (name, slots read, chunk index, slot written): what a session does at its start, in its middle, and committing.
-DIT_CASES = (
-    ("first chunk", [-1], 0, -1),
-    ("one chunk read", [0, -1], 1, -1),
-    ("two chunks read", [0, 1, -1], 2, -1),
-    ("full window", [0, 1, 2, -1], 3, -1),
-    ("full window, writes", [0, 1, 2, -1], 3, 3),
-)
 Feeds = dict[str, Tensor]
 Run = Callable[[Feeds], list[Tensor]]
 
 
 def torch_runner(models: Models, name: str, recipe: Recipe) -> Run:
     """Runs the torch module of a network on named fp32 feeds, outputs in spec order."""
-    module = network_module(models, name, recipe.cache, vae_ops=recipe.vae_ops)
+    module = family_of(models.preset).module(models, recipe, name)
 
     @torch.no_grad()
     def run(feeds: Feeds) -> list[Tensor]:
@@ -55,7 +46,8 @@ def cases(
 ) -> Iterator[tuple[str, Feeds]]:
     """The named input sets of one network; `text` holds the outputs of the networks before it."""
     preset = models.preset
-    spec = recipe_spec(recipe, name, preset)
+    family = family_of(preset)
+    spec = family.spec(preset, recipe, name)
     if name == "text_encoder":
         tokens = torch.zeros(1, preset.text.length, dtype=torch.int32)
         words = preset.text.length // 2
@@ -69,7 +61,7 @@ def cases(
         yield "start of a clip", {spec.inputs[0].name: _random(spec, generator)}
     else:
         name = name.replace("steady", "first")
-        first = recipe_spec(recipe, name, preset)
+        first = family.spec(preset, recipe, name)
         outputs = torch_runner(models, name, recipe)({first.inputs[0].name: _random(first, generator)})
         names = [b.name for b in spec.inputs]
         for step in ("second step", "third step"):
@@ -84,14 +76,22 @@ def _random(spec: NetworkSpec, generator: torch.Generator) -> Tensor:
     return value.clamp(-1, 1) if spec.inputs[0].name == "frames" else value
 
 
+def dit_cases(window: int) -> list[tuple[str, list[int], int, int]]:
+    """(name, slots read, chunk index, slot written): what a session does at its start, in its middle, and committing."""
+    names = ("first chunk", "one chunk read", "two chunks read", *(f"{n} chunks read" for n in range(3, window - 1)))
+    few = [(name, [*range(chunk), -1], chunk, -1) for chunk, name in enumerate(names[: window - 1])]
+    full, last = [*range(window - 1), -1], window - 1
+    return [*few, ("full window", full, last, -1), ("full window, writes", full, last, last)]
+
+
 def _dit_cases(
     preset: Preset, spec: NetworkSpec, context: Feeds, run: Run, generator: torch.Generator
 ) -> Iterator[tuple[str, Feeds]]:
     caches = empty_caches(spec)
-    for chunk in range(3):
+    for chunk in range(preset.window_chunks - 1):
         feeds = dit_feeds(preset, context, caches, list(range(chunk)) + [-1], chunk, chunk, 0.0, generator)
         caches = dict(zip(caches, run(feeds)[1:]))
-    for name, table, chunk, slot in DIT_CASES:
+    for name, table, chunk, slot in dit_cases(preset.window_chunks):
         timestep = 0.0 if slot >= 0 else 700.0
         yield name, dit_feeds(preset, context, caches, table, chunk, slot, timestep, generator)
 

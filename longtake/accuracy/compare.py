@@ -21,11 +21,10 @@ from longtake.accuracy.ort_session import session_from_view
 from longtake.errors import GateError
 from longtake.formats.recipe import Recipe
 from longtake.plugins.cache_format import CACHE_FORMATS, cache_tensors
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models
 from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.quantize import apply_precision
-from longtake.training.models.wan.linears import quantized_linears
-from longtake.training.models.wan.spec import networks_of, recipe_spec
 
 # Nearly equal values round to different 4-bit codes where they lie near a tie. NVFP4's own relative error on Gaussian
 # data is 0.09, so two independent roundings differ by 0.13: a written 4-bit cache may differ by that, on top of what
@@ -62,10 +61,11 @@ def parity_table(
     """
     oracle = recipe_models(models, recipe.precision)
     generator = torch.Generator().manual_seed(seed)
-    names = networks_of(oracle.preset)
+    family = family_of(oracle.preset)
+    names = family.networks(oracle.preset)
     text = {} if "text_encoder" in names else random_text(oracle.preset, generator)
     for name in names:
-        spec = recipe_spec(recipe, name, oracle.preset)
+        spec = family.spec(oracle.preset, recipe, name)
         torch_run = torch_runner(oracle, name, recipe)
         onnx_run = onnx_runner(folder / f"{name}.ort.onnx", spec) if networks is None or name in networks else None
         for case, feeds in cases(oracle, recipe, name, text, torch_run, generator):
@@ -88,7 +88,9 @@ def recipe_models(models: Models, precision: str) -> Models:
     stored = replace(stored, vae=copy.deepcopy(stored.vae), text=copy.deepcopy(stored.text))
     if precision == "nvfp4":
         _quantize_weights_once(stored)
-    packed = set() if precision == "bf16" else {f"{name}.weight" for name in quantized_linears(stored.dit)}
+    packed = (
+        set() if precision == "bf16" else {f"{name}.weight" for name in family_of(models.preset).linears(stored.dit)}
+    )
     for module in (stored.dit, stored.vae, stored.text):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if not (module is stored.dit and (name in packed or name.endswith("_amax"))):

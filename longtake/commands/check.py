@@ -19,7 +19,7 @@ from longtake.runtime.backends.base import Backend
 from longtake.runtime.check.networks import ChunkRow, Row, check_chunks, check_networks, require_gates
 from longtake.runtime.check.report import chunk_table, table, write_report
 from longtake.runtime.generator import Generator
-from longtake.runtime.sources import BACKEND_NAMES, Promise, Source, backend_from_source, source_from_name
+from longtake.runtime.sources import BACKEND_NAMES, OpenOptions, Source, backend_from_source, source_from_name
 from longtake.runtime.story import story_from_script
 from longtake.settings import settings_from_environment
 from longtake.training.models.load import Models, load_models
@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
     models = models_of_export(recipe, Export.read(source.onnx), args.checkpoints or source.checkpoints)
     path = args.report or OUT / f"{recipe.name}.json"
     claim_outputs({"--report": path, "the plot beside --report": path.with_suffix(".png")}, {"--story": args.story})
-    promise = Promise(runs=args.story is not None)  # asked of the reference backend only: networks have runners here
-    with closing(backend_from_source(source, args.backend, None, promise=promise)) as backend:
+    # asked of the reference backend only: networks have runners here
+    opening = OpenOptions(runs=args.story is not None)
+    with closing(backend_from_source(source, args.backend, None, opening=opening)) as backend:
         print(f"backend {backend.name}: {backend.reason}")
         rows = _network_rows(args, recipe, source, models, backend)
         print("\n".join(table(rows)))

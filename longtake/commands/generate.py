@@ -20,11 +20,13 @@ from longtake.errors import LongtakeError
 from longtake.files import require_disk
 from longtake.outputs import claim_outputs
 from longtake.runtime.budget.terms_table import Budget, budget_table
+from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
-from longtake.runtime.session import CancelledError, Chunk, Session
+from longtake.runtime.sampling import CancelledError
+from longtake.runtime.session import Session
 from longtake.runtime.snapshot import snapshot_from_file
-from longtake.runtime.sources import BACKEND_NAMES, ORACLE, Promise
+from longtake.runtime.sources import BACKEND_NAMES, ORACLE, OpenOptions
 from longtake.runtime.start import start_of
 from longtake.runtime.story import Story, check_fits, checked_prompt, frame_count, story_from_file, story_from_prompt
 from longtake.video import VideoWriter
@@ -132,19 +134,19 @@ def run(args: argparse.Namespace) -> int:
         _backend_name(args.backend),
         args.device,
         args.decode_device,
-        _promise(args, story),
+        _open_options(args, story),
         args.checkpoints,
     ) as generator:
         return generate(generator, args, story, out)
 
 
-def _promise(args: argparse.Namespace, story: Story | None) -> Promise:
+def _open_options(args: argparse.Namespace, story: Story | None) -> OpenOptions:
     """What the backend is opened for; the memory it takes is printed before it takes any."""
     asked = args.guidance if args.guidance is not None else story.guidance if story else None
     if args.load_session:
         asked = snapshot_from_file(args.load_session).identity.guidance
     starts = bool(args.image or args.continue_from or (story and (story.image or story.clip)))
-    return Promise(
+    return OpenOptions(
         guided=None if asked is None else asked != 1.0,
         encode=starts,
         announce=lambda budget: print(budget_table(budget), flush=True),
@@ -226,7 +228,7 @@ def _conclude(session: Session, args: argparse.Namespace, take: Take, complete: 
     options = session.options
     report = Report(
         kind="generate", steps=options.steps, guidance=options.guidance, seed=options.seed, complete=complete,
-        output=str(take.out), **conditions_of_run(session.backend, budget), **take.meter.figures(),
+        output=str(take.out), **conditions_of_run(session.model.backend, budget), **take.meter.figures(),
     )  # fmt: skip
     report_path = args.report or take.out.with_suffix(".json")
     write_report(report, report_path)

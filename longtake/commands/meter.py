@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from longtake.runtime.session import Chunk
+from longtake.runtime.chunk import Chunk
 
 DIT_STAGES = ("conditions", "denoise", "clean")
 

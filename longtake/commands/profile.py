@@ -10,7 +10,8 @@ from typing import Any
 from longtake.files import write_json
 from longtake.machine.capability import BACKENDS
 from longtake.runtime.profile.profile import reference_profile, table, timing_feed, trtexec_profile
-from longtake.training.models.wan.spec import NETWORKS, network_spec
+from longtake.training.models.families import family_of
+from longtake.training.models.network_spec import NETWORKS
 
 OUT = Path("runs") / "profile"
 Profile = tuple[str, str, list[dict[str, Any]]]  # network or plan, who measured it, rows
@@ -61,7 +62,7 @@ def _reference(source: Any, names: list[str], runs: int) -> Iterator[Profile]:
     Export.read(source.onnx)
     threads = settings_from_environment().threads
     for name in names:
-        feed = timing_feed(network_spec(source.recipe.model, source.recipe.cache, name))
+        feed = timing_feed(family_of(source.recipe.model).spec(source.recipe.model, source.recipe, name))
         rows = reference_profile(source.onnx / f"{name}.ort.onnx", feed, runs, threads)
         yield name, f"ONNX Runtime on the CPU ({threads} threads): a reference, no TensorRT figure", rows
 

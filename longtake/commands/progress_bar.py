@@ -7,7 +7,7 @@ import sys
 from tqdm import tqdm
 
 from longtake.commands.meter import Meter
-from longtake.runtime.session import Chunk
+from longtake.runtime.chunk import Chunk
 
 
 class GenerateProgress:

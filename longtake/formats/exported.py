@@ -10,8 +10,8 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256
 from longtake.formats.recipe import LINEARS, Recipe
 from longtake.record import Kind
+from longtake.training.models.families import family_of
 from longtake.training.models.presets import SamplingConfig
-from longtake.training.models.wan.spec import networks_of
 
 NAME = "export.json"
 KIND = Kind("an export description", "`longtake export`", "run `longtake export --force`")
@@ -125,7 +125,7 @@ class Export:
         fix = f"longtake export --recipe {recipe.name}"
         if given != wanted:
             raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
-        names = networks_of(recipe.model)
+        names = family_of(recipe.model).networks(recipe.model)
         missing = [name for name in names if name not in self.networks]
         if missing:
             raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),

@@ -1,131 +1,99 @@
-"""What a backend is: the networks of one recipe on one device, with their state in place.
+"""What a backend is: the networks of one recipe on one device, run by name, with their state in place.
 
-Legend: B = 1, F latent frames of a chunk, C latent channels, H, W latent size, E text length, T video frames.
-Every tensor is a torch tensor on `Backend.device`, except where said. A backend raises LongtakeError when it cannot be
-had; anything it raises during a call leaves no trace the session would read: see `Backend.dit`.
+Every tensor is a torch tensor on `Backend.device` (a decoder's on `decode_device`), except where said. A backend raises
+LongtakeError when it cannot be had; anything it raises during a call leaves no trace that the session would read.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtake.formats.recipe import Recipe
+from longtake.training.models.families import family_of
+from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset
 
-# One tuple a layer, tensors in the order of plugins.spec.cache_tensors(recipe.cache).
-Cache = list[tuple[Tensor, ...]]
+NO_SLOT = torch.tensor([-1], dtype=torch.int32)  # in the place of `spec.slot`: nothing is written
 
 
-class Decoder(Protocol):
-    """Streaming VAE decoder of one video: one latent frame in, one (the first) or four video frames out."""
+class State:
+    """What a network keeps from call to call: tensors by the names of its inputs. They are used in place and never move.
 
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """Normalized latent fp32 [1, C, H, W] to frames fp32 [3, T, H, W] in [-1, 1]; advances the state.
+    In a network with slots the first axis is the slot's: a call reads some slots and writes at most one.
+    """
 
-        The result may be a buffer that the next call overwrites.
-        """
-        ...
-
-    def state(self) -> list[Tensor]:
-        """The feature caches, not copied; an empty list before the first latent."""
-        ...
-
-    def load_state(self, tensors: list[Tensor]) -> None:
-        """Continue from `tensors` (any device, any float dtype), copied; an empty list starts a new video."""
-        ...
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
 
 
-class Encoder(Protocol):
-    """Streaming VAE encoder of one video: one video frame in (the first) or four, one latent frame out."""
-
-    def encode(self, frames_CTHW: Tensor) -> Tensor:
-        """Frames fp32 [3, T, H, W] in [-1, 1], any device, T = 1 at the start and 4 after it; advances the state.
-
-        Returns the normalized latent, the distribution's mean, fp32 [1, C, h, w]; the next call may overwrite it.
-        """
-        ...
-
-
-class Backend(Protocol):
+class Backend(ABC):
     """The networks of one recipe, ready to run.
 
     name: "reference", "segmented" or "fused" (tests add their own). reason: why this one was chosen, one clause.
-    A backend whose decoder runs on another device says which one in `decode_device` (see `decode_device_of`).
+    checkpoints: where what is no network here comes from, the preset's own folder if None.
+    networks, sizes, twice_bytes, memory_rows: of a backend on TensorRT plans, what the memory budget is compared with: the
+    loaded networks by name, bytes by the name of the budget's term, bytes of caches kept twice, and `MemoryLog.rows`.
     """
 
-    name: str
-    reason: str
+    name: str = ""
+    reason: str = ""
     device: torch.device
     preset: Preset
     recipe: Recipe
+    checkpoints: Path | None = None
+    networks: Mapping[str, Any] = {}
+    sizes: Mapping[str, int] = {}
+    twice_bytes: int = 0
+    memory_rows: Sequence[Mapping[str, Any]] = ()
 
-    def text(self, tokens: Tensor) -> Tensor:
-        """Token ids int32 [1, E] to embeddings fp32 [1, E, text_dim]; rows of padding are zero."""
-        ...
+    @cached_property
+    def decode_device(self) -> torch.device:
+        """Where the VAE decoder runs."""
+        return self.device
 
-    def context(self, embeddings: Tensor) -> list[Tensor]:
-        """Embeddings to each layer's cross-attention K and V, [2, E, heads, head_dim]. The caller keeps them."""
-        ...
+    @cached_property
+    def specs(self) -> dict[str, NetworkSpec]:
+        """The spec of every network that the preset's model consists of, whether or not it can be run here."""
+        family = family_of(self.preset)
+        names = dict.fromkeys(("text_encoder", *family.networks(self.preset)))
+        return {name: family.spec(self.preset, self.recipe, name) for name in names}
 
-    def new_cache(self) -> Cache:
-        """Allocate one zeroed K/V cache. Its tensors are used in place and never move."""
-        ...
+    @abstractmethod
+    def has(self, network: str) -> bool:
+        """Whether `network` can be run here."""
 
-    def dit(
-        self,
-        latents_BCFHW: Tensor,
-        sinusoid: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
-        context: list[Tensor],
-        cache: Cache,
-        table: Tensor,
-        write_slot: Tensor,
-    ) -> Tensor:
-        """One DiT pass: velocity fp32 [1, C, F, H, W], which the next call may overwrite.
+    @abstractmethod
+    def new_state(self, network: str) -> State:
+        """Allocate the state of `network`, zeroed: its spec's in-place and carried inputs.
+
+        A stream's two networks ("vae_first", "vae_steady") share one state, made for the later one's name.
+        """
+
+    @abstractmethod
+    def run(
+        self, network: str, inputs: Mapping[str, Tensor], state: State | None = None, commit: bool = True
+    ) -> Mapping[str, Tensor]:
+        """Run `network` once; its outputs by name, but for those that went into `state`.
 
         Args:
-            latents_BCFHW: fp32 [1, C, F, H, W].
-            sinusoid: timestep embedding input, fp32 [F, freq_dim].
-            rope_cos, rope_sin: fp32 [tokens, head_dim / 2].
-            context: what `context` returned for the prompt.
-            cache: what `new_cache` returned. With `write_slot` -1 it is only read; otherwise slot `write_slot` of every
-                layer is overwritten and no other, so that a pass that fails half-way damages at most that slot.
-            table: slots to read, int32 [W], 1 <= W <= window_chunks; -1 is the current block's own fresh K/V.
-            write_slot: int32 [1], on the host: a backend can tell reading from writing without waiting for the device.
+            inputs: by the spec's names, without what is in `state`. The one called `spec.slot` stays on the host, so that
+                nobody waits for the device.
+            state: what `new_state` returned. Outputs may then be buffers that the next call overwrites; without a state
+                the caller keeps them.
+            commit: False leaves the state alone. Otherwise it takes the outputs: all of them, or of a network with slots
+                only slot `inputs[spec.slot]`, so that a call that fails half-way damages at most that one.
         """
-        ...
 
-    def new_decoder(self) -> Decoder:
-        """A decoder at the start of a video."""
-        ...
-
-    def new_encoder(self) -> Encoder:
-        """An encoder at the start of a video. It may hold device memory for as long as it is referenced.
-
-        Raises:
-            LongtakeError: this backend has no VAE encoder; says what would give it one.
-        """
-        ...
-
+    @abstractmethod
     def peak_bytes(self) -> int:
         """Peak memory so far in bytes: device memory on a GPU, resident memory of the process on a CPU."""
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (an override is not required)
         """Release engines and buffers. Calling it twice is harmless."""
-        ...
-
-
-def decode_device_of(backend: Backend) -> torch.device:
-    """Where `backend` decodes: its `decode_device` if it has one, else its device."""
-    return getattr(backend, "decode_device", None) or backend.device
-
-
-def encode_video(encoder: Encoder, frames_CTHW: Tensor) -> Tensor:
-    """The start of a video, fp32 [3, 1 + 4 (F - 1), H, W] in [-1, 1], to latents fp32 [1, F, C, h, w] on the CPU."""
-    groups = [frames_CTHW[:, :1], *frames_CTHW[:, 1:].split(4, dim=1)]
-    return torch.stack([encoder.encode(group).cpu().clone() for group in groups if group.shape[1]], dim=1)

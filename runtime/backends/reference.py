@@ -14,7 +14,6 @@ from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.host import HostBackend
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.spec import NETWORKS
 
 
 class ReferenceBackend(HostBackend):
@@ -38,27 +37,24 @@ class ReferenceBackend(HostBackend):
         super().__init__(recipe, reason, torch.device("cpu"), preset, checkpoints)
         export = Export.read(folder)
         export.require_recipe(recipe, folder)
-        self._views = {name: folder / f"{name}.ort.onnx" for name in NETWORKS if name in export.networks}
+        self._views = {name: folder / f"{name}.ort.onnx" for name in self.specs if name in export.networks}
         self._sessions: dict[str, Any] = {}
         if runs:
             for name in self._views:
                 self._session(name)
 
     def has(self, network: str) -> bool:
-        """See HostBackend.has."""
+        """See Backend.has."""
         return network in self._views
 
-    def call(
-        self, network: str, inputs: Mapping[str, Tensor], wanted: Sequence[str] | None = None
-    ) -> dict[str, Tensor]:
+    def call(self, network: str, inputs: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
         """See HostBackend.call."""
         # The exporter drops inputs that a network does not use.
         session = self._session(network)
         read = {value.name for value in session.get_inputs()}
         feeds = {name: t.contiguous().numpy() for name, t in inputs.items() if name in read}
-        names = [binding.name for binding in self.specs[network].outputs] if wanted is None else list(wanted)
-        arrays = session.run(names, feeds)
-        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+        arrays = session.run(list(wanted), feeds)
+        return {name: torch.from_numpy(array) for name, array in zip(wanted, arrays, strict=True)}
 
     def _session(self, network: str) -> Any:
         if network not in self._sessions:

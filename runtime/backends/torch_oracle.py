@@ -10,12 +10,9 @@ from torch import Tensor
 
 from longtake.accuracy.compare import recipe_models
 from longtake.formats.recipe import Recipe
-from longtake.runtime.backends.base import Encoder
 from longtake.runtime.backends.host import HostBackend
-from longtake.runtime.backends.torch_parts import TorchEncoder
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, load_models
-from longtake.training.models.wan.networks import network_module
-from longtake.training.models.wan.spec import NETWORKS
 
 
 class TorchBackend(HostBackend):
@@ -36,22 +33,12 @@ class TorchBackend(HostBackend):
             recipe, "PyTorch in fp32, the oracle", device or torch.device("cpu"), plain.preset, checkpoints
         )
         self.vocabulary = tuple(plain.vocabulary)
-        oracle = recipe_models(plain, recipe.precision)
-        self._vae = oracle.vae
-        self._modules = {
-            name: network_module(oracle, name, recipe.cache, vae_ops=recipe.vae_ops).to(self.device)
-            for name in NETWORKS
-        }
+        oracle, family = recipe_models(plain, recipe.precision), family_of(plain.preset)
+        self._modules = {name: family.module(oracle, recipe, name).to(self.device) for name in self.specs}
 
     @torch.no_grad()
-    def call(
-        self, network: str, inputs: Mapping[str, Tensor], wanted: Sequence[str] | None = None
-    ) -> dict[str, Tensor]:
+    def call(self, network: str, inputs: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
         """See HostBackend.call."""
         spec = self.specs[network]
         outputs = self._modules[network](*(inputs[binding.name].to(self.device) for binding in spec.inputs))
         return {binding.name: tensor for binding, tensor in zip(spec.outputs, outputs, strict=True)}
-
-    def new_encoder(self) -> Encoder:
-        """See Backend.new_encoder."""
-        return TorchEncoder(self._vae, self.device)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtake.paths import REPOSITORY
 from longtake.training.models.checkpoint import load_into
+from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.vae import CausalVAE
 
 TextRunner = Callable[[Tensor], Tensor]  # token ids int32 [1, E] -> embeddings fp32 [1, E, text_dim]
 
@@ -24,14 +25,14 @@ def checkpoint_folder(preset: Preset, checkpoints: Path | None) -> Path:
     return checkpoints or REPOSITORY / preset.checkpoints
 
 
-def vae_from_checkpoints(preset: Preset, checkpoints: Path | None) -> CausalVAE:
+def vae_from_checkpoints(preset: Preset, checkpoints: Path | None) -> Any:
     """The VAE of a folder of checkpoints, on the CPU, in the dtype it has there.
 
     Raises:
         LongtakeError: it is missing, or of another preset.
         IntegrityError: it is damaged.
     """
-    vae = CausalVAE(preset.vae)
+    vae = family_of(preset).vae(preset)
     load_into(vae, checkpoint_folder(preset, checkpoints) / "vae.safetensors", kind="vae", preset=preset.name)
     return vae.eval()
 
@@ -44,14 +45,15 @@ def text_runner(preset: Preset, checkpoints: Path | None, device: torch.device) 
 
 
 class TorchEncoder:
-    """Streaming VAE encoder (see base.Encoder) in PyTorch."""
+    """Streaming VAE encoder (see video_model.Encoder) in PyTorch, by the VAE's `encode_chunk`."""
 
-    def __init__(self, vae: CausalVAE, device: torch.device) -> None:
+    def __init__(self, vae: Any, device: torch.device) -> None:
         self.vae, self.device = vae.to(device), device
         self._histories: list[Tensor] | None = None
 
     @torch.no_grad()
     def encode(self, frames_CTHW: Tensor) -> Tensor:
-        """See base.Encoder.encode."""
+        """See video_model.Encoder.encode."""
         latents, self._histories = self.vae.encode_chunk(frames_CTHW[None].to(self.device), self._histories)
-        return latents[:, 0]
+        first: Tensor = latents[:, 0]
+        return first

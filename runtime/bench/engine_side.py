@@ -103,7 +103,7 @@ def memory(backend: Backend, options: BenchOptions, promised: dict[str, Any]) ->
     """Promised beside measured, step by step as the driver saw it and term by term; {} without a GPU."""
     from longtake.runtime.budget.measured import measured_terms, memory_rows, record_arenas
 
-    if backend.device.type != "cuda" or not hasattr(backend, "memory"):
+    if backend.device.type != "cuda" or not backend.memory_rows:
         return {}
     folder = engine_folder(options)
     if (folder / "bundle.json").is_file():
@@ -112,7 +112,7 @@ def memory(backend: Backend, options: BenchOptions, promised: dict[str, Any]) ->
     terms = [{"term": term["name"], "known": term["known"], "promised_gb": term["gb"],
               "measured_gb": round(found[term["name"]] / 1e9, 3) if term["name"] in found else None}
              for term in promised.get("terms", [])]  # fmt: skip
-    steps = memory_rows(backend.memory.rows, promised)
+    steps = memory_rows(backend.memory_rows, promised)
     return {"steps": steps, "terms": terms, "total_measured_gb": round(backend.peak_bytes() / 1e9, 3),
             "total_promised_gb": promised.get("total_gb")}  # fmt: skip
 

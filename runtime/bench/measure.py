@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
-from longtake.runtime.backends.base import Backend, decode_device_of
+from longtake.runtime.backends.base import Backend
 from longtake.runtime.bench.gpu import gpu_state, peak_bytes
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.timed_backend import TimedBackend
 from longtake.runtime.bench.timing import mean, spread, synchronize
+from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
-from longtake.runtime.session import Chunk, Session
+from longtake.runtime.session import Session
 from longtake.runtime.story import Segment
+from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import Preset
 
 SCRIPT = (Segment("a first shot", 1), Segment("a second shot", 1, cut=True), Segment("the second shot goes on", 1))
@@ -42,7 +44,7 @@ def measure(backend: Backend, options: BenchOptions, save: Save) -> dict[str, An
         if options.networks == ("vae",):
             _measure_decoder(timed, options, figures)
     figures["peak_gb"] = round(max(peak_bytes(backend.device), backend.peak_bytes()) / 1e9, 3)
-    if (decode_device := decode_device_of(backend)) != backend.device:
+    if (decode_device := backend.decode_device) != backend.device:
         figures["decode_peak_gb"] = round(peak_bytes(decode_device) / 1e9, 3)
     figures["gpu_state"] = gpu_state(backend.device)
     save(figures)
@@ -136,15 +138,15 @@ def _overlapped(session: Session, options: BenchOptions, figures: dict[str, Any]
     first = next(session)
     chunks = [next(session) for _ in range(options.chunks)]
     spent = _await(chunks[-1]).finished_at - _await(first).finished_at
-    frames = chunk_frames(session.backend.preset) * len(chunks)
+    frames = chunk_frames(session.model.preset) * len(chunks)
     figures["fps"]["end_to_end"] = _rate(frames, spent)
     figures["stage_ms"]["overlapped_chunk"] = round(1e3 * spent / len(chunks), 2)
 
 
 def _measure_decoder(timed: TimedBackend, options: BenchOptions, figures: dict[str, Any]) -> None:
     """The decoder alone: the first latent, one steady chunk to warm up, then the chunks that count."""
-    preset, device = timed.inner.preset, decode_device_of(timed.inner)
-    decoder, many = timed.new_decoder(), preset.chunk_latents
+    preset, device = timed.preset, timed.decode_device
+    decoder, many = VideoModel(timed).decoder(), preset.chunk_latents
     latents = torch.randn(many, 1, preset.vae.z_channels, *preset.latent_hw, device=device)
     for latent in (latents[0], *latents):
         decoder.decode(latent)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longtake.runtime.backends.base import Decoder
+from longtake.runtime.backends.base import State
 from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, DecoderSteady, RMSNorm
 
 
@@ -51,24 +51,23 @@ def with_fast_norms(vae: CausalVAE, channels_last: bool) -> CausalVAE:
     return vae
 
 
-class PlainDecoder(Decoder):
+class DecoderState(State):
+    """The caches of one video, by number, as the last call returned them: nothing is copied for PyTorch's side."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+
+class PlainDecoder:
     """Streaming decode, one latent a call, with the caches handed from call to call."""
 
     def __init__(self, vae: CausalVAE) -> None:
         self.first, self.steady = DecoderFirst(vae), DecoderSteady(vae)
-        self._caches: list[Tensor] = []
 
-    @torch.no_grad()
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """See Decoder.decode."""
-        latent = latent_BCHW.unsqueeze(2)
-        frames, *self._caches = self.steady(latent, *self._caches) if self._caches else self.first(latent)
-        return frames[0]
-
-    def state(self) -> list[Tensor]:
-        """See Decoder.state."""
-        return self._caches
-
-    def load_state(self, tensors: list[Tensor]) -> None:
-        """See Decoder.load_state."""
-        self._caches = [tensor.clone() for tensor in tensors]
+    def decode(self, latent_BCFHW: Tensor, state: DecoderState, first: bool) -> Tensor:
+        """Frames fp32 [1, 3, T, H, W] of a latent fp32 [1, C, 1, H, W]; its caches go into `state`."""
+        step = self.first(latent_BCFHW) if first else self.steady(latent_BCFHW, *state.tensors.values())
+        frames, *caches = step
+        state.tensors = {str(i): cache for i, cache in enumerate(caches)}
+        result: Tensor = frames
+        return result

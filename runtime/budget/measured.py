@@ -10,33 +10,31 @@ from typing import Any
 from torch import Tensor
 
 from longtake.files import sha256, write_json
-from longtake.runtime.backends.base import Backend, Cache
+from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.budget.terms import DECODER, LANES, MEASURED, PLAIN, WORKING
 from longtake.runtime.budget.terms_table import gigabytes
 
 log = logging.getLogger(__name__)
 
 
-def measured_terms(backend: Backend, caches: Iterable[Cache] = ()) -> dict[str, int]:
+def measured_terms(backend: Backend, states: Iterable[State] = ()) -> dict[str, int]:
     """Bytes by the name of a budget's term, of a backend on TensorRT plans that has generated a chunk.
 
-    "total" is the peak as the driver counts it. `caches` are the sessions' K/V caches. For `Budget.against`.
+    "total" is the peak as the driver counts it. `states` are the sessions' K/V caches. For `Budget.against`.
     """
-    networks = {name: network for name, network in _networks(backend).items() if hasattr(network, "graph")}
-    weights = {name: [network._fixed[w] for w in network.graph.weights] for name, network in networks.items()}
+    weights = {name: network.weight_tensors for name, network in backend.networks.items() if network.weight_tensors}
     found = {f"weights, {name}": _nbytes(weights[name]) for name in weights if name in PLAIN}
     if decoder := [tensor for name in DECODER for tensor in weights.get(name, [])]:
         found["weights, VAE decoder"] = _nbytes({tensor.data_ptr(): tensor for tensor in decoder}.values())
     found |= {WORKING[lane]: size for lane, size in arena_sizes(backend).items()}
-    found["static buffers"] = _nbytes(getattr(backend, "_static", {}).values())
-    found |= getattr(backend, "sizes", {})
-    cached = _nbytes(tensor for cache in caches for layer in cache for tensor in layer)
+    found |= backend.sizes
+    cached = _nbytes(tensor for state in states for tensor in state.tensors.values())
     return found | ({"K/V cache": cached} if cached else {}) | {"total": backend.peak_bytes()}
 
 
 def arena_sizes(backend: Backend) -> dict[str, int]:
     """Bytes of each lane's arena, which the lane's networks share."""
-    networks = _networks(backend)
+    networks = backend.networks
     sizes = {lane: [networks[n].arena.size for n in names if n in networks] for lane, names in LANES.items()}
     return {lane: max(found) for lane, found in sizes.items() if found}
 
@@ -46,9 +44,9 @@ def record_arenas(engines: Path, backend: Backend) -> None:
     sizes = arena_sizes(backend)
     if not sizes:
         return
-    twice = {"caches twice": backend.bytes_kept_twice()} if hasattr(backend, "bytes_kept_twice") else {}
     try:
-        found = {"bundle": sha256(engines / "bundle.json"), "arena_bytes": sizes | twice}
+        arenas = sizes | {"caches twice": backend.twice_bytes}
+        found = {"bundle": sha256(engines / "bundle.json"), "arena_bytes": arenas}
         write_json(engines / MEASURED, found)
     except OSError as error:  # a read-only folder: the next budget estimates again
         log.info("cannot write %s: %s", engines / MEASURED, error)
@@ -79,10 +77,6 @@ def memory_rows(log_rows: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]
         })  # fmt: skip
         before = row["bytes"]
     return rows
-
-
-def _networks(backend: Backend) -> dict[str, Any]:
-    return dict(getattr(backend, "networks", {}))
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

@@ -17,7 +17,7 @@ from longtake.dtypes import DTYPES, of_torch
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType
 from longtake.plugins.spec import DOMAIN
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.spec import network_spec
+from longtake.training.models.wan.spec import vae_spec
 
 NETWORK = "vae_steady"
 
@@ -28,7 +28,7 @@ def library_decoder_steps(preset: Preset) -> SegmentedGraph:
     from longtake.training.models.wan.vae import CausalVAE
     from longtake.training.models.wan.vae_library import LibrarySteady
 
-    spec = network_spec(preset, "bf16", NETWORK, "library")
+    spec = vae_spec(preset, NETWORK, "library")
     with torch.device("meta"):
         module = LibrarySteady(CausalVAE(preset.vae)).eval().to(torch.bfloat16)
         given = {b.name: torch.empty([int(n) for n in b.shape], dtype=DTYPES[b.dtype].torch) for b in spec.inputs}

@@ -18,10 +18,10 @@ from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import SegmentedGraph
 from longtake.runtime.budget.terms_table import CUDA_CONTEXT_BYTES, KERNEL_BYTES, Budget, Known, Place, Term
 from longtake.runtime.frames import staging_bytes
+from longtake.training.models.families import family_of
 from longtake.training.models.network_spec import Binding, NetworkSpec
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.runner import KEPT
-from longtake.training.models.wan.spec import cache_bindings, context_bindings, network_spec
 
 MEASURED = "memory.json"  # beside the plans: arena bytes by lane, written by a run that loaded them: what their lanes' arenas take
 PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena
@@ -54,22 +54,22 @@ def budget_of(recipe: Recipe, use: Use = Use(), preset: Preset | None = None) ->
         terms += _decoding(recipe, model, use, place)
     if use.decode_apart:
         terms.append(Term("CUDA context (decode)", CUDA_CONTEXT_BYTES, "estimated", "decode"))
-    return Budget(recipe.name, tuple(terms), tuple(_apart(model, use)), one_gpu=not use.decode_apart)
+    return Budget(recipe.name, tuple(terms), tuple(_apart(recipe, model, use)), one_gpu=not use.decode_apart)
 
 
 def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
-    dit = network_spec(preset, recipe.cache, "dit")
+    family = family_of(preset)
+    dit, context = family.spec(preset, recipe, "dit"), family.spec(preset, recipe, "context")
     caches = 1 + use.guided
-    layers = range(preset.dit.layers)
     names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
-    kept = total_bytes(context_bindings(preset)) * caches
+    kept = total_bytes(context.outputs) * caches
     if preset.text.kind == "umt5":
         kept += 4 * KEPT * preset.text.length * preset.text.dim
     latents = SOLVER_LATENTS * total_bytes(dit.outputs[:1])
     return [
         *(weights_term(recipe, preset, name, use.engines) for name in names),
-        Term("K/V cache", caches * sum(total_bytes(cache_bindings(preset, recipe.cache, i)) for i in layers), "exact"),
-        Term("static buffers", total_bytes(static_bindings(dit)), "exact"),
+        Term("K/V cache", caches * total_bytes(state_bindings(dit)), "exact"),
+        Term("static buffers", total_bytes(static_bindings(dit), preset.window_chunks), "exact"),
         Term("prompts' K/V and embeddings", kept, "exact"),
         Term("solver", latents, "exact"),
         _working_term("denoise", recipe, preset, use.engines, "generate"),
@@ -77,8 +77,8 @@ def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
 
 
 def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Term]:
-    steady = network_spec(preset, recipe.cache, "vae_steady", recipe.vae_ops)
-    first = network_spec(preset, recipe.cache, "vae_first")
+    family = family_of(preset)
+    steady, first = family.spec(preset, recipe, "vae_steady"), family.spec(preset, recipe, "vae_first")
     # Once: our op writes them in place. TensorRT's plans do where they pass their proof, which only a run can tell (see
     # trt_stream.py); what they then keep twice, all of it at worst, is written down and known to the next budget.
     caches = total_bytes(steady.inputs[1:])
@@ -96,29 +96,33 @@ def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Te
     ]
 
 
-def _apart(preset: Preset, use: Use) -> Iterable[Term]:
+def _apart(recipe: Recipe, preset: Preset, use: Use) -> Iterable[Term]:
     if preset.text.kind == "umt5":
         from longtake.training.models.text.umt5_paged import device_bytes
 
         yield Term("text encoder, at a new prompt", device_bytes(preset.text, "bf16", False), "estimated")
     if use.encode:
-        first = network_spec(preset, "bf16", "vae_encoder_first")
-        steady = network_spec(preset, "bf16", "vae_encoder_steady")
+        family = family_of(preset)
+        first, steady = (family.spec(preset, recipe, f"vae_encoder_{step}") for step in ("first", "steady"))
         caches = 2 * total_bytes(steady.inputs[1:])
         weights = _parameters(preset, "vae_encoder_first") * 2
         yield Term("VAE encoder, before the start", int(weights + caches + total_bytes(first.inputs)), "estimated")
 
 
-def total_bytes(bindings: Iterable[Binding]) -> int:
-    """Bytes of some bindings; a dynamic dimension (the slot table's) counts 4, which is its most."""
-    sizes = ([n if isinstance(n, int) else 4 for n in b.shape] for b in bindings)
+def total_bytes(bindings: Iterable[Binding], most: int = 0) -> int:
+    """Bytes of some bindings; a dynamic dimension (the slot table's) counts `most`."""
+    sizes = ([n if isinstance(n, int) else most for n in b.shape] for b in bindings)
     return sum(DTYPES[b.dtype].bytes(prod(shape)) for shape, b in zip(sizes, list(bindings), strict=True))
 
 
 def static_bindings(dit: NetworkSpec) -> list[Binding]:
     """What a backend keeps in place for the DiT: its inputs but for the caches, and its velocity."""
-    caches = {source for _, source in dit.aliases}
-    return [*(binding for binding in dit.inputs if binding.name not in caches), dit.outputs[0]]
+    return [*(binding for binding in dit.inputs if binding not in state_bindings(dit)), dit.outputs[0]]
+
+
+def state_bindings(spec: NetworkSpec) -> list[Binding]:
+    """What a backend keeps of a network from call to call."""
+    return [binding for binding in spec.inputs if binding.name in spec.kept.values()]
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

@@ -29,10 +29,9 @@ from longtake.plugins.cache_format import cache_tensors
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.check.runners import BackendRunner, TorchRunner, ViewRunner, quiet_polygraphy
 from longtake.runtime.generator import Generator, Script
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models
 from longtake.training.models.network_spec import NetworkSpec
-from longtake.training.models.wan.networks import network_module
-from longtake.training.models.wan.spec import networks_of, recipe_spec
 
 ORACLE, VIEW = "PyTorch", "ONNX Runtime"
 
@@ -99,7 +98,7 @@ def check_networks(
     oracle = recipe_models(models, recipe.precision)
     for name, feeds in network_feeds(oracle, recipe, seed).items():
         if networks is None or name in networks:
-            spec = recipe_spec(recipe, name, oracle.preset)
+            spec = family_of(oracle.preset).spec(oracle.preset, recipe, name)
             view = folder / f"{name}.ort.onnx"
             yield from _compare(oracle, recipe, spec, view, feeds, threads, layers, backend)
 
@@ -108,13 +107,14 @@ def network_feeds(oracle: Models, recipe: Recipe, seed: int) -> dict[str, dict[s
     """{network: {case: feeds}}, each network fed with what the ones before it computed."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, dict[str, Feeds]] = {}
-    names = networks_of(oracle.preset)
+    family = family_of(oracle.preset)
+    names = family.networks(oracle.preset)
     text = {} if "text_encoder" in names else random_text(oracle.preset, generator)
     for name in names:
         run = torch_runner(oracle, name, recipe)
         found[name] = dict(cases(oracle, recipe, name, text, run, generator))
         if name in ("text_encoder", "context"):
-            outputs = recipe_spec(recipe, name, oracle.preset).outputs
+            outputs = family.spec(oracle.preset, recipe, name).outputs
             text = {b.name: value for b, value in zip(outputs, run(next(iter(found[name].values()))))}
     return found
 
@@ -135,11 +135,11 @@ def _compare(
     if isinstance(view, onnx.ModelProto):
         view = with_outputs(view, list(marked.values()))
     labels = {tensor: layer for layer, tensor in marked.items()}
-    module = network_module(oracle, spec.name, recipe.cache, vae_ops=recipe.vae_ops)
+    module = family_of(oracle.preset).module(oracle, recipe, spec.name)
     runners = [
         TorchRunner(ORACLE, spec, module, marked),
         *([ViewRunner(VIEW, view, threads)] if backend is None or path.is_file() else []),
-        *([BackendRunner(backend, spec)] if backend and spec.name != "vae_encoder_steady" else []),  # no caches to set
+        *([BackendRunner(backend, spec)] if backend else []),
     ]
     with quiet_polygraphy():
         results = Comparator.run(runners, data_loader=[numpy_feeds(feed) for feed in feeds.values()])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from longtake.accuracy.ort_session import session_from_model, session_from_view
 from longtake.dtypes import DTYPES
-from longtake.runtime.backends.base import Backend, Cache
+from longtake.runtime.backends.base import Backend, State
 from longtake.training.models.network_spec import NetworkSpec
 
 Arrays = OrderedDict[str, np.ndarray]
@@ -112,57 +112,35 @@ def _session(view: Path | onnx.ModelProto, threads: int) -> Any:
 
 
 class BackendRunner(_SpecRunner):
-    """A runtime backend, one network of it, with the state it keeps set from the feeds."""
+    """A runtime backend, one network of it, with its state set from the feeds."""
 
     def __init__(self, backend: Backend, spec: NetworkSpec) -> None:
         super().__init__(backend.name, spec)
         self.backend = backend
-        self.cache: Cache = backend.new_cache() if spec.name == "dit" else []
 
     def infer_arrays(self, feed_dict: Mapping[str, np.ndarray]) -> Arrays:
-        feeds = {name: torch.as_tensor(value).to(self.backend.device) for name, value in feed_dict.items()}
-        outputs = getattr(self, f"_{self.spec.name}")(feeds)
-        arrays = (t.detach().cpu() for t in outputs)
+        feeds = {name: torch.as_tensor(value) for name, value in feed_dict.items()}
+        state = self._state(feeds)
+        # The slot stays on the host, see Backend.run.
+        inputs = {n: t if n == self.spec.slot else t.to(self.backend.device) for n, t in feeds.items()}
+        commit = not self.spec.slot or int(feeds[self.spec.slot]) >= 0
+        outputs = dict(self.backend.run(self.spec.name, inputs, state, commit))
+        outputs |= {out: state.tensors[name] for out, name in self.spec.kept.items()} if state else {}
+        arrays = ((b, outputs[b.name].detach().cpu()) for b in self.spec.outputs)
         return OrderedDict(
             (b.name, (t if t.dtype == torch.int8 else t.float()).numpy().copy().reshape(_sizes(b.shape)))
-            for b, t in zip(self.spec.outputs, arrays)
+            for b, t in arrays
         )
 
-    def _text_encoder(self, feeds: dict[str, Tensor]) -> list[Tensor]:
-        return [self.backend.text(feeds["tokens"])]
-
-    def _context(self, feeds: dict[str, Tensor]) -> list[Tensor]:
-        return list(self.backend.context(feeds["embeddings"]))
-
-    def _dit(self, feeds: dict[str, Tensor]) -> list[Tensor]:
-        layers = len(self.cache)
-        held = [t for layer in self.cache for t in layer]
-        given = list(feeds.values())[-len(held) :]
-        for tensor, value in zip(held, given):
-            tensor.copy_(value)
-        context = [t.to(self._context_dtype()) for t in list(feeds.values())[6 : 6 + layers]]
-        latents, sinusoid, cos, sin, table, write_slot = list(feeds.values())[:6]
-        velocity = self.backend.dit(latents, sinusoid, cos, sin, context, self.cache, table, write_slot)
-        return [velocity, *held]
-
-    def _context_dtype(self) -> torch.dtype:
-        return torch.float32 if self.backend.device.type == "cpu" else torch.bfloat16
-
-    def _vae_first(self, feeds: dict[str, Tensor]) -> list[Tensor]:
-        return self._decode(feeds["latent"], [])
-
-    def _vae_steady(self, feeds: dict[str, Tensor]) -> list[Tensor]:
-        return self._decode(feeds["latent"], list(feeds.values())[1:])
-
-    def _vae_encoder_first(self, feeds: dict[str, Tensor]) -> list[Tensor]:
-        """The latent; an encoder's caches cannot be read."""
-        return [self.backend.new_encoder().encode(feeds["frames"][0])[:, :, None]]
-
-    def _decode(self, latent: Tensor, caches: list[Tensor]) -> list[Tensor]:
-        decoder = self.backend.new_decoder()
-        decoder.load_state(caches)
-        frames = decoder.decode(latent[:, :, 0])
-        return [frames[None], *decoder.state()]
+    def _state(self, feeds: dict[str, Tensor]) -> State | None:
+        """A state that holds what the feeds say of it; that is taken out of them. None if the network keeps nothing."""
+        if not self.spec.kept:
+            return None
+        state = self.backend.new_state(self.spec.name.replace("_first", "_steady"))
+        for name, tensor in state.tensors.items():
+            if name in feeds:
+                tensor.copy_(feeds.pop(name))
+        return state
 
 
 def _sizes(shape: tuple[int | str, ...]) -> tuple[int, ...]:

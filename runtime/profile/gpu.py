@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from longtake.runtime.backends.segments.network import SegmentedNetwork
-from longtake.runtime.backends.trt.backend import ENCODER, TrtBackend, WholeNetwork
+from longtake.runtime.backends.trt.backend import ENCODER, TrtBackend
+from longtake.runtime.backends.trt.networks import WholeNetwork
 from longtake.runtime.profile.profile import WARM_UP, LayerTimes, timing_feed
 from longtake.training.models.network_spec import NetworkSpec
 

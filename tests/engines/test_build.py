@@ -253,12 +253,12 @@ def small_dit(precision: str, cache: str, folder: Path) -> PlanJob:
     from longtake.export.weights import stored_tensors
     from longtake.training.models.load import random_models
     from longtake.training.models.presets import TINY
-    from longtake.training.models.wan.networks import network_module
+    from longtake.training.models.wan.networks import DiTStep
     from longtake.training.models.wan.spec import dit_spec
 
     preset = replace(TINY, dit=replace(TINY.dit, layers=2))
     models, spec = random_models(preset), dit_spec(preset, cache)
-    model = onnx_from_model(network_module(models, "dit", cache), spec)
+    model = onnx_from_model(DiTStep(models.dit, cache).eval(), spec)
     linears = [name for name in models.amax if "cross_attn.k" not in name and "cross_attn.v" not in name]
     lowered = lower(model, precision, linears, models.amax)
     attach_functions(model)

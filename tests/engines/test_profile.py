@@ -23,7 +23,7 @@ from longtake.runtime.profile.profile import (
     trtexec_profile,
 )
 from longtake.training.models.presets import TINY
-from longtake.training.models.wan.spec import network_spec
+from longtake.training.models.wan.spec import dit_spec
 
 
 def _times() -> LayerTimes:
@@ -107,7 +107,7 @@ def test_a_failing_trtexec_is_quoted(tmp_path: Path) -> None:
 
 
 def test_feeds_read_the_longest_window_and_write() -> None:
-    spec = network_spec(TINY, "nvfp4", "dit")
+    spec = dit_spec(TINY, "nvfp4")
     feed = timing_feed(spec)
     assert feed["table"].tolist() == [0, 1, 2, -1] and feed["write_slot"].tolist() == [3]
     assert feed["values_0"].dtype == np.int8 and feed["latents"].shape == (1, 16, 8, 8, 8)

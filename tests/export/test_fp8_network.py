@@ -26,7 +26,7 @@ from longtake.plugins.spec import DOMAIN
 from longtake.training.models.load import random_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.wan.linears import quantized_linears
-from longtake.training.models.wan.networks import network_module
+from longtake.training.models.wan.networks import DiTStep
 from longtake.training.models.wan.spec import dit_spec
 
 
@@ -56,7 +56,7 @@ def dit_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preset = replace(TINY, dit=replace(TINY.dit, layers=4), height=64, width=64)
     models = random_models(preset)
     amax = {name: {**entry, "input": 3.0 + 0.1 * i} for i, (name, entry) in enumerate(models.amax.items())}
-    model = onnx_from_model(network_module(models, "dit", "nvfp4"), dit_spec(preset, "nvfp4"))
+    model = onnx_from_model(DiTStep(models.dit, "nvfp4").eval(), dit_spec(preset, "nvfp4"))
     here = set(quantized_linears(models.dit)) & {linear_name(node) for node in model.graph.node}
     lowered = lower(model, "fp8", here, amax)
     attach_functions(model)

@@ -20,7 +20,7 @@ from longtake.formats.recipe import Recipe, recipe_from_file
 from longtake.machine.flavour import flavour_for
 from longtake.paths import REPOSITORY
 from longtake.runtime.backends.segments.arena import aliases_of, memory_layout, storage_bytes
-from longtake.training.models.wan.spec import network_spec
+from longtake.training.models.wan.spec import dit_spec
 
 PRECISIONS = ("fp8", "bf16")
 Package = tuple[Recipe, Path]
@@ -53,7 +53,7 @@ def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_
     with pytest.raises(LongtakeError, match="are of another recipe"):
         Export("tiny", "tiny", recipe.precision, recipe.cache, {}, ()).require_recipe(recipe, folder)
     with pytest.raises(IntegrityError, match="another number of custom ops"):
-        spec = network_spec(small_models.preset, recipe.cache, "dit")
+        spec = dit_spec(small_models.preset, recipe.cache)
         check_structure(folder / "dit.onnx", Expected(spec, recipe.precision, recipe.cache, 2))
 
 

@@ -25,9 +25,10 @@ from longtake.export.weights import stored_tensors
 from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx
 from longtake.training.models.load import Models
+from longtake.training.models.network_spec import NETWORKS
 from longtake.training.models.side_file import SideFile
-from longtake.training.models.wan.networks import network_module
-from longtake.training.models.wan.spec import NETWORKS, network_spec
+from longtake.training.models.wan.networks import ContextStep
+from longtake.training.models.wan.spec import context_spec, dit_spec
 
 
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "nvfp4"])
@@ -63,7 +64,7 @@ def test_4_bit_weights_take_4_5_bits_on_disk(package) -> None:  # type: ignore[n
 
 def test_a_pass_that_writes_nothing_returns_the_cache_unchanged(package) -> None:  # type: ignore[no-untyped-def]
     models, _, folder = package("w4a16")
-    spec = network_spec(models.preset, "nvfp4", "dit")
+    spec = dit_spec(models.preset, "nvfp4")
     generator = torch.Generator().manual_seed(0)
     caches = {
         name: torch.randint(0, 100, value.shape, generator=generator).to(value.dtype)
@@ -77,9 +78,9 @@ def test_a_pass_that_writes_nothing_returns_the_cache_unchanged(package) -> None
 
 
 def test_the_same_model_exports_to_the_same_bytes(small_models: Models, tmp_path: Path) -> None:
-    spec = network_spec(small_models.preset, "nvfp4", "context")
+    spec = context_spec(small_models.preset)
     for name in ("a", "b"):
-        model = onnx_from_model(network_module(small_models, "context"), spec)
+        model = onnx_from_model(ContextStep(small_models.dit).eval(), spec)
         content = stored_tensors(model, small_models.dit.state_dict(), "bf16", [], {})
         write_onnx(model, tmp_path / f"{name}.onnx", content)
     graphs = [(tmp_path / f"{name}.onnx").read_bytes().replace(f"{name}.onnx.data".encode(), b"") for name in "ab"]

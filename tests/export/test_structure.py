@@ -23,7 +23,7 @@ def expected(models, recipe, folder: Path, network: str = "dit") -> Expected:  #
     linears = Export.read(folder).networks[network].linears
     shapes = {name: tuple(models.dit.get_submodule(name).weight.shape) for name in linears}
     layers = models.preset.dit.layers if network == "dit" else 0
-    return Expected(network_spec(models.preset, recipe.cache, network), recipe.precision, recipe.cache, layers, shapes)
+    return Expected(network_spec(models.preset, recipe, network), recipe.precision, recipe.cache, layers, shapes)
 
 
 def node(model: onnx.ModelProto, op: str) -> onnx.NodeProto:

@@ -26,7 +26,7 @@ from longtake import files
 from longtake.commands.main import main
 from longtake.formats.plan import PlanManifest
 from longtake.formats.recipe import recipe_named
-from longtake.training.models.wan.spec import NETWORKS
+from longtake.training.models.network_spec import NETWORKS
 
 RECIPE = recipe_named("tiny_bf16_sm90")
 CHECKPOINTS = Path(__file__).parents[2] / RECIPE.model.checkpoints

@@ -26,7 +26,7 @@ from longtake.runtime.bench.roofline import chunk_work, dit_pass, roofline, vae_
 from longtake.runtime.bench.torch_backend import PlainTorchBackend
 from longtake.runtime.bench.torch_dit import PlainDiT
 from longtake.runtime.bench.torch_side import random_dit, random_vae
-from longtake.runtime.bench.torch_vae import PlainDecoder
+from longtake.runtime.bench.torch_vae import DecoderState, PlainDecoder
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B, DiTConfig, Preset
 from longtake.training.models.random_weights import fill
 from longtake.training.models.wan.dit import CausalDiT
@@ -114,8 +114,10 @@ def test_a_filled_model_has_weights_by_name_and_finite_activations() -> None:
     dit = random_dit(SMALL, CPU)
     name = "blocks.1.ffn.2.weight"
     assert torch.equal(dit.state_dict()[name], weights.random_weight(name, (128, 320), CPU))
-    frames = PlainDecoder(random_vae(SMALL, CPU, False)).decode(torch.randn(1, 16, *SMALL.latent_hw))
-    assert frames.shape == (3, 1, 64, 96) and bool(frames.isfinite().all()) and float(frames.std()) > 1e-3
+    frames = PlainDecoder(random_vae(SMALL, CPU, False)).decode(
+        torch.randn(1, 16, 1, *SMALL.latent_hw), DecoderState(), first=True
+    )
+    assert frames.shape == (1, 3, 1, 64, 96) and bool(frames.isfinite().all()) and float(frames.std()) > 1e-3
 
 
 # ---- PyTorch's side computes the same --------------------------------------------------------------------------------
@@ -155,8 +157,11 @@ def test_the_plain_decoder_is_our_decoder(channels_last: bool) -> None:
     with torch.no_grad():
         first, *caches = DecoderFirst(vae)(latents[0].unsqueeze(2))
         second = DecoderSteady(vae)(latents[1].unsqueeze(2), *caches)[0]
-    for expected, latent in zip((first, second), latents):
-        assert float((plain.decode(latent) - expected[0]).norm() / expected.norm()) < 1e-5
+    state = DecoderState()
+    for i, (expected, latent) in enumerate(zip((first, second), latents)):
+        with torch.no_grad():
+            got = plain.decode(latent.unsqueeze(2), state, first=i == 0)
+        assert float((got - expected).norm() / expected.norm()) < 1e-5
 
 
 # ---- roofline --------------------------------------------------------------------------------------------------------

@@ -20,16 +20,19 @@ from longtake.formats.recipe import recipe_named
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType
 from longtake.machine.flavour import Flavour
 from longtake.runtime import sources
+from longtake.runtime.backends.base import State
 from longtake.runtime.backends.host import HostBackend
+from longtake.runtime.backends.trt import open as trt_open
 from longtake.runtime.budget import check as budget_check
 from longtake.runtime.budget.measured import measured_terms, memory_rows, record_arenas
 from longtake.runtime.budget.terms import Use, budget_of, weight_bytes
 from longtake.runtime.budget.terms_table import CUDA_CONTEXT_BYTES, Budget, Term, budget_table, require_fits
 from longtake.runtime.report import conditions_of_run
-from longtake.runtime.sources import Promise, Source, backend_from_source
+from longtake.runtime.sources import OpenOptions, Source, backend_from_source
 from longtake.training.models.load import random_models
+from longtake.training.models.network_spec import NETWORKS
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B
-from longtake.training.models.wan.spec import NETWORKS, network_spec
+from longtake.training.models.wan.spec import dit_spec
 
 RECIPE = recipe_named("tiny_bf16_sm90")
 EXPORT = Export(RECIPE.onnx_name, RECIPE.preset, RECIPE.precision, RECIPE.cache, {}, (),
@@ -53,10 +56,10 @@ def test_the_cache_is_what_a_backend_allocates(name: str) -> None:
         def call(self, network: str, inputs: Any, wanted: Any = None) -> Any:
             raise NotImplementedError
 
-    cache = Bare(recipe, "test", torch.device("cpu")).new_cache()
+    cache = Bare(recipe, "test", torch.device("cpu")).new_state("dit").tensors.values()
     # A host cache holds fp32 where a GPU's holds bf16; the other parts are the same bytes.
     allocated = sum(t.nbytes // (2 if t.dtype == torch.float32 and recipe.cache == "bf16" else 1)
-                    for layer in cache for t in layer)  # fmt: skip
+                    for t in cache)  # fmt: skip
     assert of(budget_of(recipe), "K/V cache") == allocated
     assert of(budget_of(recipe, Use(guided=True)), "K/V cache") == 2 * allocated
 
@@ -144,9 +147,8 @@ class Part:
     """The memory of a cut network, as runtime/backends/segments/network.py keeps it."""
 
     def __init__(self, name: str, arena: int) -> None:
-        self.graph = graph(name)
         self.arena = type("Scratch", (), {"size": arena})()
-        self._fixed = {"w": torch.empty(3 << 19, dtype=torch.bfloat16), "y": torch.empty(1)}
+        self.weight_tensors = [torch.empty(3 << 19, dtype=torch.bfloat16)]
 
 
 def test_a_run_writes_down_what_only_loaded_engines_tell(engines: Path, toy: Any) -> None:
@@ -155,7 +157,7 @@ def test_a_run_writes_down_what_only_loaded_engines_tell(engines: Path, toy: Any
     budget = budget_of(RECIPE, Use(engines=engines))
     assert of(budget, "DiT working memory") == 7000 and of(budget, "VAE working memory") == 500
     assert {term.known for term in budget.terms if "working" in term.name} == {"measured"}
-    found = measured_terms(toy, [[(torch.zeros(10),)]])
+    found = measured_terms(toy, [State({"keys": torch.zeros(10)})])
     assert found["weights, dit"] == 3 << 20 and found["DiT working memory"] == 7000 and found["K/V cache"] == 40
     rows = {row["term"]: row for row in budget.against(found)}
     assert rows["weights, dit"]["off_by"] == 0 and rows["total"]["measured_gb"] == 0.123
@@ -171,7 +173,7 @@ def test_a_damaged_note_is_ignored(engines: Path, content: str) -> None:
 
 def test_total_counts_every_spec_dimension() -> None:
     """The slot table is the one dynamic input; it must not fall out of the sum."""
-    dit = network_spec(TINY, "bf16", "dit")
+    dit = dit_spec(TINY, "bf16")
     assert [b.name for b in dit.inputs if any(isinstance(n, str) for n in b.shape)] == ["table"]
 
 
@@ -184,7 +186,7 @@ def test_the_larger_models_vae_in_an_engine_fits_the_promise() -> None:
 
 def test_caches_that_a_run_kept_twice_are_in_the_next_budget(engines: Path, toy: Any) -> None:
     toy.networks = {"dit": Part("dit", 7000), "vae_steady": Part("vae_steady", 500)}
-    toy.bytes_kept_twice = lambda: 4096
+    toy.twice_bytes = 4096
     once = of(budget_of(RECIPE, Use(engines=engines)), "VAE caches")
     record_arenas(engines, toy)
     assert of(budget_of(RECIPE, Use(engines=engines)), "VAE caches") == once + 4096
@@ -230,11 +232,11 @@ def test_the_budget_is_announced_before_a_backend_is_opened(engines: Path, monke
     opened: list[str] = []
     monkeypatch.setattr(sources, "choose_backend", lambda source, asked: sources.Choice("segmented", "a test"))
     monkeypatch.setattr(sources, "_require_device", lambda *words: None)
-    monkeypatch.setattr(sources.importlib, "import_module", lambda name: opened.append(name))
+    monkeypatch.setattr(trt_open, "backend_from_engines", lambda name, *words, **more: opened.append(name))
     monkeypatch.setattr(budget_check, "free_memory", lambda device: ("cuda:0", 1000))
     source = Source(RECIPE, engines, engines, None)
     with pytest.raises(LongtakeError, match="does not fit the memory of cuda:0"):
-        backend_from_source(source, "auto", None, promise=Promise(guided=False, announce=said.append))
+        backend_from_source(source, "auto", None, opening=OpenOptions(guided=False, announce=said.append))
     assert len(said) == 1 and said[0].recipe == RECIPE.name and not opened
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.runtime.backends.base import decode_device_of
 from longtake.runtime.decode import DecodeQueue
 from longtake.runtime.frames import SPARE_BUFFERS, HostRing, Staging, staging_bytes
+from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import TINY
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ SHAPE = (32, 128, 128, 3)
 
 @pytest.fixture
 def queue(toy: Any) -> Iterator[DecodeQueue]:
-    made = DecodeQueue(toy.new_decoder(), TINY, CPU)
+    made = DecodeQueue(VideoModel(toy).decoder(), TINY, CPU)
     yield made
     made.close(discard=True)
 
@@ -89,7 +89,7 @@ def blocked(toy: Any) -> threading.Event:
 
 
 def test_discarding_drops_what_waits_and_says_so(toy: Any) -> None:
-    queue = DecodeQueue(toy.new_decoder(), TINY, CPU)
+    queue = DecodeQueue(VideoModel(toy).decoder(), TINY, CPU)
     gate = blocked(toy)
     first, second = queue.submit(0, latents(0)), queue.submit(1, latents(1))
     closing = threading.Thread(target=queue.close, args=(True,))
@@ -104,7 +104,7 @@ def test_discarding_drops_what_waits_and_says_so(toy: Any) -> None:
 
 
 def test_closing_drains(toy: Any) -> None:
-    queue = DecodeQueue(toy.new_decoder(), TINY, CPU)
+    queue = DecodeQueue(VideoModel(toy).decoder(), TINY, CPU)
     gate = blocked(toy)
     frames = [queue.submit(0, latents(0)), queue.submit(1, latents(1))]
     threading.Timer(0.1, gate.set).start()
@@ -124,9 +124,9 @@ def test_leaving_a_session_by_an_error_discards(toy: Any, make_generator: Any) -
 
 
 def test_a_backend_says_where_it_decodes(toy: Any) -> None:
-    assert decode_device_of(toy) == CPU
+    assert toy.decode_device == CPU
     toy.decode_device = torch.device("cuda", 1)
-    assert decode_device_of(toy) == torch.device("cuda", 1)
+    assert toy.decode_device == torch.device("cuda", 1)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

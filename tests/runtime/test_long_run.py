@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from longtake.formats.recipe import RECIPES, recipe_named
-from longtake.runtime.backends.base import Cache, Encoder
+from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.generator import Generator
 from longtake.runtime.session import Session
+from longtake.runtime.video_model import Tensors
 from longtake.training.models.load import random_models
 from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import TINY
@@ -41,7 +42,7 @@ class Seen:
     written: int | None
 
 
-class Ledger:
+class Ledger(Backend):
     """A backend double. A cache slot holds the number of the chunk that wrote it, so reading one says whose it is."""
 
     name, reason, flavour = "ledger", "made for tests", ""
@@ -52,74 +53,44 @@ class Ledger:
         self.frames = self.encoded = 0
         self._open = False
 
-    def text(self, tokens: Tensor) -> Tensor:
-        self.encoded += 1
-        return torch.zeros(1, 32, 128)
+    def has(self, network: str) -> bool:
+        return not network.startswith("vae_encoder")
 
-    def context(self, embeddings: Tensor) -> list[Tensor]:
-        return [torch.zeros(1)]
+    def new_state(self, network: str) -> State:
+        return State({"slots": torch.full((4,), -7.0)})
 
-    def new_cache(self) -> Cache:
-        return [(torch.full((4,), -7.0),)]
+    def run(self, network: str, inputs: Tensors, state: State | None = None, commit: bool = True) -> Tensors:
+        if network == "text_encoder":
+            self.encoded += 1
+            return {"embeddings": torch.zeros(1, 32, 128)}
+        if network == "context":
+            return {"context_0": torch.zeros(1)}
+        if network == "dit":
+            assert state is not None
+            self._note(inputs, state.tensors["slots"], commit)
+            return {"velocity": inputs["latents"]}
+        count = 1 if network == "vae_first" else 4
+        self.frames += count
+        return {"frames": torch.zeros(1, 3, count, 1, 1)}  # one pixel, counted
 
-    def dit(
-        self,
-        latents_BCFHW: Tensor,
-        sinusoid: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
-        context: list[Tensor],
-        cache: Cache,
-        table: Tensor,
-        write_slot: Tensor,
-    ) -> Tensor:
-        slots, slot = cache[0][0], int(write_slot)
-        blocks = [-1 if entry < 0 else int(slots[entry]) for entry in table.tolist()]
+    def _note(self, inputs: Tensors, slots: Tensor, commit: bool) -> None:
+        table, slot = inputs["table"].tolist(), int(inputs["write_slot"])
+        blocks = [-1 if entry < 0 else int(slots[entry]) for entry in table]
         if not self._open:
             frames = slice(0, None, TINY.frame_tokens)
-            angles = list(zip(rope_cos[frames, 0].tolist(), rope_sin[frames, 0].tolist()))
-            self.chunks.append(Seen(float(latents_BCFHW[0, 3, 5, 1, 2]), angles, blocks, 0, None))
+            angles = list(zip(inputs["rope_cos"][frames, 0].tolist(), inputs["rope_sin"][frames, 0].tolist()))
+            self.chunks.append(Seen(float(inputs["latents"][0, 3, 5, 1, 2]), angles, blocks, 0, None))
         now = self.chunks[-1]
         assert now.blocks == blocks  # every pass of a chunk reads the same
         now.passes += 1
-        self._open = slot < 0
-        if slot >= 0:
-            assert slot not in table.tolist()
+        self._open = not commit
+        assert slot not in table
+        if commit:
             now.written = slot
             slots[slot] = len(self.chunks) - 1
-        return latents_BCFHW
-
-    def new_decoder(self) -> LedgerDecoder:
-        return LedgerDecoder(self)
-
-    def new_encoder(self) -> Encoder:
-        raise NotImplementedError
 
     def peak_bytes(self) -> int:
         return 0
-
-    def close(self) -> None:
-        pass
-
-
-@dataclass
-class LedgerDecoder:
-    """Frames of one pixel, counted."""
-
-    backend: Ledger
-    memory: list[Tensor] = field(default_factory=list)
-
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        count = 4 if self.memory else 1
-        self.memory = [torch.zeros(1)]
-        self.backend.frames += count
-        return torch.zeros(3, count, 1, 1)
-
-    def state(self) -> list[Tensor]:
-        return self.memory
-
-    def load_state(self, tensors: list[Tensor]) -> None:
-        self.memory = tensors
 
 
 def ledger_session(backend: Ledger, decode: bool) -> Session:

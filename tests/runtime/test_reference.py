@@ -100,7 +100,7 @@ def test_only_the_written_slot_changes(reference: ReferenceBackend, models: Mode
 
 
 def test_cache_is_four_and_a_half_bits(reference: ReferenceBackend, models: Models) -> None:
-    values, scales, amax = reference.new_cache()[0]
+    values, scales, amax = list(reference.new_state("dit").tensors.values())[:3]
     elements = 4 * 2 * models.preset.chunk_tokens * 4 * 64
     assert {values.dtype, scales.dtype} == {torch.int8} and amax.shape == (4, 2)
     assert 8 * (values.nbytes + scales.nbytes) / elements == 4.5

@@ -21,6 +21,7 @@ from longtake.formats.segmented_graph import SegmentedGraph, Step
 from longtake.runtime.backends.segments.arena import Piece, aliases_of, memory_layout, placed, storage_bytes
 from longtake.runtime.backends.segments.network import SegmentedNetwork
 from longtake.runtime.backends.trt.engine import Scratch
+from longtake.runtime.video_model import VideoModel
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).parents[1] / "engines" / "miniature.py")
 miniature = importlib.util.module_from_spec(_spec)
@@ -218,7 +219,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
-def conditions(backend: Any, seed: int) -> list[Tensor]:
+def conditions(backend: Any, seed: int) -> dict[str, Tensor]:
     """latents, sinusoid, rope tables for one chunk, on the CPU."""
     from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
@@ -228,19 +229,28 @@ def conditions(backend: Any, seed: int) -> list[Tensor]:
     latents = torch.randn(spec["latents"], generator=generator)
     sinusoid = timestep_sinusoid([624.0] * preset.chunk_latents, preset.dit.freq_dim)
     cos, sin = rope_tables(preset.dit, [float(8 * seed + i) for i in range(preset.chunk_latents)], preset.grid_hw)
-    return [latents, sinusoid, cos, sin]
+    return {"latents": latents, "timestep_sinusoid": sinusoid, "rope_cos": cos, "rope_sin": sin}
 
 
-def context_of(backend: Any) -> list[Tensor]:
+def context_of(backend: Any) -> dict[str, Tensor]:
     tokens = torch.zeros(1, backend.preset.text.length, dtype=torch.int32)
     tokens[0, :6] = torch.arange(3, 9)
-    return backend.context(backend.text(tokens.to(backend.device)))
+    model = VideoModel(backend)
+    return dict(model.context(model.text(tokens.to(backend.device))))
 
 
-def one_pass(backend: Any, cache: Any, seed: int, table: list[int], slot: int, context: list[Tensor]) -> Tensor:
-    moved = [tensor.to(backend.device) for tensor in conditions(backend, seed)]
-    ints = (torch.tensor(v, dtype=torch.int32, device=backend.device) for v in (table, [slot]))
-    return backend.dit(*moved, context, cache, *ints).clone()
+def one_pass(backend: Any, cache: Any, seed: int, table: list[int], slot: int, context: dict[str, Tensor]) -> Tensor:
+    inputs = {name: tensor.to(backend.device) for name, tensor in conditions(backend, seed).items()} | context
+    inputs["table"] = torch.tensor(table, dtype=torch.int32, device=backend.device)
+    inputs["write_slot"] = torch.tensor([slot], dtype=torch.int32)
+    return backend.run("dit", inputs, cache, commit=slot >= 0)["velocity"].clone()
+
+
+def layers_of(backend: Any, cache: Any) -> list[tuple[Tensor, ...]]:
+    """Each layer's tensors of the state."""
+    tensors = list(cache.tensors.values())
+    size = len(tensors) // backend.preset.dit.layers
+    return [tuple(tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
 
 def slot_values(backend: Any, parts: tuple[Tensor, ...], slot: int) -> Tensor:
@@ -259,25 +269,25 @@ def slot_values(backend: Any, parts: tuple[Tensor, ...], slot: int) -> Tensor:
 def test_windows_of_every_length_equal_the_reference(pair: Any, graphs: bool) -> None:
     """Four blocks: each is denoised (no write), then written, and read by the next ones."""
     segmented, reference = pair
-    segmented.cuda_graphs = graphs
-    segmented._graphs.clear()
+    segmented.passes.cuda_graphs = graphs
+    segmented.passes.graphs.clear()
     gate = segmented.recipe.gate.dit
     backends = (segmented, reference)
     contexts = [context_of(backend) for backend in backends]
-    assert max(map(error, *contexts)) < segmented.recipe.gate.context
-    caches = [backend.new_cache() for backend in backends]
+    assert max(error(contexts[0][name], wanted) for name, wanted in contexts[1].items()) < segmented.recipe.gate.context
+    caches = [backend.new_state("dit") for backend in backends]
     for block in range(5):
         table = [*range(min(block, 3)), -1]
         for slot in (-1, -1, min(block, 3)):
-            before = [part.clone() for layer in caches[0] for part in layer]
+            before = [part.clone() for part in caches[0].tensors.values()]
             got, wanted = (one_pass(b, c, block, table, slot, x) for b, c, x in zip(backends, caches, contexts))
             assert error(got, wanted) < gate, (block, slot)
             if slot < 0:
-                assert all(map(torch.equal, before, (part for layer in caches[0] for part in layer)))
-        for mine, theirs in zip(*caches):
+                assert all(map(torch.equal, before, caches[0].tensors.values()))
+        for mine, theirs in zip(*(layers_of(*pair) for pair in zip(backends, caches))):
             a, b = (slot_values(segmented, parts, min(block, 3)) for parts in (mine, theirs))
             assert error(a, b) < (gate if segmented.recipe.cache == "bf16" else 0.2)  # codes near a tie flip
-    assert bool(segmented._graphs) == graphs
+    assert bool(segmented.passes.graphs) == graphs
 
 
 @pytest.mark.gpu
@@ -285,12 +295,12 @@ def test_graph_replay_is_bit_identical_to_launching(pair: Any) -> None:
     segmented, _ = pair
     context, results = context_of(segmented), []
     for graphs in (False, True):
-        segmented.cuda_graphs = graphs
-        segmented._graphs.clear()
-        cache = segmented.new_cache()
+        segmented.passes.cuda_graphs = graphs
+        segmented.passes.graphs.clear()
+        cache = segmented.new_state("dit")
         passes = [one_pass(segmented, cache, i % 3, [0, -1], (-1, 0)[i % 2], context) for i in range(6)]
-        results.append([*passes, *(part for layer in cache for part in layer)])
-        assert bool(segmented._graphs) == graphs
+        results.append([*passes, *cache.tensors.values()])
+        assert bool(segmented.passes.graphs) == graphs
     assert all(map(torch.equal, *results))
 
 
@@ -300,7 +310,7 @@ def test_decoding_equals_the_reference_and_can_be_resumed(pair: Any) -> None:
     generator = torch.Generator().manual_seed(3)
     shape = (1, segmented.preset.vae.z_channels, *segmented.preset.latent_hw)
     latents = [torch.randn(shape, generator=generator) for _ in range(4)]
-    mine, theirs, resumed = segmented.new_decoder(), reference.new_decoder(), segmented.new_decoder()
+    mine, theirs, resumed = (VideoModel(backend).decoder() for backend in (segmented, reference, segmented))
     for i, latent in enumerate(latents):
         if i == 2:
             resumed.load_state([tensor.clone() for tensor in mine.state()])
@@ -313,15 +323,16 @@ def test_decoding_equals_the_reference_and_can_be_resumed(pair: Any) -> None:
 @pytest.mark.gpu
 def test_steady_loop_allocates_nothing_and_keeps_one_set_of_vae_caches(pair: Any) -> None:
     segmented, _ = pair
-    segmented.cuda_graphs = True
-    context, cache, decoder = context_of(segmented), segmented.new_cache(), segmented.new_decoder()
-    given = [tensor.to(segmented.device) for tensor in conditions(segmented, 1)]
-    table, latent = torch.tensor([0, 1, -1], dtype=torch.int32, device=segmented.device), given[0][:, :, 0].clone()
-    slots = [torch.tensor([slot], dtype=torch.int32) for slot in (-1, 2)]
+    segmented.passes.cuda_graphs = True
+    cache, decoder = segmented.new_state("dit"), VideoModel(segmented).decoder()
+    given = {name: tensor.to(segmented.device) for name, tensor in conditions(segmented, 1).items()}
+    latent = given["latents"][:, :, 0].clone()
+    given |= context_of(segmented) | {"write_slot": torch.tensor([2], dtype=torch.int32)}
+    given["table"] = torch.tensor([0, 1, -1], dtype=torch.int32, device=segmented.device)
 
     def chunk() -> None:
-        for slot in slots:
-            segmented.dit(*given, context, cache, table, slot)
+        for commit in (False, True):
+            segmented.run("dit", given, cache, commit)
         decoder.decode(latent)
 
     for _ in range(3):
@@ -346,7 +357,7 @@ def test_decoder_on_a_second_gpu(pair: Any) -> None:
     one, _ = pair
     two = open_backend(one.bundle.folder, reason="test", decode_device=torch.device("cuda:1"))
     latent = torch.randn(1, one.preset.vae.z_channels, *one.preset.latent_hw)
-    decoders = one.new_decoder(), two.new_decoder()
+    decoders = VideoModel(one).decoder(), VideoModel(two).decoder()
     for _ in range(3):
         here, there = (d.decode(latent.to(b.decode_device)) for d, b in zip(decoders, (one, two)))
         assert there.device.index == 1 and error(there, here) < 1e-3

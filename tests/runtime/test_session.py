@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import gc
+import json
+import re
 import threading
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.runtime.session import CancelledError, Chunk, Session
+from longtake.runtime.chunk import Chunk
+from longtake.runtime.sampling import CancelledError
+from longtake.runtime.session import Session
+from longtake.runtime.snapshot import _digest
 from longtake.runtime.story import Segment
 from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import TINY
@@ -56,7 +63,7 @@ def test_chunks_follow_the_script(session: Session) -> None:
     assert [c.shot for c in chunks] == [0, 0, 1, 1, 1, 1, 1, 2]
     assert [c.frames.shape for c in chunks] == [(29, 128, 128, 3)] + [(32, 128, 128, 3)] * 7
     assert chunks[0].frames.dtype == np.uint8 and chunks[0].latents.shape == (1, 8, 16, 8, 8)
-    assert [c.visible for c in chunks] == visible_blocks([c.cut for c in chunks])
+    assert [c.visible for c in chunks] == visible_blocks([c.cut for c in chunks], TINY.window_chunks)
     assert set(chunks[0].timings) == {"conditions", "denoise", "clean", "decode"}
 
 
@@ -72,7 +79,7 @@ def test_passes_of_a_chunk(toy: Any, make_generator: Make) -> None:
 
 def test_without_guidance_there_is_one_cache(toy: Any, make_generator: Make) -> None:
     list(make_generator(toy).session(STORY, steps=2, guidance=1.0))
-    assert len(toy.caches) == 1 and len(toy.calls) == 8 * 3
+    assert len(toy.states) == 1 and len(toy.calls) == 8 * 3
 
 
 def test_the_cut_prefix_is_encoded_at_cuts_only(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +304,23 @@ def test_save_and_load(make_toy: Any, make_generator: Make, tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 
+def test_a_session_saved_by_version_1_goes_on(make_toy: Any, make_generator: Make, tmp_path: Path) -> None:
+    """Its tensors were numbered by layer, and it named no family."""
+    expected = whole(make_toy(), make_generator)
+    session = make_generator(make_toy()).session(STORY, seed=3, steps=3, guidance=2.0)
+    for _ in range(3):
+        next(session)
+    snapshot = session.snapshot()
+    tensors = {re.sub(r"layer_(\d)", r"\1.0", name): tensor for name, tensor in snapshot.tensors.items()}
+    assert {"positive.0.0", "negative.1.0"} < set(tensors)
+    identity = {key: value for key, value in asdict(snapshot.identity).items() if key != "family"}
+    about = {"version": 1, "noise": 1, "identity": identity, "position": snapshot.position.as_json()}
+    text = json.dumps(about)
+    header = {"format": "longtake-session", "session": text, "sha256": _digest(text, tensors)}
+    save_file(tensors, str(tmp_path / "old.safetensors"), metadata=header)
+    assert same(list(make_generator(make_toy()).load_session(tmp_path / "old.safetensors")), expected[3:])
+
+
 def test_damaged_and_foreign_saves_are_refused(
     session: Session, toy: Any, make_generator: Make, tmp_path: Path
 ) -> None:
@@ -316,8 +340,6 @@ def test_damaged_and_foreign_saves_are_refused(
     path.write_bytes(b"\x80\x04\x95 a pickle")
     with pytest.raises(IntegrityError, match="no readable saved session"):
         generator.load_session(path)
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, str(path))
     with pytest.raises(IntegrityError, match="is not a saved session"):
         generator.load_session(path)

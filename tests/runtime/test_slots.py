@@ -67,14 +67,14 @@ def all_patterns() -> list[tuple[bool, ...]]:
 
 def test_every_cut_pattern_equals_the_simulation() -> None:
     for cuts in all_patterns():
-        assert [list(blocks) for blocks in visible_blocks(cuts)] == simulated(cuts), cuts
+        assert [list(blocks) for blocks in visible_blocks(cuts, 4)] == simulated(cuts), cuts
 
 
 def test_slots_hold_what_the_table_says_and_retries_are_safe() -> None:
     """Run the table against real slots: what a chunk reads is what was written, even if an attempt failed before."""
     for cuts in all_patterns()[::7]:
         slots: list[Any] = [None] * 4
-        table = SlotTable()
+        table = SlotTable(4)
         for block, cut in enumerate(cuts):
             doomed = table.plan(not cut)
             slots[doomed.write_slot] = "rubbish from a pass that failed"
@@ -88,7 +88,7 @@ def test_slots_hold_what_the_table_says_and_retries_are_safe() -> None:
 
 def test_table_of_the_reference() -> None:
     """Reference 2.5: the window around a cut at k = 6, in a video that had a protected shot sink P = 2."""
-    seen = visible_blocks([i in (2, 6) for i in range(11)])
+    seen = visible_blocks([i in (2, 6) for i in range(11)], 4)
     assert seen[1] == (0, 1) and seen[2] == (0, 1, 2)
     assert seen[5] == (0, 2, 4, 5)
     assert seen[6] == (0, 2, 5, 6)  # the cut block still sees the old shot's sink
@@ -99,15 +99,15 @@ def test_table_of_the_reference() -> None:
 
 
 def test_without_cuts_only_block_0_is_kept() -> None:
-    assert visible_blocks([False] * 8)[-1] == (0, 5, 6, 7)
+    assert visible_blocks([False] * 8, 4)[-1] == (0, 5, 6, 7)
 
 
 def test_a_cut_at_block_0_is_no_cut() -> None:
-    assert visible_blocks([True] + [False] * 7) == visible_blocks([False] * 8)
+    assert visible_blocks([True] + [False] * 7, 4) == visible_blocks([False] * 8, 4)
 
 
 def test_json_round_trip() -> None:
-    table = SlotTable()
+    table = SlotTable(4)
     for cut in (False, True, False, False, True):
         table = table.plan(cut).after
     assert slots_from_json(table.as_json()) == table
@@ -116,6 +116,6 @@ def test_json_round_trip() -> None:
 def test_equals_the_training_window() -> None:
     """Training shows the model the same blocks as the cache will."""
     for cuts in all_patterns()[::5]:
-        trained_on = window_history(cuts)
+        trained_on = window_history(cuts, 4)
         for block, seen in enumerate(simulated(cuts)):
             assert trained_on[block].nonzero().flatten().tolist() == seen, (cuts, block)

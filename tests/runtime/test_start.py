@@ -18,12 +18,12 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import recipe_named
 from longtake.image import image_from_file, image_from_pixels
-from longtake.runtime.backends.base import encode_video
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.clip import latents_from_clip
 from longtake.runtime.generator import Generator
 from longtake.runtime.start import one_a_chunk
 from longtake.runtime.story import Segment, story_from_file
+from longtake.runtime.video_model import VideoModel
 from longtake.training.models.load import Models, load_models, random_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.text.words import tokenize
@@ -121,9 +121,9 @@ def test_the_picture_is_latent_0_before_every_pass(
     seen: list[tuple[Tensor, Tensor]] = []
     original = toy.dit
 
-    def watch(latents: Tensor, sinusoid: Tensor, *rest: Any) -> Tensor:
-        seen.append((latents[:, :, 0].clone(), sinusoid.clone()))
-        return original(latents, sinusoid, *rest)
+    def watch(latents: Tensor, inputs: Any, *rest: Any) -> Tensor:
+        seen.append((latents[:, :, 0].clone(), inputs["timestep_sinusoid"].clone()))
+        return original(latents, inputs, *rest)
 
     toy.dit = watch
     session = make_generator(toy).session(["x"] * 2, steps=3, guidance=2.0, image=picture)
@@ -169,7 +169,7 @@ def test_a_session_saved_before_its_first_chunk_keeps_the_picture(
 
 def test_a_clip_keeps_its_end(toy: Any, encoders: Any, tmp_path: Path) -> None:
     """70 frames are two chunks of 29 and 32: the first nine are left out."""
-    latents = latents_from_clip(clip_of(tmp_path / "c.mp4", 70), toy)
+    latents = latents_from_clip(clip_of(tmp_path / "c.mp4", 70), VideoModel(toy))
     assert latents.shape == (1, 16, 16, 8, 8) and encoders[0].groups == [1] + [4] * 15
     brightness = (latents.mean(dim=(0, 2, 3, 4)) + 1) * 127.5
     wanted = [9.0, *(np.arange(10, 70).reshape(-1, 4).mean(1))]
@@ -177,7 +177,9 @@ def test_a_clip_keeps_its_end(toy: Any, encoders: Any, tmp_path: Path) -> None:
 
 
 def test_a_clip_of_another_rate_is_resampled(toy: Any, encoders: Any, tmp_path: Path) -> None:
-    assert latents_from_clip(clip_of(tmp_path / "c.mp4", 40, fps=12), toy).shape[1] == 16  # 80 frames at 24 a second
+    assert (
+        latents_from_clip(clip_of(tmp_path / "c.mp4", 40, fps=12), VideoModel(toy)).shape[1] == 16
+    )  # 80 frames at 24 a second
 
 
 def test_the_clip_fills_the_cache_and_the_decoder(toy: Any, make_generator: Make, tmp_path: Path) -> None:
@@ -263,11 +265,17 @@ def torch_backend() -> Iterator[TorchBackend]:
     backend.close()
 
 
+def vae_of(backend: TorchBackend) -> Any:
+    return backend._modules["vae_first"].vae
+
+
 def test_encoding_in_groups_is_encoding_the_whole(torch_backend: TorchBackend) -> None:
     video = torch.rand(3, 13, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
-        whole = torch_backend._vae.encode(video[None])
-    assert torch.allclose(encode_video(torch_backend.new_encoder(), video), whole, atol=1e-4)
+        whole = vae_of(torch_backend).encode(video[None])
+    encoder = VideoModel(torch_backend).encoder()
+    latents = [encoder.encode(group).clone() for group in (video[:, :1], *video[:, 1:].split(4, dim=1))]
+    assert torch.allclose(torch.stack(latents, dim=1), whole, atol=1e-4)
 
 
 def test_the_first_frame_looks_like_the_picture(torch_backend: TorchBackend) -> None:
@@ -289,7 +297,7 @@ def test_the_joint_of_a_clip_is_seamless(torch_backend: TorchBackend) -> None:
     with generator.session(["a"], steps=1, guidance=1.0, continue_from=latents[:, :8]) as session:
         after = session.feed(latents[:, 8:], "a").frames
     with torch.no_grad():
-        whole = torch_backend._vae.decode(latents)[0, :, 29:]
+        whole = vae_of(torch_backend).decode(latents)[0, :, 29:]
     wanted = (whole * 127.5 + 127.5).round().clamp(0, 255).permute(1, 2, 3, 0).numpy()
     assert after.shape == wanted.shape == (32, 128, 128, 3)
     assert np.abs(after.astype(float) - wanted).max() <= 1

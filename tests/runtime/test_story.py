@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from longtake.errors import LongtakeError
-from longtake.runtime.session import prompt_text
 from longtake.runtime.story import (
     MAX_PROMPT,
     SCHEMA,
@@ -26,6 +25,7 @@ from longtake.runtime.story import (
 from longtake.training.data.base import chunk_frames
 from longtake.training.models.presets import TINY
 from longtake.training.models.text.grammar import caption_words
+from longtake.training.models.wan.family import Wan
 
 STORIES = Path(__file__).parents[2] / "docs" / "stories"
 GOOD = """
@@ -73,9 +73,9 @@ def test_the_demo_is_what_it_claims() -> None:
 
 
 def test_cut_prefix_is_put_before_a_cut_once() -> None:
-    assert prompt_text(Segment("x", 1, cut=True)) == "The scene transitions. x"
-    assert prompt_text(Segment("The scene transitions. x", 1, cut=True)) == "The scene transitions. x"
-    assert prompt_text(Segment("x")) == "x"
+    assert Wan().prompt("x", cut=True) == "The scene transitions. x"
+    assert Wan().prompt("The scene transitions. x", cut=True) == "The scene transitions. x"
+    assert Wan().prompt("x", cut=False) == "x"
 
 
 BAD: dict[str, tuple[str | bytes, list[str]]] = {
@@ -174,7 +174,7 @@ def test_a_list_of_prompts_cuts_where_the_reference_does() -> None:
     prompts = ["a", "a", "The scene transitions. b", "b"]
     segments = story_from_script(prompts).segments
     assert segments == (Segment("a"), Segment("a"), Segment("b", cut=True), Segment("b"))
-    assert [prompt_text(segment) for segment in segments] == prompts
+    assert [Wan().prompt(segment.prompt, segment.cut) for segment in segments] == prompts
 
 
 def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longtake import cuda_streams as streams
-from longtake.cuda_streams import lend_stream
+from longtake.cuda_streams import acquire_stream
 
 
 class Owner:
@@ -37,28 +37,28 @@ def few_streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 def test_a_stream_has_one_owner_at_a_time(few_streams: list[Any]) -> None:
     kept = Owner()
-    mine = lend_stream(torch.device("cuda"), kept)
+    mine = acquire_stream(torch.device("cuda"), kept)
     for _ in range(100):
         one, other = Owner(), Owner()
-        lent = [lend_stream(torch.device("cuda:0"), owner) for owner in (one, other, one)]
+        lent = [acquire_stream(torch.device("cuda:0"), owner) for owner in (one, other, one)]
         assert len({mine, *lent}) == 4
     assert len(few_streams) <= 7  # the last owners live until the next are made
 
 
 def test_each_device_has_its_own(few_streams: list[Any]) -> None:
     first = Owner()
-    stream = lend_stream(torch.device("cuda:1"), first)
+    stream = acquire_stream(torch.device("cuda:1"), first)
     del first
     gc.collect()
     second = Owner()
-    assert lend_stream(torch.device("cuda:0"), second) != stream
-    assert lend_stream(torch.device("cuda:1"), second) == stream
+    assert acquire_stream(torch.device("cuda:0"), second) != stream
+    assert acquire_stream(torch.device("cuda:1"), second) == stream
 
 
 @pytest.mark.gpu
 def test_many_owners_never_share_a_stream() -> None:
     kept, device = Owner(), torch.device("cuda")
-    mine = lend_stream(device, kept)
+    mine = acquire_stream(device, kept)
     for _ in range(100):
         owner = Owner()
-        assert lend_stream(device, owner).cuda_stream != mine.cuda_stream
+        assert acquire_stream(device, owner).cuda_stream != mine.cuda_stream

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.runtime.backends.trt.vae_stream import TrtDecoder, TrtStream, caches_kept_twice
+from longtake.runtime.backends.trt.vae_stream import StreamState, caches_kept_twice
+from longtake.runtime.video_model import NetworkDecoder
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
 CACHE = Binding("cache", "fp32", (1, 2, 5))
@@ -45,10 +46,17 @@ def allocate(binding: Binding, **options: Any) -> Tensor:
     return torch.full([int(n) for n in binding.shape], float("nan"))
 
 
-def stream_of(network: Causal, in_place: bool) -> TrtStream:
-    lane: Any = SimpleNamespace(turn=nullcontext)
+def decoder_of(network: Causal, in_place: bool) -> NetworkDecoder:
+    """A decoder on the stream's state, as a backend on TensorRT plans makes it."""
+    lock: Any = SimpleNamespace(hold=nullcontext)
     networks = {"vae_first": Causal(), "vae_steady": network}
-    return TrtStream(networks, (FIRST, STEADY), allocate, lane, frozenset() if in_place else frozenset({"cache"}))
+    twice = frozenset[str]() if in_place else frozenset({"cache"})
+    backend: Any = SimpleNamespace(
+        specs={"vae_first": FIRST, "vae_steady": STEADY},
+        new_state=lambda name: StreamState(networks, (FIRST, STEADY), allocate, lock, twice),
+        run=lambda name, inputs, state: state.run(name, inputs),
+    )
+    return NetworkDecoder(backend)
 
 
 def test_a_network_that_writes_too_early_needs_two_buffers(caplog: pytest.LogCaptureFixture) -> None:
@@ -108,7 +116,7 @@ def test_only_the_caches_that_need_it_are_kept_twice(early: set[int]) -> None:
 
 @pytest.mark.parametrize("network, in_place", [(Causal(), True), (Causal(), False), (Causal(early=True), False)])
 def test_frames_and_state_are_those_of_the_whole_clip(network: Causal, in_place: bool) -> None:
-    decoder = TrtDecoder(stream_of(network, in_place))
+    decoder = decoder_of(network, in_place)
     assert decoder.state() == []
     latents = torch.randn(6, 1, 1, 5, 1)
     padded = torch.cat([torch.zeros(2, 5), latents.view(6, 5)])
@@ -119,7 +127,7 @@ def test_frames_and_state_are_those_of_the_whole_clip(network: Causal, in_place:
 
 
 def test_a_loaded_state_goes_on_and_an_empty_one_starts_anew() -> None:
-    one, other = (TrtDecoder(stream_of(Causal(), True)) for _ in range(2))
+    one, other = (decoder_of(Causal(), True) for _ in range(2))
     latents = torch.randn(4, 1, 1, 5, 1)
     for latent in latents[:3]:
         one.decode(latent)

@@ -39,7 +39,7 @@ def random_clips(cuts: list[bool] | None, chunks: int) -> Clips:
     return Clips(
         latents=torch.randn(1, chunks * CHUNK, PRESET.dit.channels, *PRESET.latent_hw),
         tokens=torch.zeros(1, chunks, PRESET.dit.text_len, dtype=torch.int32),
-        history=full_history(chunks) if cuts is None else window_history(cuts)[None],
+        history=full_history(chunks) if cuts is None else window_history(cuts, 4)[None],
         unmasked=chunks if cuts is None else PRESET.window_chunks,
         offsets=offsets,
     )
@@ -90,7 +90,7 @@ def test_cached_inference_equals_teacher_forcing(cuts: list[bool] | None) -> Non
     forced = predict_velocity(dit, PRESET, embeddings, clips, noise)[0]
     cached = CachedRun(dit, clips, noise, embeddings)
     for block in range(chunks):
-        seen = list(range(block + 1)) if cuts is None else list(visible_blocks(cuts)[block])
+        seen = list(range(block + 1)) if cuts is None else list(visible_blocks(cuts, 4)[block])
         got = cached.block(block, seen)
         wanted = forced[block * CHUNK : (block + 1) * CHUNK]
         assert (got - wanted).norm() <= 1e-5 * wanted.norm(), block
@@ -98,7 +98,7 @@ def test_cached_inference_equals_teacher_forcing(cuts: list[bool] | None) -> Non
 
 @pytest.mark.parametrize("cuts", [None, [[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0]]], ids=["full", "window"])
 def test_block_attention_equals_the_mask(cuts: list[list[bool]] | None) -> None:
-    history = full_history(6) if cuts is None else torch.stack([window_history(c) for c in cuts])
+    history = full_history(6) if cuts is None else torch.stack([window_history(c, 4) for c in cuts])
     clips = Clips(torch.zeros(2, 48, 1, 1, 1), torch.zeros(2, 6, 1), history, 6 if cuts is None else 4)
     q, k, v = torch.randn(3, 2, 11 * 5, 2, 16).unbind(0)
     kept = [i for i in range(12) if i != 5]  # nothing looks at the last clean block, so it is left out

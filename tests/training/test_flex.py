@@ -18,8 +18,8 @@ TOKENS = 128
 CUTS = [[False, False, True, False, False], [False, True, False, False, True]]
 HISTORIES = {
     "full": full_history(5),
-    "window": window_history(CUTS[0]),
-    "batch": torch.stack([window_history(cuts) for cuts in CUTS]),
+    "window": window_history(CUTS[0], 4),
+    "batch": torch.stack([window_history(cuts, 4) for cuts in CUTS]),
 }
 ORDERS = {
     "natural": natural_order(5),
@@ -35,7 +35,7 @@ def brute_force(kind: str, order: tuple[int, ...]) -> Tensor:
         mask = torch.zeros(len(order) * TOKENS, len(order) * TOKENS, dtype=torch.bool)
         for i, q in enumerate(order):
             for j, k in enumerate(order):
-                may = list(range(q % 5 + 1)) if kind == "full" else visible_blocks(cuts)[q % 5]
+                may = list(range(q % 5 + 1)) if kind == "full" else visible_blocks(cuts, 4)[q % 5]
                 if q < 5:
                     seen = k < 5 and k in may
                 else:

@@ -22,7 +22,7 @@ from longtake.runtime.backends.segments.planner import planned_steps
 from longtake.runtime.backends.segments.vae_first import first_steps
 from longtake.runtime.budget.recorded_steps import library_decoder_steps
 from longtake.training.models.presets import TINY
-from longtake.training.models.wan.spec import recipe_spec
+from longtake.training.models.wan.spec import network_spec
 from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes
 from longtake.training.models.wan.vae_layers import channels_last
 from longtake.training.models.wan.vae_library import LibrarySteady, library_ops
@@ -77,7 +77,7 @@ def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(recipe: Recipe
 
 
 def test_both_networks_have_the_same_caches(recipe: Recipe) -> None:
-    first, steady = (recipe_spec(recipe, name) for name in ("vae_first", "vae_steady"))
+    first, steady = (network_spec(TINY, recipe, name) for name in ("vae_first", "vae_steady"))
     shapes = decoder_cache_shapes(TINY, True)
     assert [b.shape for b in first.outputs[1:]] == [b.shape for b in steady.inputs[1:]] == shapes
     ops = library_ops(CausalVAE(TINY.vae))

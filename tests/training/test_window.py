@@ -29,14 +29,14 @@ def cuts_at(blocks: int, *cuts: int) -> list[bool]:
     ],
 )
 def test_window_is_the_reference_table(cuts: tuple[int, ...], block: int, seen: list[int]) -> None:
-    assert visible_blocks(cuts_at(10, *cuts))[block] == tuple(seen)
-    assert window_history(cuts_at(10, *cuts))[block].nonzero().flatten().tolist() == seen
+    assert visible_blocks(cuts_at(10, *cuts), 4)[block] == tuple(seen)
+    assert window_history(cuts_at(10, *cuts), 4)[block].nonzero().flatten().tolist() == seen
 
 
 def test_window_holds_at_most_four_and_always_first_previous_and_current() -> None:
     for pattern in itertools.product((False, True), repeat=8):
         for block in range(8):
-            seen = visible_blocks(pattern)[block]
+            seen = visible_blocks(pattern, 4)[block]
             assert len(seen) == min(4, block + 1)
             assert {0, max(0, block - 1), block} <= set(seen)
 
@@ -48,13 +48,13 @@ def test_shot_offset_grows_at_each_cut_but_not_at_the_start() -> None:
 @pytest.mark.parametrize("cuts", [None, (2,), (1, 4)])
 def test_mask_equals_the_rule_by_brute_force(cuts: tuple[int, ...] | None) -> None:
     blocks, frames, tokens = 6, 2, 3
-    history = full_history(blocks) if cuts is None else window_history(cuts_at(blocks, *cuts))
+    history = full_history(blocks) if cuts is None else window_history(cuts_at(blocks, *cuts), 4)
     per_block = frames * tokens
     mask = block_mask(history).repeat_interleave(per_block, 0).repeat_interleave(per_block, 1)
     half = blocks * per_block
     for q, k in itertools.product(range(2 * half), repeat=2):
         q_block, k_block = q % half // per_block, k % half // per_block
-        may = k_block <= q_block if cuts is None else k_block in visible_blocks(cuts_at(blocks, *cuts))[q_block]
+        may = k_block <= q_block if cuts is None else k_block in visible_blocks(cuts_at(blocks, *cuts), 4)[q_block]
         if q < half:
             wanted = k < half and may
         else:
@@ -63,6 +63,6 @@ def test_mask_equals_the_rule_by_brute_force(cuts: tuple[int, ...] | None) -> No
 
 
 def test_batched_masks() -> None:
-    histories = torch.stack([full_history(5), window_history(cuts_at(5, 1))])
+    histories = torch.stack([full_history(5), window_history(cuts_at(5, 1), 4)])
     masks = block_mask(histories)
     assert torch.equal(masks[1], block_mask(histories[1])) and masks.shape == (2, 10, 10)

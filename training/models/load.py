@@ -15,6 +15,7 @@ from torch import nn
 from longtake.errors import IntegrityError
 from longtake.paths import REPOSITORY
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats
+from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
@@ -78,9 +79,10 @@ def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype |
 
     folder = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints
     words = read_side(folder / "text_encoder.safetensors", "text_encoder", preset).vocabulary
+    family = family_of(preset)
     with torch.device("meta"):
         text = text_encoder_for(preset, words, folder)
-        vae, dit = CausalVAE(preset.vae), CausalDiT(preset.dit)
+        vae, dit = family.vae(preset), family.dit(preset)
     modules: dict[str, nn.Module] = {"text_encoder": text, "vae": vae, "dit": dit}
     dtype = dtype or weights_dtype(*modules.values())
     sides = {}
@@ -112,6 +114,7 @@ def meta_models(preset: Preset, vocabulary: tuple[str, ...] | None = None) -> Mo
 
     `vocabulary`: of a text encoder of words, whose size is part of the graph; the shipped one's if None.
     """
+    family = family_of(preset)
     with torch.device("meta"):
         text = text_encoder_for(preset, vocabulary)
-        return Models(preset, CausalDiT(preset.dit).eval(), CausalVAE(preset.vae).eval(), text.eval())
+        return Models(preset, family.dit(preset).eval(), family.vae(preset).eval(), text.eval())

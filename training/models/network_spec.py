@@ -8,6 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# The parts of a video model, by their use. "dit" takes the latents first and gives the velocity first; "..._first" is for
+# the first call of a stream, "..._steady" for all later ones.
+NETWORKS = (
+    "text_encoder", "context", "dit", "vae_first", "vae_steady", "vae_encoder_first", "vae_encoder_steady",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Binding:
@@ -23,7 +29,8 @@ class NetworkSpec:
     """Bindings of one network. `aliases` maps an output to the input it is written over.
 
     `profile` gives (min, opt, max) for each dynamic dimension. `carried` maps an output of this call to the input
-    of the next one that it becomes (VAE caches), without being in place.
+    of the next one that it becomes (VAE caches), without being in place. `slot` names the int32 input that says which slot (index of the first axis) of
+    what is written in place a pass writes, -1 for none; "" where all of it is written.
     """
 
     name: str
@@ -32,6 +39,12 @@ class NetworkSpec:
     aliases: tuple[tuple[str, str], ...] = ()
     carried: tuple[tuple[str, str], ...] = ()
     profile: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+    slot: str = ""
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """(output -> input of the next call) of all that outlives a call: carried, and written in place."""
+        return dict((*self.carried, *self.aliases))
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready description, for manifests and digests."""

@@ -88,9 +88,16 @@ class SamplingConfig:
         return None if record is None else record_from_json(cls, record)
 
 
+LEAST_WINDOW = 3  # chunks: two sinks and the one that is generated
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A model family member. Latents are [B, F, C, H, W] outside the DiT; a chunk is `chunk_latents` frames."""
+    """A model family member. Latents are [B, F, C, H, W] outside the DiT.
+
+    family: see families.py. chunk_latents: latent frames of a chunk; first_chunk_latents: of chunk 0, as many if 0.
+    window_chunks: chunks that one sees, itself among them; as many slots a cache has.
+    """
 
     name: str
     dit: DiTConfig
@@ -105,6 +112,28 @@ class Preset:
     shot_rope_offset: int = 8
     negative_prompt: str = ""
     checkpoints: str = field(default="")
+    family: str = "wan"
+    first_chunk_latents: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for a window without room for both sinks and the chunk itself."""
+        if self.window_chunks < LEAST_WINDOW:
+            raise LongtakeError(f"preset {self.name}: the window is too small", got=f"{self.window_chunks} chunks",
+                                expected=f"{LEAST_WINDOW} or more: two sinks and the chunk itself",
+                                fix=f"set window_chunks: {LEAST_WINDOW}")  # fmt: skip
+
+    def frames_of(self, chunk: int) -> int:
+        """Latent frames of chunk `chunk`."""
+        return self.first_chunk_latents or self.chunk_latents if chunk == 0 else self.chunk_latents
+
+    def first_frame(self, chunk: int) -> int:
+        """Index of the first latent frame of chunk `chunk`: the frames of all before it."""
+        return self.frames_of(0) + (chunk - 1) * self.chunk_latents if chunk else 0
+
+    def whole_chunks(self, frames: int) -> int:
+        """How many chunks a video of `frames` latent frames holds; what is left over is part of the next one."""
+        rest = frames - self.frames_of(0)
+        return 0 if rest < 0 else 1 + rest // self.chunk_latents
 
     @property
     def latent_hw(self) -> tuple[int, int]:

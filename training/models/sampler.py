@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -101,6 +102,20 @@ def unipc_steps(steps: int, shift: float = 5.0) -> tuple[Step, ...]:
     )
 
 
+class Solver(Protocol):
+    """How a chunk gets from noise to latents: what the model is told before each step, and what its velocity makes of a
+    sample. UniPC is one; a flow-Euler solver over a given list of timesteps is another."""
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """0..1000, one a model call."""
+        ...
+
+    def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """The next sample, fp32, from this step's `velocity` and `sample` (fp32, same shape). Inputs are kept intact."""
+        ...
+
+
 class UniPC:
     """Solver state of one chunk. Feed it each velocity in turn; after the last step it returns the x0 prediction."""
 
@@ -109,6 +124,11 @@ class UniPC:
         self._index = 0
         self._corrected: Tensor | None = None
         self._predictions: list[Tensor] = []
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """See Solver.timesteps."""
+        return tuple(step.timestep for step in self.schedule)
 
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
         """The next sample, fp32, from this step's `velocity` and `sample` (fp32, same shape). Inputs are kept intact."""

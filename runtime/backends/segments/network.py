@@ -96,6 +96,11 @@ class SegmentedNetwork:
         self._fixed: dict[str, Tensor] = {}
         self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], OpLauncher] = {}
 
+    @property
+    def weight_tensors(self) -> list[Tensor]:
+        """The weights on the device."""
+        return [self._fixed[name] for name in self.graph.weights]
+
     def _planned(self, graph: SegmentedGraph) -> PlannedSteps:
         return planned_steps(graph, self._segment_scratch)
 

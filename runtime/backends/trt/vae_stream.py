@@ -13,33 +13,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
+from longtake.runtime.backends.base import State
 from longtake.runtime.backends.segments.network import same_bytes
-from longtake.runtime.backends.trt.lane import Lane
+from longtake.runtime.backends.trt.networks import Network
+from longtake.runtime.backends.trt.stream_lock import StreamLock
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
 log = logging.getLogger(__name__)
 
 Allocate = Callable[[Binding], Tensor]
 SETTLING_RUNS = 6
-
-
-class Network(Protocol):
-    """A network on the device, whole or cut."""
-
-    def prepare(self) -> None: ...
-
-    def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None: ...
-
-
-def carried_pairs(spec: NetworkSpec) -> list[tuple[str, str]]:
-    """(output, input of the next call) of every cache."""
-    return [*spec.carried, *spec.aliases]
 
 
 @torch.no_grad()
@@ -74,7 +62,7 @@ class _Trial:
     """One step on random tensors with every cache apart, to compare others with."""
 
     def __init__(self, network: Network, spec: NetworkSpec, allocate: Allocate) -> None:
-        self.network, self.pairs = network, carried_pairs(spec)
+        self.network, self.pairs = network, list(spec.kept.items())
         self.names = [name for _, name in self.pairs]
         self._bindings = {b.name: b for b in (*spec.inputs, *spec.outputs)}
         self._allocate = allocate
@@ -121,8 +109,10 @@ def random_like(tensor: Tensor, seed: int) -> Tensor:
     return tensor.normal_(generator=generator)
 
 
-class TrtStream:
-    """A network for the first call of a stream, one for all later ones, and the caches between them.
+class StreamState(State):
+    """The caches between a network for the first call of a stream and one for all later ones, and their buffers.
+
+    `tensors` are the caches that the last call wrote. An encoder's networks live no longer than its state.
 
     Args:
         twice: the caches that the steady network may not write over the old ones: two buffers take turns.
@@ -133,80 +123,35 @@ class TrtStream:
         networks: Mapping[str, Network],
         specs: tuple[NetworkSpec, NetworkSpec],
         allocate: Allocate,
-        lane: Lane,
+        lock: StreamLock,
         twice: frozenset[str],
     ) -> None:
-        self.networks, self.lane = networks, lane
+        self.networks, self.lock = networks, lock
         self.first, self.steady = specs
-        self._pairs = carried_pairs(self.steady)
-        caches = {name for pair in self._pairs for name in pair}
+        caches = {*self.steady.kept, *self.steady.kept.values()}
         kept = [b for b in self.steady.inputs if b.name in caches]
-        self._before = {b.name: allocate(b) for b in kept}
-        self._after = self._before | {b.name: allocate(b) for b in kept if b.name in twice}
+        super().__init__({b.name: allocate(b) for b in kept})
+        self._after = self.tensors | {b.name: allocate(b) for b in kept if b.name in twice}
         # A step's input and output may differ in size between the first call and the later ones; all buffers stay.
         self._io: dict[str, tuple[str, Tensor, str, Tensor]] = {}
         for spec in specs:
             ((given, made),) = zip(*([b for b in side if b.name not in caches] for side in (spec.inputs, spec.outputs)))
             self._io[spec.name] = given.name, allocate(given), made.name, allocate(made)
-        self.started = False
 
     def sizes(self) -> dict[str, int]:
         """Bytes by the name of the memory budget's term."""
-        caches = {t.data_ptr(): t.nbytes for t in (*self._before.values(), *self._after.values())}
+        caches = {t.data_ptr(): t.nbytes for t in (*self.tensors.values(), *self._after.values())}
         buffers = sum(given.nbytes + made.nbytes for _, given, _, made in self._io.values())
         return {"VAE caches": sum(caches.values()), "decode buffers": buffers}
 
-    @torch.no_grad()
-    def step(self, tensor: Tensor) -> Tensor:
-        """The first output, a buffer that the next call overwrites, for `tensor` of the first input's shape."""
-        spec = self.steady if self.started else self.first
-        given_name, given, made_name, made = self._io[spec.name]
+    def run(self, network: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the first or the steady network on its one input; its result is a buffer that the next call overwrites."""
+        given_name, given, made_name, made = self._io[network]
         bound = {given_name: given, made_name: made}
-        bound |= self._before if self.started else {}
-        bound |= {out: self._after[name] for out, name in self._pairs}
-        with self.lane.turn():
-            given.copy_(tensor, non_blocking=True)
-            self.networks[spec.name].run(bound)
-        self._before, self._after = self._after, self._before
-        self.started = True
-        return made
-
-    def state(self) -> list[Tensor]:
-        """The caches in spec order, not copied; an empty list before the first step."""
-        return list(self._before.values()) if self.started else []
-
-    def load_state(self, tensors: list[Tensor]) -> None:
-        """Continue from caches that `state` gave, copied; an empty list starts anew."""
-        self.started = bool(tensors)
-        for own, given in zip(self._before.values(), tensors, strict=False):
-            own.copy_(given)
-
-
-class TrtDecoder:
-    """Decoder (see base.py) on a stream of `vae_first` and `vae_steady`."""
-
-    def __init__(self, stream: TrtStream) -> None:
-        self._stream = stream
-
-    def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """See Decoder.decode: fp32 [1, C, H, W] to fp32 [3, T, H, W], a buffer that the next call overwrites."""
-        return self._stream.step(latent_BCHW[:, :, None])[0]
-
-    def state(self) -> list[Tensor]:
-        """See Decoder.state."""
-        return self._stream.state()
-
-    def load_state(self, tensors: list[Tensor]) -> None:
-        """See Decoder.load_state."""
-        self._stream.load_state(tensors)
-
-
-class TrtEncoder:
-    """Encoder (see base.py) on a stream of `vae_encoder_first` and `vae_encoder_steady`."""
-
-    def __init__(self, stream: TrtStream) -> None:
-        self._stream = stream
-
-    def encode(self, frames_CTHW: Tensor) -> Tensor:
-        """See Encoder.encode: fp32 [3, T, H, W] to fp32 [1, C, h, w]."""
-        return self._stream.step(frames_CTHW[None])[:, :, 0]
+        bound |= self.tensors if network == self.steady.name else {}
+        bound |= {out: self._after[name] for out, name in self.steady.kept.items()}
+        with self.lock.hold():
+            given.copy_(inputs[given_name], non_blocking=True)
+            self.networks[network].run(bound)
+        self.tensors, self._after = self._after, self.tensors
+        return {made_name: made}

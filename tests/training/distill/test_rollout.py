@@ -9,8 +9,8 @@ from torch import Tensor
 from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.generator import Generator
-from longtake.runtime.session import prompt_text
 from longtake.runtime.story import Segment
+from longtake.runtime.video_model import VideoModel
 from longtake.training.distill.rollout import Rollout, Story
 from longtake.training.models.load import random_models
 from longtake.training.models.noise import noise_for_chunk
@@ -18,6 +18,7 @@ from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.sampler import flow_sigmas
 from longtake.training.models.text.words import tokenize
 from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.family import Wan
 
 PROMPTS = ["a green seven", "a red circle", "a blue three", "two white squares", "a red seven", "a green circle"]
 CUTS = [False, False, True, False, False, True]
@@ -41,8 +42,8 @@ def test_a_rollout_is_what_a_session_generates() -> None:
     script = tuple(Segment(prompt, 1, cut) for prompt, cut in zip(PROMPTS, CUTS))
     session = Generator(backend, tokenize).session(script, seed=3, steps=2, guidance=1.0, decode=False)
     wanted = torch.cat([chunk.latents for chunk in session], 1)
-    tokens = tokenize([prompt_text(segment) for segment in script], TINY.text.length)
-    text = torch.cat([backend.text(row[None]) for row in tokens])[None]
+    tokens = tokenize([Wan().prompt(segment.prompt, segment.cut) for segment in script], TINY.text.length)
+    text = torch.cat([VideoModel(backend).text(row[None]) for row in tokens])[None]
     noise = torch.cat([noise_for_chunk(TINY, 3, chunk) for chunk in range(len(script))], 1)
     dit = backend._modules["dit"].dit
     got = Rollout(TINY, 2, "bf16")(dit, Story(text, [CUTS], noise), exit_step=1)

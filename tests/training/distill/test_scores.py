@@ -19,7 +19,7 @@ def frames(*values: float) -> torch.Tensor:
 
 def clips_of(latents: torch.Tensor, chunks: int, given: torch.Tensor | None = None) -> Clips:
     tokens = torch.zeros(len(latents), chunks, 4, dtype=torch.int32)
-    return Clips(latents, tokens, window_history([False] * chunks), chunks, given=given)
+    return Clips(latents, tokens, window_history([False] * chunks, 4), chunks, given=given)
 
 
 def test_the_gradient_is_normalized_by_chunk() -> None:

@@ -34,7 +34,7 @@ TWO = "a red two rises over a grey background, light from above"
 
 def test_both_sinks_are_the_runtime_s_table() -> None:
     for cuts in itertools.product((False, True), repeat=8):
-        table = SlotTable()
+        table = SlotTable(4)
         for cut, (read, write) in zip(cuts, slot_plans(cuts)):
             plan = table.plan(cut)
             assert (plan.table[:-1], plan.write_slot) == (read, write)

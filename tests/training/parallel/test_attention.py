@@ -29,7 +29,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [Layout(NONE, 6, 1), Layout("balanced", 6, 2), Layout("naive", 6, 2)])
 def test_output_and_gradients_are_those_of_masked_attention(layout: Layout) -> None:
-    histories = torch.stack([full_history(6), window_history([False, False, True, False, False, True])])
+    histories = torch.stack([full_history(6), window_history([False, False, True, False, False, True], 4)])
     mask = layout.mask(histories)
     q, k, v = (random("cpu", torch.float32, 2, mask.shape[-1] * TOKENS, HEADS, DIM) for _ in range(3))
     with torch.no_grad():

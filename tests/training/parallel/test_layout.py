@@ -26,7 +26,7 @@ def cuts_of(name: str, chunks: int) -> list[bool]:
 
 
 def history_of(name: str, chunks: int) -> Tensor:
-    return full_history(chunks) if name == "full" else window_history(cuts_of(name, chunks))
+    return full_history(chunks) if name == "full" else window_history(cuts_of(name, chunks), 4)
 
 
 def places_by_rank(layout: Layout) -> list[tuple[bool, int]]:
@@ -58,7 +58,7 @@ def test_the_mask_is_the_rule_by_brute_force(layout: Layout, context: str) -> No
         (q_noisy, q_chunk), (k_noisy, k_chunk) = q, k
         may = k_chunk <= q_chunk
         if context != "full":
-            may = k_chunk in visible_blocks(cuts_of(context, layout.chunks))[q_chunk]
+            may = k_chunk in visible_blocks(cuts_of(context, layout.chunks), 4)[q_chunk]
         if q_noisy:
             wanted = q_chunk == k_chunk if k_noisy else may and k_chunk != q_chunk
         else:

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from longtake.cuda_streams import lend_stream
+from longtake.cuda_streams import acquire_stream
 from longtake.errors import UnavailableError
 
 ALIGNMENT = 256
@@ -72,7 +72,7 @@ class Paged:
 
     def __init__(self, layout: Layout, pages: Tensor, device: torch.device) -> None:
         self.layout, self.pages, self.device = layout, pages, device
-        self.copying = lend_stream(device, self) if device.type == "cuda" else None
+        self.copying = acquire_stream(device, self) if device.type == "cuda" else None
         if self.copying is not None:
             pin(pages)
             weakref.finalize(self, unpin, pages).atexit = False  # CUDA may be gone by then

@@ -12,7 +12,8 @@ from longtake.errors import LongtakeError
 from longtake.plugins.cache_format import cache_tensors
 from longtake.plugins.cross_attention.reference import dense_cross_attention
 from longtake.plugins.pointwise import QK_NORM_EPS
-from longtake.training.models.load import Models
+from longtake.training.models.family import ModelSet, Precision
+from longtake.training.models.network_spec import NETWORKS
 from longtake.training.models.text.words import AnyTextEncoder
 from longtake.training.models.wan.dit import Attention, CausalDiT, Rope
 from longtake.training.models.wan.fused_block import fused_blocks
@@ -104,28 +105,20 @@ VAE_STEPS = {
 }
 
 
-def network_module(
-    models: Models,
-    name: str,
-    cache: str = "nvfp4",
-    vae_ops: str = "engine",
-    linears: str = "engine",
-) -> nn.Module:
-    """The module of network `name` (see engines.spec.NETWORKS), in eval mode; it shares `models`' parameters.
+def network_module(models: ModelSet, recipe: Precision, name: str, exported: bool = False) -> nn.Module:
+    """The module of network `name`, in eval mode; it shares `models`' parameters. See `Family.module`.
 
-    `cache` is the cache format ("nvfp4" or "bf16"); only the DiT step depends on it. `vae_ops`: "library" runs
-    nearly all of the VAE decoder's later steps as ops (a recipe's field). `linears`: "library" has the DiT do all that
-    lies between the blocks' linears by our ops (a recipe's field, too).
+    What depends on the recipe: the DiT's cache format; whether nearly all of the VAE decoder's later steps is
+    ops; and if `exported`, whether ops do all that lies between the blocks' linears.
     """
     if name == "text_encoder":
         return TextStep(models.text).eval()
     if name == "context":
         return ContextStep(models.dit).eval()
     if name == "dit":
-        return DiTStep(models.dit, cache, fused=linears == "library").eval()
+        return DiTStep(models.dit, recipe.cache, fused=exported and recipe.linears == "library").eval()
     if name in VAE_STEPS:
-        if vae_ops == "library" and name == "vae_steady":
+        if recipe.vae_ops == "library" and name == "vae_steady":
             return LibrarySteady(models.vae).eval()
-        return VAE_STEPS[name](models.vae, ops=vae_ops == "library" and "encoder" not in name).eval()
-    known = ["text_encoder", "context", "dit", *VAE_STEPS]
-    raise LongtakeError("unknown network", got=name, expected=", ".join(known))
+        return VAE_STEPS[name](models.vae, ops=recipe.vae_ops == "library" and "encoder" not in name).eval()
+    raise LongtakeError("unknown network", got=name, expected=", ".join(NETWORKS))

@@ -7,5 +7,5 @@ from longtake.training.models.presets import Preset
 
 def frame_positions(preset: Preset, chunk: int, shot: int) -> list[float]:
     """Absolute temporal RoPE position of each latent frame; every shot begun so far inserts a gap."""
-    start = chunk * preset.chunk_latents + shot * preset.shot_rope_offset
-    return [float(start + frame) for frame in range(preset.chunk_latents)]
+    start = preset.first_frame(chunk) + shot * preset.shot_rope_offset
+    return [float(start + frame) for frame in range(preset.frames_of(chunk))]

@@ -1,8 +1,8 @@
 """The slot table: which cached blocks a chunk sees, and where its own K/V go. Nothing is ever moved.
 
-A slot holds one block (a chunk's K and V, all layers). The window is four blocks: the global sink (block 0 of the
-video), the shot sink (first block of the current shot), the previous block and the current one. Rolling, pinning
-and rebinding change this table only. The rules are LongLive 2.0's:
+A slot holds one block (a chunk's K and V, all layers). The window is `capacity` blocks, the preset's `window_chunks`:
+the global sink (block 0 of the video), the shot sink (first block of the current shot), the newest blocks that there is
+room for (of four: the previous one) and the current one. Rolling, pinning and rebinding change this table only. The rules are LongLive 2.0's:
 
 * a block is dropped before the new block is generated, so its slot is free for the new block's K/V: the victim is dead
   for every pass of the chunk, and for any retry of it;
@@ -17,7 +17,7 @@ leave sinks out of it (`Sinks`); the window stays as many blocks, so it then see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class SlotTable:
     blocks: indices of the cached blocks. slots: the slot of each. count: blocks generated so far.
     """
 
-    capacity: int = 4
+    capacity: int
     blocks: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
     shot: int | None = None
@@ -95,13 +95,18 @@ class Plan:
     visible: tuple[int, ...]
     after: SlotTable
 
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """See `family.Plan`."""
+        return {"table": self.table, "write_slot": (self.write_slot,)}
 
-def slots_from_json(given: dict[str, Any]) -> SlotTable:
+
+def slots_from_json(given: Mapping[str, Any]) -> SlotTable:
     """Read `SlotTable.as_json` back."""
     return SlotTable(given["capacity"], tuple(given["blocks"]), tuple(given["slots"]), given["shot"], given["count"])
 
 
-def plans_of(cuts: Sequence[bool], capacity: int = 4, sinks: Sinks = BOTH) -> list[Plan]:
+def plans_of(cuts: Sequence[bool], capacity: int, sinks: Sinks = BOTH) -> list[Plan]:
     """Each block's plan, given which blocks start a shot."""
     # Block 0 is the first shot's sink, too, which makes a difference only where the global sink is left out.
     table, plans = SlotTable(capacity, shot=0), []
@@ -111,6 +116,6 @@ def plans_of(cuts: Sequence[bool], capacity: int = 4, sinks: Sinks = BOTH) -> li
     return plans
 
 
-def visible_blocks(cuts: Sequence[bool], capacity: int = 4) -> list[tuple[int, ...]]:
+def visible_blocks(cuts: Sequence[bool], capacity: int) -> list[tuple[int, ...]]:
     """For each block, the blocks it attends to (itself last), given which blocks start a shot."""
     return [plan.visible for plan in plans_of(cuts, capacity)]

@@ -5,15 +5,11 @@ Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, D he
 
 from __future__ import annotations
 
-from typing import Any
-
+from longtake.errors import LongtakeError
 from longtake.plugins.cache_format import cache_tensors
-from longtake.training.models.network_spec import Binding, NetworkSpec
+from longtake.training.models.family import Precision
+from longtake.training.models.network_spec import NETWORKS, Binding, NetworkSpec
 from longtake.training.models.presets import Preset
-
-NETWORKS = (
-    "text_encoder", "context", "dit", "vae_first", "vae_steady", "vae_encoder_first", "vae_encoder_steady",
-)  # fmt: skip
 
 
 def networks_of(preset: Preset) -> tuple[str, ...]:
@@ -83,6 +79,7 @@ def dit_spec(preset: Preset, cache: str) -> NetworkSpec:
         outputs=(Binding("velocity", "fp32", latent), *(_out(b) for b in caches)),
         aliases=tuple((f"{b.name}_out", b.name) for b in caches),
         profile=(("W", (1, preset.window_chunks, preset.window_chunks)),),
+        slot="write_slot",
     )
 
 
@@ -117,22 +114,14 @@ def vae_spec(preset: Preset, name: str, vae_ops: str = "engine") -> NetworkSpec:
     )
 
 
-def network_spec(preset: Preset, cache: str, name: str, vae_ops: str = "engine") -> NetworkSpec:
-    """The spec of one network.
-
-    Args:
-        cache: format of the K/V cache, "nvfp4" or "bf16".
-        vae_ops: what runs the VAE decoder (a recipe's `vae_ops`).
-    """
+def network_spec(preset: Preset, recipe: Precision, name: str) -> NetworkSpec:
+    """The spec of one network as `recipe` wants it. Raises LongtakeError for an unknown one."""
     if name == "text_encoder":
         return text_encoder_spec(preset)
     if name == "context":
         return context_spec(preset)
     if name == "dit":
-        return dit_spec(preset, cache)
-    return vae_spec(preset, name, vae_ops)
-
-
-def recipe_spec(recipe: Any, name: str, preset: Preset | None = None) -> NetworkSpec:
-    """The spec of network `name` as `recipe` wants it; `preset` overrides the recipe's (tests use smaller ones)."""
-    return network_spec(preset or recipe.model, recipe.cache, name, recipe.vae_ops)
+        return dit_spec(preset, recipe.cache)
+    if name in NETWORKS:
+        return vae_spec(preset, name, recipe.vae_ops)
+    raise LongtakeError("unknown network", got=name, expected=", ".join(NETWORKS))

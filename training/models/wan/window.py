@@ -12,8 +12,6 @@ from torch import Tensor
 
 from longtake.training.models.wan.slots import visible_blocks
 
-WINDOW = 4
-
 
 def shot_offsets(cuts: Sequence[bool], offset: int) -> list[int]:
     """Latent frames added to each block's temporal positions: `offset` for each cut so far."""
@@ -29,7 +27,7 @@ def full_history(blocks: int) -> Tensor:
     return torch.ones(blocks, blocks, dtype=torch.bool).tril()
 
 
-def window_history(cuts: Sequence[bool], window: int = WINDOW) -> Tensor:
+def window_history(cuts: Sequence[bool], window: int) -> Tensor:
     """The runtime's window as a history, bool [N, N]."""
     history = torch.zeros(len(cuts), len(cuts), dtype=torch.bool)
     for block, seen in enumerate(visible_blocks(cuts, window)):

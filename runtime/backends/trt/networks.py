@@ -1,0 +1,79 @@
+"""The networks of a bundle on one GPU: one plan each, or cut at our ops, or (a stream's first step) by another's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from longtake.errors import LongtakeError
+from longtake.formats.bundle import Bundle
+from longtake.formats.onnx_file import WeightSource
+from longtake.formats.segmented_graph import SegmentedGraph
+from longtake.runtime.backends.segments.network import SegmentedNetwork
+from longtake.runtime.backends.segments.vae_first import FirstStep, first_steps
+from longtake.runtime.backends.trt.engine import EngineHost, Scratch, TrtEngine
+from longtake.training.models.families import family_of
+from longtake.training.models.network_spec import NETWORKS
+
+
+class Network(Protocol):
+    """A network on the device, whole or cut. weight_tensors: on the device, where they are not inside a plan."""
+
+    @property
+    def weight_tensors(self) -> Sequence[Tensor]: ...
+
+    def prepare(self) -> None: ...
+
+    def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None: ...
+
+
+class WholeNetwork:
+    """A network that is one plan, plugins inside or not."""
+
+    weight_tensors: Sequence[Tensor] = ()
+
+    def __init__(self, engine: TrtEngine, arena: Scratch) -> None:
+        self.engine, self.arena = engine, arena
+        arena.reserve(engine.scratch_bytes)
+
+    def prepare(self) -> None:
+        self.context = self.engine.context(self.arena)
+        self.engine.keep_compiled_kernels()
+
+    def run(self, tensors: Mapping[str, Tensor], write: bool = True) -> None:
+        """Enqueue on torch's current stream; `write` makes no difference inside an engine."""
+        self.context.run(tensors)
+
+
+def network_from_bundle(
+    bundle: Bundle,
+    name: str,
+    host: EngineHost,
+    arena: Scratch,
+    shared: dict[str, Tensor],
+    weights: WeightSource | None = None,
+    steady: Network | None = None,
+) -> Network:
+    """Load one network: verified plans; a cut network's weights come from `weights`, or its verified ONNX file. A stream's
+    first step needs none if `steady`, its later ones' network, can do it."""
+    if name == "vae_first" and isinstance(steady, SegmentedNetwork) and (first := first_steps(steady.exported)):
+        return FirstStep(steady, first)
+    cut = bundle.folder / f"{name}.segments.json"
+    if not cut.is_file():
+        if weights is not None:
+            raise LongtakeError(f"{name}.plan holds its own weights", got="other ones", fix="use a segmented recipe")
+        recipe = bundle.recipe
+        spec = family_of(recipe.model).spec(recipe.model, recipe, name).as_json()
+        return WholeNetwork(host.load(name, spec), arena)
+    bundle.check_file(cut)
+    graph, attention = SegmentedGraph.read(cut), bundle.recipe.attention
+    network = SegmentedNetwork(host, graph, arena, attention=attention, shared=shared)
+    network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
+    return network
+
+
+def networks_in(bundle: Bundle) -> tuple[str, ...]:
+    """The networks that a bundle has plans of."""
+    return tuple(n for n in NETWORKS if f"{n}.plan" in bundle.files or f"{n}.segments.json" in bundle.files)

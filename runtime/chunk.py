@@ -1,0 +1,43 @@
+"""One generated chunk. Legend: B = 1, F latent frames, C latent channels, H, W sizes, T video frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from longtake.errors import LongtakeError
+from longtake.runtime.decode import Frames
+
+
+@dataclass
+class Chunk:
+    """latents: fp32 [1, F, C, H, W], normalized. cut: it begins a shot. visible: the chunks it saw, itself last."""
+
+    index: int
+    prompt: str
+    cut: bool
+    shot: int
+    latents: Tensor
+    visible: tuple[int, ...]
+    decoding: Frames | None
+    stage_ms: dict[str, float]
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Video frames uint8 [T, H, W, 3]; waits for the decoder, raises its error."""
+        if self.decoding is None:
+            raise LongtakeError("this session does not decode", fix="make the session with decode=True")
+        return self.decoding.result()
+
+    @property
+    def finished_at(self) -> float:
+        """When the frames were there, on time.perf_counter's clock; waits for them."""
+        return self.decoding.finished_at if self.decoding and len(self.frames) else 0.0
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Milliseconds by stage; "decode" (in parallel with the next chunk) is there once the frames are."""
+        decoded = self.decoding is not None and self.decoding.ready
+        return {**self.stage_ms, **({"decode": self.decoding.milliseconds} if decoded and self.decoding else {})}

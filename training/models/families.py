@@ -1,0 +1,25 @@
+"""The registry of families: one line each."""
+
+from __future__ import annotations
+
+from longtake.errors import LongtakeError
+from longtake.training.models.family import Family
+from longtake.training.models.presets import Preset
+from longtake.training.models.wan.family import Wan
+
+FAMILIES: dict[str, Family] = {
+    "wan": Wan(),
+}
+
+
+def family_named(name: str) -> Family:
+    """The family called `name`; an unknown name is an error that lists the known ones."""
+    if name not in FAMILIES:
+        raise LongtakeError("unknown family", got=name, expected=", ".join(sorted(FAMILIES)),
+                            fix="set the preset's family to one of these")  # fmt: skip
+    return FAMILIES[name]
+
+
+def family_of(preset: Preset) -> Family:
+    """The family of `preset`."""
+    return family_named(preset.family)

@@ -1,0 +1,68 @@
+"""The Wan family: Wan 2.2's transformer and VAE, made causal, with LongLive 2.0's window and cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from longtake.training.models.family import ModelSet, Precision
+from longtake.training.models.network_spec import NetworkSpec
+from longtake.training.models.presets import Preset
+from longtake.training.models.sampler import UniPC
+from longtake.training.models.wan.dit import CausalDiT
+from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.models.wan.networks import network_module
+from longtake.training.models.wan.positions import frame_positions
+from longtake.training.models.wan.prompts import CUT_PREFIX, with_cut_prefix
+from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.slots import SlotTable, slots_from_json
+from longtake.training.models.wan.spec import network_spec, networks_of
+from longtake.training.models.wan.vae import CausalVAE
+
+
+class Wan:
+    """See training/models/family.py for what each member is."""
+
+    name = "wan"
+    keys: tuple[str, ...] = ("wan", "diffusers")  # training/convert/dit_keys.py, vae_keys.py, text_keys.py
+
+    def networks(self, preset: Preset) -> tuple[str, ...]:
+        return networks_of(preset)
+
+    def spec(self, preset: Preset, recipe: Precision, network: str) -> NetworkSpec:
+        return network_spec(preset, recipe, network)
+
+    def module(self, models: ModelSet, recipe: Precision, network: str, exported: bool = False) -> nn.Module:
+        return network_module(models, recipe, network, exported)
+
+    def linears(self, dit: nn.Module) -> list[str]:
+        return quantized_linears(dit)
+
+    def dit(self, preset: Preset) -> CausalDiT:
+        return CausalDiT(preset.dit)
+
+    def vae(self, preset: Preset) -> CausalVAE:
+        return CausalVAE(preset.vae)
+
+    def start(self, preset: Preset) -> SlotTable:
+        return SlotTable(preset.window_chunks)
+
+    def marker(self, given: Mapping[str, Any]) -> SlotTable:
+        return slots_from_json(given)
+
+    def chunk_inputs(self, preset: Preset, chunk: int, shot: int) -> dict[str, Tensor]:
+        cos, sin = rope_tables(preset.dit, frame_positions(preset, chunk, shot), preset.grid_hw)
+        return {"rope_cos": cos, "rope_sin": sin}
+
+    def pass_inputs(self, preset: Preset, frames: int, timestep: int, clean_frames: int) -> dict[str, Tensor]:
+        times = [0.0] * clean_frames + [float(timestep)] * (frames - clean_frames)
+        return {"timestep_sinusoid": timestep_sinusoid(times, preset.dit.freq_dim)}
+
+    def prompt(self, caption: str, cut: bool) -> str:
+        """A cut is announced as in training, once."""
+        return with_cut_prefix(caption.removeprefix(CUT_PREFIX), cut)
+
+    def solver(self, steps: int, shift: float) -> UniPC:
+        return UniPC(steps, shift)
