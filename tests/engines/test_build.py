@@ -78,7 +78,7 @@ def test_shipped_ahead_of_time_recipes_are_buildable_without_a_gpu(name: str) ->
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A segmented recipe that builds without a GPU; its only network is the miniature."""
-    monkeypatch.setattr(build_module, "networks_of", lambda preset: ("dit",))
+    monkeypatch.setattr(Wan, "networks", lambda self, preset: ("dit",))
     return replace(recipe_named("tiny_bf16_sm90"), compute_capability="8.9")
 
 
