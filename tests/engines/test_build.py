@@ -26,6 +26,7 @@ from longtake.formats.plan import manifest_path
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.machine.flavour import Flavour, flavour_for
 from longtake.plugins.spec import DOMAIN
+from longtake.training.models.wan.family import Wan
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
 miniature = importlib.util.module_from_spec(_spec)
