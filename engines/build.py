@@ -275,11 +275,11 @@ def check_network(trt: Any, network: Any, job: PlanJob) -> None:
         _check_bindings(job, kind, [get(i) for i in range(count)])
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     plugins = [(op_of_layer(trt, layer), layer) for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
-    found = Counter(op for op, _ in plugins)
-    if found != job.plugins:
+    counts = Counter(op for op, _ in plugins)
+    if counts != job.plugins:
         raise IntegrityError(
             f"{job.name}: custom ops did not become plugins",
-            got=f"{found.total()} PLUGIN_V3 layers: {dict(found)}",
+            got=f"{counts.total()} PLUGIN_V3 layers: {dict(counts)}",
             expected=f"{job.plugins.total()}: {dict(job.plugins)}",
             fix="register plugins of the ONNX nodes' plugin_namespace and plugin_version; without them ops are inlined",
         )

@@ -108,7 +108,7 @@ class OpPlugin:
         dims_from_shapes(self.spec, [tuple(i.max) for i in inputs])
 
     def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        return kernel_of(self.plugin_name).workspace_bytes(dims_from_shapes(self.spec, [tuple(i.max) for i in inputs]))
+        return kernel_of(self.op.name).workspace_bytes(dims_from_shapes(self.spec, [tuple(i.max) for i in inputs]))
 
     # TensorRT: run
 
@@ -120,7 +120,7 @@ class OpPlugin:
 
     def get_fields_to_serialize(self) -> Any:
         field = self.trt.PluginField(
-            DIGEST_FIELD, _digest(kernel_of(self.plugin_name).source), self.trt.PluginFieldType.CHAR
+            DIGEST_FIELD, _digest(kernel_of(self.op.name).source), self.trt.PluginFieldType.CHAR
         )
         return self.trt.PluginFieldCollection([field])
 
@@ -179,7 +179,7 @@ class OpPluginCreator:
         return _plugin_class(self.trt)(self.trt, self.op)
 
     def _check_digest(self, fields: Any) -> None:
-        here = _digest(kernel_of(self.name).source).decode()
+        here = _digest(kernel_of(self.op.name).source).decode()
         there = [_text(field) for field in fields if field.name == DIGEST_FIELD]
         if there != [here]:
             raise IntegrityError(

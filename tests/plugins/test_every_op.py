@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,8 @@ from longtake.plugins.shapes import dims_from_shapes, infer_dtype, infer_shape, 
 from longtake.plugins.spec import Op
 from longtake.plugins.tensors import torch_dtype
 
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = frozenset(all_ops())
 every_op = pytest.mark.parametrize("name", all_ops())
 every_kernel = pytest.mark.parametrize("name", kernel_ops())
 
@@ -163,6 +167,18 @@ def test_properties_follow_from_the_spec() -> None:
     assert all(op.first_frame in ops for op in ops.values() if op.first_frame)
     assert all(op.quantized in ops for op in ops.values() if op.quantized)
     assert not replace(ops["conv_3x3x3"], ways=()).kernel
+
+
+def test_only_its_folder_compares_an_ops_name() -> None:
+    """Elsewhere properties say what an op is; networks and lowerings may call one by name."""
+    found = []
+    for stage in ("export", "engines", "runtime", "training", "longtake"):
+        for path in (ROOT / stage).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = ast.walk(node) if isinstance(node, ast.Compare) else ()
+                if any(isinstance(part, ast.Constant) and part.value in NAMES for part in parts):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
 
 
 def test_importing_the_registry_loads_no_library() -> None:
