@@ -239,7 +239,7 @@ class Trainer:
         path, tensors, saved = newest_whole(
             self.config.out, kind=f"resume-{self.stage.name}", preset=self.config.preset
         )
-        check_same_run(path, saved.settings, self.config.settings)
+        check_same_run(path, saved.settings or {}, self.config.settings)
         if saved.steps != self.config.steps:
             logger.warning(
                 "resuming with --steps %d, saved with %d: the schedule changes", self.config.steps, saved.steps
@@ -249,7 +249,7 @@ class Trainer:
         if hasattr(self.stage, "load_state"):
             self.stage.load_state({k.removeprefix("stage/"): v for k, v in tensors.items() if k.startswith("stage/")})
         if hasattr(self.stage, "seek"):
-            self.stage.seek(saved.position)
+            self.stage.seek(saved.position or {})
         self.step = saved.step or 0
         logger.info("resumed from %s", path)
 

@@ -104,7 +104,7 @@ def read_side(path: Path, kind: str, preset: Preset) -> SideFile:
 
     side = read_side_file(path, kind=kind, preset=preset.name)
     if kind == "text_encoder" and preset.text.kind == "words" and side.vocabulary is None:
-        raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary",
+        raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary", got="none",
                              expected='"vocabulary": a list of words', fix=RETRAIN)  # fmt: skip
     return side
 

@@ -39,8 +39,8 @@ class SideFile:
     sampling: dict[str, Any] | None = None
     nvfp4: dict[str, Any] | None = None
     packed: dict[str, Any] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    position: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
+    position: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -63,9 +63,9 @@ class SideFile:
         return side
 
     def write(self, path: Path) -> None:
-        """Write it, atomically; what is not known is left out."""
-        known = {key: value for key, value in vars(self).items() if key != "facts" and value not in (None, "", {})}
-        KIND.write({**known, **self.facts}, path)
+        """Write it, atomically; what is not told is left out."""
+        told = {**vars(self), "facts": None, "amax": self.amax or None, **self.facts}
+        KIND.write({key: value for key, value in told.items() if value is not None or key in self.facts}, path)
 
     def describes(self, tensors: Path) -> bool:
         """Whether the file at `tensors` has the digest told here."""
