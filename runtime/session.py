@@ -96,9 +96,12 @@ def pin(sample_BCFHW: Tensor, first_BCHW: Tensor | None) -> None:
         sample_BCFHW[:, :, 0].copy_(first_BCHW)
 
 
-def prompt_text(segment: Segment) -> str:
-    """The text that is encoded for a segment's first chunk: a cut is announced as in training, once."""
-    return with_cut_prefix(segment.prompt.removeprefix(CUT_PREFIX), segment.cut)
+def prompt_text(segment: Segment, first: bool = False) -> str:
+    """The text that is encoded for a segment's first chunk: a cut is announced as in training, once.
+
+    The `first` chunk of a video is no cut; as in the reference, its prompt is what was written, prefix and all.
+    """
+    return segment.prompt if first else with_cut_prefix(segment.prompt.removeprefix(CUT_PREFIX), segment.cut)
 
 
 class Session:
@@ -190,7 +193,7 @@ class Session:
         table = torch.tensor(plan.table, dtype=torch.int32).to(self.backend.device)
         shot = here.shot + segment.cut
         with clock.stage("conditions"):
-            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt_text(segment))
+            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt_text(segment, not here.chunk))
         with clock.stage("denoise"):
             sample = self._denoise(conditions, table) if given_BCFHW is None else given_BCFHW
         with clock.stage("clean"):

@@ -163,16 +163,19 @@ def story_from_script(script: Script) -> Story:
         return story_from_file(script)
     if not script:
         raise LongtakeError("the script is empty", got=repr(script), expected="at least one prompt")
-    parts = [p if isinstance(p, Segment) else _segment(p) for p in script]
+    parts = [p if isinstance(p, Segment) else _segment(p, i == 0) for i, p in enumerate(script)]
     for i, part in enumerate(parts):
         checked_prompt(part.prompt, f"prompt {i} of the script")
     return Story("script", tuple(parts))
 
 
-def _segment(prompt: str) -> Segment:
-    """One chunk of `prompt`, the reference's way: a prompt that begins with CUT_PREFIX begins a shot."""
+def _segment(prompt: str, first: bool) -> Segment:
+    """One chunk of `prompt`, the reference's way: a prompt that begins with CUT_PREFIX begins a shot.
+
+    The first one keeps the prefix: where nothing stands before it, there is no cut, and the prefix is its text.
+    """
     cut = isinstance(prompt, str) and prompt.startswith(CUT_PREFIX)
-    return Segment(prompt.removeprefix(CUT_PREFIX) if cut else prompt, cut=cut)
+    return Segment(prompt.removeprefix(CUT_PREFIX) if cut and not first else prompt, cut=cut)
 
 
 def fit_segments(segments: tuple[Segment, ...], chunks: int) -> tuple[Segment, ...]:
