@@ -70,8 +70,12 @@ def vae_mismatch(start: Path, vae: Path, digest: str) -> LongtakeError | None:
     known = read_json(side).get("vae_sha256") if side.is_file() else None
     if known in (None, digest):
         return None
-    return LongtakeError(f"the DiT in {start} was trained on latents of another VAE", got=f"{vae}, sha256 {digest[:16]}…",
-                         expected=f"the VAE of sha256 {str(known)[:16]}…", fix="pass the folder of that VAE with --vae")  # fmt: skip
+    return LongtakeError(
+        f"the DiT in {start} was trained on latents of another VAE",
+        got=f"{vae}, sha256 {digest[:16]}…",
+        expected=f"the VAE of sha256 {str(known)[:16]}…",
+        fix="pass the folder of that VAE with --vae",
+    )
 
 
 def frozen_vae(path: Path, preset: Preset, device: torch.device) -> tuple[CausalVAE, str]:
