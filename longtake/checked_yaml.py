@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
-    def construct_mapping(self, node: Node, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key, _ in node.value:
             if not isinstance(key, ScalarNode):
@@ -86,13 +86,21 @@ def read_yaml(path: Path, what: str, expected: str, fix: str) -> Any:
         LongtakeError: too large, not UTF-8, or not YAML as it is read here; says where.
     """
     if (size := path.stat().st_size) > MOST_BYTES:
-        raise LongtakeError(f"{path} is too large for a {what}", got=f"{size} bytes", expected=f"at most {MOST_BYTES}",
-                            fix=f"pass a YAML {what} file")  # fmt: skip
+        raise LongtakeError(
+            f"{path} is too large for a {what}",
+            got=f"{size} bytes",
+            expected=f"at most {MOST_BYTES}",
+            fix=f"pass a YAML {what} file",
+        )
     try:
         return _value(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise LongtakeError(f"{what} {path} is not UTF-8 text, so it is not valid YAML", got=str(error), expected="UTF-8",
-                            fix="save the file as UTF-8") from None  # fmt: skip
+        raise LongtakeError(
+            f"{what} {path} is not UTF-8 text, so it is not valid YAML",
+            got=str(error),
+            expected="UTF-8",
+            fix="save the file as UTF-8",
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -30,12 +30,20 @@ def claim_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
     for place, (name, path) in enumerate(named.items()):
         for other, earlier in list(named.items())[:place]:
             if _same(path, earlier) and not is_special(path):
-                raise LongtakeError(f"{other} and {name} are the same file", got=path, expected="a file each",
-                                    fix=f"choose another name for {name}")  # fmt: skip
+                raise LongtakeError(
+                    f"{other} and {name} are the same file",
+                    got=path,
+                    expected="a file each",
+                    fix=f"choose another name for {name}",
+                )
         for source, file in read:
             if _same(path, file):
-                raise LongtakeError(f"{name} would replace {source}: they are the same file", got=path,
-                                    expected="another file", fix=f"choose another name for {name}")  # fmt: skip
+                raise LongtakeError(
+                    f"{name} would replace {source}: they are the same file",
+                    got=path,
+                    expected="another file",
+                    fix=f"choose another name for {name}",
+                )
         _check_place(name, path)
 
 
@@ -57,15 +65,22 @@ def _check_place(name: str, path: Path) -> None:
     mode = _mode(path)
     if mode is None or is_special(path):
         if mode is not None and stat.S_IFMT(mode) in UNWRITABLE:
-            raise LongtakeError(f"{name} cannot be written", got=f"{path}, {UNWRITABLE[stat.S_IFMT(mode)]}",
-                                expected="a file or a pipe", fix=f"choose another name for {name}")  # fmt: skip
+            raise LongtakeError(
+                f"{name} cannot be written",
+                got=f"{path}, {UNWRITABLE[stat.S_IFMT(mode)]}",
+                expected="a file or a pipe",
+                fix=f"choose another name for {name}",
+            )
         return
     if stat.S_ISDIR(mode):
         raise LongtakeError(f"{path} is a folder", expected="a file name", fix=f"pass {path}/NAME")
     if not written_by_us(path):
-        raise LongtakeError(f"{name} would replace a file that longtake did not write", got=path,
-                            expected="a new name, or a file of an earlier run",
-                            fix=f"choose another name for {name}, or move that file away")  # fmt: skip
+        raise LongtakeError(
+            f"{name} would replace a file that longtake did not write",
+            got=path,
+            expected="a new name, or a file of an earlier run",
+            fix=f"choose another name for {name}, or move that file away",
+        )
 
 
 def written_by_us(path: Path) -> bool:

@@ -5,6 +5,8 @@ Legend: H, W sizes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import av
 import numpy as np
 from av.sidedata.sidedata import Type
@@ -22,7 +24,7 @@ def display_matrix(frame: av.VideoFrame) -> Matrix:
     Raises:
         LongtakeError: it is turned by anything but quarters.
     """
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    data: Any = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]
     if data is None:
         return UPRIGHT
     numbers = np.frombuffer(bytes(data), np.int32)[:5] / 65536
@@ -32,8 +34,12 @@ def display_matrix(frame: av.VideoFrame) -> Matrix:
         return UPRIGHT
     signs = [0 if abs(value) < SLANT * most else 1 if value > 0 else -1 for value in (xx, xy, yx, yy)]
     if sorted(map(abs, signs)) != [0, 0, 1, 1] or abs(signs[0]) != abs(signs[3]):
-        raise LongtakeError("the video is turned by an odd angle", got=f"display matrix {[xx, xy, yx, yy]}",
-                            expected="quarter turns and flips", fix="convert it, which turns it upright")  # fmt: skip
+        raise LongtakeError(
+            "the video is turned by an odd angle",
+            got=f"display matrix {[xx, xy, yx, yy]}",
+            expected="quarter turns and flips",
+            fix="convert it, which turns it upright",
+        )
     return signs[0], signs[1], signs[2], signs[3]
 
 

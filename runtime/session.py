@@ -118,7 +118,7 @@ class Session:
         shot = here.shot + segment.cut
         first = self._first if here.chunk == 0 else None
         with clock.stage("conditions"):
-            prompt = self.model.family.prompt(segment.prompt, segment.cut)
+            prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt)
         with clock.stage("denoise"):
             sample = given_BCFHW

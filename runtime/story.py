@@ -31,9 +31,11 @@ class Segment:
 
     def __post_init__(self) -> None:
         """Raise LongtakeError if it doesn't last a whole number of chunks; 2.0 is 2."""
-        if isinstance(self.chunks, float) and self.chunks.is_integer():
-            object.__setattr__(self, "chunks", int(self.chunks))
-        if isinstance(self.chunks, bool) or not isinstance(self.chunks, int):
+        chunks: object = self.chunks
+        if isinstance(chunks, float) and chunks.is_integer():
+            chunks = int(chunks)
+            object.__setattr__(self, "chunks", chunks)
+        if isinstance(chunks, bool) or not isinstance(chunks, int):
             raise LongtakeError("bad number of chunks", got=repr(self.chunks), expected="a whole number", fix="pass 2")
 
 
@@ -129,8 +131,10 @@ def _whole_numbers(given: Any) -> Any:
         return [_whole_numbers(item) for item in given]
     if not isinstance(given, dict):
         return given
-    return {key: int(value) if key in WHOLE and isinstance(value, float) else _whole_numbers(value)
-            for key, value in given.items()}  # fmt: skip
+    return {
+        key: int(value) if key in WHOLE and isinstance(value, float) else _whole_numbers(value)
+        for key, value in given.items()
+    }
 
 
 def _segments(shots: list[dict[str, Any]], where: str) -> tuple[Segment, ...]:
@@ -164,16 +168,19 @@ def story_from_script(script: Script) -> Story:
         return story_from_file(script)
     if not script:
         raise LongtakeError("the script is empty", got=repr(script), expected="at least one prompt")
-    parts = [p if isinstance(p, Segment) else _segment(p) for p in script]
+    parts = [p if isinstance(p, Segment) else _segment(p, i == 0) for i, p in enumerate(script)]
     for i, part in enumerate(parts):
         checked_prompt(part.prompt, f"prompt {i} of the script")
     return Story("script", tuple(parts))
 
 
-def _segment(prompt: str) -> Segment:
-    """One chunk of `prompt`, the reference's way: a prompt that begins with CUT_PREFIX begins a shot."""
+def _segment(prompt: Any, first: bool) -> Segment:
+    """One chunk of `prompt`, the reference's way: a prompt that begins with CUT_PREFIX begins a shot.
+
+    The first one keeps the prefix: where nothing stands before it, there is no cut, and the prefix is its text.
+    """
     cut = isinstance(prompt, str) and prompt.startswith(CUT_PREFIX)
-    return Segment(prompt.removeprefix(CUT_PREFIX) if cut else prompt, cut=cut)
+    return Segment(prompt.removeprefix(CUT_PREFIX) if cut and not first else prompt, cut=cut)
 
 
 def fit_segments(segments: tuple[Segment, ...], chunks: int) -> tuple[Segment, ...]:
@@ -198,8 +205,12 @@ def _read(source: Path) -> Any:
             f"story {source} does not exist" if not source.exists() else f"story {source} is not a file",
             fix="pass the path of a story, such as docs/stories/demo.yaml",
         )
-    return read_yaml(source, "story", "a YAML mapping like docs/stories/demo.yaml",
-                      "mind the indentation, and put text that holds ': ' or '#' in quotes")  # fmt: skip
+    return read_yaml(
+        source,
+        "story",
+        "a YAML mapping like docs/stories/demo.yaml",
+        "mind the indentation, and put text that holds ': ' or '#' in quotes",
+    )
 
 
 @cache

@@ -126,8 +126,13 @@ def _claim(args: argparse.Namespace) -> None:
     kinds = [kind for kind, given in (("dit", args.dit), ("vae", args.vae), ("text_encoder", args.text)) if given]
     kinds += ["dit"] if args.calibrate and not args.dit else []
     read = {f"--{name}": getattr(args, name) for name in ("dit", "vae", "text", "base", "lora", "latents")}
-    parts = {f"{name}/{place}": given / place for name, given in read.items() if given
-             for places in PLACES.values() for place in places}  # fmt: skip
+    parts = {
+        f"{name}/{place}": given / place
+        for name, given in read.items()
+        if given
+        for places in PLACES.values()
+        for place in places
+    }
     claim_checkpoints(args.out, read | parts, kinds)
 
 

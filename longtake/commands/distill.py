@@ -74,7 +74,9 @@ def add_what(group: argparse._ArgumentGroup) -> None:
         "--workers", type=int, default=0, metavar="N", help="processes that decode clips for --cache-dir"
     )
     group.add_argument("--preset", default="tiny", choices=sorted(PRESETS))
-    group.add_argument("--vae", type=Path, help="folder of the frozen VAE (default: the shipped checkpoint)")
+    group.add_argument(
+        "--vae", type=Path, help="folder of the frozen VAE (default: beside the teacher, else the shipped one)"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     group.add_argument("--fp32", action="store_true", help="compute in fp32 on the GPU too (default there: bf16)")
     group.add_argument("--seed", type=int, default=0)

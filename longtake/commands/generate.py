@@ -325,15 +325,22 @@ def _output(args: argparse.Namespace, story: Story | None) -> Path:
         raise LongtakeError("the video must be an mp4", got=out, expected="a path ending in .mp4",
                             fix=f"--out {out.with_suffix('.mp4')}")  # fmt: skip
     written = {
-        "the video (--out)": out, "the contact sheet beside --out": out.with_suffix(".png"),
-        "the report (--report)": args.report or out.with_suffix(".json"), "--save-session": args.save_session,
-    }  # fmt: skip
+        "the video (--out)": out,
+        "the contact sheet beside --out": out.with_suffix(".png"),
+        "the report (--report)": args.report or out.with_suffix(".json"),
+        "--save-session": args.save_session,
+    }
     told, engines = Path(args.story) if args.story else None, Path(args.engines or ".")
     read = {
-        "the story": told, "the story's picture": story and story.image, "the story's clip": story and story.clip,
-        "--image": args.image, "--continue-from": args.continue_from, "--load-session": args.load_session,
-        "the engines": engines / "bundle.json", "the export": engines / "export.json",
-    }  # fmt: skip
+        "the story": told,
+        "the story's picture": story and story.image,
+        "the story's clip": story and story.clip,
+        "--image": args.image,
+        "--continue-from": args.continue_from,
+        "--load-session": args.load_session,
+        "the engines": engines / "bundle.json",
+        "the export": engines / "export.json",
+    }
     claim_outputs(written, {name: path and Path(path) for name, path in read.items()})
     return out
 

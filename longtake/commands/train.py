@@ -82,7 +82,9 @@ def add_dit(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--precision", default="bf16", choices=("bf16", "nvfp4"), help="nvfp4: W4A4 fake-quant in the loop"
     )
-    group.add_argument("--vae", type=Path, help="folder of the frozen VAE (default: the shipped checkpoint)")
+    group.add_argument(
+        "--vae", type=Path, help="folder of the frozen VAE (default: beside --init, else the shipped one)"
+    )
     group.add_argument(
         "--max-chunks-per-shot",
         type=int,

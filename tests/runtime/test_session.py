@@ -90,6 +90,19 @@ def test_the_cut_prefix_is_encoded_at_cuts_only(session: Session, monkeypatch: p
     assert texts[2:4] == ["The scene transitions. a blue two", "a blue two"] and texts[0] == "a red one"
 
 
+def test_a_prefix_in_the_first_prompt_is_encoded_and_no_cut(
+    toy: Any, make_generator: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: list[str] = []
+    prefix = "The scene transitions. "
+    session = make_generator(toy).session([prefix + "a red one", "a red one", prefix + "a blue two"], steps=1)
+    original = session._conditioner.for_chunk
+    monkeypatch.setattr(session._conditioner, "for_chunk", lambda c, s, p: (texts.append(p), original(c, s, p))[1])
+    chunks = list(session)
+    assert texts == [prefix + "a red one", "a red one", prefix + "a blue two"]
+    assert [chunk.cut for chunk in chunks] == [False, False, True]
+
+
 def test_noise_depends_on_seed_and_index_only() -> None:
     first = noise_for_chunk(TINY, 5, 2)
     assert first.shape == (1, 8, 16, 8, 8) and torch.equal(first, noise_for_chunk(TINY, 5, 2))

@@ -177,6 +177,15 @@ def test_a_list_of_prompts_cuts_where_the_reference_does() -> None:
     assert [Wan().prompt(segment.prompt, segment.cut) for segment in segments] == prompts
 
 
+def test_the_first_prompt_of_a_list_keeps_its_prefix(tmp_path: Path) -> None:
+    """Nothing stands before it: the reference makes no cut there, and encodes what was written."""
+    prompts = ["The scene transitions. a", "The scene transitions. b"]
+    first, second = story_from_script(prompts).segments
+    assert Wan().prompt(first.prompt, first.cut, first=True) == prompts[0]
+    assert Wan().prompt(second.prompt, second.cut) == prompts[1]
+    assert Wan().prompt(first.prompt, first.cut) == prompts[0]  # after a clip it is a cut like any other
+
+
 def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
     """To JSON Schema 7.0 is an integer; to the noise it was another seed."""
     text = (

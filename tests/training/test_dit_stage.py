@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ from longtake.errors import LongtakeError
 from longtake.files import read_json
 from longtake.plugins.nvfp4.weight_format import WeightFormat, formats_from_meta
 from longtake.training.data.latent_cache import LatentCache, cache_from_dataset, frozen_vae
+from longtake.training.data.named import dataset_from_name
+from longtake.training.data.stored_stories import stored_from_dataset
+from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.quantize import RULES
+from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.wan.window import window_history
 from longtake.training.objective.error_recycling import RecyclingConfig
 from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
@@ -189,3 +196,35 @@ def test_stories_are_encoded_with_a_vae_and_a_device_alone(small_preset: Preset,
     stage = DiTStage(options(small_preset, vae_folder))
     stage.device, stage.vae = CPU, frozen_vae(vae_folder / "vae.safetensors", small_preset, CPU)[0]
     assert len(DiTStage.cache(stage, "train", 3, 5)) == 3
+
+
+def test_one_story_in_the_window_is_not_full_context(small_preset: Preset, vae_folder: Path, tmp_path: Path) -> None:
+    vae = frozen_vae(vae_folder / "vae.safetensors", small_preset, CPU)[0]
+    text = text_encoder_for(small_preset)
+    data = dataset_from_name("digits", small_preset, "train")
+    chunks = small_preset.window_chunks + 2
+    how: dict[str, Any] = {"stories": 1, "chunks": chunks, "context": "window", "seed": 0}
+    in_memory = cache_from_dataset(data, vae, text, small_preset, **how)
+    on_disk = stored_from_dataset(data, vae, "d" * 64, text, small_preset, cache_dir=tmp_path, **how)
+    for stories in (in_memory, on_disk):
+        clips = stories.clips(torch.tensor([0]), chunks)
+        assert stories.unmasked(chunks) == clips.unmasked == small_preset.window_chunks
+        cuts = stories.cuts[0].tolist()
+        assert torch.equal(clips.history, window_history(cuts, small_preset.window_chunks)[None])
+
+
+def test_init_comes_with_its_own_vae(
+    small_preset: Preset, vae_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The VAE beside the checkpoint is the default; another one is taken only where it is asked for, with a word."""
+    models = random_models(small_preset)
+    for name, module in (("dit", models.dit), ("text_encoder", models.text), ("vae", models.vae)):
+        facts = {"vocabulary": list(models.vocabulary)} if name == "text_encoder" else {}
+        about = {"kind": name, "preset": small_preset.name, "vae_sha256": "0" * 64, **facts}
+        save_checkpoint(tmp_path / f"{name}.safetensors", module.state_dict(), about)
+    stage = DiTStage(replace(options(small_preset, vae_folder, init=tmp_path), vae=None))
+    assert stage.companions == [tmp_path / "vae.safetensors"]
+    with pytest.raises(LongtakeError, match="trained on latents of another VAE"):
+        stage.prepare(CPU)
+    DiTStage(options(small_preset, vae_folder, init=tmp_path)).prepare(CPU)
+    assert "it is taken, for --vae asks for it" in caplog.text

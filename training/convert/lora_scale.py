@@ -23,9 +23,12 @@ ALPHAS = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")  # entries
 RANKS = ("lora_rank", "r", "ss_network_dim", "network_dim", "rank")
 # PEFT's settings that make B A, or the weights under it, something else.
 OTHER_KINDS = {
-    "use_dora": "DoRA", "use_qalora": "QA-LoRA", "fan_in_fan_out": "LoRA of transposed weights",
-    "lora_bias": "LoRA with biases", "layer_replication": "LoRA of replicated layers",
-}  # fmt: skip
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "fan_in_fan_out": "LoRA of transposed weights",
+    "lora_bias": "LoRA with biases",
+    "layer_replication": "LoRA of replicated layers",
+}
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
 
 
@@ -54,8 +57,12 @@ class LoraScale:
             return self.factor
         said = _matching(self.ranks, linear, self.rank)
         if said is not None and said != rank:
-            raise IntegrityError(f"the LoRA's {linear} has another rank than {self.where} says", got=rank, expected=said,
-                                 fix="pass the file and its configuration of one training, or --lora-scale")  # fmt: skip
+            raise IntegrityError(
+                f"the LoRA's {linear} has another rank than {self.where} says",
+                got=rank,
+                expected=said,
+                fix="pass the file and its configuration of one training, or --lora-scale",
+            )
         alpha = _matching(self.alphas, linear, self.alpha) if alpha is None else alpha
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.root else rank)
 
@@ -105,11 +112,13 @@ def _by_peft(config: Any, where: str) -> LoraScale:
         )
         if not other:
             return LoraScale(
-                float(config["lora_alpha"]), int(config["r"]), bool(config.get("use_rslora")),
+                float(config["lora_alpha"]),
+                int(config["r"]),
+                bool(config.get("use_rslora")),
                 {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
                 {key: int(value) for key, value in (config.get("rank_pattern") or {}).items()},
                 where=where,
-            )  # fmt: skip
+            )
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise _unclear(where) from None
     raise not_plain(other, where)
@@ -117,8 +126,12 @@ def _by_peft(config: Any, where: str) -> LoraScale:
 
 def not_plain(kind: str, got: str) -> LongtakeError:
     """`kind` is something that only its own tool can merge."""
-    return LongtakeError(f"this is {kind}, not a plain LoRA", got=got, expected="W + scale B A",
-                         fix="merge it with the tool that made it, and pass the merged weights with --dit")  # fmt: skip
+    return LongtakeError(
+        f"this is {kind}, not a plain LoRA",
+        got=got,
+        expected="W + scale B A",
+        fix="merge it with the tool that made it, and pass the merged weights with --dit",
+    )
 
 
 def _unclear(where: str) -> LongtakeError:
@@ -132,8 +145,12 @@ def _matching(patterns: Mapping[str, Value], linear: str, default: Value | None)
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", linear)), default)
     except re.error as error:
-        raise LongtakeError("a pattern of the LoRA's configuration is no regular expression", got=error.pattern,
-                            expected="PEFT's rank_pattern and alpha_pattern", fix="pass --lora-scale") from None  # fmt: skip
+        raise LongtakeError(
+            "a pattern of the LoRA's configuration is no regular expression",
+            got=error.pattern,
+            expected="PEFT's rank_pattern and alpha_pattern",
+            fix="pass --lora-scale",
+        ) from None
 
 
 def _header(path: Path) -> dict[str, str]:

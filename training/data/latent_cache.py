@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.errors import LongtakeError
+from longtake.files import read_json
 from longtake.paths import REPOSITORY
 from longtake.training.data.base import Batch, Dataset
-from longtake.training.models.checkpoint import load_into
+from longtake.training.models.checkpoint import load_into, side_file
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import AnyTextEncoder
 from longtake.training.models.wan.vae import CausalVAE
@@ -27,20 +28,23 @@ from longtake.training.objective.teacher_forcing import Clips
 @dataclass(frozen=True)
 class LatentCache:
     """latents [S, F, C, H, W] (bf16 on a GPU, else fp32), tokens int32 [S, N, E], history bool [S or 1, N, N],
-    offsets int64 [S, N] or None: see `teacher_forcing.Clips`."""
+    offsets int64 [S, N] or None: see `teacher_forcing.Clips`. cuts bool [S, N]: where a shot begins.
+
+    Without offsets the context is full, and one history holds for all stories."""
 
     preset: Preset
     latents: Tensor
     tokens: Tensor
     history: Tensor
     offsets: Tensor | None
+    cuts: Tensor
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def unmasked(self, chunks: int) -> int:
         """Blocks before this number see everything before them in every story of `chunks` chunks."""
-        return self.preset.window_chunks if len(self.history) > 1 else chunks
+        return chunks if self.offsets is None else self.preset.window_chunks
 
     def clips(self, index: Tensor, chunks: int) -> Clips:
         """The first `chunks` chunks of stories `index`."""
@@ -48,15 +52,30 @@ class LatentCache:
         return Clips(
             latents=self.latents[index, : chunks * self.preset.chunk_latents].float(),
             tokens=self.tokens[index, :chunks],
-            history=history[index] if len(history) > 1 else history[0],
+            history=history[0] if self.offsets is None else history[index],
             unmasked=self.unmasked(chunks),
             offsets=None if self.offsets is None else self.offsets[index, :chunks],
         )
 
 
-def vae_checkpoint(preset: Preset, folder: Path | None) -> Path:
-    """The VAE of a folder, or the shipped one if None."""
-    return (folder or REPOSITORY / preset.checkpoints) / "vae.safetensors"
+def vae_checkpoint(preset: Preset, folder: Path | None, start: Path | None = None) -> Path:
+    """The VAE of a folder; if None, the one beside the DiT that is started from, if any; else the shipped one."""
+    beside = start is not None and (start / "vae.safetensors").is_file()
+    return (folder or (start if beside else None) or REPOSITORY / preset.checkpoints) / "vae.safetensors"
+
+
+def vae_mismatch(start: Path, vae: Path, digest: str) -> LongtakeError | None:
+    """An error if the DiT in `start` says that it was made with another VAE than the one in `vae`."""
+    side = side_file(start / "dit.safetensors")
+    known = read_json(side).get("vae_sha256") if side.is_file() else None
+    if known in (None, digest):
+        return None
+    return LongtakeError(
+        f"the DiT in {start} was trained on latents of another VAE",
+        got=f"{vae}, sha256 {digest[:16]}…",
+        expected=f"the VAE of sha256 {str(known)[:16]}…",
+        fix="pass the folder of that VAE with --vae",
+    )
 
 
 def frozen_vae(path: Path, preset: Preset, device: torch.device) -> tuple[CausalVAE, str]:
@@ -109,7 +128,7 @@ def cache_from_dataset(
         cuts += batch.cuts
     tokens = text.tokenize(prompts).unflatten(0, (-1, chunks)).to(device)
     history, offsets = histories(cuts, chunks, context, preset, device)
-    return LatentCache(preset, torch.cat(latents), tokens, history, offsets)
+    return LatentCache(preset, torch.cat(latents), tokens, history, offsets, torch.tensor(cuts))
 
 
 def histories(

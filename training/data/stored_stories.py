@@ -62,7 +62,8 @@ class StoredLatents:
 class StoredStories:
     """Like `latent_cache.LatentCache`, but the latents stay on disk, and `take` goes through them in epochs.
 
-    tokens int32 [S,N,E], history bool [S or 1,N,N] and offsets int64 [S,N] or None are on the device.
+    tokens int32 [S,N,E], history bool [S or 1,N,N] and offsets int64 [S,N] or None are on the device; cuts bool [S,N]
+    on the host.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class StoredStories:
         tokens: Tensor,
         history: Tensor,
         offsets: Tensor | None,
+        cuts: Tensor,
         order: Order,
         workers: int,
     ) -> None:
         self.preset, self.stored, self.tokens = preset, stored, tokens
-        self.history, self.offsets = history, offsets
+        self.history, self.offsets, self.cuts = history, offsets, cuts
         self.loader = Loader(stored, order, workers)
         self.batch_name = ""
 
@@ -85,7 +87,7 @@ class StoredStories:
 
     def unmasked(self, chunks: int) -> int:
         """Blocks before this number see everything before them in every story of `chunks` chunks."""
-        return self.preset.window_chunks if len(self.history) > 1 else chunks
+        return chunks if self.offsets is None else self.preset.window_chunks
 
     def clips(self, index: Tensor, chunks: int) -> Clips:
         """The first `chunks` chunks of stories `index`; the order is not moved on."""
@@ -105,7 +107,7 @@ class StoredStories:
         return Clips(
             latents=latents.to(device, non_blocking=True).float(),
             tokens=self.tokens[index, :chunks],
-            history=history[index] if len(history) > 1 else history[0],
+            history=history[0] if self.offsets is None else history[index],
             unmasked=self.unmasked(chunks),
             offsets=None if self.offsets is None else self.offsets[index, :chunks],
         )
@@ -157,9 +159,11 @@ def stored_from_dataset(
         dataset.facts.save(cache_dir / FACTS)
     prompts = [prompt for take in takes for prompt in take.prompts]
     tokens = text.tokenize(prompts).unflatten(0, (-1, chunks)).to(device)
-    history, offsets = histories([take.cuts for take in takes], chunks, context, preset, device)
+    cuts = [take.cuts for take in takes]
+    history, offsets = histories(cuts, chunks, context, preset, device)
     stored = StoredLatents(shards, [take.key for take in takes])
-    return StoredStories(preset, stored, tokens, history, offsets, sampler_for(0, 1, seed, items=stories), workers)
+    order = sampler_for(0, 1, seed, items=stories)
+    return StoredStories(preset, stored, tokens, history, offsets, torch.tensor(cuts), order, workers)
 
 
 def _encoded(

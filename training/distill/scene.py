@@ -40,7 +40,9 @@ class SceneSampler:
     ) -> None:
         """`embed`: tokens int32 [P, E] -> fp32 embeddings [P, E, dim], without gradient."""
         self.stories, self.options, self.embed, self.device = stories, options, embed, device
-        self.cuts = cuts_of(stories.offsets)
+        self.cuts: list[list[bool]] = [
+            [False, *later] for _, *later in stories.cuts.tolist()
+        ]  # a video's first is none
 
     def random(self, host: torch.Generator, own: torch.Generator) -> Scene:
         """Prompts and cuts of one length and one exit step for all of them, drawn by `host`; noise by `own`, which
@@ -64,9 +66,3 @@ class SceneSampler:
         noise = torch.randn(clips.latents.shape, generator=generator, device=generator.device).to(self.device)
         first = clips.latents[:, 0] if self.options.i2v else None
         return Scene(clips, Story(embeddings, cuts, noise, first), exit_step)
-
-
-def cuts_of(offsets: Tensor | None) -> list[list[bool]]:
-    """Which chunks begin a shot, [S][N]: those at which the offset [S, N] of the positions grows."""
-    assert offsets is not None
-    return (offsets.diff(dim=1, prepend=offsets[:, :1]) > 0).tolist()  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
-from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
 from longtake.training.distill.metadata import student_metadata
 from longtake.training.distill.networks import Networks
@@ -46,7 +46,7 @@ class DistillStage:
         text_file = folder / "text_encoder.safetensors"
         self.text = text_encoder_for(preset, read_side(text_file, "text_encoder", preset).vocabulary, folder)
         self.teacher = CausalDiT(preset.dit)
-        self.companions = [vae_checkpoint(preset, options.vae), text_file]
+        self.companions = [vae_checkpoint(preset, options.vae, folder), text_file]
         self.text_digest = load_into(self.text, text_file, kind="text_encoder", preset=preset.name).sha256
         self.cached_text: CachedText | None = None
         self.teacher_digest = load_into(self.teacher, folder / "dit.safetensors", kind="dit", preset=preset.name).sha256
@@ -62,6 +62,8 @@ class DistillStage:
         self.device_generator = torch.Generator(device)
         self.text.requires_grad_(False).eval()
         self.vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
+        if other := vae_mismatch(self.options.teacher, self.companions[0], self.vae_digest):
+            raise other
         self.train = self.stories("train", self.options.stories, self.options.seed)
         self.held_out = self.stories("eval", min(HELD_OUT, self.options.stories), EVALUATION_SEED)
         self.scenes, self.held_out_scenes = (

@@ -22,7 +22,7 @@ from longtake.training.stages.validation import EVALUATION_SEED
 from longtake.training.trainer import TrainConfig, Trainer
 
 PRESET: Preset = TINY
-CACHE_TENSORS = ("latents", "tokens", "history", "offsets")
+CACHE_TENSORS = ("latents", "tokens", "history", "offsets", "cuts")
 DATA_SEED = 11  # of the training stories, which all seeds share; each part has the next
 HELD_OUT_FILE = "held-out.safetensors"
 

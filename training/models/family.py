@@ -119,8 +119,8 @@ class Family(Protocol):
         """The inputs of "dit" that depend on the timestep, for `frames` latents whose first `clean_frames` are at 0."""
         ...
 
-    def prompt(self, caption: str, cut: bool) -> str:
-        """The text to encode for a chunk."""
+    def prompt(self, caption: str, cut: bool, first: bool = False) -> str:
+        """The text to encode for a chunk; `first`: of a video."""
         ...
 
     def solver(self, steps: int, shift: float) -> Solver:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from longtake.errors import IntegrityError
 from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
-from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
 from longtake.training.models.quantize import insert_quantizers, read_amax, recalibrate
 from longtake.training.models.wan.dit import Attend
@@ -50,7 +50,7 @@ class DiTStage:
             self.dit, self.text, self.text_digest = initial_models(options)
         self.text.requires_grad_(options.trains_text)
         self.cached_text: CachedText | None = None
-        self.companions = [vae_checkpoint(self.preset, options.vae)]
+        self.companions = [vae_checkpoint(self.preset, options.vae, options.init)]
         self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
         shift, recycling = self.preset.sampling.shift, options.recycling
         self.recycling = ErrorRecycling(recycling, shift) if recycling else None
@@ -75,6 +75,7 @@ class DiTStage:
             size = self.recycling.bytes_at_most(chunk) / 1e9
             logger.info("error buffers take up to %.3g GB of memory, and of each resume point", size)
         self.vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
+        self.check_vae()
         self.train = self.cache("train", self.options.stories, self.options.seed)
         self.held_out = self.cache("eval", min(HELD_OUT, self.options.stories), EVALUATION_SEED)
         self.batches = BatchSampler(self.train, self.options, device)
@@ -88,6 +89,16 @@ class DiTStage:
             insert_quantizers(self.dit, self.calibration(0), rules=self.options.rules)
         if self.options.quantize_gradients:
             quantize_gradients(self.dit, self.options.rules)
+
+    def check_vae(self) -> None:
+        """Raise LongtakeError if --init was made with another VAE and nobody asked for this one; else warn."""
+        start, other = self.options.init, None
+        if start is not None:
+            other = vae_mismatch(start, self.companions[0], self.vae_digest)
+        if other is not None and self.options.vae is None:
+            raise other
+        if other is not None:
+            logger.warning("%s (%s); it is taken, for --vae asks for it", other.what, other.got)
 
     def cache(self, split: str, stories: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.files import read_json
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Rollout, Story
@@ -226,3 +230,35 @@ def test_cuda_graphs_compute_the_same(small_preset: Preset, teacher: Path, optio
         (error, {name: (float(x.norm()), float(other[name].norm())) for name, x in one.items()})
         for error, one, other in zip(errors, *found)
     ]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_cuts_do_not_hang_on_an_offset(small_preset: Preset, teacher: Path, tmp_path: Path, on_disk: bool) -> None:
+    """A preset whose shots get no offset of their own has cuts all the same."""
+    told: list[list[list[bool]]] = []
+    for offset in (small_preset.shot_rope_offset, 0):
+        stage = stage_of(
+            replace(small_preset, shot_rope_offset=offset), teacher, chunks=(3,), stories=6, seed=1,
+            cache_dir=tmp_path / str(offset) if on_disk else None,
+        )  # fmt: skip
+        stage.prepare(CPU)
+        told.append(stage.scenes.cuts)
+    assert small_preset.shot_rope_offset and told[0] == told[1] and any(any(cuts) for cuts in told[0])
+    assert not any(cuts[0] for cuts in told[0])
+
+
+def test_a_teacher_comes_with_its_own_vae(small_preset: Preset, teacher: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(teacher, folder)
+    about = json.loads((folder / "dit.json").read_text())
+    mine = json.loads((folder / "vae.json").read_text())["sha256"]
+    (folder / "dit.json").write_text(json.dumps({**about, "vae_sha256": mine}))
+    given: dict[str, Any] = {"student_steps": 2, "batch": 2, "chunks": (2,), "stories": 2}
+    stage = DistillStage(DistillOptions(small_preset, folder, **given))
+    assert stage.companions[0] == folder / "vae.safetensors"
+    stage.prepare(CPU)
+    (folder / "dit.json").write_text(json.dumps({**about, "vae_sha256": "0" * 64}))
+    with pytest.raises(
+        LongtakeError, match="own was trained on latents of another VAE\n  got: .*\n  expected: .* sha256 0000"
+    ):
+        DistillStage(DistillOptions(small_preset, folder, **given)).prepare(CPU)

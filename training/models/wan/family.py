@@ -60,9 +60,10 @@ class Wan:
         times = [0.0] * clean_frames + [float(timestep)] * (frames - clean_frames)
         return {"timestep_sinusoid": timestep_sinusoid(times, preset.dit.freq_dim)}
 
-    def prompt(self, caption: str, cut: bool) -> str:
-        """A cut is announced as in training, once."""
-        return with_cut_prefix(caption.removeprefix(CUT_PREFIX), cut)
+    def prompt(self, caption: str, cut: bool, first: bool = False) -> str:
+        """A cut is announced as in training, once. A video's first chunk is no cut: as in the reference, its prompt is what
+        was written, prefix and all."""
+        return caption if first else with_cut_prefix(caption.removeprefix(CUT_PREFIX), cut)
 
     def solver(self, steps: int, shift: float) -> UniPC:
         return UniPC(steps, shift)
