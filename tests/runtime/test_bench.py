@@ -28,6 +28,7 @@ from longtake.runtime.bench.torch_dit import PlainDiT
 from longtake.runtime.bench.torch_side import random_dit, random_vae
 from longtake.runtime.bench.torch_vae import DecoderState, PlainDecoder
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B, DiTConfig, Preset
+from longtake.training.models.random_weights import fill
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 from longtake.training.models.wan.spec import cache_bindings
@@ -149,7 +150,7 @@ def test_the_plain_dit_is_our_dit() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_plain_decoder_is_our_decoder(channels_last: bool) -> None:
-    vae = weights.fill(CausalVAE(SMALL.vae), CPU, torch.float32)
+    vae = fill(CausalVAE(SMALL.vae), CPU, torch.float32)
     plain = PlainDecoder(random_vae(SMALL, CPU, channels_last, torch.float32))
     latents = torch.randn(2, 1, 16, *SMALL.latent_hw, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
