@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
@@ -18,6 +19,7 @@ from longtake.training.models.noise import noise_for_chunk
 
 MOST_EMBEDDINGS = 16  # prompts whose text embeddings are kept, in host memory: 8 MB each for the 5B model
 
+DTYPES = {"fp32": torch.float32, "int32": torch.int32}  # of conditions; what is computed from them may be anything
 Tokenize = Callable[[list[str], int], Tensor]
 
 
@@ -96,13 +98,15 @@ class Conditioner:
 
 
 def check_fit(tensors: Mapping[str, Tensor], spec: NetworkSpec) -> None:
-    """Raise LongtakeError for a tensor that is no input of `spec`, or of another shape; a dynamic dimension fits any."""
-    shapes = {binding.name: binding.shape for binding in spec.inputs}
+    """Raise LongtakeError for a tensor that is no input of `spec`, or of another dtype or shape; a word fits any size."""
+    bindings = {binding.name: binding for binding in spec.inputs}
     for name, tensor in tensors.items():
-        wanted = shapes.get(name, ())
-        sizes = tuple(
-            size if isinstance(size, int) else given for size, given in zip(wanted, tensor.shape, strict=False)
-        )
-        if name not in shapes or sizes != tuple(tensor.shape) or len(wanted) != tensor.ndim:
-            raise LongtakeError(f"a chunk's condition {name} does not fit network {spec.name}", got=tuple(tensor.shape),
-                                expected=wanted or ", ".join(shapes), fix="see the family's chunk_inputs")  # fmt: skip
+        if name not in bindings:
+            raise LongtakeError(f"network {spec.name} has no input {name}", got=f"a chunk's condition {name}",
+                                expected=", ".join(bindings), fix="see the family's spec")  # fmt: skip
+        wanted = bindings[name]
+        sizes = tuple(n if isinstance(n, int) else m for n, m in zip(wanted.shape, tensor.shape, strict=False))
+        if (len(wanted.shape), sizes, DTYPES[wanted.dtype]) != (tensor.ndim, tuple(tensor.shape), tensor.dtype):
+            raise LongtakeError(f"a chunk's condition {name} does not fit network {spec.name}",
+                                got=f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{wanted.dtype} {wanted.shape}",
+                                fix="see the family's chunk_inputs and pass_inputs")  # fmt: skip

@@ -80,7 +80,7 @@ def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Te
     family = family_of(preset)
     steady, first = family.spec(preset, recipe, "vae_steady"), family.spec(preset, recipe, "vae_first")
     # Once: our op writes them in place. TensorRT's plans do where they pass their proof, which only a run can tell (see
-    # trt_stream.py); what they then keep twice, all of it at worst, is written down and known to the next budget.
+    # vae_stream.py); what they then keep twice, all of it at worst, is written down and known to the next budget.
     caches = total_bytes(steady.inputs[1:])
     twice = 0 if recipe.vae_ops == "library" else measured_arena(use.engines).get("caches twice", 0)
     known: Known = (

@@ -126,6 +126,26 @@ def test_a_saved_session_goes_on(backend: Watched, tmp_path: Path) -> None:
         assert same(list(loaded), expected)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"sinusoids": torch.zeros(1, 256)}, "(?s)network dit has no input sinusoids.*expected: latents, sinusoid, "),
+        (
+            {"sinusoid": torch.zeros(2, 255)},
+            r"(?s)condition sinusoid does not fit network dit.*got: torch.float32 \(2, 255\)",
+        ),
+        ({"sinusoid": torch.zeros(2, 256, 1)}, r"(?s)does not fit network dit.*expected: fp32 \('F', 256\)"),
+        ({"sinusoid": torch.zeros(2, 256).double()}, "(?s)does not fit network dit.*got: torch.float64"),
+    ],
+)
+def test_conditions_that_are_not_the_spec_s(
+    backend: Watched, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, torch.Tensor], says: str
+) -> None:
+    monkeypatch.setattr(FAMILIES["toy"], "pass_inputs", lambda *words: inputs)
+    with pytest.raises(LongtakeError, match=says):
+        start(backend)
+
+
 def test_an_unknown_family() -> None:
     with pytest.raises(LongtakeError, match=r"(?s)unknown family.*got: gan.*expected: wan"):
         family_named("gan")

@@ -50,7 +50,7 @@ def fused_norm_rope(own: Attention, q: Tensor, k: Tensor, rope: Rope) -> tuple[T
 
 
 class DiTStep(nn.Module):
-    """One pass over one chunk through the cache ops; inputs and outputs as in `engines.spec.dit_spec`.
+    """One pass over one chunk through the cache ops; inputs and outputs as in `wan.spec.dit_spec`.
 
     fused: whether ops of ours do what lies between the blocks' linears."""
 
