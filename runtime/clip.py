@@ -21,7 +21,6 @@ from longtake.runtime.backends.base import Backend
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
 from longtake.training.models.presets import Preset
-from longtake.video import frames_one_by_one, probe_video
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +39,8 @@ def latents_from_clip(path: Path | str, backend: Backend) -> Tensor:
             encode.
         IntegrityError: a file of latents is damaged.
     """
+    from longtake.video import frames_one_by_one, probe_video
+
     source, preset = Path(path), backend.preset
     if source.suffix == ".safetensors":
         return latents_from_file(source, preset)
@@ -65,6 +66,8 @@ def check_clip(source: Path) -> None:
     if source.suffix == ".safetensors":
         _latents_in(source)
     else:
+        from longtake.video import probe_video
+
         probe_video(source)
 
 

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
 
 from longtake.config import reject_unknown_keys
@@ -206,6 +205,8 @@ def _parse(source: Path, text: str) -> Any:
 
 @cache
 def _validator() -> Any:
+    import jsonschema  # slow to import, and only for stories from files
+
     return jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 

@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.options import DECISIVE, options_of
 from longtake.training.models.checkpoint import finish_save, load_checkpoint, side_file
+from longtake.training.options import DataOptions, ModelOptions
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # whole resume points on disk: the newest, and the one before it
-DECISIVE = ("data", "precision")  # another value of these makes it another run
+DECIDES = [key for key, one in options_of(ModelOptions, DataOptions).items() if one.facts.get("resume") == DECISIVE]
 LEFTOVERS = (".*.tmp.*", ".*.json.pending", ".tmp??????")  # of files.py, of checkpoint.py and of safetensors itself
 
 
@@ -59,7 +61,7 @@ def check_same_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, A
         IntegrityError: it belongs to a run on other data or in another precision.
     """
     changed = {key: saved[key] for key in saved if key in present and saved[key] != present[key]}
-    for key in DECISIVE:
+    for key in DECIDES:
         if key in changed:
             raise IntegrityError(
                 f"{path} belongs to another run: its --{key} differs",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from longtake.commands.main import build_parser
+from longtake.commands.main import parsed, split
 from longtake.runtime.generator import Generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +47,7 @@ def test_make_targets_exist() -> None:
 
 @pytest.mark.parametrize("command", commands("longtake"))
 def test_commands_parse(command: str) -> None:
-    args = build_parser().parse_args(shlex.split(command)[1:])
-    assert callable(args.run)
+    assert parsed(*split(shlex.split(command)[1:]))
     for word in shlex.split(command):
         if word.startswith(("docs/", "training/")):
             assert (ROOT / word).exists(), word

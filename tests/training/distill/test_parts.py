@@ -37,8 +37,16 @@ EVERYTHING: dict[str, Any] = {
 
 
 def stage_of(preset: Preset, teacher: Path, **options: Any) -> DistillStage:
-    given = {"student_steps": 2, "batch": 2, "chunks": (2,), "stories": 2, "ratio": 2, "recalibrate": 2, **options}
-    return DistillStage(DistillOptions(preset, teacher, vae=teacher, **given))
+    given = {
+        "student_steps": 2,
+        "batch": 2,
+        "chunks": (2,),
+        "stories": 2,
+        "critic_updates": 2,
+        "recalibrate": 2,
+        **options,
+    }
+    return DistillStage(DistillOptions(preset, teacher=teacher, vae=teacher, **given))
 
 
 def gradients(stage: DistillStage, device: torch.device = CPU) -> dict[str, Tensor]:
@@ -178,7 +186,7 @@ def test_a_gpu_s_gradients_are_the_cpu_s(small_preset: Preset, teacher: Path) ->
     """One scene drawn on each device would differ, so the CPU's is moved over. fp32, unquantized cache."""
     gpu, found = torch.device("cuda"), []
     for device in (CPU, gpu):
-        stage = stage_of(small_preset, teacher, cache="bf16", amp=False)
+        stage = stage_of(small_preset, teacher, cache="bf16", fp32=True)
         stage.prepare(device)
         host = torch.Generator().manual_seed(4)
         scene = stage.scenes.of(torch.tensor([0, 1]), 2, 1, host)
