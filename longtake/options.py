@@ -53,6 +53,20 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Command:
+    """A subcommand: dataclasses whose options it has, and what takes one of each and returns the exit code.
+
+    description, epilog: of its help. runs: folder of its shipped run files, where it has `--config`.
+    """
+
+    run: Callable[..., int]
+    options: tuple[type, ...]
+    description: str
+    epilog: str = ""
+    runs: Path | None = None
+
+
+@dataclass(frozen=True)
 class Option:
     """An option of a dataclass. kind: its type without None; notes: those of `Annotated`; facts: of `option`."""
 
@@ -91,7 +105,7 @@ def option(default: Any = MISSING, **facts: Any) -> Any:
 
     names: on the command line, if others than the field's. metavar: what its value is called in help.
     positional: it has no dashes. alone: its value when none follows. repeated: given once for each value.
-    resume: FREE or DECISIVE. recorded: the training stages whose checkpoints record it.
+    hidden: it is not in the help. resume: FREE or DECISIVE. recorded: the training stages whose checkpoints record it.
     """
     return field(default=default, metadata=facts, kw_only=default is MISSING)
 

@@ -8,11 +8,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from longtake.commands.options import Command
 from longtake.errors import LongtakeError
 from longtake.files import read_json, write_json
 from longtake.formats.recipe import recipe_named
-from longtake.options import option
+from longtake.options import Command, option
 from longtake.paths import REPOSITORY
 from longtake.runtime.bench.engine_side import engine_folder, export_folder
 from longtake.runtime.bench.gpu import device_from_name

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from longtake.commands.options import Command
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import Recipe, recipe_named
-from longtake.options import option
+from longtake.options import Command, option
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.terms import Use, budget_of
 from longtake.runtime.budget.terms_table import budget_table

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 from tqdm import tqdm
 
-from longtake.commands.options import Command
 from longtake.errors import LongtakeError
 from longtake.formats.exported import load_index
 from longtake.formats.recipe import Recipe, recipe_named
-from longtake.options import OneOf, option
+from longtake.options import Command, OneOf, option
 from longtake.paths import REPOSITORY
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.check.networks import ChunkRow, Row, check_chunks, check_networks, require_gates

@@ -11,10 +11,9 @@ from typing import Annotated
 import torch
 from tqdm import tqdm
 
-from longtake.commands.options import Command
 from longtake.errors import LongtakeError
 from longtake.files import read_json, require_disk, require_folder
-from longtake.options import OneOf, Text, option
+from longtake.options import Command, OneOf, Text, option
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.convert.calibrate import calibrate_folder
 from longtake.training.convert.files import read_container

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from longtake.commands.options import Command
 from longtake.commands.run_files import RUNS
 from longtake.commands.training_run import WhereOptions, conclude, train_config
+from longtake.options import Command
 from longtake.training.devices import device_named
 from longtake.training.distill.options import DistillOptimizers, DistillOptions
 from longtake.training.options import RunOptions

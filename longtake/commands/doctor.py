@@ -6,10 +6,9 @@ import json
 from dataclasses import dataclass
 
 from longtake.commands.doctor_report import Diagnosis, examine
-from longtake.commands.options import Command
 from longtake.formats.recipe import recipe_for
 from longtake.machine.machine import machine_here
-from longtake.options import option
+from longtake.options import Command, option
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longtake.commands.options import Command
 from longtake.engines.build import PlanResult, build_recipe, require_buildable
 from longtake.engines.precheck import peak_memory
 from longtake.errors import UnavailableError
 from longtake.formats.bundle import write_bundle
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
-from longtake.options import option
+from longtake.options import Command, option
 from longtake.paths import ENGINES, EXPORTS
 
 

@@ -10,14 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from longtake.accuracy.compare import Row, parity_table, require_parity
-from longtake.commands.options import Command
 from longtake.errors import LongtakeError
 from longtake.export.content import Weights, weights_from_folder
 from longtake.export.package import PlainGraphs, export_package, inputs_digest, steps_of
 from longtake.files import write_json
 from longtake.formats.exported import INDEX, load_index
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
-from longtake.options import option
+from longtake.options import Command, option
 from longtake.paths import EXPORTS, REPOSITORY
 from longtake.training.models.load import load_meta, load_models
 from longtake.training.models.text.sentencepiece import carry_tokenizer

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from longtake.commands.generate_options import EPILOG, GenerateOptions
 from longtake.commands.interrupts import cancel_on_interrupt
-from longtake.commands.options import Command
 from longtake.commands.progress_bar import GenerateProgress
 from longtake.commands.video_output import VideoOutput, conclude
 from longtake.errors import LongtakeError
 from longtake.files import require_disk
+from longtake.options import Command
 from longtake.runtime.budget.terms_table import budget_table
 from longtake.runtime.generator import Generator
 from longtake.runtime.session import CancelledError, Chunk, Session

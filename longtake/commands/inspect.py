@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.commands.describe import describe
-from longtake.commands.options import Command
-from longtake.options import option
+from longtake.options import Command, option
 
 LONGEST = 24  # entries of a nested map or list that are shown
 

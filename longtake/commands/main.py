@@ -35,7 +35,22 @@ COMMANDS = {
     "profile": ("longtake.commands.profile", "where a pass's time goes, by layer and by kernel"),
     "inspect": ("longtake.commands.inspect", "describe a plan, manifest, ONNX file, checkpoint or snapshot"),
     "budget": ("longtake.commands.budget", "what a recipe takes on the GPU, before anything is allocated"),
+    "budget memory": ("longtake.runtime.budget.working_memory", "what a VAE decoder's working memory is made of"),
     "bench": ("longtake.commands.bench", "speed and memory at full size, on random weights, against PyTorch"),
+    "bench kernels attention": ("longtake.plugins.bench.attention", "sink attention on the quantized cache, alone"),
+    "bench kernels linear": ("longtake.plugins.bench.linear", "quantized linears, alone"),
+    "bench kernels norm": ("longtake.plugins.bench.norm", "norms, gates and cross-attention, alone"),
+    "bench kernels conv": ("longtake.plugins.bench.conv", "the VAE's convolutions, alone"),
+    "bench kernels stream": ("longtake.plugins.bench.stream", "what the VAE's streams carry from step to step, alone"),
+    "bench parallel": ("longtake.training.parallel.bench.main", "training: ways to share a sample over GPUs"),
+    "bench umt5": ("longtake.runtime.bench.umt5", "latency and memory of umT5-XXL, whole and paged"),
+    "experiment": (
+        "longtake.training.experiment.cli",
+        "what 4 bits cost: train, distil and measure (docs/experiment.md)",
+    ),
+    "experiment arithmetic": ("longtake.training.experiment.arithmetic", "what 8-bit and 4-bit arithmetic costs"),
+    "experiment engine-fidelity": ("longtake.training.experiment.engine_fidelity", "the same, of engines"),
+    "sanitize": ("longtake.commands.sanitize", "every kernel once, against its reference (for compute-sanitizer)"),
 }
 USAGE = """usage: longtake COMMAND [options]      (longtake COMMAND --help tells a command's options)
 
@@ -101,9 +116,10 @@ def split(words: list[str]) -> tuple[str, list[str]]:
     for count in range(3, 0, -1):
         if (name := " ".join(words[:count])) in COMMANDS:
             return name, words[count:]
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+    asked = " ".join(word for word in words[:3] if not word.startswith("-"))
+    near = difflib.get_close_matches(asked, COMMANDS, n=1) or difflib.get_close_matches(words[0], COMMANDS, n=1)
     fix = f"did you mean {near[0]!r}?" if near else "see longtake --help"
-    raise LongtakeError("unknown command", got=words[0], expected=", ".join(COMMANDS), fix=fix)
+    raise LongtakeError("unknown command", got=asked or words[0], expected=", ".join(COMMANDS), fix=fix)
 
 
 def parsed(name: str, words: list[str]) -> list[Any]:

@@ -5,30 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from longtake.errors import LongtakeError
-from longtake.options import OneOf, Option, Text, build, check_value, options_of
+from longtake.options import Command, OneOf, Option, Text, build, check_value, options_of
 from longtake.paths import REPOSITORY
 
 KINDS = {int: "a whole number", float: "a number", Path: "a path"}
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: dataclasses whose options it has, and what takes one of each and returns the exit code.
-
-    runs: folder of its shipped run files, where it has `--config` (`run_files`).
-    """
-
-    run: Callable[..., int]
-    options: tuple[type, ...]
-    description: str
-    epilog: str = ""
-    runs: Path | None = None
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,7 +61,12 @@ def parser_of(name: str, command: Command) -> Parser:
             many = "+" if get_origin(one.kind) is tuple else "*" if one.default is MISSING else "?"
             group.add_argument(one.key, nargs=many, help=help_of(one), metavar=one.facts.get("metavar"))
         else:
-            group.add_argument(*one.names, dest=one.key, help=help_of(one), **_shape(one))
+            group.add_argument(
+                *one.names,
+                dest=one.key,
+                help=argparse.SUPPRESS if one.facts.get("hidden") else help_of(one),
+                **_shape(one),
+            )
     return parser
 
 

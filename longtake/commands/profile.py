@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from longtake.commands.options import Command
 from longtake.files import write_json
 from longtake.machine.capability import BACKENDS
-from longtake.options import Bounds, OneOf, check, option
+from longtake.options import Bounds, Command, OneOf, check, option
 from longtake.runtime.profile.profile import reference_profile, table, timing_feed, trtexec_profile
 from longtake.training.models.wan.spec import NETWORKS, network_spec
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from longtake.commands.options import Command
-from longtake.options import OneOf, Text, option
+from longtake.options import Command, OneOf, Text, option
 from longtake.training.models.presets import Preset, preset_named
 from longtake.training.random_weights import KINDS, write_random_checkpoints
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from longtake.commands.options import Command, Parser, converted
+from longtake.commands.options import Parser, converted
 from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError
-from longtake.options import Option, options_of
+from longtake.options import Command, Option, options_of
 from longtake.paths import REPOSITORY
 
 RUNS = REPOSITORY / "training" / "run_files"  # a folder for each command

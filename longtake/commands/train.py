@@ -7,11 +7,10 @@ from typing import Annotated
 
 import torch
 
-from longtake.commands.options import Command
 from longtake.commands.run_files import RUNS
 from longtake.commands.training_run import WhereOptions, conclude, train_config
 from longtake.errors import LongtakeError
-from longtake.options import OneOf, option
+from longtake.options import Command, OneOf, option
 from longtake.training.devices import device_named
 from longtake.training.dry_run import describe
 from longtake.training.optimizer import OptimizerConfig

@@ -1,8 +1,8 @@
 """Time and check every way to compute sink attention at the sizes of Wan2.2-TI2V-5B, or other ones.
 
-python -m longtake.plugins.bench.attention            a table; about a minute on an H100
-python -m longtake.plugins.bench.attention --json F   the rows as JSON too
-python -m longtake.plugins.bench.attention --tokens 256 --slots 2 --heads 4    smaller
+longtake bench kernels attention            a table; about a minute on an H100
+longtake bench kernels attention --json F   the rows as JSON too
+longtake bench kernels attention --tokens 256 --slots 2 --heads 4    smaller
 
 Each row: milliseconds of the whole op and of its parts (window: our kernels that unpack, with the bandwidth they reach;
 attend: the library, or our own kernel for Hopper (wgmma)), ratio of cuDNN's bf16 attention over keys and values that are
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,7 @@ def rows(
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 without a GPU, 2 if a row could not be timed."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.plugins.bench.attention", description=__doc__,
+    parser = argparse.ArgumentParser(prog="longtake bench kernels attention", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--tokens", type=int, default=7040, help="tokens of a chunk")
     parser.add_argument("--slots", type=int, default=4, help="chunks in the window")
@@ -174,7 +173,3 @@ def main(arguments: list[str] | None = None) -> int:
     formats = list(CACHE_FORMATS) if args.cache == "all" else [args.cache]
     ways = [way for way in WAYS if way[0] != "portable" or not args.no_portable]
     return exit_code(print_rows(rows(formats, dims, ways, args.repeats), COLUMNS, args.json, dims=dims))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

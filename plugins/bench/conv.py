@@ -1,6 +1,6 @@
 """Time the convolutions of the Wan2.2-TI2V-5B decoder, 704x1280, one latent a step, through their libraries.
 
-python -m longtake.plugins.bench.conv [--json F]    a row a shape and method, and what a latent takes
+longtake bench kernels conv [--json F]    a row a shape and method, and what a latent takes
     --plans N, --seconds S    how many of cuDNN's plans to try a shape, and for how long
     --scale 8                 frames of an eighth of the size, to see that it runs
 
@@ -148,7 +148,7 @@ def sums(found: list[dict[str, Any]]) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 without a GPU, 2 if a row could not be timed."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.plugins.bench.conv", description=__doc__,
+    parser = argparse.ArgumentParser(prog="longtake bench kernels conv", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--plans", type=int, default=16)
@@ -163,7 +163,3 @@ def main(arguments: list[str] | None = None) -> int:
     for name, ms in sums(found).items():
         sys.stdout.write(f"a latent, {name}: {ms:.2f} ms\n")
     return exit_code(found)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

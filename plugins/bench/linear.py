@@ -1,8 +1,8 @@
 """Time and check the linear ops through their library at the sizes of Wan2.2-TI2V-5B, or other ones.
 
-python -m longtake.plugins.bench.linear            a table; seconds on an H100
-python -m longtake.plugins.bench.linear --json F   the rows as JSON too
-python -m longtake.plugins.bench.linear --tokens 256 --dim 128 --ffn 512    smaller
+longtake bench kernels linear            a table; seconds on an H100
+longtake bench kernels linear --json F   the rows as JSON too
+longtake bench kernels linear --tokens 256 --dim 128 --ffn 512    smaller
 
 Each row: milliseconds in a CUDA graph, TFLOP/s, relative L2 error against fp32 over the same inputs; FP8 with and without
 fast accumulation. In FP8 the reference multiplies the codes, so the error is that of adding up and of rounding to bf16.
@@ -11,7 +11,6 @@ fast accumulation. In FP8 the reference multiplies the codes, so the error is th
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def rows(tokens: int, dim: int, ffn: int, repeats: int) -> Iterator[dict[str, An
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 without a GPU, 2 if a row could not be timed."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.plugins.bench.linear", description=__doc__,
+    parser = argparse.ArgumentParser(prog="longtake bench kernels linear", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--tokens", type=int, default=7040, help="tokens of a chunk")
     parser.add_argument("--dim", type=int, default=3072)
@@ -87,7 +86,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     found = print_rows(rows(args.tokens, args.dim, args.ffn, args.repeats), COLUMNS, args.json)
     return exit_code(found)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

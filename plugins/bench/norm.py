@@ -1,6 +1,6 @@
 """Time what lies between a block's linears at the sizes of Wan2.2-TI2V-5B, 704x1280, a chunk of 8 latent frames.
 
-python -m longtake.plugins.bench.norm    a table: milliseconds, GB/s of tensors read and written once, share of the
+longtake bench kernels norm    a table: milliseconds, GB/s of tensors read and written once, share of the
                                          memory's peak, error against the reference; then cross-attention; seconds on an H100
 """
 
@@ -63,7 +63,7 @@ def cases(tokens: int, dim: int, ffn: int, frames: int) -> Iterator[tuple[str, d
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.plugins.bench.norm", description=__doc__,
+    parser = argparse.ArgumentParser(prog="longtake bench kernels norm", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--tokens", type=int, default=7040, help="tokens of a chunk")
     parser.add_argument("--dim", type=int, default=3072)
@@ -87,7 +87,3 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stdout.write(f"{'cross_attention':26} {dims['L']}x{dims['E']:<6} {ms:7.4f} ms {tflops:6.0f} TFLOP/s "
                      f"({launcher.method}) error {error:.1e}\n")  # fmt: skip
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Time the stream extension at the sizes of the Wan2.2-TI2V-5B decoder, 704x1280, one latent a step.
 
-python -m longtake.plugins.bench.stream    a table: milliseconds, GB/s of x, y and cache read and written, error
+longtake bench kernels stream    a table: milliseconds, GB/s of x, y and cache read and written, error
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from longtake.options import Command
 from longtake.plugins.bench.harness import milliseconds
 from longtake.plugins.launch import TORCH_DTYPES, Launcher
 from longtake.plugins.ops import REFERENCES
@@ -64,5 +65,4 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command(run=main, options=(), description=__doc__ or "")

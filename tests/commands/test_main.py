@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from longtake.commands import main as cli
-from longtake.commands.options import Command
+from longtake.options import Command
 
 
 class InterruptedWhenDropped:
