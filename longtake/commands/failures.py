@@ -32,32 +32,16 @@ def explained(error: Exception) -> LongtakeError | None:
 def _of_code(code: int | None, name: str, error: Exception) -> LongtakeError:
     got = _first_line(error)
     if code in FULL:
-        return LongtakeError(
-            f"no space left to write {name}; {WHOLE}",
-            got=got,
-            expected="free disk space",
-            fix="free some space, or choose a folder on another disk",
-        )
+        return LongtakeError(f"no space left to write {name}; {WHOLE}", got=got, expected="free disk space",
+                             fix="free some space, or choose a folder on another disk")  # fmt: skip
     if code in FORBIDDEN:
-        return LongtakeError(
-            f"no permission for {name}",
-            got=got,
-            expected="a place you may read and write",
-            fix="change its permissions, or choose another place",
-        )
+        return LongtakeError(f"no permission for {name}", got=got, expected="a place you may read and write",
+                             fix="change its permissions, or choose another place")  # fmt: skip
     if code in NO_FILE:
-        return LongtakeError(
-            f"{name} cannot be used as a path",
-            got=got,
-            expected="a path that fits its purpose",
-            fix="check each part of the path: a folder must be a folder, a file a file",
-        )
-    return LongtakeError(
-        f"the system refused to read or write {name}",
-        got=got,
-        expected="a working file system",
-        fix="check the disk, or choose another place",
-    )
+        return LongtakeError(f"{name} cannot be used as a path", got=got, expected="a path that fits its purpose",
+                             fix="check each part of the path: a folder must be a folder, a file a file")  # fmt: skip
+    return LongtakeError(f"the system refused to read or write {name}", got=got, expected="a working file system",
+                         fix="check the disk, or choose another place")  # fmt: skip
 
 
 def _is_torch_out_of_memory(error: Exception) -> bool:
