@@ -132,8 +132,8 @@ def measured(part: str, options: BenchOptions, seconds: float) -> Figures:
 
 
 COMMAND = Command(
-    run=run,
-    options=(BenchOptions, MoreOptions),
-    description="Measure a recipe: DiT, VAE and end-to-end frames a second, stages, memory, roofline.",
-    epilog=EPILOG,
+    run,
+    (BenchOptions, MoreOptions),
+    "Measure a recipe: DiT, VAE and end-to-end frames a second, stages, memory, roofline.",
+    EPILOG,
 )

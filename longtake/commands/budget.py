@@ -116,9 +116,4 @@ def cuda_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-COMMAND = Command(
-    run=run,
-    options=(BudgetOptions,),
-    description="Print the memory that a recipe takes on the GPU, term by term.",
-    epilog=EPILOG,
-)
+COMMAND = Command(run, (BudgetOptions,), "Print the memory that a recipe takes on the GPU, term by term.", EPILOG)

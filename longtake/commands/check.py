@@ -162,8 +162,8 @@ def models_tokenizer(models: Models) -> Any:
 
 
 COMMAND = Command(
-    run=run,
-    options=(CheckOptions,),
-    description="Compare every network of a recipe with the PyTorch model of the same recipe; on a GPU also with "
+    run,
+    (CheckOptions,),
+    "Compare every network of a recipe with the PyTorch model of the same recipe; on a GPU also with "
     "TensorRT, and each chunk of a story with the reference backend. Exits with 5 if a gate fails.",
 )

@@ -85,9 +85,5 @@ def describe(options: DistillOptions, config: TrainConfig) -> int:
 
 
 COMMAND = Command(
-    run=run,
-    options=(WhereOptions, RunOptions, DistillOptions, DistillOptimizers),
-    description=DESCRIPTION,
-    epilog=EPILOG,
-    runs=RUNS / "distill",
+    run, (WhereOptions, RunOptions, DistillOptions, DistillOptimizers), DESCRIPTION, EPILOG, runs=RUNS / "distill"
 )

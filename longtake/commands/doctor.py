@@ -49,7 +49,5 @@ def _missing(diagnosis: Diagnosis) -> list[str]:
 
 
 COMMAND = Command(
-    run=run,
-    options=(DoctorOptions,),
-    description="What this machine has, which recipes run on it and how, what is missing and how to get it.",
+    run, (DoctorOptions,), "What this machine has, which recipes run on it and how, what is missing and how to get it."
 )

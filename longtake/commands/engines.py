@@ -120,8 +120,8 @@ def format_results(results: Sequence[PlanResult]) -> str:
 
 
 COMMAND = Command(
-    run=run,
-    options=(EngineOptions,),
-    description="Build the TensorRT plans of recipes; what has no ONNX yet is exported first. "
+    run,
+    (EngineOptions,),
+    "Build the TensorRT plans of recipes; what has no ONNX yet is exported first. "
     "Plans that are up to date are left alone.",
 )

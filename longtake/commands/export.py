@@ -177,7 +177,5 @@ def format_rows(rows: list[Row]) -> str:
 
 
 COMMAND = Command(
-    run=run,
-    options=(ExportOptions,),
-    description="Export every network of a recipe to ONNX, check the files, and compare them with PyTorch.",
+    run, (ExportOptions,), "Export every network of a recipe to ONNX, check the files, and compare them with PyTorch."
 )

@@ -158,9 +158,4 @@ def _output(options: GenerateOptions, story: Story | None) -> Path:
     return out
 
 
-COMMAND = Command(
-    run=run,
-    options=(GenerateOptions,),
-    description="Generate a video, chunk by chunk, from a story file or one prompt.",
-    epilog=EPILOG,
-)
+COMMAND = Command(run, (GenerateOptions,), "Generate a video, chunk by chunk, from a story file or one prompt.", EPILOG)

@@ -93,8 +93,4 @@ def _inline(value: Any) -> str:
     return str(value) if value not in (None, "") else "none"
 
 
-COMMAND = Command(
-    run=run,
-    options=(InspectOptions,),
-    description="Describe a plan, manifest, ONNX file, checkpoint or snapshot.",
-)
+COMMAND = Command(run, (InspectOptions,), "Describe a plan, manifest, ONNX file, checkpoint or snapshot.")

@@ -100,8 +100,8 @@ def plain_plans(source: Any) -> list[Path]:
 
 
 COMMAND = Command(
-    run=run,
-    options=(ProfileOptions,),
-    description="Per-layer times: through trtexec where it is installed (plans without plugins), else through "
+    run,
+    (ProfileOptions,),
+    "Per-layer times: through trtexec where it is installed (plans without plugins), else through "
     "TensorRT's profiler or CUDA events; without a GPU, ONNX Runtime's on the CPU, which are no TensorRT figures.",
 )

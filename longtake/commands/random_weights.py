@@ -33,7 +33,7 @@ def run(options: RandomOptions) -> int:
 
 
 COMMAND = Command(
-    run=run,
-    options=(RandomOptions,),
-    description="Write checkpoints with random weights, to try exports, builds and checks without trained ones.",
+    run,
+    (RandomOptions,),
+    "Write checkpoints with random weights, to try exports, builds and checks without trained ones.",
 )

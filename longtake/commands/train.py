@@ -119,9 +119,5 @@ def run_parallel(what: WhatOptions, config: TrainConfig, options: StageOptions, 
 
 
 COMMAND = Command(
-    run=run,
-    options=(WhatOptions, RunOptions, StageOptions, OptimizerConfig, RankOptions),
-    description=DESCRIPTION,
-    epilog=EPILOG,
-    runs=RUNS / "train",
+    run, (WhatOptions, RunOptions, StageOptions, OptimizerConfig, RankOptions), DESCRIPTION, EPILOG, runs=RUNS / "train"
 )
