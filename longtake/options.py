@@ -141,7 +141,7 @@ def options_of(*kinds: type) -> dict[str, Option]:
 
 def check(options: Any) -> None:
     """Raise LongtakeError for the first field that is out of its bounds, or not one of its words."""
-    for one in own_options(type(options)):
+    for one in own_options(options.__class__):
         if (value := getattr(options, one.field)) is not None:
             check_value(one, value)
 
@@ -172,15 +172,15 @@ def settings_of(*given: Any) -> dict[str, Any]:
     """What makes a run the one it is, JSON-ready: all options but those that a resumed run may change."""
     found: dict[str, Any] = {}
     for options in given:
-        own = [one for one in own_options(type(options)) if one.facts.get("resume") != FREE]
+        own = [one for one in own_options(options.__class__) if one.facts.get("resume") != FREE]
         found |= {one.key: one.written(getattr(options, one.field)) for one in own}
-        found |= settings_of(*(getattr(options, name) for name in parts_of(type(options))))
+        found |= settings_of(*(getattr(options, name) for name in parts_of(options.__class__)))
     return found
 
 
 def recorded(options: Any, stage: str) -> dict[str, Any]:
     """What the checkpoints of a training stage record of its options."""
-    own = [one.field for one in own_options(type(options)) if stage in one.facts.get("recorded", ())]
+    own = [one.field for one in own_options(options.__class__) if stage in one.facts.get("recorded", ())]
     found = {name: getattr(options, name) for name in own}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
@@ -216,9 +216,9 @@ def _helps(kind: type) -> dict[str, tuple[str, str]]:
 def _own_helps(kind: type) -> dict[str, tuple[str, str]]:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     group = (kind.__doc__ or kind.__name__).split("\n")[0].rstrip(".")
-    pairs = (
-        (a.target.id, b.value.value)
-        for a, b in zip(body, body[1:])
-        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)
-    )
-    return {name: (group, " ".join(text.split())) for name, text in pairs}
+    helps = {}
+    for at, below in zip(body, body[1:]):
+        if isinstance(at, ast.AnnAssign) and isinstance(at.target, ast.Name) and isinstance(below, ast.Expr):
+            if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+                helps[at.target.id] = group, " ".join(below.value.value.split())
+    return helps

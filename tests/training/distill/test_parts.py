@@ -169,7 +169,13 @@ def test_distillation_on_a_gpu(tmp_path: Path, small_preset: Preset, teacher: Pa
     for more in ({"stop_at": 2}, {"resume": True}):
         stage = stage_of(small_preset, teacher, cache_dir=tmp_path / "cache", **options)
         config = TrainConfig(
-            tmp_path / "run", small_preset.name, 4, optimizer=RATE, evaluate_steps=0, log_steps=1, **more
+            out=tmp_path / "run",
+            preset=small_preset.name,
+            steps=4,
+            optimizer=RATE,
+            evaluate_steps=0,
+            log_steps=1,
+            **more,
         )
         metrics = DistillTrainer(stage, config, RATE, gpu).fit()
         assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())

@@ -40,7 +40,14 @@ def trainer(
     }
     stage = DistillStage(DistillOptions(preset, teacher=teacher, vae=teacher, **given))  # type: ignore[arg-type]
     config = TrainConfig(
-        out, preset.name, 4, optimizer=RATE, evaluate_steps=0, log_steps=1, stop_at=steps, resume=resume
+        out=out,
+        preset=preset.name,
+        steps=4,
+        optimizer=RATE,
+        evaluate_steps=0,
+        log_steps=1,
+        stop_at=steps,
+        resume=resume,
     )
     return DistillTrainer(stage, config, RATE, CPU)
 
