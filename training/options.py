@@ -82,7 +82,9 @@ class DataOptions:
     data: str = option("digits", metavar="NAME|FOLDER", resume=DECISIVE, recorded=(DIT, VAE))
     """"digits" (needs no download), "returning-digits" (prompts leave the colours of known subjects to the past) or a
     folder of clips"""
-    batch: Annotated[int, Bounds(1, 1 << 16, name="batch size")] = option(8, metavar="N", recorded=(DIT, VAE))
+    batch: Annotated[int, Bounds(1, 1 << 16, name="--batch: bad batch size")] = option(
+        8, metavar="N", recorded=(DIT, VAE)
+    )
     """clips or stories a step; of mixed lengths, short ones come in larger batches, so that every step has about as many
     chunks"""
     accumulate: Annotated[int, Bounds(1, 1 << 16)] = option(1, metavar="N")

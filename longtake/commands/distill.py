@@ -76,7 +76,7 @@ def describe(options: DistillOptions, config: TrainConfig) -> int:
         f"{[options.accumulate * options.batch, chunks * preset.chunk_latents, preset.dit.channels, *preset.latent_hw]}",
         f"a rollout: up to {passes} passes over {preset.chunk_tokens} tokens x {options.batch}, "
         f"{chunks} of them with a gradient in the student's update",
-        f"the student's update (1 step in {options.ratio}): a rollout, 3 score passes; the critic's: a rollout, 1 pass",
+        f"the student's update (1 step in {options.critic_updates}): a rollout, 3 score passes; the critic's: a rollout, 1 pass",
         f"weights, gradients, AdamW and EMA in fp32: {memory / 1e9:.3g} GB, activations besides",
         f"student: {options.student_steps} steps, guidance 1; lr {config.optimizer.lr:g}; nothing was trained",
     ):

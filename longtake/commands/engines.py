@@ -47,9 +47,16 @@ def run(options: EngineOptions) -> int:
         print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
         print(f"  {flavour.reason}")
         onnx, out = options.onnx / recipe.onnx_name, options.out / recipe.name
-        inside, last = options.weights_inside, not options.transposed
-        how = {"skeleton": options.skeleton, "inside": inside, "channels_last": last}
-        results = build(recipe, onnx, out, flavour, machine, **how)
+        results = build(
+            recipe,
+            onnx,
+            out,
+            flavour,
+            machine,
+            skeleton=options.skeleton,
+            inside=options.weights_inside,
+            channels_last=not options.transposed,
+        )
         print(format_results(results))
         print(f"  peak host memory {peak_memory() / 1e9:.1f} GB")
     return 0

@@ -143,7 +143,7 @@ def _total(session: Session, asked: int | None) -> int:
 
 
 def _output(options: GenerateOptions, story: Story | None) -> Path:
-    name = story.name if story else options.load_session.stem
+    name = story.name if story else Path(options.load_session or "").stem
     out = options.out or Path("runs") / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}.mp4"
     if out.suffix != ".mp4":
         raise LongtakeError(
