@@ -91,7 +91,7 @@ bench: $(READY)
 
 # BF16, NVFP4 after and in training, students, sinks, drift, on all GPUs: docs/experiment.md. make experiment ARGS='--resume'
 experiment: $(READY)
-	PYTHONPATH=$(CURDIR) $(PY) -m longtake.training.experiment $(if $(findstring --out,$(ARGS)),,--out $(OUT)/experiment) $(ARGS)
+	$(LONGTAKE) experiment $(if $(findstring --out,$(ARGS)),,--out $(OUT)/experiment) $(ARGS)
 
 distill: $(READY)
 	$(LONGTAKE) distill --teacher training/checkpoints/tiny --student-steps 4 --precision nvfp4 --out $(OUT)/distill

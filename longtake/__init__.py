@@ -1,3 +1,55 @@
-"""longtake: train, export, compile and stream long multi-shot video in 4 bits."""
+"""longtake: train, export, compile and stream long multi-shot video in 4 bits.
 
-__version__ = "0.1.0"
+`from longtake import Generator` is the door. Names are looked up when they are asked for: `import longtake` loads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from longtake.version import __version__
+
+if TYPE_CHECKING:
+    from longtake.errors import GateError, IntegrityError, LongtakeError, UnavailableError
+    from longtake.runtime.chunk import Chunk
+    from longtake.runtime.generator import Generator
+    from longtake.runtime.sampling import CancelledError
+    from longtake.runtime.session import Session
+    from longtake.runtime.story import Segment, Story, story_from_file
+
+__all__ = [
+    "CancelledError",
+    "Chunk",
+    "GateError",
+    "Generator",
+    "IntegrityError",
+    "LongtakeError",
+    "Segment",
+    "Session",
+    "Story",
+    "UnavailableError",
+    "__version__",
+    "story_from_file",
+]
+
+HOMES = {
+    "errors": ("GateError", "IntegrityError", "LongtakeError", "UnavailableError"),
+    "runtime.generator": ("Generator",),
+    "runtime.chunk": ("Chunk",),
+    "runtime.sampling": ("CancelledError",),
+    "runtime.session": ("Session",),
+    "runtime.story": ("Segment", "Story", "story_from_file"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, its module imported now."""
+    for home, names in HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"longtake.{home}"), name)
+    raise AttributeError(f"module 'longtake' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from longtake import __version__
 from longtake.paths import REPOSITORY
 from longtake.settings import cores
+from longtake.version import __version__
 
 PACKAGES = ("torch", "onnxruntime", "onnx", "nvidia-modelopt", "tensorrt", "tensorrt-rtx-cu13", "cuda-core", "av")
 

@@ -20,7 +20,7 @@ from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import Preset
-from longtake.video import count_frames, frames_one_by_one, probe_video
+from longtake.video import count_frames, frames_one_by_one
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ def check_clip(source: Path) -> None:
     if source.suffix.lower() == ".safetensors":
         _latents_in(source)
     else:
+        from longtake.video import probe_video
+
         probe_video(source)
 
 

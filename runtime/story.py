@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-
 from longtake.checked_yaml import read_yaml
 from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError
@@ -215,6 +213,8 @@ def _read(source: Path) -> Any:
 
 @cache
 def _validator() -> Any:
+    import jsonschema  # slow to import, and only for stories from files
+
     return jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 

@@ -25,7 +25,7 @@ from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.vae import CausalVAE, Stream
 from longtake.training.models.wan.window import full_history
 from longtake.training.objective.teacher_forcing import Clips, Noise, flow_loss, predict_velocity
-from longtake.training.stages.base import StageOptions
+from longtake.training.stages.options import StageOptions
 
 META = torch.device("meta")
 FP32 = 4

@@ -11,22 +11,37 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
+from longtake.options import option
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to `final_lr` x lr.
+class AdamWOptions:
+    """Optimizer
 
-    Defaults learn fast from scratch; the 5B reference fine-tunes with lr 1e-5, betas (0, 0.999), EMA 0.99.
+    AdamW with linear warm-up and cosine decay to `final_lr` x lr. Defaults learn fast from scratch; the 5B reference
+    fine-tunes with lr 1e-5, betas (0, 0.999), EMA 0.99.
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip: float = 10.0
-    warmup: int = 200
-    final_lr: float = 0.05
-    ema: float = 0.999
+    betas: tuple[float, float] = option((0.9, 0.99), metavar=("B1", "B2"))
+    """decay of AdamW's moments"""
+    weight_decay: float = option(0.0, metavar="W")
+    """of AdamW"""
+    clip: float = option(10.0, metavar="NORM")
+    """largest gradient norm"""
+    warmup: int = option(200, metavar="N")
+    """steps of linear warm-up, then cosine decay"""
+    final_lr: float = option(0.05, metavar="F")
+    """decay to F x lr; 1 keeps it constant"""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(AdamWOptions):
+    """Optimizer"""
+
+    lr: float = option(1e-3, metavar="RATE")
+    """learning rate after the warm-up"""
+    ema: float = option(0.999, metavar="DECAY")
+    """decay of the averaged weights"""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and all(0 <= beta < 1 for beta in self.betas) and 0 <= self.ema < 1 and self.clip > 0):

@@ -10,13 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.options import DECISIVE, Text, options_of
 from longtake.training.models.checkpoint import finish_save, load_checkpoint, side_file
 from longtake.training.models.side_file import SideFile
+from longtake.training.options import DataOptions, ModelOptions
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2  # whole resume points on disk: the newest, and the one before it
-DECISIVE = ("data", "precision")  # another value of these makes it another run
+SHARED = options_of(ModelOptions, DataOptions)
+DECIDES = [key for key, one in SHARED.items() if one.facts.get("resume") == DECISIVE]
 LEFTOVERS = (".*.tmp.*", ".*.json.pending", ".tmp??????")  # of files.py, of checkpoint.py and of safetensors itself
 
 
@@ -59,8 +62,10 @@ def check_same_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, A
     Raises:
         IntegrityError: it belongs to a run on other data or in another precision.
     """
-    changed = {key: saved[key] for key in saved if key in present and saved[key] != present[key]}
-    for key in DECISIVE:
+    changed = {
+        key: saved[key] for key in saved if key in present and _same(key, saved[key]) != _same(key, present[key])
+    }
+    for key in DECIDES:
         if key in changed:
             raise IntegrityError(
                 f"{path} belongs to another run: its --{key} differs",
@@ -71,6 +76,12 @@ def check_same_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, A
     for key, value in changed.items():
         option = "--" + key.replace("_", "-")
         logger.warning("resuming with %s %s, saved with %s: the rest is another run's", option, present[key], value)
+
+
+def _same(key: str, value: Any) -> Any:
+    """A value without what is a matter of writing: "1,2" and "1..2" are the same lengths."""
+    text = SHARED[key].note(Text) if key in SHARED else None
+    return text.read(value) if text and isinstance(value, str) else value
 
 
 def set_aside(out: Path) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 import signal
 import sys
@@ -20,10 +19,12 @@ from tqdm import tqdm
 
 from longtake.errors import LongtakeError
 from longtake.files import require_disk, require_folder, write_json
+from longtake.options import check
 from longtake.training.history import History
 from longtake.training.models.checkpoint import copy_checkpoint, save_checkpoint
 from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
+from longtake.training.options import RunOptions
 from longtake.training.report import present_memory, train_report
 from longtake.training.resume import check_same_run, delete_older, newest_whole, require_resume_point, set_aside, sweep
 from longtake.training.stages.base import Metric, Stage
@@ -31,32 +32,25 @@ from longtake.training.stages.base import Metric, Stage
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long to train and what to leave on disk. Seconds count from the start of the run, preparation included.
+SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunOptions):
+    """What the loop is told: how long to train, and what to leave on disk.
 
     settings: what makes this run the one it is (JSON-ready); resuming with others is refused or warned about.
-    sample_steps: sample videos every so many steps; 0: with each evaluation.
     """
 
-    out: Path
     preset: str
-    steps: int
-    seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    resume: bool = False
-    stop_at: int | None = None
-    max_seconds: float = math.inf
-    save_steps: int = 0
-    save_seconds: float = 300.0
-    evaluate_steps: int = 1000
     log_steps: int = 50
-    sample_steps: int = 0
-    save_dtype: torch.dtype = torch.float32
     command: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Raise LongtakeError for what nothing can be trained by."""
+        check(self)
         if self.steps < 1 or (self.stop_at is not None and self.stop_at < 1):
             raise LongtakeError(
                 "nothing to train", got=f"{self.steps} steps", expected="at least 1", fix="--steps 1000"
@@ -148,13 +142,11 @@ class Trainer:
         metrics = backward(self.parts())
         norm = self.optimizer.step(self.step - 1, self.config.steps)
         self.pending.append({**metrics, "grad_norm": norm})
-        self.batches.append(getattr(self.stage, "batch_name", None))
+        self.batches.append(self.stage.batch_name())
 
     def parts(self) -> Iterable[tuple[Tensor, dict[str, Metric]]]:
         """The step's loss and metrics, in parts where the stage accumulates gradients."""
-        if hasattr(self.stage, "losses"):
-            return self.stage.losses(self.step - 1, self.generator)
-        return [self.stage.loss(self.step - 1, self.generator)]
+        return self.stage.losses(self.step - 1, self.generator)
 
     def housekeeping(self) -> None:
         """Log, evaluate and save when it is time."""
@@ -224,12 +216,10 @@ class Trainer:
         self.log()
         path = self.config.out / f"resume-{self.step:07d}.safetensors"
         tensors = {**self.optimizer.state(), "generator": self.generator.get_state()}
-        if hasattr(self.stage, "state"):
-            tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
+        tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
         require_finite(tensors, path)
-        position = self.stage.position() if hasattr(self.stage, "position") else {}
-        where = {"position": position, "settings": self.config.settings}
-        save_checkpoint(path, tensors, SideFile.of({**self.side(), "kind": f"resume-{self.stage.name}", **where}))
+        side = {**self.side(), "kind": f"resume-{self.stage.name}", "position": self.stage.position()}
+        save_checkpoint(path, tensors, SideFile.of({**side, "settings": self.config.settings}))
         self.history.save()
         delete_older(self.config.out)
         self.saved_at = time.monotonic()
@@ -246,10 +236,8 @@ class Trainer:
             )
         self.generator.set_state(tensors.pop("generator"))
         self.optimizer.load_state(tensors)
-        if hasattr(self.stage, "load_state"):
-            self.stage.load_state({k.removeprefix("stage/"): v for k, v in tensors.items() if k.startswith("stage/")})
-        if hasattr(self.stage, "seek"):
-            self.stage.seek(saved.position or {})
+        self.stage.load_state({k.removeprefix("stage/"): v for k, v in tensors.items() if k.startswith("stage/")})
+        self.stage.seek(saved.position or {})
         self.step = saved.step or 0
         logger.info("resumed from %s", path)
 
@@ -260,7 +248,7 @@ class Trainer:
         with self.optimizer.averaged_weights():
             for name, facts in self.stage.metadata().items():
                 self.save_module(name, {**facts, "metrics": metrics})
-        for path in getattr(self.stage, "companions", ()):
+        for path in self.stage.companions:
             copy_checkpoint(path, self.config.out)
         self.history.plot(f"longtake train --stage {self.stage.name}")
         write_json(self.config.out / "report.json", train_report(self.side(), steps_per_s, metrics, self.device))
@@ -269,7 +257,7 @@ class Trainer:
     def save_module(self, name: str, facts: dict[str, Any]) -> None:
         """Save one module's present weights (without quantizer state) as `<out>/<name>.safetensors`."""
         state = {k: v for k, v in self.stage.modules[name].state_dict().items() if "_quantizer" not in k}
-        dtype = self.config.save_dtype
+        dtype = SAVED[self.config.save_dtype]
         tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         require_finite(tensors, self.config.out / f"{name}.safetensors")
         side = SideFile.of({**self.side(), "kind": name, **facts})

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, write_json
 from longtake.formats.exported import Export
 from longtake.formats.recipe import recipe_named
+from longtake.options import Command, option
 from longtake.paths import REPOSITORY
 from longtake.runtime.bench.engine_side import engine_folder, export_folder
 from longtake.runtime.bench.gpu import device_from_name
@@ -33,70 +32,18 @@ PART_SECONDS = {"engine": 270, "torch": 150, "torch_vae": 120, "torch_compile": 
 MODULE = "longtake.runtime.bench.worker"
 
 
-def register(subparsers: Any) -> None:
-    """Add the `bench` command."""
-    parser = subparsers.add_parser(
-        "bench",
-        help="speed and memory at full size, on random weights, against PyTorch",
-        description="Measure a recipe: DiT, VAE and end-to-end frames a second, stages, memory, roofline.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--recipe", required=True, metavar="NAME", help="a shipped recipe or a .yaml file")
-    parser.add_argument("--against", default="", metavar="torch", help="measure plain PyTorch in the same run, too")
-    parser.add_argument(
-        "--more", nargs="+", default=[], metavar="NAME",
-        help="recipes whose DiT is measured in the same run, against the same PyTorch; a report each, in --out/NAME",
-    )  # fmt: skip
-    parser.add_argument("--networks", default="dit,vae", metavar="dit,vae", help="what to measure")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="denoise steps a chunk (default 4)")
-    parser.add_argument("--chunks", type=int, metavar="N", help="steady chunks measured in each mode (default 4)")
-    parser.add_argument("--warmup", type=int, metavar="K", help="chunks before that (default 5; the window's at least)")
-    parser.add_argument("--quick", action="store_true", help="1 steady chunk, shortest warm-up")
-    parser.add_argument("--autotune", action="store_true", help="also torch.compile with max-autotune (minutes)")
-    parser.add_argument(
-        "--engines",
-        default="",
-        metavar="FOLDER",
-        help="plans are in FOLDER/RECIPE (default engines/build), built if absent",
-    )
-    parser.add_argument(
-        "--onnx",
-        default="",
-        metavar="FOLDER",
-        help="graphs are in FOLDER/PRESET_PRECISION (default export/build), exported if absent",
-    )
-    parser.add_argument("--device", default="", help="such as cuda:0")
-    parser.add_argument("--decode-device", default="", help="decode on this GPU, such as cuda:1")
-    parser.add_argument("--seconds", type=int, default=540, help="time limit of the whole (default 540)")
-    parser.add_argument("--out", default="", metavar="FOLDER", help="default: runs/bench/RECIPE")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class MoreOptions:
+    """What is measured with it"""
+
+    more: tuple[str, ...] = option((), metavar="NAME")
+    """recipes whose DiT is measured in the same run, against the same PyTorch; a report each, in --out/NAME (default: none)"""
 
 
-def options_from_args(args: argparse.Namespace) -> BenchOptions:
-    """The command line as options. Raises LongtakeError for an unknown recipe or value."""
-    chunks, warmup = (1, 0) if args.quick else (4, 5)
-    return BenchOptions(
-        recipe=args.recipe if args.recipe.endswith((".yaml", ".yml")) else recipe_named(args.recipe).name,
-        steps=args.steps,
-        chunks=chunks if args.chunks is None else args.chunks,
-        warmup=warmup if args.warmup is None else args.warmup,
-        networks=tuple(part for part in args.networks.split(",") if part),
-        against=args.against,
-        engines=args.engines,
-        onnx=args.onnx,
-        device=args.device,
-        decode_device=args.decode_device,
-        out=args.out or str(Path("runs") / "bench" / Path(args.recipe).stem),
-        seconds=args.seconds,
-        autotune=args.autotune,
-    )
-
-
-def run(args: argparse.Namespace) -> int:
+def run(options: BenchOptions, others: MoreOptions) -> int:
     """Measure and report; 1 if a part failed (the others are reported all the same)."""
-    options, started = options_from_args(args), time.perf_counter()
-    more = [of_another_recipe(options, name) for name in args.more]
+    options, started = completed(options), time.perf_counter()
+    more = [of_another_recipe(options, name) for name in others.more]
     for one in (options, *more):
         prepare(one)
     runs: list[tuple[BenchOptions, dict[str, Figures]]] = [(one, {}) for one in (options, *more)]
@@ -125,12 +72,22 @@ def run(args: argparse.Namespace) -> int:
     return int(any("error" in figures for _, parts in runs for figures in parts.values()))
 
 
+def completed(options: BenchOptions) -> BenchOptions:
+    """With a place for what is written. Raises LongtakeError for an unknown recipe."""
+    recipe = options.recipe if options.recipe.endswith((".yaml", ".yml")) else recipe_named(options.recipe).name
+    return replace(options, recipe=recipe, out=options.out or str(Path("runs") / "bench" / Path(options.recipe).stem))
+
+
 def of_another_recipe(options: BenchOptions, name: str) -> BenchOptions:
     """The same benchmark of another recipe's DiT. Raises LongtakeError for an unknown recipe or another preset."""
     recipe = recipe_named(name)
     if recipe.preset != options.the_recipe.preset:
-        raise LongtakeError("--more takes recipes of the same preset", got=recipe.preset,
-                            expected=options.the_recipe.preset, fix="run the benchmark twice")  # fmt: skip
+        raise LongtakeError(
+            "--more takes recipes of the same preset",
+            got=recipe.preset,
+            expected=options.the_recipe.preset,
+            fix="run the benchmark twice",
+        )
     return replace(options, recipe=name, networks=("dit",), decode_device="", out=str(options.folder / recipe.name))
 
 
@@ -173,3 +130,11 @@ def measured(part: str, options: BenchOptions, seconds: float) -> Figures:
         problem = f"stopped after {seconds:.0f} s, see {folder / f'{part}.log'}"
     figures: Figures = read_json(out) if out.is_file() else {"part": part}
     return {"error": problem, **figures} if problem else figures
+
+
+COMMAND = Command(
+    run,
+    (BenchOptions, MoreOptions),
+    "Measure a recipe: DiT, VAE and end-to-end frames a second, stages, memory, roofline.",
+    EPILOG,
+)

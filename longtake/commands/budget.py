@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import Recipe, recipe_named
+from longtake.options import Command, option
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.terms import Use, budget_of
 from longtake.runtime.budget.terms_table import budget_table
@@ -28,42 +28,42 @@ the memory is not free.
 """
 
 
-def register(subparsers: Any) -> None:
-    """Add the `budget` command."""
-    parser = subparsers.add_parser(
-        "budget",
-        help="what a recipe takes on the GPU, before anything is allocated",
-        description="Print the memory that a recipe takes on the GPU, term by term.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--recipe", metavar="NAME", help="a shipped recipe or a .yaml file")
-    parser.add_argument(
-        "--engines", type=Path, metavar="FOLDER", help="built engines (default: the recipe's, if built)"
-    )
-    parser.add_argument("--guidance", type=float, default=None, metavar="S",
-                        help="guidance scale (default: as the export records, else the preset's)")  # fmt: skip
-    parser.add_argument("--image", action="store_true", help="the video starts from a picture or a clip")
-    parser.add_argument("--device", metavar="cuda:N", help="check against this GPU (default: the first, if any)")
-    parser.add_argument("--decode-device", metavar="cuda:N", help="the GPU that decodes, if another")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class BudgetOptions:
+    """What"""
+
+    recipe: str | None = option(None, metavar="NAME")
+    """a shipped recipe or a .yaml file (default: that of --engines)"""
+    engines: Path | None = option(None, metavar="FOLDER")
+    """built engines (default: the recipe's, if built)"""
+    guidance: float | None = option(None, metavar="S")
+    """guidance scale (default: as the export records, else the preset's)"""
+    image: bool = option(False)
+    """the video starts from a picture or a clip"""
+    device: str | None = option(None, metavar="cuda:N")
+    """check against this GPU (default: the first, if any)"""
+    decode_device: str | None = option(None, metavar="cuda:N")
+    """the GPU that decodes (default: the same)"""
+    json: bool = option(False)
+    """print JSON"""
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: BudgetOptions) -> int:
     """Print the budget; raise LongtakeError if it doesn't fit the GPU that is there."""
-    recipe, engines, recorded = _recipe(args)
-    guidance, whose = _guidance(args.guidance, recipe, recorded)
-    use = Use(guided=guidance != 1.0, decode_apart=args.decode_device is not None, encode=args.image, engines=engines)
+    recipe, engines, recorded = _recipe(options)
+    guidance, whose = _guidance(options.guidance, recipe, recorded)
+    use = Use(
+        guided=guidance != 1.0, decode_apart=options.decode_device is not None, encode=options.image, engines=engines
+    )
     budget = budget_of(recipe, use)
-    if args.json:
+    if options.json:
         print(json.dumps({**budget.as_json(), "guidance": guidance}, indent=2), flush=True)
     else:
         print(f"{budget_table(budget)}\nguidance {guidance:g} ({whose})", flush=True)
-    if torch.cuda.is_available() or args.device is not None:
-        device = cuda_device(args.device or "cuda:0")
-        check_memory(recipe, use, device, cuda_device(args.decode_device) if args.decode_device else None)
-        if not args.json:
+    if torch.cuda.is_available() or options.device is not None:
+        device = cuda_device(options.device or "cuda:0")
+        check_memory(recipe, use, device, cuda_device(options.decode_device) if options.decode_device else None)
+        if not options.json:
             print(f"it fits on {device}")
     return 0
 
@@ -77,18 +77,25 @@ def _guidance(asked: float | None, recipe: Recipe, recorded: SamplingConfig | No
     return recipe.model.sampling.guidance, "the preset's"
 
 
-def _recipe(args: argparse.Namespace) -> tuple[Recipe, Path | None, SamplingConfig | None]:
+def _recipe(options: BudgetOptions) -> tuple[Recipe, Path | None, SamplingConfig | None]:
     """The recipe; its engines where they are built; how what is built or exported is sampled, where that is recorded."""
-    if args.engines is not None:
-        source = source_from_bundle(args.engines)
-        if args.recipe is not None and recipe_named(args.recipe).name != source.recipe.name:
-            raise LongtakeError(f"{args.engines} holds engines of another recipe", got=source.recipe.name,
-                                expected=args.recipe, fix="leave out --recipe")  # fmt: skip
-        return source.recipe, args.engines, source.sampling
-    if args.recipe is None:
-        raise LongtakeError("no recipe was named", expected="--recipe NAME or --engines FOLDER",
-                            fix="longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90")  # fmt: skip
-    recipe = recipe_named(args.recipe)
+    if options.engines is not None:
+        source = source_from_bundle(options.engines)
+        if options.recipe is not None and recipe_named(options.recipe).name != source.recipe.name:
+            raise LongtakeError(
+                f"{options.engines} holds engines of another recipe",
+                got=source.recipe.name,
+                expected=options.recipe,
+                fix="leave out --recipe",
+            )
+        return source.recipe, options.engines, source.sampling
+    if options.recipe is None:
+        raise LongtakeError(
+            "no recipe was named",
+            expected="--recipe NAME or --engines FOLDER",
+            fix="longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90",
+        )
+    recipe = recipe_named(options.recipe)
     found = source_of_recipe(recipe)
     return (recipe, None, None) if found is None else (recipe, found.engines, found.sampling)
 
@@ -100,6 +107,13 @@ def cuda_device(name: str) -> torch.device:
     except RuntimeError:
         raise LongtakeError("unknown device", got=name, expected="cuda:N", fix="pass cuda:0") from None
     if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-        raise LongtakeError(f"there is no GPU {name}", got=f"{torch.cuda.device_count()} GPUs here", expected="cuda:N",
-                            fix="leave it out, or name a GPU that is there")  # fmt: skip
+        raise LongtakeError(
+            f"there is no GPU {name}",
+            got=f"{torch.cuda.device_count()} GPUs here",
+            expected="cuda:N",
+            fix="leave it out, or name a GPU that is there",
+        )
     return torch.device("cuda", device.index or 0)
+
+
+COMMAND = Command(run, (BudgetOptions,), "Print the memory that a recipe takes on the GPU, term by term.", EPILOG)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 from tqdm import tqdm
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.files import require_disk, require_folder
+from longtake.options import Command, OneOf, Text, option
 from longtake.outputs import claim_checkpoints
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.convert.calibrate import calibrate_folder
@@ -22,7 +22,7 @@ from longtake.training.convert.files import PLACES, read_container
 from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
-from longtake.training.models.presets import Preset, preset_named
+from longtake.training.models.presets import WAN22_TI2V_5B, Preset, preset_named
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,129 +41,134 @@ time: under 1 GB beside the mapped files (2.5 GB for a umT5 in fp32). --calibrat
 """
 
 
-def register(subparsers: Any) -> None:
-    """Add the `convert` command."""
-    parser = subparsers.add_parser(
-        "convert", help="released weights (Wan, LongLive, diffusers) to a checkpoint folder", description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--preset", default="wan2.2-ti2v-5b", metavar="NAME", help="default: wan2.2-ti2v-5b")
-    parser.add_argument(
-        "--dit", type=Path, metavar="PATH", help="file or folder: the transformer, or LongLive's generator"
-    )
-    parser.add_argument("--vae", type=Path, metavar="PATH", help="Wan2.2_VAE.pth, or diffusers' file or folder")
-    parser.add_argument(
-        "--text", type=Path, metavar="PATH", help="models_t5_umt5-xxl-enc-bf16.pth, or Hugging Face's folder"
-    )
-    parser.add_argument("--base", type=Path, metavar="PATH", help="weights under a --dit that holds a LoRA only")
-    parser.add_argument(
-        "--lora",
-        type=Path,
-        metavar="PATH",
-        help="a LoRA (PEFT's, kohya's or ComfyUI's keys) to merge into --dit, in fp32",
-    )
-    parser.add_argument("--lora-scale", type=float, metavar="S",
-                        help="default: as adapter_config.json beside the LoRA, its header or its alphas say, else 1.0")  # fmt: skip
-    parser.add_argument("--use-ema", action="store_true", help="take generator_ema")
-    parser.add_argument(
-        "--packed-rule", choices=sorted(RULE_LIMITS), help="block scales of a packed --dit (default: mse)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights written (default: bf16)"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="checkpoint folder")
-    group = parser.add_argument_group("calibration: activation amax, which native W4A4 and fp8 recipes need")
-    group.add_argument("--calibrate", action="store_true", help="measure it; alone: of the DiT already in --out")
-    group.add_argument("--latents", type=Path, metavar="FILE", help="tensor `latents` [B, F, C, H, W] (default: noise)")
-    group.add_argument("--chunks", type=int, default=2, metavar="N", help="chunks of a clip (default: 2)")
-    group.add_argument(
-        "--passes", type=int, default=4, metavar="N", help="clips, each with its noise levels (default: 4)"
-    )
-    group.add_argument("--device", default="cpu", metavar="NAME", help="cpu or cuda:N (default: cpu)")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What"""
+
+    preset: Annotated[Preset, Text(preset_named, lambda preset: preset.name)] = option(WAN22_TI2V_5B, metavar="NAME")
+    """sizes of the networks, by name"""
+    dit: Path | None = option(None, metavar="PATH")
+    """file or folder: the transformer, or LongLive's generator (default: none)"""
+    vae: Path | None = option(None, metavar="PATH")
+    """Wan2.2_VAE.pth, or diffusers' file or folder (default: none)"""
+    text: Path | None = option(None, metavar="PATH")
+    """models_t5_umt5-xxl-enc-bf16.pth, or Hugging Face's folder (default: none)"""
+    base: Path | None = option(None, metavar="PATH")
+    """weights under a --dit that holds a LoRA only (default: none)"""
+    lora: Path | None = option(None, metavar="PATH")
+    """a LoRA (PEFT's, kohya's or ComfyUI's keys) to merge into --dit, in fp32 (default: none)"""
+    lora_scale: float | None = option(None, metavar="S")
+    """what the LoRA is multiplied with (default: as adapter_config.json beside the LoRA, its header or its
+    alphas say, else 1.0)"""
+    use_ema: bool = option(False)
+    """take generator_ema"""
+    packed_rule: Annotated[str, OneOf(tuple(sorted(RULE_LIMITS)))] | None = option(None)
+    """block scales of a packed --dit (default: mse)"""
+    dtype: Annotated[str, OneOf(("bf16", "fp32"))] = option("bf16")
+    """of the weights written"""
+    out: Path = option(metavar="FOLDER")
+    """checkpoint folder"""
 
 
-def run(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Calibration: activation amax, which native W4A4 and fp8 recipes need"""
+
+    calibrate: bool = option(False)
+    """measure it; alone: of the DiT already in --out"""
+    latents: Path | None = option(None, metavar="FILE")
+    """tensor `latents` [B, F, C, H, W] (default: noise)"""
+    chunks: int = option(2, metavar="N")
+    """chunks of a clip"""
+    passes: int = option(4, metavar="N")
+    """clips, each with its noise levels"""
+    device: str = option("cpu", metavar="NAME")
+    """cpu or cuda:N"""
+
+
+def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     """Convert what was given, then calibrate if asked."""
-    preset = preset_named(args.preset)
-    check_arguments(args)
-    require_folder(args.out)
-    _claim(args)
-    models = [model for model in (dit_from(args, preset), vae_from(args, preset), text_from(args, preset)) if model]
+    check_options(options, measure)
+    require_folder(options.out)
+    _claim(options, measure)
+    models = [model for model in (dit_from(options), vae_from(options), text_from(options)) if model]
     if models:
-        write(models, args.out)
-    if args.text:
-        carry_tokenizer(args.text if args.text.is_dir() else args.text.parent, args.out)
+        write(models, options.out)
+    if options.text:
+        carry_tokenizer(options.text if options.text.is_dir() else options.text.parent, options.out)
     for model in models:
-        print(f"{args.out / model.kind}.safetensors: {len(model.tensors)} tensors, {model.nbytes / 1e9:.2f} GB")
-    if args.calibrate:
-        calibrate(args, preset)
-    elif args.dit:
+        print(f"{options.out / model.kind}.safetensors: {len(model.tensors)} tensors, {model.nbytes / 1e9:.2f} GB")
+    if measure.calibrate:
+        calibrate(options, measure)
+    elif options.dit:
         report_amax(models[0])
     return 0
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_options(options: ConvertOptions, measure: CalibrationOptions) -> None:
     """Raise LongtakeError for combinations that mean nothing."""
-    if not (args.dit or args.vae or args.text or args.calibrate):
+    if not (options.dit or options.vae or options.text or measure.calibrate):
         raise LongtakeError(
             "nothing to convert", expected="--dit, --vae, --text or --calibrate", fix="pass the files you have"
         )
-    if (args.base or args.lora or args.use_ema) and not args.dit:
+    if (options.base or options.lora or options.use_ema) and not options.dit:
         raise LongtakeError("--base, --lora and --use-ema belong to --dit", fix="pass --dit, too")
-    if args.chunks < 1 or args.passes < 1:
+    if measure.chunks < 1 or measure.passes < 1:
         raise LongtakeError(
-            "nothing to calibrate with", got=f"{args.chunks} chunks, {args.passes} passes", expected="1 or more"
+            "nothing to calibrate with", got=f"{measure.chunks} chunks, {measure.passes} passes", expected="1 or more"
         )
-    if args.calibrate and args.device.startswith("cuda") and not torch.cuda.is_available():
+    if measure.calibrate and measure.device.startswith("cuda") and not torch.cuda.is_available():
         raise LongtakeError(
-            "no GPU to calibrate on", got=args.device, expected="a device that is there", fix="--device cpu"
+            "no GPU to calibrate on", got=measure.device, expected="a device that is there", fix="--device cpu"
         )
 
 
-def _claim(args: argparse.Namespace) -> None:
+def _claim(options: ConvertOptions, measure: CalibrationOptions) -> None:
     """Refuse to write over what is read, or over files that are not ours."""
-    kinds = [kind for kind, given in (("dit", args.dit), ("vae", args.vae), ("text_encoder", args.text)) if given]
-    kinds += ["dit"] if args.calibrate and not args.dit else []
-    read = {f"--{name}": getattr(args, name) for name in ("dit", "vae", "text", "base", "lora", "latents")}
-    parts = {
-        f"{name}/{place}": given / place
-        for name, given in read.items()
-        if given
-        for places in PLACES.values()
-        for place in places
-    }
-    claim_checkpoints(args.out, read | parts, kinds)
+    kinds = [k for k, given in (("dit", options.dit), ("vae", options.vae), ("text_encoder", options.text)) if given]
+    kinds += ["dit"] if measure.calibrate and not options.dit else []
+    read = {f"--{name}": getattr(options, name) for name in ("dit", "vae", "text", "base", "lora")}
+    read["--latents"] = measure.latents
+    places = [place for group in PLACES.values() for place in group]
+    parts = {f"{name}/{place}": given / place for name, given in read.items() if given for place in places}
+    claim_checkpoints(options.out, read | parts, kinds)
 
 
-def dit_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
+def dit_from(options: ConvertOptions) -> Converted | None:
     """The DiT that was asked for, checked and not yet read."""
-    if not args.dit:
+    if not options.dit:
         return None
-    base = None if args.base is None else read_container(args.base)
-    lora = None if args.lora is None else read_container(args.lora)
-    given = None if args.lora_scale is None else LoraScale(factor=args.lora_scale)
+    base = None if options.base is None else read_container(options.base)
+    lora = None if options.lora is None else read_container(options.lora)
+    given = None if options.lora_scale is None else LoraScale(factor=options.lora_scale)
     model = convert_dit(
-        read_container(args.dit), preset, dtype=DTYPES[args.dtype].torch, use_ema=args.use_ema, base=base, lora=lora,
-        lora_scale=given or stored_scale(args.lora or args.dit), own_scale=given or stored_scale(args.dit), packed_rule=args.packed_rule,
-    )  # fmt: skip
-    return _from(model, args.dit, {"base": args.base, "lora": args.lora})
-
-
-def vae_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
-    """The VAE that was asked for."""
-    if not args.vae:
-        return None
-    return _from(convert_vae(read_container(args.vae, "vae"), preset, dtype=DTYPES[args.dtype].torch), args.vae)
-
-
-def text_from(args: argparse.Namespace, preset: Preset) -> Converted | None:
-    """The text encoder that was asked for."""
-    if not args.text:
-        return None
-    return _from(
-        convert_text(read_container(args.text, "text_encoder"), preset, dtype=DTYPES[args.dtype].torch), args.text
+        read_container(options.dit),
+        options.preset,
+        dtype=DTYPES[options.dtype].torch,
+        use_ema=options.use_ema,
+        base=base,
+        lora=lora,
+        lora_scale=given or stored_scale(options.lora or options.dit),
+        own_scale=given or stored_scale(options.dit),
+        packed_rule=options.packed_rule,
     )
+    return _from(model, options.dit, {"base": options.base, "lora": options.lora})
+
+
+def vae_from(options: ConvertOptions) -> Converted | None:
+    """The VAE that was asked for."""
+    if not options.vae:
+        return None
+    weights = read_container(options.vae, "vae")
+    return _from(convert_vae(weights, options.preset, dtype=DTYPES[options.dtype].torch), options.vae)
+
+
+def text_from(options: ConvertOptions) -> Converted | None:
+    """The text encoder that was asked for."""
+    if not options.text:
+        return None
+    weights = read_container(options.text, "text_encoder")
+    return _from(convert_text(weights, options.preset, dtype=DTYPES[options.dtype].torch), options.text)
 
 
 def write(models: list[Converted], out: Path) -> None:
@@ -175,24 +180,33 @@ def write(models: list[Converted], out: Path) -> None:
             model.write(out / f"{model.kind}.safetensors", bar.update)
 
 
-def calibrate(args: argparse.Namespace, preset: Preset) -> None:
+def calibrate(options: ConvertOptions, measure: CalibrationOptions) -> None:
     """Measure and store amax."""
-    with tqdm(total=args.passes, unit="clip", desc="calibrate", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=measure.passes, unit="clip", desc="calibrate", leave=False, dynamic_ncols=True) as bar:
         amax = calibrate_folder(
-            preset, args.out, device=torch.device(args.device), chunks=args.chunks, passes=args.passes,
-            latents=args.latents, progress=bar.update,
-        )  # fmt: skip
+            options.preset,
+            options.out,
+            device=torch.device(measure.device),
+            chunks=measure.chunks,
+            passes=measure.passes,
+            latents=measure.latents,
+            progress=bar.update,
+        )
     inputs = [sides["input"] for sides in amax.values()]
-    print(f"{args.out / 'dit.json'}: amax of {len(amax)} linears, inputs {min(inputs):.3g} to {max(inputs):.3g}")
+    print(f"{options.out / 'dit.json'}: amax of {len(amax)} linears, inputs {min(inputs):.3g} to {max(inputs):.3g}")
 
 
 def report_amax(model: Converted) -> None:
     """Say that the converted DiT has no activation amax, and what a packed one was packed with."""
     if packed := model.meta.get("packed"):
-        print(f"{len(packed['amax'])} linears were packed in 4 bits by rule {packed['rule']}; they are weights again, and"
-              " exports pack them by that rule and amax to the same values")  # fmt: skip
-    print("the checkpoint has no activation amax: bf16 and w4a16 recipes need none; native W4A4 (nvfp4) and fp8 recipes use\n"
-          "calibrated amax where LongLive takes each call's own. Measure it: longtake convert --calibrate --out FOLDER")  # fmt: skip
+        print(
+            f"{len(packed['amax'])} linears were packed in 4 bits by rule {packed['rule']}; they are weights again, and"
+            " exports pack them by that rule and amax to the same values"
+        )
+    print(
+        "the checkpoint has no activation amax: bf16 and w4a16 recipes need none; native W4A4 (nvfp4) and fp8 recipes use\n"
+        "calibrated amax where LongLive takes each call's own. Measure it: longtake convert --calibrate --out FOLDER"
+    )
 
 
 def _from(model: Converted, path: Path, others: Mapping[str, Path | None] | None = None) -> Converted:
@@ -201,3 +215,6 @@ def _from(model: Converted, path: Path, others: Mapping[str, Path | None] | None
     return replace(
         model, meta={**model.meta, "command": "longtake convert", "source": {**model.meta["source"], **files}}
     )
+
+
+COMMAND = Command(run=run, options=(ConvertOptions, CalibrationOptions), description=DESCRIPTION)

@@ -109,8 +109,13 @@ def describe_tensors(path: Path) -> dict[str, Any]:
         return describe_safetensors(path)
     snapshot = snapshot_from_file(path)
     sizes = {name: list(tensor.shape) for name, tensor in snapshot.tensors.items()}
-    return {"kind": "saved session", "digest": "matches", "identity": asdict(snapshot.identity),
-            "position": snapshot.position.as_json(), "tensors": sizes}  # fmt: skip
+    return {
+        "kind": "saved session",
+        "digest": "matches",
+        "identity": asdict(snapshot.identity),
+        "position": snapshot.position.as_json(),
+        "tensors": sizes,
+    }
 
 
 def describe_json(path: Path) -> dict[str, Any]:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from typing import Any
+from dataclasses import dataclass
 
 from longtake.commands.doctor_report import Diagnosis, examine
 from longtake.formats.recipe import recipe_for
 from longtake.machine.machine import machine_here
+from longtake.options import Command, option
 
 
-def register(subparsers: Any) -> None:
-    """Add the `doctor` command."""
-    parser = subparsers.add_parser("doctor", help="what runs on this machine, and what is missing")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument("--pick", action="store_true", help="print only the name of the recipe that fits this machine")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What is printed"""
+
+    json: bool = option(False)
+    """JSON instead of text"""
+    pick: bool = option(False)
+    """only the name of the recipe that fits this machine"""
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: DoctorOptions) -> int:
     """Print the diagnosis; 0 if at least the reference backend works."""
-    if args.pick:
+    if options.pick:
         print(recipe_for(machine_here().compute_capability))
         return 0
     diagnosis = examine()
-    print(json.dumps(diagnosis.as_json(), indent=2) if args.json else "\n".join(report(diagnosis)))
+    print(json.dumps(diagnosis.as_json(), indent=2) if options.json else "\n".join(report(diagnosis)))
     return 0 if diagnosis.reference_works else 3
 
 
@@ -44,3 +46,8 @@ def _missing(diagnosis: Diagnosis) -> list[str]:
         works = "the reference backend works" if diagnosis.reference_works else "the reference backend does not work"
         return [f"nothing is missing; {works}"]
     return ["missing:", *(f"  {item.name} ({item.needed_for}): {item.fix}" for item in diagnosis.missing)]
+
+
+COMMAND = Command(
+    run, (DoctorOptions,), "What this machine has, which recipes run on it and how, what is missing and how to get it."
+)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from longtake.engines.build import PlanResult, build_recipe, require_buildable
 from longtake.engines.precheck import peak_memory
@@ -14,59 +13,50 @@ from longtake.errors import UnavailableError
 from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
+from longtake.options import Command, option
 from longtake.paths import ENGINES, EXPORTS
 
 
-def register(subparsers: Any) -> None:
-    """Add the `engines` command."""
-    parser = subparsers.add_parser(
-        "engines",
-        help="ONNX to TensorRT plans",
-        description="Build the TensorRT plans of recipes; what has no ONNX yet is exported first. "
-        "Plans that are up to date are left alone.",
-    )
-    parser.add_argument(
-        "--recipe",
-        action="append",
-        metavar="NAME",
-        help="a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny that this machine can build)",
-    )
-    parser.add_argument("--onnx", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
-    parser.add_argument("--out", type=Path, default=ENGINES, metavar="FOLDER", help="default: engines/build")
-    parser.add_argument(
-        "--skeleton",
-        action="store_true",
-        help="build from graphs without weights, exported without checkpoints if need be (segmented recipes)",
-    )
-    parser.add_argument(
-        "--weights-inside",
-        action="append",
-        default=[],
-        metavar="NETWORK",
-        help="of a segmented recipe: build this network (a VAE one, say) with its weights inside; may be repeated",
-    )
-    parser.add_argument(
-        "--transposed",
-        action="store_true",
-        help="with vae_ops: library: let each plan of the VAE transpose its streams, as the exported graph says (more "
-        "memory, slower; for comparison)",
-    )
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class EngineOptions:
+    """What"""
+
+    recipe: tuple[str, ...] = option((), repeated=True, metavar="NAME")
+    """a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny that this machine can build)"""
+    onnx: Path = option(EXPORTS, metavar="FOLDER")
+    """where the folders of exported networks are"""
+    out: Path = option(ENGINES, metavar="FOLDER")
+    """where the folders of engines are made"""
+    skeleton: bool = option(False)
+    """build from graphs without weights, exported without checkpoints if need be (segmented recipes)"""
+    weights_inside: tuple[str, ...] = option((), repeated=True, metavar="NETWORK")
+    """of a segmented recipe: build this network (a VAE one, say) with its weights inside; may be repeated (default: none)"""
+    transposed: bool = option(False)
+    """with vae_ops: plugin: let each plan of the VAE transpose its streams, as the exported graph says (more memory,
+    slower; for comparison)"""
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: EngineOptions) -> int:
     """Build each recipe and print what was built."""
     machine = gpu_compute_capability()
-    recipes = [recipe_named(name) for name in args.recipe] if args.recipe else _buildable(machine)
+    recipes = [recipe_named(name) for name in options.recipe] if options.recipe else _buildable(machine)
     for recipe in recipes:  # what cannot be built is said before the first one starts
         require_buildable(recipe, flavour_of(recipe, machine), machine)
     for recipe in recipes:
         flavour = flavour_of(recipe, machine)
         print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
         print(f"  {flavour.reason}")
-        results = build(recipe, args.onnx / recipe.onnx_name, args.out / recipe.name, flavour, machine,
-                        skeleton=args.skeleton, inside=args.weights_inside,
-                        channels_last=not args.transposed)  # fmt: skip
+        onnx, out = options.onnx / recipe.onnx_name, options.out / recipe.name
+        results = build(
+            recipe,
+            onnx,
+            out,
+            flavour,
+            machine,
+            skeleton=options.skeleton,
+            inside=options.weights_inside,
+            channels_last=not options.transposed,
+        )
         print(format_results(results))
         print(f"  peak host memory {peak_memory() / 1e9:.1f} GB")
     return 0
@@ -134,3 +124,11 @@ def format_results(results: Sequence[PlanResult]) -> str:
         rows.append(f"  {plan.plan:24} {plan.size / 1e6:8.2f} {seconds:>8} {plan.layers:7}  {plugins}")
     total = sum(result.manifest.size for result in results)
     return "\n".join([*rows, f"  {'all':24} {total / 1e6:8.2f}  in {results[0].path.parent}"])
+
+
+COMMAND = Command(
+    run,
+    (EngineOptions,),
+    "Build the TensorRT plans of recipes; what has no ONNX yet is exported first. "
+    "Plans that are up to date are left alone.",
+)

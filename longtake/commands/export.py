@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from longtake.export.package import PlainGraphs, export_package, inputs_digest, 
 from longtake.export.weights import Weights, weights_from_folder
 from longtake.formats.exported import Export
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
+from longtake.options import Command, option
 from longtake.paths import EXPORTS, REPOSITORY
 from longtake.training.models.load import load_models, read_side
 from longtake.training.models.text.sentencepiece import carry_tokenizer
@@ -22,44 +22,36 @@ from longtake.training.models.text.sentencepiece import carry_tokenizer
 Graphs = dict[tuple[str, tuple[str, ...]], PlainGraphs]
 
 
-def register(subparsers: Any) -> None:
-    """Add the `export` command."""
-    parser = subparsers.add_parser(
-        "export",
-        help="PyTorch to ONNX, with a structural check and a parity table",
-        description="Export every network of a recipe to ONNX, check the files, and compare them with PyTorch.",
-    )
-    parser.add_argument(
-        "--recipe",
-        action="append",
-        metavar="NAME",
-        help="a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny)",
-    )
-    parser.add_argument("--checkpoints", type=Path, metavar="FOLDER", help="default: the preset's shipped checkpoints")
-    parser.add_argument("--out", type=Path, default=EXPORTS, metavar="FOLDER", help="default: export/build")
-    parser.add_argument(
-        "--skeleton",
-        action="store_true",
-        help="graphs only, no checkpoints needed: for building segmented engines and measuring with random weights",
-    )
-    parser.add_argument("--no-parity", action="store_true", help="leave out the comparison with PyTorch")
-    parser.add_argument("--force", action="store_true", help="export even if nothing has changed")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class ExportOptions:
+    """What"""
+
+    recipe: tuple[str, ...] = option((), repeated=True, metavar="NAME")
+    """a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny)"""
+    checkpoints: Path | None = option(None, metavar="FOLDER")
+    """what is exported (default: the preset's shipped checkpoints)"""
+    out: Path = option(EXPORTS, metavar="FOLDER")
+    """where the folders of networks are made"""
+    skeleton: bool = option(False)
+    """graphs only, no checkpoints needed: for building segmented engines and measuring with random weights"""
+    parity: bool = option(True)
+    """leave out the comparison with PyTorch"""
+    force: bool = option(False)
+    """export even if nothing has changed"""
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: ExportOptions) -> int:
     """Export each distinct (preset, precision, cache) once."""
     graphs: Graphs = {}
-    for recipe in distinct(args.recipe or recipe_names(DEFAULT_PRESET)):
-        folder = args.out / recipe.onnx_name
-        parity = not (args.no_parity or args.skeleton)
-        made = export(recipe, args.checkpoints, folder, force=args.force, parity=parity, graphs=graphs,
-                       skeleton=args.skeleton)  # fmt: skip
-        print_sizes(folder, made)
+    for recipe in distinct(options.recipe or recipe_names(DEFAULT_PRESET)):
+        folder = options.out / recipe.onnx_name
+        parity = options.parity and not options.skeleton
+        how = {"force": options.force, "parity": parity, "skeleton": options.skeleton}
+        print_sizes(folder, export(recipe, options.checkpoints, folder, graphs=graphs, **how))
     return 0
 
 
-def distinct(names: list[str]) -> list[Recipe]:
+def distinct(names: Sequence[str]) -> list[Recipe]:
     """The recipes, without those that share another's ONNX files."""
     recipes: dict[str, Recipe] = {}
     for recipe in map(recipe_named, names):
@@ -124,8 +116,10 @@ def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, export: Export
     """
     whole = [name for name, network in export.networks.items() if f"{name}.ort.onnx" in network.files]
     if left := [name for name in export.networks if name not in whole]:
-        print(f"{recipe.onnx_name}: no parity table for {', '.join(left)}: too large for ONNX Runtime on a CPU; "
-              "a preset of the same widths and fewer layers has one")  # fmt: skip
+        print(
+            f"{recipe.onnx_name}: no parity table for {', '.join(left)}: too large for ONNX Runtime on a CPU; "
+            "a preset of the same widths and fewer layers has one"
+        )
     if not whole:
         return export
     bar = tqdm(
@@ -176,3 +170,8 @@ def format_rows(rows: list[Row]) -> str:
             f"  {row.network:13} {row.case:20} {row.output:14} {row.error:9.2e} {row.max_abs:9.2e} {row.gate:6g} {verdict}"
         )
     return "\n".join(["parity, PyTorch <-> ONNX Runtime:", *lines])
+
+
+COMMAND = Command(
+    run, (ExportOptions,), "Export every network of a recipe to ONNX, check the files, and compare them with PyTorch."
+)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longtake.commands.describe import describe
+from longtake.options import Command, option
 
 LONGEST = 24  # entries of a nested map or list that are shown
 
 
-def register(subparsers: Any) -> None:
-    """Add the `inspect` command."""
-    parser = subparsers.add_parser("inspect", help="describe a plan, manifest, ONNX file, checkpoint or snapshot")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.set_defaults(run=run)
+@dataclass(frozen=True)
+class InspectOptions:
+    """What"""
+
+    files: tuple[Path, ...] = option(positional=True, metavar="FILE")
+    """plans, manifests, ONNX files, checkpoints, sessions, exports, bundles or reports"""
+    json: bool = option(False)
+    """print JSON instead of text"""
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: InspectOptions) -> int:
     """Print what each file is."""
-    found = [describe(path) for path in args.files]
-    if args.json:
+    found = [describe(path) for path in options.files]
+    if options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
     for description in found:
@@ -88,3 +91,6 @@ def _inline(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value) if value not in (None, "") else "none"
+
+
+COMMAND = Command(run, (InspectOptions,), "Describe a plan, manifest, ONNX file, checkpoint or snapshot.")

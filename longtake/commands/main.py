@@ -1,42 +1,66 @@
-"""The `longtake` command: every file beside this one registers its subcommand; errors become one clear message."""
+"""The `longtake` command: finds the subcommand, makes its options, runs it; errors become one clear message."""
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import importlib
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from longtake import __version__
 from longtake.commands.failures import explained
 from longtake.errors import LongtakeError
 from longtake.settings import configure_logging
 from longtake.signals import ended_by_signals
+from longtake.version import __version__
 
-# Command -> module with `register(subparsers)`, which adds the parser and sets `run=function(args) -> int`.
+# Command -> (module, help). A module has COMMAND (see `options.Command`) or `main(words) -> int`, which reads them itself.
 COMMANDS = {
-    "doctor": "longtake.commands.doctor",
-    "train": "longtake.commands.train",
-    "distill": "longtake.commands.distill",
-    "random-weights": "longtake.commands.random_weights",
-    "convert": "longtake.commands.convert",
-    "export": "longtake.commands.export",
-    "engines": "longtake.commands.engines",
-    "generate": "longtake.commands.generate",
-    "check": "longtake.commands.check",
-    "profile": "longtake.commands.profile",
-    "inspect": "longtake.commands.inspect",
-    "budget": "longtake.commands.budget",
-    "bench": "longtake.commands.bench",
+    "doctor": ("longtake.commands.doctor", "what runs on this machine, and what is missing"),
+    "train": ("longtake.commands.train", "train the VAE or the DiT, in bf16 or under NVFP4"),
+    "distill": ("longtake.commands.distill", "distil a trained DiT to 4 or 2 denoise steps"),
+    "random-weights": ("longtake.commands.random_weights", "checkpoints of a preset with random content"),
+    "convert": ("longtake.commands.convert", "released weights (Wan, LongLive, diffusers) to a checkpoint folder"),
+    "export": ("longtake.commands.export", "PyTorch to ONNX, with a structural check and a parity table"),
+    "engines": ("longtake.commands.engines", "ONNX to TensorRT plans"),
+    "generate": ("longtake.commands.generate", "a story to an mp4, with a run report"),
+    "check": (
+        "longtake.commands.check",
+        "accuracy: PyTorch fake-quant <-> ONNX Runtime <-> TensorRT, against the recipe's gate",
+    ),
+    "profile": ("longtake.commands.profile", "where a pass's time goes, by layer and by kernel"),
+    "inspect": ("longtake.commands.inspect", "describe a plan, manifest, ONNX file, checkpoint or snapshot"),
+    "budget": ("longtake.commands.budget", "what a recipe takes on the GPU, before anything is allocated"),
+    "budget memory": ("longtake.runtime.budget.working_memory", "what a VAE decoder's working memory is made of"),
+    "bench": ("longtake.commands.bench", "speed and memory at full size, on random weights, against PyTorch"),
+    "bench kernels attention": ("longtake.plugins.bench.attention", "sink attention on the quantized cache, alone"),
+    "bench kernels linear": ("longtake.plugins.bench.linear", "quantized linears, alone"),
+    "bench kernels norm": ("longtake.plugins.bench.norm", "norms, gates and cross-attention, alone"),
+    "bench kernels conv": ("longtake.plugins.bench.conv", "the VAE's convolutions, alone"),
+    "bench kernels stream": ("longtake.plugins.bench.stream", "what the VAE's streams carry from step to step, alone"),
+    "bench parallel": ("longtake.training.parallel.bench.main", "training: ways to share a sample over GPUs"),
+    "bench umt5": ("longtake.runtime.bench.umt5", "latency and memory of umT5-XXL, whole and paged"),
+    "experiment": (
+        "longtake.training.experiment.cli",
+        "what 4 bits cost: train, distil and measure (docs/experiment.md)",
+    ),
+    "experiment arithmetic": ("longtake.training.experiment.arithmetic", "what 8-bit and 4-bit arithmetic costs"),
+    "experiment engine-fidelity": ("longtake.training.experiment.engine_fidelity", "the same, of engines"),
+    "sanitize": ("longtake.commands.sanitize", "every kernel once, against its reference (for compute-sanitizer)"),
 }
+USAGE = """usage: longtake COMMAND [options]      (longtake COMMAND --help tells a command's options)
 
-EPILOG = """the usual way:
+Train, export, compile and stream long multi-shot video generation in 4 bits.
+
+commands:
+"""
+EPILOG = """
+the usual way:
   longtake doctor                               what runs on this machine, and what is missing
   longtake train --stage dit --data digits      train (or fine-tune) under NVFP4
   longtake distill --teacher runs/train --out runs/four    4 denoise steps a chunk instead of 16
@@ -46,34 +70,18 @@ EPILOG = """the usual way:
 """
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The command line: of one command, or of all of them (which imports everything, and takes seconds)."""
-    parser = argparse.ArgumentParser(
-        prog="longtake",
-        description="Train, export, compile and stream long multi-shot video generation in 4 bits.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"longtake {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in (COMMANDS[command],) if command in COMMANDS else COMMANDS.values():
-        importlib.import_module(name).register(subparsers)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code. What a user or the system did never shows a traceback; a defect does."""
     with ended_by_signals() as ended:
-        return ended.code(_run(sys.argv[1:] if argv is None else argv))
+        return ended.code(_guarded(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _run(words: list[str]) -> int:
+def _guarded(words: list[str]) -> int:
     try:
         _print_any_text()
         configure_logging()
         with _interrupts_kept():
-            args = build_parser(words[0] if words else None).parse_args(words)
-            return int(args.run(args) or 0)
+            return _run(words)
     except KeyboardInterrupt:
         print("longtake: interrupted; nothing half-written was left under a final name", file=sys.stderr)
         return 130
@@ -86,6 +94,50 @@ def _run(words: list[str]) -> int:
             raise
         print(f"longtake: error: {known}", file=sys.stderr)
         return known.exit_code
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["--version"]:
+        print(f"longtake {__version__}")
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if words else 2
+    name, rest = split(words)
+    module = importlib.import_module(COMMANDS[name][0])
+    if not hasattr(module, "COMMAND"):
+        return int(module.main(rest) or 0)
+    return int(module.COMMAND.run(*parsed(name, rest)) or 0)
+
+
+def overview() -> str:
+    """What `longtake --help` prints."""
+    width = max(map(len, COMMANDS))
+    return USAGE + "\n".join(f"  {name:{width}}  {help}" for name, (_, help) in COMMANDS.items()) + "\n" + EPILOG
+
+
+def split(words: list[str]) -> tuple[str, list[str]]:
+    """The command, of one word or several, and the words after it. Raises LongtakeError for an unknown one."""
+    for count in range(3, 0, -1):
+        if (name := " ".join(words[:count])) in COMMANDS:
+            return name, words[count:]
+    asked = " ".join(word for word in words[:3] if not word.startswith("-"))
+    near = difflib.get_close_matches(asked, COMMANDS, n=1) or difflib.get_close_matches(words[0], COMMANDS, n=1)
+    fix = f"did you mean {near[0]!r}?" if near else "see longtake --help"
+    raise LongtakeError("unknown command", got=asked or words[0], expected=", ".join(COMMANDS), fix=fix)
+
+
+def parsed(name: str, words: list[str]) -> list[Any]:
+    """The dataclasses that a command runs with, made from its words. `--help` prints and raises SystemExit."""
+    from longtake.commands.options import instances, parser_of
+    from longtake.commands.run_files import add_config, values_of_config
+
+    command = importlib.import_module(COMMANDS[name][0]).COMMAND
+    parser = parser_of(name, command)
+    if command.runs:
+        add_config(parser, command)
+    given = parser.values(words)
+    return instances(name, command, given, values_of_config(given, command))
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Run every kernel once at small shapes, against its reference, without a test framework around it.
 
-compute-sanitizer --tool memcheck --report-api-errors no python -m longtake.commands.sanitize
-                                                      (also: racecheck, initcheck, synccheck)
-python -m longtake.commands.sanitize wgmma         only those with this in their name
-python -m longtake.commands.sanitize --time        microseconds a launch, tiny preset
+  compute-sanitizer --tool memcheck --report-api-errors no longtake sanitize
+                                    (also: racecheck, initcheck, synccheck)
+  longtake sanitize wgmma           only those with this in their name
+  longtake sanitize --time          microseconds a launch, tiny preset
 
 Without --report-api-errors no, memcheck also lists the driver entry points that cuda-bindings looks up and an older
 driver doesn't have; those are no errors of the kernels.
@@ -11,11 +11,13 @@ driver doesn't have; those are no errors of the kernels.
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from itertools import product
 
 import torch
 
+from longtake.errors import UnavailableError
+from longtake.options import Command, option
 from longtake.plugins.bench.harness import milliseconds, relative_error
 from longtake.plugins.cases import op_inputs
 from longtake.plugins.kernels import Dims
@@ -89,11 +91,24 @@ def time_all(repeats: int = 200) -> None:
         print(f"{name} bf16 {dims}: {milliseconds(work, 3) / repeats * 1e3:.1f} us")
 
 
-if __name__ == "__main__":
+@dataclass(frozen=True)
+class SanitizeOptions:
+    """What"""
+
+    name: str = option("", positional=True, metavar="NAME")
+    """only ops with this in their name (default: all)"""
+    time: bool = option(False)
+    """microseconds a launch, tiny preset"""
+
+
+def run(options: SanitizeOptions) -> int:
+    """Run the kernels; 1 if one disagrees with its reference."""
     if not torch.cuda.is_available():
-        print("this needs an NVIDIA GPU", file=sys.stderr)
-        sys.exit(3)
-    if "--time" in sys.argv[1:]:
+        raise UnavailableError("this needs an NVIDIA GPU", got="none", fix="run it on a machine with one")
+    if options.time:
         time_all()
-    else:
-        sys.exit(0 if run_all(*sys.argv[1:2]) else 1)
+        return 0
+    return 0 if run_all(options.name) else 1
+
+
+COMMAND = Command(run=run, options=(SanitizeOptions,), description=__doc__ or "")

@@ -1,8 +1,8 @@
 """Time and check every way to compute sink attention at the sizes of Wan2.2-TI2V-5B, or other ones.
 
-python -m longtake.plugins.bench.attention            a table; about a minute on an H100
-python -m longtake.plugins.bench.attention --json F   the rows as JSON too
-python -m longtake.plugins.bench.attention --tokens 256 --slots 2 --heads 4    smaller
+longtake bench kernels attention            a table; about a minute on an H100
+longtake bench kernels attention --json F   the rows as JSON too
+longtake bench kernels attention --tokens 256 --slots 2 --heads 4    smaller
 
 Each row: milliseconds of the whole op and of its parts (window: our kernels that unpack, with the bandwidth they reach;
 attend: the library, or our own kernel for Hopper (wgmma)), ratio of cuDNN's bf16 attention over keys and values that are
@@ -13,7 +13,6 @@ the dequantized window.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -163,5 +162,4 @@ BENCH = Bench(
     facts=lambda args: {"dims": _dims(args)},
 )
 
-if __name__ == "__main__":
-    sys.exit(BENCH.main())
+main = BENCH.main

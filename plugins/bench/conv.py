@@ -1,6 +1,6 @@
 """Time the convolutions of the Wan2.2-TI2V-5B decoder, 704x1280, one latent a step, through their libraries.
 
-python -m longtake.plugins.bench.conv [--json F]    a row a shape and method, and what a latent takes
+longtake bench kernels conv [--json F]    a row a shape and method, and what a latent takes
     --plans N, --seconds S    how many of cuDNN's plans to try a shape, and for how long
     --scale 8                 frames of an eighth of the size, to see that it runs
 
@@ -13,7 +13,6 @@ second launcher; cublaslt, 1x1x1 only. `error`: relative L2, against fp32 over s
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -168,5 +167,4 @@ BENCH = Bench(
     summary=summary,
 )
 
-if __name__ == "__main__":
-    sys.exit(BENCH.main())
+main = BENCH.main

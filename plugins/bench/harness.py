@@ -54,7 +54,7 @@ class Bench:
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(
-            prog=f"python -m longtake.plugins.bench.{self.name}",
+            prog=f"longtake bench kernels {self.name}",
             description=self.doc,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

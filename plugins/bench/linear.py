@@ -1,8 +1,8 @@
 """Time and check the linear ops through their library at the sizes of Wan2.2-TI2V-5B, or other ones.
 
-python -m longtake.plugins.bench.linear            a table; seconds on an H100
-python -m longtake.plugins.bench.linear --json F   the rows as JSON too
-python -m longtake.plugins.bench.linear --tokens 256 --dim 128 --ffn 512    smaller
+longtake bench kernels linear            a table; seconds on an H100
+longtake bench kernels linear --json F   the rows as JSON too
+longtake bench kernels linear --tokens 256 --dim 128 --ffn 512    smaller
 
 Each row: milliseconds in a CUDA graph, TFLOP/s, relative L2 error against fp32 over the same inputs; FP8 with and without
 fast accumulation. In FP8 the reference multiplies the codes, so the error is that of adding up and of rounding to bf16.
@@ -11,7 +11,6 @@ fast accumulation. In FP8 the reference multiplies the codes, so the error is th
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -73,5 +72,4 @@ BENCH = Bench(
     },
 )
 
-if __name__ == "__main__":
-    sys.exit(BENCH.main())
+main = BENCH.main

@@ -1,13 +1,12 @@
 """Time what lies between a block's linears at the sizes of Wan2.2-TI2V-5B, 704x1280, a chunk of 8 latent frames.
 
-python -m longtake.plugins.bench.norm    a table: milliseconds, GB/s of tensors read and written once, share of the
+longtake bench kernels norm    a table: milliseconds, GB/s of tensors read and written once, share of the
                                          memory's peak, error against the reference; then cross-attention; seconds on an H100
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -55,5 +54,4 @@ BENCH = Bench(
     },
 )
 
-if __name__ == "__main__":
-    sys.exit(BENCH.main())
+main = BENCH.main

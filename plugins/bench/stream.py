@@ -1,12 +1,11 @@
 """Time the stream extension at the sizes of the Wan2.2-TI2V-5B decoder, 704x1280, one latent a step.
 
-python -m longtake.plugins.bench.stream    a table: milliseconds, GB/s of x, y and cache read and written, error
+longtake bench kernels stream    a table: milliseconds, GB/s of x, y and cache read and written, error
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator
 
 from longtake.plugins.bench.harness import PEAK, Bench, Row, inputs_on_gpu, measure
@@ -48,5 +47,4 @@ BENCH = Bench(
     "stream", __doc__, columns=("op", "shape", "count", "ms", "gb_s", "of_peak", "error"), rows=rows, summary=summary
 )
 
-if __name__ == "__main__":
-    sys.exit(BENCH.main())
+main = BENCH.main

@@ -28,7 +28,7 @@ from longtake.plugins.tensors import torch_dtype
 FAST_ACCUMULATION = True
 """Hopper's tensor cores add E4M3 products up in about 14 bits. With fast accumulation a sum stays in there to its end;
 without, cuBLASLt moves it to fp32 registers every 128 products or so. On an H100 a product is off by 0.2 to 0.4 %
-(relative L2), promoted by 0.07 %, at nearly the same speed (`python -m longtake.plugins.bench.linear`). Rounding to E4M3
+(relative L2), promoted by 0.07 %, at nearly the same speed (`longtake bench kernels linear`). Rounding to E4M3
 costs 3.7 %: fast accumulation is not what limits accuracy."""
 
 SIZE_STEP = 16  # cuBLASLt's FP8 wants K and N in multiples of it

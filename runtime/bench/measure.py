@@ -113,7 +113,7 @@ def _taken(timed: TimedBackend) -> dict[str, list[float]]:
 
 def _serial(session: Session, timed: TimedBackend, options: BenchOptions, figures: dict[str, Any]) -> None:
     chunks, walls = [], []
-    for _ in range(options.chunks):
+    for _ in range(options.steady_chunks):
         start = time.perf_counter()
         chunks.append(_await(next(session)))
         walls.append(time.perf_counter() - start)
@@ -130,13 +130,13 @@ def _serial(session: Session, timed: TimedBackend, options: BenchOptions, figure
         stages["copy_and_convert"] = max(0.0, stages.get("decode", 0.0) - a_chunk)
     figures["stage_ms"] |= {name: round(value, 3) for name, value in stages.items()}
     figures["spread"] = {"dit_chunk": round(spread(passes), 4), "serial_chunk": round(spread(walls), 4)}
-    figures["chunks"] = options.chunks
+    figures["chunks"] = options.steady_chunks
 
 
 def _overlapped(session: Session, options: BenchOptions, figures: dict[str, Any]) -> None:
     """Steady state with the decoder at work beside the next chunk: from one chunk's last frame to the last one's."""
     first = next(session)
-    chunks = [next(session) for _ in range(options.chunks)]
+    chunks = [next(session) for _ in range(options.steady_chunks)]
     spent = _await(chunks[-1]).finished_at - _await(first).finished_at
     frames = chunk_frames(session.model.preset) * len(chunks)
     figures["fps"]["end_to_end"] = _rate(frames, spent)
@@ -151,13 +151,13 @@ def _measure_decoder(timed: TimedBackend, options: BenchOptions, figures: dict[s
     for latent in (latents[0], *latents):
         decoder.decode(latent)
     figures["stage_ms"]["first_latent"] = round(timed.decode_marks.take()["latent"][0], 3)
-    for _ in range(options.chunks):
+    for _ in range(options.steady_chunks):
         for latent in latents:
             decoder.decode(latent)
     spent = timed.decode_marks.take()["latent"]
     figures["fps"]["vae"] = _rate(chunk_frames(preset), mean(spent) * many / 1e3)
     figures["stage_ms"] |= {"latent": round(mean(spent), 3), "vae_chunk": round(mean(spent) * many, 2)}
-    figures["spread"], figures["chunks"] = {"latent": round(spread(spent), 4)}, options.chunks
+    figures["spread"], figures["chunks"] = {"latent": round(spread(spent), 4)}, options.steady_chunks
 
 
 def _rate(frames: int, seconds: float) -> float | None:

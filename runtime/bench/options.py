@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import Recipe, recipe_named
+from longtake.options import Bounds, Text, check, option
 from longtake.training.models.presets import Preset
 
 NETWORKS = ("dit", "vae")
@@ -17,36 +18,48 @@ PARTS = ("engine", "torch", "torch_vae", "torch_compile", "torch_autotune")
 TORCH_PARTS = PARTS[1:]
 
 
+def networks_of(text: str) -> tuple[str, ...]:
+    """ "dit,vae" to its words."""
+    return tuple(part for part in text.split(",") if part)
+
+
 @dataclass(frozen=True)
 class BenchOptions:
-    """One benchmark.
+    """What is measured"""
 
-    steps: denoise steps a chunk, besides the clean pass. warmup: chunks before measuring, at least until the window is
-    full. chunks: chunks measured in each mode. networks: of "dit", "vae". engines, onnx: folders that hold
-    bundle.json and export.json ("" for the default places). device, decode_device: such as "cuda:0" ("" for the same
-    one, or the CPU without a GPU). seconds: time limit of the whole; autotune: also torch.compile with max-autotune.
-    """
-
-    recipe: str
-    steps: int = 4
-    chunks: int = 4
-    warmup: int = 5
-    networks: tuple[str, ...] = NETWORKS
-    against: str = ""
-    engines: str = ""
-    onnx: str = ""
-    device: str = ""
-    decode_device: str = ""
-    out: str = ""
-    seconds: int = 540
-    autotune: bool = False
+    recipe: str = option(metavar="NAME")
+    """a shipped recipe or a .yaml file"""
+    steps: Annotated[int, Bounds(1)] = option(4, metavar="N")
+    """denoise steps a chunk, besides the clean pass"""
+    chunks: Annotated[int, Bounds(1, usual=4)] | None = option(None, metavar="N")
+    """steady chunks measured in each mode (default 4)"""
+    warmup: Annotated[int, Bounds(0, usual=5)] | None = option(None, metavar="K")
+    """chunks before that (default 5; the window's at least)"""
+    quick: bool = option(False)
+    """1 steady chunk, shortest warm-up"""
+    networks: Annotated[tuple[str, ...], Text(networks_of, ",".join)] = option(NETWORKS, metavar="dit,vae")
+    """what to measure"""
+    against: str = option("", metavar="torch")
+    """measure plain PyTorch in the same run, too (default: not)"""
+    engines: str = option("", metavar="FOLDER")
+    """plans are in FOLDER/RECIPE, built if absent (default engines/build)"""
+    onnx: str = option("", metavar="FOLDER")
+    """graphs are in FOLDER/PRESET_PRECISION, exported if absent (default export/build)"""
+    device: str = option("", metavar="cuda:N")
+    """where networks run (default: the first GPU, or the CPU without one)"""
+    decode_device: str = option("", metavar="cuda:N")
+    """decode on this GPU (default: the same)"""
+    out: str = option("", metavar="FOLDER")
+    """where reports are written (default: runs/bench/RECIPE)"""
+    seconds: Annotated[int, Bounds(10)] = option(540, metavar="S")
+    """time limit of the whole"""
+    autotune: bool = option(False)
+    """also torch.compile with max-autotune (minutes)"""
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what cannot be measured."""
-        for name, least in (("steps", 1), ("chunks", 1), ("warmup", 0), ("seconds", 10)):
-            if getattr(self, name) < least:
-                raise LongtakeError(f"bad --{name}", got=getattr(self, name), expected=f"{least} or more")
+        check(self)
         if not self.networks or set(self.networks) - set(NETWORKS):
             raise LongtakeError("bad --networks", got=",".join(self.networks), expected="dit, vae or dit,vae")
         if self.against not in ("", *AGAINST):
@@ -63,7 +76,14 @@ class BenchOptions:
     @property
     def warm_chunks(self) -> int:
         """Chunks before the steady state: the window is full and the shot sink is pinned."""
-        return max(self.warmup, self.model.window_chunks)
+        usual = 0 if self.quick else 5
+        return max(usual if self.warmup is None else self.warmup, self.model.window_chunks)
+
+    @property
+    def steady_chunks(self) -> int:
+        """Chunks measured in each mode."""
+        usual = 1 if self.quick else 4
+        return usual if self.chunks is None else self.chunks
 
     @property
     def folder(self) -> Path:

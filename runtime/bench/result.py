@@ -56,7 +56,7 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
         "window_latents": preset.chunk_latents * preset.window_chunks,
         "sinks": "global and shot",
         "warmup_chunks": options.warm_chunks,
-        "chunks": options.chunks,
+        "chunks": options.steady_chunks,
         "fps": ours.get("fps", {}),
         "first_chunk_s": ours.get("first_chunk_s"),
         "stage_ms": ours.get("stage_ms", {}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import statistics
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.options import Command, option
 from longtake.training.models.presets import WAN22_TI2V_5B, TextEncoderConfig
 from longtake.training.models.text.umt5 import UMT5
 from longtake.training.models.text.umt5_paged import STORAGES, WORKING, PagedUMT5, WeightSource, device_bytes
@@ -125,17 +125,24 @@ def report(config: TextEncoderConfig, device: torch.device, repeats: int) -> dic
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m longtake.runtime.bench.umt5`."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.runtime.bench.umt5", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layers", type=int, default=WAN22_TI2V_5B.text.layers, help="fewer for a dry run")
-    parser.add_argument("--repeats", type=int, default=10)
-    args = parser.parse_args(arguments)
-    config = replace(WAN22_TI2V_5B.text, layers=args.layers)
-    sys.stdout.write(json.dumps(report(config, torch.device(args.device), args.repeats), indent=2) + "\n")
+@dataclass(frozen=True)
+class EncoderOptions:
+    """What"""
+
+    device: str | None = option(None, metavar="NAME")
+    """cpu or cuda:N (default: the GPU, if there is one)"""
+    layers: int = option(WAN22_TI2V_5B.text.layers, metavar="N")
+    """fewer for a dry run"""
+    repeats: int = option(10, metavar="N")
+    """runs, of which the median counts"""
+
+
+def run(options: EncoderOptions) -> int:
+    """Print the report."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = replace(WAN22_TI2V_5B.text, layers=options.layers)
+    sys.stdout.write(json.dumps(report(config, device, options.repeats), indent=2) + "\n")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command(run=run, options=(EncoderOptions,), description=__doc__ or "")

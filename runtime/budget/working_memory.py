@@ -1,20 +1,22 @@
 """What a VAE decoder's working memory is made of: the tensors that lie in the arena in its fullest steps.
 
-python -m longtake.runtime.budget.working_memory --recipe wan2.2-ti2v-5b_w4a16_sm90 [--engines FOLDER] [--network vae_first] [--plain]
+  longtake budget memory --recipe wan2.2-ti2v-5b_w4a16_sm90 --network vae_first
 
 Without engines the scratch of the few plans is not known and counts as nothing. Needs no GPU and no weights.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.formats.segmented_graph import SegmentedGraph
+from longtake.options import Command, OneOf, option
 from longtake.runtime.backends.segments.arena import Piece, aligned, pieces_of, views_of
 from longtake.runtime.backends.segments.planner import PlannedSteps, planned_steps
 from longtake.runtime.backends.segments.vae_first import first_steps
@@ -62,26 +64,36 @@ def report(plan: PlannedSteps, scratch: dict[str, int], count: int) -> Iterator[
             yield f"    {place:8.1f} to {place + piece.size / 1e6:8.1f}  {piece.size / 1e6:7.1f} MB  {shape:20} {piece.name}, steps {piece.first} to {piece.last}"  # noqa: E501
 
 
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True)
-    parser.add_argument("--engines", type=Path, default=None)
-    parser.add_argument("--network", choices=("vae_steady", "vae_first"), default="vae_steady")
-    parser.add_argument("--plain", action="store_true", help="the steps as exported")
-    parser.add_argument("--steps", type=int, default=3, help="how many of the fullest are shown")
-    args = parser.parse_args(words)
-    graph = steady_graph(recipe_named(args.recipe), args.engines)
-    known = {s.name: scratch_of_plan(args.engines / f"{s.name}.plan") if args.engines else 0 for s in graph.segments}
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What"""
+
+    recipe: str = option(metavar="NAME")
+    """a shipped recipe or a .yaml file"""
+    engines: Path | None = option(None, metavar="FOLDER")
+    """built engines (default: none, and nothing is known of their scratch)"""
+    network: Annotated[str, OneOf(("vae_steady", "vae_first"))] = option("vae_steady")
+    """of which decoder"""
+    plain: bool = option(False)
+    """the steps as exported"""
+    steps: int = option(3, metavar="N")
+    """how many of the fullest are shown"""
+
+
+def run(options: MemoryOptions) -> int:
+    """Print the report."""
+    engines = options.engines
+    graph = steady_graph(recipe_named(options.recipe), engines)
+    known = {s.name: scratch_of_plan(engines / f"{s.name}.plan") if engines else 0 for s in graph.segments}
     scratch = {name: aligned(size or 1) for name, size in known.items()}
-    plan = PlannedSteps(graph) if args.plain else planned_steps(graph, scratch)
-    if args.network == "vae_first":
+    plan = PlannedSteps(graph) if options.plain else planned_steps(graph, scratch)
+    if options.network == "vae_first":
         found = first_steps(graph)
         if found is None:
             raise LongtakeError("the first step is a network of its own here", fix="leave out --network")
         plan = found.plan
-    sys.stdout.write("\n".join(report(plan, scratch, args.steps)) + "\n")
+    sys.stdout.write("\n".join(report(plan, scratch, options.steps)) + "\n")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command(run=run, options=(MemoryOptions,), description=__doc__ or "")

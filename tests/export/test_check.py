@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -159,10 +158,8 @@ def test_tables_show_the_worst_case_of_a_kind() -> None:
     assert len(text) == 2 and "2.00e-03" in text[1] and text[1].endswith("ok")
 
 
-def _args(report: Path, **given: object) -> argparse.Namespace:
-    base = {"recipe": "tiny_w4a16_sm89", "engines": None, "checkpoints": None, "backend": "auto", "layers": False,
-            "story": None, "chunks": None, "steps": None, "seed": 0, "report": report}  # fmt: skip
-    return argparse.Namespace(**{**base, **given})
+def _args(report: Path, **given: Any) -> check_cli.CheckOptions:
+    return check_cli.CheckOptions(recipe="tiny_w4a16_sm89", report=report, **given)
 
 
 @pytest.fixture

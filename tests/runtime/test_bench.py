@@ -43,7 +43,7 @@ SMALL = replace(
     height=64,
     width=96,
 )
-OPTIONS = BenchOptions("tiny_bf16_sm90", steps=2, chunks=2, warmup=0)
+OPTIONS = BenchOptions(recipe="tiny_bf16_sm90", steps=2, chunks=2, warmup=0)
 
 
 def small_options(monkeypatch: pytest.MonkeyPatch, preset: Preset = SMALL) -> BenchOptions:
@@ -236,7 +236,7 @@ def test_ratios_are_ours_over_theirs_and_only_of_what_was_measured() -> None:
 
 
 def test_the_report_has_what_makes_a_figure_honest(tmp_path: Path) -> None:
-    report = report_of(BenchOptions("wan2.2-ti2v-5b_fp8_sm90"), SIDES)
+    report = report_of(BenchOptions(recipe="wan2.2-ti2v-5b_fp8_sm90"), SIDES)
     wanted = ("kind", "command", "commit", "date", "preset", "recipe", "backend", "gpu", "versions", "resolution", "steps",
               "chunk_latents", "window_latents", "fps", "first_chunk_s", "stage_ms", "peak_gb", "against", "ratio")  # fmt: skip
     assert not [key for key in wanted if key not in report]
@@ -249,7 +249,12 @@ def test_the_report_has_what_makes_a_figure_honest(tmp_path: Path) -> None:
 
 def test_options_survive_the_way_to_another_process() -> None:
     assert options_from_json(json.loads(json.dumps(OPTIONS.as_json()))) == OPTIONS
-    assert BenchOptions("tiny_bf16_sm90", against="torch").parts() == ("engine", "torch", "torch_vae", "torch_compile")
+    assert BenchOptions(recipe="tiny_bf16_sm90", against="torch").parts() == (
+        "engine",
+        "torch",
+        "torch_vae",
+        "torch_compile",
+    )
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from longtake.commands.main import main
 from longtake.runtime.generator import Generator
 from longtake.training.experiment import engine_fidelity
 from longtake.training.experiment.classifier import DigitClassifier
@@ -59,7 +60,9 @@ def test_the_command_compares_with_the_first(
     monkeypatch.setattr(Generator, "from_engines", from_engines)
     monkeypatch.setattr(engine_fidelity, "judge_from", lambda path, device: Sees())
     path = tmp_path / "f.json"
-    assert engine_fidelity.main(["a", "b", "--stories", "2", "--chunks", "2", "--json", str(path)]) == 0
+    assert (
+        main(["experiment", "engine-fidelity", "a", "b", "--stories", "2", "--chunks", "2", "--json", str(path)]) == 0
+    )
     assert opened == ["a", "b"]
     rows = json.loads(path.read_text())["rows"]
     assert rows["b"]["difference"] == 0 and rows["b"]["ssim_lowest"] == 1 and "difference" not in rows["a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from longtake.commands.main import build_parser
+from longtake.commands.main import COMMANDS, parsed, split
+from longtake.options import options_of
 from longtake.runtime.generator import Generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,13 +47,40 @@ def test_make_targets_exist() -> None:
     assert all(re.search(rf"^(?:\.PHONY:.*\s)?{target}\b", makefile, re.M) for target in targets)
 
 
-@pytest.mark.parametrize("command", commands("longtake"))
-def test_commands_parse(command: str) -> None:
-    args = build_parser().parse_args(shlex.split(command)[1:])
-    assert callable(args.run)
+def typed(page: str) -> list[str]:
+    """Every `longtake` command in the code blocks of a page, torchrun's included."""
+    text = "\n".join(re.findall(r"```(?:bash|sh)?\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL))
+    lines = [line.split(" #")[0].strip() for line in text.replace("\\\n", " ").splitlines()]
+    lines = [re.sub(r"^torchrun .*-m longtake ", "longtake ", line) for line in lines]
+    return [re.sub(r"\$\w+", "NAME", line) for line in lines if line.startswith("longtake ")]
+
+
+@pytest.mark.parametrize(("page", "command"), [(page, command) for page in PAGES for command in typed(page)])
+def test_commands_parse(page: str, command: str) -> None:
+    name, words = split(shlex.split(command)[1:])
+    if hasattr(importlib.import_module(COMMANDS[name][0]), "COMMAND"):
+        assert isinstance(parsed(name, words), list)
     for word in shlex.split(command):
         if word.startswith(("docs/", "training/")):
             assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_text_exist(page: str) -> None:
+    """`longtake train --context full` and the like: the command is there, and each option is one of its own."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for command in re.findall(r"`(longtake [a-z][^`]*)`", text):
+        name, words = split(command.split()[1:])
+        module = importlib.import_module(COMMANDS[name][0])
+        if hasattr(module, "COMMAND"):
+            known = {flag for one in options_of(*module.COMMAND.options).values() for flag in one.names}
+            asked = {word.split("=")[0] for word in words if word.startswith("--")} - {"--help", "--config"}
+            assert asked <= known, command
+
+
+def test_no_page_names_a_module_to_start() -> None:
+    for page in PAGES:
+        assert not re.search(r"-m longtake\.", (ROOT / page).read_text(encoding="utf-8")), page
 
 
 def test_the_python_runs(

@@ -19,8 +19,8 @@ from longtake.training.objective.accumulate import own_gradients, parts_of
 from longtake.training.objective.error_recycling import RecyclingConfig
 from longtake.training.objective.teacher_forcing import Clips, Noise, flow_loss
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
 from longtake.training.stages.vae import VAEStage
 from longtake.training.trainer import TrainConfig, Trainer, backward
 
@@ -54,7 +54,7 @@ def gradients(chosen: StageOptions, device: torch.device = CPU) -> tuple[float, 
     """Loss and gradients of one step of stage "dit"."""
     stage = DiTStage(chosen)
     stage.prepare(device)
-    run = Trainer(stage, TrainConfig(Path("nowhere"), "small", 4, seed=5), device)
+    run = Trainer(stage, TrainConfig(out=Path("nowhere"), preset="small", steps=4, seed=5), device)
     run.step = 1
     loss = backward(run.parts())["loss"]
     named = {f"{o}/{n}": p.grad for o, m in stage.modules.items() for n, p in m.named_parameters()}
@@ -92,20 +92,22 @@ def test_a_frame_weighs_the_same_in_every_part() -> None:
 
 
 def run(out: Path, chosen: StageOptions, stage: type = DiTStage, **more: Any) -> dict[str, Tensor]:
-    config = TrainConfig(out, "small", 3, seed=5, evaluate_steps=0, log_steps=1, optimizer=PLAIN, **more)
+    config = TrainConfig(
+        out=out, preset="small", steps=3, seed=5, evaluate_steps=0, log_steps=1, optimizer=PLAIN, **more
+    )
     Trainer(stage(chosen), config, CPU).fit()
     return load_file(sorted(out.glob("resume-*.safetensors"))[-1])
 
 
 def test_schedules_count_steps_and_runs_resume(tmp_path: Path, small_preset: Preset, vae_folder: Path) -> None:
-    chosen = options(small_preset, vae_folder, 1, 2, recycling=ALWAYS)
+    chosen = options(small_preset, vae_folder, 1, 2, error_recycling=True, errors=ALWAYS)
     straight = run(tmp_path / "parts", chosen)
     run(tmp_path / "resumed", chosen, stop_at=1)
     resumed = run(tmp_path / "resumed", chosen, resume=True)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     counts = {float(x) for name, x in straight.items() if name.startswith("adamw/step/")}
     assert counts == {3.0}
-    whole = run(tmp_path / "whole", options(small_preset, vae_folder, 2, 1, recycling=ALWAYS))
+    whole = run(tmp_path / "whole", options(small_preset, vae_folder, 2, 1, error_recycling=True, errors=ALWAYS))
     rates = [[row["lr"] for row in read_json(tmp_path / name / "loss.json")["train"]] for name in ("parts", "whole")]
     assert rates[0] == rates[1]
     flows = [[row["flow"] for row in read_json(tmp_path / name / "loss.json")["train"]] for name in ("parts", "whole")]
@@ -127,8 +129,8 @@ def test_the_vae_learns_from_the_mean_of_its_parts(small_preset: Preset) -> None
 def test_parts_add_up_under_cuda_graphs(small_preset: Preset, vae_folder: Path) -> None:
     """A graph hands out its own buffers as gradients: those of the first part must survive the second's run."""
     cuda = torch.device("cuda")
-    _, wanted = gradients(options(small_preset, vae_folder, 4, 1, graph=False, amp=False), cuda)
-    _, got = gradients(options(small_preset, vae_folder, 1, 4, graph=True, amp=False), cuda)
+    _, wanted = gradients(options(small_preset, vae_folder, 4, 1, graph=False, fp32=True), cuda)
+    _, got = gradients(options(small_preset, vae_folder, 1, 4, graph=True, fp32=True), cuda)
     scale = max(float(grad.norm()) for grad in wanted.values())
     assert all(float((got[name] - wanted[name]).norm()) <= 1e-4 * scale for name in wanted)
 

@@ -28,8 +28,8 @@ from longtake.training.data.stored_stories import StoredStories, Takes, stored_f
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.vae import CausalVAE
-from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
 from longtake.training.trainer import TrainConfig, Trainer
 
 CPU = torch.device("cpu")

@@ -21,12 +21,11 @@ from longtake.training.data.stored_stories import stored_from_dataset
 from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
-from longtake.training.models.quantize import RULES
 from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.window import window_history
 from longtake.training.objective.error_recycling import RecyclingConfig
-from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
 from longtake.training.trainer import TrainConfig, Trainer
 
 CPU = torch.device("cpu")
@@ -67,10 +66,11 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 EVERYTHING: dict[str, Any] = {
     "i2v": 0.5,
-    "recycling": OFTEN,
+    "error_recycling": True,
+    "errors": OFTEN,
     "gradient_checkpointing": True,
     "precision": "nvfp4",
-    "rules": RULES["longlive-dmd"],
+    "nvfp4_rules": "longlive-dmd",
     "quantize_gradients": True,
 }
 
@@ -100,7 +100,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, small_preset: Pr
     assert same(*runs)
 
 
-@pytest.mark.parametrize("more", [{"i2v": 1.0}, {"recycling": OFTEN}], ids=["i2v", "recycling"])
+@pytest.mark.parametrize("more", [{"i2v": 1.0}, {"error_recycling": True, "errors": OFTEN}], ids=["i2v", "recycling"])
 def test_each_changes_the_training(tmp_path: Path, small_preset: Preset, vae_folder: Path, more: dict) -> None:
     plain = train(tmp_path / "a", options(small_preset, vae_folder), steps=3)
     other = train(tmp_path / "b", options(small_preset, vae_folder, **more), steps=3)
@@ -123,7 +123,7 @@ def test_divergence_names_the_batch_and_saves_nothing(
 
     def poisoned(self: DiTStage, *args: Any) -> Any:
         for weighted, metrics in honest(self, *args):
-            seen.append(str(self.batch_name))
+            seen.append(str(self.batch_name()))
             yield (weighted * float("inf") if len(seen) == 3 else weighted), metrics
 
     honest = DiTStage.losses
@@ -172,11 +172,8 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], tmp_path: Path, words: li
 
 
 def test_options_reach_the_stage() -> None:
-    from longtake.commands import train as cli
-
-    rules = cli.rules_from(
-        type("Args", (), {"nvfp4_rules": "longlive-ar", "weight_rule": "mse", "weight_scales": "1d"})()
-    )
+    given = {"precision": "nvfp4", "nvfp4_rules": "longlive-ar", "weight_rule": "mse", "weight_scales": "1d"}
+    rules = StageOptions(**given).rules
     assert rules.input == "mse" and rules.weight == WeightFormat("mse") and rules.gradient == "mse"
 
 

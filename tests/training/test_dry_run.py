@@ -21,8 +21,8 @@ from longtake.training.dry_run import (
     vae_modules,
 )
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B
-from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
 from longtake.training.stages.vae import VAEStage
 
 
@@ -80,7 +80,7 @@ def test_a_decoder_alone_has_gradients_alone() -> None:
 
 def test_5b_is_described_without_allocating_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Two chunks, so that it takes seconds; the arithmetic is checked against a count by hand."""
-    words = ["--recipe", "wan2.2-ti2v-5b_bf16_ar", "--chunks", "2", "--out", str(tmp_path / "run"), "--dry-run"]
+    words = ["--config", "wan2.2-ti2v-5b_bf16_ar", "--chunks", "2", "--out", str(tmp_path / "run"), "--dry-run"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert main(["train", *words]) == 0
     text = capsys.readouterr().out

@@ -17,8 +17,8 @@ from longtake.training.data.embedding_cache import CachedText, digest_of_state, 
 from longtake.training.data.shards import Shards
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import TextEncoder
-from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
 from longtake.training.trainer import TrainConfig, Trainer
 
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def stage(preset: Preset, vae: Path, cache: Path | None, **more: Any) -> DiTStag
 
 
 def train(made: DiTStage, out: Path, **more: Any) -> dict[str, Tensor]:
-    Trainer(made, TrainConfig(out, "small", 2, seed=5, evaluate_steps=0, **more), CPU).fit()
+    Trainer(made, TrainConfig(out=out, preset="small", steps=2, seed=5, evaluate_steps=0, **more), CPU).fit()
     return load_file(out / "dit.safetensors")
 
 

@@ -20,8 +20,8 @@ from longtake.training.data.folder_writer import write_digits_folder
 from longtake.training.data.named import dataset_from_name
 from longtake.training.models.presets import PRESETS, TINY, Preset
 from longtake.training.models.wan.prompts import CUT_PREFIX
-from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
 from longtake.video import frames_from_video, write_video
 
 CPU = torch.device("cpu")

@@ -24,7 +24,8 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.resume import newest_whole, resume_points
-from longtake.training.stages.base import StageOptions
+from longtake.training.stages.base import Stage
+from longtake.training.stages.options import StageOptions
 from longtake.training.stages.vae import VAEStage
 from longtake.training.trainer import TrainConfig, Trainer
 
@@ -39,9 +40,10 @@ import torch
 from torch import nn
 from longtake.training import trainer as module
 from longtake.training.resume import newest_whole, resume_points
+from longtake.training.stages.base import Stage
 from longtake.training.trainer import TrainConfig, Trainer
 
-class Square:
+class Square(Stage):
     name = "square"
     def __init__(self):
         torch.manual_seed(0)
@@ -55,9 +57,7 @@ class Square:
     def position(self): return {"taken": self.drawn}
     def seek(self, position): self.drawn = position["taken"]
     def evaluate(self): return {"loss": 0.0}
-    def samples(self): return None
     def metadata(self): return {"square": {"drawn": self.drawn}}
-    def on_step(self, step): pass
 
 class NoHistory:
     def __init__(self, out, step=0): pass
@@ -170,19 +170,19 @@ def test_a_crash_inside_a_save_leaves_the_old_pair_or_the_new(tmp_path: Path, cr
     assert not (tmp_path / ".dit.json.pending").exists()
 
 
-class Line:
+class Line(Stage):
     """y = x, whatever it is asked."""
 
     name = "line"
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {"line": nn.Linear(1, 1)}
-        self.batch_name = ""
+        self.latest = ""
 
     def prepare(self, device: torch.device) -> None: ...
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        self.batch_name = f"stories {[step, step + 1]}"
+        self.latest = f"stories {[step, step + 1]}"
         return self.modules["line"](torch.ones(1)).square().mean() * (float("inf") if step == 90 else 1.0), {}
 
     def evaluate(self) -> dict[str, float]:
@@ -194,7 +194,8 @@ class Line:
     def metadata(self) -> dict[str, dict[str, Any]]:
         return {"line": {}}
 
-    def on_step(self, step: int) -> None: ...
+    def batch_name(self) -> object:
+        return self.latest
 
 
 def fit(out: Path, steps: int, **more: Any) -> Trainer:

@@ -21,14 +21,15 @@ from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.objective.graphed import GraphedLoss
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.stages.base import StageOptions
+from longtake.training.stages.base import Stage
 from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
 from longtake.training.trainer import TrainConfig, Trainer
 
 CPU = torch.device("cpu")
 
 
-class LineStage:
+class LineStage(Stage):
     """Fits y = 2x with noise; `fault(step)` may spoil a loss."""
 
     name = "line"
@@ -53,8 +54,6 @@ class LineStage:
 
     def metadata(self) -> dict[str, dict[str, Any]]:
         return {"line": {"note": "hello"}}
-
-    def on_step(self, step: int) -> None: ...
 
 
 def config(out: Path, steps: int, **more: Any) -> TrainConfig:

@@ -28,7 +28,7 @@ def student_metadata(
             "method": "dmd",
             "teacher_sha256": teacher_digest,
             "guidance": options.guidance,
-            "critic_updates": options.ratio,
+            "critic_updates": options.critic_updates,
             "cache": options.cache,
             "score_context": options.score_context,
             "lora": lora_facts(options),

@@ -2,83 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from longtake.errors import LongtakeError
+from longtake.options import Bounds, OneOf, check, option
 from longtake.training.distill.scores import CONTEXTS
 from longtake.training.models.presets import Preset
-from longtake.training.models.quantize import RULES, Rules
 from longtake.training.models.sampler import unipc_steps
 from longtake.training.objective.flex import LONG
+from longtake.training.optimizer import AdamWOptions, OptimizerConfig
+from longtake.training.options import Chunks, DataOptions, ModelOptions, Seeded, Stories
+
+RATES = {"tiny": (1e-4, 1e-4)}  # learning rates of student and critic; the reference's for all other presets
+REFERENCE_RATES = (1e-5, 2e-6)
 
 
 @dataclass(frozen=True)
-class DistillOptions:
-    """teacher: folder of a teacher-forced model. student_steps: the student's denoise steps. batch, chunks: stories a
-    rollout, and their lengths in chunks to draw from. guidance: s in c + s (c - u) of the real score. ratio: critic
-    updates for one of the generator. lora_rank: 0 trains all weights; lora_alpha None: as the rank. precision: "nvfp4"
-    fake-quantizes the generator (with LoRA: the base that all three share). cache: of the rollout, "nvfp4" or "bf16".
-    score_context: see `scores`. i2v: give each video's first latent frame. graph: on a GPU, run a small model's passes from
-    CUDA graphs (see `captures`). The rest is as in `StageOptions`.
-    """
+class MethodOptions:
+    """Method"""
 
-    preset: Preset
-    teacher: Path
-    student_steps: int = 4
-    data: str = "digits"
-    batch: int = 8
-    chunks: tuple[int, ...] = (4,)
-    stories: int = 512
-    guidance: float = 3.0
-    ratio: int = 5
-    lora_rank: int = 0
-    lora_alpha: float | None = None
-    precision: str = "bf16"
-    rules: Rules = RULES["static_6"]
-    recalibrate: int = 100
-    cache: str = "nvfp4"
-    score_context: str = "clean"
-    i2v: bool = False
-    vae: Path | None = None
-    seed: int = 0
-    amp: bool = True
-    gradient_checkpointing: bool = False
-    accumulate: int = 1
-    cache_dir: Path | None = None
-    workers: int = 0
-    graph: bool = True
+    teacher: Path = option(names=("--init", "--teacher"), metavar="FOLDER")
+    """checkpoints of the trained model: dit and text_encoder"""
+    student_steps: int = option(4, names=("--steps-of-student", "--student-steps"), metavar="N")
+    """denoise steps a chunk of the student"""
+    guidance: Annotated[float, Bounds(0, 100)] = option(3.0, metavar="S")
+    """of the real score: c + S (c - u), which is 1 + S as `generate` counts it"""
+    critic_updates: Annotated[int, Bounds(1)] = option(5, metavar="N")
+    """for one of the student"""
+    score_context: Annotated[str, OneOf(CONTEXTS)] = option("clean")
+    """scores see a noised chunk after the student's clean chunks, as the teacher was trained, or all chunks noised alike,
+    as in the reference"""
+    cache: Annotated[str, OneOf(("nvfp4", "bf16"))] = option("nvfp4")
+    """K/V cache of the student's stories: 4 bits as engines keep it, or unquantized"""
+    i2v: bool = option(False)
+    """give each video's first latent frame (image to video)"""
+    lora_rank: Annotated[int, Bounds(0, usual=128)] = option(0, metavar="R")
+    """train LoRA of this rank for student and critic on one frozen base: a third of the weights' memory; 0: all weights"""
+    lora_alpha: float | None = option(None, metavar="A")
+    """LoRA's scale is A / R (default: A = R)"""
+
+
+@dataclass(frozen=True)
+class DistillOptions(Seeded, MethodOptions, DataOptions, ModelOptions):
+    """All that the stage is told; data and model are as `longtake train` has them."""
+
+    stories: Stories = 512
+    chunks: Chunks = (4,)
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be distilled with."""
         unipc_steps(self.student_steps, self.preset.sampling.shift)
-        for option, given, least, usual in (
-            ("--batch", self.batch, 1, 8),
-            ("--chunks", min(self.chunks), 1, 4),
-            ("--stories", self.stories, 1, 512),
-            ("--critic-updates", self.ratio, 1, 5),
-            ("--recalibrate", self.recalibrate, 1, 100),
-            ("--accumulate", self.accumulate, 1, 1),
-            ("--workers", self.workers, 0, 4),
-            ("--lora-rank", self.lora_rank, 0, 128),
-        ):
-            if given < least:
-                raise LongtakeError(f"bad {option}", got=given, expected=f"{least} or more", fix=f"{option} {usual}")
-        for option, word, words in (
-            ("--score-context", self.score_context, CONTEXTS),
-            ("--cache", self.cache, ("nvfp4", "bf16")),
-            ("--precision", self.precision, ("bf16", "nvfp4")),
-        ):
-            if word not in words:
-                raise LongtakeError(f"bad {option}", got=word, expected=" or ".join(words), fix=f"{option} {words[0]}")
-        if not 0 <= self.guidance <= 100:
-            raise LongtakeError("bad --guidance", got=self.guidance, expected="0 to 100", fix="--guidance 3")
+        check(self)
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise LongtakeError("--lora-alpha without LoRA", got=self.lora_alpha, fix="pass --lora-rank 128, too")
 
     def computes_in_bf16(self, device: torch.device) -> bool:
         """Whether forward passes on `device` run under bf16 autocast."""
-        return self.amp and device.type == "cuda"
+        return not self.fp32 and device.type == "cuda"
 
     def captures(self, device: torch.device) -> bool:
         """Whether passes run from CUDA graphs: where launches take the time, and activations are small enough to have a
@@ -86,3 +70,33 @@ class DistillOptions:
         short = max(self.chunks) * self.preset.chunk_tokens < LONG
         plain = not (self.lora_rank or self.gradient_checkpointing or self.accumulate > 1)
         return self.graph and device.type == "cuda" and short and plain
+
+
+@dataclass(frozen=True)
+class DistillOptimizers(AdamWOptions):
+    """Optimizers, of the student and of the critic"""
+
+    betas: tuple[float, float] = (0.0, 0.999)
+    warmup: int = 100
+    final_lr: float = 1.0
+
+    lr: float | None = option(None, metavar="RATE")
+    """of the student (default 1e-4 for tiny, else 1e-5)"""
+    critic_lr: float | None = option(None, metavar="RATE")
+    """of the critic (default 1e-4 for tiny, else 2e-6)"""
+    ema: float | None = option(None, metavar="DECAY")
+    """decay of the student's averaged weights (default 0.99; with LoRA 0)"""
+
+    def student(self, preset: Preset, lora: bool) -> OptimizerConfig:
+        """The student's optimizer."""
+        usual = 0.0 if lora else 0.99
+        return self._config(preset, 0, self.lr, usual if self.ema is None else self.ema)
+
+    def critic(self, preset: Preset) -> OptimizerConfig:
+        """The critic's, which keeps no average."""
+        return self._config(preset, 1, self.critic_lr, 0.0)
+
+    def _config(self, preset: Preset, which: int, given: float | None, ema: float) -> OptimizerConfig:
+        lr = RATES.get(preset.name, REFERENCE_RATES)[which] if given is None else given
+        shared = {one.name: getattr(self, one.name) for one in fields(AdamWOptions)}
+        return OptimizerConfig(**shared, lr=lr, ema=ema)

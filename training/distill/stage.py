@@ -27,7 +27,7 @@ from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.objective.accumulate import parts_of
 from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.objective.teacher_forcing import Noise
-from longtake.training.stages.base import Metric
+from longtake.training.stages.base import Metric, Stage
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
 from longtake.training.stages.validation import EVALUATION_SEED
 
@@ -35,7 +35,7 @@ HELD_OUT = 16
 LossOf = Callable[[Scene, Noise], tuple[Tensor, dict[str, Metric]]]
 
 
-class DistillStage:
+class DistillStage(Stage):
     """Generator and critic losses; `modules` is the generator's part, `critic_modules` the fake score's."""
 
     name = "distill"

@@ -15,7 +15,7 @@ from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.stages.base import Metric
-from longtake.training.trainer import TrainConfig, Trainer, backward, require_finite
+from longtake.training.trainer import SAVED, TrainConfig, Trainer, backward, require_finite
 
 CRITIC = "critic/"
 
@@ -49,7 +49,7 @@ class TwoOptimizers:
 
 
 class DistillTrainer(Trainer):
-    """Every step trains the critic, every `ratio`-th the generator first, on the same batch."""
+    """Every step trains the critic, every `critic_updates`-th the generator first, on the same batch."""
 
     def __init__(self, stage: DistillStage, config: TrainConfig, critic: OptimizerConfig, device: torch.device) -> None:
         super().__init__(stage, config, device)
@@ -67,7 +67,7 @@ class DistillTrainer(Trainer):
         step, both, stage = self.step - 1, self.optimizer, self.distill
         stage.on_step(step)
         scene = stage.scene(self.generator)
-        if step % stage.options.ratio == 0:
+        if step % stage.options.critic_updates == 0:
             found = backward(stage.generator_losses(scene))
             norm = both.generator.step(step, self.config.steps)  # type: ignore[attr-defined]
             self.latest = {"dmd": found["loss"], "dmd_gradient": found["dmd_gradient"], "generator_norm": norm}
@@ -78,7 +78,7 @@ class DistillTrainer(Trainer):
 
     def save_module(self, name: str, facts: dict[str, Any]) -> None:
         """The student as a plain DiT, adapters merged; beside it, the adapter alone."""
-        dtype, path = self.config.save_dtype, self.config.out / f"{name}.safetensors"
+        dtype, path = SAVED[self.config.save_dtype], self.config.out / f"{name}.safetensors"
         state = self.distill.networks.student().state_dict()
         self.save(path, {k: v.to(dtype) for k, v in state.items()}, {"kind": name, **facts})
         adapter = self.distill.modules[name]

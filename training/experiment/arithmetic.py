@@ -1,7 +1,7 @@
 """What 8-bit and 4-bit arithmetic costs a trained model, on many stories at once: prompt fidelity and likeness by chunk.
 
-python -m longtake.training.experiment.arithmetic --stories 1024 --judge runs/experiment/judge.safetensors --json F
-python -m longtake.training.experiment.arithmetic --checkpoints runs/four        (a distilled student, as it is sampled)
+  longtake experiment arithmetic --stories 1024 --judge runs/experiment/judge.safetensors --json F
+  longtake experiment arithmetic --checkpoints runs/four        (a distilled student, as it is sampled)
 
 Every row is compared with bf16 linears, cache and attention: the same stories of held-out scans, the same noise. Fidelity:
 share of frames (one in four) in which the experiment's judge sees the prompted digit. SSIM: each chunk generated from
@@ -12,13 +12,13 @@ Linears are fake-quantized and attention computes as our Hopper kernel does (`at
 
 from __future__ import annotations
 
-import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from longtake.accuracy.ssim import frame_ssim
 from longtake.files import write_json
+from longtake.options import Command, OneOf, option
 from longtake.training.data.digit_stories import Story
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
 from longtake.training.experiment.arms import PRESET, shipped
@@ -93,81 +94,91 @@ def pixels(frames_3THW: Tensor) -> Tensor:
     return (frames_3THW.transpose(0, 1) * 127.5 + 127.5).round().clamp(0, 255)
 
 
-def measured(args: argparse.Namespace, stories: Sequence[Story], eyes: Eyes, sampling: Sampling) -> Iterator[Any]:
+@dataclass(frozen=True)
+class ArithmeticOptions:
+    """What"""
+
+    checkpoints: Path = option(shipped(), metavar="FOLDER")
+    """the model"""
+    stories: int = option(256, metavar="N")
+    """how many"""
+    ssim_stories: int = option(128, metavar="N")
+    """of them: those whose SSIM is measured"""
+    chunks: int = option(3, metavar="N")
+    """of a story"""
+    rows: Annotated[tuple[str, ...], OneOf(tuple(ROWS))] = option(tuple(ROWS))
+    """what is computed how; the first is what others are compared with"""
+    steps: int | None = option(None, metavar="N")
+    """denoise steps (default: as the checkpoints say)"""
+    guidance: float | None = option(None, metavar="S")
+    """of sampling (default: as the checkpoints say)"""
+    batch: int = option(64, metavar="N")
+    """stories at once"""
+    seed: int = option(MIXED_SEED, metavar="N")
+    """of the stories"""
+    judge: Path | None = option(None, metavar="FILE")
+    """judge.safetensors of an experiment (default: one is trained)"""
+    json: Path | None = option(None, metavar="FILE")
+    """write the figures there as well, after each row (default: they are printed only)"""
+
+
+def measured(options: ArithmeticOptions, stories: Sequence[Story], eyes: Eyes, sampling: Sampling) -> Iterator[Any]:
     """Name and figures of each row."""
-    plain, latents = load_models(PRESET, args.checkpoints), []
-    for name in args.rows:
+    plain, latents = load_models(PRESET, options.checkpoints), []
+    for name in options.rows:
         how = ROWS[name]
         models = apply_precision(plain, how.linears)
         for module in (models.dit, models.text):
             module.to(eyes.device).requires_grad_(False)
         own = replace(sampling, cache=how.cache, attention=how.attention, compute=how.compute)
         right, alike, begun = [], [], time.monotonic()
-        for start, part in tqdm(list(batches(stories, args.batch)), name, unit="batch", disable=None):
+        for start, part in tqdm(list(batches(stories, options.batch)), name, unit="batch", disable=None):
             made, share = told(models, eyes, part, own, start)
             right += share.tolist()
-            if name == args.rows[0]:
+            if name == options.rows[0]:
                 latents.append(made.cpu())
-            elif start < args.ssim_stories:
-                committed = latents[start // args.batch].to(eyes.device)
+            elif start < options.ssim_stories:
+                committed = latents[start // options.batch].to(eyes.device)
                 alike += likeness(models, eyes, part, own, start, committed).tolist()
         yield name, {**figures_of(right, alike), "seconds": round(time.monotonic() - begun, 1)}
 
 
-def sampling_of(args: argparse.Namespace) -> Sampling:
+def sampling_of(options: ArithmeticOptions) -> Sampling:
     """As the checkpoints say, or as told."""
     usual = PRESET.sampling
-    told = SideFile.read(args.checkpoints / "dit.json").sampling or {}
-    steps = args.steps or int(told.get("steps", usual.steps))
-    guidance = float(told.get("guidance", usual.guidance)) if args.guidance is None else args.guidance
+    told = SideFile.read(options.checkpoints / "dit.json").sampling or {}
+    steps = options.steps or int(told.get("steps", usual.steps))
+    guidance = float(told.get("guidance", usual.guidance)) if options.guidance is None else options.guidance
     return Sampling(steps, guidance, float(told.get("shift", usual.shift)))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(options: ArithmeticOptions) -> int:
     """Measure, print the table, write it."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.training.experiment.arithmetic", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument(
-        "--checkpoints", type=Path, default=shipped(), metavar="FOLDER", help="default: the shipped ones"
-    )
-    parser.add_argument("--stories", type=int, default=256, metavar="N")
-    parser.add_argument(
-        "--ssim-stories", type=int, default=128, metavar="N", help="of them: those whose SSIM is measured"
-    )
-    parser.add_argument("--chunks", type=int, default=3, metavar="N", help="of a story")
-    parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, default=list(ROWS), help="the first is what others are compared with"
-    )
-    parser.add_argument("--steps", type=int, help="denoise steps (default: as the checkpoints say)")
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="stories at once")
-    parser.add_argument("--seed", type=int, default=MIXED_SEED, help="of the stories")
-    parser.add_argument("--judge", type=Path, metavar="FILE", help="judge.safetensors of an experiment")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well, after each row")
-    args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = frozen_vae(vae_checkpoint(PRESET, args.checkpoints), PRESET, device)[0]
-    eyes = Eyes(judge_from(args.judge, device), vae, device)
-    stories, sampling = mixed_stories(args.stories, args.chunks, args.seed), sampling_of(args)
+    vae = frozen_vae(vae_checkpoint(PRESET, options.checkpoints), PRESET, device)[0]
+    eyes = Eyes(judge_from(options.judge, device), vae, device)
+    stories = mixed_stories(options.stories, options.chunks, options.seed)
+    sampling = sampling_of(options)
     conditions = {
-        "command": " ".join(["python -m longtake.training.experiment.arithmetic", *(arguments or sys.argv[1:])]),
+        "command": shlex.join(["longtake", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "stories": args.stories, "chunks": args.chunks, "seed": args.seed,
-        "steps": sampling.steps, "guidance": sampling.guidance,
-    }  # fmt: skip
+        "stories": options.stories,
+        "chunks": options.chunks,
+        "seed": options.seed,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+    }
     rows: dict[str, dict[str, Any]] = {}
-    for name, row in measured(args, stories, eyes, sampling):
+    for name, row in measured(options, stories, eyes, sampling):
         rows[name] = row
-        if name != args.rows[0]:
-            compare(row, rows[args.rows[0]])
-        if args.json:
-            write_json(args.json, {**conditions, "rows": rows})
-    sys.stdout.write(
-        f"{conditions['device']}, {args.stories} stories, {sampling.steps} steps, guidance {sampling.guidance:g}\n"
-    )
+        if name != options.rows[0]:
+            compare(row, rows[options.rows[0]])
+        if options.json:
+            write_json(options.json, {**conditions, "rows": rows})
+    how = f"{sampling.steps} steps, guidance {sampling.guidance:g}"
+    sys.stdout.write(f"{conditions['device']}, {options.stories} stories, {how}\n")
     sys.stdout.write("\n".join(table(rows)) + "\n")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command(run=run, options=(ArithmeticOptions,), description=__doc__ or "")

@@ -16,8 +16,8 @@ from longtake.training.data.latent_cache import LatentCache, frozen_vae, vae_che
 from longtake.training.experiment.settings import Settings
 from longtake.training.models.presets import TINY, Preset
 from longtake.training.optimizer import OptimizerConfig
-from longtake.training.stages.base import StageOptions
 from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
 from longtake.training.stages.validation import EVALUATION_SEED
 from longtake.training.trainer import TrainConfig, Trainer
 
@@ -142,7 +142,7 @@ def train_arm(
         max_seconds=seconds,
         evaluate_steps=0,
         save_seconds=60.0,
-        save_dtype=torch.bfloat16,
+        save_dtype="bf16",
         command="longtake.training.experiment",
         settings={"arm": arm, **settings.as_json()},
     )

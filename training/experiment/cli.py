@@ -1,19 +1,20 @@
-"""The command `python -m longtake.training.experiment`: run what is not done yet, as far as the time goes, and report."""
+"""`longtake experiment`: run what is not done yet, as far as the time goes, and report."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, require_folder, write_json
+from longtake.options import Command, OneOf, option
 from longtake.training.devices import device_named
 from longtake.training.experiment.pack import bring, restore
 from longtake.training.experiment.report import write_report
@@ -27,97 +28,112 @@ by processes, several on each device. Every unit's result is kept in --out; with
 last one. What is there is reported when the time is over, on Ctrl-C, and at the end."""
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """What"""
+
+    out: Path = option(Path("runs/experiment"), metavar="FOLDER")
+    """every unit's result is kept there"""
+    budget_seconds: float = option(1500.0, metavar="S")
+    """stop cleanly after so long"""
+    resume: bool = option(False)
+    """go on with what --out holds"""
+    devices: str = option("auto", names=("--device", "--devices"), metavar="NAMES")
+    """cuda:0,cuda:1 or cpu; auto: all GPUs, or the CPU"""
+    jobs_per_device: int | None = option(None, metavar="N")
+    """processes a device, of which one trains (default: 3 on a GPU, else 1)"""
+    seeds: int = option(3, metavar="N")
+    """how often everything is trained"""
+    start: str = option("shipped", metavar="random|shipped|FOLDER")
+    """what the base is trained from; FOLDER: of checkpoints"""
+    teacher: Annotated[str, OneOf(("first", "best"))] = option("first")
+    """the seed that is distilled"""
+    base_steps: int | None = option(None, metavar="N")
+    """bf16 steps before the arms part, which they have in common (default: 1800)"""
+    branch_steps: int | None = option(None, metavar="N")
+    """steps of each arm after that (default: 1000)"""
+    distill_steps: int | None = option(None, metavar="N")
+    """training steps of each student, at most (default: 3000)"""
+    distill_seconds: float | None = option(None, metavar="S")
+    """seconds of each student's training, at most (default: 330)"""
+    quick: bool = option(False)
+    """everything at toy size, to see that it runs"""
+    plan: bool = option(False)
+    """print the plan and stop"""
+    docs: Path | None = option(None, metavar="PAGE")
+    """fill the tables of this page, and put pictures beside it (default: none)"""
+    bring: Path | None = option(None, metavar="FOLDER")
+    """at the end, pack the report and what --resume needs elsewhere into a few files there (default: not)"""
+    bring_mb: float = option(55.0, metavar="MB")
+    """of which all together are no larger"""
+    restore: Path | None = option(None, metavar="FOLDER")
+    """begin with what --bring packed into this folder (default: with nothing)"""
+
+    @property
+    def settings(self) -> Settings:
+        """The size of the experiment."""
+        made = Settings(start=self.start, seeds=self.seeds, teacher=self.teacher)
+        made = replace(quick(made), seeds=self.seeds if self.seeds < 3 else 1) if self.quick else made
+        names = ("base_steps", "branch_steps", "distill_steps", "distill_seconds")
+        return replace(made, **{name: value for name in names if (value := getattr(self, name)) is not None})
+
+
+def run(options: ExperimentOptions) -> int:
     """Run it; exit code 0: complete, 3: the time was over, go on with --resume, 1: an error, or units that failed."""
-    args = parser().parse_args(argv)
     try:
-        return run(args)
+        return run_units(options)
     except LongtakeError as error:
         print(error, file=sys.stderr)
         return 1
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m longtake.training.experiment", description=DESCRIPTION)
-    made.add_argument("--out", type=Path, default=Path("runs/experiment"))
-    made.add_argument("--budget-seconds", type=float, default=1500.0, help="stop cleanly after so long (default 1500)")
-    made.add_argument("--resume", action="store_true", help="go on with what --out holds")
-    made.add_argument(
-        "--devices", "--device", default="auto", help="cuda:0,cuda:1 or cpu (default auto: all GPUs, or the CPU)"
-    )
-    made.add_argument(
-        "--jobs-per-device", type=int, help="processes a device, of which one trains (default 3 on a GPU, else 1)"
-    )
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--start", default="shipped", help="random, shipped (default) or a folder of checkpoints")
-    made.add_argument("--teacher", default="first", choices=("first", "best"), help="the seed that is distilled")
-    made.add_argument("--base-steps", type=int, help="bf16 steps before the arms part, which they have in common")
-    made.add_argument("--branch-steps", type=int, help="steps of each arm after that")
-    made.add_argument("--distill-steps", type=int, help="training steps of each student, at most")
-    made.add_argument("--distill-seconds", type=float, help="seconds of each student's training, at most")
-    made.add_argument("--quick", action="store_true", help="everything at toy size, to see that it runs")
-    made.add_argument("--plan", action="store_true", help="print the plan and stop")
-    made.add_argument("--docs", type=Path, help="fill the tables of this page, and put pictures beside it")
-    made.add_argument("--bring", type=Path, metavar="FOLDER",
-                      help="at the end, pack the report and what --resume needs elsewhere into a few files there")  # fmt: skip
-    made.add_argument("--bring-mb", type=float, default=55.0, help="of which all together are no larger (default 55)")
-    made.add_argument("--restore", type=Path, metavar="FOLDER", help="begin with what --bring packed into this folder")
-    return made
-
-
-def settings_from(args: argparse.Namespace) -> Settings:
-    """The size of the experiment from the command line."""
-    made = Settings(start=args.start, seeds=args.seeds, teacher=args.teacher)
-    made = replace(quick(made), seeds=args.seeds if args.seeds < 3 else 1) if args.quick else made
-    names = ("base_steps", "branch_steps", "distill_steps", "distill_seconds")
-    given = {name: getattr(args, name) for name in names}
-    return replace(made, **{name: value for name, value in given.items() if value is not None})
-
-
-def devices_from(args: argparse.Namespace) -> tuple[list[str], int]:
+def devices_from(options: ExperimentOptions) -> tuple[list[str], int]:
     """Devices and processes a device.
 
     Raises:
         LongtakeError: one isn't there.
     """
-    names = args.devices.split(",")
-    if args.devices == "auto":
+    names = options.devices.split(",")
+    if options.devices == "auto":
         names = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     for name in names:
         device_named(name)
-    jobs = (3 if names[0].startswith("cuda") else 1) if args.jobs_per_device is None else args.jobs_per_device
+    jobs = (3 if names[0].startswith("cuda") else 1) if options.jobs_per_device is None else options.jobs_per_device
     if jobs < 1:
         raise LongtakeError("no processes", got=jobs, expected="1 or more", fix="--jobs-per-device 2")
     return names, jobs
 
 
-def run(args: argparse.Namespace) -> int:
+def run_units(options: ExperimentOptions) -> int:
     """Plan, work, report."""
     begun = time.monotonic()
-    settings, (devices, jobs) = settings_from(args), devices_from(args)
-    if args.restore:
-        restore(args.restore, args.out)
-    prepare(settings, args.out, args.resume or bool(args.restore))
+    settings, (devices, jobs) = options.settings, devices_from(options)
+    if options.restore:
+        restore(options.restore, options.out)
+    prepare(settings, options.out, options.resume or bool(options.restore))
     every = list(units(settings))
-    slots = slots_for(args.out.absolute(), devices, jobs)
-    scheduler = Scheduler(every, args.out, slots, begun + args.budget_seconds, toy=settings.quick)
+    slots = slots_for(options.out.absolute(), devices, jobs)
+    scheduler = Scheduler(every, options.out, slots, begun + options.budget_seconds, toy=settings.quick)
     scheduler.say = lambda line: print(line, flush=True)
     if settings.quick:
         scheduler.reserve = 5.0
-    print_plan(scheduler, settings, devices, jobs, args)
-    if args.plan:
+    print_plan(scheduler, settings, devices, jobs, options)
+    if options.plan:
         return 0
     stopped = guarded(scheduler)
     done = not scheduler.left
     missing = scheduler.missing()
     machine = f"{len(devices)} x {device_name(devices[0])}" if len(devices) > 1 else device_name(devices[0])
-    machine, seconds = spent(args.out, machine, time.monotonic() - begun, scheduler.ran)
-    print(write_report(scheduler.results, settings, args.out, machine, missing, args.docs, seconds))
-    if args.bring:
-        made, left = bring(args.out, args.bring, every, scheduler.results, args.bring_mb)
+    machine, seconds = spent(options.out, machine, time.monotonic() - begun, scheduler.ran)
+    print(write_report(scheduler.results, settings, options.out, machine, missing, options.docs, seconds))
+    if options.bring:
+        made, left = bring(options.out, options.bring, every, scheduler.results, options.bring_mb)
         size = sum(path.stat().st_size for path in made) / 1e6
-        print(f"packed {len(made)} files, {size:.1f} MB, into {args.bring}" + (f"; left out: {', '.join(left)}" if left else ""))  # fmt: skip
-    print(f"{'complete' if done else 'to be continued: the same command with --resume'}; {args.out}/results.json")
+        print(
+            f"packed {len(made)} files, {size:.1f} MB, into {options.bring}"
+            + (f"; left out: {', '.join(left)}" if left else "")
+        )
+    print(f"{'complete' if done else 'to be continued: the same command with --resume'}; {options.out}/results.json")
     if stopped:
         return 130
     return 0 if done else 1 if scheduler.failures else 3
@@ -181,15 +197,22 @@ def prepare(settings: Settings, out: Path, resume: bool) -> None:
 
 
 def print_plan(
-    scheduler: Scheduler, settings: Settings, devices: list[str], jobs: int, args: argparse.Namespace
+    scheduler: Scheduler, settings: Settings, devices: list[str], jobs: int, options: ExperimentOptions
 ) -> None:
     """What is still to do and how long it may take."""
     left, total = scheduler.left, sum(unit.seconds for unit in scheduler.left.values())
     heavy = sum(unit.seconds for unit in left.values() if unit.heavy) / len(devices)
     least = max(heavy, total / (len(devices) * jobs))
-    print(f"experiment on {', '.join(devices)}, {jobs} processes each, {settings.seeds} seeds, start: {settings.start}, in {args.out}")  # fmt: skip
+    print(
+        f"experiment on {', '.join(devices)}, {jobs} processes each, {settings.seeds} seeds, start: {settings.start}, in {options.out}"
+    )
     if settings.start == "shipped":
         print("the shipped model was trained under NVFP4; its bf16 base steps come before the arms part")
-    print(f"{len(scheduler.every) - len(left)} units are done, {len(left)} are left: {total / 60:.0f} minutes one after the other, "
-          f"about {1.5 * least / 60:.0f} here if these were H100s")  # fmt: skip
-    print(f"this call stops after {args.budget_seconds:.0f} s at the latest; what is done is kept", flush=True)
+    print(
+        f"{len(scheduler.every) - len(left)} units are done, {len(left)} are left: {total / 60:.0f} minutes one after the other, "
+        f"about {1.5 * least / 60:.0f} here if these were H100s"
+    )
+    print(f"this call stops after {options.budget_seconds:.0f} s at the latest; what is done is kept", flush=True)
+
+
+COMMAND = Command(run=run, options=(ExperimentOptions,), description=DESCRIPTION)

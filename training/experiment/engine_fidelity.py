@@ -1,7 +1,7 @@
 """What an arithmetic costs a trained model, through the runtime: prompt fidelity and likeness of recipes' videos.
 
-python -m longtake.training.experiment.engine_fidelity tiny_bf16_sm90 tiny_w4a16_sm90 --stories 64 --chunks 3
-python -m longtake.training.experiment.engine_fidelity A.yaml B.yaml --judge runs/experiment/judge.safetensors --json F
+  longtake experiment engine-fidelity tiny_bf16_sm90 tiny_w4a16_sm90 --stories 64 --chunks 3
+  longtake experiment engine-fidelity A.yaml B.yaml --judge runs/experiment/judge.safetensors --json F
 
 The first recipe (or folder of engines, or of exported networks) is what the others are compared with. All tell the same
 stories of held-out scans, with the same noise. Fidelity: share of frames (one in four) in which the experiment's judge sees
@@ -12,10 +12,10 @@ trained first (seconds on a GPU, minutes without). The file of --json is written
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from longtake.accuracy.ssim import ssim
 from longtake.files import write_json
+from longtake.options import Command, option
 from longtake.runtime.generator import Generator
 from longtake.training.data.digit_stories import Story
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
@@ -129,39 +130,48 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class FidelityOptions:
+    """What"""
+
+    recipes: tuple[str, ...] = option(positional=True, metavar="RECIPE")
+    """or a folder of engines or exported networks; the first is what others are compared with"""
+    backend: str = option("auto", metavar="NAME")
+    """taken or refused, never replaced; auto chooses"""
+    stories: int = option(64, metavar="N")
+    """how many"""
+    ssim_stories: int | None = option(None, metavar="N")
+    """of them: those whose SSIM is measured (default: all)"""
+    chunks: int = option(3, metavar="N")
+    """of a story"""
+    seed: int = option(MIXED_SEED, metavar="N")
+    """of the stories"""
+    judge: Path | None = option(None, metavar="FILE")
+    """judge.safetensors of an experiment (default: one is trained)"""
+    json: Path | None = option(None, metavar="FILE")
+    """write the figures there as well (default: they are printed only)"""
+
+
+def run(options: FidelityOptions) -> int:
     """Measure, print the table, write it."""
-    parser = argparse.ArgumentParser(prog="python -m longtake.training.experiment.engine_fidelity", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="or a folder of engines or exported networks")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--stories", type=int, default=64, metavar="N")
-    parser.add_argument(
-        "--ssim-stories", type=int, metavar="N", help="of them: those whose SSIM is measured (default all)"
-    )
-    parser.add_argument("--chunks", type=int, default=3, metavar="N", help="of a story")
-    parser.add_argument("--seed", type=int, default=MIXED_SEED, help="of the stories")
-    parser.add_argument("--judge", type=Path, metavar="FILE", help="judge.safetensors of an experiment")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judge, stories = judge_from(args.judge, device), mixed_stories(args.stories, args.chunks, args.seed)
+    judge = judge_from(options.judge, device)
+    stories = mixed_stories(options.stories, options.chunks, options.seed)
     rows: dict[str, dict[str, Any]] = {}
     first: list[Any] | None = None
-    for name in args.recipes:
-        generator = Generator.from_engines(name, args.backend, device if device.type == "cuda" else None)
+    for name in options.recipes:
+        generator = Generator.from_engines(name, options.backend, device if device.type == "cuda" else None)
         with closing(generator.backend):
             rows[name], videos = measured(generator, judge, stories, first, name)
-        if name != args.recipes[0]:
-            compare(rows[name], rows[args.recipes[0]])
-        first = videos[: args.ssim_stories] if first is None else first
-        if args.json:
+        if name != options.recipes[0]:
+            compare(rows[name], rows[options.recipes[0]])
+        first = videos[: options.ssim_stories] if first is None else first
+        if options.json:
             machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-            conditions = {"device": machine, "stories": args.stories, "chunks": args.chunks, "seed": args.seed}
-            write_json(args.json, {**conditions, "rows": rows})
+            conditions = {"stories": options.stories, "chunks": options.chunks, "seed": options.seed}
+            write_json(options.json, {"device": machine, **conditions, "rows": rows})
     sys.stdout.write("\n".join(table(rows)) + "\n")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command(run=run, options=(FidelityOptions,), description=__doc__ or "")

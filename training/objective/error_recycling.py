@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longtake.errors import LongtakeError
+from longtake.options import option
 from longtake.training.objective.noise import GRID
 from longtake.training.objective.teacher_forcing import Clips, Noise, noisy_part
 
@@ -36,13 +37,16 @@ BUFFERS = ("latent", "noise")
 
 @dataclass(frozen=True)
 class RecyclingConfig:
-    """Probabilities and sizes; the defaults are LongLive's. A bucket holds `capacity` errors of one chunk in bf16.
+    """Error recycling
+
+    Probabilities and sizes; the defaults are LongLive's. A bucket holds `capacity` errors of one chunk in bf16.
 
     warmup: steps in which all ranks' errors go into every rank's buffers. start: first step with injections.
     """
 
+    capacity: int = option(500, metavar="N", names=("--error-capacity",))
+    """errors of a chunk kept for each of 50 noise levels (at 704x1280, 500 are 135 GB all together)"""
     buckets: int = 50
-    capacity: int = 500
     modulate: float = 0.3
     clean: float = 0.2
     context: float = 0.9

@@ -22,7 +22,7 @@ from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.sharding import whole
 from longtake.training.resume import require_resume_point, set_aside, sweep
 from longtake.training.stages.base import Stage
-from longtake.training.trainer import TrainConfig, Trainer
+from longtake.training.trainer import SAVED, TrainConfig, Trainer
 
 
 class ParallelTrainer(Trainer):
@@ -75,7 +75,7 @@ class ParallelTrainer(Trainer):
         for key, value in self.stage.modules[name].state_dict().items():
             gathered = whole(value.detach())
             if self.ranks.first and "_quantizer" not in key:
-                kept = gathered.to(self.config.save_dtype) if gathered.is_floating_point() else gathered
+                kept = gathered.to(SAVED[self.config.save_dtype]) if gathered.is_floating_point() else gathered
                 tensors[key] = kept.cpu().clone()
         if self.ranks.first:
             side = SideFile.of({**self.side(), "kind": name, **facts})

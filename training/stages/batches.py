@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longtake.training.data.latent_cache import LatentCache
 from longtake.training.objective.teacher_forcing import Clips
-from longtake.training.stages.base import StageOptions
+from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories
 
 

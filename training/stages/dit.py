@@ -23,12 +23,13 @@ from longtake.training.objective.flex import chosen, flex_attention_for
 from longtake.training.objective.gradient_quant import quantize_gradients
 from longtake.training.objective.graphed import GraphedLoss, Losses
 from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
-from longtake.training.stages.base import Metric, StageOptions
+from longtake.training.stages.base import Metric, Stage
 from longtake.training.stages.batches import BatchSampler
 from longtake.training.stages.conditioning import drop_text, give_pictures
 from longtake.training.stages.flat_batch import batch_of_tensors, extras_of, tensors_of
 from longtake.training.stages.initial_models import initial_models
 from longtake.training.stages.metadata import dit_metadata
+from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
 from longtake.training.stages.validation import EVALUATION_SEED, held_out_loss, one_step_video
 
@@ -38,7 +39,7 @@ CALIBRATION_BATCHES = 4
 logger = logging.getLogger(__name__)
 
 
-class DiTStage:
+class DiTStage(Stage):
     """See `stages.base.Stage`."""
 
     name = "dit"
@@ -56,7 +57,6 @@ class DiTStage:
         self.recycling = ErrorRecycling(recycling, shift) if recycling else None
         self.extras: tuple[str, ...] = ()
 
-    @property
     def batch_name(self) -> object:
         """What the latest batch is called."""
         return self.batches.batch_name

@@ -7,7 +7,7 @@ from longtake.training.models.checkpoint import load_into
 from longtake.training.models.load import read_side
 from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
-from longtake.training.stages.base import StageOptions
+from longtake.training.stages.options import StageOptions
 
 
 def initial_models(options: StageOptions) -> tuple[CausalDiT, AnyTextEncoder, str]:

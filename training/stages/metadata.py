@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from longtake.training.stages.base import StageOptions
+from longtake.options import recorded
+from longtake.training.options import DIT
+from longtake.training.stages.options import StageOptions
 
 
 def dit_metadata(
@@ -14,15 +16,7 @@ def dit_metadata(
     """Module name -> facts: amax of the quantized linears, vocabulary, and what it was trained on."""
     sampling = options.preset.sampling
     shared = {
-        "data": options.data,
-        "max_chunks_per_shot": options.max_chunks_per_shot,
-        "stories": options.stories,
-        "chunks": list(options.chunks),
-        "batch": options.batch,
-        "context": options.context,
-        "text_dropout": options.text_dropout,
-        "loss_weighting": options.loss_weighting,
-        "i2v": options.i2v,
+        **recorded(options, DIT),
         "error_recycling": asdict(options.recycling) if options.recycling else None,
         "vae_sha256": vae_digest,
         "sampling": {"steps": sampling.steps, "guidance": sampling.guidance},

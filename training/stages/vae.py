@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.options import recorded
 from longtake.training.data.named import dataset_from_name
 from longtake.training.models.checkpoint import load_into
 from longtake.training.models.wan.vae import CausalVAE, Stream
-from longtake.training.stages.base import Metric, StageOptions
+from longtake.training.options import VAE
+from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.options import StageOptions
 
 CLIP_FRAMES = (17, 29)
 HELD_OUT_SEED = 10_000_019
@@ -24,7 +27,7 @@ MSE_WEIGHT = 1.0
 EDGE_WEIGHT = 0.5
 
 
-class VAEStage:
+class VAEStage(Stage):
     """See `stages.base.Stage`."""
 
     name = "vae"
@@ -104,8 +107,7 @@ class VAEStage:
         options = self.options
         if not options.decoder_only:
             self.measure_latents()
-        facts = {"data": options.data, "batch": options.batch, "decoder_only": options.decoder_only}
-        return {"vae": {**facts, "clip_frames": list(CLIP_FRAMES)}}
+        return {"vae": {**recorded(options, VAE), "clip_frames": list(CLIP_FRAMES)}}
 
     @torch.no_grad()
     def measure_latents(self) -> None:
@@ -120,9 +122,6 @@ class VAEStage:
         table = torch.cat(latents).transpose(0, 1).flatten(1)
         self.vae.latent_mean.copy_(table.mean(1))
         self.vae.latent_std.copy_(table.std(1).clamp_min(1e-3))
-
-    def on_step(self, step: int) -> None:
-        """Nothing to refresh."""
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:

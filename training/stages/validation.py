@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise, flow_loss
-from longtake.training.stages.base import StageOptions
+from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories
 
 EVALUATION_SEED = 20_000_003

@@ -41,8 +41,16 @@ EVERYTHING: dict[str, Any] = {
 
 
 def stage_of(preset: Preset, teacher: Path, **options: Any) -> DistillStage:
-    given = {"student_steps": 2, "batch": 2, "chunks": (2,), "stories": 2, "ratio": 2, "recalibrate": 2, **options}
-    return DistillStage(DistillOptions(preset, teacher, vae=teacher, **given))
+    given = {
+        "student_steps": 2,
+        "batch": 2,
+        "chunks": (2,),
+        "stories": 2,
+        "critic_updates": 2,
+        "recalibrate": 2,
+        **options,
+    }
+    return DistillStage(DistillOptions(preset, teacher=teacher, vae=teacher, **given))
 
 
 def gradients(stage: DistillStage, device: torch.device = CPU) -> dict[str, Tensor]:
@@ -165,7 +173,13 @@ def test_distillation_on_a_gpu(tmp_path: Path, small_preset: Preset, teacher: Pa
     for more in ({"stop_at": 2}, {"resume": True}):
         stage = stage_of(small_preset, teacher, cache_dir=tmp_path / "cache", **options)
         config = TrainConfig(
-            tmp_path / "run", small_preset.name, 4, optimizer=RATE, evaluate_steps=0, log_steps=1, **more
+            out=tmp_path / "run",
+            preset=small_preset.name,
+            steps=4,
+            optimizer=RATE,
+            evaluate_steps=0,
+            log_steps=1,
+            **more,
         )
         metrics = DistillTrainer(stage, config, RATE, gpu).fit()
         assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
@@ -182,7 +196,7 @@ def test_a_gpu_s_gradients_are_the_cpu_s(small_preset: Preset, teacher: Path) ->
     """One scene drawn on each device would differ, so the CPU's is moved over. fp32, unquantized cache."""
     gpu, found = torch.device("cuda"), []
     for device in (CPU, gpu):
-        stage = stage_of(small_preset, teacher, cache="bf16", amp=False)
+        stage = stage_of(small_preset, teacher, cache="bf16", fp32=True)
         stage.prepare(device)
         host = torch.Generator().manual_seed(4)
         scene = stage.scenes.of(torch.tensor([0, 1]), 2, 1, host)

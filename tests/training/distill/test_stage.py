@@ -29,10 +29,25 @@ RATE = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), warmup=1, ema=0.0)
 def trainer(
     preset: Preset, teacher: Path, out: Path, steps: int, resume: bool = False, **options: object
 ) -> DistillTrainer:
-    given = {"student_steps": 2, "batch": 2, "chunks": (2,), "stories": 2, "ratio": 2, "recalibrate": 2, **options}
-    stage = DistillStage(DistillOptions(preset, teacher, vae=teacher, **given))  # type: ignore[arg-type]
+    given = {
+        "student_steps": 2,
+        "batch": 2,
+        "chunks": (2,),
+        "stories": 2,
+        "critic_updates": 2,
+        "recalibrate": 2,
+        **options,
+    }
+    stage = DistillStage(DistillOptions(preset, teacher=teacher, vae=teacher, **given))  # type: ignore[arg-type]
     config = TrainConfig(
-        out, preset.name, 4, optimizer=RATE, evaluate_steps=0, log_steps=1, stop_at=steps, resume=resume
+        out=out,
+        preset=preset.name,
+        steps=4,
+        optimizer=RATE,
+        evaluate_steps=0,
+        log_steps=1,
+        stop_at=steps,
+        resume=resume,
     )
     return DistillTrainer(stage, config, RATE, CPU)
 
@@ -110,8 +125,8 @@ def inputs(preset: Preset) -> tuple[Clips, Noise, torch.Tensor]:
 
 def test_impossible_options_are_refused(small_preset: Preset, teacher: Path) -> None:
     with pytest.raises(LongtakeError, match="bad --critic-updates"):
-        DistillOptions(small_preset, teacher, ratio=0)
+        DistillOptions(small_preset, teacher=teacher, critic_updates=0)
     with pytest.raises(LongtakeError, match="bad number of denoise steps"):
-        DistillOptions(small_preset, teacher, student_steps=0)
+        DistillOptions(small_preset, teacher=teacher, student_steps=0)
     with pytest.raises(LongtakeError, match="does not exist"):
-        DistillStage(DistillOptions(small_preset, teacher / "nowhere"))
+        DistillStage(DistillOptions(small_preset, teacher=teacher / "nowhere"))

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from longtake.accuracy.compare import recipe_models
+from longtake.commands.main import main
 from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.session import Session, SessionOptions
@@ -139,7 +140,7 @@ def test_the_arithmetics_command_compares_with_the_first_row(
         "--guidance",
         "1",
     ]
-    assert arithmetic.main([*asked, "--json", str(tmp_path / "f.json"), "--rows", *rows]) == 0
+    assert main(["experiment", "arithmetic", *asked, "--json", str(tmp_path / "f.json"), "--rows", *rows]) == 0
     found = json.loads((tmp_path / "f.json").read_text())
     assert list(found["rows"]) == rows and found["steps"] == 1 and found["device"]
     first, same, eight = (found["rows"][name] for name in rows)

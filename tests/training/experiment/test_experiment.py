@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from longtake.commands.main import main as longtake
 from longtake.errors import LongtakeError
 from longtake.record import record_from_json
 from longtake.training.experiment.batched import Rollout, Sampling, Script
 from longtake.training.experiment.classifier import JudgeTraining, trained_judge
-from longtake.training.experiment.cli import main, prepare, spent
+from longtake.training.experiment.cli import prepare, spent
 from longtake.training.experiment.report import BEGIN, END, fill, write_report
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.summary import claims, paired_interval, summary
@@ -29,7 +30,7 @@ def outcome(flow: float, fidelity: float) -> dict[str, float]:
 
 
 def test_plan_fits_the_time_it_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["--plan", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert longtake(["experiment", "--plan", "--out", str(tmp_path), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "this call stops after 1500 s" in said and "start: shipped" in said
     assert sum(unit.seconds for unit in units(Settings())) < 40 * 60
@@ -41,14 +42,28 @@ def test_plan_fits_the_time_it_says(capsys: pytest.CaptureFixture[str], tmp_path
 
 def test_another_experiment_in_the_folder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     prepare(quick(Settings()), tmp_path, resume=False)
-    assert main(["--quick", "--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert longtake(["experiment", "--quick", "--out", str(tmp_path), "--device", "cpu"]) == 1
     assert "--resume, or another --out" in capsys.readouterr().err
     assert (
-        main(["--quick", "--out", str(tmp_path), "--resume", "--seeds", "2", "--branch-steps", "9", "--device", "cpu"])
+        longtake(
+            [
+                "experiment",
+                "--quick",
+                "--out",
+                str(tmp_path),
+                "--resume",
+                "--seeds",
+                "2",
+                "--branch-steps",
+                "9",
+                "--device",
+                "cpu",
+            ]
+        )
         == 1
     )
     assert "branch_steps 2" in capsys.readouterr().err
-    assert main(["--start", str(tmp_path / "no"), "--out", str(tmp_path)]) == 1
+    assert longtake(["experiment", "--start", str(tmp_path / "no"), "--out", str(tmp_path)]) == 1
 
 
 def results_of(ptq: list[float], aware: list[float]) -> dict[str, dict[str, float]]:
@@ -136,11 +151,11 @@ def test_judge_is_the_same_on_every_run(small_preset: Preset) -> None:
 def test_everything_at_toy_size(tmp_path: Path) -> None:
     arguments = ["--quick", "--devices", "cpu,cpu", "--bring", str(tmp_path / "away")]
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main([*arguments, "--out", str(first), "--budget-seconds", "20"]) == 3
+    assert longtake(["experiment", *arguments, "--out", str(first), "--budget-seconds", "20"]) == 3
     partial = json.loads((first / "results.json").read_text())
     assert "sheet" in partial["missing"] and not partial["complete"]
     # On another machine, from what was brought away.
-    assert main([*arguments, "--out", str(second), "--restore", str(tmp_path / "away")]) == 0
+    assert longtake(["experiment", *arguments, "--out", str(second), "--restore", str(tmp_path / "away")]) == 0
     result = json.loads((second / "results.json").read_text())
     assert {unit.name for unit in units(quick(Settings())) if not unit.step} <= set(result["units"])
     assert result["complete"] and result["toy_size"]
@@ -155,7 +170,7 @@ def test_everything_at_toy_size(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_everything_at_toy_size_on_a_gpu(tmp_path: Path) -> None:
     arguments = ["--quick", "--devices", "cuda:0", "--jobs-per-device", "3", "--out", str(tmp_path)]
-    assert main([*arguments, "--budget-seconds", "400"]) == 0
+    assert longtake(["experiment", *arguments, "--budget-seconds", "400"]) == 0
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["complete"] and "distill-4" in result["units"]
     logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())

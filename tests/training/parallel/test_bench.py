@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from longtake.commands.main import main
 from longtake.training.models.wan.window import full_history
 from longtake.training.parallel.bench.cost import KEPT_FREE, longest_fitting
-from longtake.training.parallel.bench.main import main
 from longtake.training.parallel.bench.runs import next_trial
 from longtake.training.parallel.bench.worker import thinned
 from longtake.training.parallel.launch import run_ranks
@@ -55,7 +55,7 @@ def test_a_mode_that_runs_out_of_memory_costs_its_own_row_only(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench"])
     words = "--nproc 2 --preset tiny --device cpu --layers 1 --seconds 2 --iterations 1 --rehearse-oom naive".split()
-    assert main([*words, "--out", str(tmp_path / "bench.json")]) == 0
+    assert main(["bench", "parallel", *words, "--out", str(tmp_path / "bench.json")]) == 0
     rows = {row["mode"]: row for row in json.loads((tmp_path / "bench.json").read_text())["cases"]}
     assert rows["naive"]["failed"] == "out of memory"
     assert rows["balanced"]["s_per_iteration"] > 0 and rows["none"]["iterations"] == 1

@@ -33,7 +33,7 @@ from longtake.training.parallel.ranks import Ranks, join_ranks, ranks_of
 from longtake.training.parallel.sharding import shard, shard_dit, whole
 from longtake.training.parallel.stage import ParallelDiTStage
 from longtake.training.parallel.trainer import ParallelTrainer, records_of
-from longtake.training.stages.base import StageOptions
+from longtake.training.stages.options import StageOptions
 from longtake.training.trainer import TrainConfig
 
 CHUNKS, SAMPLES = 4, 2
@@ -174,7 +174,7 @@ def special(ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "nvfp4": {"precision": "nvfp4", "recalibrate": 1},
-    "recycled": {"recycling": RecyclingConfig(clean=0.0, warmup=1, capacity=2)},
+    "recycled": {"error_recycling": True, "errors": RecyclingConfig(clean=0.0, warmup=1, capacity=2)},
 }
 
 

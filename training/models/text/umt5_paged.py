@@ -3,7 +3,7 @@
 This is how presets of kind "umt5" get their embeddings at run time: a prompt is encoded once, by PyTorch, and kept. An
 engine would hold 11 GB of weights for milliseconds of work a prompt. bf16 is the reference; int8 is weight-only.
 
-    python -m longtake.runtime.bench.umt5          latency and memory on this machine's GPU
+    longtake bench umt5          latency and memory on this machine's GPU
 
 Legend: P prompts, E tokens of a prompt (padded).
 """

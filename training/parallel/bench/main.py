@@ -1,7 +1,7 @@
-"""Balanced against naive sequence parallelism and none, from one run: `python -m longtake.training.parallel.bench.main`.
+"""Balanced against naive sequence parallelism and none, from one run.
 
-  torchrun --nproc-per-node 2 -m longtake.training.parallel.bench.main --layers 8 --seconds 16 32 --out bench.json
-  python -m longtake.training.parallel.bench.main --nproc 2 --preset tiny --device cpu --layers 1 --seconds 2 --iterations 1
+  torchrun --nproc-per-node 2 -m longtake bench parallel --layers 8 --seconds 16 32 --out bench.json
+  longtake bench parallel --nproc 2 --preset tiny --device cpu --layers 1 --seconds 2 --iterations 1
 
 The cases run one after another in the same processes, which are started anew after one that ran out of memory: that is a
 result, not the end. The report is written after each case, and all ends in the time that --budget-seconds gives.
@@ -11,7 +11,6 @@ is what to compare throughput by. Under the others all ranks share one sample.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -19,16 +18,17 @@ import shlex
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from longtake.errors import LongtakeError
 from longtake.files import write_json
+from longtake.options import Command, OneOf, Text, option
 from longtake.provenance import commit, cpu_name, versions
-from longtake.training.models.presets import PRESETS, Preset, preset_named
+from longtake.training.models.presets import WAN22_TI2V_5B, Preset, preset_named
 from longtake.training.parallel.bench.runs import Plan, Runs
 from longtake.training.parallel.bench.table import ratios, table
 from longtake.training.parallel.bench.worker import Case, Models, measure, sized
@@ -41,94 +41,103 @@ logger = logging.getLogger(__name__)
 WAYS = (*MODES, NONE)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m longtake.training.parallel.bench.main",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("--preset", default="wan2.2-ti2v-5b", choices=sorted(PRESETS))
-    p.add_argument(
-        "--layers", type=int, default=8, help="depth of the transformer (default 8); widths are the preset's"
-    )
-    p.add_argument("--height", type=int, help="pixels (default: the preset's)")
-    p.add_argument("--width", type=int)
-    p.add_argument("--seconds", type=float, nargs="+", default=[16, 32], help="lengths of the clip (default 16 32)")
-    p.add_argument("--modes", nargs="+", default=list(WAYS), choices=WAYS)
-    p.add_argument("--iterations", type=int, default=3, help="timed, where time allows (default 3); one at least")
-    p.add_argument("--warmup", type=int, default=1, help="0 for none; the first has all shapes and "
-                   "as much memory, but little work")  # fmt: skip
-    p.add_argument("--no-vae", action="store_true", help="latents are there already")
-    p.add_argument("--halo", default="even", choices=("even", "equal"), help="balanced: latents that each rank encodes "
-                   "(even, default) or keeps (equal, as in the reference) are as many on every rank")  # fmt: skip
-    p.add_argument("--attention", default="blocks", choices=("blocks", "flex"))
-    p.add_argument("--fp32", action="store_true")
-    p.add_argument("--longest", type=float, metavar="S", help="after that, in steps of 8 s and up to S seconds, the "
-                   "longest clip that each mode fits: iterations with a real one's memory and little work")  # fmt: skip
-    p.add_argument("--budget-seconds", type=float, default=240, metavar="S", help="time for everything (default 240); "
-                   "what isn't measured by then is left out")  # fmt: skip
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    p.add_argument("--nproc", type=int, help="ranks, where torchrun didn't start this")
-    p.add_argument("--out", type=Path, help="write the report there, too")
-    p.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    p.add_argument("--rehearse-oom", default="", metavar="MODE", help=argparse.SUPPRESS)  # its last rank fails
-    return p
+@dataclass(frozen=True)
+class ParallelBenchOptions:
+    """What"""
+
+    preset: Annotated[Preset, Text(preset_named, lambda preset: preset.name)] = option(WAN22_TI2V_5B, metavar="NAME")
+    """sizes of the networks, by name"""
+    layers: int = option(8, metavar="N")
+    """depth of the transformer; widths are the preset's"""
+    height: int | None = option(None, metavar="PIXELS")
+    """of the clip (default: the preset's)"""
+    width: int | None = option(None, metavar="PIXELS")
+    """of the clip (default: the preset's)"""
+    seconds: tuple[float, ...] = option((16.0, 32.0), metavar="S")
+    """lengths of the clip"""
+    modes: Annotated[tuple[str, ...], OneOf(WAYS)] = option(WAYS)
+    """ways of sharing a sample, or none"""
+    iterations: int = option(3, metavar="N")
+    """timed, where time allows; one at least"""
+    warmup: int = option(1, metavar="N")
+    """0 for none; the first has all shapes and as much memory, but little work"""
+    vae: bool = option(True)
+    """latents are there already"""
+    halo: Annotated[str, OneOf(("even", "equal"))] = option("even")
+    """balanced: latents that each rank encodes (even) or keeps (equal, as in the reference) are as many on every rank"""
+    attention: Annotated[str, OneOf(("blocks", "flex"))] = option("blocks")
+    """block by block, or FlexAttention"""
+    fp32: bool = option(False)
+    """compute in fp32"""
+    longest: float | None = option(None, metavar="S")
+    """after that, in steps of 8 s and up to S seconds, the longest clip that each mode fits: iterations with a real one's
+    memory and little work (default: not sought)"""
+    budget_seconds: float = option(240.0, metavar="S")
+    """time for everything; what isn't measured by then is left out"""
+    device: Annotated[str, OneOf(("cuda", "cpu"))] | None = option(None)
+    """where (default: cuda if there is a GPU)"""
+    nproc: int | None = option(None, metavar="N")
+    """ranks, where torchrun didn't start this (default: as many as GPUs)"""
+    out: Path | None = option(None, metavar="FILE")
+    """write the report there, too (default: it is printed only)"""
+    record: Path | None = option(None, hidden=True)
+    """a worker's folder"""
+    rehearse_oom: str = option("", hidden=True)
+    """the last rank of this mode fails"""
+
+    @property
+    def on(self) -> str:
+        """The kind of device."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def sized(self) -> Preset:
+        """The preset, cut to size."""
+        return sized(self.preset, self.layers, self.height, self.width)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(options: ParallelBenchOptions) -> int:
     """Measure everything asked for; under torchrun, rank 0 does and the others have nothing to do."""
-    words = sys.argv[1:] if arguments is None else arguments
-    args = parser().parse_args(words)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        if args.record:
-            worker(args)
-            return 0
-        if started_by_torchrun() and os.environ["RANK"] != "0":
-            return 0
-        ranks = args.nproc or int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-        result = bench(args, ranks, "python -m longtake.training.parallel.bench.main " + shlex.join(words))
-    except LongtakeError as error:
-        sys.stderr.write(f"bench: error: {error}\n")
-        return error.exit_code
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    if options.record:
+        worker(options, options.record)
+        return 0
+    if started_by_torchrun() and os.environ["RANK"] != "0":
+        return 0
+    ranks = options.nproc or int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
+    result = bench(options, ranks, shlex.join(["longtake", *sys.argv[1:]]))
     sys.stdout.write(json.dumps(result, indent=2) + "\n\n" + table(result) + "\n")
     return 0
 
 
-def worker(args: argparse.Namespace) -> None:
+def worker(options: ParallelBenchOptions, record: Path) -> None:
     """All cases on one rank; results go to files of the folder --record.
 
     A rank that fails is gone at once: leaving the process group would wait for ranks that wait for this one.
     """
-    preset = preset_of(args)
-    cases = [Case(**case) for case in json.loads((args.record / "cases.json").read_text())]
+    cases = [Case(**case) for case in json.loads((record / "cases.json").read_text())]
     try:
-        with join_ranks(args.device, int(os.environ["WORLD_SIZE"])) as ranks:
-            models = Models(preset, ranks, bf16=not args.fp32, vae=not args.no_vae)
+        with join_ranks(options.on, int(os.environ["WORLD_SIZE"])) as ranks:
+            models = Models(options.sized, ranks, bf16=not options.fp32, vae=options.vae)
             for number, case in enumerate(cases):
                 started = time.monotonic()
                 found = measure(models, case, ranks)
-                write_json(args.record / f"{number}-{ranks.rank}.json", {**found, "took_s": time.monotonic() - started})
+                write_json(record / f"{number}-{ranks.rank}.json", {**found, "took_s": time.monotonic() - started})
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
 
 
-def preset_of(args: argparse.Namespace) -> Preset:
-    return sized(preset_named(args.preset), args.layers, args.height, args.width)
-
-
-def bench(args: argparse.Namespace, ranks: int, command: str) -> dict[str, Any]:
+def bench(options: ParallelBenchOptions, ranks: int, command: str) -> dict[str, Any]:
     """The report."""
-    preset = preset_of(args)
+    preset = options.sized
     require_heads(preset, ranks)
-    plan = Plan(preset, ranks, args.halo, args.attention, not args.fp32, not args.no_vae, args.rehearse_oom)
-    words = ["-m", "longtake.training.parallel.bench.main"]
-    for name in ("preset", "layers", "height", "width", "device"):
-        words += [f"--{name}", str(getattr(args, name))] if getattr(args, name) is not None else []
-    words += [f"--{name.replace('_', '-')}" for name in ("no_vae", "fp32") if getattr(args, name)]
+    plan = Plan(preset, ranks, options.halo, options.attention, not options.fp32, options.vae, options.rehearse_oom)
+    words = ["-m", "longtake", "bench", "parallel", "--preset", options.preset.name, "--device", options.on]
+    for name in ("layers", "height", "width"):
+        words += [f"--{name}", str(getattr(options, name))] if getattr(options, name) is not None else []
+    words += [*([] if options.vae else ["--no-vae"]), *(["--fp32"] if options.fp32 else [])]
     result: dict[str, Any] = {
         "kind": "bench",
         "command": command,
@@ -137,27 +146,26 @@ def bench(args: argparse.Namespace, ranks: int, command: str) -> dict[str, Any]:
         "preset": preset.name,
         "layers": preset.dit.layers,
         "resolution": f"{preset.width}x{preset.height}",
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if options.on == "cuda" else None,
         "cpu": cpu_name(),
         "versions": versions(),
         "ranks": ranks,
-        "precision": "fp32" if args.fp32 else "bf16",
-        "halo": args.halo,
-        "attention": args.attention,
+        "precision": "fp32" if options.fp32 else "bf16",
+        "halo": options.halo,
+        "attention": options.attention,
     }
 
     def save(cases: list[dict[str, Any]], longest: dict[str, Any]) -> None:
         result.update(cases=cases, ratio=ratios(cases), longest=longest)
-        if args.out:
-            write_json(args.out, result)
+        if options.out:
+            write_json(options.out, result)
 
-    runs = Runs(plan, words, time.monotonic() + args.budget_seconds, save)
-    runs.measure(args.seconds, args.modes, args.iterations, args.warmup)
-    if args.longest:
-        memory = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else 0
-        runs.find_longest(args.modes, args.longest, memory)
+    runs = Runs(plan, words, time.monotonic() + options.budget_seconds, save)
+    runs.measure(options.seconds, options.modes, options.iterations, options.warmup)
+    if options.longest:
+        memory = torch.cuda.get_device_properties(0).total_memory if options.on == "cuda" else 0
+        runs.find_longest(options.modes, options.longest, memory)
     return result
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command(run=run, options=(ParallelBenchOptions,), description=__doc__ or "")

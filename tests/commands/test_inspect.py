@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 from pathlib import Path
@@ -202,8 +201,8 @@ def test_numbered_bindings_are_one_line() -> None:
 
 def test_command_prints_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [_fp4_linear(tmp_path), _checkpoint(tmp_path)]
-    assert inspect_cli.run(argparse.Namespace(files=files, json=False)) == 0
+    assert inspect_cli.run(inspect_cli.InspectOptions(files=tuple(files))) == 0
     text = capsys.readouterr().out
     assert "bits_per_weight 4.5" in text and "dit.safetensors" in text
-    assert inspect_cli.run(argparse.Namespace(files=files, json=True)) == 0
+    assert inspect_cli.run(inspect_cli.InspectOptions(files=tuple(files), json=True)) == 0
     assert [item["kind"] for item in json.loads(capsys.readouterr().out)] == ["ONNX model", "checkpoint (safetensors)"]

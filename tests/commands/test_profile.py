@@ -116,7 +116,7 @@ def test_feeds_read_the_longest_window_and_write() -> None:
 
 def test_command_refuses_zero_runs() -> None:
     with pytest.raises(LongtakeError, match="bad number of runs"):
-        profile_cli.run(argparse.Namespace(runs=0))
+        profile_cli.ProfileOptions(runs=0)
 
 
 def test_command_writes_json_and_says_it_is_a_cpu_reference(
@@ -131,9 +131,8 @@ def test_command_writes_json_and_says_it_is_a_cpu_reference(
     monkeypatch.setattr(sources, "choose_backend", lambda *_: argparse.Namespace(backend="reference", reason="no GPU"))
     monkeypatch.setattr("longtake.formats.exported.Export.read", lambda folder: None)
     monkeypatch.setattr(profile_cli, "timing_feed", lambda spec: {"x": np.ones((8, 8), np.float32)})
-    args = argparse.Namespace(engines=None, network=["text_encoder"], backend="auto", runs=2, top=5,
-                              without_trtexec=False, out=tmp_path / "out")  # fmt: skip
-    assert profile_cli.run(args) == 0
+    options = profile_cli.ProfileOptions(network=("text_encoder",), runs=2, top=5, out=tmp_path / "out")
+    assert profile_cli.run(options) == 0
     text = capsys.readouterr().out
     assert "no GPU" in text and "a reference, no TensorRT figure" in text and "MatMul: product" in text
     assert profile_from_file(tmp_path / "out" / "tiny_bf16_sm89" / "text_encoder.json")[0] == {"count": 2}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 
 from longtake.commands import engines as cli
+from longtake.commands.main import parsed
 from longtake.engines.build import PlanResult
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.formats.plan import PlanManifest
@@ -15,10 +15,7 @@ from longtake.machine.flavour import Flavour
 
 
 def run(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli.register(parser.add_subparsers(required=True))
-    args = parser.parse_args(["engines", *words])
-    return args.run(args)
+    return cli.run(*parsed("engines", list(words)))
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from longtake.commands.main import main
-from longtake.commands.run_options import chunk_choices
+from longtake.training.options import chunk_choices, chunk_text
 
 
 def train(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
@@ -55,3 +55,12 @@ def test_bad_input_is_one_clear_message(
 def test_chunk_choices() -> None:
     assert chunk_choices("4..6") == (4, 5, 6) and chunk_choices("5") == (5,)
     assert chunk_choices("1,1,5") == (1, 1, 5)
+    assert [chunk_text(chunk_choices(text)) for text in ("4..6", "5", "1,1,5")] == ["4..6", "5", "1,1,5"]
+
+
+def test_a_distillation_is_described_without_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["--teacher", str(tmp_path / "none"), "--out", str(tmp_path / "run"), "--student-steps", "2", "--dry-run"]
+    assert main(["distill", *words]) == 0
+    text = capsys.readouterr().out
+    assert "the student's update (1 step in 5)" in text and "student: 2 steps, guidance 1; lr 0.0001" in text
+    assert not (tmp_path / "run").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from longtake.commands import main as cli
+from longtake.options import Command
 
 
 class InterruptedWhenDropped:
@@ -23,17 +23,14 @@ class InterruptedWhenDropped:
 def test_ctrl_c_in_a_finalizer_is_not_lost(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     came_back = []
 
-    def run(args: argparse.Namespace) -> int:
+    def run() -> int:
         InterruptedWhenDropped()
         came_back.append(True)  # Python has dropped the exception
         time.sleep(10)
         return 0
 
-    def register(subparsers: Any) -> None:
-        subparsers.add_parser("drop").set_defaults(run=run)
-
-    monkeypatch.setattr(cli, "COMMANDS", {"drop": "drop"})
-    monkeypatch.setitem(sys.modules, "drop", SimpleNamespace(register=register))  # type: ignore[arg-type]
+    monkeypatch.setattr(cli, "COMMANDS", {"drop": ("drop", "drops something")})
+    monkeypatch.setitem(sys.modules, "drop", SimpleNamespace(COMMAND=Command(run, (), "")))  # type: ignore[arg-type]
     before = sys.unraisablehook
     assert cli.main(["drop"]) == 130 and came_back
     assert "interrupted" in capsys.readouterr().err

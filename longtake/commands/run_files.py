@@ -1,0 +1,90 @@
+"""Run files: a command's options in a YAML file. What the command line says wins; what neither says is default.
+
+Its keys are the options' names without the dashes in front. A switch is `true` or `false`, an option of several numbers
+takes a list. `description` is free text.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longtake.checked_yaml import read_yaml
+from longtake.commands.options import Parser, converted
+from longtake.config import reject_unknown_keys
+from longtake.errors import LongtakeError
+from longtake.options import Command, Option, options_of
+from longtake.paths import REPOSITORY
+
+RUNS = REPOSITORY / "training" / "run_files"  # a folder for each command
+DESCRIPTION = "description"
+SEE = "see training/run_files"
+
+
+def run_names(folder: Path) -> list[str]:
+    """The shipped run files of a command."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def run_path(name: str, folder: Path) -> Path:
+    """A run file by its path, or by the name of a shipped one. Raises LongtakeError if there is none."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        names = run_names(folder)
+        near = difflib.get_close_matches(name, names, n=1)
+        raise LongtakeError(
+            "unknown run file",
+            got=name,
+            expected="a .yaml file, or one of " + ", ".join(names),
+            fix=f"did you mean {near[0]!r}?" if near else "check --config",
+        )
+    return path
+
+
+def values_of_file(path: Path, command: Command) -> dict[str, Any]:
+    """The values of a run file by the options' keys.
+
+    Raises:
+        LongtakeError: it is no YAML mapping, or a key or value isn't known.
+    """
+    options = {one.names[-1].strip("-"): one for one in options_of(*command.options).values()}
+    given = {str(key).replace("_", "-"): value for key, value in _mapping(path).items() if key != DESCRIPTION}
+    reject_unknown_keys(given, sorted(options), f"run file {path.name}")
+    return {options[key].key: _value(options[key], value, path) for key, value in given.items()}
+
+
+def _value(one: Option, value: Any, path: Path) -> Any:
+    try:
+        return converted(one, value)
+    except LongtakeError as error:
+        what = f"run file {path.name}: {error.what.replace('--', '')}"
+        raise LongtakeError(what, got=error.got, expected=error.expected, fix=SEE) from None
+
+
+def _mapping(path: Path) -> dict[Any, Any]:
+    given = read_yaml(path, "run file", "key: value lines in UTF-8", SEE)
+    if not isinstance(given, dict):
+        kind = type(given).__name__
+        raise LongtakeError(f"run file {path} is not a mapping", got=kind, expected="key: value lines", fix=SEE)
+    return given
+
+
+def add_config(parser: Parser, command: Command) -> None:
+    """Add `--config`."""
+    assert command.runs is not None
+    parser.add_argument(
+        "--config",
+        metavar="FILE|NAME",
+        help="run file: options from a YAML file; what is given here wins (default: none). Shipped: "
+        + (", ".join(run_names(command.runs)) or "none"),
+    )
+    parser.renamed["--recipe"] = "--config"
+
+
+def values_of_config(given: Mapping[str, Any], command: Command) -> dict[str, Any]:
+    """What the run file says that was given with `--config`; nothing without."""
+    if command.runs is None or "config" not in given:
+        return {}
+    return values_of_file(run_path(given["config"], command.runs), command)

@@ -1,0 +1,39 @@
+"""What `longtake train` and `longtake distill` share in running a stage."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longtake.options import FREE, option, settings_of
+from longtake.training.models.presets import Preset
+from longtake.training.optimizer import OptimizerConfig
+from longtake.training.options import RunOptions
+from longtake.training.trainer import TrainConfig
+
+
+@dataclass(frozen=True)
+class WhereOptions:
+    """What"""
+
+    device: str = option("auto", resume=FREE)
+    """auto, cpu, cuda or cuda:N"""
+    dry_run: bool = option(False, resume=FREE)
+    """print sizes, shapes, memory and cost, and stop"""
+
+
+def train_config(how: RunOptions, preset: Preset, optimizer: OptimizerConfig, *more: Any) -> TrainConfig:
+    """The loop's settings; those of a run that is resumed are compared to those of `how` and `more`."""
+    command, settings = shlex.join(["longtake", *sys.argv[1:]]), settings_of(how, *more)
+    return TrainConfig(**vars(how), preset=preset.name, optimizer=optimizer, command=command, settings=settings)
+
+
+def conclude(files: Iterable[Path], metrics: Mapping[str, float], note: str = "") -> None:
+    """Say what was written, and how good it is."""
+    for path in files:
+        print(f"wrote {path}{note}")
+    print("held out: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
