@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 
-import longtake
+from longtake import paths
 from longtake.export.files import is_reference, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
@@ -34,7 +34,7 @@ from longtake.training.models.wan.vae_library import library_ops
 
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
 DECODER = ("vae_first", "vae_steady")
-PACKAGE = Path(longtake.__file__).parent
+PACKAGE = Path(paths.__file__).parent
 SOURCES = ("export", "plugins", "training/models", "formats")  # what an export computes with, and this folder
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "nvidia-modelopt")
 VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB

@@ -20,7 +20,6 @@ from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import Preset
-from longtake.video import count_frames, frames_one_by_one
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +38,8 @@ def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
             encode.
         IntegrityError: a file of latents is damaged.
     """
+    from longtake.video import count_frames, frames_one_by_one
+
     source, preset = Path(path), model.preset
     if source.suffix.lower() == ".safetensors":
         return latents_from_file(source, preset)

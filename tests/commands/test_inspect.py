@@ -19,6 +19,7 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256, write_json
 from longtake.formats.exported import Export, ExportedFile, ExportedNetwork
 from longtake.formats.plan import PlanManifest
+from longtake.training.models.wan.slots import SlotTable
 
 
 def _fp4_linear(folder: Path, external: bool = False) -> Path:
@@ -160,7 +161,7 @@ def test_saved_session(tmp_path: Path) -> None:
 
     identity = Identity("tiny", "tiny_w4a16", "nvfp4", 5, 16, 3.0, "", 5.0)
     path = tmp_path / "session.safetensors"
-    snapshot_to_file(Snapshot(identity, Position(()), {"positive.0.0": torch.zeros(2, 3)}), path)
+    snapshot_to_file(Snapshot(identity, Position((), SlotTable(4)), {"positive.0.0": torch.zeros(2, 3)}), path)
     found = describe(path)
     assert (found["kind"], found["identity"]["seed"], found["position"]["chunk"]) == ("saved session", 5, 0)
     assert found["tensors"] == {"positive.0.0": [2, 3]}

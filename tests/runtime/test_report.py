@@ -70,5 +70,5 @@ def test_no_commit_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/x/runtime/cli.py", "generate", "--prompt", "a red one"])
+    monkeypatch.setattr(sys, "argv", ["/x/longtake/__main__.py", "generate", "--prompt", "a red one"])
     assert report.command_line() == "longtake generate --prompt 'a red one'"
