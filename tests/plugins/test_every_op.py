@@ -90,9 +90,11 @@ def test_a_gpu_runs_the_operator_alike(name: str, monkeypatch: pytest.MonkeyPatc
     here, there = torch_op(name)(*inputs), torch_op(name)(*(t.cuda() for t in inputs))
     for ours, theirs in zip(as_tuple(here), as_tuple(there)):
         exact = op.runs_in == "kernel" and not op.tolerance
-        step = 2**-3 if ours.dtype == torch.float8_e4m3fn else 1e-5
+        step = least = 1e-4 if op.kernel_size else 1e-5  # convolutions add up hundreds of products in another order
+        if ours.dtype == torch.float8_e4m3fn:
+            step, least = 2**-3, 0.02
         pair = theirs.cpu().float(), ours.float()
-        torch.testing.assert_close(*pair, rtol=0 if exact else step, atol=0 if exact else 1e-5 if step < 0.1 else 0.02)
+        torch.testing.assert_close(*pair, rtol=0 if exact else step, atol=0 if exact else least)
 
 
 def text_of(source: Any) -> str:

@@ -215,7 +215,7 @@ def test_a_gpu_s_gradients_are_the_cpu_s(small_preset: Preset, teacher: Path) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{"amp": False, "cache": "bf16"}, {"precision": "nvfp4", "cache": "nvfp4"}], ids=["fp32", "bf16, nvfp4"]
+    "options", [{"fp32": True, "cache": "bf16"}, {"precision": "nvfp4", "cache": "nvfp4"}], ids=["fp32", "bf16, nvfp4"]
 )
 def test_cuda_graphs_compute_the_same(small_preset: Preset, teacher: Path, options: dict[str, Any]) -> None:
     """Losses and gradients of stories of several lengths, also after the weights have changed and amax with them."""
@@ -240,7 +240,7 @@ def test_cuda_graphs_compute_the_same(small_preset: Preset, teacher: Path, optio
             assert len(stage.passes.looks.graphs) == 4 and len(stage.passes.learns) == 5
         found.append(turns)
     errors = [worst(*turns) for turns in zip(*found, strict=True)]
-    assert max(errors) <= (1e-2 if "amp" in options else 0.1), [
+    assert max(errors) <= (1e-2 if "fp32" in options else 0.1), [
         (error, {name: (float(x.norm()), float(other[name].norm())) for name, x in one.items()})
         for error, one, other in zip(errors, *found)
     ]
