@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from longtake.checked_yaml import MOST_REPEATED, read_yaml
-from longtake.commands.options_file import _mapping
+from longtake.commands.run_files import _mapping
 from longtake.errors import LongtakeError
 from longtake.files import read_json
 from longtake.formats.recipe import recipe_from_file
