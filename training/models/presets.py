@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,6 +177,20 @@ class Preset:
         ):  # fmt: skip
             if got != wanted:
                 raise LongtakeError(f"preset {self.name}: {what}", got=got, expected=wanted, fix=SEE)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of what each network is, by kind of checkpoint, where the preset is not a shipped one: its name alone tells little."""
+        if self.name in PRESETS:
+            return {}
+        parts = {"dit": self.dit, "vae": self.vae, "text_encoder": self.text}
+        return {kind: hashlib.sha256(f"{self.family} {part}".encode()).hexdigest() for kind, part in parts.items()}
+
+    @property
+    def label(self) -> str:
+        """The name; of a preset that is not shipped also who it is, so that another of this name is another."""
+        digest = hashlib.sha256(repr(replace(self, checkpoints="")).encode()).hexdigest()[:12]
+        return self.name if self.name in PRESETS else f"{self.name} ({digest})"
 
     def frames_of(self, chunk: int) -> int:
         """Latent frames of chunk `chunk`."""
