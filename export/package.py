@@ -95,6 +95,7 @@ def export_package(
         skeleton=weights is None,
         amax=weights.amax if weights else {},
         versions=versions(PACKAGES),
+        recipe=recipe.whole,
     )
     export.write(folder)
     return export

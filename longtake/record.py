@@ -1,4 +1,4 @@
-"""JSON files that one stage writes and another reads: a frozen dataclass each, with a format number."""
+"""Frozen dataclasses from files: JSON that one stage writes and another reads, and mappings that people write."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from longtake.errors import IntegrityError
+from longtake.config import reject_unknown_keys
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, write_json
 
 T = TypeVar("T")
+WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Kind:
             return record_from_json(cls, given)
         except (TypeError, ValueError) as error:
             raise self.broken(path, str(error)) from None
+        except LongtakeError as error:
+            raise self.broken(path, f"{error.what}: {error.got}") from None
 
     def broken(self, path: Path, got: str) -> IntegrityError:
         """What is raised for a file that holds no such record."""
@@ -83,6 +87,46 @@ def record_from_json(cls: type[T], given: dict[str, Any]) -> T:
     return cls(**values)
 
 
+def record_from_mapping(cls: type[T], given: Any, where: str, see: str, part: str = "", **more: Any) -> T:
+    """A dataclass from a mapping that a person wrote: nothing unknown, nothing missing, nothing of another type.
+
+    Args:
+        where: the file, in errors, whose fix is `see`. part: the key in it that holds `given`; all of it if "".
+        more: fields that are not read from the mapping.
+
+    Raises:
+        LongtakeError: names the file and the key, and for an unknown one the nearest that is known.
+    """
+    named = f"{part} of {where}" if part else where
+    if not isinstance(given, dict):
+        kind = type(given).__name__
+        raise LongtakeError(f"{named} is not a mapping", got=kind, expected="key: value lines", fix=see)
+    own = {field.name: field for field in fields(cls) if field.name not in more}  # type: ignore[arg-type]
+    reject_unknown_keys(given, list(own), named)
+    needed = [name for name, field in own.items() if field.default is field.default_factory is MISSING]
+    if missing := [name for name in needed if name not in given]:
+        raise LongtakeError(f"{named} lacks keys", got=sorted(given), expected=f"also {missing}", fix=see)
+    values = {name: _written(_hints(cls)[name], value, name, where, see, part) for name, value in given.items()}  # type: ignore[arg-type]
+    try:
+        return cls(**values, **more)
+    except LongtakeError as error:
+        if not part:
+            raise
+        raise LongtakeError(f"{named}: {error.what}", got=error.got, expected=error.expected, fix=error.fix) from None
+
+
+def _written(hint: Any, value: Any, key: str, where: str, see: str, part: str) -> Any:
+    if is_dataclass(hint):
+        return record_from_mapping(hint, value, where, see, key)  # type: ignore[arg-type]
+    try:
+        return _value(hint, value, key)
+    except TypeError:
+        inner = [WORDS.get(each, str(each)) for each in get_args(hint)[:1]]
+        expected = f"a list, of each {inner[0]}" if inner else WORDS.get(hint, str(hint))
+        what = f"{where}: bad {part} {key}".replace("  ", " ")
+        raise LongtakeError(what, got=repr(value)[:80], expected=expected, fix=see) from None
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
@@ -99,7 +143,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is dict and isinstance(value, dict):
         return {key: _value(inner[1], each, f"{where}.{key}") for key, each in value.items()}
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and isinstance(value, list | tuple):
         return tuple(_value(inner[0], each, f"{where}[{i}]") for i, each in enumerate(value))
     if is_dataclass(hint) and isinstance(value, dict):
         return record_from_json(hint, value)  # type: ignore[arg-type]

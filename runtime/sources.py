@@ -74,7 +74,9 @@ def source_from_name(name: Path | str | None) -> Source:
 def source_of_recipe(recipe: Recipe) -> Source | None:
     """What is built for a recipe, else what is exported for it, in the project's own folders; None if neither."""
     if (ENGINES / recipe.name / "bundle.json").is_file():
-        return source_from_bundle(ENGINES / recipe.name)
+        source = source_from_bundle(ENGINES / recipe.name)
+        source.recipe.require_same(recipe, source.engines)
+        return source
     if Export.is_in(EXPORTS / recipe.onnx_name):
         return _source_from_export(EXPORTS / recipe.onnx_name, recipe)
     return None
@@ -117,7 +119,12 @@ def source_from_bundle(folder: Path) -> Source:
 
 def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
     export = Export.read(folder, digests=False)
-    if recipe is None:
+    if export.recipe is not None:
+        own = export.recipe.read
+        if recipe is not None:
+            own.require_same(recipe, folder)
+        recipe = recipe or own
+    if recipe is None:  # an export of an earlier version
         matching = [r for r in map(recipe_named, recipe_names()) if r.onnx_name == export.onnx_name]
         if not matching:
             raise LongtakeError(f"no recipe fits the export in {folder}", got=export.onnx_name,

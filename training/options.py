@@ -51,8 +51,8 @@ class Seeded:
 class ModelOptions:
     """Model"""
 
-    preset: Annotated[Preset, Text(preset_named, lambda preset: preset.name)] = option(TINY, metavar="NAME")
-    """sizes of the networks, by name"""
+    preset: Annotated[Preset, Text(preset_named, lambda preset: preset.label)] = option(TINY, metavar="NAME")
+    """sizes of the networks: a shipped preset, or a .yaml file"""
     vae: Path | None = option(None, metavar="FOLDER")
     """folder of the frozen VAE (default: the one beside --init or --teacher, else the shipped one)"""
     precision: Annotated[str, OneOf(("bf16", "nvfp4"))] = option("bf16", resume=DECISIVE)

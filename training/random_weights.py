@@ -41,7 +41,9 @@ def write_random_checkpoints(
     dtype = weights_dtype(*modules.values()) or torch.bfloat16
     states = {kind: _typed(modules[kind].state_dict(), dtype) for kind in kinds}
     require_disk(folder, sum(t.nbytes for state in states.values() for t in state.values()))
-    sides = {kind: SideFile(kind, preset.name, facts={"random_seed": seed}) for kind in kinds}
+    sides = {
+        kind: SideFile(kind, preset.name, preset_digests=preset.digests, facts={"random_seed": seed}) for kind in kinds
+    }
     if "dit" in sides:
         weights = {name: models.dit.get_parameter(f"{name}.weight") for name in quantized_linears(models.dit)}
         amax = {

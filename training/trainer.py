@@ -43,6 +43,7 @@ class TrainConfig(RunOptions):
     """
 
     preset: str
+    preset_digests: dict[str, str] = field(default_factory=dict)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log_steps: int = 50
     command: str = ""
@@ -268,6 +269,7 @@ class Trainer:
         config = self.config
         return {
             "preset": config.preset,
+            **({"preset_digests": config.preset_digests} if config.preset_digests else {}),
             "stage": self.stage.name,
             "step": self.step,
             "steps": config.steps,

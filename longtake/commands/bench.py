@@ -74,26 +74,28 @@ def run(options: BenchOptions, others: MoreOptions) -> int:
 
 def completed(options: BenchOptions) -> BenchOptions:
     """With a place for what is written. Raises LongtakeError for an unknown recipe."""
-    recipe = options.recipe if options.recipe.endswith((".yaml", ".yml")) else recipe_named(options.recipe).name
+    found = recipe_named(options.recipe)
+    recipe = str(Path(options.recipe).resolve()) if options.recipe.endswith((".yaml", ".yml")) else found.name
     return replace(options, recipe=recipe, out=options.out or str(Path("runs") / "bench" / Path(options.recipe).stem))
 
 
 def of_another_recipe(options: BenchOptions, name: str) -> BenchOptions:
     """The same benchmark of another recipe's DiT. Raises LongtakeError for an unknown recipe or another preset."""
     recipe = recipe_named(name)
-    if recipe.preset != options.the_recipe.preset:
+    if recipe.model != options.the_recipe.model:
         raise LongtakeError(
             "--more takes recipes of the same preset",
             got=recipe.preset,
             expected=options.the_recipe.preset,
             fix="run the benchmark twice",
         )
+    name = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
     return replace(options, recipe=name, networks=("dit",), decode_device="", out=str(options.folder / recipe.name))
 
 
 def prepare(options: BenchOptions) -> None:
     """Export (graphs without weights) and build what is not there yet; on a CPU only the export is needed."""
-    name = options.the_recipe.name
+    name = options.recipe
     if device_from_name(options.device).type == "cpu":
         if not Export.is_in(export_folder(options)):
             _longtake("export", "--recipe", name, "--no-parity", "--out", str(export_folder(options).parent))

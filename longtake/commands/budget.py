@@ -14,7 +14,7 @@ from longtake.options import Command, option
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.terms import Use, budget_of
 from longtake.runtime.budget.terms_table import budget_table
-from longtake.runtime.sources import source_from_bundle, source_of_recipe
+from longtake.runtime.sources import source_from_name, source_of_recipe
 from longtake.training.models.presets import SamplingConfig
 
 EPILOG = """examples:
@@ -35,7 +35,7 @@ class BudgetOptions:
     recipe: str | None = option(None, metavar="NAME")
     """a shipped recipe or a .yaml file (default: that of --engines)"""
     engines: Path | None = option(None, metavar="FOLDER")
-    """built engines (default: the recipe's, if built)"""
+    """engines or exported networks (default: the recipe's)"""
     guidance: float | None = option(None, metavar="S")
     """guidance scale (default: as the export records, else the preset's)"""
     image: bool = option(False)
@@ -80,15 +80,17 @@ def _guidance(asked: float | None, recipe: Recipe, recorded: SamplingConfig | No
 def _recipe(options: BudgetOptions) -> tuple[Recipe, Path | None, SamplingConfig | None]:
     """The recipe; its engines where they are built; how what is built or exported is sampled, where that is recorded."""
     if options.engines is not None:
-        source = source_from_bundle(options.engines)
-        if options.recipe is not None and recipe_named(options.recipe).name != source.recipe.name:
+        source = source_from_name(options.engines)
+        asked = source.recipe if options.recipe is None else recipe_named(options.recipe)
+        source.recipe.require_same(asked, options.engines)
+        if asked.name != source.recipe.name:
             raise LongtakeError(
                 f"{options.engines} holds engines of another recipe",
                 got=source.recipe.name,
                 expected=options.recipe,
                 fix="leave out --recipe",
             )
-        return source.recipe, options.engines, source.sampling
+        return source.recipe, source.engines, source.sampling
     if options.recipe is None:
         raise LongtakeError(
             "no recipe was named",

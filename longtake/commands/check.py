@@ -33,8 +33,8 @@ STORY = REPOSITORY / "docs" / "stories" / "demo.yaml"
 class CheckOptions:
     """What"""
 
-    recipe: str = option(metavar="NAME")
-    """a shipped recipe or a .yaml file"""
+    recipe: str | None = option(None, metavar="NAME")
+    """a shipped recipe or a .yaml file (default: that of --engines)"""
     engines: str | None = option(None, metavar="FOLDER")
     """engines or exported networks (default: the recipe's)"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
@@ -57,8 +57,7 @@ class CheckOptions:
 
 def run(options: CheckOptions) -> int:
     """Compare, print, write the report; a failed gate is raised last, as GateError."""
-    recipe = recipe_named(options.recipe)
-    source = source_from_name(options.engines or options.recipe)
+    recipe, source = recipe_and_source(options)
     models = models_of_export(recipe, Export.read(source.onnx), options.checkpoints or source.checkpoints)
     path = options.report or OUT / f"{recipe.name}.json"
     claim_outputs({"--report": path, "the plot beside --report": path.with_suffix(".png")}, {"--story": options.story})
@@ -78,6 +77,18 @@ def run(options: CheckOptions) -> int:
     print(f"report {path}\nplot   {path.with_suffix('.png')}")
     require_gates(rows, chunks, recipe)
     return 0
+
+
+def recipe_and_source(options: CheckOptions) -> tuple[Recipe, Source]:
+    """The recipe that was named, or else that of the folder; and its files. Raises LongtakeError if neither was given."""
+    if options.recipe is None and options.engines is None:
+        raise LongtakeError("longtake check lacks --recipe", expected="--recipe NAME or --engines FOLDER",
+                            fix="pass --recipe")  # fmt: skip
+    recipe = None if options.recipe is None else recipe_named(options.recipe)
+    source = source_from_name(options.engines or options.recipe)
+    if recipe is not None:
+        source.recipe.require_same(recipe, options.engines or source.onnx)
+    return recipe or source.recipe, source
 
 
 def models_of_export(recipe: Recipe, export: Export, checkpoints: Path | None) -> Models:

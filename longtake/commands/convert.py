@@ -46,7 +46,7 @@ class ConvertOptions:
     """What"""
 
     preset: Annotated[Preset, Text(preset_named, lambda preset: preset.name)] = option(WAN22_TI2V_5B, metavar="NAME")
-    """sizes of the networks, by name"""
+    """sizes of the networks: a shipped preset, or a .yaml file"""
     dit: Path | None = option(None, metavar="PATH")
     """file or folder: the transformer, or LongLive's generator (default: none)"""
     vae: Path | None = option(None, metavar="PATH")

@@ -17,9 +17,10 @@ from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe
 from longtake.options import Command, option
 from longtake.paths import EXPORTS, REPOSITORY
 from longtake.training.models.load import load_models, read_side
+from longtake.training.models.presets import Preset
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
-Graphs = dict[tuple[str, tuple[str, ...]], PlainGraphs]
+Graphs = dict[tuple[Preset, tuple[str, ...]], PlainGraphs]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def distinct(names: Sequence[str]) -> list[Recipe]:
     recipes: dict[str, Recipe] = {}
     for recipe in map(recipe_named, names):
         kept = recipes.setdefault(recipe.onnx_name, recipe)
+        kept.require_same(recipe, recipe.onnx_name)
         if kept.cache != recipe.cache:
             raise LongtakeError(
                 f"recipes {kept.name} and {recipe.name} would share {recipe.onnx_name} with different caches",
@@ -87,6 +89,9 @@ def export(
         carry_tokenizer(source, folder)
     inputs = inputs_digest(recipe, None if skeleton else source)
     made = None if force else up_to_date(folder, inputs)
+    if made is not None and made.recipe != recipe.whole:
+        made = replace(made, recipe=recipe.whole)
+        made.write(folder)
     if made is not None and (made.parity or not parity):
         print(f"{recipe.onnx_name}: up to date (checkpoints and code unchanged; --force exports again)")
         return made
@@ -103,7 +108,7 @@ def export(
 
 
 def _graphs(recipe: Recipe, weights: Weights | None, graphs: Graphs) -> PlainGraphs:
-    key = recipe.preset, weights.vocabulary if weights else ()
+    key = recipe.model, weights.vocabulary if weights else ()
     if key not in graphs:
         graphs[key] = PlainGraphs(recipe.model, key[1] or None)
     return graphs[key]

@@ -17,7 +17,7 @@ class RandomOptions:
     """What"""
 
     preset: Annotated[Preset, Text(preset_named)] = option(metavar="NAME")
-    """sizes of the networks, by name"""
+    """sizes of the networks: a shipped preset, or a .yaml file"""
     out: Path = option(metavar="FOLDER")
     """where they are written"""
     seed: int = option(0)

@@ -29,7 +29,10 @@ class WhereOptions:
 def train_config(how: RunOptions, preset: Preset, optimizer: OptimizerConfig, *more: Any) -> TrainConfig:
     """The loop's settings; those of a run that is resumed are compared to those of `how` and `more`."""
     command, settings = shlex.join(["longtake", *sys.argv[1:]]), settings_of(how, *more)
-    return TrainConfig(**vars(how), preset=preset.name, optimizer=optimizer, command=command, settings=settings)
+    return TrainConfig(
+        **vars(how), preset=preset.name, preset_digests=preset.digests, optimizer=optimizer, command=command,
+        settings=settings,
+    )  # fmt: skip
 
 
 def conclude(files: Iterable[Path], metrics: Mapping[str, float], note: str = "") -> None:

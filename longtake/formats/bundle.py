@@ -61,7 +61,7 @@ class Bundle:
         """Write it into its folder, atomically."""
         told = {key: value for key, value in vars(self).items() if key != "folder"}
         onnx = os.path.relpath(self.onnx, self.folder.resolve())
-        told |= {"recipe": self.recipe.name, "recipe_fields": asdict(self.recipe), "onnx": onnx}
+        told |= {"recipe": self.recipe.name, "recipe_fields": asdict(self.recipe.whole), "onnx": onnx}
         KIND.write(told, self.folder / NAME)
         return self.folder / NAME
 
@@ -89,7 +89,7 @@ class Bundle:
                 raise KIND.broken(path, str(gone))
             told = {**told, "recipe": fields, "folder": str(folder)}
         bundle = KIND.parse(cls, told, path)
-        return replace(bundle, onnx=(folder / bundle.onnx).resolve())
+        return replace(bundle, recipe=bundle.recipe.read, onnx=(folder / bundle.onnx).resolve())
 
     @property
     def fix(self) -> str:

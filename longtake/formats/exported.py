@@ -42,6 +42,7 @@ class Export:
     inputs: digest of the checkpoints and the code it was made from. skeleton: graphs without weights.
     amax, vocabulary, sampling: of the checkpoints; sampling is how a DiT is sampled, if that is recorded.
     checkpoints: the folder they were in. parity: rows of the comparison with PyTorch; empty where none was made.
+    recipe: that it was exported for last, with its preset; others share its files. Not in older ones.
     """
 
     onnx_name: str
@@ -60,6 +61,7 @@ class Export:
     parity: tuple[dict[str, Any], ...] = ()
     checkpoints: str | None = None
     sampling: dict[str, Any] | None = None
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         SamplingConfig.told(self.sampling)
@@ -123,6 +125,8 @@ class Export:
         keys = ("preset", "precision", "cache", "linears")
         given, wanted = ({key: getattr(of, key) for key in keys} for of in (self, recipe))
         fix = f"longtake export --recipe {recipe.name}"
+        if self.recipe is not None:
+            self.recipe.read.require_same(recipe, folder)
         if given != wanted:
             raise LongtakeError(f"the networks in {folder} are of another recipe", got=given, expected=wanted, fix=fix)
         names = family_of(recipe.model).networks(recipe.model)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from longtake.checked_yaml import read_yaml
-from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError
 from longtake.paths import REPOSITORY
 from longtake.plugins.cache_format import CACHE_FORMATS
+from longtake.record import record_from_mapping
 from longtake.training.models.presets import PRESETS, Preset, preset_named
 
 RECIPES = REPOSITORY / "engines" / "recipes"
@@ -43,8 +42,9 @@ class Gate:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One file in engines/recipes, named model_precision_target.
+    """A recipe file, named after it; those in engines/recipes are called model_precision_target.
 
+    preset: its name. own_preset: the preset itself, None where it is the shipped one of that name.
     precision: "nvfp4" (native W4A4), "w4a16" (4-bit weights, bf16 arithmetic), "fp8" (native W8A8) or "bf16".
     cache: "nvfp4" or "bf16". compute_capability: such as "12.0". mode: "fused" or "segmented".
     attention: what the sink attention's two products are computed in, "bf16" or "fp8".
@@ -65,10 +65,12 @@ class Recipe:
     linears: str = "engine"
     memory_gb: int = 0
     vae_ops: str = "engine"
+    own_preset: Preset | None = None
 
     def __post_init__(self) -> None:
+        presets = tuple(PRESETS) if self.own_preset is None else (self.own_preset.name,)
         for key, allowed in (
-            ("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES), ("preset", tuple(PRESETS)),
+            ("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES), ("preset", presets),
             ("attention", ATTENTIONS), ("linears", LINEARS), ("vae_ops", VAE_OPS),
         ):  # fmt: skip
             if getattr(self, key) not in allowed:
@@ -84,13 +86,38 @@ class Recipe:
         if self.vae_ops == "library" and self.mode != "segmented":
             raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder", got=self.mode,
                                 expected="segmented", fix="set vae_ops: engine")  # fmt: skip
-        if isinstance(self.memory_gb, bool) or not isinstance(self.memory_gb, int) or self.memory_gb < 0:
+        if self.memory_gb < 0:
             raise LongtakeError(f"recipe {self.name}: bad memory_gb", got=repr(self.memory_gb),
                                 expected="a whole number of at least 0", fix="set memory_gb: 0")  # fmt: skip
 
     @property
     def model(self) -> Preset:
-        return preset_named(self.preset)
+        return self.own_preset or preset_named(self.preset)
+
+    @property
+    def whole(self) -> Recipe:
+        """The same with its preset in it, shipped or not: what is recorded, to be read where the preset's file is not."""
+        return replace(self, own_preset=self.model)
+
+    @property
+    def read(self) -> Recipe:
+        """The same as it is where it was recorded: a preset that is shipped here is no own one."""
+        return replace(self, own_preset=None) if self.own_preset == PRESETS.get(self.preset) else self
+
+    def require_same(self, asked: Recipe, where: object) -> None:
+        """Raise LongtakeError if what lies at `where`, made by this recipe, is not what recipe `asked` makes.
+
+        Recipes of other names may share files. The gate and the size of a card are asked for, not made.
+        """
+        told = replace(self, gate=asked.gate, memory_gb=asked.memory_gb)
+        for what, got, expected in (("preset", self.model, asked.model), ("recipe", told, asked)):
+            if got.name == expected.name and got != expected:
+                raise LongtakeError(
+                    f"{where} was made by another {what} of the name {got.name}",
+                    got=_differences(got, expected),
+                    expected=_differences(expected, got),
+                    fix="make it again with `longtake export` and `longtake engines`, or give one of them another name",
+                )
 
     @property
     def onnx_name(self) -> str:
@@ -99,30 +126,29 @@ class Recipe:
         return f"{self.preset}_{self.precision}{linears}" + ("_vae_library" if self.vae_ops == "library" else "")
 
 
+def _differences(one: object, other: object) -> dict[str, object]:
+    """The fields of `one` that `other` has otherwise."""
+    return {key: value for key, value in vars(one).items() if value != getattr(other, key)}
+
+
 def recipe_from_file(path: Path) -> Recipe:
-    """Load and validate one recipe file. Unknown or missing keys are errors that name the nearest known key."""
-    given = read_yaml(path, "recipe", "key: value lines in UTF-8", "see engines/recipes")
-    _require_mapping(given, f"recipe {path}")
-    known = [f.name for f in fields(Recipe) if f.name != "name"]
-    optional = {f.name for f in fields(Recipe) if f.default is not MISSING}
-    reject_unknown_keys(given, known, f"recipe {path.name}")
-    gate = given.get("gate") or {}
-    _require_mapping(gate, f"gate of recipe {path.name}")
-    gate_keys = [f.name for f in fields(Gate)]
-    reject_unknown_keys(gate, gate_keys, f"gate of recipe {path.name}")
-    for where, have, want in ((path.name, given, known), (f"gate of {path.name}", gate, gate_keys)):
-        missing = [key for key in want if key not in have and key not in optional]
-        if missing:
-            raise LongtakeError(f"recipe {where} lacks keys", got=sorted(have), expected=f"also {missing}",
-                                fix="see engines/recipes")  # fmt: skip
-    values = {**given, "compute_capability": str(given["compute_capability"]), "gate": Gate(**gate)}
-    return Recipe(name=path.stem, **values)
+    """The recipe in a file, named after it. Its preset is a shipped one by name, or a file by its path from this one.
 
-
-def _require_mapping(given: Any, where: str) -> None:
-    if not isinstance(given, dict):
-        raise LongtakeError(f"{where} is not a mapping", got=type(given).__name__, expected="key: value lines",
-                            fix="see engines/recipes")  # fmt: skip
+    Raises:
+        LongtakeError: a key is unknown, missing, or has a value that cannot be; names file, key and the nearest key.
+    """
+    given, own = read_yaml(path, "recipe", "key: value lines in UTF-8", "see engines/recipes"), {}
+    if isinstance(given, dict):
+        preset, capability = given.get("preset"), given.get("compute_capability")
+        if isinstance(preset, str) and preset.endswith((".yaml", ".yml")):
+            model = preset_named(preset, path.parent)
+            given, own = {**given, "preset": model.name}, {"own_preset": model}
+        if isinstance(capability, float):
+            given = {**given, "compute_capability": str(capability)}
+    recipe: Recipe = record_from_mapping(
+        Recipe, given, f"recipe {path.name}", "see engines/recipes", name=path.stem, **{"own_preset": None, **own}
+    )
+    return recipe.read
 
 
 def recipe_names(preset: str = "") -> list[str]:

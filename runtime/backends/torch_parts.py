@@ -33,7 +33,7 @@ def vae_from_checkpoints(preset: Preset, checkpoints: Path | None) -> Any:
         IntegrityError: it is damaged.
     """
     vae = family_of(preset).vae(preset)
-    load_into(vae, checkpoint_folder(preset, checkpoints) / "vae.safetensors", kind="vae", preset=preset.name)
+    load_into(vae, checkpoint_folder(preset, checkpoints) / "vae.safetensors", kind="vae", preset=preset)
     return vae.eval()
 
 

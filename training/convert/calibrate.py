@@ -47,7 +47,7 @@ def calibrate_folder(
     path = folder / "dit.safetensors"
     with torch.device("meta"):
         dit = CausalDiT(preset.dit)
-    side = map_into(dit, path, kind="dit", preset=preset.name)
+    side = map_into(dit, path, kind="dit", preset=preset)
     given = None if latents is None else read_latents(latents, preset, chunks)
     text = empty_context(preset, folder)
     amax = measure(dit.to(device).eval(), preset, text.to(device), chunks, passes, given, seed, progress)
@@ -97,7 +97,7 @@ def empty_context(preset: Preset, folder: Path) -> Tensor:
     words = read_side(path, "text_encoder", preset).vocabulary
     with torch.device("meta"):
         text = text_encoder_for(preset, words, folder)
-    map_into(text, path, kind="text_encoder", preset=preset.name)
+    map_into(text, path, kind="text_encoder", preset=preset)
     tokens = torch.zeros(1, preset.text.length, dtype=torch.int32)
     if preset.text.kind == "umt5":
         tokens[0, 0] = END

@@ -78,7 +78,7 @@ def _dit(
         meta["lora"] = {"merged": len(loras), "scale": factors.pop() if len(factors) == 1 else sorted(factors)}
     if packed:
         meta["packed"] = {"rule": rule, "order": ORDER, "amax": packed}
-    return Converted("dit", preset.name, _cast(result, tensors, dtype), meta)
+    return Converted("dit", preset, _cast(result, tensors, dtype), meta)
 
 
 def convert_vae(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype | None = None) -> Converted:
@@ -102,7 +102,7 @@ def convert_vae(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype 
     tensors |= {name: pending(torch.tensor(values)) for name, values in statistics.items()}
     check_fit(tensors, vae_shapes(preset), f"the VAE of preset {preset.name}")
     cast = {name: value if name in statistics else value.to(dtype or value.dtype) for name, value in tensors.items()}
-    return Converted("vae", preset.name, cast, {"source": {"keys": "wan" if stock else "diffusers"}})
+    return Converted("vae", preset, cast, {"source": {"keys": "wan" if stock else "diffusers"}})
 
 
 def convert_text(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype | None = None) -> Converted:
@@ -120,7 +120,7 @@ def convert_text(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype
     tensors = text_keys.from_wan(lazy) if wan else text_keys.from_huggingface(lazy)
     check_fit(tensors, text_shapes(preset), f"the text encoder of preset {preset.name}")
     meta = {"source": {"keys": "wan" if wan else "huggingface"}}
-    return Converted("text_encoder", preset.name, _cast(tensors, tensors, dtype), meta)
+    return Converted("text_encoder", preset, _cast(tensors, tensors, dtype), meta)
 
 
 @cache

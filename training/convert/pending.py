@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError
 from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 
 
@@ -40,7 +41,7 @@ class Converted:
     """
 
     kind: str
-    preset: str
+    preset: Preset
     tensors: Mapping[str, Pending]
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -55,7 +56,8 @@ class Converted:
         Raises:
             IntegrityError: a tensor is not finite; nothing stands under `path` that wasn't there before.
         """
-        side = SideFile.of({"kind": self.kind, "preset": self.preset, **self.meta})
+        told = {"preset": self.preset.name, "preset_digests": self.preset.digests, **self.meta}
+        side = SideFile.of({"kind": self.kind, **told})
         save_checkpoint(path, self.tensors, side, lambda name: made(name, self.tensors[name]), progress)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def vae_mismatch(start: Path, vae: Path, digest: str) -> LongtakeError | None:
 def frozen_vae(path: Path, preset: Preset, device: torch.device) -> tuple[CausalVAE, str]:
     """A trained VAE and its digest."""
     vae = CausalVAE(preset.vae)
-    side = load_into(vae, path, kind="vae", preset=preset.name)
+    side = load_into(vae, path, kind="vae", preset=preset)
     return vae.requires_grad_(False).eval().to(device), side.sha256
 
 

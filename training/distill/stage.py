@@ -47,9 +47,9 @@ class DistillStage(Stage):
         self.text = text_encoder_for(preset, read_side(text_file, "text_encoder", preset).vocabulary, folder)
         self.teacher = CausalDiT(preset.dit)
         self.companions = [vae_checkpoint(preset, options.vae, folder), text_file]
-        self.text_digest = load_into(self.text, text_file, kind="text_encoder", preset=preset.name).sha256
+        self.text_digest = load_into(self.text, text_file, kind="text_encoder", preset=preset).sha256
         self.cached_text: CachedText | None = None
-        self.teacher_digest = load_into(self.teacher, folder / "dit.safetensors", kind="dit", preset=preset.name).sha256
+        self.teacher_digest = load_into(self.teacher, folder / "dit.safetensors", kind="dit", preset=preset).sha256
         self.modules: dict[str, nn.Module] = {}
         self.critic_modules: dict[str, nn.Module] = {}
         self.rollout = Rollout(preset, options.student_steps, options.cache)

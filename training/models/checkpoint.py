@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, sha256
 from longtake.provenance import versions
+from longtake.training.models.presets import Preset
 from longtake.training.models.safetensors_stream import Shaped, write_tensors
 from longtake.training.models.side_file import KIND, SideFile
 
@@ -79,13 +80,14 @@ def _put_in_place(pending: Path, final: Path) -> None:
         os.replace(pending, final)
 
 
-def read_side_file(path: Path, *, kind: str, preset: str) -> SideFile:
-    """The side file of checkpoint `path`, checked to be of `kind` and `preset`.
+def read_side_file(path: Path, *, kind: str, preset: str | Preset) -> SideFile:
+    """The side file of checkpoint `path`, checked to be of `kind` and `preset` (by its name, or by what it says, too).
 
     Raises:
         LongtakeError: checkpoint or side file is missing, or it is of another kind or preset.
         IntegrityError: the side file is damaged.
     """
+    name = preset if isinstance(preset, str) else preset.name
     if not path.is_file():
         fix = _train_fix(kind, preset, path.parent)
         raise LongtakeError(f"checkpoint {path} does not exist", expected=f"a {kind} checkpoint", fix=fix)
@@ -96,10 +98,15 @@ def read_side_file(path: Path, *, kind: str, preset: str) -> SideFile:
         got = f"no {side.name}"
         raise LongtakeError(f"checkpoint {path} has no side file", got=got, expected=str(side), fix=RETRAIN)
     told = SideFile.read(side)
-    for key, got, wanted in (("kind", told.kind, kind), ("preset", told.preset, preset)):
+    for key, got, wanted in (("kind", told.kind, kind), ("preset", told.preset, name)):
         if got != wanted:
             fix = f"pass a folder whose {path.name} was trained for {key} {wanted!r}"
             raise IntegrityError(f"checkpoint {path} is of another {key}", got=got, expected=wanted, fix=fix)
+    own = {} if isinstance(preset, str) else preset.digests
+    if kind in own and told.preset_digests.get(kind, own[kind]) != own[kind]:
+        raise IntegrityError(f"checkpoint {path} is of another preset {name!r}: its {kind} is described otherwise",
+                             got=f"sha256 {told.preset_digests[kind]}", expected=f"sha256 {own[kind]}",
+                             fix="give one of the preset files another name")  # fmt: skip
     return told
 
 
@@ -115,7 +122,7 @@ def require_digest(path: Path, side: SideFile, fix: str = RETRAIN) -> None:
         )
 
 
-def load_checkpoint(path: Path, *, kind: str, preset: str) -> tuple[dict[str, Tensor], SideFile]:
+def load_checkpoint(path: Path, *, kind: str, preset: str | Preset) -> tuple[dict[str, Tensor], SideFile]:
     """Tensors and side file of a checkpoint whose digest was verified before anything was parsed.
 
     Raises:
@@ -153,7 +160,7 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> SideFile:
+def load_into(module: nn.Module, path: Path, *, kind: str, preset: str | Preset) -> SideFile:
     """Load a checkpoint into `module` (casting to its dtypes) and return the side file.
 
     Nothing is written to the module unless every key and shape fits.
@@ -166,7 +173,7 @@ def load_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> SideF
     return side
 
 
-def map_into(module: nn.Module, path: Path, *, kind: str, preset: str) -> SideFile:
+def map_into(module: nn.Module, path: Path, *, kind: str, preset: str | Preset) -> SideFile:
     """Let a module built on the meta device have the checkpoint's tensors as its own, and return the side file.
 
     The tensors are views of the mapped file, in its dtypes: memory is taken only for what is read, and writing to them
@@ -216,10 +223,11 @@ def _some(names: list[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + rest
 
 
-def _train_fix(kind: str, preset: str, folder: Path) -> str:
-    if preset.startswith("wan"):
+def _train_fix(kind: str, preset: str | Preset, folder: Path) -> str:
+    name = preset if isinstance(preset, str) else preset.name
+    if name.startswith("wan"):
         option = {"vae": "--vae", "text_encoder": "--text"}.get(kind, "--dit")
-        return (f"convert it: longtake convert --preset {preset} {option} RELEASED --out {folder}; or name another folder "
+        return (f"convert it: longtake convert --preset {name} {option} RELEASED --out {folder}; or name another folder "
                 "with --checkpoints")  # fmt: skip
     stage = "vae" if kind == "vae" else "dit"
     return f"train it: longtake train --stage {stage} --data digits --out runs/{stage}"

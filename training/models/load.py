@@ -87,7 +87,7 @@ def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype |
     dtype = dtype or weights_dtype(*modules.values())
     sides = {}
     for name, module in modules.items():
-        sides[name] = map_into(module, folder / f"{name}.safetensors", kind=name, preset=preset.name)
+        sides[name] = map_into(module, folder / f"{name}.safetensors", kind=name, preset=preset)
         module.to(dtype=dtype).eval()
     return Models(preset, dit, vae, text, sides["dit"].amax, formats=sides["dit"].formats)
 
@@ -102,7 +102,7 @@ def read_side(path: Path, kind: str, preset: Preset) -> SideFile:
     """The checked side file of a checkpoint; that of a text encoder of words holds its vocabulary."""
     from longtake.training.models.checkpoint import RETRAIN, read_side_file
 
-    side = read_side_file(path, kind=kind, preset=preset.name)
+    side = read_side_file(path, kind=kind, preset=preset)
     if kind == "text_encoder" and preset.text.kind == "words" and side.vocabulary is None:
         raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary", got="none",
                              expected='"vocabulary": a list of words', fix=RETRAIN)  # fmt: skip

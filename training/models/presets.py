@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from longtake.checked_yaml import read_yaml
 from longtake.errors import LongtakeError
-from longtake.record import record_from_json
+from longtake.paths import REPOSITORY
+from longtake.record import record_from_json, record_from_mapping
+
+SHIPPED = REPOSITORY / "training" / "presets"
+SEE = "see training/presets and docs/add-a-recipe.md"
+TEXT_KINDS = ("words", "umt5")
+
+
+def _at_least(owner: Any, least: int, *names: str) -> None:
+    """Raise LongtakeError for the first of some fields with a number below `least`."""
+    for name in names:
+        value = getattr(owner, name)
+        if any(each < least for each in (value if isinstance(value, tuple) else (value,))):
+            raise LongtakeError(f"bad {name}", got=value, expected=f"{least} or more", fix=SEE)
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,7 @@ class DiTConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        _at_least(self, 1, *(name for name in vars(self) if name not in ("eps", "rope_theta")))
         if self.dim % self.heads or (self.dim // self.heads) % 16:
             raise LongtakeError(
                 "heads do not fit the DiT",
@@ -57,6 +76,18 @@ class VAEConfig:
     quant_convs: bool = True
     last_shortcut: bool = True
 
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for sizes below 1, and for a stride that the levels do not make."""
+        _at_least(self, 1, "z_channels", "encoder_dim", "decoder_dim", "dim_mult", "res_blocks", "stride")
+        space, time = 2 ** len(self.dim_mult), 2 ** sum(self.temporal_down)
+        if len(self.temporal_down) != len(self.dim_mult) - 1 or self.stride != (time, space, space):
+            raise LongtakeError(
+                "the levels do not fit the VAE",
+                got=f"{len(self.dim_mult)} in dim_mult, {len(self.temporal_down)} in temporal_down, stride {self.stride}",
+                expected=f"a temporal_down for each level but the last, stride ({time}, {space}, {space})",
+                fix="change stride, or the levels",
+            )
+
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
@@ -73,6 +104,15 @@ class TextEncoderConfig:
     ffn_dim: int = 0
     vocabulary: int = 0
 
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for an unknown kind, sizes below 1, and heads that do not divide the width."""
+        if self.kind not in TEXT_KINDS:
+            raise LongtakeError("bad kind", got=self.kind, expected=" | ".join(TEXT_KINDS), fix=SEE)
+        _at_least(self, 1, "dim", "layers", "heads", "length", *(("ffn_dim", "vocabulary") * (self.kind == "umt5")))
+        if self.dim % self.heads:
+            raise LongtakeError("heads do not fit the text encoder", got=f"dim {self.dim}, heads {self.heads}",
+                                expected="dim a multiple of heads", fix="change dim or heads in the preset")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -81,6 +121,9 @@ class SamplingConfig:
     steps: int
     guidance: float
     shift: float = 5.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps")
 
     @classmethod
     def told(cls, record: dict[str, Any] | None) -> SamplingConfig | None:
@@ -97,9 +140,11 @@ class Preset:
 
     family: see families.py. chunk_latents: latent frames of a chunk; first_chunk_latents: of chunk 0, as many if 0.
     window_chunks: chunks that one sees, itself among them; as many slots a cache has.
+    checkpoints: folder of its own ones; where they lie makes no other preset of it.
     """
 
     name: str
+    family: str
     dit: DiTConfig
     vae: VAEConfig
     text: TextEncoderConfig
@@ -111,16 +156,41 @@ class Preset:
     window_chunks: int = 4
     shot_rope_offset: int = 8
     negative_prompt: str = ""
-    checkpoints: str = field(default="")
-    family: str = "wan"
+    checkpoints: str = field(default="", compare=False)
     first_chunk_latents: int = 0
 
     def __post_init__(self) -> None:
-        """Raise LongtakeError for a window without room for both sinks and the chunk itself."""
+        """Raise LongtakeError for a window without room for both sinks and the chunk itself, and for parts that don't fit."""
         if self.window_chunks < LEAST_WINDOW:
             raise LongtakeError(f"preset {self.name}: the window is too small", got=f"{self.window_chunks} chunks",
                                 expected=f"{LEAST_WINDOW} or more: two sinks and the chunk itself",
                                 fix=f"set window_chunks: {LEAST_WINDOW}")  # fmt: skip
+        _at_least(self, 1, "height", "width", "fps", "chunk_latents")
+        _at_least(self, 0, "shot_rope_offset", "first_chunk_latents")
+        down, across = (self.vae.stride[i] * self.dit.patch[i] for i in (1, 2))
+        for got, wanted, what in (
+            ({"height": self.height % down, "width": self.width % across}, {"height": 0, "width": 0},
+             f"the size is no multiple of a token's {down}x{across} pixels"),
+            ({"vae z_channels": self.vae.z_channels}, {"vae z_channels": self.dit.channels}, "the VAE does not fit the DiT"),
+            ({"text dim": self.text.dim, "text length": self.text.length},
+             {"text dim": self.dit.text_dim, "text length": self.dit.text_len}, "the text encoder does not fit the DiT"),
+        ):  # fmt: skip
+            if got != wanted:
+                raise LongtakeError(f"preset {self.name}: {what}", got=got, expected=wanted, fix=SEE)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of what each network is, by kind of checkpoint, where the preset is not a shipped one: its name alone tells little."""
+        if self.name in PRESETS:
+            return {}
+        parts = {"dit": self.dit, "vae": self.vae, "text_encoder": self.text}
+        return {kind: hashlib.sha256(f"{self.family} {part}".encode()).hexdigest() for kind, part in parts.items()}
+
+    @property
+    def label(self) -> str:
+        """The name; of a preset that is not shipped also who it is, so that another of this name is another."""
+        digest = hashlib.sha256(repr(replace(self, checkpoints="")).encode()).hexdigest()[:12]
+        return self.name if self.name in PRESETS else f"{self.name} ({digest})"
 
     def frames_of(self, chunk: int) -> int:
         """Latent frames of chunk `chunk`."""
@@ -156,64 +226,69 @@ class Preset:
         return self.frame_tokens * self.chunk_latents
 
 
-TINY = Preset(
-    name="tiny",
-    dit=DiTConfig(dim=256, ffn_dim=768, layers=6, heads=4, channels=16, text_dim=128, text_len=32),
-    vae=VAEConfig(
-        z_channels=16,
-        encoder_dim=12,
-        decoder_dim=16,
-        dim_mult=(1, 2, 2, 4),
-        res_blocks=1,
-        temporal_down=(False, True, True),
-        quant_convs=False,
-        last_shortcut=False,
-    ),
-    text=TextEncoderConfig(kind="words", dim=128, layers=2, heads=4, length=32),
-    sampling=SamplingConfig(steps=16, guidance=3.0),
-    height=128,
-    width=128,
-    checkpoints="training/checkpoints/tiny",
-)
+def preset_from_file(path: Path) -> Preset:
+    """The preset in a file, named after it.
 
-WAN22_TI2V_5B = Preset(
-    name="wan2.2-ti2v-5b",
-    dit=DiTConfig(dim=3072, ffn_dim=14336, layers=30, heads=24, channels=48, text_dim=4096, text_len=512),
-    vae=VAEConfig(
-        z_channels=48,
-        encoder_dim=160,
-        decoder_dim=256,
-        dim_mult=(1, 2, 4, 4),
-        res_blocks=2,
-        temporal_down=(False, True, True),
-    ),
-    text=TextEncoderConfig(kind="umt5", dim=4096, layers=24, heads=64, length=512, ffn_dim=10240, vocabulary=256384),
-    sampling=SamplingConfig(steps=4, guidance=1.0),
-    height=704,
-    width=1280,
-    checkpoints="checkpoints/wan2.2-ti2v-5b",
-)
+    Raises:
+        LongtakeError: it is no such file, a key or value is not known or cannot be, or a shipped preset has its name.
+    """
+    from longtake.training.models.families import family_of
 
-# The widths of the 5B transformer, so every Linear is a real one, at a depth and size that a CPU checks in minutes.
-# Its other networks are narrow. Weights: longtake random-weights --preset wan2.2-ti2v-5b-check.
-WAN22_TI2V_5B_CHECK = replace(
-    WAN22_TI2V_5B,
-    name="wan2.2-ti2v-5b-check",
-    dit=replace(WAN22_TI2V_5B.dit, layers=2),
-    vae=replace(WAN22_TI2V_5B.vae, encoder_dim=32, decoder_dim=32),
-    text=replace(WAN22_TI2V_5B.text, layers=1, ffn_dim=256, vocabulary=512),
-    height=128,
-    width=128,
-    checkpoints="checkpoints/wan2.2-ti2v-5b-check",
-)
-
-PRESETS = {preset.name: preset for preset in (TINY, WAN22_TI2V_5B, WAN22_TI2V_5B_CHECK)}
+    preset = _preset(path, path.resolve().parent)
+    family_of(preset)
+    shipped = PRESETS.get(preset.name)
+    if shipped not in (None, preset):
+        raise LongtakeError(f"preset {path} has the name of a shipped one, and says something else", got=preset,
+                            expected=shipped, fix="give the file another name")  # fmt: skip
+    return preset
 
 
-def preset_named(name: str) -> Preset:
-    """Return the preset called `name`; an unknown name is an error that lists the known ones."""
+def _preset(path: Path, folder: Path) -> Preset:
+    """`folder`: what the path of its checkpoints starts from, by default checkpoints/NAME there."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.stem):
+        raise LongtakeError(f"a preset cannot be called {path.stem!r}", expected="letters, digits, dots and dashes",
+                            fix="give the file another name")  # fmt: skip
+    values = _values(path)
+    preset: Preset = record_from_mapping(Preset, values, f"preset {path}", SEE, name=path.stem)
+    place = preset.checkpoints or f"checkpoints/{preset.name}"
+    return replace(preset, checkpoints=place if folder == REPOSITORY else str(folder / place))
+
+
+def _values(path: Path, above: tuple[Path, ...] = ()) -> Any:
+    """What a preset file says, over what its `base` says: a shipped preset by name, or a file beside it."""
+    values = read_yaml(path, "preset", "key: value lines in UTF-8", SEE)
+    if not isinstance(values, dict) or "base" not in values:
+        return values
+    base, own = str(values["base"]), {key: value for key, value in values.items() if key != "base"}
+    beside = path.parent / base if base.endswith((".yaml", ".yml")) else SHIPPED / f"{base}.yaml"
+    if beside.resolve() in (path.resolve(), *above) or not beside.is_file():
+        names = sorted(PRESETS)
+        near = difflib.get_close_matches(base, names, n=1)
+        raise LongtakeError(f"preset {path}: bad base", got=base, expected=f"{' | '.join(names)} | another file beside it",
+                            fix=f"did you mean {near[0]!r}?" if near else SEE)  # fmt: skip
+    under = _values(beside, (*above, path.resolve()))
+    if not isinstance(under, dict):
+        return under
+    parts = {key: {**under[key], **value} for key, value in own.items()
+             if isinstance(value, dict) and isinstance(under.get(key), dict)}  # fmt: skip
+    return {**under, "checkpoints": "", **own, **parts}
+
+
+PRESETS: dict[str, Preset] = {}
+PRESETS |= {path.stem: _preset(path, REPOSITORY) for path in sorted(SHIPPED.glob("*.yaml"))}
+TINY, WAN22_TI2V_5B = PRESETS["tiny"], PRESETS["wan2.2-ti2v-5b"]
+
+
+def preset_named(name: str, folder: Path = Path()) -> Preset:
+    """A shipped preset by name, or any preset file by path, seen from `folder`.
+
+    Raises:
+        LongtakeError: there is no such preset, which lists the shipped ones; or see `preset_from_file`.
+    """
+    if name.endswith((".yaml", ".yml")) and (folder / name).is_file():
+        return preset_from_file(folder / name)
     if name not in PRESETS:
-        raise LongtakeError(
-            "unknown preset", got=name, expected=", ".join(sorted(PRESETS)), fix="pass one of these with --preset"
-        )
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        raise LongtakeError("unknown preset", got=name, expected=", ".join([*sorted(PRESETS), "or a .yaml file"]),
+                            fix=f"did you mean {near[0]!r}?" if near else "pass one of these")  # fmt: skip
     return PRESETS[name]

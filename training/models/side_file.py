@@ -25,6 +25,7 @@ class SideFile:
 
     kind: of model, such as "dit". sha256: of the tensors' file. step, steps: made, and planned, of a run.
     amax: of quantized linears. vocabulary: of a text encoder of words. sampling: how the DiT is sampled.
+    preset_digests: `Preset.digests`.
     nvfp4, packed: see plugins/nvfp4/weight_format.py. settings, position: of a run to be resumed.
     facts: what else a stage tells of it, for people and for tests: command, data, metrics.
     """
@@ -42,6 +43,7 @@ class SideFile:
     settings: dict[str, Any] | None = None
     position: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    preset_digests: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -64,7 +66,8 @@ class SideFile:
 
     def write(self, path: Path) -> None:
         """Write it, atomically; what is not told is left out."""
-        told = {**vars(self), "facts": None, "amax": self.amax or None, **self.facts}
+        told = {**vars(self), "facts": None, "amax": self.amax or None,
+                "preset_digests": self.preset_digests or None, **self.facts}  # fmt: skip
         KIND.write({key: value for key, value in told.items() if value is not None or key in self.facts}, path)
 
     def describes(self, tensors: Path) -> bool:

@@ -20,6 +20,6 @@ def initial_models(options: StageOptions) -> tuple[CausalDiT, AnyTextEncoder, st
     text_file, dit_file = folder / "text_encoder.safetensors", folder / "dit.safetensors"
     text = text_encoder_for(preset, read_side(text_file, "text_encoder", preset).vocabulary, folder)
     dit = CausalDiT(preset.dit)
-    digest = load_into(text, text_file, kind="text_encoder", preset=preset.name).sha256
-    load_into(dit, dit_file, kind="dit", preset=preset.name)
+    digest = load_into(text, text_file, kind="text_encoder", preset=preset).sha256
+    load_into(dit, dit_file, kind="dit", preset=preset)
     return dit, text, digest

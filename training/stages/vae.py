@@ -38,7 +38,7 @@ class VAEStage(Stage):
             torch.manual_seed(options.seed)
             self.vae = CausalVAE(self.preset.vae)
         if options.init is not None:
-            load_into(self.vae, options.init / "vae.safetensors", kind="vae", preset=self.preset.name)
+            load_into(self.vae, options.init / "vae.safetensors", kind="vae", preset=self.preset)
         self.vae.encoder.requires_grad_(not options.decoder_only)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
 

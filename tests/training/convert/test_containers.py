@@ -153,4 +153,4 @@ def test_the_5b_has_every_key_and_shape_of_the_release() -> None:
 
 def test_presets_may_be_objects(preset: Preset, dit_state: State) -> None:
     other = replace(preset, name="another name")
-    assert convert_dit(dit_state, other).preset == "another name"
+    assert convert_dit(dit_state, other).preset.name == "another name"

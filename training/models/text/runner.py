@@ -65,7 +65,7 @@ def _paged(
     from longtake.training.models.checkpoint import load_checkpoint
     from longtake.training.models.text.umt5_paged import PagedUMT5, source_from_state
 
-    state, _ = load_checkpoint(folder / "text_encoder.safetensors", kind="text_encoder", preset=preset.name)
+    state, _ = load_checkpoint(folder / "text_encoder.safetensors", kind="text_encoder", preset=preset)
     return PagedUMT5(preset.text, source_from_state(state), device, storage, resident)
 
 
@@ -76,7 +76,7 @@ def _words(preset: Preset, folder: Path, device: torch.device) -> Callable[[Tens
 
     path = folder / "text_encoder.safetensors"
     encoder = text_encoder_for(preset, read_side(path, "text_encoder", preset).vocabulary)
-    load_into(encoder, path, kind="text_encoder", preset=preset.name)
+    load_into(encoder, path, kind="text_encoder", preset=preset)
     encoder.to(device).eval()
 
     @torch.no_grad()
