@@ -158,7 +158,8 @@ class Generator:
         return session
 
     def close(self) -> None:
-        """Release the engines."""
+        """Release the engines. Sessions made from it yield no more chunks."""
+        self.model.closed = True
         self.backend.close()
 
     def __enter__(self) -> Generator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from longtake.config import whole_number
 from longtake.errors import LongtakeError
 from longtake.runtime.story import checked_prompt
 
@@ -24,7 +25,9 @@ class SessionOptions:
     endless: bool = False
 
     def __post_init__(self) -> None:
-        """Raise LongtakeError for what cannot be sampled."""
+        """Raise LongtakeError for what cannot be sampled. Seed and steps become ints: the noise is drawn from a seed's text."""
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed", "pass --seed 7"))
+        object.__setattr__(self, "steps", whole_number(self.steps, "number of denoise steps", "pass --steps 16"))
         if not 0 <= self.seed < 2**63:
             raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass --seed 7")
         if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):

@@ -57,6 +57,7 @@ class VideoModel:
         self.backend, self.preset, self.recipe = backend, backend.preset, backend.recipe
         self.device, self.family = backend.device, family_of(backend.preset)
         self._text: TextRunner | None = None
+        self.closed = False  # by its generator: sessions must not go on
         spec = backend.specs["dit"]
         self._latents, self._velocity, self._slot = spec.inputs[0].name, spec.outputs[0].name, spec.slot
 
