@@ -239,7 +239,7 @@ class Session:
         return Identity(
             preset=self.model.preset.name, model=recipe.onnx_name, cache=recipe.cache, seed=options.seed,
             steps=options.steps, guidance=options.guidance, negative_prompt=options.negative_prompt,
-            shift=options.shift, family=self.model.family.name,
+            shift=options.shift, family=self.model.family.name, weights=dict(self.model.backend.weights),
         )  # fmt: skip
 
     def snapshot(self) -> Snapshot:

@@ -11,6 +11,8 @@ from torch import Tensor
 from longtake.accuracy.compare import recipe_models
 from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.host import HostBackend
+from longtake.runtime.backends.torch_parts import checkpoint_folder
+from longtake.training.models.checkpoint import weights_digests
 from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, load_models
 
@@ -32,6 +34,8 @@ class TorchBackend(HostBackend):
         super().__init__(
             recipe, "PyTorch in fp32, the oracle", device or torch.device("cpu"), plain.preset, checkpoints
         )
+        if models is None:
+            self.weights = weights_digests(checkpoint_folder(plain.preset, checkpoints))
         self.vocabulary = tuple(plain.vocabulary)
         oracle, family = recipe_models(plain, recipe.precision), family_of(plain.preset)
         self._modules = {name: family.module(oracle, recipe, name).to(self.device) for name in self.specs}
