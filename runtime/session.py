@@ -21,9 +21,10 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.clock import StageClock
-from longtake.runtime.conditions import Conditioner, Tokenize
+from longtake.runtime.conditions import Conditioner
 from longtake.runtime.decode import DecodeQueue
 from longtake.runtime.sampling import ChunkSampler
+from longtake.runtime.session_inputs import OWN, SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
 from longtake.runtime.state import Edit, Position, SessionState, with_edit
@@ -42,12 +43,13 @@ class Session:
         script: tuple[Segment, ...],
         options: SessionOptions,
         first_latent: Tensor | None = None,
+        inputs: SessionInputs = OWN,
     ) -> None:
         """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
-        self.model, self.options = model, options
-        timesteps = model.family.solver(options.steps, options.shift).timesteps
+        self.model, self.options, self.inputs = model, options, inputs
         negative = options.negative_prompt if options.guided else None
-        self._conditioner = Conditioner(model, tokenize, options.seed, negative, timesteps)
+        embedding, noise = inputs.embedding_of(model, tokenize), inputs.noise_of(model.preset, options.seed)
+        self._conditioner = Conditioner(model, embedding, noise, negative, options.schedule.timesteps)
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled)
@@ -240,6 +242,9 @@ class Session:
             preset=self.model.preset.name, model=recipe.onnx_name, cache=recipe.cache, seed=options.seed,
             steps=options.steps, guidance=options.guidance, negative_prompt=options.negative_prompt,
             shift=options.shift, family=self.model.family.name, weights=dict(self.model.backend.weights),
+            solver=options.solver, timesteps=options.timesteps,
+            noise="seed" if self.inputs.noise is None else "given",
+            embeddings="prompts" if self.inputs.embeddings is None else "given",
         )  # fmt: skip
 
     def snapshot(self) -> Snapshot:

@@ -35,7 +35,8 @@ NOISE = 1  # version of conditions.noise_for_chunk: another one would continue w
 class Identity:
     """What has to agree for a snapshot to be continued. model: preset and precision, such as "tiny_w4a16".
 
-    family: whose slots the position holds; version 1 knew one. weights: see `Backend.weights`; version 3 told them first.
+    family: whose slots the position holds; version 1 knew one. What follows came with version 3. weights: see `Backend.weights`.
+    noise, embeddings: what they come of, or "given".
     """
 
     preset: str
@@ -48,6 +49,10 @@ class Identity:
     shift: float
     family: str = "wan"
     weights: dict[str, str] = field(default_factory=dict)
+    solver: str = "unipc"
+    timesteps: tuple[float, ...] = ()
+    noise: str = "seed"
+    embeddings: str = "prompts"
 
 
 @dataclass(frozen=True)

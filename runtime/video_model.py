@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
 from longtake.training.models.families import family_of
@@ -89,7 +90,10 @@ class VideoModel:
         return outputs[self._velocity]
 
     def decoder(self) -> Decoder:
-        """A decoder at the start of a video."""
+        """A decoder at the start of a video. Raises LongtakeError if there is no VAE."""
+        if not self.backend.has("vae_first"):
+            raise LongtakeError("there is no VAE to decode with", got=f"no vae.safetensors in {self.backend.checkpoints}",
+                                expected="a VAE, or latents only", fix="pass decode=False, or copy the VAE there")  # fmt: skip
         return NetworkDecoder(self.backend)
 
     def encoder(self) -> Encoder:
