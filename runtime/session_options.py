@@ -29,13 +29,14 @@ class Sampling:
     solver: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise LongtakeError for steps and timesteps at once."""
+        """Raise LongtakeError for steps and timesteps at once, and for timesteps that are no schedule."""
         if self.timesteps is None:
             return
         if self.steps is not None:
             raise LongtakeError("steps and timesteps say the same in two ways", got=f"{self.steps} and {self.timesteps}",
                                 expected="one of the two", fix="leave steps out")  # fmt: skip
         object.__setattr__(self, "timesteps", tuple(_number(t, "timestep") for t in self.timesteps))
+        schedule_from(self.timesteps)
 
 
 @dataclass(frozen=True)
