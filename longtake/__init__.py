@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from longtake.runtime.generator import Generator
     from longtake.runtime.sampling import CancelledError
     from longtake.runtime.session import Session
+    from longtake.runtime.session_options import Sampling
     from longtake.runtime.story import Segment, Story, story_from_file
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Generator",
     "IntegrityError",
     "LongtakeError",
+    "Sampling",
     "Segment",
     "Session",
     "Story",
@@ -39,6 +41,7 @@ HOMES = {
     "runtime.chunk": ("Chunk",),
     "runtime.sampling": ("CancelledError",),
     "runtime.session": ("Session",),
+    "runtime.session_options": ("Sampling",),
     "runtime.story": ("Segment", "Story", "story_from_file"),
 }
 

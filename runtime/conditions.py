@@ -1,6 +1,6 @@
 """What a chunk is conditioned on: prompt, timesteps, positions, noise. Worked out on the host, then moved once.
 
-Legend: F latent frames of a chunk, C channels, E text length.
+Legend: F latent frames of a chunk, C channels, E text length, D text width.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.runtime.video_model import Tensors, VideoModel
 from longtake.training.models.network_spec import NetworkSpec
-from longtake.training.models.noise import noise_for_chunk
 
 MOST_EMBEDDINGS = 16  # prompts whose text embeddings are kept, in host memory: 8 MB each for the 5B model
 
 DTYPES = {"fp32": torch.float32, "int32": torch.int32}  # of conditions; what is computed from them may be anything
-Tokenize = Callable[[list[str], int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,15 @@ class Conditioner:
     """Builds a session's conditions; keeps the last prompt's context and the constant tensors on the device."""
 
     def __init__(
-        self, model: VideoModel, tokenize: Tokenize, seed: int, negative_prompt: str | None, timesteps: Sequence[int]
+        self,
+        model: VideoModel,
+        embedding: Callable[[str], Tensor],
+        noise: Callable[[int], Tensor],
+        negative_prompt: str | None,
+        timesteps: Sequence[float],
     ) -> None:
-        self.model, self.tokenize, self.seed, self.negative_prompt = model, tokenize, seed, negative_prompt
+        """`embedding`: of a prompt, fp32 [1, E, D]. `noise`: of a chunk, fp32 [1, F, C, H, W]."""
+        self.model, self.embedding, self.noise, self.negative_prompt = model, embedding, noise, negative_prompt
         lengths = {model.preset.frames_of(0), model.preset.chunk_latents}
         self._times = {
             (t, clean, frames): self._pass_inputs(t, clean, frames)
@@ -56,10 +60,10 @@ class Conditioner:
         model = self.model
         context, negative = self._contexts(prompt)
         fixed = self._moved(model.family.chunk_inputs(model.preset, chunk, shot))
-        noise = noise_for_chunk(model.preset, self.seed, chunk).transpose(1, 2).contiguous()
+        noise = self.noise(chunk).transpose(1, 2).contiguous()
         return Conditions(fixed, context, negative, noise.to(model.device))
 
-    def times(self, chunk: int, timestep: int, clean_frames: int = 0) -> Tensors:
+    def times(self, chunk: int, timestep: float, clean_frames: int = 0) -> Tensors:
         """The inputs of a pass at `timestep`, the first `clean_frames` (0 or 1) of whose latents are clean."""
         return self._times[timestep, clean_frames, self.model.preset.frames_of(chunk)]
 
@@ -82,14 +86,13 @@ class Conditioner:
     def _embedding(self, prompt: str) -> Tensor:
         """Text embeddings of `prompt` on the device; those of the last MOST_EMBEDDINGS prompts are not computed again."""
         if prompt not in self._embeddings:
-            tokens = self.tokenize([prompt], self.model.preset.text.length).to(self.model.device)
-            self._embeddings[prompt] = self.model.text(tokens).to("cpu", copy=True)
+            self._embeddings[prompt] = self.embedding(prompt).to("cpu", copy=True)
             if len(self._embeddings) > MOST_EMBEDDINGS:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(prompt)
         return self._embeddings[prompt].to(self.model.device)
 
-    def _pass_inputs(self, timestep: int, clean_frames: int, frames: int) -> Tensors:
+    def _pass_inputs(self, timestep: float, clean_frames: int, frames: int) -> Tensors:
         return self._moved(self.model.family.pass_inputs(self.model.preset, frames, timestep, clean_frames))
 
     def _moved(self, tensors: Mapping[str, Tensor]) -> Tensors:

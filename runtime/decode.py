@@ -85,6 +85,7 @@ class DecodeQueue:
         self._hand_over = acquire_stream(source, self) if self._stream and self.device != source else None
         self._latents = self._place_for_latents(preset) if self._hand_over else None
         self._closed = self._discard = False
+        self._closing = threading.Lock()  # a chunk is queued before the end of the queue, or refused
         self._thread = threading.Thread(target=self._work, name="longtake-decode", daemon=True)
         self._thread.start()
 
@@ -99,7 +100,11 @@ class DecodeQueue:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self.source))
         frames = Frames(index)
-        self._jobs.put((frames, latents_BFCHW, ready))
+        with self._closing:
+            if self._closed:
+                raise LongtakeError(f"chunk {index} cannot be decoded", got="a session that was closed meanwhile",
+                                    expected="an open one", fix="load the saved session, or start a new one")  # fmt: skip
+            self._jobs.put((frames, latents_BFCHW, ready))
         self._last = frames
         return frames
 
@@ -140,10 +145,11 @@ class DecodeQueue:
         What is dropped raises an error for whoever waits for its frames; a chunk that is being decoded is finished.
         """
         self._discard = self._discard or discard
-        if not self._closed:
-            self._closed = True
-            self._jobs.put(None)
-            self._thread.join()
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+        self._thread.join()
 
     def _place_for_latents(self, preset: Preset) -> Tensor:
         shape = (1, self._most, preset.vae.z_channels, *preset.latent_hw)

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.terms_table import Budget
-from longtake.runtime.conditions import Tokenize
 from longtake.runtime.session import Session
-from longtake.runtime.session_options import SessionOptions
+from longtake.runtime.session_inputs import Embeddings, Noise, SessionInputs, Tokenize
+from longtake.runtime.session_options import Sampling, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import (
     NOTHING_SPECIAL,
@@ -24,7 +25,7 @@ from longtake.runtime.sources import (
 from longtake.runtime.start import Clip, Picture, start_of, take_in
 from longtake.runtime.story import Script, check_fits, fit_segments, story_from_script
 from longtake.runtime.video_model import VideoModel
-from longtake.training.models.presets import SamplingConfig
+from longtake.training.models.presets import SamplingConfig, preset_named
 
 
 class Generator:
@@ -83,6 +84,46 @@ class Generator:
         opened = backend_from_source(source, backend, device, decode_device, told)
         return cls(opened, tokenizer, announced[0] if announced else None, source.sampling)
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: Path | str,
+        backend: str = "torch",
+        dtype: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Generator:
+        """Open a folder of checkpoints: dit.safetensors, and as far as they are there text_encoder and vae.
+
+        With a DiT alone, sessions need `embeddings` and `decode=False`.
+
+        Args:
+            backend: "torch" runs the checkpoints as they are; "reference" the export in bf16 that was made of them.
+            dtype: of "torch", "fp32" (the default: no rounding to bf16 anywhere) or "bf16". Of "reference", "bf16": it stores
+                weights so, and computes in fp32.
+            device: of "torch", such as "cuda:0"; the CPU if None.
+
+        Raises:
+            LongtakeError: there is no DiT, or backend or dtype are none of these.
+            UnavailableError: nothing was exported from it.
+            IntegrityError: a file is damaged or was swapped.
+        """
+        from longtake.runtime.backends.torch_modules import CheckpointBackend
+        from longtake.runtime.checkpoints import dit_side, export_of, tokenizer_of
+
+        folder = Path(folder)
+        side = dit_side(folder)
+        preset = preset_named(side.preset)
+        if backend == "torch":
+            opened = CheckpointBackend(preset, folder, dtype or "fp32", torch.device(device or "cpu"))
+            return cls(opened, tokenizer_of(preset, folder), sampling=side.sampled)
+        if backend != "reference":
+            raise LongtakeError("a checkpoint has no such backend", got=repr(backend), expected="'torch' or 'reference'",
+                                fix="build engines for the others: make export engines")  # fmt: skip
+        if dtype not in (None, "bf16"):
+            raise LongtakeError("an export stores its weights in bf16", got=f"dtype {dtype!r}", expected="dtype 'bf16'",
+                                fix="pass backend='torch' for fp32")  # fmt: skip
+        return cls.from_engines(export_of(preset, folder), "reference", device)
+
     def session(
         self,
         script: Script,
@@ -90,6 +131,9 @@ class Generator:
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        sampling: Sampling | None = None,
+        noise: Noise | None = None,
+        embeddings: Embeddings | None = None,
         negative_prompt: str | None = None,
         chunks: int | None = None,
         decode: bool = True,
@@ -104,6 +148,11 @@ class Generator:
             script: a story, the path of one, segments, or a list of prompts, one a chunk; a prompt that begins with
                 CUT_PREFIX ("The scene transitions. ") is a cut.
             seed, steps, guidance, negative_prompt: override the story's, which override the preset's.
+            sampling: steps and guidance, timesteps, shift and solver in one; takes the place of `steps` and `guidance`.
+            noise: of chunks in place of the seed's: a function of a chunk's index that gives [1, F, C, H, W], or one tensor,
+                the whole video's, chunk after chunk along F.
+            embeddings: of prompts in place of the text encoder's: by prompt, or one tensor for every prompt, [1, E, D]. A
+                prompt at a cut is looked up with its CUT_PREFIX first.
             chunks: total length; longer than the script continues its last prompt, shorter ends it early.
             decode: False yields latents only.
             endless: go on with the last prompt when the script ends.
@@ -114,42 +163,57 @@ class Generator:
                 first prompt of `script` says).
 
         Raises:
-            LongtakeError: the story is malformed or does not fit the preset, or the picture or clip cannot be used.
+            LongtakeError: the story is malformed or does not fit the preset, or what is given for it cannot be used.
         """
         preset = self.backend.preset
         story = story_from_script(script)
         start = start_of(story, image, continue_from, clip)
         check_fits(story, preset, continued=start.clip is not None)
+        asked = _sampling(sampling, steps, guidance)
         options = SessionOptions(
             seed=_first(seed, story.seed),
-            steps=_first(steps, story.steps, self.sampling.steps),
-            guidance=float(_first(guidance, story.guidance, self.sampling.guidance)),
+            steps=len(asked.timesteps) if asked.timesteps else _first(asked.steps, story.steps, self.sampling.steps),
+            guidance=float(_first(asked.guidance, story.guidance, self.sampling.guidance)),
             negative_prompt=_first(negative_prompt, story.negative_prompt, preset.negative_prompt),
-            shift=self.sampling.shift,
+            shift=_first(asked.shift, 1.0 if asked.timesteps else self.sampling.shift),
             decode=decode,
             endless=endless,
+            solver=_first(asked.solver, self.model.family.solver),
+            timesteps=asked.timesteps or (),
         )
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
+        inputs = SessionInputs(noise, embeddings)
+        inputs.check(preset, segments, options.negative_prompt if options.guided else None)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
-        session = Session(self.model, self._tokenize, segments, options, first)
+        session = Session(self.model, self._tokenize, segments, options, first, inputs)
         if clip_latents is not None:
             take_in(session, clip_latents, start.segments)
         return session
 
-    def load_session(self, path: Path | str, *, decode: bool = True, endless: bool = False) -> Session:
+    def load_session(
+        self,
+        path: Path | str,
+        *,
+        decode: bool = True,
+        endless: bool = False,
+        noise: Noise | None = None,
+        embeddings: Embeddings | None = None,
+    ) -> Session:
         """Continue a session saved by `Session.save`, at the chunk, seed and sampling it had.
 
+        `noise`, `embeddings`: of a session that was given them, see `session`.
+
         Raises:
-            LongtakeError: it is of another preset or model.
+            LongtakeError: it is of another preset or model, or was given noise or embeddings and is not now.
             IntegrityError: the file is damaged.
         """
         snapshot = snapshot_from_file(path)
         saved = snapshot.identity
         options = SessionOptions(
             seed=saved.seed, steps=saved.steps, guidance=saved.guidance, negative_prompt=saved.negative_prompt,
-            shift=saved.shift, decode=decode, endless=endless,
+            shift=saved.shift, decode=decode, endless=endless, solver=saved.solver, timesteps=saved.timesteps,
         )  # fmt: skip
-        session = Session(self.model, self._tokenize, (), options)
+        session = Session(self.model, self._tokenize, (), options, inputs=SessionInputs(noise, embeddings))
         try:
             session.restore(snapshot)
         except BaseException:
@@ -158,7 +222,8 @@ class Generator:
         return session
 
     def close(self) -> None:
-        """Release the engines."""
+        """Release the engines. Sessions made from it yield no more chunks."""
+        self.model.closed = True
         self.backend.close()
 
     def __enter__(self) -> Generator:
@@ -166,6 +231,15 @@ class Generator:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _sampling(given: Sampling | None, steps: int | None, guidance: float | None) -> Sampling:
+    if given is None:
+        return Sampling(steps=steps, guidance=guidance)
+    if steps is not None or guidance is not None:
+        raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two",
+                            fix="pass sampling=Sampling(steps=4, guidance=1)")  # fmt: skip
+    return given
 
 
 def _first(*values: Any) -> Any:

@@ -15,7 +15,6 @@ from longtake.runtime.conditions import Conditioner, Conditions
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.state import SessionState
 from longtake.runtime.video_model import Tensors, VideoModel
-from longtake.training.models.sampler import Solver
 
 
 def pin(sample_BCFHW: Tensor, first_BCHW: Tensor | None) -> None:
@@ -42,15 +41,11 @@ class ChunkSampler:
         self.model, self.conditioner, self.state = model, conditioner, state
         self.options, self.cancelled = options, cancelled
 
-    def solver(self) -> Solver:
-        """The solver of one chunk."""
-        return self.model.family.solver(self.options.steps, self.options.shift)
-
     def denoise(self, chunk: int, conditions: Conditions, slots: Tensors, first: Tensor | None) -> Tensor:
         """Noise to latents, fp32 [1, C, F, H, W]. `first`, [1, C, H, W], stays latent 0, at timestep 0."""
-        sample, solver = conditions.noise_BCFHW, self.solver()
+        sample, solver = conditions.noise_BCFHW, self.options.new_solver()
         pin(sample, first)
-        for timestep in solver.timesteps:
+        for timestep in self.options.schedule.timesteps:
             times = self.conditioner.times(chunk, timestep, clean_frames=0 if first is None else 1)
             inputs = {**conditions.fixed, **times, **slots}
             sample = solver.step(self._guided_velocity(chunk, sample, conditions, inputs), sample)

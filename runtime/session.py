@@ -1,5 +1,8 @@
 """A session: one video in the making, chunk by chunk. It generates, then commits.
 
+One caller at a time: a second thread that wants a chunk, feeds, restores or takes a snapshot meanwhile is refused. Live
+changes may come from any thread.
+
 Legend: B = 1, F latent frames of a chunk, C latent channels, H, W sizes, T video frames.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +21,14 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.clock import StageClock
-from longtake.runtime.conditions import Conditioner, Tokenize
+from longtake.runtime.conditions import Conditioner
 from longtake.runtime.decode import DecodeQueue
 from longtake.runtime.sampling import ChunkSampler
+from longtake.runtime.session_inputs import OWN, SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
 from longtake.runtime.state import Edit, Position, SessionState, with_edit
-from longtake.runtime.story import Segment, checked_prompt
+from longtake.runtime.story import Segment, checked_chunks, checked_prompt
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Plan
 
@@ -38,12 +43,13 @@ class Session:
         script: tuple[Segment, ...],
         options: SessionOptions,
         first_latent: Tensor | None = None,
+        inputs: SessionInputs = OWN,
     ) -> None:
         """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
-        self.model, self.options = model, options
-        timesteps = model.family.solver(options.steps, options.shift).timesteps
+        self.model, self.options, self.inputs = model, options, inputs
         negative = options.negative_prompt if options.guided else None
-        self._conditioner = Conditioner(model, tokenize, options.seed, negative, timesteps)
+        embedding, noise = inputs.embedding_of(model, tokenize), inputs.noise_of(model.preset, options.seed)
+        self._conditioner = Conditioner(model, embedding, noise, negative, options.schedule.timesteps)
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled)
@@ -53,8 +59,9 @@ class Session:
         if self._decoding:
             # A session that is dropped without `close` must not leave its thread (and the decoder's memory) behind.
             weakref.finalize(self, self._decoding.close)
-        self._lock = threading.Lock()
-        self._busy = False
+        self._lock = threading.Lock()  # of the position, held for a moment
+        self._using = threading.Lock()  # held while a chunk is made: its state has one user
+        self._busy = self._scripted = self._closed = False
 
     def _new_queue(self) -> DecodeQueue:
         model = self.model
@@ -66,13 +73,37 @@ class Session:
         return self
 
     def __next__(self) -> Chunk:
-        """Generate and commit the next chunk. Whatever is raised, the session is as it was."""
-        if self._decoding:
-            self._decoding.raise_error()
-        segment = self._begin()
-        if segment is None:
-            raise StopIteration
-        return self._attempt(segment, None)
+        """Generate and commit the next chunk. Whatever is raised, the session is as it was.
+
+        Raises:
+            LongtakeError: the session is closed, or another thread is using it.
+        """
+        with self._turn("the next chunk"):
+            segment = self._begin()
+            if segment is None:
+                raise StopIteration
+            return self._attempt(segment, None)
+
+    @contextmanager
+    def _turn(self, wanted: str, closed: bool = False, decoder_error: bool = True) -> Iterator[None]:
+        """Be the session's only user. `closed`: it may be closed. `decoder_error`: one of earlier chunks is raised."""
+        if not self._using.acquire(blocking=False):
+            raise LongtakeError(f"the session is busy with chunk {self.next_index}", got=f"a call for {wanted}",
+                                expected="one caller at a time",
+                                fix="wait for the chunk, or give each thread a session of its own")  # fmt: skip
+        try:
+            if not closed:
+                self._require_open(wanted)
+            if self._decoding and decoder_error:
+                self._decoding.raise_error()
+            yield
+        finally:
+            self._using.release()
+
+    def _require_open(self, wanted: str) -> None:
+        if self._closed or self.model.closed:
+            raise LongtakeError(f"the {'session' if self._closed else 'generator'} is closed", got=f"a call for {wanted}",
+                                expected="an open one", fix="load the saved session, or start a new one")  # fmt: skip
 
     def feed(self, latents_BFCHW: Tensor, prompt: str, cut: bool = False) -> Chunk:
         """Take given latents, fp32 [1, F, C, H, W], as the next chunk: their K/V and the decoder's state, no sampling.
@@ -89,13 +120,12 @@ class Session:
         if tuple(latents_BFCHW.shape) != wanted:
             raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted,
                                 fix=f"cut the video into chunks of {frames} latents")  # fmt: skip
-        if self._decoding:
-            self._decoding.raise_error()
-        segment = Segment(checked_prompt(prompt, "the clip's prompt"), 1, cut and self._position.chunk > 0)
-        with self._lock:
-            self._busy = True
-        given = latents_BFCHW.to(self.model.device, torch.float32).transpose(1, 2).contiguous()
-        return self._attempt(segment, given)
+        with self._turn("a chunk that is given"):
+            segment = Segment(checked_prompt(prompt, "the clip's prompt"), 1, cut and self._position.chunk > 0)
+            with self._lock:
+                self._busy, self._scripted = True, False
+            given = latents_BFCHW.to(self.model.device, torch.float32).transpose(1, 2).contiguous()
+            return self._attempt(segment, given)
 
     def _attempt(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
         try:
@@ -129,19 +159,19 @@ class Session:
         self._synchronize()  # a device fault must show before the commit, not after it
         latents = sample.transpose(1, 2).contiguous()
         frames = self._decoding.submit(here.chunk, latents) if self._decoding else None
-        self._commit(segment, plan, scripted=given_BCFHW is None)
+        self._commit(segment, plan, generated=given_BCFHW is None)
         return Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, clock.milliseconds())
 
     def _begin(self) -> Segment | None:
         with self._lock:
             segment = self._position.upcoming(self.options.endless)
-            self._busy = segment is not None
+            self._busy, self._scripted = segment is not None, bool(self._position.script)
         return segment
 
-    def _commit(self, segment: Segment, plan: Plan, scripted: bool) -> None:
+    def _commit(self, segment: Segment, plan: Plan, generated: bool) -> None:
         with self._lock:
             # One assignment: an interrupt leaves either the old position or the new one.
-            self._position = self._position.after(segment, plan.after, self._position.edits, scripted)
+            self._position = self._position.after(segment, plan.after, generated, self._scripted)
             self._busy = False
 
     def _synchronize(self) -> None:
@@ -164,18 +194,24 @@ class Session:
         """Switch the prompt at the next chunk boundary, without a cut. Returns the index of the first chunk it shapes.
 
         It replaces what is left of the script's current segment; later segments stay.
+
+        Raises:
+            LongtakeError: the prompt is none, the session is closed, or its script ends before that chunk.
         """
         return self._edit(checked_prompt(prompt, "the new prompt"), cut=False)
 
     def cut(self, prompt: str | None = None) -> int:
-        """Cut to a new shot at the next chunk boundary, with `prompt` if given. Returns that chunk's index."""
+        """Cut to a new shot at the next chunk boundary, with `prompt` if given. Returns that chunk's index.
+
+        Raises what `change_prompt` does.
+        """
         return self._edit(None if prompt is None else checked_prompt(prompt, "the new shot's prompt"), cut=True)
 
     def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
         """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""
-        if chunks < 1:
-            raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more")
+        chunks = checked_chunks(chunks)
         with self._lock:
+            self._require_open("more chunks")
             here = self._position
             last = here.script[-1].prompt if here.script else here.prompt
             text = checked_prompt(prompt or last, "the prompt to go on with")
@@ -187,7 +223,12 @@ class Session:
 
     def _edit(self, prompt: str | None, cut: bool) -> int:
         with self._lock:
+            self._require_open("a live change")
             at = self._position.chunk + self._busy
+            if self.remaining == (self._busy and self._scripted) and not self.options.endless:
+                raise LongtakeError(f"the script ends before chunk {at}", got="a live change that nothing would show",
+                                    expected="a chunk still to come",
+                                    fix="call extend first, or start the session with endless=True")  # fmt: skip
             self._position = replace(self._position, edits=with_edit(self._position.edits, Edit(at, prompt, cut)))
         return at
 
@@ -200,11 +241,18 @@ class Session:
         return Identity(
             preset=self.model.preset.name, model=recipe.onnx_name, cache=recipe.cache, seed=options.seed,
             steps=options.steps, guidance=options.guidance, negative_prompt=options.negative_prompt,
-            shift=options.shift, family=self.model.family.name,
+            shift=options.shift, family=self.model.family.name, weights=dict(self.model.backend.weights),
+            solver=options.solver, timesteps=options.timesteps,
+            noise="seed" if self.inputs.noise is None else "given",
+            embeddings="prompts" if self.inputs.embeddings is None else "given",
         )  # fmt: skip
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state, after everything generated is decoded."""
+        with self._turn("a snapshot", closed=True):
+            return self._snapshot()
+
+    def _snapshot(self) -> Snapshot:
         decoder = self._decoding.state() if self._decoding else []
         tensors = {name: tensor.detach().clone() for name, tensor in self._state.tensors().items()}
         tensors |= {f"decoder.{i}": tensor for i, tensor in enumerate(decoder)}
@@ -216,26 +264,34 @@ class Session:
         """Go back (or on) to `snapshot`, also one of another backend of the same model.
 
         Raises:
-            LongtakeError: the snapshot belongs to another preset, model, seed or sampling.
+            LongtakeError: the snapshot belongs to another preset, model, seed or sampling, or the session is closed or busy.
         """
         check_same(snapshot.identity, self.identity)
         decoder = snapshot.decoder_tensors()
         if self._decoding and snapshot.position.chunk and not decoder:
             raise LongtakeError("the snapshot has no decoder state", got="one of a session made with decode=False",
                                 fix="restore it into a session made with decode=False")  # fmt: skip
-        load_tensors(snapshot, self._state.tensors())
-        if self._decoding:
-            self._decoding.load_state(decoder)
-        first = snapshot.tensors.get(FIRST_LATENT)
-        self._first = None if first is None else first.to(self.model.device, torch.float32)
-        self._position = snapshot.position
+        with self._turn("another state", decoder_error=False):
+            load_tensors(snapshot, self._state.tensors())
+            if self._decoding:
+                self._decoding.load_state(decoder)
+            first = snapshot.tensors.get(FIRST_LATENT)
+            self._first = None if first is None else first.to(self.model.device, torch.float32)
+            with self._lock:
+                self._position = snapshot.position
 
     def save(self, path: Path | str) -> None:
         """Write a snapshot to `path` (.safetensors), atomically; `Generator.load_session` reads it."""
         snapshot_to_file(self.snapshot(), path)
 
     def close(self, discard: bool = False) -> None:
-        """Finish decoding and end its thread; `discard` drops the chunks that wait to be decoded."""
+        """Finish decoding and end its thread; `discard` drops the chunks that wait to be decoded.
+
+        A chunk that another thread is generating is cancelled. What has been generated can still be saved.
+        """
+        self._closed = True
+        if self._busy:
+            self._cancelled.set()
         if self._decoding:
             self._decoding.close(discard)
 

@@ -5,15 +5,43 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from longtake.config import whole_number
 from longtake.errors import LongtakeError
 from longtake.runtime.story import checked_prompt
+from longtake.training.models.sampler import Schedule, Solver, schedule_from, schedule_of, solver_named
 
 MOST_GUIDANCE = 100
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How chunks are sampled; what is None is as the story, else the checkpoint, says.
+
+    steps: as many, evenly over 0..1000, then shifted. timesteps: these instead, falling, such as (1000, 750, 500, 250); they
+    are taken as they are unless a shift comes with them. shift: t' = s t / (1 + (s - 1) t) of t / 1000. guidance: 1 for none.
+    solver: "unipc" or "euler".
+    """
+
+    steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
+    shift: float | None = None
+    guidance: float | None = None
+    solver: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for steps and timesteps at once, and for timesteps that are no schedule."""
+        if self.timesteps is None:
+            return
+        if self.steps is not None:
+            raise LongtakeError("steps and timesteps say the same in two ways", got=f"{self.steps} and {self.timesteps}",
+                                expected="one of the two", fix="leave steps out")  # fmt: skip
+        object.__setattr__(self, "timesteps", tuple(_number(t, "timestep") for t in self.timesteps))
+        schedule_from(self.timesteps)
+
+
+@dataclass(frozen=True)
 class SessionOptions:
-    """guidance 1 turns classifier-free guidance off. endless: go on when the script ends."""
+    """guidance 1 turns classifier-free guidance off. endless: go on when the script ends. The rest is as in Sampling."""
 
     seed: int = 0
     steps: int = 16
@@ -22,18 +50,40 @@ class SessionOptions:
     shift: float = 5.0
     decode: bool = True
     endless: bool = False
+    solver: str = "unipc"
+    timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise LongtakeError for what cannot be sampled."""
+        """Raise LongtakeError for what cannot be sampled. Seed and steps become ints: the noise is drawn from a seed's text."""
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed", "pass --seed 7"))
+        object.__setattr__(self, "steps", whole_number(self.steps, "number of denoise steps", "pass --steps 16"))
         if not 0 <= self.seed < 2**63:
             raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass --seed 7")
         if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
             raise LongtakeError("bad guidance scale", got=self.guidance, expected=f"at most {MOST_GUIDANCE}, 1 for none",
                                 fix="pass --guidance 3")  # fmt: skip
+        if not 0 < _number(self.shift, "shift") <= 1000:
+            raise LongtakeError("bad shift", got=self.shift, expected="above 0, 1 for none", fix="pass shift=5")
         if self.negative_prompt:
             checked_prompt(self.negative_prompt, "the negative prompt")
+        self.new_solver()
 
     @property
     def guided(self) -> bool:
         """Whether each pass runs twice, with a state and a prompt of its own."""
         return self.guidance != 1.0
+
+    @property
+    def schedule(self) -> Schedule:
+        """Timesteps and sigmas of a chunk."""
+        return schedule_from(self.timesteps, self.shift) if self.timesteps else schedule_of(self.steps, self.shift)
+
+    def new_solver(self) -> Solver:
+        """The solver of one chunk."""
+        return solver_named(self.solver)(self.schedule)
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LongtakeError(f"bad {what}", got=repr(value), expected="a number", fix="pass such as 5")
+    return value

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ from longtake.record import Kind, record_from_json
 from longtake.runtime.state import Position, position_from_json
 from longtake.training.models.families import family_named
 
+log = logging.getLogger(__name__)
+
 FORMAT = "longtake-session"
-KIND = Kind("a saved session", "--save-session", "start a new session", format=2, oldest=1)
+KIND = Kind("a saved session", "--save-session", "start a new session", format=3, oldest=1)
 OLD_NAME = re.compile(r"(positive|negative)\.(\d+)\.(\d+)")  # of version 1: side, layer, number within the layer
 FIRST_LATENT = "first_latent"  # tensor of a session that has yet to generate the chunk that starts from a picture
 NOISE = 1  # version of conditions.noise_for_chunk: another one would continue with other noise
@@ -31,7 +35,8 @@ NOISE = 1  # version of conditions.noise_for_chunk: another one would continue w
 class Identity:
     """What has to agree for a snapshot to be continued. model: preset and precision, such as "tiny_w4a16".
 
-    family: whose slots the position holds; version 1 knew one.
+    family: whose slots the position holds; version 1 knew one. What follows came with version 3. weights: see `Backend.weights`.
+    noise, embeddings: what they come of, or "given".
     """
 
     preset: str
@@ -43,6 +48,11 @@ class Identity:
     negative_prompt: str
     shift: float
     family: str = "wan"
+    weights: dict[str, str] = field(default_factory=dict)
+    solver: str = "unipc"
+    timesteps: tuple[float, ...] = ()
+    noise: str = "seed"
+    embeddings: str = "prompts"
 
 
 @dataclass(frozen=True)
@@ -60,13 +70,30 @@ class Snapshot:
 
 def check_same(given: Identity, wanted: Identity) -> None:
     """Raise LongtakeError naming the first thing in which a snapshot and a session differ."""
-    for field in fields(Identity):
-        have, want = getattr(given, field.name), getattr(wanted, field.name)
-        if have != want:
+    for each in fields(Identity):
+        have, want = getattr(given, each.name), getattr(wanted, each.name)
+        if each.name == "weights":
+            _check_same_weights(have, want)
+        elif have != want:
             raise LongtakeError(
-                f"the saved session has another {field.name}", got=repr(have), expected=repr(want),
-                fix=f"use engines and options with {field.name} {have!r}, or start a new session",
+                f"the saved session has another {each.name}", got=repr(have), expected=repr(want),
+                fix=f"use engines and options with {each.name} {have!r}, or start a new session",
             )  # fmt: skip
+
+
+def _check_same_weights(have: Mapping[str, str], want: Mapping[str, str]) -> None:
+    """Raise LongtakeError for weights that are known to differ; warn where one side does not tell."""
+    known = sorted(have.keys() & want.keys())
+    if other := [name for name in known if have[name] != want[name]]:
+        raise LongtakeError(
+            "the saved session has another model: its cache is of other weights",
+            got=", ".join(f"{name} {have[name][:12]}…" for name in other),
+            expected=", ".join(f"{name} {want[name][:12]}…" for name in other),
+            fix="use engines of the checkpoint that it was saved with, or start a new session",
+        )
+    if not known and (have or want):
+        log.warning("nothing says whether the saved session is of these weights: one of the two was made before that was "
+                    "recorded; go on only if the model is the same")  # fmt: skip
 
 
 def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:

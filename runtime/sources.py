@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ class Source:
 
     checkpoints: where a text or VAE encoder that was not exported is loaded from; None for the preset's own folder.
     sampling: how this checkpoint is sampled (a student in few steps, without guidance); None: as the preset says.
+    weights: see `Backend.weights`.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class Source:
     vocabulary: tuple[str, ...] | None
     checkpoints: Path | None = None
     sampling: SamplingConfig | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 def source_from_name(name: Path | str | None) -> Source:
@@ -103,10 +105,12 @@ def source_from_bundle(folder: Path) -> Source:
     """Engines, and what the export that they were built from records, where it still lies there.
 
     Raises:
-        LongtakeError: the folder holds no engines; IntegrityError: its bundle.json is damaged.
+        LongtakeError: the folder holds no engines.
+        IntegrityError: its bundle.json is damaged, or the export that lies there is another one by now.
     """
     bundle = Bundle.read(folder)
     export = Export.find(bundle.onnx)
+    bundle.require_export(export)
     return Source(
         bundle.recipe,
         bundle.onnx,
@@ -114,6 +118,7 @@ def source_from_bundle(folder: Path) -> Source:
         bundle.vocabulary,
         export.checkpoint_folder if export else None,
         export.sampled if export else None,
+        bundle.weights or (export.weights_known if export else {}),
     )
 
 
@@ -130,7 +135,8 @@ def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
             raise LongtakeError(f"no recipe fits the export in {folder}", got=export.onnx_name,
                                 expected=", ".join(recipe_names()))  # fmt: skip
         recipe = matching[0]
-    return Source(recipe, folder, None, export.vocabulary, export.checkpoint_folder, export.sampled)
+    return Source(recipe, folder, None, export.vocabulary, export.checkpoint_folder, export.sampled,
+                  export.weights_known)  # fmt: skip
 
 
 def require_checkpoints(folder: Path) -> Path:
@@ -183,9 +189,11 @@ def backend_from_source(
     if choice.backend == "reference" or source.engines is None:
         from longtake.runtime.backends.reference import ReferenceBackend
 
-        return ReferenceBackend(
+        reference = ReferenceBackend(
             source.onnx, source.recipe, choice.reason, checkpoints=source.checkpoints, runs=opening.runs
         )
+        reference.weights = source.weights
+        return reference
     generate = torch.device(device or "cuda:0")
     decode = None if decode_device is None else torch.device(decode_device)
     _announce_memory(source, opening, generate, decode)
@@ -195,6 +203,7 @@ def backend_from_source(
     if source.checkpoints is not None:
         options["checkpoints"] = source.checkpoints
     opened = backend_from_engines(choice.backend, source.engines, reason=choice.reason, device=generate, **options)
+    opened.weights = source.weights
     record_arenas(source.engines, opened)
     return opened
 

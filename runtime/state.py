@@ -64,10 +64,13 @@ class Position:
                 segment = Segment(edit.prompt or segment.prompt, 1, segment.cut or edit.cut)
         return replace(segment, cut=segment.cut and self.chunk > 0)
 
-    def after(self, segment: Segment, slots: Marker, edits: tuple[Edit, ...], scripted: bool = True) -> Position:
-        """The position once the chunk of `segment` is whole. `edits` are all that are known by then.
+    def after(self, segment: Segment, slots: Marker, generated: bool = True, scripted: bool = True) -> Position:
+        """The position once the chunk of `segment` is whole.
 
-        A chunk that is not `scripted` was given, not generated: it uses up neither the script nor live changes.
+        Args:
+            generated: not given, as a clip's are: it takes up the live changes.
+            scripted: it was the script's; what comes of an endless session after the script's end is not, whatever has
+                been appended since it began.
         """
         script = self.script
         if script and scripted:
@@ -79,7 +82,7 @@ class Position:
             chunk=self.chunk + 1,
             shot=self.shot + segment.cut,
             prompt=segment.prompt,
-            edits=tuple(edit for edit in edits if edit.at > self.chunk or not scripted),
+            edits=tuple(edit for edit in self.edits if edit.at > self.chunk or not generated),
             slots=slots,
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.checked_yaml import read_yaml
-from longtake.config import reject_unknown_keys
+from longtake.config import reject_unknown_keys, whole_number
 from longtake.errors import LongtakeError
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.prompts import CUT_PREFIX
@@ -29,12 +29,7 @@ class Segment:
 
     def __post_init__(self) -> None:
         """Raise LongtakeError if it doesn't last a whole number of chunks; 2.0 is 2."""
-        chunks: object = self.chunks
-        if isinstance(chunks, float) and chunks.is_integer():
-            chunks = int(chunks)
-            object.__setattr__(self, "chunks", chunks)
-        if isinstance(chunks, bool) or not isinstance(chunks, int):
-            raise LongtakeError("bad number of chunks", got=repr(self.chunks), expected="a whole number", fix="pass 2")
+        object.__setattr__(self, "chunks", whole_number(self.chunks, "number of chunks", "pass 2"))
 
 
 @dataclass(frozen=True)
@@ -107,9 +102,7 @@ Script = Story | Path | str | list[str] | tuple[Segment, ...]
 
 def story_from_prompt(prompt: str, chunks: int) -> Story:
     """A story of one shot with one prompt."""
-    if chunks < 1:
-        raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass --chunks 2")
-    return Story("prompt", (Segment(checked_prompt(prompt, "the prompt"), chunks),))
+    return Story("prompt", (Segment(checked_prompt(prompt, "the prompt"), checked_chunks(chunks)),))
 
 
 def story_from_file(path: Path | str) -> Story:
@@ -181,10 +174,17 @@ def _segment(prompt: Any, first: bool) -> Segment:
     return Segment(prompt.removeprefix(CUT_PREFIX) if cut and not first else prompt, cut=cut)
 
 
-def fit_segments(segments: tuple[Segment, ...], chunks: int) -> tuple[Segment, ...]:
-    """`segments` cut short or continued to `chunks` chunks in all."""
+def checked_chunks(chunks: int) -> int:
+    """`chunks` as a whole number of at least 1."""
+    chunks = whole_number(chunks, "number of chunks", "pass 2")
     if chunks < 1:
         raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass --chunks 2")
+    return chunks
+
+
+def fit_segments(segments: tuple[Segment, ...], chunks: int) -> tuple[Segment, ...]:
+    """`segments` cut short or continued to `chunks` chunks in all."""
+    chunks = checked_chunks(chunks)
     fitted: list[Segment] = []
     left = chunks
     for segment in segments:

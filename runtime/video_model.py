@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
 from longtake.training.models.families import family_of
@@ -57,6 +58,7 @@ class VideoModel:
         self.backend, self.preset, self.recipe = backend, backend.preset, backend.recipe
         self.device, self.family = backend.device, family_of(backend.preset)
         self._text: TextRunner | None = None
+        self.closed = False  # by its generator: sessions must not go on
         spec = backend.specs["dit"]
         self._latents, self._velocity, self._slot = spec.inputs[0].name, spec.outputs[0].name, spec.slot
 
@@ -88,7 +90,10 @@ class VideoModel:
         return outputs[self._velocity]
 
     def decoder(self) -> Decoder:
-        """A decoder at the start of a video."""
+        """A decoder at the start of a video. Raises LongtakeError if there is no VAE."""
+        if not self.backend.has("vae_first"):
+            raise LongtakeError("there is no VAE to decode with", got=f"no vae.safetensors in {self.backend.checkpoints}",
+                                expected="a VAE, or latents only", fix="pass decode=False, or copy the VAE there")  # fmt: skip
         return NetworkDecoder(self.backend)
 
     def encoder(self) -> Encoder:

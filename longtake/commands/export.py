@@ -16,6 +16,7 @@ from longtake.formats.exported import Export
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.options import Command, option
 from longtake.paths import EXPORTS, REPOSITORY
+from longtake.training.models.checkpoint import weights_digests
 from longtake.training.models.load import load_models, read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.sentencepiece import carry_tokenizer
@@ -102,7 +103,8 @@ def export(
             made = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
         if not skeleton:  # where what is not exported is found at run time
             sampling = read_side(source / "dit.safetensors", "dit", recipe.model).sampling
-            made = replace(made, checkpoints=str(source.resolve()), sampling=sampling)
+            told = {"sampling": sampling, "weights": weights_digests(source)}
+            made = replace(made, checkpoints=str(source.resolve()), **told)
             made.write(folder)
     return check_parity(recipe, source, folder, made) if parity else made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from longtake.errors import IntegrityError, LongtakeError
@@ -27,7 +27,8 @@ class Bundle:
     onnx: the folder that the plans were built from. files: digests of the plans and segment
     descriptions. onnx_files: digests of the exported files. vocabulary: the text encoder's words, in token order
     (none where the folder of exported files carries a tokenizer).
-    export_inputs: digest of the checkpoints and the code that the export was made from. folder: where the plans are.
+    export_inputs: digest of the checkpoints and the code that the export was made from. weights: see
+    `Export.weights_known`. folder: where the plans are.
     """
 
     recipe: Recipe
@@ -38,6 +39,7 @@ class Bundle:
     onnx_files: dict[str, str]
     vocabulary: tuple[str, ...]
     export_inputs: str = ""
+    weights: dict[str, str] = field(default_factory=dict)
     folder: Path = Path()
 
     @classmethod
@@ -54,6 +56,7 @@ class Bundle:
             {path.name: sha256(path) for path in sources},
             export.vocabulary if export else _shipped_vocabulary(),
             export.inputs if export else "",
+            export.weights_known if export else {},
             folder,
         )
 
@@ -103,6 +106,20 @@ class Bundle:
         """
         recorded = self.files if path.parent == self.folder else self.onnx_files
         return _checked(path, recorded.get(path.name), self.fix)
+
+    def require_export(self, export: Export | None) -> None:
+        """Raise IntegrityError if `export`, which lies where that of the plans lay, is another one; None is none."""
+        if export is None:
+            return
+        now, own = export.digests, self.onnx_files
+        changed = sorted(name for name in now.keys() & own.keys() if now[name] != own[name])
+        if changed or (not own and self.export_inputs and self.export_inputs != export.inputs):
+            raise IntegrityError(
+                f"the engines in {self.folder} were built from another export than the one in {self.onnx}",
+                got=", ".join(changed) + " changed since" if changed else f"inputs {export.inputs[:12]}…",
+                expected="the exported files that the engines were built from",
+                fix=f"longtake engines --recipe {self.recipe.name} --onnx {self.onnx.parent} --out {self.folder.parent}",
+            )
 
     def onnx_file(self, name: str) -> Path:
         """An exported file, once its digest and that of its external data are the recorded ones."""

@@ -41,8 +41,9 @@ class Export:
 
     inputs: digest of the checkpoints and the code it was made from. skeleton: graphs without weights.
     amax, vocabulary, sampling: of the checkpoints; sampling is how a DiT is sampled, if that is recorded.
-    checkpoints: the folder they were in. parity: rows of the comparison with PyTorch; empty where none was made.
-    recipe: that it was exported for last, with its preset; others share its files. Not in older ones.
+    checkpoints: the folder they were in. weights: digests of its DiT and VAE; earlier versions told none. parity: rows of
+    the comparison with PyTorch; empty where none was made. recipe: that it was exported for last, with its preset; others
+    share its files; earlier versions told none.
     """
 
     onnx_name: str
@@ -62,6 +63,7 @@ class Export:
     checkpoints: str | None = None
     sampling: dict[str, Any] | None = None
     recipe: Recipe | None = None
+    weights: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         SamplingConfig.told(self.sampling)
@@ -111,6 +113,11 @@ class Export:
     def sampled(self) -> SamplingConfig | None:
         """How the checkpoints are sampled, if that is recorded."""
         return SamplingConfig.told(self.sampling)
+
+    @property
+    def weights_known(self) -> dict[str, str]:
+        """Digests that tell its weights from others'; that of the export as a whole where the checkpoints' are not told."""
+        return self.weights or ({"export": self.inputs} if self.inputs else {})
 
     @property
     def checkpoint_folder(self) -> Path | None:

@@ -38,6 +38,7 @@ class Backend(ABC):
 
     name: "reference", "segmented" or "fused" (tests add their own). reason: why this one was chosen, one clause.
     checkpoints: where what is no network here comes from, the preset's own folder if None.
+    weights: digests of the weights that it runs, by what they are of ("dit", "vae"); those that are known.
     networks, sizes, twice_bytes, memory_rows: of a backend on TensorRT plans, what the memory budget is compared with: the
     loaded networks by name, bytes by the name of the budget's term, bytes of caches kept twice, and `MemoryLog.rows`.
     """
@@ -48,6 +49,7 @@ class Backend(ABC):
     preset: Preset
     recipe: Recipe
     checkpoints: Path | None = None
+    weights: Mapping[str, str] = {}
     networks: Mapping[str, Any] = {}
     sizes: Mapping[str, int] = {}
     twice_bytes: int = 0

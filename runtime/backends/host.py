@@ -40,13 +40,17 @@ class HostBackend(Backend):
         """See Backend.has."""
         return network in self.specs
 
+    def stored(self, dtype: str) -> torch.dtype:
+        """What the spec's `dtype` is kept in: what is bf16 on a GPU is fp32 here."""
+        return DTYPES[dtype].host.torch
+
     def new_state(self, network: str) -> State:
-        """See Backend.new_state. What is bf16 on a GPU is fp32 here."""
+        """See Backend.new_state."""
         spec = self.specs[network]
         kept = [binding for binding in spec.inputs if binding.name in spec.kept.values()]
         return State(
             {
-                b.name: torch.zeros([int(n) for n in b.shape], dtype=DTYPES[b.dtype].host.torch, device=self.device)
+                b.name: torch.zeros([int(n) for n in b.shape], dtype=self.stored(b.dtype), device=self.device)
                 for b in kept
             }
         )

@@ -119,7 +119,7 @@ def test_a_newer_session_is_refused_with_what_to_do(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     path, tensors = tmp_path / "s.st", {"decoder.0": torch.zeros(1)}
-    text = json.dumps({"version": 3})
+    text = json.dumps({"version": 4})
     save_file(tensors, str(path), metadata={"format": FORMAT, "session": text, "sha256": _digest(text, tensors)})
     with pytest.raises(
         IntegrityError, match=r"s.st was made by a newer version[\s\S]*fix: update longtake, or start a new session"

@@ -23,7 +23,7 @@ from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.load import random_models
 from longtake.training.models.presets import TINY
-from longtake.training.models.sampler import unipc_steps
+from longtake.training.models.sampler import schedule_of, unipc_steps
 from longtake.training.models.text.words import tokenize
 from longtake.training.models.wan.family import Wan
 from longtake.training.models.wan.window import full_history, shot_offsets, window_history
@@ -84,7 +84,7 @@ def check(backend: Recording, script: tuple[Segment, ...]) -> list[Chunk]:
     chunks = generate(backend, script)
     clips, embeddings = as_clips(backend, script, chunks)
     dit = backend._modules["dit"].dit
-    for step, level in enumerate(unipc_steps(STEPS)):
+    for step, level in enumerate(unipc_steps(schedule_of(STEPS))):
         noisy = torch.cat([backend.passes[i * STEPS + step][0] for i in range(len(cuts))], 1).transpose(0, 1)[None]
         got = torch.cat([backend.passes[i * STEPS + step][1] for i in range(len(cuts))], 1).transpose(0, 1)
         eps = (noisy - (1 - level.sigma) * clips.latents) / level.sigma

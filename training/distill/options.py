@@ -12,7 +12,7 @@ from longtake.errors import LongtakeError
 from longtake.options import Bounds, OneOf, check, option
 from longtake.training.distill.scores import CONTEXTS
 from longtake.training.models.presets import Preset
-from longtake.training.models.sampler import unipc_steps
+from longtake.training.models.sampler import schedule_of
 from longtake.training.objective.flex import LONG
 from longtake.training.optimizer import AdamWOptions, OptimizerConfig
 from longtake.training.options import Chunks, DataOptions, ModelOptions, Seeded, Stories
@@ -55,7 +55,7 @@ class DistillOptions(Seeded, MethodOptions, DataOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be distilled with."""
-        unipc_steps(self.student_steps, self.preset.sampling.shift)
+        schedule_of(self.student_steps, self.preset.sampling.shift)
         check(self)
         if self.lora_alpha is not None and not self.lora_rank:
             raise LongtakeError("--lora-alpha without LoRA", got=self.lora_alpha, fix="pass --lora-rank 128, too")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longtake.training.models.presets import Preset
-from longtake.training.models.sampler import UniPC
+from longtake.training.models.sampler import UniPC, schedule_of
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.positions import frame_positions
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
@@ -140,11 +140,11 @@ class Rollout:
         self, sample: Tensor, first: Tensor | None, velocity: Callable[..., Tensor], exit_step: int, gradient: bool
     ) -> Tensor:
         """The chunk as predicted at the exit step: [B, C, F, h, w]."""
-        solver = UniPC(self.steps, self.preset.sampling.shift)
+        solver = UniPC(schedule_of(self.steps, self.preset.sampling.shift))
         with torch.no_grad():
-            for step in solver.schedule[:exit_step]:
+            for step in solver.steps[:exit_step]:
                 sample = pinned_first(solver.step(velocity(sample, step.timestep), sample), first)
-        last = solver.schedule[exit_step]
+        last = solver.steps[exit_step]
         with torch.set_grad_enabled(gradient):
             return pinned_first(sample - last.sigma * velocity(sample, last.timestep, gradient), first)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from longtake.training.experiment.sinks import slot_plans
 from longtake.training.models.load import Models
 from longtake.training.models.noise import noise_for_chunk
-from longtake.training.models.sampler import UniPC, unipc_steps
+from longtake.training.models.sampler import UniPC, schedule_of
 from longtake.training.models.wan.positions import frame_positions
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
@@ -102,8 +102,8 @@ class Rollout:
         capacity = models.preset.window_chunks
         self.plans = [slot_plans(script.cuts, sampling.sinks, capacity) for script in scripts]
         self.shots = [[sum(script.cuts[1 : i + 1]) for i in range(len(script.cuts))] for script in scripts]
-        steps = unipc_steps(sampling.steps, sampling.shift)
-        self.sinusoids = {t: self.sinusoid(t) for t in {0, *(step.timestep for step in steps)}}
+        timesteps = schedule_of(sampling.steps, sampling.shift).timesteps
+        self.sinusoids = {t: self.sinusoid(t) for t in {0, *timesteps}}
 
     def __iter__(self) -> Iterator[Tensor]:
         for chunk in range(len(self.scripts[0].prompts)):
@@ -115,10 +115,10 @@ class Rollout:
         table = self.repeat(torch.tensor([plans[chunk][0] for plans in self.plans], dtype=torch.long))
         write = self.repeat(torch.tensor([plans[chunk][1] for plans in self.plans]))
         fixed = (*self.rope(chunk), *self.context(chunk), *self.slots.read(table))
-        sample, solver = self.noise(chunk), UniPC(self.sampling.steps, self.sampling.shift)
+        sample, solver = self.noise(chunk), UniPC(schedule_of(self.sampling.steps, self.sampling.shift))
         if chunk < len(self.given):
             sample = self.given[chunk].to(sample).transpose(1, 2)
-        for step in solver.schedule if chunk >= len(self.given) else ():
+        for step in solver.steps if chunk >= len(self.given) else ():
             sample = solver.step(self.velocity(sample, step.timestep, fixed), sample)
         kept = sample if self.committed is None else self.committed[chunk].to(sample).transpose(1, 2)
         self.slots.write(write, self.passes.write(*self.inputs(kept, 0), *fixed))

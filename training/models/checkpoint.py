@@ -57,6 +57,12 @@ def save_checkpoint(
     _put_in_place(pending_side_file(path), side_file(path))
 
 
+def weights_digests(folder: Path) -> dict[str, str]:
+    """Digests of the DiT and the VAE in `folder`, by kind, as their side files tell them: whose state a video's is."""
+    sides = {kind: side_file(folder / f"{kind}.safetensors") for kind in ("dit", "vae")}
+    return {kind: SideFile.read(path).sha256 for kind, path in sides.items() if path.is_file()}
+
+
 def pending_side_file(path: Path) -> Path:
     """Where a checkpoint's new side file waits until its tensors are in place."""
     return path.with_name(f".{path.stem}.json.pending")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset
-from longtake.training.models.sampler import Solver
 
 
 class Precision(Protocol):
@@ -70,10 +69,12 @@ class Marker(Protocol):
 class Family(Protocol):
     """A kind of model. Networks have the names of `network_spec.NETWORKS`; a family leaves out what it does not have.
 
+    solver: what its chunks are sampled with unless a session says otherwise, a name in `sampler.SOLVERS`.
     keys: the layouts of released checkpoints that `longtake convert` knows, by the name of their publisher's code.
     """
 
     name: str
+    solver: str
     keys: tuple[str, ...]
 
     def networks(self, preset: Preset) -> tuple[str, ...]:
@@ -115,14 +116,10 @@ class Family(Protocol):
         """The inputs of network "dit" that depend on the chunk alone, such as rotary tables; on the CPU."""
         ...
 
-    def pass_inputs(self, preset: Preset, frames: int, timestep: int, clean_frames: int) -> dict[str, Tensor]:
+    def pass_inputs(self, preset: Preset, frames: int, timestep: float, clean_frames: int) -> dict[str, Tensor]:
         """The inputs of "dit" that depend on the timestep, for `frames` latents whose first `clean_frames` are at 0."""
         ...
 
     def prompt(self, caption: str, cut: bool, first: bool = False) -> str:
         """The text to encode for a chunk; `first`: of a video."""
-        ...
-
-    def solver(self, steps: int, shift: float) -> Solver:
-        """A solver for one chunk, made anew for each. Raises LongtakeError for a count of steps that it cannot do."""
         ...

@@ -6,6 +6,7 @@ Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, E te
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,13 +64,19 @@ def random_models(preset: Preset, seed: int = 0) -> Models:
 LARGE = 10**9  # parameters; a model with more keeps the dtype of its files, where a smaller one is worked on in fp32
 
 
-def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype | None = None) -> Models:
+KINDS = ("text_encoder", "vae", "dit")
+
+
+def load_models(
+    preset: Preset, folder: Path | None = None, dtype: torch.dtype | None = None, kinds: Collection[str] = KINDS
+) -> Models:
     """Load vae, text_encoder and dit of `preset` from `folder` (the shipped checkpoints if None), in eval mode.
 
     Weights stay in the mapped files until they are read; only those that change their dtype are copied.
 
     Args:
         dtype: of all weights. None: fp32, or as stored for a preset of more than `LARGE` parameters.
+        kinds: what is loaded; the others stay without memory, on the meta device.
 
     Raises:
         LongtakeError: a file is missing, or its keys or shapes don't fit the preset.
@@ -78,12 +85,15 @@ def load_models(preset: Preset, folder: Path | None = None, dtype: torch.dtype |
     from longtake.training.models.checkpoint import map_into
 
     folder = Path(folder) if folder is not None else REPOSITORY / preset.checkpoints
-    words = read_side(folder / "text_encoder.safetensors", "text_encoder", preset).vocabulary
+    words = None
+    if "text_encoder" in kinds:
+        words = read_side(folder / "text_encoder.safetensors", "text_encoder", preset).vocabulary
     family = family_of(preset)
     with torch.device("meta"):
         text = text_encoder_for(preset, words, folder)
         vae, dit = family.vae(preset), family.dit(preset)
-    modules: dict[str, nn.Module] = {"text_encoder": text, "vae": vae, "dit": dit}
+    every: dict[str, nn.Module] = {"text_encoder": text, "vae": vae, "dit": dit}
+    modules = {kind: every[kind] for kind in KINDS if kind in kinds}
     dtype = dtype or weights_dtype(*modules.values())
     sides = {}
     for name, module in modules.items():

@@ -1,7 +1,7 @@
-"""UniPC (order 2, bh2, x0 prediction, corrector) as tables of coefficients.
+"""From noise to latents: the schedule of a chunk, and the solvers that go down it (`SOLVERS`).
 
-Every step is a linear combination of tensors, so its coefficients are worked out once on the host in float64 and a
-step is a few multiply-adds on any device, in float32. Notation, for step i of N with flow sigmas:
+UniPC (order 2, bh2, x0 prediction, corrector) is a table of coefficients. Every step is a linear combination of tensors, so its
+coefficients are worked out once on the host in float64 and a step is a few multiply-adds on any device, in float32. Notation, for step i of N with flow sigmas:
 x_i the sample given to the model, v_i its velocity, m_i = x_i - sigma_i v_i the x0 prediction, c_i the corrected sample.
 
     c_i     = C0 c_{i-1} + C1 m_i + C2 m_{i-1} + C3 m_{i-2}      (i >= 1; c_0 = x_0)
@@ -13,7 +13,7 @@ Source of the formulas: Zhao et al., "UniPC" (2023), as LongLive 2.0 uses it for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -32,7 +32,7 @@ SIGMA_MAX = float(np.float32(0.999))
 class Step:
     """Coefficients of one solver step. `timestep` is what the model is told, `sigma` what the solver uses."""
 
-    timestep: int
+    timestep: float
     sigma: float
     correct: tuple[float, float, float, float] | None
     predict: tuple[float, float, float]
@@ -48,6 +48,36 @@ def model_timesteps(steps: int, shift: float) -> tuple[int, ...]:
     """Integer timesteps told to the model: 1000 sigma, truncated (999, 937, 833, 624 for four steps, shift 5)."""
     raw = np.linspace(SIGMA_MAX, 0.0, steps + 1)[:-1]
     return tuple(int(1000 * s) for s in shift * raw / (1 + (shift - 1) * raw))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """timesteps: what the model is told before each step, 1000 at pure noise, falling. sigmas: what a solver counts with, the
+    share of noise at each step and at the end, which is 0."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+
+def schedule_of(steps: int, shift: float = 5.0) -> Schedule:
+    """`steps` steps, even before the shift. Raises LongtakeError for a count outside 1..1000."""
+    if not 1 <= steps <= 1000:
+        raise LongtakeError("bad number of denoise steps", got=steps, expected="1 to 1000", fix="pass --steps 16")
+    return Schedule(model_timesteps(steps, shift), flow_sigmas(steps, shift))
+
+
+def schedule_from(timesteps: Sequence[float], shift: float = 1.0) -> Schedule:
+    """Given timesteps of 0..1000, shifted: sigma = s t / (1 + (s - 1) t) of t / 1000; a shift of 1 leaves them as they are.
+
+    Raises LongtakeError unless they fall from at most 1000 to above 0.
+    """
+    falling = all(now > after for now, after in zip(timesteps, timesteps[1:]))
+    if not (timesteps and falling and timesteps[0] <= 1000 and timesteps[-1] > 0):
+        raise LongtakeError("bad timesteps", got=tuple(timesteps), expected="numbers that fall from at most 1000 to above 0",
+                            fix="pass (999, 937, 833, 624)")  # fmt: skip
+    raw = [t / 1000 for t in timesteps]
+    sigmas = [shift * s / (1 + (shift - 1) * s) for s in raw]
+    return Schedule(tuple(timesteps if shift == 1 else (1000 * s for s in sigmas)), (*sigmas, 0.0))
 
 
 def _log_snr(sigma: float) -> float:
@@ -85,11 +115,13 @@ def _predictor(sigmas: tuple[float, ...], i: int, order: int) -> tuple[float, fl
 
 
 @cache
-def unipc_steps(steps: int, shift: float = 5.0) -> tuple[Step, ...]:
-    """The solver's schedule for `steps` model calls. Raises LongtakeError for a count outside 1..1000."""
-    if not 1 <= steps <= 1000:
-        raise LongtakeError("bad number of denoise steps", got=steps, expected="1 to 1000", fix="pass --steps 16")
-    sigmas, timesteps = flow_sigmas(steps, shift), model_timesteps(steps, shift)
+def unipc_steps(schedule: Schedule) -> tuple[Step, ...]:
+    """UniPC's coefficients. Raises LongtakeError for a schedule that starts at pure noise, where its logarithm has no end."""
+    timesteps, sigmas = schedule.timesteps, schedule.sigmas
+    if sigmas[0] >= 1:
+        raise LongtakeError("UniPC cannot start at pure noise", got=f"timestep {timesteps[0]}", expected="below 1000",
+                            fix="pass 999 as the first timestep, or solver='euler'")  # fmt: skip
+    steps = len(timesteps)
     orders = [min(2, steps - i, i + 1) for i in range(steps)]
     return tuple(
         Step(
@@ -103,13 +135,7 @@ def unipc_steps(steps: int, shift: float = 5.0) -> tuple[Step, ...]:
 
 
 class Solver(Protocol):
-    """How a chunk gets from noise to latents: what the model is told before each step, and what its velocity makes of a
-    sample. UniPC is one; a flow-Euler solver over a given list of timesteps is another."""
-
-    @property
-    def timesteps(self) -> tuple[int, ...]:
-        """0..1000, one a model call."""
-        ...
+    """How the velocities of a chunk, one a timestep of the schedule it is made for, take its noise to latents."""
 
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
         """The next sample, fp32, from this step's `velocity` and `sample` (fp32, same shape). Inputs are kept intact."""
@@ -119,20 +145,15 @@ class Solver(Protocol):
 class UniPC:
     """Solver state of one chunk. Feed it each velocity in turn; after the last step it returns the x0 prediction."""
 
-    def __init__(self, steps: int, shift: float = 5.0) -> None:
-        self.schedule = unipc_steps(steps, shift)
+    def __init__(self, schedule: Schedule) -> None:
+        self.steps = unipc_steps(schedule)
         self._index = 0
         self._corrected: Tensor | None = None
         self._predictions: list[Tensor] = []
 
-    @property
-    def timesteps(self) -> tuple[int, ...]:
-        """See Solver.timesteps."""
-        return tuple(step.timestep for step in self.schedule)
-
     def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
-        """The next sample, fp32, from this step's `velocity` and `sample` (fp32, same shape). Inputs are kept intact."""
-        now = self.schedule[self._index]
+        """See Solver.step."""
+        now = self.steps[self._index]
         prediction = sample - now.sigma * velocity
         known = [prediction, *self._predictions]
         corrected = sample
@@ -151,9 +172,32 @@ def _combine(weights: tuple[float, ...], tensors: list[Tensor]) -> Tensor:
     return total
 
 
-def sample_chunk(noise: Tensor, steps: int, velocity: Callable[[Tensor, int], Tensor], shift: float = 5.0) -> Tensor:
+class Euler:
+    """Straight on along each velocity, from one sigma to the next; the last step gives the x0 prediction."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._left = list(zip(schedule.sigmas, schedule.sigmas[1:]))
+
+    def step(self, velocity: Tensor, sample: Tensor) -> Tensor:
+        """See Solver.step."""
+        now, after = self._left.pop(0)
+        return torch.add(sample, velocity, alpha=after - now)
+
+
+SOLVERS: dict[str, Callable[[Schedule], Solver]] = {"unipc": UniPC, "euler": Euler}
+
+
+def solver_named(name: str) -> Callable[[Schedule], Solver]:
+    """What makes a solver of that name; one serves one chunk. An unknown name is an error that lists the known ones."""
+    if name not in SOLVERS:
+        raise LongtakeError("unknown solver", got=repr(name), expected=", ".join(SOLVERS), fix="pass one of these")
+    return SOLVERS[name]
+
+
+def sample_chunk(noise: Tensor, steps: int, velocity: Callable[[Tensor, float], Tensor], shift: float = 5.0) -> Tensor:
     """Integrate from `noise` to x0. `velocity(x, timestep)` calls the model. For models outside a session."""
-    solver, sample = UniPC(steps, shift), noise.to(torch.float32)
-    for now in solver.schedule:
-        sample = solver.step(velocity(sample, now.timestep), sample)
+    schedule = schedule_of(steps, shift)
+    solver, sample = UniPC(schedule), noise.to(torch.float32)
+    for timestep in schedule.timesteps:
+        sample = solver.step(velocity(sample, timestep), sample)
     return sample

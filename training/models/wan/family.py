@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from longtake.training.models.family import ModelSet, Precision
 from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset
-from longtake.training.models.sampler import UniPC
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.networks import network_module
@@ -26,6 +25,7 @@ class Wan:
     """See training/models/family.py for what each member is."""
 
     name = "wan"
+    solver = "unipc"
     keys: tuple[str, ...] = ("wan", "diffusers")  # training/convert/dit_keys.py, vae_keys.py, text_keys.py
 
     def networks(self, preset: Preset) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class Wan:
         cos, sin = rope_tables(preset.dit, frame_positions(preset, chunk, shot), preset.grid_hw)
         return {"rope_cos": cos, "rope_sin": sin}
 
-    def pass_inputs(self, preset: Preset, frames: int, timestep: int, clean_frames: int) -> dict[str, Tensor]:
+    def pass_inputs(self, preset: Preset, frames: int, timestep: float, clean_frames: int) -> dict[str, Tensor]:
         times = [0.0] * clean_frames + [float(timestep)] * (frames - clean_frames)
         return {"timestep_sinusoid": timestep_sinusoid(times, preset.dit.freq_dim)}
 
@@ -64,6 +64,3 @@ class Wan:
         """A cut is announced as in training, once. A video's first chunk is no cut: as in the reference, its prompt is what
         was written, prefix and all."""
         return caption if first else with_cut_prefix(caption.removeprefix(CUT_PREFIX), cut)
-
-    def solver(self, steps: int, shift: float) -> UniPC:
-        return UniPC(steps, shift)

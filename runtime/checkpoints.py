@@ -1,0 +1,61 @@
+"""A generator's parts from a folder of checkpoints: its preset, its tokenizer, and the export that was made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.formats.exported import Export
+from longtake.paths import EXPORTS
+from longtake.runtime.session_inputs import Tokenize
+from longtake.training.models.checkpoint import side_file, weights_digests
+from longtake.training.models.presets import Preset
+from longtake.training.models.side_file import SideFile
+from longtake.training.models.text.words import tokenizer_for
+
+
+def dit_side(folder: Path) -> SideFile:
+    """What goes with the DiT in `folder`; its preset is the checkpoint's.
+
+    Raises:
+        LongtakeError: there is none.
+        IntegrityError: its side file is damaged.
+    """
+    path = folder / "dit.safetensors"
+    for file in (path, side_file(path)):
+        if not file.is_file():
+            raise LongtakeError(f"{folder} holds no checkpoint", got=f"no {file.name}",
+                                expected="dit.safetensors and dit.json, as training and `longtake convert` write them",
+                                fix="pass the folder that has them")  # fmt: skip
+    return SideFile.read(side_file(path))
+
+
+def tokenizer_of(preset: Preset, folder: Path) -> Tokenize:
+    """The tokenizer of the text encoder in `folder`; without one, what says so once a prompt is to be encoded."""
+    path = folder / "text_encoder.safetensors"
+    if path.is_file() and side_file(path).is_file():
+        return tokenizer_for(preset, SideFile.read(side_file(path)).vocabulary, folder)
+
+    def refuse(prompts: list[str], length: int) -> Tensor:
+        raise LongtakeError("there is no text encoder for this prompt", got=f"no {path.name} in {folder}",
+                            expected="a text encoder, or embeddings",
+                            fix=f"pass embeddings={{{prompts[0]!r}: tensor}}, or copy the encoder there")  # fmt: skip
+
+    return refuse
+
+
+def export_of(preset: Preset, folder: Path) -> Path:
+    """The export in bf16 that was made of the weights in `folder`. Raises UnavailableError if there is none."""
+    wanted = weights_digests(folder)
+    for found in sorted(EXPORTS.glob(f"{preset.name}_bf16*")):
+        try:
+            export = Export.find(found)
+        except IntegrityError:
+            continue
+        if export and export.weights == wanted:
+            return found
+    raise UnavailableError(f"nothing was exported from the checkpoint in {folder}", got=f"no export of its weights in {EXPORTS}",
+                           expected="one in bf16, for ONNX Runtime to run",
+                           fix=f"longtake export --recipe {preset.name}_bf16_sm90 --checkpoints {folder}")  # fmt: skip
