@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from longtake.formats.memory import Budget
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.budget.terms_table import Budget
 from longtake.runtime.conditions import Tokenize
 from longtake.runtime.session import Session
 from longtake.runtime.session_options import SessionOptions
