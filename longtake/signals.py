@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP (docker stop, Kubernetes, SLURM, a closed terminal) end a command as Ctrl-C does.
+"""Ctrl-C, and what ends a command as it does: SIGTERM, SIGHUP (docker stop, Kubernetes, SLURM, a closed terminal).
 
 Whoever handles Ctrl-C handles them: they are passed to the handler of SIGINT that is set at that moment.
 """
@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -72,6 +72,24 @@ def ended_by_signals() -> Iterator[Ended]:
     finally:
         for number in taken:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def first_interrupt(then: Callable[[], None]) -> Iterator[None]:
+    """Inside, the first Ctrl-C does `then`; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, previous)
+        then()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _is_terminal(number: int) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from longtake.errors import LongtakeError
+from longtake.formats.memory import Budget
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.budget.terms_table import Budget
 from longtake.runtime.session import Session
 from longtake.runtime.session_inputs import Embeddings, Noise, SessionInputs, Tokenize
 from longtake.runtime.session_options import Sampling, SessionOptions

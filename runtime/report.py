@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from longtake.files import write_json
+from longtake.formats.memory import Budget
 from longtake.provenance import commit, cpu_name, versions
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.budget.terms_table import Budget
 from longtake.training.models.presets import Preset
 
 
@@ -28,7 +28,7 @@ class Report:
     first_chunk_s: from the start to the first frames on the host. stage_ms: mean milliseconds a chunk.
     peak_gb: peak memory in GB of 10^9 bytes; peak_of says which memory. against, ratio: for a comparison.
     decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
-    "apart"; see runtime/budget/terms_table.py), None on a CPU.
+    "apart"; see longtake/formats/memory.py), None on a CPU.
     """
 
     kind: str

@@ -12,6 +12,7 @@ import torch
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
+from longtake.formats.memory import Budget, RecordedTerm, Use
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
 from longtake.machine.capability import Choice, backend_for
 from longtake.machine.machine import machine_here
@@ -19,8 +20,7 @@ from longtake.paths import ENGINES, EXPORTS
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.measured import record_arenas
-from longtake.runtime.budget.terms import Use, budget_of
-from longtake.runtime.budget.terms_table import Budget
+from longtake.runtime.budget.use import budget_of
 from longtake.training.models.presets import SamplingConfig
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Source:
 
     checkpoints: where a text or VAE encoder that was not exported is loaded from; None for the preset's own folder.
     sampling: how this checkpoint is sampled (a student in few steps, without guidance); None: as the preset says.
-    weights: see `Backend.weights`.
+    weights: see `Backend.weights`. memory: what the engines take on a GPU, where their bundle records it.
     """
 
     recipe: Recipe
@@ -46,6 +46,7 @@ class Source:
     checkpoints: Path | None = None
     sampling: SamplingConfig | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
+    memory: tuple[RecordedTerm, ...] = ()
 
 
 def source_from_name(name: Path | str | None) -> Source:
@@ -119,6 +120,7 @@ def source_from_bundle(folder: Path) -> Source:
         export.checkpoint_folder if export else None,
         export.sampled if export else None,
         bundle.weights or (export.weights_known if export else {}),
+        bundle.memory,
     )
 
 
@@ -216,7 +218,7 @@ def _announce_memory(
     sampling = source.sampling or recipe.model.sampling
     guided = sampling.guidance != 1.0 if opening.guided is None else opening.guided
     apart = decode_device is not None and (decode_device.index or 0) != (device.index or 0)
-    use = Use(guided=guided, decode_apart=apart, encode=opening.encode, engines=source.engines)
+    use = Use(guided=guided, decode_apart=apart, encode=opening.encode, engines=source.engines, recorded=source.memory)
     opening.announce(budget_of(recipe, use))
     if opening.check:
         check_memory(recipe, use, device, decode_device)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from longtake.errors import LongtakeError
+from longtake.formats.memory import Use, budget_table
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.options import Command, option
 from longtake.runtime.budget.check import check_memory
-from longtake.runtime.budget.terms import Use, budget_of
-from longtake.runtime.budget.terms_table import budget_table
-from longtake.runtime.sources import source_from_name, source_of_recipe
+from longtake.runtime.budget.use import budget_of
+from longtake.runtime.sources import Source, source_from_name, source_of_recipe
 from longtake.training.models.presets import SamplingConfig
 
 EPILOG = """examples:
@@ -50,10 +50,14 @@ class BudgetOptions:
 
 def run(options: BudgetOptions) -> int:
     """Print the budget; raise LongtakeError if it doesn't fit the GPU that is there."""
-    recipe, engines, recorded = _recipe(options)
-    guidance, whose = _guidance(options.guidance, recipe, recorded)
+    recipe, source = _recipe(options)
+    guidance, whose = _guidance(options.guidance, recipe, source.sampling if source else None)
     use = Use(
-        guided=guidance != 1.0, decode_apart=options.decode_device is not None, encode=options.image, engines=engines
+        guided=guidance != 1.0,
+        decode_apart=options.decode_device is not None,
+        encode=options.image,
+        engines=source.engines if source else None,
+        recorded=source.memory if source else (),
     )
     budget = budget_of(recipe, use)
     if options.json:
@@ -77,8 +81,8 @@ def _guidance(asked: float | None, recipe: Recipe, recorded: SamplingConfig | No
     return recipe.model.sampling.guidance, "the preset's"
 
 
-def _recipe(options: BudgetOptions) -> tuple[Recipe, Path | None, SamplingConfig | None]:
-    """The recipe; its engines where they are built; how what is built or exported is sampled, where that is recorded."""
+def _recipe(options: BudgetOptions) -> tuple[Recipe, Source | None]:
+    """The recipe, and what is built or exported of it, if anything is."""
     if options.engines is not None:
         source = source_from_name(options.engines)
         asked = source.recipe if options.recipe is None else recipe_named(options.recipe)
@@ -90,7 +94,7 @@ def _recipe(options: BudgetOptions) -> tuple[Recipe, Path | None, SamplingConfig
                 expected=options.recipe,
                 fix="leave out --recipe",
             )
-        return source.recipe, source.engines, source.sampling
+        return source.recipe, source
     if options.recipe is None:
         raise LongtakeError(
             "no recipe was named",
@@ -98,8 +102,7 @@ def _recipe(options: BudgetOptions) -> tuple[Recipe, Path | None, SamplingConfig
             fix="longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90",
         )
     recipe = recipe_named(options.recipe)
-    found = source_of_recipe(recipe)
-    return (recipe, None, None) if found is None else (recipe, found.engines, found.sampling)
+    return recipe, source_of_recipe(recipe)
 
 
 def cuda_device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longtake.engines.build import PlanResult, build_recipe, require_buildable
@@ -15,6 +15,7 @@ from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
 from longtake.options import Command, option
 from longtake.paths import ENGINES, EXPORTS
+from longtake.runtime.budget.terms import terms_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def build(
         export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
     Export.read(onnx).require_recipe(recipe, onnx, weights=recipe.mode == "fused")
     results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside, channels_last)
-    Bundle.of(out, recipe, flavour, onnx, [result.path for result in results]).write()
+    bundle = Bundle.of(out, recipe, flavour, onnx, [result.path for result in results])
+    replace(bundle, memory=terms_of(recipe, out)).write()
     return results
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from itertools import islice
 from pathlib import Path
 
 from longtake.commands.generate_options import EPILOG, GenerateOptions
-from longtake.commands.interrupts import cancel_on_interrupt
-from longtake.commands.progress_bar import GenerateProgress
 from longtake.commands.video_output import VideoOutput, conclude
 from longtake.errors import LongtakeError
 from longtake.files import require_disk
+from longtake.formats.memory import budget_table
 from longtake.options import Command
 from longtake.outputs import claim_outputs
-from longtake.runtime.budget.terms_table import budget_table
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
 from longtake.runtime.sampling import CancelledError
@@ -23,6 +22,7 @@ from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import OpenOptions
 from longtake.runtime.start import start_of
 from longtake.runtime.story import Story, check_fits, checked_prompt, frame_count, story_from_file, story_from_prompt
+from longtake.signals import first_interrupt
 
 
 def run(options: GenerateOptions) -> int:
@@ -63,7 +63,7 @@ def generate(generator: Generator, options: GenerateOptions, story: Story | None
         total = _total(session, options.chunks)
         preset = backend.preset
         require_disk(out.parent, frame_count(preset, total) * preset.height * preset.width // 4 + (8 << 20))
-        output = VideoOutput(out, preset.fps)
+        output = VideoOutput(out, preset.fps, total)
         interrupted = _generate_all(session, total, output)
         if options.save_session:
             session.save(options.save_session)
@@ -75,21 +75,24 @@ def generate(generator: Generator, options: GenerateOptions, story: Story | None
 def _generate_all(session: Session, total: int, output: VideoOutput) -> bool:
     """Drive the session; True if it was interrupted. Whatever happens, finished frames become a playable file."""
     waiting: deque[Chunk] = deque()
-    progress = GenerateProgress(total)
+
+    def stop() -> None:
+        print("\nstopping at the next pass; once more stops at once", file=sys.stderr)
+        session.cancel()
+
     try:
-        with cancel_on_interrupt(session):
+        with first_interrupt(stop):
             for chunk in islice(session, total):
                 waiting.append(chunk)
                 if len(waiting) > 1:  # the newest is still being decoded: write the one before it meanwhile
-                    output.add(waiting.popleft(), progress)
+                    output.add(waiting.popleft())
     except (CancelledError, KeyboardInterrupt):
         return True
     finally:
         try:
             while waiting:
-                output.add(waiting.popleft(), progress)
+                output.add(waiting.popleft())
         finally:
-            progress.close()
             output.close()
     return False
 

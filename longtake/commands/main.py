@@ -130,12 +130,14 @@ def split(words: list[str]) -> tuple[str, list[str]]:
 def parsed(name: str, words: list[str]) -> list[Any]:
     """The dataclasses that a command runs with, made from its words. `--help` prints and raises SystemExit."""
     from longtake.commands.options import instances, parser_of
-    from longtake.commands.run_files import add_config, values_of_config
 
     command = importlib.import_module(COMMANDS[name][0]).COMMAND
     parser = parser_of(name, command)
-    if command.runs:
-        add_config(parser, command)
+    if not command.runs:
+        return instances(name, command, parser.values(words), {})
+    from longtake.commands.run_files import add_config, values_of_config
+
+    add_config(parser, command)
     given = parser.values(words)
     return instances(name, command, given, values_of_config(given, command))
 

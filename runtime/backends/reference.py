@@ -41,7 +41,8 @@ class ReferenceBackend(HostBackend):
         self._sessions: dict[str, Any] = {}
         if runs:
             for name in self._views:
-                self._session(name)
+                if not name.startswith("vae_encoder"):  # opened when a video starts from a picture or clip
+                    self._session(name)
 
     def has(self, network: str) -> bool:
         """See Backend.has."""

@@ -84,8 +84,8 @@ def budget(options: BenchOptions) -> dict[str, Any]:
     """What `longtake budget` promises for this run, or why that is not known."""
 
     def work_out() -> dict[str, Any]:
-        from longtake.runtime.budget.terms import Use, budget_of
-        from longtake.runtime.budget.terms_table import gigabytes
+        from longtake.formats.memory import Use, gigabytes
+        from longtake.runtime.budget.use import budget_of
 
         built = engine_folder(options)
         use = Use(

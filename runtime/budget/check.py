@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
+from longtake.errors import LongtakeError
+from longtake.formats.memory import Budget, Place, Use
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
 from longtake.machine.nvml import nvml
-from longtake.runtime.budget.terms import Use, budget_of
-from longtake.runtime.budget.terms_table import Budget, Place, require_fits
+from longtake.runtime.budget.use import budget_of
 
 
 def free_memory(device: torch.device) -> tuple[str, int]:
@@ -42,6 +44,28 @@ def check_memory(recipe: Recipe, use: Use, device: torch.device, decode_device: 
     return budget
 
 
+def require_fits(budget: Budget, free: Mapping[Place, tuple[str, int]], fixes: list[str]) -> None:
+    """Raise LongtakeError with the figures if a GPU has less memory free than the budget says.
+
+    Args:
+        free: name of each GPU used and its free bytes.
+        fixes: what would help, the best first.
+    """
+    for place, needed in budget.peak.items():
+        name, available = free[place]
+        if needed <= available:
+            continue
+        own = [term for term in budget.terms if budget.one_gpu or term.place == place]
+        largest = sorted(own, key=lambda term: -term.bytes)[:4]
+        parts = ", ".join(f"{term.name} {term.bytes / 1e9:.2f}" for term in largest)
+        raise LongtakeError(
+            f"recipe {budget.recipe} does not fit the memory of {name}",
+            got=f"{available / 1e9:.2f} GB free",
+            expected=f"{needed / 1e9:.2f} GB: {parts} GB and smaller ones (longtake budget shows all)",
+            fix="; or ".join([*fixes, "close what else uses this GPU"]),
+        )
+
+
 def fixes_for(recipe: Recipe, use: Use, free: int, gpus: int) -> list[str]:
     """What would make `recipe` fit into `free` bytes, or bring it nearer to that; the best first."""
     fixes = []
@@ -63,7 +87,7 @@ def fixes_for(recipe: Recipe, use: Use, free: int, gpus: int) -> list[str]:
 def _smaller_recipes(recipe: Recipe, use: Use) -> list[tuple[str, int]]:
     """Recipes of the same preset and GPU that need less, most precise first, with the bytes they need."""
     others = [recipe_named(name) for name in recipe_names()]
-    plain = replace(use, engines=None)
+    plain = replace(use, engines=None, recorded=())
     mine = budget_of(recipe, plain).peak["generate"]
     fitting = [r for r in others if (r.preset, r.compute_capability) == (recipe.preset, recipe.compute_capability)]
     needed = [(r.name, budget_of(r, plain).peak["generate"]) for r in fitting if r.name != recipe.name]

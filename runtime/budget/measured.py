@@ -10,11 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from longtake.files import sha256, write_json
+from longtake.formats.memory import TWICE, WORKING, gigabytes
 from longtake.runtime.backends.base import Backend, State
-from longtake.runtime.budget.terms import DECODER, LANES, MEASURED, PLAIN, WORKING
-from longtake.runtime.budget.terms_table import gigabytes
+from longtake.runtime.budget.use import MEASURED
 
 log = logging.getLogger(__name__)
+
+PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena
+DECODER = ("vae_first", "vae_steady")
+LANES = {"denoise": PLAIN, "decode": DECODER}
 
 
 def measured_terms(backend: Backend, states: Iterable[State] = ()) -> dict[str, int]:
@@ -45,7 +49,7 @@ def record_arenas(engines: Path, backend: Backend) -> None:
     if not sizes:
         return
     try:
-        arenas = sizes | {"caches twice": backend.twice_bytes}
+        arenas = sizes | {TWICE: backend.twice_bytes}
         found = {"bundle": sha256(engines / "bundle.json"), "arena_bytes": arenas}
         write_json(engines / MEASURED, found)
     except OSError as error:  # a read-only folder: the next budget estimates again

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -13,100 +13,75 @@ from torch import nn
 
 from longtake.dtypes import DTYPES, stored_bytes
 from longtake.errors import LongtakeError
-from longtake.files import read_json, sha256
+from longtake.formats.memory import DECODER_CACHES, WORKING, Known, RecordedTerm
 from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import SegmentedGraph
-from longtake.runtime.budget.terms_table import CUDA_CONTEXT_BYTES, KERNEL_BYTES, Budget, Known, Place, Term
+from longtake.runtime.budget.measured import DECODER, LANES
 from longtake.runtime.frames import staging_bytes
 from longtake.training.models.families import family_of
 from longtake.training.models.network_spec import Binding, NetworkSpec
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.runner import KEPT
 
-MEASURED = "memory.json"  # beside the plans: arena bytes by lane, written by a run that loaded them: what their lanes' arenas take
-PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena
-DECODER = ("vae_first", "vae_steady")
-LANES = {"denoise": PLAIN, "decode": DECODER}
-WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}
 # Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
 FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 4.4
 SOLVER_LATENTS = 8  # noise, sample, corrected, predictions, velocity and its copy, in fp32
 
 
-@dataclass(frozen=True)
-class Use:
-    """How the recipe will be used. engines: folder of plans, or None. guided: a second cache, for the negative prompt."""
-
-    guided: bool = False
-    decode: bool = True
-    decode_apart: bool = False
-    encode: bool = False
-    engines: Path | None = None
-
-
-def budget_of(recipe: Recipe, use: Use = Use(), preset: Preset | None = None) -> Budget:
-    """The budget of `recipe`; `preset` overrides the recipe's (tests use smaller ones)."""
+def terms_of(recipe: Recipe, engines: Path | None = None, preset: Preset | None = None) -> tuple[RecordedTerm, ...]:
+    """What `recipe` takes, in any use; engines: folder of plans, where they are built. `preset` overrides the recipe's."""
     model = preset or recipe.model
-    place: Place = "decode" if use.decode_apart else "generate"
-    terms = [Term("CUDA context", CUDA_CONTEXT_BYTES, "estimated"), Term("kernels, libraries", KERNEL_BYTES, "estimated"),
-             *_generating(recipe, model, use)]  # fmt: skip
-    if use.decode:
-        terms += _decoding(recipe, model, use, place)
-    if use.decode_apart:
-        terms.append(Term("CUDA context (decode)", CUDA_CONTEXT_BYTES, "estimated", "decode"))
-    return Budget(recipe.name, tuple(terms), tuple(_apart(recipe, model, use)), one_gpu=not use.decode_apart)
+    parts = (_generating(recipe, model, engines), _decoding(recipe, model, engines), _apart(recipe, model))
+    return tuple(term for part in parts for term in part)
 
 
-def _generating(recipe: Recipe, preset: Preset, use: Use) -> list[Term]:
+def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterable[RecordedTerm]:
     family = family_of(preset)
     dit, context = family.spec(preset, recipe, "dit"), family.spec(preset, recipe, "context")
-    caches = 1 + use.guided
     names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
-    kept = total_bytes(context.outputs) * caches
-    if preset.text.kind == "umt5":
-        kept += 4 * KEPT * preset.text.length * preset.text.dim
-    latents = SOLVER_LATENTS * total_bytes(dit.outputs[:1])
+    cached, prompt, kept = "K/V cache", "prompts' K/V and embeddings", total_bytes(context.outputs)
+    embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind == "umt5" else 0
+    cache = total_bytes(state_bindings(dit))
     return [
-        *(weights_term(recipe, preset, name, use.engines) for name in names),
-        Term("K/V cache", caches * total_bytes(state_bindings(dit)), "exact"),
-        Term("static buffers", total_bytes(static_bindings(dit), preset.window_chunks), "exact"),
-        Term("prompts' K/V and embeddings", kept, "exact"),
-        Term("solver", latents, "exact"),
-        _working_term("denoise", recipe, preset, use.engines, "generate"),
+        *(weights_term(recipe, preset, name, engines) for name in names),
+        RecordedTerm(cached, cache, "exact"),
+        RecordedTerm("static buffers", total_bytes(static_bindings(dit), preset.window_chunks), "exact"),
+        RecordedTerm(prompt, kept + embeddings, "exact"),
+        RecordedTerm("solver", SOLVER_LATENTS * total_bytes(dit.outputs[:1]), "exact"),
+        _working_term("denoise", recipe, preset, engines),
+        RecordedTerm(cached, cache, "exact", "guided"),
+        RecordedTerm(prompt, kept, "exact", "guided"),
     ]
 
 
-def _decoding(recipe: Recipe, preset: Preset, use: Use, place: Place) -> list[Term]:
+def _decoding(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterable[RecordedTerm]:
     family = family_of(preset)
     steady, first = family.spec(preset, recipe, "vae_steady"), family.spec(preset, recipe, "vae_first")
-    # Once: our op writes them in place. TensorRT's plans do where they pass their proof, which only a run can tell (see
-    # vae_stream.py); what they then keep twice, all of it at worst, is written down and known to the next budget.
-    caches = total_bytes(steady.inputs[1:])
-    twice = 0 if recipe.vae_ops == "library" else measured_arena(use.engines).get("caches twice", 0)
-    known: Known = (
-        "exact" if recipe.vae_ops == "library" else "measured" if measured_arena(use.engines) else "estimated"
-    )
+    known: Known = "exact" if recipe.vae_ops == "library" else "estimated"  # see formats/memory.py, which refines it
     frames = (preset.vae.stride[0], preset.height, preset.width, 3)
     own = total_bytes((steady.inputs[0], steady.outputs[0], first.inputs[0], first.outputs[0]))
-    return [
-        decoder_weights(recipe, preset, use.engines, place),
-        Term("VAE caches", caches + twice, known, place),
-        Term("decode buffers", own + staging_bytes("cuda", frames), "exact", place),
-        _working_term("decode", recipe, preset, use.engines, place),
+    terms = [
+        decoder_weights(recipe, preset, engines),
+        RecordedTerm(DECODER_CACHES, total_bytes(steady.inputs[1:]), known),
+        RecordedTerm("decode buffers", own + staging_bytes("cuda", frames), "exact"),
+        _working_term("decode", recipe, preset, engines),
     ]
+    return [replace(term, when="decode") for term in terms]
 
 
-def _apart(recipe: Recipe, preset: Preset, use: Use) -> Iterable[Term]:
+def _apart(recipe: Recipe, preset: Preset) -> Iterable[RecordedTerm]:
     if preset.text.kind == "umt5":
         from longtake.training.models.text.umt5_paged import device_bytes
 
-        yield Term("text encoder, at a new prompt", device_bytes(preset.text, "bf16", False), "estimated")
-    if use.encode:
-        family = family_of(preset)
-        first, steady = (family.spec(preset, recipe, f"vae_encoder_{step}") for step in ("first", "steady"))
-        caches = 2 * total_bytes(steady.inputs[1:])
-        weights = _parameters(preset, "vae_encoder_first") * 2
-        yield Term("VAE encoder, before the start", int(weights + caches + total_bytes(first.inputs)), "estimated")
+        yield RecordedTerm(
+            "text encoder, at a new prompt", device_bytes(preset.text, "bf16", False), "estimated", "prompt"
+        )
+    family = family_of(preset)
+    first, steady = (family.spec(preset, recipe, f"vae_encoder_{step}") for step in ("first", "steady"))
+    caches = 2 * total_bytes(steady.inputs[1:])
+    weights = _parameters(preset, "vae_encoder_first") * 2
+    taken = int(weights + caches + total_bytes(first.inputs))
+    yield RecordedTerm("VAE encoder, before the start", taken, "estimated", "encode")
 
 
 def total_bytes(bindings: Iterable[Binding], most: int = 0) -> int:
@@ -128,27 +103,29 @@ def state_bindings(spec: NetworkSpec) -> list[Binding]:
 # ---- weights -----------------------------------------------------------------------------------------------------
 
 
-def weights_term(recipe: Recipe, preset: Preset, name: str, engines: Path | None) -> Term:
+def weights_term(recipe: Recipe, preset: Preset, name: str, engines: Path | None) -> RecordedTerm:
     """Bytes of one network's weights: from its built segments or plan, or worked out from the preset."""
     graph = graph_of(engines, name)
     if graph is not None:
-        return Term(f"weights, {name}", sum(_stored(graph, weight) for weight in graph.weights), "exact")
+        return RecordedTerm(f"weights, {name}", sum(_stored(graph, weight) for weight in graph.weights), "exact")
     plan = engines / f"{name}.plan" if engines else None
     if plan is not None and plan.is_file():
-        return Term(f"weights, {name}", plan.stat().st_size, "estimated")  # a plan is its weights and little else
-    return Term(f"weights, {name}", weight_bytes(recipe, preset, name), "estimated")
+        return RecordedTerm(
+            f"weights, {name}", plan.stat().st_size, "estimated"
+        )  # a plan is its weights and little else
+    return RecordedTerm(f"weights, {name}", weight_bytes(recipe, preset, name), "estimated")
 
 
-def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None, place: Place) -> Term:
+def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None) -> RecordedTerm:
     """The decoder's weights: cut networks keep what both have in common once; each whole plan holds its own."""
     graphs = [graph for name in DECODER if (graph := graph_of(engines, name)) is not None]
     if len(graphs) == len(DECODER):
         stored = {weight: _stored(graph, weight) for graph in graphs for weight in graph.weights}
-        return Term("weights, VAE decoder", sum(stored.values()), "exact", place)
+        return RecordedTerm("weights, VAE decoder", sum(stored.values()), "exact")
     terms = [weights_term(recipe, preset, name, engines) for name in DECODER]
     if engines is None and recipe.mode == "segmented":
         terms = terms[-1:]
-    return Term("weights, VAE decoder", sum(term.bytes for term in terms), "estimated", place)
+    return RecordedTerm("weights, VAE decoder", sum(term.bytes for term in terms), "estimated")
 
 
 def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
@@ -168,6 +145,7 @@ def _stored(graph: SegmentedGraph, name: str) -> int:
     return DTYPES[kind.dtype].bytes(prod(int(n) for n in kind.shape))
 
 
+@lru_cache
 def _models(preset: Preset) -> dict[str, nn.Module]:
     """The preset's DiT and VAE without data."""
     from longtake.training.models.wan.dit import CausalDiT
@@ -210,18 +188,14 @@ def _of_context(name: str) -> bool:
 # ---- memory of the executor --------------------------------------------------------------------------------------
 
 
-def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | None, place: Place) -> Term:
+def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | None) -> RecordedTerm:
     """What is passed between segments and what a plan or op wants while it runs, in one arena for networks that take
-    turns: as an earlier run of these engines wrote it down; else exact as far as the plans' manifests tell; or estimated.
-    """
-    name = WORKING[lane]
-    if (measured := measured_arena(engines).get(lane)) is not None:
-        return Term(name, measured, "measured", place)
+    turns: exact as far as the plans' manifests tell, or estimated."""
     sizes = [_network_working(recipe, engines, network) for network in LANES[lane]] if engines else []
     if found := [size for size in sizes if size is not None]:
-        return Term(name, max(found), "exact" if lane == "decode" else "estimated", place)
+        return RecordedTerm(WORKING[lane], max(found), "exact" if lane == "decode" else "estimated")
     estimate = _denoise_estimate if lane == "denoise" else _decode_estimate
-    return Term(name, estimate(recipe, preset), "estimated", place)
+    return RecordedTerm(WORKING[lane], estimate(recipe, preset), "estimated")
 
 
 def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
@@ -309,16 +283,3 @@ def _library_estimate(preset: Preset) -> int:
     scratch = {segment.name: 0 for segment in graph.segments}
     first = first_steps(graph)
     return max(plan.layout(scratch)[2] for plan in (planned_steps(graph, scratch), *([first.plan] if first else [])))
-
-
-def measured_arena(engines: Path | None) -> dict[str, int]:
-    """Arena bytes by lane ("denoise", "decode") that a run of these engines wrote down; {} if none did."""
-    if engines is None or not (engines / MEASURED).is_file():
-        return {}
-    try:
-        given = read_json(engines / MEASURED)
-        if given["bundle"] != sha256(engines / "bundle.json"):
-            return {}  # built anew since
-        return {str(lane): int(size) for lane, size in given["arena_bytes"].items()}
-    except (LongtakeError, OSError, KeyError, TypeError, ValueError, AttributeError):
-        return {}  # a figure of convenience: a damaged one is no reason to stop

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from longtake.commands import engines as engines_command
 from longtake.commands.main import main
-from longtake.errors import LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
+from longtake.formats.memory import CUDA_CONTEXT_BYTES, Budget, Term, Use, budget_table
 from longtake.formats.plan import PlanManifest
-from longtake.formats.recipe import recipe_named
+from longtake.formats.recipe import Recipe, recipe_named
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, TensorType
 from longtake.machine.flavour import Flavour
 from longtake.runtime import sources
@@ -24,11 +29,12 @@ from longtake.runtime.backends.base import State
 from longtake.runtime.backends.host import HostBackend
 from longtake.runtime.backends.trt import open as trt_open
 from longtake.runtime.budget import check as budget_check
+from longtake.runtime.budget.check import require_fits
 from longtake.runtime.budget.measured import measured_terms, memory_rows, record_arenas
-from longtake.runtime.budget.terms import Use, budget_of, weight_bytes
-from longtake.runtime.budget.terms_table import CUDA_CONTEXT_BYTES, Budget, Term, budget_table, require_fits
+from longtake.runtime.budget.terms import terms_of, weight_bytes
+from longtake.runtime.budget.use import budget_of
 from longtake.runtime.report import conditions_of_run
-from longtake.runtime.sources import OpenOptions, Source, backend_from_source
+from longtake.runtime.sources import OpenOptions, Source, backend_from_source, source_from_bundle
 from longtake.training.models.load import random_models
 from longtake.training.models.network_spec import NETWORKS
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B
@@ -200,6 +206,104 @@ def test_what_a_step_added_stands_beside_what_was_promised_for_it() -> None:
     one, two = memory_rows(log, budget)
     assert (one["added_gb"], one["promised_gb"], one["slack_gb"], one["outside_gb"]) == (2.0, 2.0, 0.5, 0.5)
     assert (two["added_gb"], two["promised_gb"], two["outside_gb"]) == (4.0, 3.0, 1.0)  # "a" was counted already
+
+
+# ---- recorded with the engines ---------------------------------------------------------------------------------------
+
+
+def every_use(**more: Any) -> list[Use]:
+    switches = ("guided", "decode", "decode_apart", "encode")
+    return [Use(**dict(zip(switches, values)), **more) for values in product((False, True), repeat=4)]
+
+
+@pytest.fixture
+def bundle(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe], Bundle]:
+    """bundle(recipe) is that of `engines`, described as `longtake engines` does; nothing is built."""
+
+    def make(recipe: Recipe) -> Bundle:
+        exported = engines / "exports" / recipe.onnx_name
+        exported.mkdir(parents=True)
+        replace(EXPORT, onnx_name=recipe.onnx_name).write(exported)
+        for plan in ("one", "two", "three"):
+            PlanManifest(f"{plan}.plan", plan, "", 0, "", "", "", "", {}, {}, "", "", scratch_bytes=5 << 20).write(
+                engines / f"{plan}.plan"
+            )
+        monkeypatch.setattr(engines_command, "build_recipe", lambda *words: [])
+        monkeypatch.setattr(Export, "require_recipe", lambda *words, **more: None)
+        flavour = Flavour("tensorrt_rtx", "1.6.1", None, "a test")
+        engines_command.build(recipe, exported, engines, flavour, None)
+        return Bundle.read(engines)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["tiny_bf16_sm90", "tiny_nvfp4_sm120"])
+def test_the_bundle_records_every_use_s_budget(
+    name: str, bundle: Callable[[Recipe], Bundle], engines: Path, toy: Any
+) -> None:
+    recipe = recipe_named(name)
+    recorded = bundle(recipe).memory
+    assert recorded == terms_of(recipe, engines)
+    toy.networks, toy.twice_bytes = {"dit": Part("dit", 7000), "vae_steady": Part("vae_steady", 500)}, 4096
+    for _ in range(2):  # the second time with what a run wrote down
+        for use, known in zip(every_use(engines=engines), every_use(engines=engines, recorded=recorded), strict=True):
+            assert budget_of(recipe, use) == budget_of(recipe, known)
+        record_arenas(engines, toy)
+    assert of(budget_of(recipe, Use(engines=engines, recorded=recorded)), "DiT working memory") == 7000
+
+
+def test_the_large_model_s_budget_is_added_up_from_its_terms() -> None:
+    recorded = terms_of(LARGE)
+    for use in every_use()[-2:]:
+        assert budget_of(LARGE, use) == budget_of(LARGE, replace(use, recorded=recorded))
+
+
+def test_opening_built_engines_computes_no_term(
+    bundle: Callable[[Recipe], Bundle], engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that module nor a model on the meta device is needed."""
+    bundle(RECIPE)
+    said: list[Budget] = []
+    monkeypatch.delitem(sys.modules, "longtake.runtime.budget.terms")
+    monkeypatch.delattr(sys.modules["longtake.runtime.budget"], "terms")
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda self: pytest.fail(f"{type(self)} was made"))
+    monkeypatch.setattr(sources, "choose_backend", lambda source, asked: sources.Choice("segmented", "a test"))
+    monkeypatch.setattr(sources, "_require_device", lambda *words: None)
+    monkeypatch.setattr(budget_check, "free_memory", lambda device: ("cuda:0", 100 * GB))
+    monkeypatch.setattr(trt_open, "backend_from_engines", lambda *words, **more: Idle())
+    source = source_from_bundle(engines)
+    backend_from_source(source, "auto", None, opening=OpenOptions(guided=True, announce=said.append))
+    assert "longtake.runtime.budget.terms" not in sys.modules
+    monkeypatch.undo()
+    assert said == [budget_of(RECIPE, Use(guided=True, engines=engines))]
+
+
+def test_engines_of_an_earlier_version_are_budgeted_as_before(
+    bundle: Callable[[Recipe], Bundle], engines: Path
+) -> None:
+    bundle(RECIPE)
+    written = json.loads((engines / "bundle.json").read_text())
+    assert written.pop("memory")
+    (engines / "bundle.json").write_text(json.dumps(written))
+    source = source_from_bundle(engines)
+    assert source.memory == ()
+    assert budget_of(RECIPE, Use(engines=engines)) == budget_of(RECIPE, Use(engines=engines, recorded=source.memory))
+
+
+@pytest.mark.parametrize("damage", [{"bytes": "many"}, {"known": "guessed"}, {"when": "never"}])
+def test_a_damaged_record_is_refused(bundle: Callable[[Recipe], Bundle], engines: Path, damage: dict[str, Any]) -> None:
+    bundle(RECIPE)
+    written = json.loads((engines / "bundle.json").read_text())
+    written["memory"][0] |= damage
+    (engines / "bundle.json").write_text(json.dumps(written))
+    with pytest.raises(IntegrityError, match="is not an engine bundle"):
+        source_from_bundle(engines)
+
+
+class Idle:
+    """A backend that took no memory that is known."""
+
+    networks: dict[str, Any] = {}
 
 
 # ---- refusal ---------------------------------------------------------------------------------------------------------

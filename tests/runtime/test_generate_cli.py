@@ -213,7 +213,7 @@ def test_help_teaches(capsys: Any) -> None:
 
 
 def test_the_contact_sheet_of_a_long_video_stays_small() -> None:
-    from longtake.commands.contact_sheet import MOST_STILLS, ContactSheet
+    from longtake.commands.video_output import MOST_STILLS, ContactSheet
 
     sheet = ContactSheet()
     for index in range(1000):

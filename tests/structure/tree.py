@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def files_entered(command: Callable[[], Any]) -> list[str]:
     names = {str(path): path.relative_to(ROOT).as_posix() for path in library_files()}
 
     def note(frame: Any, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code.co_name != "<module>":
+        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function, no module's or class's body
             name = names.get(str(Path(frame.f_code.co_filename).resolve()))
             if name:
                 entered.add(name)

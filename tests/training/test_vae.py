@@ -6,7 +6,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.training.data.digits import Digits
-from longtake.training.models.presets import TINY
+from longtake.training.models.presets import PRESETS, TINY, Preset
 from longtake.training.models.wan.spec import vae_spec
 from longtake.training.models.wan.vae import (
     CausalVAE,
@@ -15,9 +15,8 @@ from longtake.training.models.wan.vae import (
     Stream,
     VAEEncoderFirst,
     VAEEncoderSteady,
-    decoder_cache_shapes,
-    encoder_cache_shapes,
 )
+from longtake.training.models.wan.vae_caches import decoder_cache_shapes, encoder_cache_shapes
 
 FRAMES = 29  # 8 latents
 Models = tuple[CausalVAE, Tensor, Tensor]
@@ -149,6 +148,22 @@ def test_networks_have_the_shapes_of_the_engine_spec(models: Models) -> None:
         frames, *caches = module(*inputs)
         assert [tuple(tensor.shape) for tensor in (frames, *caches)] == [binding.shape for binding in spec.outputs]
         assert [tuple(cache.shape) for cache in caches] == decoder_cache_shapes(TINY)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_the_caches_of_every_preset_are_those_that_its_modules_return(preset: Preset) -> None:
+    with torch.device("meta"):
+        vae = CausalVAE(preset.vae)
+        latent = torch.empty(1, preset.vae.z_channels, 1, *preset.latent_hw)
+        frame = torch.empty(1, 3, 1, preset.height, preset.width)
+        decoded, ops, encoded = (
+            DecoderFirst(vae)(latent),
+            DecoderFirst(vae, ops=True)(latent),
+            VAEEncoderFirst(vae)(frame),
+        )
+    assert [tuple(cache.shape) for cache in decoded[1:]] == decoder_cache_shapes(preset)
+    assert [tuple(cache.shape) for cache in ops[1:]] == decoder_cache_shapes(preset, ops=True)
+    assert [tuple(cache.shape) for cache in encoded[1:]] == encoder_cache_shapes(preset)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from longtake.runtime.backends.segments.vae_first import first_steps
 from longtake.runtime.budget.recorded_steps import library_decoder_steps
 from longtake.training.models.presets import TINY
 from longtake.training.models.wan.spec import network_spec
-from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, DecoderSteady, decoder_cache_shapes
+from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, DecoderSteady
+from longtake.training.models.wan.vae_caches import decoder_cache_shapes
 from longtake.training.models.wan.vae_layers import channels_last
 from longtake.training.models.wan.vae_library import LibrarySteady, library_ops
 

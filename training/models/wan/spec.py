@@ -10,6 +10,7 @@ from longtake.plugins.cache_format import cache_tensors
 from longtake.training.models.family import Precision
 from longtake.training.models.network_spec import NETWORKS, Binding, NetworkSpec
 from longtake.training.models.presets import Preset
+from longtake.training.models.wan.vae_caches import decoder_cache_shapes, encoder_cache_shapes
 
 
 def networks_of(preset: Preset) -> tuple[str, ...]:
@@ -90,8 +91,6 @@ def vae_spec(preset: Preset, name: str, vae_ops: str = "engine") -> NetworkSpec:
     vae_encoder_first and vae_encoder_steady: the same from frames to latents, one group at a time.
     With `vae_ops` "library" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
     """
-    from longtake.training.models.wan.vae import decoder_cache_shapes, encoder_cache_shapes
-
     encoder, first = name.startswith("vae_encoder"), name.endswith("first")
     ops = vae_ops == "library" and not encoder
     frames = 1 if first else preset.vae.stride[0]

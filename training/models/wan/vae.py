@@ -11,13 +11,13 @@ Legend: B batch, C channels, F latent frames, T pixel frames (T = 1 + 4 (F - 1) 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
-from longtake.training.models.presets import Preset, VAEConfig
+from longtake.training.models.presets import VAEConfig
+from longtake.training.models.wan.vae_caches import PATCH
 from longtake.training.models.wan.vae_layers import (
     CausalConv3d,
     Down,
@@ -28,8 +28,6 @@ from longtake.training.models.wan.vae_layers import (
     Stream,
     Up,
 )
-
-PATCH = 2  # pixel unshuffle before the encoder, pixel shuffle after the decoder
 
 
 class Coder(nn.Module):
@@ -193,22 +191,6 @@ class VAEEncoderSteady(_Step):
     def forward(self, frames: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         stream = self.stream(caches, self.in_place)
         return encode_step(self.vae, frames, stream), *stream.new
-
-
-@lru_cache
-def decoder_cache_shapes(preset: Preset, ops: bool = False) -> list[tuple[int, ...]]:
-    """Shapes of the decoder's caches, in binding order (found by a run without data). `ops`: see `_Step`."""
-    with torch.device("meta"):
-        latent = torch.empty(1, preset.vae.z_channels, 1, *preset.latent_hw)
-        return [tuple(cache.shape) for cache in DecoderFirst(CausalVAE(preset.vae), ops=ops)(latent)[1:]]
-
-
-@lru_cache
-def encoder_cache_shapes(preset: Preset) -> list[tuple[int, ...]]:
-    """Shapes of the encoder's caches, in binding order (found by a run without data)."""
-    with torch.device("meta"):
-        frame = torch.empty(1, 3, 1, preset.height, preset.width)
-        return [tuple(cache.shape) for cache in VAEEncoderFirst(CausalVAE(preset.vae))(frame)[1:]]
 
 
 def _check_video(video: Tensor, config: VAEConfig, first: bool) -> None:

@@ -3,18 +3,22 @@
 GB are 10^9 bytes, as the driver's figures are reported. A term says how it is known: "exact" follows from shapes that
 the engine spec, the exported networks or the built segments fix; "measured" was written down by an earlier run on this
 very folder of engines; "estimated" is a rule of thumb for what only a built or loaded engine tells.
+
+`RecordedTerm`s are what a bundle records of it: from them the budget of every use is added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
-
-from longtake.errors import LongtakeError
 
 Known = Literal["exact", "measured", "estimated"]
 Place = Literal["generate", "decode"]  # the GPU that generates; the one that decodes, which may be another
+# When a recorded term counts: always; once more under guidance; to decode, on the GPU that decodes; apart from the rest, at
+# a new prompt or before a start from a picture or clip.
+When = Literal["always", "guided", "decode", "prompt", "encode"]
 
 # What a process takes on a GPU before it allocates anything: context, torch's and cuBLAS's modules. 0.62 GB as the
 # driver counts it (NVML, one H100, driver 580, torch 2.11 with CUDA 13).
@@ -22,6 +26,9 @@ CUDA_CONTEXT_BYTES = 620_000_000
 # What comes on top once plans and libraries are at work: their kernels' code, cuDNN's and cuBLASLt's handles and
 # workspaces, CUDA graphs, and the ends of torch's blocks.
 KERNEL_BYTES = 330_000_000
+
+WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}
+DECODER_CACHES, TWICE = "VAE caches", "caches twice"
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,31 @@ class Term:
     bytes: int
     known: Known
     place: Place = "generate"
+
+
+@dataclass(frozen=True)
+class RecordedTerm:
+    """Bytes, and when they count. Under guidance they are added to the term of the same name."""
+
+    name: str
+    bytes: int
+    known: Known
+    when: When = "always"
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a recipe will be used. guided: a second cache, for the negative prompt. decode_apart: on another GPU.
+
+    engines: folder of plans, or None. recorded: the terms that their bundle records; () to work them out.
+    """
+
+    guided: bool = False
+    decode: bool = True
+    decode_apart: bool = False
+    encode: bool = False
+    engines: Path | None = None
+    recorded: tuple[RecordedTerm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +111,36 @@ def gigabytes(size: int) -> float:
     return round(size / 1e9, 3)
 
 
+def added_up(recipe: str, terms: Iterable[RecordedTerm], use: Use, measured: Mapping[str, int]) -> Budget:
+    """The budget of a use. measured: arena bytes by lane ("denoise", "decode") and TWICE, of an earlier run, or {}."""
+    by_time: dict[When, list[RecordedTerm]] = {}
+    for term in terms:
+        by_time.setdefault(term.when, []).append(_refined(term, measured))
+    more = {term.name: term.bytes for term in by_time.get("guided", ()) if use.guided}
+    place: Place = "decode" if use.decode_apart else "generate"
+    own = [Term("CUDA context", CUDA_CONTEXT_BYTES, "estimated"), Term("kernels, libraries", KERNEL_BYTES, "estimated")]
+    own += [Term(term.name, term.bytes + more.get(term.name, 0), term.known) for term in by_time.get("always", ())]
+    own += [Term(term.name, term.bytes, term.known, place) for term in by_time.get("decode", ()) if use.decode]
+    if use.decode_apart:
+        own.append(Term("CUDA context (decode)", CUDA_CONTEXT_BYTES, "estimated", "decode"))
+    apart = [*by_time.get("prompt", ()), *(by_time.get("encode", ()) if use.encode else ())]
+    return Budget(recipe, tuple(own), tuple(Term(t.name, t.bytes, t.known) for t in apart), not use.decode_apart)
+
+
+def _refined(term: RecordedTerm, measured: Mapping[str, int]) -> RecordedTerm:
+    """A term as an earlier run of the same engines wrote it down: what their arenas take, and which caches it kept twice.
+
+    Our op writes the VAE's caches in place, which makes them exact. TensorRT's plans do where they pass their proof, which
+    only a run can tell (see vae_stream.py).
+    """
+    for lane, name in WORKING.items():
+        if term.name == name and lane in measured:
+            return replace(term, bytes=measured[lane], known="measured")
+    if term.name == DECODER_CACHES and term.known == "estimated" and measured:
+        return replace(term, bytes=term.bytes + measured.get(TWICE, 0), known="measured")
+    return term
+
+
 def budget_table(budget: Budget) -> str:
     """The budget as a table for people."""
     rows = [(term.name, term.bytes, term.known + ("" if budget.one_gpu else f", {term.place} GPU"))
@@ -88,29 +150,7 @@ def budget_table(budget: Budget) -> str:
     if budget.one_gpu:
         lines.append(f"  {'all of it':34} {budget.total() / 1e9:8.3f} GB")
     else:
-        for place in ("generate", "decode"):
-            lines.append(f"  {f'all of it on the GPU to {place}':34} {budget.total(place) / 1e9:8.3f} GB")  # type: ignore[arg-type]
+        for place in budget.peak:
+            lines.append(f"  {f'all of it on the GPU to {place}':34} {budget.total(place) / 1e9:8.3f} GB")
     lines += [f"  apart: {term.name:27} {term.bytes / 1e9:8.3f} GB  {term.known}" for term in budget.apart]
     return "\n".join(lines)
-
-
-def require_fits(budget: Budget, free: Mapping[Place, tuple[str, int]], fixes: list[str]) -> None:
-    """Raise LongtakeError with the figures if a GPU has less memory free than the budget says.
-
-    Args:
-        free: name of each GPU used and its free bytes.
-        fixes: what would help, the best first.
-    """
-    for place, needed in budget.peak.items():
-        name, available = free[place]
-        if needed <= available:
-            continue
-        own = [term for term in budget.terms if budget.one_gpu or term.place == place]
-        largest = sorted(own, key=lambda term: -term.bytes)[:4]
-        parts = ", ".join(f"{term.name} {term.bytes / 1e9:.2f}" for term in largest)
-        raise LongtakeError(
-            f"recipe {budget.recipe} does not fit the memory of {name}",
-            got=f"{available / 1e9:.2f} GB free",
-            expected=f"{needed / 1e9:.2f} GB: {parts} GB and smaller ones (longtake budget shows all)",
-            fix="; or ".join([*fixes, "close what else uses this GPU"]),
-        )

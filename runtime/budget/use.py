@@ -1,0 +1,37 @@
+"""The budget of a use: added up from what the engines' bundle records; worked out anew for what is not built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longtake.errors import LongtakeError
+from longtake.files import read_json, sha256
+from longtake.formats.memory import Budget, Use, added_up
+from longtake.formats.recipe import Recipe
+from longtake.training.models.presets import Preset
+
+MEASURED = "memory.json"  # beside the plans: arena bytes by lane, written by a run that loaded them: what their lanes' arenas take
+PLAIN_USE = Use()
+
+
+def budget_of(recipe: Recipe, use: Use = PLAIN_USE, preset: Preset | None = None) -> Budget:
+    """The budget of `recipe`; `preset` overrides the recipe's (tests use smaller ones)."""
+    terms = use.recorded
+    if not terms:
+        from longtake.runtime.budget.terms import terms_of
+
+        terms = terms_of(recipe, use.engines, preset)
+    return added_up(recipe.name, terms, use, measured_arena(use.engines))
+
+
+def measured_arena(engines: Path | None) -> dict[str, int]:
+    """Arena bytes by lane ("denoise", "decode") that a run of these engines wrote down; {} if none did."""
+    if engines is None or not (engines / MEASURED).is_file():
+        return {}
+    try:
+        given = read_json(engines / MEASURED)
+        if given["bundle"] != sha256(engines / "bundle.json"):
+            return {}  # built anew since
+        return {str(lane): int(size) for lane, size in given["arena_bytes"].items()}
+    except (LongtakeError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return {}  # a figure of convenience: a damaged one is no reason to stop
