@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from longtake.checked_yaml import read_yaml
@@ -128,7 +128,8 @@ class Recipe:
 
 def _differences(one: object, other: object) -> dict[str, object]:
     """The fields of `one` that `other` has otherwise."""
-    return {key: value for key, value in vars(one).items() if value != getattr(other, key)}
+    names = [field.name for field in fields(one) if field.compare]  # type: ignore[arg-type]
+    return {name: getattr(one, name) for name in names if getattr(one, name) != getattr(other, name)}
 
 
 def recipe_from_file(path: Path) -> Recipe:
@@ -137,16 +138,17 @@ def recipe_from_file(path: Path) -> Recipe:
     Raises:
         LongtakeError: a key is unknown, missing, or has a value that cannot be; names file, key and the nearest key.
     """
-    given, own = read_yaml(path, "recipe", "key: value lines in UTF-8", "see engines/recipes"), {}
+    given = read_yaml(path, "recipe", "key: value lines in UTF-8", "see engines/recipes")
+    own: Preset | None = None
     if isinstance(given, dict):
         preset, capability = given.get("preset"), given.get("compute_capability")
         if isinstance(preset, str) and preset.endswith((".yaml", ".yml")):
-            model = preset_named(preset, path.parent)
-            given, own = {**given, "preset": model.name}, {"own_preset": model}
+            own = preset_named(preset, path.parent)
+            given = {**given, "preset": own.name}
         if isinstance(capability, float):
             given = {**given, "compute_capability": str(capability)}
     recipe: Recipe = record_from_mapping(
-        Recipe, given, f"recipe {path.name}", "see engines/recipes", name=path.stem, **{"own_preset": None, **own}
+        Recipe, given, f"recipe {path.name}", "see engines/recipes", name=path.stem, own_preset=own
     )
     return recipe.read
 

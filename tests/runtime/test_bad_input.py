@@ -123,7 +123,9 @@ def test_no_engine_is_built_from_a_damaged_network(exported: Path, refused: Call
     (exported / file).write_bytes(flip((exported / file).read_bytes()))
     recipe = exported.parent / "mine.yaml"  # one that is built without a GPU
     values = {**asdict(RECIPE), "compute_capability": "8.9"}
-    recipe.write_text(yaml.safe_dump({key: value for key, value in values.items() if key != "name"}))
+    recipe.write_text(
+        yaml.safe_dump({key: value for key, value in values.items() if key not in ("name", "own_preset")})
+    )
     words = ["engines", "--recipe", recipe, "--onnx", exported.parent, "--out", "built"]
     assert f"{file} is not what was exported" in refused(4, *words)
     assert f"{file} is not the file that was exported" in refused(4, "inspect", exported / "dit.onnx")
@@ -227,7 +229,7 @@ BAD_RECIPES: dict[str, tuple[object, str]] = {
 def test_a_bad_recipe(tmp_path: Path, refused: Callable[..., str], case: str) -> None:
     given, says = BAD_RECIPES[case]
     if isinstance(given, dict):
-        values = {**{k: v for k, v in asdict(RECIPE).items() if k != "name"}, **given}
+        values = {**{k: v for k, v in asdict(RECIPE).items() if k not in ("name", "own_preset")}, **given}
         given = yaml.safe_dump(values).encode()
     assert isinstance(given, bytes)
     (tmp_path / "mine.yaml").write_bytes(given)
