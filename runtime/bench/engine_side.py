@@ -84,13 +84,15 @@ def budget(options: BenchOptions) -> dict[str, Any]:
     """What `longtake budget` promises for this run, or why that is not known."""
 
     def work_out() -> dict[str, Any]:
+        from longtake.formats.bundle import Bundle
         from longtake.formats.memory import Use, gigabytes
         from longtake.runtime.budget.use import budget_of
 
-        built = engine_folder(options)
+        folder = engine_folder(options)
+        built = Bundle.read(folder) if (folder / "bundle.json").is_file() else None
         use = Use(
             decode="vae" in options.networks, decode_apart=bool(options.decode_device),
-            engines=built if (built / "bundle.json").is_file() else None,
+            engines=folder if built else None, recorded=built.memory if built else (),
         )  # fmt: skip
         found = budget_of(options.the_recipe, use)
         apart = {} if found.one_gpu else {f"{place}_gb": gigabytes(found.total(place)) for place in found.peak}

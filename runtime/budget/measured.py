@@ -10,15 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from longtake.files import sha256, write_json
-from longtake.formats.memory import TWICE, WORKING, gigabytes
+from longtake.formats.memory import DECODER, LANES, MEASURED, PLAIN, TWICE, WORKING, gigabytes
 from longtake.runtime.backends.base import Backend, State
-from longtake.runtime.budget.use import MEASURED
 
 log = logging.getLogger(__name__)
-
-PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena
-DECODER = ("vae_first", "vae_steady")
-LANES = {"denoise": PLAIN, "decode": DECODER}
 
 
 def measured_terms(backend: Backend, states: Iterable[State] = ()) -> dict[str, int]:

@@ -13,10 +13,9 @@ from torch import nn
 
 from longtake.dtypes import DTYPES, stored_bytes
 from longtake.errors import LongtakeError
-from longtake.formats.memory import DECODER_CACHES, WORKING, Known, RecordedTerm
+from longtake.formats.memory import DECODER, DECODER_CACHES, LANES, WORKING, Known, RecordedTerm
 from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import SegmentedGraph
-from longtake.runtime.budget.measured import DECODER, LANES
 from longtake.runtime.frames import staging_bytes
 from longtake.training.models.families import family_of
 from longtake.training.models.network_spec import Binding, NetworkSpec

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats.memory import Budget, Use, added_up
+from longtake.formats.memory import MEASURED, Budget, Use, added_up
 from longtake.formats.recipe import Recipe
 from longtake.training.models.presets import Preset
 
-MEASURED = "memory.json"  # beside the plans: arena bytes by lane, written by a run that loaded them: what their lanes' arenas take
 PLAIN_USE = Use()
 
 
