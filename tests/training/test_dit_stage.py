@@ -21,6 +21,7 @@ from longtake.training.data.stored_stories import stored_from_dataset
 from longtake.training.models.checkpoint import save_checkpoint
 from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.window import window_history
 from longtake.training.objective.error_recycling import RecyclingConfig
@@ -218,7 +219,7 @@ def test_init_comes_with_its_own_vae(
     for name, module in (("dit", models.dit), ("text_encoder", models.text), ("vae", models.vae)):
         facts = {"vocabulary": list(models.vocabulary)} if name == "text_encoder" else {}
         about = {"kind": name, "preset": small_preset.name, "vae_sha256": "0" * 64, **facts}
-        save_checkpoint(tmp_path / f"{name}.safetensors", module.state_dict(), about)
+        save_checkpoint(tmp_path / f"{name}.safetensors", module.state_dict(), SideFile.of(about))
     stage = DiTStage(replace(options(small_preset, vae_folder, init=tmp_path), vae=None))
     assert stage.companions == [tmp_path / "vae.safetensors"]
     with pytest.raises(LongtakeError, match="trained on latents of another VAE"):
