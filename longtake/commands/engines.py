@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,6 @@ class EngineOptions:
     """where the folders of engines are made"""
     skeleton: bool = option(False)
     """build from graphs without weights, exported without checkpoints if need be (segmented recipes)"""
-    weights_inside: tuple[str, ...] = option((), repeated=True, metavar="NETWORK")
-    """of a segmented recipe: build this network (a VAE one, say) with its weights inside; may be repeated (default: none)"""
-    transposed: bool = option(False)
-    """with vae_ops: plugin: let each plan of the VAE transpose its streams, as the exported graph says (more memory,
-    slower; for comparison)"""
 
 
 def run(options: EngineOptions) -> int:
@@ -47,16 +42,7 @@ def run(options: EngineOptions) -> int:
         print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
         print(f"  {flavour.reason}")
         onnx, out = options.onnx / recipe.onnx_name, options.out / recipe.name
-        results = build(
-            recipe,
-            onnx,
-            out,
-            flavour,
-            machine,
-            skeleton=options.skeleton,
-            inside=options.weights_inside,
-            channels_last=not options.transposed,
-        )
+        results = build(recipe, onnx, out, flavour, machine, skeleton=options.skeleton)
         print(format_results(results))
         print(f"  peak host memory {peak_memory() / 1e9:.1f} GB")
     return 0
@@ -89,14 +75,8 @@ def build(
     machine: str | None,
     *,
     skeleton: bool = False,
-    inside: Collection[str] = (),
-    channels_last: bool = True,
 ) -> list[PlanResult]:
-    """Export if need be, build, and describe the folder in bundle.json.
-
-    Args:
-        skeleton: an export without weights will do.
-        inside, channels_last: see `build_recipe`.
+    """Export if need be (skeleton: without weights will do), build, and describe the folder in bundle.json.
 
     Raises:
         IntegrityError: an exported file is not what was exported; no plan is built from it.
@@ -109,7 +89,7 @@ def build(
         print(f"  {onnx} is not exported yet; exporting first")
         export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
     Export.read(onnx).require_recipe(recipe, onnx, weights=recipe.mode == "fused")
-    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside, channels_last)
+    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty())
     Bundle.of(out, recipe, flavour, onnx, [result.path for result in results]).write()
     return results
 
