@@ -23,9 +23,8 @@ from longtake.plugins.bench.harness import Row, TableOptions, exit_code, millise
 from longtake.plugins.cache_format import CACHE_FORMATS, cache_tensors
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_by, run_kernel
-from longtake.plugins.shapes import shape_of
+from longtake.plugins.shapes import shape_of, torch_dtype
 from longtake.plugins.sink_attention.window import WindowedAttention
-from longtake.plugins.tensors import torch_dtype
 
 WAYS = (("cudnn", "bf16"), ("wgmma", "fp8"), ("torch", "bf16"), ("portable", "bf16"))
 COLUMNS = "cache keys method kind ms tflops window_ms window_gb_s attend_ms ratio error note".split()
@@ -116,8 +115,8 @@ def measure(case: Attention, method: str, kind: str, entries: int, wanted: Tenso
     if isinstance(launcher, WindowedAttention):
         attend_ms = milliseconds(lambda: launcher.attend(pointers, stream(), at, entries), repeats)
         window_ms = milliseconds(lambda: launcher.lay_out(pointers, stream(), at, entries), repeats)
-        row |= {"attend_ms": attend_ms, "window_ms": window_ms,
-                "window_gb_s": window_bytes(case, kind, entries) / window_ms / 1e6}  # fmt: skip
+        row |= {"attend_ms": attend_ms, "window_ms": window_ms}
+        row["window_gb_s"] = window_bytes(case, kind, entries) / window_ms / 1e6
     return row
 
 

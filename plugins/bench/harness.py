@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.cuda_streams import event_times
 from longtake.errors import UnavailableError
 from longtake.files import write_json
 from longtake.options import option
 from longtake.plugins.kernels import Dims
 from longtake.plugins.launch import OpLauncher
-from longtake.plugins.shapes import shape_of
+from longtake.plugins.shapes import shape_of, torch_dtype
 from longtake.plugins.spec import Op
-from longtake.plugins.tensors import torch_dtype
 
 Row = dict[str, Any]
 PEAK = 3.35e12  # bytes a second of an H100's memory
@@ -79,15 +79,7 @@ def milliseconds(work: Callable[[], None], repeats: int) -> float:
     with torch.cuda.graph(graph):
         work()
     graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    return sorted(event_times(graph.replay, repeats))[repeats // 2]
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
