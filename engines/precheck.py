@@ -86,10 +86,3 @@ def _weight_bytes(source: Path | onnx.ModelProto) -> int:
             fix="export from checkpoints, longtake export --checkpoints FOLDER, or build a segmented recipe",
         )
     return sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
-
-
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes."""
-    import resource
-
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

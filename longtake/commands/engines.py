@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longtake.engines.build import PlanResult, build_recipe, require_buildable
-from longtake.engines.precheck import peak_memory
 from longtake.errors import UnavailableError
 from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
 from longtake.options import Command, option
 from longtake.paths import ENGINES, EXPORTS
+from longtake.provenance import resident_bytes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def run(options: EngineOptions) -> int:
         onnx, out = options.onnx / recipe.onnx_name, options.out / recipe.name
         results = build(recipe, onnx, out, flavour, machine, skeleton=options.skeleton)
         print(format_results(results))
-        print(f"  peak host memory {peak_memory() / 1e9:.1f} GB")
+        print(f"  peak host memory {resident_bytes() / 1e9:.1f} GB")
     return 0
 
 
@@ -68,13 +68,7 @@ def _buildable(machine: str | None) -> list[Recipe]:
 
 
 def build(
-    recipe: Recipe,
-    onnx: Path,
-    out: Path,
-    flavour: Flavour,
-    machine: str | None,
-    *,
-    skeleton: bool = False,
+    recipe: Recipe, onnx: Path, out: Path, flavour: Flavour, machine: str | None, *, skeleton: bool = False
 ) -> list[PlanResult]:
     """Export if need be (skeleton: without weights will do), build, and describe the folder in bundle.json.
 
