@@ -66,12 +66,7 @@ def require_buildable(recipe: Recipe, flavour: Flavour, machine: str | None) -> 
 
 
 def build_recipe(
-    recipe: Recipe,
-    onnx_folder: Path,
-    out: Path,
-    flavour: Flavour,
-    machine: str | None,
-    show_progress: bool = True,
+    recipe: Recipe, onnx_folder: Path, out: Path, flavour: Flavour, machine: str | None, show_progress: bool = True
 ) -> list[PlanResult]:
     """Build every plan of `recipe` into `out`; plans that are up to date are left alone.
 

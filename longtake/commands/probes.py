@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.machine.nvml import nvml
@@ -53,18 +52,13 @@ def gpu_findings() -> list[Finding]:
     return found or [Finding("GPU", "none", needed_for="engines (the reference backend needs none)")]
 
 
-def _nvml_gpus() -> list[str]:
+def _nvml_gpus() -> Iterator[str]:
     with nvml() as pynvml:
         driver = pynvml.nvmlSystemGetDriverVersion()
-        return [_nvml_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
-
-
-def _nvml_gpu(pynvml: Any, index: int, driver: str) -> str:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9
-    name = pynvml.nvmlDeviceGetName(handle)
-    return f"{name}, compute capability {major}.{minor}, {memory:.1f} GB, driver {driver}"
+        for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            memory, name = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9, pynvml.nvmlDeviceGetName(handle)
+            yield f"{name}, compute capability {major}.{minor}, {memory:.1f} GB, driver {driver}"
 
 
 def torch_finding() -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         "custom_ops": {
             name: {"nodes": count, "function_body": name in bodies} for name, count in ops.items() if "::" in name
         },
-        "weights": weights_by_type(model),
+        "weights": weights_by_type(
+            (_type_name(t.data_type), tensor_elements(t), tensor_bytes(t)) for t in graph.initializer
+        ),
         "quantized_weights": quantized_weights(model),
         "external_data": data_sizes(model, path),
         "metadata": {entry.key: entry.value for entry in model.metadata_props},
@@ -51,15 +54,15 @@ def _binding(value: onnx.ValueInfoProto) -> dict[str, Any]:
     return {"name": value.name, "type": _type_name(tensor.elem_type), "shape": shape}
 
 
-def weights_by_type(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
-    """{type: {tensors, elements, bytes}} over all initializers."""
-    found: dict[str, dict[str, int]] = {}
-    for tensor in model.graph.initializer:
-        entry = found.setdefault(_type_name(tensor.data_type), {"tensors": 0, "elements": 0, "bytes": 0})
-        entry["tensors"] += 1
-        entry["elements"] += tensor_elements(tensor)
-        entry["bytes"] += tensor_bytes(tensor)
-    return found
+def weights_by_type(weights: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, int]]:
+    """{type: {tensors, elements, bytes}} of tensors' types, elements and bytes."""
+    rows: dict[str, dict[str, int]] = {}
+    for kind, elements, size in weights:
+        row = rows.setdefault(kind, {"tensors": 0, "elements": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["elements"] += elements
+        row["bytes"] += size
+    return rows
 
 
 def quantized_weights(model: onnx.ModelProto) -> dict[str, Any]:
