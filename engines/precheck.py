@@ -49,8 +49,7 @@ def memory_needed(precision: str, weight_bytes: int) -> int:
 
 def memory_free() -> int | None:
     """Bytes of memory that this process may still take: the machine's, or its control group's if that is less."""
-    found = [free for free in (_available(), _group_free()) if free is not None]
-    return min(found, default=None)
+    return min((free for free in (_available(), _group_free()) if free is not None), default=None)
 
 
 def _available() -> int | None:

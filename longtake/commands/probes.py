@@ -46,10 +46,10 @@ def package(name: str, needed_for: str, fix: str) -> Finding:
 def gpu_findings() -> list[Finding]:
     """One finding a GPU, by NVML; a machine without one gets a finding that says so."""
     try:
-        found = [Finding("GPU", text) for text in _nvml_gpus()]
+        gpus = [Finding("GPU", text) for text in _nvml_gpus()]
     except Exception as error:  # no driver, no library, no permission: all of them mean "no GPU to use"
         return [Finding("GPU", f"none ({error})", needed_for="engines (the reference backend needs none)")]
-    return found or [Finding("GPU", "none", needed_for="engines (the reference backend needs none)")]
+    return gpus or [Finding("GPU", "none", needed_for="engines (the reference backend needs none)")]
 
 
 def _nvml_gpus() -> Iterator[str]:

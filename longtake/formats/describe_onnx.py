@@ -74,34 +74,24 @@ def quantized_weights(model: onnx.ModelProto) -> dict[str, Any]:
     producers = {name: node for node in model.graph.node for name in node.output}
     count = elements = stored = 0
     for node in model.graph.node:
-        pair = _fp4_pair(node, held, producers) or _packed_pair(node, held)
-        if pair is None:
-            continue
-        values, scales, size = pair
-        count, elements = count + 1, elements + size
-        stored += tensor_bytes(values) + tensor_bytes(scales)
+        if parts := _packed_parts(node, held, producers):
+            values, scales, size = parts
+            count, elements = count + 1, elements + size
+            stored += tensor_bytes(values) + tensor_bytes(scales)
     bits = round(8 * stored / elements, 3) if elements else None
     return {"count": count, "elements": elements, "bytes": stored, "bits_per_weight": bits}
 
 
-Pair = tuple[TensorProto, TensorProto, int]
-
-
-def _fp4_pair(node: onnx.NodeProto, held: dict[str, TensorProto], producers: dict[str, onnx.NodeProto]) -> Pair | None:
-    if node.op_type != "DequantizeLinear":
-        return None
-    values = held.get(node.input[0])
-    if values is None or values.data_type != TensorProto.FLOAT4E2M1:
-        return None
-    scales = held.get(node.input[1])
-    if scales is None and node.input[1] in producers:
-        scales = held.get(producers[node.input[1]].input[0])
-    return None if scales is None else (values, scales, tensor_elements(values))
-
-
-def _packed_pair(node: onnx.NodeProto, held: dict[str, TensorProto]) -> Pair | None:
+def _packed_parts(
+    node: onnx.NodeProto, held: dict[str, TensorProto], producers: dict[str, onnx.NodeProto]
+) -> tuple[TensorProto, TensorProto, int] | None:
+    """Values, block scales and elements of the 4-bit weight that a node unpacks."""
     op = all_ops().get(node.op_type) if node.domain == DOMAIN else None
-    if op is None or not op.unpacks_weight:
+    if node.op_type != "DequantizeLinear" and not (op and op.unpacks_weight):
         return None
     values, scales = held.get(node.input[0]), held.get(node.input[1])
-    return None if values is None or scales is None else (values, scales, 2 * tensor_elements(values))
+    if op is None and values is not None and values.data_type != TensorProto.FLOAT4E2M1:
+        return None
+    if scales is None and node.input[1] in producers:  # themselves dequantized
+        scales = held.get(producers[node.input[1]].input[0])
+    return None if values is None or scales is None else (values, scales, (2 if op else 1) * tensor_elements(values))
