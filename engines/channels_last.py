@@ -28,13 +28,13 @@ def inner_videos(graph: SegmentedGraph, segment: str) -> set[str]:
         return set()
     seen = {*graph.inputs, *graph.outputs, *graph.weights}
     seen |= {n for s in graph.steps if s.kind != "segment" for n in (*s.inputs, *s.outputs)}
-    own = graph.segment(segment)
+    plan = graph.segment(segment)
     uses = [(*s.inputs, *s.outputs) for s in graph.steps if s.kind == "segment" and s.name == segment]
-    bindings = (*own.inputs, *own.outputs)
+    bindings = (*plan.inputs, *plan.outputs)
     return {
         binding
         for i, binding in enumerate(bindings)
-        if _fits(own.types[binding].dtype, own.types[binding].shape) and not any(use[i] in seen for use in uses)
+        if _fits(plan.types[binding].dtype, plan.types[binding].shape) and not any(use[i] in seen for use in uses)
     }
 
 
@@ -43,7 +43,7 @@ def _fits(dtype: str, shape: tuple[int | str, ...]) -> bool:
 
 
 def with_channels_last(model: onnx.ModelProto, inner: Collection[str] = ()) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """The segment with its transposes at bindings taken out, and the names of all bindings that now need FORMAT.
+    """The segment with its transposes at bindings batched out, and the names of all bindings that now need FORMAT.
 
     Args:
         inner: bindings that are [1, C, T, Y, X] already (see `inner_videos`).
@@ -60,7 +60,7 @@ class _Rewriting:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
         self.constants = {t.name: t for t in model.graph.initializer}
-        self.given_out = {value.name for value in model.graph.output}
+        self.outputs = {value.name for value in model.graph.output}
 
     def open_input(self, value: ValueInfoProto) -> bool:
         """Feed [1, C, T, Y, X] where every reader of [T, Y, X, C] makes just that of it. False: it is left alone."""
@@ -70,14 +70,13 @@ class _Rewriting:
         if not ways or any(way is None for way in ways):
             return False
         for transpose, unsqueeze in (way for way in ways if way is not None):
-            place = list(self.graph.node).index(unsqueeze)
+            place, video = list(self.graph.node).index(unsqueeze), unsqueeze.output[0]
             self.graph.node.remove(unsqueeze)
-            if unsqueeze.output[0] in self.given_out:
-                kept = helper.make_node("Identity", [value.name], list(unsqueeze.output), name=unsqueeze.name)
+            if video in self.outputs:
+                kept = helper.make_node("Identity", [value.name], [video], name=unsqueeze.name)
                 self.graph.node.insert(place, kept)
-            own = unsqueeze.output[0] not in self.given_out
-            for node in self._readers(unsqueeze.output[0]) if own else []:
-                node.input[:] = [value.name if name == unsqueeze.output[0] else name for name in node.input]
+            for node in self._readers(video) if video not in self.outputs else ():
+                node.input[:] = [value.name if name == video else name for name in node.input]
             if not self._readers(transpose.output[0]):
                 self.graph.node.remove(transpose)
         _reshape(value)
@@ -89,14 +88,16 @@ class _Rewriting:
         if not _is_stream(value) or not _turns(transpose, OUTWARD) or self._readers(value.name):
             return False
         assert transpose is not None
-        taken = self._maker(transpose.input[0])
-        if taken is None or not self._drops_batch(taken):
+        batched = self._maker(transpose.input[0])
+        if batched is None or not self._drops_batch(batched):
             return False
         place = list(self.graph.node).index(transpose)
         self.graph.node.remove(transpose)
-        self.graph.node.insert(place, helper.make_node("Identity", [taken.input[0]], [value.name], name=transpose.name))
-        if not self._readers(taken.output[0]) and taken.output[0] not in self.given_out:
-            self.graph.node.remove(taken)
+        self.graph.node.insert(
+            place, helper.make_node("Identity", [batched.input[0]], [value.name], name=transpose.name)
+        )
+        if not self._readers(batched.output[0]) and batched.output[0] not in self.outputs:
+            self.graph.node.remove(batched)
         _reshape(value)
         return True
 
@@ -110,9 +111,8 @@ class _Rewriting:
     def _drops_batch(self, node: NodeProto) -> bool:
         """Whether a node takes the batch of one off the front."""
         axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-        return node.op_type in ("Gather", "Squeeze") and len(node.input) == 2 and axis == 0 and (
-            self._value(node.input[1]) == 0
-        )  # fmt: skip
+        takes = node.op_type in ("Gather", "Squeeze") and len(node.input) == 2
+        return takes and axis == 0 and self._value(node.input[1]) == 0
 
     def _value(self, name: str) -> int | None:
         tensor = self.constants.get(name)
@@ -129,9 +129,9 @@ class _Rewriting:
 
 
 def _turns(node: NodeProto | None, perm: list[int]) -> bool:
-    return node is not None and node.op_type == "Transpose" and (
-        next((list(a.ints) for a in node.attribute if a.name == "perm"), None) == perm
-    )  # fmt: skip
+    if node is None or node.op_type != "Transpose":
+        return False
+    return next((list(a.ints) for a in node.attribute if a.name == "perm"), None) == perm
 
 
 def _shape(value: ValueInfoProto) -> list[int]:

@@ -49,8 +49,7 @@ def memory_needed(precision: str, weight_bytes: int) -> int:
 
 def memory_free() -> int | None:
     """Bytes of memory that this process may still take: the machine's, or its control group's if that is less."""
-    found = [free for free in (_available(), _group_free()) if free is not None]
-    return min(found, default=None)
+    return min((free for free in (_available(), _group_free()) if free is not None), default=None)
 
 
 def _available() -> int | None:
@@ -86,10 +85,3 @@ def _weight_bytes(source: Path | onnx.ModelProto) -> int:
             fix="export from checkpoints, longtake export --checkpoints FOLDER, or build a segmented recipe",
         )
     return sum(tensor_bytes(tensor) for tensor in model.graph.initializer)
-
-
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes."""
-    import resource
-
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

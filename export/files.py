@@ -42,7 +42,9 @@ def write_onnx(model: onnx.ModelProto, path: Path, content: Content = ()) -> Non
         for name, raw in _raw(model, places, content, wanted):
             data.seek(places[name])
             data.write(raw)
-        _require_all(wanted, path)
+        if wanted:
+            fix = "give the checkpoint that the graph was exported for"
+            raise LongtakeError(f"no content for {len(wanted)} tensors of {path.name}", got=sorted(wanted)[:3], fix=fix)
     _write_graph(model, path)
 
 
@@ -71,16 +73,12 @@ def lay_out(model: onnx.ModelProto, path: Path, references_only: bool = False) -
             continue
         end += -end % ALIGNMENT
         places[tensor.name] = end
-        _set_place(tensor, data_path(path).name, end, size)
+        tensor.data_location = TensorProto.EXTERNAL
+        del tensor.external_data[:]
+        for key, value in (("location", data_path(path).name), ("offset", end), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
         end += size
     return places
-
-
-def _set_place(tensor: TensorProto, location: str, offset: int, length: int) -> None:
-    tensor.data_location = TensorProto.EXTERNAL
-    del tensor.external_data[:]
-    for key, value in (("location", location), ("offset", offset), ("length", length)):
-        tensor.external_data.add(key=key, value=str(value))
 
 
 def _raw(
@@ -97,18 +95,12 @@ def _raw(
             raise LongtakeError(f"no initializer waits for {name}", expected=f"one of {sorted(wanted)[:3]} and so on")
         reference, raw = wanted.pop(name), tensor_raw(value)
         if len(raw) != tensor_bytes(reference):
-            raise LongtakeError(f"content of {name} has another size", got=f"{len(raw)} bytes",
-                                expected=f"{tensor_bytes(reference)} bytes for {list(reference.dims)}")  # fmt: skip
+            expected = f"{tensor_bytes(reference)} bytes for {list(reference.dims)}"
+            raise LongtakeError(f"content of {name} has another size", got=f"{len(raw)} bytes", expected=expected)
         if name in places:
             yield name, raw
         else:
             _set_inline(reference, raw)
-
-
-def _require_all(wanted: dict[str, TensorProto], path: Path) -> None:
-    if wanted:
-        raise LongtakeError(f"no content for {len(wanted)} tensors of {path.name}", got=sorted(wanted)[:3],
-                            fix="give the checkpoint that the graph was exported for")  # fmt: skip
 
 
 def tensor_raw(value: Tensor) -> bytes:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import onnx
-import onnx.inliner
 import torch
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
@@ -28,9 +27,8 @@ from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.plugins.ops import torch_op
 from longtake.plugins.registry import all_ops
-from longtake.plugins.shapes import infer_dtype, infer_shape, shape_of
+from longtake.plugins.shapes import infer_dtype, infer_shape, shape_of, torch_dtype
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES, Op, OpSpec, TensorSpec
-from longtake.plugins.tensors import torch_dtype
 
 DOMAIN_VERSION = 1
 DEFAULT_OPSET = 23
@@ -135,11 +133,6 @@ def function_protos(ops: Iterable[str], dims: Mapping[str, int], *, opset: int =
     return [_function_proto(name, tuple(sorted(dims.items())), opset) for name in ops]
 
 
-def inline_functions(model: ModelProto) -> ModelProto:
-    """A model without model-local functions."""
-    return onnx.inliner.inline_local_functions(model)
-
-
 def dims_from_graph(graph: GraphProto) -> dict[str, int]:
     """The sizes (S, L, H, D) of the caches that the graph's `longtake` nodes work on, from the declared shapes."""
     shapes = {t.name: tuple(t.dims) for t in graph.initializer}
@@ -208,13 +201,15 @@ def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
     return clean
 
 
-class _Reference(nn.Module):
-    def __init__(self, op: Op) -> None:
+class Variadic(nn.Module):
+    """A network or reference with its inputs as one list, so that all of them export through the same lines."""
+
+    def __init__(self, network: Callable[..., Any]) -> None:
         super().__init__()
-        self.reference = op.reference
+        self.network = network
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.reference(*inputs)
+        return self.network(*inputs)
 
 
 def _exported_reference(op: Op, dims: Mapping[str, int], opset: int) -> GraphProto:
@@ -231,7 +226,7 @@ def _exported_reference(op: Op, dims: Mapping[str, int], opset: int) -> GraphPro
         )
     with torch.no_grad(), quiet_exporter():
         program: Any = torch.onnx.export(
-            _Reference(op).eval(),
+            Variadic(op.reference).eval(),
             tuple(_example(t, dims) for t in spec.inputs),
             dynamo=True,
             opset_version=opset,

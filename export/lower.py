@@ -33,7 +33,7 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.export.lower_fp8 import lower_fp8, packed_fp8_weight
 from longtake.export.lower_fp8_library import Fp8LibraryLowering
-from longtake.export.rewriter import Rewriter, linear_name
+from longtake.export.rewriter import Rewriter, is_tanh_gelu, linear_name
 from longtake.plugins.nvfp4.reference import BLOCK, PLACEHOLDER_AMAX, tensor_scale
 from longtake.plugins.nvfp4.weight_format import STATIC_6, WeightFormat
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
@@ -70,38 +70,30 @@ def lower(
         if library:
             _library_linears(model, linears)
         return []
-    rewriter, lowered = Rewriter(model), []
-    if library:
-        found = {linear_name(node): node for node in model.graph.node if linear_name(node) in linears}
-        for name, node in found.items():
-            _require_linear(node, name)
-        known = {
-            name: PLACEHOLDER_AMAX if amax is None else _calibrated(amax, name, precision)["input"] for name in found
-        }
-        Fp8LibraryLowering(rewriter, found, known.__getitem__).run()
-        rewriter.finish()
-        _import_domains(model, DOMAIN)
-        return list(found)
-    lowering = LOWERINGS[precision]
-    for node in model.graph.node:
-        name = linear_name(node)
-        if name not in linears:
-            rewriter.nodes.append(node)
-            continue
+    rewriter = Rewriter(model)
+    named = {linear_name(node): node for node in model.graph.node if linear_name(node) in linears}
+    for name, node in named.items():
         _require_linear(node, name)
-        calibrated = CALIBRATED[precision] and amax is not None
-        lowering(rewriter, node, _calibrated(amax or {}, name, precision)["input"] if calibrated else PLACEHOLDER_AMAX)
-        lowered.append(name)
+    known = dict.fromkeys(named, PLACEHOLDER_AMAX)
+    if CALIBRATED[precision] and amax is not None:
+        known = {name: _calibrated(amax, name, precision)["input"] for name in named}
+    if library:
+        Fp8LibraryLowering(rewriter, named, known).run()
+    for node in () if library else model.graph.node:
+        if (name := linear_name(node)) in named:
+            LOWERINGS[precision](rewriter, node, known[name])
+        else:
+            rewriter.nodes.append(node)
     rewriter.finish()
-    _import_domains(model, {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}.get(precision))
-    return lowered
+    _import_domains(model, DOMAIN if library else {"w4a16": DOMAIN, "nvfp4": ACTIVATION_DOMAIN}.get(precision))
+    return list(named)
 
 
 def _library_linears(model: onnx.ModelProto, linears: Collection[str]) -> None:
     """Every Linear named in `linears` as a linear_bf16, or as a linear_gelu_bf16 where a GELU (tanh) alone reads it."""
     rewriter, taken = Rewriter(model), set()
     readers = Counter(name for node in model.graph.node for name in node.input)
-    gelus = {n.input[0]: n for n in model.graph.node if _is_tanh_gelu(n) and readers[n.input[0]] == 1}
+    gelus = {n.input[0]: n for n in model.graph.node if is_tanh_gelu(n) and readers[n.input[0]] == 1}
     for node in model.graph.node:
         if linear_name(node) not in linears:
             if node.output[0] not in taken:
@@ -114,10 +106,6 @@ def _library_linears(model: onnx.ModelProto, linears: Collection[str]) -> None:
         rewriter.node(op, list(node.input), output, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
     rewriter.finish()
     _import_domains(model, DOMAIN)
-
-
-def _is_tanh_gelu(node: NodeProto) -> bool:
-    return node.op_type == "Gelu" and any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
 
 
 def packed_weight(
@@ -140,22 +128,22 @@ def packed_weight(
     return {
         f"{name}.weight.values": packed.values,
         f"{name}.weight.scales": packed.scales.view(torch.uint8),
-        f"{name}.weight.scale": torch.tensor(form.tensor_scale(float(packed.amax)), dtype=torch.float32),
+        f"{name}.weight.scale": torch.tensor(tensor_scale(float(packed.amax), form.rule), dtype=torch.float32),
     }
 
 
 def _calibrated(amax: Amax, name: str, precision: str) -> dict[str, float]:
     """The amax of a linear that `precision` reads, by side, all positive and finite."""
     entry, sides = amax.get(name, {}), CALIBRATED[precision]
-    found = {side: entry.get(side, 0.0) for side in sides}
-    if not all(0.0 < value < float("inf") for value in found.values()):
+    known = {side: entry.get(side, 0.0) for side in sides}
+    if not all(0.0 < value < float("inf") for value in known.values()):
         raise LongtakeError(
             f"no calibrated amax for {name}",
             got=dict(entry) or "nothing",
             expected=f"a positive amax of its {' and of its '.join(sides)}",
             fix="train with --precision nvfp4, measure it (longtake convert --calibrate), or export a w4a16 or bf16 recipe",
         )
-    return found
+    return known
 
 
 def _require_linear(node: NodeProto, name: str) -> None:
@@ -205,16 +193,8 @@ def _quantized_activation(rewriter: Rewriter, x: str, amax: float) -> str:
     scale = rewriter.scalar(f"{base}.scale", tensor_scale(amax))
     values, scales = f"{base}.values", f"{base}.scales"
     attributes: dict[str, Any] = {"axis": -1, "block_size": BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
-    rewriter.nodes.append(
-        helper.make_node(
-            ACTIVATION_OP,
-            [x, scale],
-            [values, scales],
-            name=f"{base}/{ACTIVATION_OP}",
-            domain=ACTIVATION_DOMAIN,
-            **attributes,
-        )
-    )
+    attributes |= {"name": f"{base}/{ACTIVATION_OP}", "domain": ACTIVATION_DOMAIN}
+    rewriter.nodes.append(helper.make_node(ACTIVATION_OP, [x, scale], [values, scales], **attributes))
     rewriter.shared[x, amax] = _dequantize(rewriter, values, scales, scale, base)
     return rewriter.shared[x, amax]
 

@@ -10,7 +10,7 @@ Codes and scales of W are those of lower_fp8: one scale a row, times the activat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from longtake.errors import LongtakeError
+from longtake.export.rewriter import is_tanh_gelu
 from longtake.plugins.fp8 import multiplier
 from longtake.plugins.registry import op_named
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
@@ -33,7 +34,7 @@ class Fp8LibraryLowering:
         linears: linear name -> its node. input_amax: the calibrated amax of a linear's input, by name.
     """
 
-    def __init__(self, rewriter: Rewriter, linears: dict[str, NodeProto], input_amax: Callable[[str], float]) -> None:
+    def __init__(self, rewriter: Rewriter, linears: dict[str, NodeProto], input_amax: dict[str, float]) -> None:
         self.rewriter, self.input_amax = rewriter, input_amax
         self.named = {node.output[0]: name for name, node in linears.items()}  # output -> linear
         self.bias = {node.output[0]: node.input[2] for node in linears.values()}
@@ -53,8 +54,8 @@ class Fp8LibraryLowering:
             elif self._is_norm(node):
                 self._norm(node)
             elif self._is_gelu(node):
-                self._op("gelu_quantize_fp8", [*self._raw(node.input[0]), self._factor(node.output[0])],
-                         [self._codes(node.output[0])])  # fmt: skip
+                inputs = [*self._raw(node.input[0]), self._factor(node.output[0])]
+                self._op("gelu_quantize_fp8", inputs, [self._codes(node.output[0])])
             else:
                 self.rewriter.nodes.append(node)
 
@@ -64,10 +65,7 @@ class Fp8LibraryLowering:
         return bool(_quantized(node)) and self._only_linears_read(node.output[-1])
 
     def _is_gelu(self, node: NodeProto) -> bool:
-        tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
-        return (
-            node.op_type == "Gelu" and tanh and self._is_raw(node.input[0]) and self._only_linears_read(node.output[0])
-        )
+        return is_tanh_gelu(node) and self._is_raw(node.input[0]) and self._only_linears_read(node.output[0])
 
     def _only_linears_read(self, name: str) -> bool:
         readers = self.readers[name]
@@ -101,8 +99,11 @@ class Fp8LibraryLowering:
         if len(node.output) == 2:
             y, *rest = rest
             if not self._is_raw(y):
-                raise LongtakeError("a block's norm must follow a linear in 8 bits", got=node.name or node.op_type,
-                                    expected="the linear's output, read by nothing else")  # fmt: skip
+                what, expected = (
+                    "a block's norm must follow a linear in 8 bits",
+                    "the linear's output, read by nothing else",
+                )
+                raise LongtakeError(what, got=node.name or node.op_type, expected=expected)
             rest = [*self._raw(y), *rest]
         outputs = [*node.output[:-1], self._codes(node.output[-1])]
         self._op(_quantized(node), [x, *rest, self._factor(node.output[-1])], outputs)
@@ -115,8 +116,8 @@ class Fp8LibraryLowering:
     def _activation(self, x: str) -> str:
         """The codes of what a linear reads; quantized here unless the op that makes it does."""
         maker = self.maker.get(x)
-        made = maker is not None and (self._is_norm(maker) or self._is_gelu(maker))
-        if not made and x not in self.quantized:
+        quantizes = maker is not None and (self._is_norm(maker) or self._is_gelu(maker))
+        if not quantizes and x not in self.quantized:
             self._op("quantize_fp8", [x, self._factor(x)], [self._codes(x)])
             self.quantized.add(x)
         return self._codes(x)
@@ -127,12 +128,11 @@ class Fp8LibraryLowering:
     def _factor(self, x: str) -> str:
         """fp32 [1]: 448 / amax of `x`, which all linears that read it must agree on."""
         names = [self.named[node.output[0]] for node in self.readers[x] if node.output[0] in self.named]
-        amax = {name: self.input_amax(name) for name in names}
+        amax = {name: self.input_amax[name] for name in names}
         if len(set(amax.values())) != 1:
-            raise LongtakeError(
-                "linears of one input have another amax each", got=amax, expected="the amax of their input",
-                fix="calibrate the checkpoint again (longtake convert --calibrate), or set linears: engine",
-            )  # fmt: skip
+            fix = "calibrate the checkpoint again (longtake convert --calibrate), or set linears: engine"
+            what = "linears of one input have another amax each"
+            raise LongtakeError(what, got=amax, expected="the amax of their input", fix=fix)
         value = np.array([float(multiplier(torch.tensor(next(iter(amax.values())))))], np.float32)
         name = f"{x}_factor".replace(".", "_")  # a dot is in names of parameters only, which a benchmark makes up
         return self.rewriter.tensor(numpy_helper.from_array(value, name))

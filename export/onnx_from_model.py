@@ -19,23 +19,12 @@ from torch import Tensor, nn
 
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
-from longtake.export.functions import quiet_exporter, translation_table
+from longtake.export.functions import Variadic, quiet_exporter, translation_table
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
 OPSET = 23  # the first with FLOAT4E2M1; read by TensorRT-RTX 1.7 and ONNX Runtime 1.24
 IR_VERSION = 11
 UNIFORM_BYTES = 256  # a constant of one value above this is generated, not stored
-
-
-class Bound(nn.Module):
-    """A network module with its inputs as one variadic list, so that every network exports through the same lines."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.network(*inputs)
 
 
 def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
@@ -45,7 +34,7 @@ def onnx_from_model(network: nn.Module, spec: NetworkSpec) -> onnx.ModelProto:
     (their bodies are attached once lowering is done). Weights are references named by state-dict key without the
     wrapper's prefix ("blocks.0.ffn.0.weight"). The result is deterministic.
     """
-    module = Bound(empty_copy(network)).eval()
+    module = Variadic(empty_copy(network)).eval()
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, _, high) in spec.profile}
     shapes = tuple({i: dims[d] for i, d in enumerate(b.shape) if isinstance(d, str)} for b in spec.inputs)
     with torch.no_grad(), quiet_exporter():
@@ -81,8 +70,11 @@ def empty_copy(network: nn.Module) -> nn.Module:
     memo: dict[int, object] = {}
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if id(tensor) not in held:
-            raise LongtakeError(f"buffer {name} is in no checkpoint", expected="persistent buffers only",
-                                fix="register it with persistent=True, or compute it in forward")  # fmt: skip
+            what, fix = (
+                f"buffer {name} is in no checkpoint",
+                "register it with persistent=True, or compute it in forward",
+            )
+            raise LongtakeError(what, expected="persistent buffers only", fix=fix)
         dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
         empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
@@ -91,20 +83,13 @@ def empty_copy(network: nn.Module) -> nn.Module:
 
 def _without_content(model: onnx_ir.Model, names: set[str]) -> list[tuple[onnx_ir.Value, onnx_ir.ExternalTensor]]:
     """Take the content of the initializers in `names` away, so that nothing is folded with it; what refers to each."""
-    found = []
+    references = []
     for name, value in model.graph.initializers.items():
-        if name in names and value.const_value is not None:
-            tensor = value.const_value
-            found.append(
-                (
-                    value,
-                    onnx_ir.ExternalTensor(
-                        "", 0, 0, tensor.dtype, shape=onnx_ir.Shape([int(str(d)) for d in tensor.shape]), name=name
-                    ),
-                )
-            )
+        if name in names and (tensor := value.const_value) is not None:
+            shape = onnx_ir.Shape([int(str(d)) for d in tensor.shape])
+            references.append((value, onnx_ir.ExternalTensor("", 0, 0, tensor.dtype, shape=shape, name=name)))
             value.const_value = None
-    return found
+    return references
 
 
 def fold(model: onnx_ir.Model) -> None:
@@ -153,7 +138,7 @@ def _generate_uniform_constants(graph: onnx.GraphProto) -> None:
 
     They are no weights: a skeleton must hold them, and a segment must not take them as inputs.
     """
-    made: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    stored: dict[tuple[int, tuple[int, ...], bytes], str] = {}
     kept, nodes, names = [], [], {}
     for tensor in graph.initializer:
         values = np.frombuffer(tensor.raw_data, np.uint8).reshape(max(1, math.prod(tensor.dims)), -1)
@@ -161,13 +146,13 @@ def _generate_uniform_constants(graph: onnx.GraphProto) -> None:
             kept.append(tensor)
             continue
         key = tensor.data_type, tuple(tensor.dims), values[0].tobytes()
-        if key not in made:
-            made[key] = tensor.name
+        if key not in stored:
+            stored[key] = tensor.name
             kept.append(onnx.numpy_helper.from_array(np.array(tensor.dims, np.int64), f"{tensor.name}.shape"))
             value = onnx.helper.make_tensor("", tensor.data_type, [1], key[2], raw=True)
-            nodes.append(onnx.helper.make_node("ConstantOfShape", [f"{tensor.name}.shape"], [tensor.name], value=value,
-                                               name=f"{tensor.name}/ConstantOfShape"))  # fmt: skip
-        names[tensor.name] = made[key]
+            shape, name = f"{tensor.name}.shape", f"{tensor.name}/ConstantOfShape"
+            nodes.append(onnx.helper.make_node("ConstantOfShape", [shape], [tensor.name], value=value, name=name))
+        names[tensor.name] = stored[key]
     _rename(graph, {t.name: t.name for t in graph.initializer} | names)
     nodes.extend(graph.node)
     del graph.initializer[:], graph.node[:]

@@ -36,7 +36,8 @@ def ort_view(model: onnx.ModelProto) -> onnx.ModelProto:
     _replace(graph.initializer, (_fp8_from_fp4(t) if t.data_type == FP4 else t for t in graph.initializer))
     _replace(graph.node, (new for node in graph.node for new in _viewed(node)))
     if any(node.domain == ACTIVATION_DOMAIN for node in graph.node):
-        view.functions.append(activation_function(_opset(view)))
+        opset = next(entry.version for entry in view.opset_import if entry.domain in ("", "ai.onnx"))
+        view.functions.append(activation_function(opset))
     if any(ONES in node.input for node in graph.node):
         graph.initializer.append(numpy_helper.from_array(np.ones((1, BLOCK), np.float32), ONES))
         graph.initializer.append(numpy_helper.from_array(np.array([-1, 1], np.int64), COLUMN))
@@ -44,10 +45,6 @@ def ort_view(model: onnx.ModelProto) -> onnx.ModelProto:
     _widen(view.graph)
     _replace(view.opset_import, [entry for entry in view.opset_import if entry.domain in ("", "ai.onnx")])
     return view
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def _replace(field: Any, items: Iterable[Any]) -> None:
@@ -94,21 +91,15 @@ def _guarded_write(node: NodeProto) -> Iterator[NodeProto]:
     write.CopyFrom(node)
     write.output[:] = [f"{name}.written" for name in node.output]
     keep = [helper.make_node("Identity", [node.input[i]], [f"{node.output[o]}.kept"]) for o, i in spec.aliases]
-    branches = {
-        f"{branch}_branch": helper.make_graph(
-            nodes, branch, [], [_typed(name, spec.outputs[i].dtype) for i, name in enumerate(_outputs(nodes))]
-        )
-        for branch, nodes in (("then", [write]), ("else", keep))
-    }
+    branches = {}
+    for branch, nodes in (("then", [write]), ("else", keep)):
+        names = [name for node in nodes for name in node.output]
+        outputs = [_typed(name, tensor.dtype) for name, tensor in zip(names, spec.outputs)]
+        branches[f"{branch}_branch"] = helper.make_graph(nodes, branch, [], outputs)
     zero, condition = f"{node.output[0]}.zero", f"{node.output[0]}.writes"
     yield helper.make_node("Constant", [], [zero], value=numpy_helper.from_array(np.zeros(1, np.int32)))
     yield helper.make_node("GreaterOrEqual", [slot, zero], [condition])
     yield helper.make_node("If", [condition], list(node.output), **branches)
-
-
-def _outputs(nodes: list[NodeProto]) -> list[str]:
-    """All outputs of `nodes`, in order."""
-    return [name for node in nodes for name in node.output]
 
 
 def _typed(name: str, dtype: str) -> onnx.ValueInfoProto:

@@ -47,19 +47,19 @@ class PlainGraphs:
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
         self.models = meta_models(preset, vocabulary)
-        self._made: dict[tuple[str, str, str, str], onnx.ModelProto] = {}
+        self._graphs: dict[tuple[str, str, str, str], onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
         """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
         ops = recipe.vae_ops if name in DECODER else "engine"
         linears = recipe.linears if name in LIBRARY_NETWORKS else LINEARS[0]
         key = name, recipe.cache if name == "dit" else "", ops, linears
-        if key not in self._made:
+        if key not in self._graphs:
             family = family_of(self.preset)
             module = family.module(self.models, recipe, name, exported=True)
-            self._made[key] = onnx_from_model(module, family.spec(self.preset, recipe, name))
+            self._graphs[key] = onnx_from_model(module, family.spec(self.preset, recipe, name))
         model = onnx.ModelProto()
-        model.CopyFrom(self._made[key])
+        model.CopyFrom(self._graphs[key])
         return model
 
 
@@ -158,9 +158,9 @@ def view_path(path: Path) -> Path:
 
 def linears_of(models: Models, model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     """The DiT's quantized linears that `model` contains, with their (N, K)."""
-    own = set(family_of(models.preset).linears(models.dit))
-    found = [name for name in map(linear_name, model.graph.node) if name in own]
-    return {name: tuple(models.dit.get_parameter(f"{name}.weight").shape) for name in found}  # type: ignore[misc]
+    linears = set(family_of(models.preset).linears(models.dit))
+    names = [name for name in map(linear_name, model.graph.node) if name in linears]
+    return {name: tuple(models.dit.get_parameter(f"{name}.weight").shape) for name in names}  # type: ignore[misc]
 
 
 def disk_needed(graphs: PlainGraphs, recipe: Recipe) -> int:

@@ -70,3 +70,8 @@ def reference(name: str, kind: int, shape: list[int]) -> TensorProto:
 def linear_name(gemm: NodeProto) -> str:
     """The state-dict prefix of the Linear that `gemm` is: "blocks.0.ffn.2" for weight "blocks.0.ffn.2.weight"."""
     return gemm.input[1].removesuffix(".weight") if len(gemm.input) > 1 else ""
+
+
+def is_tanh_gelu(node: NodeProto) -> bool:
+    """Whether a node is GELU by its tanh form."""
+    return node.op_type == "Gelu" and any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)

@@ -60,16 +60,13 @@ class Expected:
         if fp8:
             norms = Counter({f"{name}_fp8": n for name, n in norms.items()})
             linears = {"linear_fp8": 4, "linear_rows_fp8": 4, "quantize_fp8": 2, "gelu_quantize_fp8": 1}
-        own = Counter({name: n * self.layers for name, n in (linears | {"rms_norm": 1, "cross_attention": 1}).items()})
+        others = Counter(
+            {name: n * self.layers for name, n in (linears | {"rms_norm": 1, "cross_attention": 1}).items()}
+        )
         if fp8:  # what follows the last block is the engine's: it takes the whole output
-            own += Counter({"linear_rows_fp8": 1})
-            own["linear_fp8"] -= 1
-        return +(own + norms)
-
-    @property
-    def weight_parts(self) -> tuple[str, ...]:
-        """Suffixes of the tensors that hold a lowered weight's bits."""
-        return EIGHT_BITS if self.precision == "fp8" else FOUR_BITS
+            others += Counter({"linear_rows_fp8": 1})
+            others["linear_fp8"] -= 1
+        return +(others + norms)
 
     def bits_per_weight(self, columns: int) -> float:
         """Bits of one weight with its share of the scales: of a block of 16 in E4M3, or of a row in fp32."""
@@ -161,18 +158,11 @@ def _check_custom_ops(path: Path, model: onnx.ModelProto, wanted: Counter[str]) 
         raise _broken(path, "lacks function bodies", sorted(bodies), sorted(wanted))
     for node in nodes:
         plugin = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        got = {key: _text(plugin.get(key)) for key in PLUGIN_ATTRIBUTES}
+        values = {key: plugin.get(key) for key in PLUGIN_ATTRIBUTES}
+        got = {key: value.decode() if isinstance(value, bytes) else value for key, value in values.items()}
         if got != PLUGIN_ATTRIBUTES:
-            raise _broken(
-                path,
-                f"names no plugin for node {node.name} (TensorRT would inline it silently)",
-                got,
-                PLUGIN_ATTRIBUTES,
-            )
-
-
-def _text(value: object) -> object:
-    return value.decode() if isinstance(value, bytes) else value
+            what = f"names no plugin for node {node.name} (TensorRT would inline it silently)"
+            raise _broken(path, what, got, PLUGIN_ATTRIBUTES)
 
 
 def _check_weights(path: Path, model: onnx.ModelProto, expected: Expected) -> None:
@@ -181,7 +171,8 @@ def _check_weights(path: Path, model: onnx.ModelProto, expected: Expected) -> No
     if left:
         raise _broken(path, "holds linears that were not lowered", left[:4], f"{expected.precision} weights")
     for name, (rows, columns) in expected.linears.items():
-        parts = [tensors.get(f"{name}.weight.{part}") for part in expected.weight_parts]
+        suffixes = EIGHT_BITS if expected.precision == "fp8" else FOUR_BITS
+        parts = [tensors.get(f"{name}.weight.{part}") for part in suffixes]
         size = sum(tensor_bytes(part) for part in parts if part is not None)
         bits = 8 * size / (rows * columns)
         wanted = expected.bits_per_weight(columns)

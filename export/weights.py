@@ -22,15 +22,11 @@ from longtake.training.models.load import read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
 
+SAME_PRESET = "use a checkpoint of the same preset"
 COPY_AGAIN = "copy the file again together with its .json, or make it again"
 CHECKPOINTS = {
-    "text_encoder": "text_encoder",
-    "context": "dit",
-    "dit": "dit",
-    "vae_encoder_first": "vae",
-    "vae_encoder_steady": "vae",
-    "vae_first": "vae",
-    "vae_steady": "vae",
+    **dict.fromkeys(("vae_encoder_first", "vae_encoder_steady", "vae_first", "vae_steady"), "vae"),
+    **{"text_encoder": "text_encoder", "context": "dit", "dit": "dit"},
 }
 
 
@@ -118,13 +114,13 @@ def stored_tensors(
 def _plain(weights: Mapping[str, Tensor], tensor: TensorProto) -> Tensor:
     value = _checked(weights, tensor.name)
     if tuple(value.shape) != tuple(tensor.dims):
-        raise IntegrityError(f"weight {tensor.name} has another shape than the graph", got=list(value.shape),
-                             expected=list(tensor.dims), fix="use a checkpoint of the same preset")  # fmt: skip
+        what = f"weight {tensor.name} has another shape than the graph"
+        raise IntegrityError(what, got=list(value.shape), expected=list(tensor.dims), fix=SAME_PRESET)
     return value.to(BY_ONNX[tensor.data_type].torch)
 
 
 def _checked(weights: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in weights:
-        raise IntegrityError(f"the checkpoint lacks {name}", got=f"{len(weights)} tensors",
-                             expected="the tensors of the preset's model", fix="use a checkpoint of the same preset")  # fmt: skip
+        what, expected = f"the checkpoint lacks {name}", "the tensors of the preset's model"
+        raise IntegrityError(what, got=f"{len(weights)} tensors", expected=expected, fix=SAME_PRESET)
     return weights[name]

@@ -17,7 +17,7 @@ import math
 import textwrap
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -113,30 +113,33 @@ def option(default: Any = MISSING, **facts: Any) -> Any:
 @cache
 def own_options(kind: type) -> tuple[Option, ...]:
     """The options among a dataclass's fields: those with a docstring."""
-    hints, helps, found = get_type_hints(kind, include_extras=True), _helps(kind), []
+    hints, options = get_type_hints(kind, include_extras=True), []
+    bases = [base for base in reversed(kind.__mro__) if is_dataclass(base)]
+    helps = {name: told for base in bases for name, told in _helps(base).items()}
     for one in fields(kind):
         if one.name in helps:
-            facts = {key: value for base in reversed(kind.__mro__) for key, value in _facts(base, one.name).items()}
+            declared = (base.__dataclass_fields__[one.name] for base in bases if one.name in base.__dataclass_fields__)
+            facts = {key: value for each in declared for key, value in each.metadata.items()}
             group, text = helps[one.name]
-            found.append(Option(one.name, *_parts(hints[one.name]), one.default, text, group, facts))
-    return tuple(found)
+            options.append(Option(one.name, *_parts(hints[one.name]), one.default, text, group, facts))
+    return tuple(options)
 
 
 @cache
 def parts_of(kind: type) -> dict[str, type]:
     """Fields that are dataclasses with options of their own."""
-    own, hints = {one.field for one in own_options(kind)}, get_type_hints(kind)
-    hints = {one.name: _parts(hints[one.name])[0] for one in fields(kind) if one.name not in own}
+    options, hints = {one.field for one in own_options(kind)}, get_type_hints(kind)
+    hints = {one.name: _parts(hints[one.name])[0] for one in fields(kind) if one.name not in options}
     return {name: hint for name, hint in hints.items() if isinstance(hint, type) and is_dataclass(hint)}
 
 
 def options_of(*kinds: type) -> dict[str, Option]:
     """All options of dataclasses by key, with those of their parts. The first one of a key counts."""
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for kind in kinds:
         for one in (*own_options(kind), *options_of(*parts_of(kind).values()).values()):
-            found.setdefault(one.key, one)
-    return found
+            options.setdefault(one.key, one)
+    return options
 
 
 def check(options: Any) -> None:
@@ -164,25 +167,25 @@ def check_value(one: Option, value: Any) -> None:
 
 def build(kind: type, values: dict[str, Any]) -> Any:
     """A dataclass and its parts from the values of their options, by key."""
-    own = {one.field: values[one.key] for one in own_options(kind)}
-    return kind(**own, **{name: build(part, values) for name, part in parts_of(kind).items()})
+    values_of_fields = {one.field: values[one.key] for one in own_options(kind)}
+    return kind(**values_of_fields, **{name: build(part, values) for name, part in parts_of(kind).items()})
 
 
 def settings_of(*given: Any) -> dict[str, Any]:
     """What makes a run the one it is, JSON-ready: all options but those that a resumed run may change."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for options in given:
-        own = [one for one in own_options(options.__class__) if one.facts.get("resume") != FREE]
-        found |= {one.key: one.written(getattr(options, one.field)) for one in own}
-        found |= settings_of(*(getattr(options, name) for name in parts_of(options.__class__)))
-    return found
+        decisive = [one for one in own_options(options.__class__) if one.facts.get("resume") != FREE]
+        settings |= {one.key: one.written(getattr(options, one.field)) for one in decisive}
+        settings |= settings_of(*(getattr(options, name) for name in parts_of(options.__class__)))
+    return settings
 
 
 def recorded(options: Any, stage: str) -> dict[str, Any]:
     """What the checkpoints of a training stage record of its options."""
-    own = [one.field for one in own_options(options.__class__) if stage in one.facts.get("recorded", ())]
-    found = {name: getattr(options, name) for name in own}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+    names = [one.field for one in own_options(options.__class__) if stage in one.facts.get("recorded", ())]
+    values = {name: getattr(options, name) for name in names}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -198,22 +201,9 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return hint, notes
 
 
-def _facts(kind: type, name: str) -> dict[str, Any]:
-    one: Field[Any] | None = kind.__dict__.get("__dataclass_fields__", {}).get(name)
-    return dict(one.metadata) if one is not None else {}
-
-
-def _helps(kind: type) -> dict[str, tuple[str, str]]:
-    """{field: (group, help)} of a dataclass and its bases: the group is the first line of the class's docstring."""
-    found: dict[str, tuple[str, str]] = {}
-    for base in reversed(kind.__mro__):
-        if is_dataclass(base) and isinstance(base, type):
-            found |= _own_helps(base)
-    return found
-
-
 @cache
-def _own_helps(kind: type) -> dict[str, tuple[str, str]]:
+def _helps(kind: type) -> dict[str, tuple[str, str]]:
+    """{field: (group, help)} of a dataclass itself: the group is the first line of the class's docstring."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
     group = (kind.__doc__ or kind.__name__).split("\n")[0].rstrip(".")
     helps = {}

@@ -1,9 +1,10 @@
-"""Where figures come from: the commit, the versions of what they depend on, the processor."""
+"""Where figures come from: the commit, the versions of what they depend on, the processor, the memory of the process."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,3 +49,11 @@ def cpu_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{name}, {cores()} cores"
+
+
+def resident_bytes() -> int:
+    """The most memory that this process has held so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # kilobytes, except on macOS

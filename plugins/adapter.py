@@ -34,7 +34,12 @@ def register_plugins(trt: Any) -> dict[str, Any]:
         UnavailableError: this flavour cannot take plugins from Python.
         LongtakeError: the registry refused one.
     """
-    _require_python_plugins(trt)
+    if not hasattr(trt, "IPluginV3OneBuildV2"):
+        raise UnavailableError(
+            f"{trt.__name__} {trt.__version__} takes no plugins from Python",
+            expected="tensorrt, or tensorrt_rtx 1.7 and later",
+            fix="use a segmented recipe: it launches the kernels between engines",
+        )
     registry = trt.get_plugin_registry()
     creators = {name: _creator_class(trt)(trt, op) for name, op in kernel_ops().items()}
     for name, creator in creators.items():
@@ -42,15 +47,6 @@ def register_plugins(trt: Any) -> dict[str, Any]:
             raise LongtakeError(f"TensorRT refused plugin {name}", fix="is another version of longtake loaded as well?")
     log.debug("registered plugins %s, version %s", ", ".join(creators), PLUGIN_VERSION)
     return creators
-
-
-def _require_python_plugins(trt: Any) -> None:
-    if not hasattr(trt, "IPluginV3OneBuildV2"):
-        raise UnavailableError(
-            f"{trt.__name__} {trt.__version__} takes no plugins from Python",
-            expected="tensorrt, or tensorrt_rtx 1.7 and later",
-            fix="use a segmented recipe: it launches the kernels between engines",
-        )
 
 
 class OpPlugin:
@@ -145,15 +141,12 @@ class OpPlugin:
 
     def _launcher_for(self, shapes: list[tuple[int, ...]], input_desc: Sequence[Any]) -> Launcher:
         """The launcher for these descriptors; the last one is kept, since shapes rarely change."""
-        dtype = self._compute_name(input_desc)
+        compute = next((d.type for spec, d in zip(self.spec.inputs, input_desc) if spec.dtype == "compute"), None)
+        dtype = "fp32" if compute == self.trt.DataType.FLOAT else "bf16"
         key = (dtype, *shapes)
         if self._launcher is None or key != self._key:
             self._launcher, self._key = Launcher(self.op, dims_from_shapes(self.spec, shapes), dtype), key
         return self._launcher
-
-    def _compute_name(self, input_desc: Sequence[Any]) -> str:
-        compute = next((d.type for spec, d in zip(self.spec.inputs, input_desc) if spec.dtype == "compute"), None)
-        return "fp32" if compute == self.trt.DataType.FLOAT else "bf16"
 
     def _dtype(self, tensor: TensorSpec, compute: Any) -> Any:
         """TensorRT's type of a tensor; `compute` is None where no input says what it is, which means bf16."""

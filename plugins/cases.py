@@ -10,8 +10,7 @@ from torch import Tensor
 from longtake.dtypes import DTYPES
 from longtake.plugins.kernels import Dims
 from longtake.plugins.registry import op_named
-from longtake.plugins.shapes import shape_of
-from longtake.plugins.tensors import torch_dtype
+from longtake.plugins.shapes import shape_of, torch_dtype
 
 
 def op_inputs(

@@ -67,6 +67,34 @@ class OpLauncher:
             raise LongtakeError(f"{spec.name}: table too long", got=table_len, expected=f"at most {longest} entries")
 
 
+class LibraryLauncher(OpLauncher):
+    """One that calls a library: made ready once, then run over the same addresses as any other."""
+
+    _ready = False
+
+    def prepare(self) -> OpLauncher:
+        """See OpLauncher.prepare. Raises UnavailableError if the library declines. May take memory for a moment."""
+        if not self._ready:
+            self.make_ready()
+            self._ready = True
+        return self
+
+    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
+        """See OpLauncher.launch."""
+        self._check(pointers, workspace, table_len)
+        self.prepare()
+        self.run(pointers, stream, workspace)
+
+    @abstractmethod
+    def make_ready(self) -> None:
+        """Do once what a launch must not: what fails must fail before the run, and a library's handles must be there
+        before a capture."""
+
+    @abstractmethod
+    def run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
+        """Enqueue the op."""
+
+
 class Launcher(OpLauncher):
     """The kernel of one op for fixed dims and compute dtype.
 

@@ -49,7 +49,9 @@ def compile_cubin(source: Path, macros: Mapping[str, str | int | float], arch: s
         UnavailableError: there is no NVRTC.
     """
     defines = tuple(sorted((name, str(value)) for name, value in macros.items()))
-    entry = _cache_folder() / f"{_cache_key(source, defines, arch)}.cubin"
+    key = repr((source_digest(source), defines, arch, _nvrtc_version()))
+    folder = settings_from_environment().cache_dir / "kernels"
+    entry = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     with _lock:
         cubin = _cached(entry)
         if cubin is None:
@@ -57,14 +59,6 @@ def compile_cubin(source: Path, macros: Mapping[str, str | int | float], arch: s
             cubin = _compile(source, defines, arch)
             _store(entry, cubin)
     return cubin
-
-
-def _cache_folder() -> Path:
-    return settings_from_environment().cache_dir / "kernels"
-
-
-def _cache_key(source: Path, defines: tuple[tuple[str, str], ...], arch: str) -> str:
-    return hashlib.sha256(repr((source_digest(source), defines, arch, _nvrtc_version())).encode()).hexdigest()
 
 
 def _cached(entry: Path) -> bytes | None:

@@ -15,9 +15,8 @@ from longtake.errors import LongtakeError, UnavailableError
 from longtake.plugins.kernels import COMPUTE_DTYPES, Dims, Kernel
 from longtake.plugins.launch import Launcher, OpLauncher, way_names
 from longtake.plugins.registry import op_named
-from longtake.plugins.shapes import dims_from_shapes, shape_of
+from longtake.plugins.shapes import dims_from_shapes, shape_of, torch_dtype
 from longtake.plugins.spec import Op, TensorSpec
-from longtake.plugins.tensors import torch_dtype
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +45,8 @@ def launcher_for(op: Op, dims: Dims, attention: str = "bf16", compute_capability
             declined.append(str(error))
             log.warning("%s %s cannot run through %s: %s", op.spec.name, _shown(dims), method, error)
             continue
-        log.log(
-            logging.INFO if len(ways) > 1 else logging.DEBUG,
-            "%s %s runs through %s",
-            op.spec.name,
-            _shown(dims),
-            method,
-        )
+        level = logging.INFO if len(ways) > 1 else logging.DEBUG
+        log.log(level, "%s %s runs through %s", op.spec.name, _shown(dims), method)
         return launcher
     raise UnavailableError(
         f"no library runs {op.spec.name} here",

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.plugins.kernels import Dims
 from longtake.plugins.spec import OpSpec, TensorSpec
@@ -105,3 +108,8 @@ def _check_dims(spec: OpSpec, dims: Dims) -> None:
             f"{spec.name}: the kernels do not take {inner}={dims[inner]}",
             expected="a multiple of 16" + (f", at most {MAX_HEAD_DIM}" if inner == "D" else ""),
         )
+
+
+def torch_dtype(tensor: TensorSpec, compute: str = "bf16") -> torch.dtype:
+    """The dtype of a tensor in torch where activations are `compute`."""
+    return DTYPES[compute if tensor.dtype == "compute" else tensor.dtype].torch

@@ -1,4 +1,4 @@
-"""Stage times of one chunk: device events on a GPU, so that measuring adds no synchronisation; a host clock elsewhere."""
+"""Stage times: device events on a GPU, so that measuring adds no synchronisation; a host clock elsewhere."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ import torch
 
 
 class StageClock:
-    """Collects milliseconds by stage; a stage timed several times adds up."""
+    """Collects milliseconds by stage, from several threads if need be."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self.device, self._cuda = device, device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
 
     def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the body as `name`."""
+        """Time the body as one occurrence of `name`, on whatever stream is current."""
         start = self._now()
         yield
         self._marks.append((name, start, self._now()))
 
+    def take(self) -> dict[str, list[float]]:
+        """Milliseconds of every occurrence since the last call, by stage. On a GPU its streams must have been waited for."""
+        marks, self._marks = self._marks, []
+        taken: dict[str, list[float]] = {}
+        for name, start, end in marks:
+            taken.setdefault(name, []).append(start.elapsed_time(end) if self._cuda else 1e3 * (end - start))
+        return taken
+
     def milliseconds(self) -> dict[str, float]:
-        """Milliseconds by stage. On a GPU, call it only after the stream was synchronised."""
-        total: dict[str, float] = {}
-        for name, start, end in self._marks:
-            spent = start.elapsed_time(end) if self._cuda else 1e3 * (end - start)
-            total[name] = total.get(name, 0.0) + spent
-        return total
+        """Milliseconds by stage since the last call; a stage timed several times adds up. See `take`."""
+        return {name: sum(spent) for name, spent in self.take().items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longtake.provenance import commit, cpu_name, versions
+from longtake.provenance import commit, cpu_name, resident_bytes, versions
 from longtake.training.models.presets import PRESETS
 
 
@@ -17,8 +17,7 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
     """Peak memory in GB of 10^9 bytes, and whose it is."""
     if device.type == "cuda":
         return {"peak_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3), "peak_of": "torch's GPU memory"}
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"peak_gb": round(kib * 1024 / 1e9, 3), "peak_of": "resident memory of the process (CPU)"}
+    return {"peak_gb": round(resident_bytes() / 1e9, 3), "peak_of": "resident memory of the process (CPU)"}
 
 
 def present_memory(device: torch.device) -> str:

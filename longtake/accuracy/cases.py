@@ -5,12 +5,12 @@ The window cases use a cache that was filled by actual writes, as in a session: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.accuracy.runners import Feeds, Runner, TorchRunner
 from longtake.dtypes import DTYPES
 from longtake.formats.recipe import Recipe
 from longtake.training.models.families import family_of
@@ -18,20 +18,6 @@ from longtake.training.models.load import Models
 from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
-
-Feeds = dict[str, Tensor]
-Run = Callable[[Feeds], list[Tensor]]
-
-
-def torch_runner(models: Models, name: str, recipe: Recipe) -> Run:
-    """Runs the torch module of a network on named fp32 feeds, outputs in spec order."""
-    module = family_of(models.preset).module(models, recipe, name)
-
-    @torch.no_grad()
-    def run(feeds: Feeds) -> list[Tensor]:
-        return list(module(*feeds.values()))
-
-    return run
 
 
 def random_text(preset: Preset, generator: torch.Generator) -> Feeds:
@@ -42,7 +28,7 @@ def random_text(preset: Preset, generator: torch.Generator) -> Feeds:
 
 
 def cases(
-    models: Models, recipe: Recipe, name: str, text: Feeds, run: Run, generator: torch.Generator
+    models: Models, recipe: Recipe, name: str, text: Feeds, run: Runner, generator: torch.Generator
 ) -> Iterator[tuple[str, Feeds]]:
     """The named input sets of one network; `text` holds the outputs of the networks before it."""
     preset = models.preset
@@ -62,10 +48,10 @@ def cases(
     else:
         name = name.replace("steady", "first")
         first = family.spec(preset, recipe, name)
-        outputs = torch_runner(models, name, recipe)({first.inputs[0].name: _random(first, generator)})
+        outputs = TorchRunner(models, name, recipe)({first.inputs[0].name: _random(first, generator)})
         names = [b.name for b in spec.inputs]
         for step in ("second step", "third step"):
-            feeds = dict(zip(names, [_random(spec, generator), *outputs[1:]]))
+            feeds = dict(zip(names, [_random(spec, generator), *list(outputs.values())[1:]]))
             yield step, feeds
             outputs = run(feeds)
 
@@ -85,12 +71,12 @@ def dit_cases(window: int) -> list[tuple[str, list[int], int, int]]:
 
 
 def _dit_cases(
-    preset: Preset, spec: NetworkSpec, context: Feeds, run: Run, generator: torch.Generator
+    preset: Preset, spec: NetworkSpec, context: Feeds, run: Runner, generator: torch.Generator
 ) -> Iterator[tuple[str, Feeds]]:
     caches = empty_caches(spec)
     for chunk in range(preset.window_chunks - 1):
         feeds = dit_feeds(preset, context, caches, list(range(chunk)) + [-1], chunk, chunk, 0.0, generator)
-        caches = dict(zip(caches, run(feeds)[1:]))
+        caches = dict(zip(caches, list(run(feeds).values())[1:]))
     for name, table, chunk, slot in dit_cases(preset.window_chunks):
         timestep = 0.0 if slot >= 0 else 700.0
         yield name, dit_feeds(preset, context, caches, table, chunk, slot, timestep, generator)
@@ -129,8 +115,3 @@ def dit_feeds(
         **context,
         **caches,
     }
-
-
-def numpy_feeds(feeds: Feeds) -> dict[str, np.ndarray]:
-    """Feeds as ONNX Runtime takes them."""
-    return {name: value.numpy() for name, value in feeds.items()}

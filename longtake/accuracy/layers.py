@@ -18,9 +18,9 @@ BLOCK = re.compile(r"blocks\.\d+")
 BLOCK_END = re.compile(r"(blocks\.\d+)\.ffn\.2")
 
 
-def layer_tensors(view: onnx.ModelProto, blocks_only: bool = False) -> dict[str, str]:
-    """{module name: tensor of its output} in graph order: blocks, and all Gemms and Convs unless `blocks_only`."""
-    found: dict[str, str] = {}
+def layer_tensors(view: onnx.ModelProto) -> dict[str, str]:
+    """{module name: tensor of its output} in graph order: blocks, and all Gemms and Convs."""
+    tensors: dict[str, str] = {}
     graph = _Graph(view)
     for node in view.graph.node:
         if node.op_type not in ("Gemm", "Conv") or len(node.input) < 2:
@@ -28,12 +28,11 @@ def layer_tensors(view: onnx.ModelProto, blocks_only: bool = False) -> dict[str,
         module, output = module_name(node.input[1]), node.output[0].removesuffix(UNSCALED)
         if module is None:
             continue
-        if not blocks_only:
-            found[module] = output
+        tensors[module] = output
         end = BLOCK_END.fullmatch(module)
         if end and (total := graph.residual_after(output)):
-            found[end.group(1)] = total
-    return found
+            tensors[end.group(1)] = total
+    return tensors
 
 
 def module_name(weight: str) -> str | None:

@@ -36,11 +36,10 @@ def session_from_view(
         UnavailableError: ONNX Runtime is not installed.
     """
     if not path.is_file():
-        raise LongtakeError(
-            f"ONNX Runtime cannot run {path.name.removesuffix('.ort.onnx')}: no {path}",
-            got="a network too large for one ONNX message (2 GiB)", expected="a view that `longtake export` writes",
-            fix="run engines on a GPU, or a preset of the same widths and fewer layers (wan2.2-ti2v-5b-check)",
-        )  # fmt: skip
+        what = f"ONNX Runtime cannot run {path.name.removesuffix('.ort.onnx')}: no {path}"
+        got, expected = "a network too large for one ONNX message (2 GiB)", "a view that `longtake export` writes"
+        fix = "run engines on a GPU, or a preset of the same widths and fewer layers (wan2.2-ti2v-5b-check)"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return _session(str(path), path.stat().st_size, f"{path}", threads, few_passes)
 
 
@@ -66,7 +65,6 @@ def _session(
             source, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
         )
     except Exception as error:  # ONNX Runtime raises its own types, without a common public base
-        raise IntegrityError(
-            f"ONNX Runtime cannot open {what}", got=f"{type(error).__name__}: {str(error)[:300]}",
-            expected="a file written by `longtake export`", fix="run `longtake export --force`",
-        ) from None  # fmt: skip
+        got, fix = f"{type(error).__name__}: {str(error)[:300]}", "run `longtake export --force`"
+        expected = "a file written by `longtake export`"
+        raise IntegrityError(f"ONNX Runtime cannot open {what}", got=got, expected=expected, fix=fix) from None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from tqdm import tqdm
 
+from longtake.accuracy.compare import compare_networks
+from longtake.accuracy.rows import Row, require_gate, table
 from longtake.errors import LongtakeError
 from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe, recipe_named
@@ -16,12 +19,12 @@ from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_outputs
 from longtake.paths import REPOSITORY
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.check.networks import ChunkRow, Row, check_chunks, check_networks, require_gates
-from longtake.runtime.check.report import chunk_table, table, write_report
+from longtake.runtime.check.chunks import ChunkRow, check_chunks, chunk_table, require_chunks
+from longtake.runtime.check.report import write_report
+from longtake.runtime.check.runners import BackendRunner
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import BACKEND_NAMES, OpenOptions, Source, backend_from_source, source_from_name
 from longtake.runtime.story import story_from_script
-from longtake.settings import settings_from_environment
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import SamplingConfig
 
@@ -75,7 +78,8 @@ def run(options: CheckOptions) -> int:
             print("\n".join(chunk_table(chunks, (backend.name, against))))
         write_report(path, recipe, backend, rows, chunks, against, sampling)
     print(f"report {path}\nplot   {path.with_suffix('.png')}")
-    require_gates(rows, chunks, recipe)
+    require_gate(rows, f"recipe {recipe.name}")
+    require_chunks(chunks, recipe)
     return 0
 
 
@@ -116,11 +120,8 @@ def models_of_export(recipe: Recipe, export: Export, checkpoints: Path | None) -
 
 
 def _network_rows(options: CheckOptions, recipe: Recipe, source: Source, models: Models, backend: Backend) -> list[Row]:
-    native = None if backend.name == "reference" else backend
-    threads = settings_from_environment().threads
-    rows = check_networks(
-        models, recipe, source.onnx, threads=threads, layers=options.layers, backend=native, seed=options.seed
-    )
+    native = None if backend.name == "reference" else partial(BackendRunner, backend)
+    rows = compare_networks(models, recipe, source.onnx, layers=options.layers, backend=native, seed=options.seed)
     return list(tqdm(rows, desc=f"{recipe.name}: networks", unit="tensor", leave=False, disable=None))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -91,7 +91,7 @@ def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     check_options(options, measure)
     require_folder(options.out)
     _claim(options, measure)
-    models = [model for model in (dit_from(options), vae_from(options), text_from(options)) if model]
+    models = list(models_from(options))
     if models:
         write(models, options.out)
     if options.text:
@@ -134,41 +134,29 @@ def _claim(options: ConvertOptions, measure: CalibrationOptions) -> None:
     claim_checkpoints(options.out, read | parts, kinds)
 
 
-def dit_from(options: ConvertOptions) -> Converted | None:
-    """The DiT that was asked for, checked and not yet read."""
-    if not options.dit:
-        return None
-    base = None if options.base is None else read_container(options.base)
-    lora = None if options.lora is None else read_container(options.lora)
-    given = None if options.lora_scale is None else LoraScale(factor=options.lora_scale)
-    model = convert_dit(
-        read_container(options.dit),
-        options.preset,
-        dtype=DTYPES[options.dtype].torch,
-        use_ema=options.use_ema,
-        base=base,
-        lora=lora,
-        lora_scale=given or stored_scale(options.lora or options.dit),
-        own_scale=given or stored_scale(options.dit),
-        packed_rule=options.packed_rule,
-    )
-    return _from(model, options.dit, {"base": options.base, "lora": options.lora})
-
-
-def vae_from(options: ConvertOptions) -> Converted | None:
-    """The VAE that was asked for."""
-    if not options.vae:
-        return None
-    weights = read_container(options.vae, "vae")
-    return _from(convert_vae(weights, options.preset, dtype=DTYPES[options.dtype].torch), options.vae)
-
-
-def text_from(options: ConvertOptions) -> Converted | None:
-    """The text encoder that was asked for."""
-    if not options.text:
-        return None
-    weights = read_container(options.text, "text_encoder")
-    return _from(convert_text(weights, options.preset, dtype=DTYPES[options.dtype].torch), options.text)
+def models_from(options: ConvertOptions) -> Iterator[Converted]:
+    """What was asked for, checked and not yet read."""
+    dtype = DTYPES[options.dtype].torch
+    if options.dit:
+        scale = None if options.lora_scale is None else LoraScale(factor=options.lora_scale)
+        model = convert_dit(
+            read_container(options.dit),
+            options.preset,
+            dtype=dtype,
+            use_ema=options.use_ema,
+            base=None if options.base is None else read_container(options.base),
+            lora=None if options.lora is None else read_container(options.lora),
+            lora_scale=scale or stored_scale(options.lora or options.dit),
+            own_scale=scale or stored_scale(options.dit),
+            packed_rule=options.packed_rule,
+        )
+        yield _from(model, options.dit, {"base": options.base, "lora": options.lora})
+    if options.vae:
+        weights = read_container(options.vae, "vae")
+        yield _from(convert_vae(weights, options.preset, dtype=dtype), options.vae, {})
+    if options.text:
+        weights = read_container(options.text, "text_encoder")
+        yield _from(convert_text(weights, options.preset, dtype=dtype), options.text, {})
 
 
 def write(models: list[Converted], out: Path) -> None:
@@ -209,12 +197,11 @@ def report_amax(model: Converted) -> None:
     )
 
 
-def _from(model: Converted, path: Path, others: Mapping[str, Path | None] | None = None) -> Converted:
+def _from(model: Converted, path: Path, others: Mapping[str, Path | None]) -> Converted:
     """`model` with the names of its files in its side file."""
-    files = {"file": path.name, **{name: other.name for name, other in (others or {}).items() if other}}
-    return replace(
-        model, meta={**model.meta, "command": "longtake convert", "source": {**model.meta["source"], **files}}
-    )
+    files = {"file": path.name, **{name: other.name for name, other in others.items() if other}}
+    source = {**model.meta["source"], **files}
+    return replace(model, meta={**model.meta, "command": "longtake convert", "source": source})
 
 
 COMMAND = Command(run=run, options=(ConvertOptions, CalibrationOptions), description=DESCRIPTION)

@@ -54,9 +54,8 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     for name in ("bundle.json", "export.json"):
         if (path / name).is_file():
             return describe(path / name)
-    raise LongtakeError(
-        f"{path} is a folder without bundle.json or export.json", expected=KNOWN, fix="name a file in it"
-    )
+    what = f"{path} is a folder without bundle.json or export.json"
+    raise LongtakeError(what, expected=KNOWN, fix="name a file in it")
 
 
 def describe_plan(path: Path) -> dict[str, Any]:
@@ -109,13 +108,8 @@ def describe_tensors(path: Path) -> dict[str, Any]:
         return describe_safetensors(path)
     snapshot = snapshot_from_file(path)
     sizes = {name: list(tensor.shape) for name, tensor in snapshot.tensors.items()}
-    return {
-        "kind": "saved session",
-        "digest": "matches",
-        "identity": asdict(snapshot.identity),
-        "position": snapshot.position.as_json(),
-        "tensors": sizes,
-    }
+    which = {"identity": asdict(snapshot.identity), "position": snapshot.position.as_json()}
+    return {"kind": "saved session", "digest": "matches", **which, "tensors": sizes}
 
 
 def describe_json(path: Path) -> dict[str, Any]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longtake.engines.build import PlanResult, build_recipe, require_buildable
-from longtake.engines.precheck import peak_memory
 from longtake.errors import UnavailableError
 from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
 from longtake.options import Command, option
 from longtake.paths import ENGINES, EXPORTS
+from longtake.provenance import resident_bytes
 from longtake.runtime.budget.terms import terms_of
 
 
@@ -30,11 +30,6 @@ class EngineOptions:
     """where the folders of engines are made"""
     skeleton: bool = option(False)
     """build from graphs without weights, exported without checkpoints if need be (segmented recipes)"""
-    weights_inside: tuple[str, ...] = option((), repeated=True, metavar="NETWORK")
-    """of a segmented recipe: build this network (a VAE one, say) with its weights inside; may be repeated (default: none)"""
-    transposed: bool = option(False)
-    """with vae_ops: plugin: let each plan of the VAE transpose its streams, as the exported graph says (more memory,
-    slower; for comparison)"""
 
 
 def run(options: EngineOptions) -> int:
@@ -48,18 +43,9 @@ def run(options: EngineOptions) -> int:
         print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
         print(f"  {flavour.reason}")
         onnx, out = options.onnx / recipe.onnx_name, options.out / recipe.name
-        results = build(
-            recipe,
-            onnx,
-            out,
-            flavour,
-            machine,
-            skeleton=options.skeleton,
-            inside=options.weights_inside,
-            channels_last=not options.transposed,
-        )
+        results = build(recipe, onnx, out, flavour, machine, skeleton=options.skeleton)
         print(format_results(results))
-        print(f"  peak host memory {peak_memory() / 1e9:.1f} GB")
+        print(f"  peak host memory {resident_bytes() / 1e9:.1f} GB")
     return 0
 
 
@@ -83,21 +69,9 @@ def _buildable(machine: str | None) -> list[Recipe]:
 
 
 def build(
-    recipe: Recipe,
-    onnx: Path,
-    out: Path,
-    flavour: Flavour,
-    machine: str | None,
-    *,
-    skeleton: bool = False,
-    inside: Collection[str] = (),
-    channels_last: bool = True,
+    recipe: Recipe, onnx: Path, out: Path, flavour: Flavour, machine: str | None, *, skeleton: bool = False
 ) -> list[PlanResult]:
-    """Export if need be, build, and describe the folder in bundle.json.
-
-    Args:
-        skeleton: an export without weights will do.
-        inside, channels_last: see `build_recipe`.
+    """Export if need be (skeleton: without weights will do), build, and describe the folder in bundle.json.
 
     Raises:
         IntegrityError: an exported file is not what was exported; no plan is built from it.
@@ -110,7 +84,7 @@ def build(
         print(f"  {onnx} is not exported yet; exporting first")
         export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
     Export.read(onnx).require_recipe(recipe, onnx, weights=recipe.mode == "fused")
-    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), inside, channels_last)
+    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty())
     bundle = Bundle.of(out, recipe, flavour, onnx, [result.path for result in results])
     replace(bundle, memory=terms_of(recipe, out)).write()
     return results

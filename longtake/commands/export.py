@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from longtake.accuracy.compare import Row, parity_table, require_parity
+from longtake.accuracy.compare import compare_networks
+from longtake.accuracy.rows import require_gate, table, worst_of_kinds
 from longtake.errors import LongtakeError
 from longtake.export.package import PlainGraphs, export_package, inputs_digest, steps_of
-from longtake.export.weights import Weights, weights_from_folder
+from longtake.export.weights import weights_from_folder
 from longtake.formats.exported import Export
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
 from longtake.options import Command, option
@@ -89,31 +90,31 @@ def export(
     if recipe.model.text.kind == "umt5" and not skeleton:
         carry_tokenizer(source, folder)
     inputs = inputs_digest(recipe, None if skeleton else source)
-    made = None if force else up_to_date(folder, inputs)
-    if made is not None and made.recipe != recipe.whole:
-        made = replace(made, recipe=recipe.whole)
-        made.write(folder)
-    if made is not None and (made.parity or not parity):
+    package = None if force else up_to_date(folder, inputs)
+    if package is not None and package.recipe != recipe.whole:
+        package = replace(package, recipe=recipe.whole)
+        package.write(folder)
+    if package is not None and (package.parity or not parity):
         print(f"{recipe.onnx_name}: up to date (checkpoints and code unchanged; --force exports again)")
-        return made
-    if made is None:
+        return package
+    if package is None:
         weights = None if skeleton else weights_from_folder(recipe.model, source)
-        own = _graphs(recipe, weights, {} if graphs is None else graphs)
+        graphs, key = {} if graphs is None else graphs, (recipe.model, weights.vocabulary if weights else ())
+        if key not in graphs:
+            graphs[key] = PlainGraphs(recipe.model, key[1] or None)
         with tqdm(total=steps_of(recipe.model), desc=recipe.onnx_name, unit="step", leave=False) as bar:
-            made = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
+
+            def advance(words: str) -> None:
+                bar.set_postfix_str(words)
+                bar.update()
+
+            package = export_package(graphs[key], recipe, folder, inputs, advance, weights)
         if not skeleton:  # where what is not exported is found at run time
             sampling = read_side(source / "dit.safetensors", "dit", recipe.model).sampling
             held = weights_digests(source)
-            made = replace(made, checkpoints=str(source.resolve()), sampling=sampling, weights=held)
-            made.write(folder)
-    return check_parity(recipe, source, folder, made) if parity else made
-
-
-def _graphs(recipe: Recipe, weights: Weights | None, graphs: Graphs) -> PlainGraphs:
-    key = recipe.model, weights.vocabulary if weights else ()
-    if key not in graphs:
-        graphs[key] = PlainGraphs(recipe.model, key[1] or None)
-    return graphs[key]
+            package = replace(package, checkpoints=str(source.resolve()), sampling=sampling, weights=held)
+            package.write(folder)
+    return check_parity(recipe, source, folder, package) if parity else package
 
 
 def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, export: Export) -> Export:
@@ -130,31 +131,26 @@ def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, export: Export
     if not whole:
         return export
     bar = tqdm(
-        parity_table(load_models(recipe.model, checkpoints), recipe, folder, networks=whole),
+        compare_networks(load_models(recipe.model, checkpoints), recipe, folder, networks=whole),
         desc=f"{recipe.onnx_name}: parity",
         unit="row",
         leave=False,
     )
     rows = list(bar)
-    print(format_rows(rows))
-    require_parity(rows, recipe.onnx_name)
-    export = replace(export, parity=tuple(row.as_json() for row in rows))
+    print("\n".join(["parity, PyTorch <-> ONNX Runtime:", *table(rows)]))
+    require_gate(rows, recipe.onnx_name)
+    export = replace(export, parity=tuple(row.as_json() for row in worst_of_kinds(rows)))
     export.write(folder)
     return export
-
-
-def _advance(bar: tqdm, words: str) -> None:
-    bar.set_postfix_str(words)
-    bar.update()
 
 
 def up_to_date(folder: Path, inputs: str) -> Export | None:
     """A whole package made from the same inputs, else None."""
     try:
-        found = Export.read(folder)
+        export = Export.read(folder)
     except LongtakeError:
         return None
-    return found if found.inputs == inputs else None
+    return export if export.inputs == inputs else None
 
 
 def print_sizes(folder: Path, export: Export) -> None:
@@ -166,17 +162,6 @@ def print_sizes(folder: Path, export: Export) -> None:
         viewed = "no view" if view is None else f"{view:8.2f} MB view"
         linears = f", {len(network.linears)} quantized linears" if network.linears else ""
         print(f"  {name:18} {sum(sizes.values()):8.2f} MB ONNX, {viewed}{linears}")
-
-
-def format_rows(rows: list[Row]) -> str:
-    """The parity table as text."""
-    lines = [f"  {'network':13} {'case':20} {'output':14} {'rel. L2':>9} {'max abs':>9} {'gate':>6}"]
-    for row in rows:
-        verdict = "ok" if row.passed else "FAIL"
-        lines.append(
-            f"  {row.network:13} {row.case:20} {row.output:14} {row.error:9.2e} {row.max_abs:9.2e} {row.gate:6g} {verdict}"
-        )
-    return "\n".join(["parity, PyTorch <-> ONNX Runtime:", *lines])
 
 
 COMMAND = Command(

@@ -9,9 +9,18 @@ import sys
 from longtake.errors import LongtakeError
 
 WHOLE = "what was being written is not there under its final name; whatever was there before still is"
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+CHOOSE = "or choose another place"
+# What the system's codes mean: what is said of a name, what was needed, what helps.
+MEANINGS = (
+    ({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, f"no space left to write {{}}; {WHOLE}", "free disk space",
+     "free some space, or choose a folder on another disk"),
+    ({errno.EACCES, errno.EPERM, errno.EROFS}, "no permission for {}", "a place you may read and write",
+     f"change its permissions, {CHOOSE}"),
+    ({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP},
+     "{} cannot be used as a path", "a path that fits its purpose",
+     "check each part of the path: a folder must be a folder, a file a file"),
+)  # fmt: skip
+OTHER = "the system refused to read or write {}", "a working file system", f"check the disk, {CHOOSE}"
 RUST_CODE = re.compile(r"\(os error (\d+)\)")  # safetensors passes the system's errors on as text
 
 
@@ -30,18 +39,8 @@ def explained(error: Exception) -> LongtakeError | None:
 
 
 def _of_code(code: int | None, name: str, error: Exception) -> LongtakeError:
-    got = _first_line(error)
-    if code in FULL:
-        return LongtakeError(f"no space left to write {name}; {WHOLE}", got=got, expected="free disk space",
-                             fix="free some space, or choose a folder on another disk")  # fmt: skip
-    if code in FORBIDDEN:
-        return LongtakeError(f"no permission for {name}", got=got, expected="a place you may read and write",
-                             fix="change its permissions, or choose another place")  # fmt: skip
-    if code in NO_FILE:
-        return LongtakeError(f"{name} cannot be used as a path", got=got, expected="a path that fits its purpose",
-                             fix="check each part of the path: a folder must be a folder, a file a file")  # fmt: skip
-    return LongtakeError(f"the system refused to read or write {name}", got=got, expected="a working file system",
-                         fix="check the disk, or choose another place")  # fmt: skip
+    what, expected, fix = next((rest for codes, *rest in MEANINGS if code in codes), OTHER)
+    return LongtakeError(what.replace("{}", name), got=_first_line(error), expected=expected, fix=fix)
 
 
 def _is_torch_out_of_memory(error: Exception) -> bool:

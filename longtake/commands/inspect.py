@@ -27,11 +27,11 @@ class InspectOptions:
 
 def run(options: InspectOptions) -> int:
     """Print what each file is."""
-    found = [describe(path) for path in options.files]
+    descriptions = [describe(path) for path in options.files]
     if options.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(descriptions, indent=2, ensure_ascii=False))
         return 0
-    for description in found:
+    for description in descriptions:
         print("\n".join(lines(description)))
         print()
     return 0

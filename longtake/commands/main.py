@@ -19,7 +19,7 @@ from longtake.settings import configure_logging
 from longtake.signals import ended_by_signals
 from longtake.version import __version__
 
-# Command -> (module, help). A module has COMMAND (see `options.Command`) or `main(words) -> int`, which reads them itself.
+# Command -> (module, help). A module has COMMAND (see `options.Command`).
 COMMANDS = {
     "doctor": ("longtake.commands.doctor", "what runs on this machine, and what is missing"),
     "train": ("longtake.commands.train", "train the VAE or the DiT, in bf16 or under NVFP4"),
@@ -104,10 +104,8 @@ def _run(words: list[str]) -> int:
         print(overview())
         return 0 if words else 2
     name, rest = split(words)
-    module = importlib.import_module(COMMANDS[name][0])
-    if not hasattr(module, "COMMAND"):
-        return int(module.main(rest) or 0)
-    return int(module.COMMAND.run(*parsed(name, rest)) or 0)
+    command = importlib.import_module(COMMANDS[name][0]).COMMAND
+    return int(command.run(*parsed(name, rest)) or 0)
 
 
 def overview() -> str:

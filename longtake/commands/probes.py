@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.machine.nvml import nvml
@@ -47,24 +46,19 @@ def package(name: str, needed_for: str, fix: str) -> Finding:
 def gpu_findings() -> list[Finding]:
     """One finding a GPU, by NVML; a machine without one gets a finding that says so."""
     try:
-        found = [Finding("GPU", text) for text in _nvml_gpus()]
+        gpus = [Finding("GPU", text) for text in _nvml_gpus()]
     except Exception as error:  # no driver, no library, no permission: all of them mean "no GPU to use"
         return [Finding("GPU", f"none ({error})", needed_for="engines (the reference backend needs none)")]
-    return found or [Finding("GPU", "none", needed_for="engines (the reference backend needs none)")]
+    return gpus or [Finding("GPU", "none", needed_for="engines (the reference backend needs none)")]
 
 
-def _nvml_gpus() -> list[str]:
+def _nvml_gpus() -> Iterator[str]:
     with nvml() as pynvml:
         driver = pynvml.nvmlSystemGetDriverVersion()
-        return [_nvml_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
-
-
-def _nvml_gpu(pynvml: Any, index: int, driver: str) -> str:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9
-    name = pynvml.nvmlDeviceGetName(handle)
-    return f"{name}, compute capability {major}.{minor}, {memory:.1f} GB, driver {driver}"
+        for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            memory, name = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 1e9, pynvml.nvmlDeviceGetName(handle)
+            yield f"{name}, compute capability {major}.{minor}, {memory:.1f} GB, driver {driver}"
 
 
 def torch_finding() -> Finding:

@@ -16,9 +16,8 @@ from itertools import product
 
 import torch
 
-from longtake.errors import UnavailableError
 from longtake.options import Command, option
-from longtake.plugins.bench.harness import milliseconds, relative_error
+from longtake.plugins.bench.harness import milliseconds, relative_error, require_gpu
 from longtake.plugins.cases import op_inputs
 from longtake.plugins.kernels import Dims
 from longtake.plugins.registry import kernel_ops
@@ -103,8 +102,7 @@ class SanitizeOptions:
 
 def run(options: SanitizeOptions) -> int:
     """Run the kernels; 1 if one disagrees with its reference."""
-    if not torch.cuda.is_available():
-        raise UnavailableError("this needs an NVIDIA GPU", got="none", fix="run it on a machine with one")
+    require_gpu()
     if options.time:
         time_all()
         return 0

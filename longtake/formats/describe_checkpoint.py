@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from longtake.dtypes import BY_SAFETENSORS
 from longtake.errors import IntegrityError
 from longtake.files import read_json, sha256
+from longtake.formats.describe_onnx import weights_by_type
 
 
 @contextmanager
@@ -26,8 +27,8 @@ def opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="np") as file:
             yield file
     except SafetensorError as error:
-        raise IntegrityError(f"{path} is not a whole safetensors file", got=str(error), expected="a safetensors header",
-                             fix="restore the file or train again") from None  # fmt: skip
+        what, fix = f"{path} is not a whole safetensors file", "restore the file or train again"
+        raise IntegrityError(what, got=str(error), expected="a safetensors header", fix=fix) from None
 
 
 def describe_safetensors(path: Path) -> dict[str, Any]:
@@ -36,15 +37,10 @@ def describe_safetensors(path: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: the file is not whole, or its digest differs from the one in the JSON beside it.
     """
-    by_type: dict[str, dict[str, int]] = {}
     with opened(path) as file:
         metadata, names = file.metadata() or {}, file.keys()
-        for tensor in map(file.get_slice, names):
-            row = by_type.setdefault(tensor.get_dtype(), {"tensors": 0, "elements": 0, "bytes": 0})
-            elements = math.prod(tensor.get_shape())
-            row["tensors"] += 1
-            row["elements"] += elements
-            row["bytes"] += BY_SAFETENSORS[tensor.get_dtype()].bytes(elements)
+        slices = ((tensor.get_dtype(), math.prod(tensor.get_shape())) for tensor in map(file.get_slice, names))
+        by_type = weights_by_type((kind, count, BY_SAFETENSORS[kind].bytes(count)) for kind, count in slices)
     return {
         "kind": "checkpoint (safetensors)",
         "tensors": len(names),

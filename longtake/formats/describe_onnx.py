@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         "custom_ops": {
             name: {"nodes": count, "function_body": name in bodies} for name, count in ops.items() if "::" in name
         },
-        "weights": weights_by_type(model),
+        "weights": weights_by_type(
+            (_type_name(t.data_type), tensor_elements(t), tensor_bytes(t)) for t in graph.initializer
+        ),
         "quantized_weights": quantized_weights(model),
         "external_data": data_sizes(model, path),
         "metadata": {entry.key: entry.value for entry in model.metadata_props},
@@ -51,15 +54,15 @@ def _binding(value: onnx.ValueInfoProto) -> dict[str, Any]:
     return {"name": value.name, "type": _type_name(tensor.elem_type), "shape": shape}
 
 
-def weights_by_type(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
-    """{type: {tensors, elements, bytes}} over all initializers."""
-    found: dict[str, dict[str, int]] = {}
-    for tensor in model.graph.initializer:
-        entry = found.setdefault(_type_name(tensor.data_type), {"tensors": 0, "elements": 0, "bytes": 0})
-        entry["tensors"] += 1
-        entry["elements"] += tensor_elements(tensor)
-        entry["bytes"] += tensor_bytes(tensor)
-    return found
+def weights_by_type(weights: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, int]]:
+    """{type: {tensors, elements, bytes}} of tensors' types, elements and bytes."""
+    rows: dict[str, dict[str, int]] = {}
+    for kind, elements, size in weights:
+        row = rows.setdefault(kind, {"tensors": 0, "elements": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["elements"] += elements
+        row["bytes"] += size
+    return rows
 
 
 def quantized_weights(model: onnx.ModelProto) -> dict[str, Any]:
@@ -71,34 +74,24 @@ def quantized_weights(model: onnx.ModelProto) -> dict[str, Any]:
     producers = {name: node for node in model.graph.node for name in node.output}
     count = elements = stored = 0
     for node in model.graph.node:
-        pair = _fp4_pair(node, held, producers) or _packed_pair(node, held)
-        if pair is None:
-            continue
-        values, scales, size = pair
-        count, elements = count + 1, elements + size
-        stored += tensor_bytes(values) + tensor_bytes(scales)
+        if parts := _packed_parts(node, held, producers):
+            values, scales, size = parts
+            count, elements = count + 1, elements + size
+            stored += tensor_bytes(values) + tensor_bytes(scales)
     bits = round(8 * stored / elements, 3) if elements else None
     return {"count": count, "elements": elements, "bytes": stored, "bits_per_weight": bits}
 
 
-Pair = tuple[TensorProto, TensorProto, int]
-
-
-def _fp4_pair(node: onnx.NodeProto, held: dict[str, TensorProto], producers: dict[str, onnx.NodeProto]) -> Pair | None:
-    if node.op_type != "DequantizeLinear":
-        return None
-    values = held.get(node.input[0])
-    if values is None or values.data_type != TensorProto.FLOAT4E2M1:
-        return None
-    scales = held.get(node.input[1])
-    if scales is None and node.input[1] in producers:
-        scales = held.get(producers[node.input[1]].input[0])
-    return None if scales is None else (values, scales, tensor_elements(values))
-
-
-def _packed_pair(node: onnx.NodeProto, held: dict[str, TensorProto]) -> Pair | None:
+def _packed_parts(
+    node: onnx.NodeProto, held: dict[str, TensorProto], producers: dict[str, onnx.NodeProto]
+) -> tuple[TensorProto, TensorProto, int] | None:
+    """Values, block scales and elements of the 4-bit weight that a node unpacks."""
     op = all_ops().get(node.op_type) if node.domain == DOMAIN else None
-    if op is None or not op.unpacks_weight:
+    if node.op_type != "DequantizeLinear" and not (op and op.unpacks_weight):
         return None
     values, scales = held.get(node.input[0]), held.get(node.input[1])
-    return None if values is None or scales is None else (values, scales, 2 * tensor_elements(values))
+    if op is None and values is not None and values.data_type != TensorProto.FLOAT4E2M1:
+        return None
+    if scales is None and node.input[1] in producers:  # themselves dequantized
+        scales = held.get(producers[node.input[1]].input[0])
+    return None if values is None or scales is None else (values, scales, (2 if op else 1) * tensor_elements(values))

@@ -240,10 +240,6 @@ ATTENTION_TABLE: tuple[AttentionRow, ...] = (
 )
 
 
-LINEAR_METHODS = ("cublaslt",)
-CONV_METHODS = ("cudnn", "torch")
-
-
 @dataclass(frozen=True)
 class LinearRow:
     """A library that runs the linear ops of `kind` ("bf16" or "fp8"), or the convolutions ("conv"), between segments."""

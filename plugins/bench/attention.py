@@ -1,8 +1,6 @@
 """Time and check every way to compute sink attention at the sizes of Wan2.2-TI2V-5B, or other ones.
 
-longtake bench kernels attention            a table; about a minute on an H100
-longtake bench kernels attention --json F   the rows as JSON too
-longtake bench kernels attention --tokens 256 --slots 2 --heads 4    smaller
+About a minute on an H100; smaller: --tokens 256 --slots 2 --heads 4.
 
 Each row: milliseconds of the whole op and of its parts (window: our kernels that unpack, with the bandwidth they reach;
 attend: the library, or our own kernel for Hopper (wgmma)), ratio of cuDNN's bf16 attention over keys and values that are
@@ -12,22 +10,51 @@ the dequantized window.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.plugins.bench.harness import Bench, Row, milliseconds, note_of, relative_error
+from longtake.options import Command, OneOf, check, option
+from longtake.plugins.bench.harness import Row, TableOptions, exit_code, milliseconds, note_of, relative_error
 from longtake.plugins.cache_format import CACHE_FORMATS, cache_tensors
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_by, run_kernel
-from longtake.plugins.shapes import shape_of
+from longtake.plugins.shapes import shape_of, torch_dtype
 from longtake.plugins.sink_attention.window import WindowedAttention
-from longtake.plugins.tensors import torch_dtype
 
 WAYS = (("cudnn", "bf16"), ("wgmma", "fp8"), ("torch", "bf16"), ("portable", "bf16"))
+COLUMNS = "cache keys method kind ms tflops window_ms window_gb_s attend_ms ratio error note".split()
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What"""
+
+    tokens: int = option(7040, metavar="N")
+    """tokens of a chunk"""
+    slots: int = option(4, metavar="N")
+    """chunks in the window"""
+    heads: int = option(24, metavar="N")
+    """heads"""
+    dim: int = option(128, metavar="N")
+    """features of a head"""
+    repeats: int = option(10, metavar="N")
+    """runs that the median is of"""
+    cache: Annotated[str, OneOf((*CACHE_FORMATS, "all"))] = option("nvfp4")
+    """format of the cache, or all"""
+    portable: bool = option(True)
+    """leave out the slow one"""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {"S": self.slots, "L": self.tokens, "H": self.heads, "D": self.dim}
 
 
 class Attention:
@@ -88,8 +115,8 @@ def measure(case: Attention, method: str, kind: str, entries: int, wanted: Tenso
     if isinstance(launcher, WindowedAttention):
         attend_ms = milliseconds(lambda: launcher.attend(pointers, stream(), at, entries), repeats)
         window_ms = milliseconds(lambda: launcher.lay_out(pointers, stream(), at, entries), repeats)
-        row |= {"attend_ms": attend_ms, "window_ms": window_ms,
-                "window_gb_s": window_bytes(case, kind, entries) / window_ms / 1e6}  # fmt: skip
+        row |= {"attend_ms": attend_ms, "window_ms": window_ms}
+        row["window_gb_s"] = window_bytes(case, kind, entries) / window_ms / 1e6
     return row
 
 
@@ -102,9 +129,10 @@ def window_bytes(case: Attention, kind: str, entries: int) -> float:
     return cached * (1 if case.fmt == "nvfp4" else 2) + 3 * pane * 2 * 2 + (2 * entries + 1) * pane
 
 
-def rows(formats: list[str], dims: dict[str, int], ways: list[tuple[str, str]], repeats: int) -> Iterator[Row]:
+def rows(options: AttentionOptions) -> Iterator[Row]:
     """Every measurement; a way that cannot run gives a row with the reason."""
-    for fmt in formats:
+    dims, ways = options.dims, [way for way in WAYS if options.portable or way[0] != "portable"]
+    for fmt in CACHE_FORMATS if options.cache == "all" else (options.cache,):
         case = Attention(fmt, dims)
         for entries in range(1, dims["S"] + 1):
             wanted = case.reference(case.table(entries))
@@ -112,7 +140,7 @@ def rows(formats: list[str], dims: dict[str, int], ways: list[tuple[str, str]], 
             for method, kind in ways:
                 row: Row = {"cache": fmt, "keys": entries * dims["L"], "method": method, "kind": kind}
                 try:
-                    row |= measure(case, method, kind, entries, wanted, repeats)
+                    row |= measure(case, method, kind, entries, wanted, options.repeats)
                     if (method, kind) == ("cudnn", "bf16"):
                         unpacked_ms = row["attend_ms"]
                     if unpacked_ms:
@@ -122,44 +150,9 @@ def rows(formats: list[str], dims: dict[str, int], ways: list[tuple[str, str]], 
                 yield row
 
 
-def _rows(args: argparse.Namespace) -> Iterator[Row]:
-    ways = [way for way in WAYS if way[0] != "portable" or not args.no_portable]
-    formats = list(CACHE_FORMATS) if args.cache == "all" else [args.cache]
-    return rows(formats, _dims(args), ways, args.repeats)
+def run(options: AttentionOptions, table: TableOptions) -> int:
+    """Print the table."""
+    return exit_code(table.show(COLUMNS, rows(options), dims=options.dims))
 
 
-def _dims(args: argparse.Namespace) -> dict[str, int]:
-    return {"S": args.slots, "L": args.tokens, "H": args.heads, "D": args.dim}
-
-
-BENCH = Bench(
-    "attention",
-    __doc__,
-    columns=(
-        "cache",
-        "keys",
-        "method",
-        "kind",
-        "ms",
-        "tflops",
-        "window_ms",
-        "window_gb_s",
-        "attend_ms",
-        "ratio",
-        "error",
-        "note",
-    ),
-    rows=_rows,
-    options={
-        "tokens": (7040, "tokens of a chunk"),
-        "slots": (4, "chunks in the window"),
-        "heads": (24, "heads"),
-        "dim": (128, "features of a head"),
-        "repeats": (10, "runs that the median is of"),
-        "cache": ("nvfp4", "format of the cache, or all"),
-        "no-portable": (False, "leave out the slow one"),
-    },
-    facts=lambda args: {"dims": _dims(args)},
-)
-
-main = BENCH.main
+COMMAND = Command(run, (AttentionOptions, TableOptions), __doc__)

@@ -1,26 +1,24 @@
 """Time the convolutions of the Wan2.2-TI2V-5B decoder, 704x1280, one latent a step, through their libraries.
 
-longtake bench kernels conv [--json F]    a row a shape and method, and what a latent takes
-    --plans N, --seconds S    how many of cuDNN's plans to try a shape, and for how long
-    --scale 8                 frames of an eighth of the size, to see that it runs
-
-Methods: cudnn, our launcher's graph with bias and residual, the best of its plans; cudnn_plain, the product alone; torch,
-torch.nn.functional's convolution with cudnn.benchmark, channels last, with bias and without the residual; torch_out, our
-second launcher; cublaslt, 1x1x1 only. `error`: relative L2, against fp32 over some rows of one frame. The best plan of
-`cudnn` is remembered for later starts.
+A row a shape and method, and what a latent takes. Methods: cudnn, our launcher's graph with bias and residual, the best of
+its plans; cudnn_plain, the product alone; torch, torch.nn.functional's convolution with cudnn.benchmark, channels last, with
+bias and without the residual; torch_out, our second launcher; cublaslt, 1x1x1 only. `error`: relative L2, against fp32 over
+some rows of one frame. The best plan of `cudnn` is remembered for later starts.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Iterator
-from typing import Any
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.plugins.bench.harness import Bench, Row, milliseconds, note_of, relative_error
+from longtake.options import Command, OneOf, check, option
+from longtake.plugins.bench.harness import Row, TableOptions, exit_code, milliseconds, note_of, relative_error
 from longtake.plugins.conv.cudnn_conv import CudnnConv, geometry, handle_of
 from longtake.plugins.conv.library import trial_tensors, views
 from longtake.plugins.conv.plans import choice_key, remember, timed_plans
@@ -50,12 +48,28 @@ CASES = (
     ("conv_3x3x3_add", 6, 352, 640, 256, 256, 3),
 )
 METHODS = ("cudnn", "cudnn_plain", "torch", "torch_out", "cublaslt")
-LAUNCHED = {
-    "cudnn": "cudnn",
-    "torch_out": "torch",
-    "cublaslt": "cublaslt",
-}  # what runs in a network: everything included
+LAUNCHED = {"cudnn": "cudnn", "torch_out": "torch", "cublaslt": "cublaslt"}  # in a network: everything included
+COLUMNS = ("op", "shape", "N", "count", "method", "ms", "tflops", "error", "note")
 ROWS = 16  # of a frame, that the check compares
+
+
+@dataclass(frozen=True)
+class ConvOptions:
+    """What"""
+
+    methods: Annotated[tuple[str, ...], OneOf(METHODS)] = option(METHODS)
+    """which to time"""
+    plans: int = option(16, metavar="N")
+    """cuDNN's plans to try for a shape"""
+    seconds: float = option(4.0, metavar="S")
+    """time to try them for"""
+    repeats: int = option(5, metavar="N")
+    """runs that the median is of"""
+    scale: int = option(1, metavar="N")
+    """divisor of a frame's sides: 8 is to see that it runs"""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def reference_error(op: Op, tensors: dict[str, Tensor]) -> float:
@@ -68,12 +82,12 @@ def reference_error(op: Op, tensors: dict[str, Tensor]) -> float:
     return relative_error(tensors["out"][-1:, :height], wanted[:, :height])
 
 
-def measure(method: str, op: Op, dims: dict[str, int], args: argparse.Namespace) -> Row:
+def measure(method: str, op: Op, dims: dict[str, int], options: ConvOptions) -> Row:
     """One row's figures. Raises what the library raises."""
     tensors = trial_tensors(op, dims)
     tensors["out"].fill_(float("nan"))
     if method in ("cudnn", "cudnn_plain"):
-        return _measure_plans(op, dims, tensors, method == "cudnn", args)
+        return _measure_plans(op, dims, tensors, method == "cudnn", options)
     if method == "torch":
         sizes = geometry(op, dims)
         x, weight, _ = views(sizes, tensors)
@@ -83,22 +97,21 @@ def measure(method: str, op: Op, dims: dict[str, int], args: argparse.Namespace)
         def work() -> None:
             convolution(x, weight, tensors["bias"], padding=sizes.padding)
 
-        return {"ms": milliseconds(work, args.repeats)}
+        return {"ms": milliseconds(work, options.repeats)}
     launcher = launcher_by(op, LAUNCHED[method], dims)
     workspace = torch.empty(launcher.workspace_bytes + 1, dtype=torch.uint8, device="cuda")
     pointers = [tensor.data_ptr() for tensor in tensors.values()]
     ms = milliseconds(
-        lambda: launcher.launch(pointers, torch.cuda.current_stream().cuda_stream, workspace.data_ptr()), args.repeats
+        lambda: launcher.launch(pointers, torch.cuda.current_stream().cuda_stream, workspace.data_ptr()),
+        options.repeats,
     )
     return {"ms": ms, "error": reference_error(op, tensors)}
 
 
-def _measure_plans(
-    op: Op, dims: dict[str, int], tensors: dict[str, Tensor], fused: bool, args: argparse.Namespace
-) -> Row:
+def _measure_plans(op: Op, dims: dict[str, int], tensors: dict[str, Tensor], fused: bool, options: ConvOptions) -> Row:
     conv = CudnnConv(op, dims, handle_of(torch.cuda.current_device()), fused)
     pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    tried = list(timed_plans(conv, pointers, args.plans, args.seconds))
+    tried = list(timed_plans(conv, pointers, options.plans, options.seconds))
     good = sorted((row for row in tried if "ms" in row), key=lambda row: row["ms"])
     if not good:
         raise RuntimeError(f"none of {len(conv.plans)} plans runs: {tried[:2]}")
@@ -108,7 +121,7 @@ def _measure_plans(
     def work() -> None:
         conv.run(best["plan"], pointers, memory.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
-    row: Row = {"ms": milliseconds(work, args.repeats)}
+    row: Row = {"ms": milliseconds(work, options.repeats)}
     if fused:
         row["error"] = reference_error(op, tensors)
         remember(choice_key(op.name, dims), best["plan"])
@@ -117,18 +130,18 @@ def _measure_plans(
     return row
 
 
-def rows(args: argparse.Namespace) -> Iterator[Row]:
+def rows(options: ConvOptions) -> Iterator[Row]:
     """Every measurement; a method that fails gives a row with the reason."""
     for name, frames, height, width, channels, out, count in CASES:
         op = op_named(name)
-        dims = {"T": frames, "Y": height // args.scale, "X": width // args.scale, "C": channels, "N": out}
-        for method in args.methods:
+        dims = {"T": frames, "Y": height // options.scale, "X": width // options.scale, "C": channels, "N": out}
+        for method in options.methods:
             if method == "cublaslt" and method not in {way.method for way in op.ways}:
                 continue
             shape = "x".join(str(dims[letter]) for letter in "TYXC")
             row: Row = {"op": name, "shape": shape, "N": out, "count": count, "method": method}
             try:
-                row |= measure(method, op, dims, args)
+                row |= measure(method, op, dims, options)
                 row["tflops"] = geometry(op, dims).flops / row["ms"] / 1e9
             except Exception as error:  # a method that fails must not end the run
                 row["note"] = note_of(error)
@@ -136,7 +149,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
             yield row
 
 
-def summary(rows: list[Row]) -> Iterable[str]:
+def summary(rows: list[Row]) -> list[str]:
     """Milliseconds a latent: by method, of the shapes that it runs, and with the fastest launcher for each shape."""
     total: dict[str, float] = {}
     best: dict[tuple[Any, ...], float] = {}
@@ -151,20 +164,11 @@ def summary(rows: list[Row]) -> Iterable[str]:
     return [f"a latent, {name}: {ms:.2f} ms" for name, ms in total.items()]
 
 
-BENCH = Bench(
-    "conv",
-    __doc__,
-    columns=("op", "shape", "N", "count", "method", "ms", "tflops", "error", "note"),
-    rows=rows,
-    options={
-        "methods": (METHODS, "which to time"),
-        "plans": (16, "cuDNN's plans to try for a shape"),
-        "seconds": (4.0, "time to try them for"),
-        "repeats": (5, "runs that the median is of"),
-        "scale": (1, "divisor of a frame's sides"),
-    },
-    facts=lambda args: {"cudnn": torch.backends.cudnn.version()},
-    summary=summary,
-)
+def run(options: ConvOptions, table: TableOptions) -> int:
+    """Print the table, and the sums."""
+    measured = table.show(COLUMNS, rows(options), cudnn=torch.backends.cudnn.version())
+    sys.stdout.write("\n".join(summary(measured)) + "\n")
+    return exit_code(measured)
 
-main = BENCH.main
+
+COMMAND = Command(run, (ConvOptions, TableOptions), __doc__)

@@ -2,71 +2,73 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longtake.cuda_streams import event_times
+from longtake.errors import UnavailableError
+from longtake.files import write_json
+from longtake.options import option
 from longtake.plugins.kernels import Dims
 from longtake.plugins.launch import OpLauncher
-from longtake.plugins.shapes import shape_of
+from longtake.plugins.shapes import shape_of, torch_dtype
 from longtake.plugins.spec import Op
-from longtake.plugins.tensors import torch_dtype
 
 Row = dict[str, Any]
 PEAK = 3.35e12  # bytes a second of an H100's memory
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A bench of one family of ops.
+class BlockOptions:
+    """What"""
 
-    rows: makes the table's rows from the options, one after the other; one that failed has a note and no "ms".
-    options: option -> (default, help), where the default's type is the option's; a tuple is a choice of several.
-    facts: what stands beside the rows in the JSON file. summary: lines to print after the table.
-    """
+    tokens: int = option(7040, metavar="N")
+    """tokens of a chunk"""
+    dim: int = option(3072, metavar="N")
+    """features"""
+    ffn: int = option(14336, metavar="N")
+    """features inside the FFN"""
 
-    name: str
-    doc: str
-    columns: tuple[str, ...]
-    rows: Callable[[argparse.Namespace], Iterator[Row]]
-    options: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
-    facts: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda args: {}
-    summary: Callable[[list[Row]], Iterable[str]] = lambda rows: ()
 
-    def main(self, arguments: list[str] | None = None) -> int:
-        """Print the table; 1 without a GPU, 2 if a row could not be timed."""
-        args = self._parser().parse_args(arguments)
-        if not torch.cuda.is_available():
-            sys.stderr.write("needs an NVIDIA GPU: torch.cuda.is_available() is False here\n")
-            return 1
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        rows = print_rows(self.rows(args), self.columns, args.json, **self.facts(args))
-        sys.stdout.writelines(f"{line}\n" for line in self.summary(rows))
-        return 0 if all("ms" in row for row in rows) else 2
+@dataclass(frozen=True)
+class TableOptions:
+    """Output"""
 
-    def _parser(self) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(
-            prog=f"longtake bench kernels {self.name}",
-            description=self.doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for option, (default, text) in self.options.items():
-            if isinstance(default, tuple):
-                parser.add_argument(f"--{option}", nargs="+", choices=default, default=list(default), help=text)
-            elif isinstance(default, bool):
-                parser.add_argument(f"--{option}", action="store_true", help=text)
-            else:
-                parser.add_argument(f"--{option}", type=type(default), default=default, help=text)
-        parser.add_argument("--json", type=Path, help="write the rows there as well, after each one")
-        return parser
+    json: Path | None = option(None, metavar="FILE")
+    """write the rows there as well, after each one (default: nowhere)"""
+
+    def show(self, columns: Sequence[str], rows: Iterable[Row], **facts: Any) -> list[Row]:
+        """Print a table row by row; with `json`, write {"gpu", *facts, "rows"} there after each, so that a cut run leaves
+        its rows. Returns them. Raises UnavailableError without a GPU."""
+        require_gpu()
+        logging.getLogger("longtake").setLevel(logging.INFO)
+        sys.stdout.write("  ".join(c.rjust(10) for c in columns) + "\n")
+        printed: list[Row] = []
+        for row in rows:
+            sys.stdout.write(line_of(row, columns) + "\n")
+            sys.stdout.flush()
+            printed.append(row)
+            if self.json:
+                write_json(self.json, {"gpu": torch.cuda.get_device_name(), **facts, "rows": printed})
+        return printed
+
+
+def require_gpu() -> None:
+    """Raise UnavailableError if there is none."""
+    if not torch.cuda.is_available():
+        raise UnavailableError("this needs an NVIDIA GPU", got="none", fix="run it on a machine with one")
+
+
+def exit_code(rows: Sequence[Row]) -> int:
+    """2 if a row could not be timed, else 0."""
+    return 0 if all("ms" in row for row in rows) else 2
 
 
 def milliseconds(work: Callable[[], None], repeats: int) -> float:
@@ -77,15 +79,7 @@ def milliseconds(work: Callable[[], None], repeats: int) -> float:
     with torch.cuda.graph(graph):
         work()
     graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+    return sorted(event_times(graph.replay, repeats))[repeats // 2]
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -130,22 +124,7 @@ def note_of(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def line_of(row: Row, columns: tuple[str, ...]) -> str:
+def line_of(row: Row, columns: Sequence[str]) -> str:
     """A row of a table, its cells 10 wide."""
     cells = (f"{row.get(c, ''):.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
     return "  ".join(cell.rjust(10) for cell in cells)
-
-
-def print_rows(rows: Iterable[Row], columns: tuple[str, ...], path: Path | None = None, **facts: Any) -> list[Row]:
-    """Print a table row by row; with a path, write {"gpu", *facts, "rows"} there after each, so that a cut run leaves its
-    rows. Returns them."""
-    sys.stdout.write("  ".join(c.rjust(10) for c in columns) + "\n")
-    printed: list[Row] = []
-    for row in rows:
-        sys.stdout.write(line_of(row, columns) + "\n")
-        sys.stdout.flush()
-        printed.append(row)
-        if path:
-            report = {"gpu": torch.cuda.get_device_name(), **facts, "rows": printed}
-            path.write_text(json.dumps(report, indent=1))
-    return printed

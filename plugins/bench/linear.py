@@ -1,8 +1,6 @@
 """Time and check the linear ops through their library at the sizes of Wan2.2-TI2V-5B, or other ones.
 
-longtake bench kernels linear            a table; seconds on an H100
-longtake bench kernels linear --json F   the rows as JSON too
-longtake bench kernels linear --tokens 256 --dim 128 --ffn 512    smaller
+Seconds on an H100; smaller: --tokens 256 --dim 128 --ffn 512.
 
 Each row: milliseconds in a CUDA graph, TFLOP/s, relative L2 error against fp32 over the same inputs; FP8 with and without
 fast accumulation. In FP8 the reference multiplies the codes, so the error is that of adding up and of rounding to bf16.
@@ -10,18 +8,28 @@ fast accumulation. In FP8 the reference multiplies the codes, so the error is th
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.plugins.bench.harness import Bench, Row, inputs_on_gpu, measure, note_of
+from longtake.options import Command, option
+from longtake.plugins.bench.harness import BlockOptions, Row, TableOptions, exit_code, inputs_on_gpu, measure, note_of
 from longtake.plugins.fp8 import E4M3_MAX
 from longtake.plugins.linear.library import CublasLtLinear
 from longtake.plugins.linear.op import OPS
-from longtake.plugins.spec import Op
+
+COLUMNS = ("op", "T", "N", "K", "accum", "ms", "tflops", "error", "note")
+
+
+@dataclass(frozen=True)
+class LinearOptions(BlockOptions):
+    """What"""
+
+    repeats: int = option(20, metavar="N")
+    """runs that the median is of"""
 
 
 def as_in_a_network(values: Tensor, name: str, dtype: str) -> Tensor:
@@ -33,43 +41,30 @@ def as_in_a_network(values: Tensor, name: str, dtype: str) -> Tensor:
     return values * (values.shape[-1] ** -0.5 if name == "weight" else 1.0)
 
 
-def tensors_for(op: Op, dims: dict[str, int]) -> list[Tensor]:
-    """Inputs of an op, on the GPU."""
-    return inputs_on_gpu(op, dims, as_in_a_network)
-
-
-def rows(args: argparse.Namespace) -> Iterator[Row]:
+def rows(options: LinearOptions) -> Iterator[Row]:
     """Every measurement; a size that the library declines gives a row with the reason."""
     torch.backends.cuda.matmul.allow_tf32 = False  # of the reference
-    dim, ffn = args.dim, args.ffn
+    dim, ffn = options.dim, options.ffn
     for op in OPS:
         eight_bits = op.spec.inputs[0].dtype == "fp8"
         shapes = ((ffn, dim),) if op.name == "linear_gelu_bf16" else ((dim, dim), (ffn, dim), (dim, ffn))
         for n, k in shapes:
             for fast in (True, False) if eight_bits else (True,):
-                dims = {"T": args.tokens, "N": n, "K": k}
+                dims = {"T": options.tokens, "N": n, "K": k}
                 accum = ("fast" if fast else "promoted") if eight_bits else "fp32"
                 row: Row = {"op": op.name, **dims, "accum": accum}
                 try:
                     launcher = CublasLtLinear(op, dims, fast).prepare()
-                    row |= measure(op, dims, launcher, tensors_for(op, dims), args.repeats)
-                    row["tflops"] = 2 * args.tokens * n * k / row["ms"] / 1e9
+                    row |= measure(op, dims, launcher, inputs_on_gpu(op, dims, as_in_a_network), options.repeats)
+                    row["tflops"] = 2 * options.tokens * n * k / row["ms"] / 1e9
                 except (LongtakeError, RuntimeError) as error:
                     row["note"] = note_of(error)
                 yield row
 
 
-BENCH = Bench(
-    "linear",
-    __doc__,
-    columns=("op", "T", "N", "K", "accum", "ms", "tflops", "error", "note"),
-    rows=rows,
-    options={
-        "tokens": (7040, "tokens of a chunk"),
-        "dim": (3072, "features"),
-        "ffn": (14336, "features inside the FFN"),
-        "repeats": (20, "runs that the median is of"),
-    },
-)
+def run(options: LinearOptions, table: TableOptions) -> int:
+    """Print the table."""
+    return exit_code(table.show(COLUMNS, rows(options)))
 
-main = BENCH.main
+
+COMMAND = Command(run, (LinearOptions, TableOptions), __doc__)

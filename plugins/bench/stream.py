@@ -1,14 +1,15 @@
 """Time the stream extension at the sizes of the Wan2.2-TI2V-5B decoder, 704x1280, one latent a step.
 
-longtake bench kernels stream    a table: milliseconds, GB/s of x, y and cache read and written, error
+A row: milliseconds, GB/s of x, y and cache read and written, error.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 
-from longtake.plugins.bench.harness import PEAK, Bench, Row, inputs_on_gpu, measure
+from longtake.options import Command
+from longtake.plugins.bench.harness import PEAK, Row, TableOptions, exit_code, inputs_on_gpu, measure
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_for
 
@@ -25,9 +26,10 @@ CASES = (
     ("norm_silu_extend", 4, 352, 640, 256, 6),
 )
 PAST = 2
+COLUMNS = ("op", "shape", "count", "ms", "gb_s", "of_peak", "error")
 
 
-def rows(args: argparse.Namespace) -> Iterator[Row]:
+def rows() -> Iterator[Row]:
     """Every case, in bf16."""
     for name, frames, height, width, channels, count in CASES:
         op, dims = op_named(name), {"T": frames, "Y": height, "X": width, "C": channels, "F": PAST}
@@ -38,13 +40,11 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         yield {"op": name, "shape": f"{frames}x{height}x{width}x{channels}", "count": count, **row}
 
 
-def summary(rows: list[Row]) -> Iterable[str]:
-    """The sum over a step."""
-    yield f"a step: {sum(row['count'] * row['ms'] for row in rows):.2f} ms"
+def run(table: TableOptions) -> int:
+    """Print the table, and the sum over a step."""
+    measured = table.show(COLUMNS, rows())
+    sys.stdout.write(f"a step: {sum(row['count'] * row['ms'] for row in measured):.2f} ms\n")
+    return exit_code(measured)
 
 
-BENCH = Bench(
-    "stream", __doc__, columns=("op", "shape", "count", "ms", "gb_s", "of_peak", "error"), rows=rows, summary=summary
-)
-
-main = BENCH.main
+COMMAND = Command(run, (TableOptions,), __doc__)

@@ -96,12 +96,10 @@ RMS_NORM = OpSpec("rms_norm", inputs=(_tokens("x"), _features("weight")), output
 """RMSNorm over a token's whole vector (eps is `QK_NORM_EPS`), of cross-attention's queries."""
 
 
-def _rms_calls(dims: Dims) -> tuple[Call, ...]:
-    return (Call("rms_norm", (dims["L"], 1), row_layout(dims["C"])[1], RMS_NORM.names),)
-
-
 _RMS = Kernel(
-    Path(__file__).with_name("rms_norm.cu"), lambda dims: {**_sizes(dims), "EPS": f"{QK_NORM_EPS!r}f"}, _rms_calls
+    Path(__file__).with_name("rms_norm.cu"),
+    macros=lambda dims: {**_sizes(dims), "EPS": f"{QK_NORM_EPS!r}f"},
+    calls=lambda dims: (Call("rms_norm", (dims["L"], 1), row_layout(dims["C"])[1], RMS_NORM.names),),
 )
 OPS = (
     *(_op(name, fp8) for name in BLOCK_NORMS for fp8 in (False, True)),

@@ -20,7 +20,7 @@ from longtake.plugins.conv.plans import choice_key, remember, remembered, timed_
 from longtake.plugins.conv.reference import library_weight
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims
-from longtake.plugins.launch import OpLauncher
+from longtake.plugins.launch import LibraryLauncher, OpLauncher
 from longtake.plugins.linear.library import CublasLtLinear
 from longtake.plugins.linear.op import LINEAR_BF16
 from longtake.plugins.shapes import shape_of
@@ -40,32 +40,24 @@ def trial_tensors(op: Op, dims: Dims) -> dict[str, Tensor]:
     return tensors
 
 
-class CudnnLibraryConv(OpLauncher):
+class CudnnLibraryConv(LibraryLauncher):
     """Through cuDNN's graphs: bias and residual are part of the convolution."""
 
     method = "cudnn"
-    _conv: CudnnConv | None = None
 
-    def prepare(self) -> CudnnLibraryConv:
-        """See OpLauncher.prepare. Raises UnavailableError if no plan runs. Takes the tensors' memory for a moment,
-        unless the choice is remembered."""
-        if self._conv is None:
-            key = choice_key(self.spec.name, self.dims)
-            conv = CudnnConv(self.op, self.dims, handle_of(torch.cuda.current_device()))
-            self._plan = remembered(key)
-            try:
-                self.workspace_bytes = conv.build(self._plan) if self._plan in conv.plans else -1
-            except Exception as error:  # cuDNN's types, and RuntimeError
-                log.warning("the plan kept for %s fails: %s", key, error)
-                self.workspace_bytes = -1
-            if self.workspace_bytes < 0:
-                self._choose(conv, key)
-            self._conv = conv
-        return self
-
-    def _choose(self, conv: CudnnConv, key: str) -> None:
+    def make_ready(self) -> None:
+        """See LibraryLauncher. Takes the tensors' memory for a moment, unless the choice of a plan is remembered."""
+        key = choice_key(self.spec.name, self.dims)
+        self._conv = CudnnConv(self.op, self.dims, handle_of(torch.cuda.current_device()))
+        self._plan = remembered(key)
+        try:
+            if self._plan in self._conv.plans:
+                self.workspace_bytes = self._conv.build(self._plan)
+                return
+        except Exception as error:  # cuDNN's types, and RuntimeError
+            log.warning("the plan kept for %s fails: %s", key, error)
         tensors = trial_tensors(self.op, self.dims)
-        rows = list(timed_plans(conv, {name: tensor.data_ptr() for name, tensor in tensors.items()}))
+        rows = list(timed_plans(self._conv, {name: tensor.data_ptr() for name, tensor in tensors.items()}))
         del tensors
         torch.cuda.empty_cache()  # these tensors may be a large part of what the GPU has
         good = [row for row in rows if "ms" in row]
@@ -76,50 +68,36 @@ class CudnnLibraryConv(OpLauncher):
         self._plan, self.workspace_bytes = best["plan"], best["workspace"]
         remember(key, self._plan)
 
-    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
-        """See OpLauncher.launch."""
-        self._check(pointers, workspace, table_len)
-        self.prepare()
-        assert self._conv is not None
+    def run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
+        """See LibraryLauncher."""
         self._conv.run(self._plan, dict(zip(self.spec.names, pointers)), workspace, stream)
 
 
-class TorchConv(OpLauncher):
+class TorchConv(LibraryLauncher):
     """Through torch's call of cuDNN, benchmarked at the first call; bias and residual are passes of their own."""
 
     method = "torch"
-    _tried = False
 
-    def __init__(self, op: Op, dims: Dims) -> None:
-        super().__init__(op, dims)
-        self.geometry = geometry(op, dims)
+    def make_ready(self) -> None:
+        """See LibraryLauncher."""
+        try:
+            self.convolve(trial_tensors(self.op, self.dims))
+        except RuntimeError as error:
+            raise UnavailableError(f"torch does not run {self.spec.name}", got=f"{self.dims}: {error}") from None
+        torch.cuda.empty_cache()
 
-    def prepare(self) -> TorchConv:
-        """See OpLauncher.prepare. Raises UnavailableError if torch declines."""
-        if not self._tried:
-            try:
-                self.convolve(trial_tensors(self.op, self.dims))
-            except RuntimeError as error:
-                raise UnavailableError(f"torch does not run {self.spec.name}", got=f"{self.dims}: {error}") from None
-            torch.cuda.empty_cache()
-            self._tried = True
-        return self
-
-    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
-        """See OpLauncher.launch."""
-        self._check(pointers, workspace, table_len)
-        self.prepare()
+    def run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
+        """See LibraryLauncher."""
         tensors = {t.name: tensor_at(p, shape_of(t, self.dims)) for t, p in zip(self.spec.tensors, pointers)}
         with on_stream(stream):
             self.convolve(tensors)
 
     def convolve(self, tensors: dict[str, Tensor]) -> None:
         """Write `out` from x, weight, bias and perhaps residual."""
-        x, weight, out = views(self.geometry, tensors)
-        ones = [1] * len(self.geometry.padding)
-        torch.ops.aten.cudnn_convolution.out(
-            x, weight, self.geometry.padding, ones, ones, 1, True, False, False, out=out
-        )  # fmt: skip
+        sizes = geometry(self.op, self.dims)
+        x, weight, out = views(sizes, tensors)
+        ones = [1] * len(sizes.padding)
+        torch.ops.aten.cudnn_convolution.out(x, weight, sizes.padding, ones, ones, 1, True, False, False, out=out)
         tensors["out"].add_(tensors["bias"])
         if "residual" in tensors:
             tensors["out"].add_(tensors["residual"])

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longtake.cuda_streams import event_times
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.files import read_json, write_json
 from longtake.plugins.conv.cudnn_conv import CudnnConv
@@ -26,20 +27,6 @@ PLANS, SECONDS = 8, 1.0  # per convolution at most, at a start; the first plan t
 REPEATS = 3
 WORKSPACE_BYTES = 128 << 20  # plans that want more are left out
 FILE = "conv_plans.json"
-
-
-def gpu_milliseconds(work: Callable[[], None], repeats: int = REPEATS) -> float:
-    """The shortest time of `work` on torch's current stream, after one call to warm up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return min(times)
 
 
 def timed_plans(
@@ -68,7 +55,12 @@ def timed_plans(
 def _time(conv: CudnnConv, plan: str, pointers: Mapping[str, int], workspace: int) -> float:
     memory = torch.empty(workspace + 1, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
-    return gpu_milliseconds(lambda: conv.run(plan, pointers, memory.data_ptr(), stream))
+
+    def work() -> None:
+        conv.run(plan, pointers, memory.data_ptr(), stream)
+
+    work()  # to warm up
+    return min(event_times(work, REPEATS))
 
 
 def choice_key(op_name: str, dims: Dims) -> str:

@@ -13,7 +13,7 @@ import torch
 from longtake.errors import UnavailableError
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims
-from longtake.plugins.launch import OpLauncher
+from longtake.plugins.launch import LibraryLauncher, OpLauncher
 from longtake.plugins.sink_attention.cudnn_graph import CudnnAttention, frontend
 from longtake.plugins.sink_attention.library import torch_attention
 from longtake.plugins.spec import Op
@@ -21,59 +21,40 @@ from longtake.plugins.spec import Op
 BYTES = 2  # of a bf16 number
 
 
-class CudnnCrossAttention(OpLauncher):
+class CudnnCrossAttention(LibraryLauncher):
     """Through cuDNN's frontend. dims: L, E, H and D."""
 
     method = "cudnn"
-    _graph: CudnnAttention | None = None
 
-    def prepare(self) -> CudnnCrossAttention:
-        """See OpLauncher.prepare. Raises UnavailableError without the frontend or if cuDNN declines the sizes."""
-        if self._graph is None:
-            dims, handle = self.dims, frontend().create_handle()
-            graph = CudnnAttention(dims["L"], dims["E"], dims["H"], dims["D"], handle)
-            self.workspace_bytes = graph.workspace_bytes
-            _require_ones(self.dims, self.method, lambda *pointers: self._run(graph, *pointers), graph.workspace_bytes)
-            self._graph = graph
-        return self
+    def make_ready(self) -> None:
+        """See LibraryLauncher."""
+        dims, handle = self.dims, frontend().create_handle()
+        self._graph = CudnnAttention(dims["L"], dims["E"], dims["H"], dims["D"], handle)
+        self.workspace_bytes = self._graph.workspace_bytes
+        _require_ones(self, self.workspace_bytes)
 
-    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
-        """See OpLauncher.launch."""
-        self._check(pointers, workspace, table_len)
-        self.prepare()
-        assert self._graph is not None
-        self._run(self._graph, pointers, stream, workspace)
-
-    def _run(self, graph: CudnnAttention, pointers: Sequence[int], stream: int, workspace: int) -> None:
+    def run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
+        """See LibraryLauncher."""
         q, context, out = pointers
         values = context + self.dims["E"] * self.dims["H"] * self.dims["D"] * BYTES
-        graph.run({"q": q, "k": context, "v": values, "out": out}, workspace, stream)
+        self._graph.run({"q": q, "k": context, "v": values, "out": out}, workspace, stream)
 
 
-class TorchCrossAttention(OpLauncher):
+class TorchCrossAttention(LibraryLauncher):
     """Through torch's scaled_dot_product_attention: cuDNN's or flash's, or whatever torch has for the sizes."""
 
     method = "torch"
-    _tried = False
 
     def __init__(self, op: Op, dims: Dims, fused: bool = True) -> None:
         super().__init__(op, dims)
         self.fused = fused
 
-    def prepare(self) -> TorchCrossAttention:
-        """See OpLauncher.prepare. Raises UnavailableError if torch has no fused attention for the sizes."""
-        if not self._tried:
-            _require_ones(self.dims, self.method, self._run, 0)
-            self._tried = True
-        return self
+    def make_ready(self) -> None:
+        """See LibraryLauncher. Raises UnavailableError if torch has no fused attention for the sizes."""
+        _require_ones(self, 0)
 
-    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
-        """See OpLauncher.launch."""
-        self._check(pointers, workspace, table_len)
-        self.prepare()
-        self._run(pointers, stream, workspace)
-
-    def _run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
+    def run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
+        """See LibraryLauncher."""
         row = self.dims["H"], self.dims["D"]
         q, out = (tensor_at(pointers[i], (self.dims["L"], *row)) for i in (0, 2))
         k, v = tensor_at(pointers[1], (2, self.dims["E"], *row))
@@ -81,9 +62,9 @@ class TorchCrossAttention(OpLauncher):
             out.copy_(torch_attention(q, k, v, fused=self.fused))
 
 
-def _require_ones(dims: Dims, method: str, run: Any, workspace_bytes: int) -> None:
-    """Attend once over nothing but ones, which gives ones: what fails must fail before the run, and a library's handles
-    must be there before a capture. Raises UnavailableError."""
+def _require_ones(launcher: LibraryLauncher, workspace_bytes: int) -> None:
+    """Attend once over nothing but ones, which gives ones. Raises UnavailableError."""
+    dims, method = launcher.dims, launcher.method
     row = dims["H"], dims["D"]
     q, out = torch.ones(2, dims["L"], *row, dtype=torch.bfloat16, device="cuda")
     out.zero_()
@@ -91,7 +72,7 @@ def _require_ones(dims: Dims, method: str, run: Any, workspace_bytes: int) -> No
     workspace = torch.empty(workspace_bytes + 1, dtype=torch.uint8, device="cuda")
     try:
         pointers = [t.data_ptr() for t in (q, context, out)]
-        run(pointers, torch.cuda.current_stream().cuda_stream, workspace.data_ptr())
+        launcher.run(pointers, torch.cuda.current_stream().cuda_stream, workspace.data_ptr())
         worst = float((out.float() - 1).abs().max())
     except Exception as error:  # cuDNN's types, and RuntimeError
         raise UnavailableError(f"{method}'s attention fails", got=f"{type(error).__name__}: {error}") from None

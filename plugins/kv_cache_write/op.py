@@ -12,7 +12,7 @@ from torch import Tensor
 from longtake.plugins.cache_format import CACHE_FORMATS, SIZES, block, cache_format_of, cache_tensors
 from longtake.plugins.kernels import WORKSPACE, Call, Dims, Kernel, blocks_of
 from longtake.plugins.kv_cache_write.reference import RULE, kv_cache_write_bf16, kv_cache_write_nvfp4, quantize_kv
-from longtake.plugins.nvfp4.macros import limit_macros
+from longtake.plugins.nvfp4.reference import limit_macros
 from longtake.plugins.spec import Op, OpSpec, TensorSpec
 
 THREADS = 256

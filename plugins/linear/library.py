@@ -12,7 +12,6 @@ Whole ones (linear_rows_fp8) have a scale a row of W and the bias in the epilogu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,9 @@ from torch import Tensor
 from longtake.errors import UnavailableError
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims
-from longtake.plugins.launch import OpLauncher
-from longtake.plugins.shapes import shape_of
+from longtake.plugins.launch import LibraryLauncher
+from longtake.plugins.shapes import shape_of, torch_dtype
 from longtake.plugins.spec import Op
-from longtake.plugins.tensors import torch_dtype
 
 FAST_ACCUMULATION = True
 """Hopper's tensor cores add E4M3 products up in about 14 bits. With fast accumulation a sum stays in there to its end;
@@ -34,7 +32,7 @@ costs 3.7 %: fast accumulation is not what limits accuracy."""
 SIZE_STEP = 16  # cuBLASLt's FP8 wants K and N in multiples of it
 
 
-class CublasLtLinear(OpLauncher):
+class CublasLtLinear(LibraryLauncher):
     """One of linear/op.py. dims: T, N and K. fast: whether FP8 products are added up with fast accumulation."""
 
     method = "cublaslt"
@@ -44,30 +42,21 @@ class CublasLtLinear(OpLauncher):
         self.fast = fast
         self._one: Tensor | None = None
         if self.spec.inputs[0].dtype == "fp8" and (dims["N"] % SIZE_STEP or dims["K"] % SIZE_STEP):
-            raise UnavailableError(
-                "cuBLASLt does not multiply these sizes in FP8", got=f"N={dims['N']}, K={dims['K']}",
-                expected=f"multiples of {SIZE_STEP}", fix=op.otherwise,
-            )  # fmt: skip
+            what, got = "cuBLASLt does not multiply these sizes in FP8", f"N={dims['N']}, K={dims['K']}"
+            raise UnavailableError(what, got=got, expected=f"multiples of {SIZE_STEP}", fix=op.otherwise)
 
-    def prepare(self) -> CublasLtLinear:
-        """See OpLauncher.prepare. Raises UnavailableError if the library declines the sizes. Takes memory for a moment."""
-        if self._one is None:
-            one = self.ones("cuda")
-            zeros = (one.new_zeros(shape_of(t, self.dims), dtype=torch_dtype(t)) for t in self.spec.tensors)
-            try:
-                self.multiply(*zeros, one=one)
-            except RuntimeError as error:
-                raise UnavailableError(
-                    f"cuBLASLt does not run {self.spec.name}", got=f"{self.dims}: {error}",
-                    fix=self.op.otherwise,
-                ) from None  # fmt: skip
-            self._one = one
-        return self
+    def make_ready(self) -> None:
+        """See LibraryLauncher: multiply zeros."""
+        self._one = self.ones("cuda")
+        zeros = (self._one.new_zeros(shape_of(t, self.dims), dtype=torch_dtype(t)) for t in self.spec.tensors)
+        try:
+            self.multiply(*zeros, one=self._one)
+        except RuntimeError as error:
+            what, got = f"cuBLASLt does not run {self.spec.name}", f"{self.dims}: {error}"
+            raise UnavailableError(what, got=got, fix=self.op.otherwise) from None
 
-    def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
-        """See OpLauncher.launch."""
-        self._check(pointers, workspace, table_len)
-        self.prepare()
+    def run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
+        """See LibraryLauncher."""
         shown = zip(pointers, self.spec.tensors)
         tensors = [tensor_at(pointer, shape_of(t, self.dims), torch_dtype(t)) for pointer, t in shown]
         with on_stream(stream):
@@ -80,18 +69,13 @@ class CublasLtLinear(OpLauncher):
     def multiply(self, *tensors: Tensor, one: Tensor | None) -> None:
         """Inputs, then the output, all contiguous; `one` is `ones` on their device."""
         *inputs, out = tensors
-        x, weight = inputs[0], inputs[1].t()
+        x, weight, scaled_mm = inputs[0], inputs[1].t(), torch.ops.aten._scaled_mm.out
         if self.spec.name == "linear_fp8":
-            _scaled_mm(x, weight, one, one, out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out)
+            scaled_mm(x, weight, one, one, out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out)
         elif self.spec.name == "linear_rows_fp8":
-            _scaled_mm(
-                x, weight, one, inputs[2][None], inputs[3], out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out
-            )
+            scales, bias = inputs[2][None], inputs[3]
+            scaled_mm(x, weight, one, scales, bias, out_dtype=torch.bfloat16, use_fast_accum=self.fast, out=out)
         elif self.spec.name == "linear_gelu_bf16":
             torch.ops.aten._addmm_activation.out(inputs[2], x, weight, use_gelu=True, out=out)
         else:
             torch.addmm(inputs[2], x, weight, out=out)
-
-
-def _scaled_mm(*tensors: Any, **options: Any) -> None:
-    torch.ops.aten._scaled_mm.out(*tensors, **options)

@@ -54,33 +54,25 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 def decode_nibbles(byte: Tensor) -> Tensor:
     """Bytes 0..255, as int32 [..., K/2], to E2M1 values fp32 [..., K]; the low nibble is the even index."""
-    return embedding(byte, _pairs_on(byte.device)).flatten(-2)
+    return embedding(byte, _on(byte.device, _NIBBLE_PAIRS)).flatten(-2)
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
     """E4M3 codes 0..126, as fp32 integers, of non-negative fp32 x: nearest, ties to even, saturating at 448."""
-    slopes, intercepts = _lines_on(x.device)
+    slopes, intercepts = _on(x.device, _E4M3_SLOPES), _on(x.device, _E4M3_INTERCEPTS)
     return (torch.round(x.clamp(max=E4M3_MAX).unsqueeze(-1) * slopes) + intercepts).amin(dim=-1)
 
 
 def decode_e4m3(byte: Tensor) -> Tensor:
     """The fp32 values of E4M3 bytes 0..255 given as int32."""
-    return embedding(byte, _values_on(byte.device).unsqueeze(-1)).squeeze(-1)
+    return embedding(byte, _on(byte.device, E4M3_VALUES).unsqueeze(-1)).squeeze(-1)
 
 
-def _lines_on(device: torch.device) -> tuple[Tensor, Tensor]:
-    return _copies(device)[:2] if device.type == "cuda" else (_E4M3_SLOPES.to(device), _E4M3_INTERCEPTS.to(device))
-
-
-def _values_on(device: torch.device) -> Tensor:
-    return _copies(device)[2] if device.type == "cuda" else E4M3_VALUES.to(device)
-
-
-def _pairs_on(device: torch.device) -> Tensor:
-    return _copies(device)[3] if device.type == "cuda" else _NIBBLE_PAIRS.to(device)
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    return _copy(device, table) if device.type == "cuda" else table.to(device)
 
 
 @cache
-def _copies(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _copy(device: torch.device, table: Tensor) -> Tensor:
     """Kept on a GPU: copying from the host can't be captured in a CUDA graph."""
-    return _E4M3_SLOPES.to(device), _E4M3_INTERCEPTS.to(device), E4M3_VALUES.to(device), _NIBBLE_PAIRS.to(device)
+    return table.to(device)

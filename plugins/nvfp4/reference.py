@@ -37,21 +37,7 @@ from longtake.plugins.nvfp4.formats import (
     encode_e4m3,
     round_e2m1,
 )
-from longtake.plugins.nvfp4.layout import pack_nibbles, swizzle_scales, unswizzle_scales
-
-__all__ = [
-    "BLOCK",
-    "ORDERS",
-    "RULE_LIMITS",
-    "Packed",
-    "dequantize",
-    "dequantize_blocks",
-    "fake_quantize",
-    "quantize",
-    "scale_blocks",
-    "swizzle_scales",
-    "unswizzle_scales",
-]
+from longtake.plugins.nvfp4.layout import pack_nibbles
 
 BLOCK = 16
 ORDERS = ("modelopt", "longlive")
@@ -250,13 +236,16 @@ def _check_rule(rule: str, order: str) -> None:
             )
 
 
-RULE = "static_6"
-
-
-def tensor_scale(amax: float) -> float:
-    """An activation's g = amax / (6 * 448), rounded to fp32 as the codec does."""
-    m2, m3 = RULE_LIMITS[RULE]
+def tensor_scale(amax: float, rule: str = "static_6") -> float:
+    """g = amax / (M2 M3), of an activation amax / (6 * 448), rounded to fp32 as the codec does."""
+    m2, m3 = RULE_LIMITS[rule]
     return float(np.float32(amax) / np.float32(m2 * m3))
+
+
+def limit_macros(rule: str) -> dict[str, str | int | float]:
+    """The codec's limits as the macros that codec.cuh expects."""
+    m2, m3 = RULE_LIMITS[rule]
+    return {"LIMIT_E2M1": f"{m2}f", "LIMIT_E4M3": f"{m3}f"}
 
 
 PLACEHOLDER_AMAX = 8.0  # of activations in a graph exported without checkpoints: it must compute, not be accurate

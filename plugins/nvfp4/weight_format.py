@@ -45,14 +45,9 @@ class WeightFormat:
         found = self.amax if self.amax is not None else calibrated
         return float(weight.detach().abs().amax()) if found is None else found
 
-    def tensor_scale(self, amax: float) -> float:
-        """g = amax / (M2 M3), rounded to fp32 as the codec does."""
-        m2, m3 = RULE_LIMITS[self.rule]
-        return float(torch.tensor(amax, dtype=torch.float32) / torch.tensor(m2 * m3, dtype=torch.float32))
-
     def pack(self, weight: Tensor, amax: float) -> Packed:
         """Codes and scales of weight [N, K] (any float dtype), on the CPU."""
-        pieces = [quantize(rows.float(), amax=amax, **self._how()) for rows in self._pieces(weight.detach().cpu())]
+        pieces = [quantize(rows.float(), amax=amax, **self.as_json()) for rows in self._pieces(weight.detach().cpu())]
         values, scales = (torch.cat([getattr(p, part) for p in pieces]) for part in ("values", "scales"))
         return Packed(values, scales, pieces[0].amax, self.rule)
 
@@ -60,13 +55,10 @@ class WeightFormat:
     def round_trip_(self, weight: Tensor, amax: float) -> None:
         """Replace weight [N, K] by what its NVFP4 form decodes to, in place."""
         for rows in self._pieces(weight.detach()):
-            rows.copy_(fake_quantize(rows, amax=amax, **self._how()))
+            rows.copy_(fake_quantize(rows, amax=amax, **self.as_json()))
 
     def as_json(self) -> dict[str, Any]:
-        """What a side file holds."""
-        return self._how()
-
-    def _how(self) -> dict[str, Any]:
+        """What a side file holds, and the codec takes."""
         return {"rule": self.rule, "order": self.order, "block_2d": self.block_2d}
 
     def _pieces(self, weight: Tensor) -> Iterator[Tensor]:
@@ -103,9 +95,7 @@ def formats_from_meta(meta: Mapping[str, Any]) -> WeightFormats:
         how = {"rule": packed.get("rule", "mse"), "order": packed.get("order", "longlive")}
         own = {name: WeightFormat(**how, amax=float(amax)) for name, amax in packed.get("amax", {}).items()}
     except (AttributeError, TypeError, ValueError) as error:
-        raise IntegrityError(
-            "the side file's record of 4-bit weights can't be read", got=f"{type(error).__name__}: {error}",
-            expected='"nvfp4": {"weight": {rule, order, block_2d}} or "packed": {rule, order, amax: {linear: number}}',
-            fix="train or convert the checkpoint again",
-        ) from None  # fmt: skip
+        what, got = "the side file's record of 4-bit weights can't be read", f"{type(error).__name__}: {error}"
+        expected = '"nvfp4": {"weight": {rule, order, block_2d}} or "packed": {rule, order, amax: {linear: number}}'
+        raise IntegrityError(what, got=got, expected=expected, fix="train or convert the checkpoint again") from None
     return WeightFormats(default, own)

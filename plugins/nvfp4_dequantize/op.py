@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longtake.plugins.kernels import Call, Dims, Kernel, Macros, blocks_of
-from longtake.plugins.nvfp4.macros import limit_macros
+from longtake.plugins.nvfp4.reference import limit_macros
 from longtake.plugins.nvfp4_dequantize.reference import nvfp4_dequantize
 from longtake.plugins.spec import Op, OpSpec, TensorSpec
 

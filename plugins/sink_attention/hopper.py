@@ -16,7 +16,7 @@ from longtake.plugins.cache_format import cache_format_of
 from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernel, blocks_of
 from longtake.plugins.kv_cache_write.reference import RULE
 from longtake.plugins.launch import Launcher
-from longtake.plugins.nvfp4.macros import limit_macros
+from longtake.plugins.nvfp4.reference import limit_macros
 from longtake.plugins.sink_attention.window import (
     ALIGNMENT,
     THREADS,
@@ -110,8 +110,8 @@ class HopperSinkAttention(WindowedAttention):
 
     def __init__(self, op: Op, dims: Dims, arch: str | None = None) -> None:
         if dims["D"] not in HEAD_DIMS:
-            raise LongtakeError("no FP8 kernel for this attention", got=f"heads of {dims['D']}",
-                                expected=f"heads of {' or '.join(map(str, HEAD_DIMS))}")  # fmt: skip
+            expected = f"heads of {' or '.join(map(str, HEAD_DIMS))}"
+            raise LongtakeError("no FP8 kernel for this attention", got=f"heads of {dims['D']}", expected=expected)
         super().__init__(op, dims, arch, tile_kernel(cache_format_of(op.spec)))
         self._attend = Launcher(op, self.dims, "bf16", arch, attend_kernel())
 
@@ -124,8 +124,8 @@ class HopperSinkAttention(WindowedAttention):
     def launch(self, pointers: Sequence[int], stream: int, workspace: int = 0, table_len: int = 0) -> None:
         """See Launcher.launch."""
         if workspace % ALIGNMENT:
-            raise LongtakeError("the workspace is not aligned", got=f"address {workspace:#x}",
-                                expected=f"a multiple of {ALIGNMENT} bytes")  # fmt: skip
+            expected = f"a multiple of {ALIGNMENT} bytes"
+            raise LongtakeError("the workspace is not aligned", got=f"address {workspace:#x}", expected=expected)
         super().launch(pointers, stream, workspace, table_len)
 
     def attend(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
@@ -153,5 +153,5 @@ class HopperSinkAttention(WindowedAttention):
                 self.launch(pointers, stream, memory.data_ptr(), entries)
                 error = float((out.float() - values.float()).norm() / values.float().norm())
                 if not error <= tolerance:  # a NaN is refused, too
-                    raise UnavailableError(f"FP8 attention over {entries} blocks is wrong", got=f"relative error {error:.3g}",
-                                           expected=f"at most {tolerance}")  # fmt: skip
+                    what, got = f"FP8 attention over {entries} blocks is wrong", f"relative error {error:.3g}"
+                    raise UnavailableError(what, got=got, expected=f"at most {tolerance}")

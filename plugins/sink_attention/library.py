@@ -57,8 +57,8 @@ class CudnnSinkAttention(WindowedAttention):
             except Exception as error:  # cuDNN's types, and RuntimeError
                 raise UnavailableError("cuDNN's attention fails", got=f"{type(error).__name__}: {error}") from None
             if not (0.98 <= low and high <= 1.02):  # a NaN is refused, too
-                raise UnavailableError(f"cuDNN's bf16 attention over {entries} blocks of ones is wrong",
-                                       got=f"{low:.4g} to {high:.4g}", expected="1")  # fmt: skip
+                what = f"cuDNN's bf16 attention over {entries} blocks of ones is wrong"
+                raise UnavailableError(what, got=f"{low:.4g} to {high:.4g}", expected="1")
 
     def attend(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
         """See WindowedAttention.attend."""
@@ -107,6 +107,4 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, fused: bool = True) -> Tens
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
-LAUNCHERS: dict[str, Any] = {
-    "cudnn": CudnnSinkAttention, "torch": TorchSinkAttention, "wgmma": HopperSinkAttention
-}  # fmt: skip
+LAUNCHERS: dict[str, Any] = {way.method: way for way in (CudnnSinkAttention, TorchSinkAttention, HopperSinkAttention)}

@@ -11,7 +11,7 @@ from longtake.plugins.cache_format import CACHE_FORMATS, SIZES, block, cache_ten
 from longtake.plugins.kernels import TABLE_LENGTH, Call, Dims, Kernel, blocks_of
 from longtake.plugins.kv_cache_write.op import filled_cache
 from longtake.plugins.kv_cache_write.reference import RULE
-from longtake.plugins.nvfp4.macros import limit_macros
+from longtake.plugins.nvfp4.reference import limit_macros
 from longtake.plugins.sink_attention.reference import sink_attention_bf16, sink_attention_nvfp4
 from longtake.plugins.spec import Library, Op, OpSpec, TensorSpec
 

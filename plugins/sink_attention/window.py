@@ -15,7 +15,7 @@ from longtake.plugins.cache_format import cache_format_of, cache_tensors
 from longtake.plugins.kernels import Call, Dims, Kernel, blocks_of
 from longtake.plugins.kv_cache_write.reference import RULE
 from longtake.plugins.launch import Launcher
-from longtake.plugins.nvfp4.macros import limit_macros
+from longtake.plugins.nvfp4.reference import limit_macros
 from longtake.plugins.spec import Op
 
 THREADS = 256

@@ -25,14 +25,14 @@ DUPLICATE_SIZES: tuple[dict[str, int], ...] = (
 FRAMES = TensorSpec("x", "compute", ("T", "Y", "X", "C"))
 
 
+def _call(function: str, channels: int, tensors: tuple[str, ...], dims: Dims) -> tuple[Call, ...]:
+    positions = dims["Y"] * dims["X"]
+    grid = blocks_of(positions * channels // UNIT, THREADS), dims["T"]
+    return (Call(function, grid, THREADS, (*tensors, positions, dims["X"])),)
+
+
 def _upsample_macros(time: int, dims: Dims) -> Macros:
     return {"UPSAMPLE": 1, "CHANNELS": dims["C"] // time, "TIME": time, "THREADS": THREADS}
-
-
-def _upsample_calls(dims: Dims) -> tuple[Call, ...]:
-    positions = dims["Y"] * dims["X"]
-    grid = blocks_of(positions * dims["C"] // UNIT, THREADS), dims["T"]
-    return (Call("upsample", grid, THREADS, ("x", "out", positions, dims["X"])),)
 
 
 def _upsample(time: int) -> Op:
@@ -42,7 +42,11 @@ def _upsample(time: int) -> Op:
     return Op(
         spec,
         upsample_space if time == 1 else upsample_time,
-        ways=(Kernel(SOURCE, partial(_upsample_macros, time), _upsample_calls),),
+        ways=(
+            Kernel(
+                SOURCE, partial(_upsample_macros, time), lambda dims: _call("upsample", dims["C"], ("x", "out"), dims)
+            ),
+        ),
         sizes=UP_SIZES,
         first_frame="upsample_space",
         repeats=time,
@@ -53,17 +57,10 @@ def _upsample(time: int) -> Op:
 def _duplicate_macros(time: int, dims: Dims) -> Macros:
     ratio, rest = divmod(dims["C"], dims["N"])
     if rest or dims["N"] % UNIT or (4 * time) % ratio:
-        raise LongtakeError(
-            "duplicate_up: the kernel does not take these channels", got=f"{dims['C']} to {dims['N']}",
-            expected=f"a multiple of {UNIT}, from 1 to {4 * time} times as many, a power of 2",
-        )  # fmt: skip
+        what, got = "duplicate_up: the kernel does not take these channels", f"{dims['C']} to {dims['N']}"
+        expected = f"a multiple of {UNIT}, from 1 to {4 * time} times as many, a power of 2"
+        raise LongtakeError(what, got=got, expected=expected)
     return {"UPSAMPLE": 0, "CHANNELS": dims["N"], "RATIO": ratio, "TIME": time, "THREADS": THREADS}
-
-
-def _duplicate_calls(dims: Dims) -> tuple[Call, ...]:
-    positions = dims["Y"] * dims["X"]
-    grid = blocks_of(positions * dims["N"] // UNIT, THREADS), dims["T"]
-    return (Call("duplicate_up", grid, THREADS, ("x", "y", "out", positions, dims["X"])),)
 
 
 def _duplicate(time: int) -> Op:
@@ -74,7 +71,13 @@ def _duplicate(time: int) -> Op:
     return Op(
         OpSpec(name, (FRAMES, y), (out,), may_share=((0, 1),)),
         duplicate_up if time == 1 else duplicate_up_time,
-        ways=(Kernel(SOURCE, partial(_duplicate_macros, time), _duplicate_calls),),
+        ways=(
+            Kernel(
+                SOURCE,
+                partial(_duplicate_macros, time),
+                lambda dims: _call("duplicate_up", dims["N"], ("x", "y", "out"), dims),
+            ),
+        ),
         sizes=DUPLICATE_SIZES,
         first_frame=name if time == 1 else "",
     )

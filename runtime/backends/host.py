@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from longtake.dtypes import DTYPES
 from longtake.formats.recipe import Recipe
+from longtake.provenance import resident_bytes
 from longtake.runtime.backends.base import NO_SLOT, Backend, State
 from longtake.training.models.presets import Preset
 
@@ -78,5 +77,4 @@ class HostBackend(Backend):
         """Peak device memory that torch saw, or peak resident memory of this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # kilobytes, except on macOS
+        return resident_bytes()

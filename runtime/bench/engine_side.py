@@ -29,12 +29,6 @@ def export_folder(options: BenchOptions) -> Path:
     return (Path(options.onnx) if options.onnx else EXPORTS) / options.the_recipe.onnx_name
 
 
-def networks_needed(options: BenchOptions) -> tuple[str, ...]:
-    """Networks of the engine spec that the measured stages run; never the text encoder."""
-    dit = ("context", "dit") if "dit" in options.networks else ()
-    return (*dit, *(("vae_first", "vae_steady") if "vae" in options.networks else ()))
-
-
 def open_engines(options: BenchOptions) -> Backend:
     """The recipe's backend: its plans with random weights on a GPU; without one, ONNX Runtime on an exported package."""
     device = device_from_name(options.device)
@@ -43,24 +37,26 @@ def open_engines(options: BenchOptions) -> Backend:
 
         return ReferenceBackend(export_folder(options), options.the_recipe, "no GPU here: timings are not figures")
     folder = engine_folder(options)
-    onnx, wanted, decode_device = Bundle.read(folder).onnx, networks_needed(options), decode_device_from(options)
+    onnx, dit = Bundle.read(folder).onnx, ("context", "dit") if "dit" in options.networks else ()
+    wanted = (*dit, *(("vae_first", "vae_steady") if "vae" in options.networks else ()))  # never the text encoder
+    decode_device = torch.device(options.decode_device) if options.decode_device else None
     places = {name: (decode_device or device) if name.startswith("vae") else device for name in wanted}
     from longtake.runtime.backends.trt.open import backend_from_engines
 
     return backend_from_engines(
-        options.the_recipe.mode, folder, device=device, reason="random weights made on the device", networks=wanted, decode_device=decode_device,
+        options.the_recipe.mode,
+        folder,
+        device=device,
+        reason="random weights made on the device",
+        networks=wanted,
+        decode_device=decode_device,
         weights={name: random_weights(onnx / f"{name}.onnx", place) for name, place in places.items()},
-    )  # fmt: skip
-
-
-def decode_device_from(options: BenchOptions) -> torch.device | None:
-    """The GPU that decodes, if it was named."""
-    return torch.device(options.decode_device) if options.decode_device else None
+    )
 
 
 def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
     """The figures of our side."""
-    promised = budget(options)  # before anything is allocated
+    promised = attempt(lambda: budget(options))  # before anything is allocated
     save({"budget": promised})
     started = time.perf_counter()
     backend = open_engines(options)
@@ -71,8 +67,6 @@ def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
         finally:
             save({"memory": attempt(lambda: memory(backend, options, promised))})
         if backend.device.type == "cuda" and "dit" in options.networks:
-            from longtake.runtime.bench.breakdown import dit_breakdown
-
             gc.collect()
             save(figures | {"dit_pass_ms": attempt(lambda: dit_breakdown(backend))})  # after the peak was taken
         return figures
@@ -81,24 +75,21 @@ def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
 
 
 def budget(options: BenchOptions) -> dict[str, Any]:
-    """What `longtake budget` promises for this run, or why that is not known."""
+    """What `longtake budget` promises for this run."""
+    from longtake.formats.memory import Use, gigabytes
+    from longtake.runtime.budget.use import budget_of
 
-    def work_out() -> dict[str, Any]:
-        from longtake.formats.bundle import Bundle
-        from longtake.formats.memory import Use, gigabytes
-        from longtake.runtime.budget.use import budget_of
-
-        folder = engine_folder(options)
-        built = Bundle.read(folder) if (folder / "bundle.json").is_file() else None
-        use = Use(
-            decode="vae" in options.networks, decode_apart=bool(options.decode_device),
-            engines=folder if built else None, recorded=built.memory if built else (),
-        )  # fmt: skip
-        found = budget_of(options.the_recipe, use)
-        apart = {} if found.one_gpu else {f"{place}_gb": gigabytes(found.total(place)) for place in found.peak}
-        return found.as_json() | apart
-
-    return attempt(work_out)
+    folder = engine_folder(options)
+    built = Bundle.read(folder) if (folder / "bundle.json").is_file() else None
+    use = Use(
+        decode="vae" in options.networks,
+        decode_apart=bool(options.decode_device),
+        engines=folder if built else None,
+        recorded=built.memory if built else (),
+    )
+    promised = budget_of(options.the_recipe, use)
+    apart = {} if promised.one_gpu else {f"{place}_gb": gigabytes(promised.total(place)) for place in promised.peak}
+    return promised.as_json() | apart
 
 
 def memory(backend: Backend, options: BenchOptions, promised: dict[str, Any]) -> dict[str, Any]:
@@ -110,13 +101,38 @@ def memory(backend: Backend, options: BenchOptions, promised: dict[str, Any]) ->
     folder = engine_folder(options)
     if (folder / "bundle.json").is_file():
         record_arenas(folder, backend)
-    found = measured_terms(backend)
-    terms = [{"term": term["name"], "known": term["known"], "promised_gb": term["gb"],
-              "measured_gb": round(found[term["name"]] / 1e9, 3) if term["name"] in found else None}
-             for term in promised.get("terms", [])]  # fmt: skip
-    steps = memory_rows(backend.memory_rows, promised)
-    return {"steps": steps, "terms": terms, "total_measured_gb": round(backend.peak_bytes() / 1e9, 3),
-            "total_promised_gb": promised.get("total_gb")}  # fmt: skip
+    measured = {name: round(size / 1e9, 3) for name, size in measured_terms(backend).items()}
+    terms = [
+        {
+            "term": term["name"],
+            "known": term["known"],
+            "promised_gb": term["gb"],
+            "measured_gb": measured.get(term["name"]),
+        }
+        for term in promised.get("terms", [])
+    ]
+    steps, peak = memory_rows(backend.memory_rows, promised), round(backend.peak_bytes() / 1e9, 3)
+    return {"steps": steps, "terms": terms, "total_measured_gb": peak, "total_promised_gb": promised.get("total_gb")}
+
+
+def dit_breakdown(backend: Any) -> dict[str, float]:
+    """Milliseconds by kind of step ("segments" are linears and pointwise work), launched one by one; {} if uncut."""
+    from longtake.runtime.backends.segments.network import SegmentedNetwork
+    from longtake.runtime.profile.gpu import network_tensors, steps_profile
+
+    network = backend.networks["dit"]
+    if not isinstance(network, SegmentedNetwork):
+        return {}
+    tensors = network_tensors(backend, backend.specs["dit"])
+    torch.cuda.synchronize(backend.device)  # the inputs were written on another stream
+    with torch.no_grad(), torch.cuda.device(backend.device), torch.cuda.stream(torch.cuda.Stream(backend.device)):
+        rows = steps_profile(network, tensors, runs=3)[1:]
+    spent: dict[str, float] = {}
+    for row in rows:
+        _, kind, name = row["name"].split(maxsplit=2)
+        label = "segments" if kind == "segment" else name
+        spent[label] = spent.get(label, 0.0) + row["averageMs"]
+    return {label: round(ms, 3) for label, ms in spent.items()} | {"sum": round(sum(spent.values()), 3)}
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

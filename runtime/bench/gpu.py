@@ -62,3 +62,9 @@ def peak_bytes(device: torch.device) -> int:
     from longtake.runtime.backends.trt.engine import device_bytes_used
 
     return device_bytes_used(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything enqueued on `device`; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

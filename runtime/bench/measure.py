@@ -7,6 +7,7 @@ each one's frames awaited (serial: every stage has the device to itself), then N
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,6 @@ from longtake.runtime.backends.base import Backend
 from longtake.runtime.bench.gpu import gpu_state, peak_bytes
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.timed_backend import TimedBackend
-from longtake.runtime.bench.timing import mean, spread, synchronize
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
 from longtake.runtime.session import Session
@@ -57,11 +57,11 @@ def _measure_session(timed: TimedBackend, options: BenchOptions, figures: dict[s
     with _session(timed, options, decode) as session:
         figures["first_chunk_s"], first = _first_chunk(session)
         figures["sample"] = sample_of(first.latents)
-        figures["first_chunk_ms"] = {name: round(sum(ms), 2) for name, ms in _taken(timed).items()}
+        figures["first_chunk_ms"] = {name: round(sum(ms), 2) for name, ms in timed.taken().items()}
         save(figures)
         for _ in range(options.warm_chunks - 1):
             _await(next(session))
-        _taken(timed)
+        timed.taken()
         _serial(session, timed, options, figures)
         save(figures)
         if decode:
@@ -69,7 +69,7 @@ def _measure_session(timed: TimedBackend, options: BenchOptions, figures: dict[s
 
 
 def _session(timed: TimedBackend, options: BenchOptions, decode: bool) -> Session:
-    generator = Generator(timed, _no_tokens)
+    generator = Generator(timed, lambda texts, length: torch.ones(len(texts), length, dtype=torch.int32))
     return generator.session(SCRIPT, options.seed, steps=options.steps, guidance=1.0, decode=decode, endless=True)
 
 
@@ -79,8 +79,7 @@ def _throw_away_session(timed: TimedBackend, options: BenchOptions, decode: bool
         seconds, _ = _first_chunk(session)
     del session  # its cache: the next session's takes the same place, and one is what a peak should show
     gc.collect()
-    synchronize(timed.inner.device)
-    _taken(timed)
+    timed.taken()
     return seconds
 
 
@@ -88,10 +87,6 @@ def sample_of(latents: torch.Tensor, count: int = 256) -> list[float]:
     """Values spread over a chunk's latents, to see whether two sides computed the same."""
     flat = latents.flatten()
     return [round(float(value), 5) for value in flat[:: max(1, flat.numel() // count)][:count]]
-
-
-def _no_tokens(texts: list[str], length: int) -> torch.Tensor:
-    return torch.ones(len(texts), length, dtype=torch.int32)
 
 
 def _first_chunk(session: Session) -> tuple[float, Chunk]:
@@ -106,18 +101,13 @@ def _await(chunk: Chunk) -> Chunk:
     return chunk
 
 
-def _taken(timed: TimedBackend) -> dict[str, list[float]]:
-    """The marks since the last call, of both streams; clears them."""
-    return timed.marks.take() | timed.decode_marks.take()
-
-
 def _serial(session: Session, timed: TimedBackend, options: BenchOptions, figures: dict[str, Any]) -> None:
     chunks, walls = [], []
     for _ in range(options.steady_chunks):
         start = time.perf_counter()
         chunks.append(_await(next(session)))
         walls.append(time.perf_counter() - start)
-    marks, frames = _taken(timed), chunk_frames(timed.inner.preset)
+    marks, frames = timed.taken(), chunk_frames(timed.inner.preset)
     passes = [sum(c.stage_ms[stage] for stage in ("denoise", "clean")) for c in chunks]
     stages = {stage: mean([c.timings[stage] for c in chunks]) for stage in chunks[-1].timings}
     stages |= {name: mean(values) for name, values in marks.items()}
@@ -150,11 +140,11 @@ def _measure_decoder(timed: TimedBackend, options: BenchOptions, figures: dict[s
     latents = torch.randn(many, 1, preset.vae.z_channels, *preset.latent_hw, device=device)
     for latent in (latents[0], *latents):
         decoder.decode(latent)
-    figures["stage_ms"]["first_latent"] = round(timed.decode_marks.take()["latent"][0], 3)
+    figures["stage_ms"]["first_latent"] = round(timed.taken()["latent"][0], 3)
     for _ in range(options.steady_chunks):
         for latent in latents:
             decoder.decode(latent)
-    spent = timed.decode_marks.take()["latent"]
+    spent = timed.taken()["latent"]
     figures["fps"]["vae"] = _rate(chunk_frames(preset), mean(spent) * many / 1e3)
     figures["stage_ms"] |= {"latent": round(mean(spent), 3), "vae_chunk": round(mean(spent) * many, 2)}
     figures["spread"], figures["chunks"] = {"latent": round(spread(spent), 4)}, options.steady_chunks
@@ -162,3 +152,13 @@ def _measure_decoder(timed: TimedBackend, options: BenchOptions, figures: dict[s
 
 def _rate(frames: int, seconds: float) -> float | None:
     return round(frames / seconds, 3) if seconds > 0 else None
+
+
+def mean(values: list[float]) -> float:
+    """Mean, 0 for nothing."""
+    return statistics.fmean(values) if values else 0.0
+
+
+def spread(values: list[float]) -> float:
+    """Largest minus smallest over the mean: how steady the state was; 0 for fewer than two."""
+    return (max(values) - min(values)) / mean(values) if len(values) > 1 and mean(values) else 0.0

@@ -91,16 +91,9 @@ class BenchOptions:
 
     def parts(self) -> tuple[str, ...]:
         """The parts to run, in order."""
-        if not self.against:
-            return PARTS[:1]
-        wanted = [
-            "engine",
-            *(["torch"] if "dit" in self.networks else []),
-            *(["torch_vae"] if "vae" in self.networks else []),
-        ]
-        if "dit" in self.networks:
-            wanted += ["torch_compile", *(["torch_autotune"] if self.autotune else [])]
-        return tuple(wanted)
+        dit = ("torch", "torch_compile", *(("torch_autotune",) if self.autotune else ()))
+        theirs = (*(dit if "dit" in self.networks else ()), *(("torch_vae",) if "vae" in self.networks else ()))
+        return tuple(part for part in PARTS if part == PARTS[0] or (self.against and part in theirs))
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready description, read back by `options_from_json`."""

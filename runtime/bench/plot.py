@@ -34,8 +34,9 @@ def write_plot(report: dict[str, Any], path: Path) -> Path:
     right.set_xlabel("our frames a second / PyTorch's")
     for at, value in enumerate(ratio.values()):
         right.text(value, at, f" {value:.2f}", va="center")
-    figure.suptitle(f"{report['recipe']}, {report['resolution']}, {report['steps']} steps, "
-                    f"{report['gpu'] or 'CPU: not a figure'}, {report['weights']} weights")  # fmt: skip
+    where = report["gpu"] or "CPU: not a figure"
+    sizes = f"{report['recipe']}, {report['resolution']}, {report['steps']} steps"
+    figure.suptitle(f"{sizes}, {where}, {report['weights']} weights")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -74,12 +74,12 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
 
 def ratios(parts: dict[str, Figures]) -> dict[str, float]:
     """Our frames a second over PyTorch's, for every pair of rates that was measured; above 1 we are faster."""
-    found = {}
+    known = {}
     for name, (rate, part, theirs) in RATIOS.items():
         mine, other = (parts.get(p, {}).get("fps", {}).get(r) for p, r in (("engine", rate), (part, theirs)))
         if mine and other:
-            found[name] = round(mine / other, 4)
-    return found
+            known[name] = round(mine / other, 4)
+    return known
 
 
 def budget_beside(ours: Figures) -> Figures | None:
@@ -115,7 +115,7 @@ def table(report: Figures) -> str:
     rows = [
         f"{report['recipe']} on {machine_name(report)}: {report['resolution']}, {report['steps']} steps "
         f"and a clean pass, chunk {report['chunk_latents']}, window {report['window_latents']} latents, "
-        f"{report['sinks']} sink, {report['weights']} weights",
+        f"{report['sinks']} sink, {report['weights']} weights"
     ]
     if not report["product_figures"]:
         rows.append("CPU timings: they show that the benchmark runs, and nothing else")
@@ -163,11 +163,7 @@ def memory_lines(memory: Figures) -> list[str]:
 
 def _side_row(name: str, side: Figures) -> str:
     fps = side.get("fps", {})
-    cells = [
-        *(fps.get(key) for key in ("dit", "vae", "serial", "end_to_end")),
-        side.get("first_chunk_s"),
-        side.get("peak_gb"),
-    ]
+    cells = [*map(fps.get, ("dit", "vae", "serial", "end_to_end")), side.get("first_chunk_s"), side.get("peak_gb")]
     line = f"  {name:22} " + " ".join(f"{'-' if cell is None else format(cell, '.2f'):>9}" for cell in cells)
     return line + (f"  failed: {side['error'][:120]}" if side.get("error") else "")
 
@@ -175,9 +171,6 @@ def _side_row(name: str, side: Figures) -> str:
 def _roofline_row(name: str, row: Figures) -> str:
     if row["floor_ms"] is None:
         return f"  {name}: {row['tflop']:.3f} TFLOP and {row['gb']:.2f} GB a chunk; no measured rates for this machine"
-    share = (
-        "not measured"
-        if row["share"] is None
-        else f"{row['measured_ms']:.0f} ms, {row['share']:.0%} of the floor's speed"
-    )
+    reached = row["share"] is not None and f"{row['measured_ms']:.0f} ms, {row['share']:.0%} of the floor's speed"
+    share = reached or "not measured"
     return f"  {name}: {row['tflop']:.0f} TFLOP, {row['gb']:.1f} GB a chunk; floor {row['floor_ms']:.0f} ms; {share}"

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from longtake.runtime.backends.base import Backend, State
-from longtake.runtime.bench.timing import Marks
+from longtake.runtime.bench.gpu import synchronize
+from longtake.runtime.clock import StageClock
 from longtake.training.models.random_weights import seed_of
 
 TEXT = "text_encoder"
@@ -24,7 +25,13 @@ class TimedBackend(Backend):
         self.inner, self.name, self.reason = inner, inner.name, inner.reason
         self.device, self.decode_device = inner.device, inner.decode_device
         self.preset, self.recipe, self.checkpoints = inner.preset, inner.recipe, inner.checkpoints
-        self.marks, self.decode_marks = Marks(inner.device), Marks(inner.decode_device)
+        self._clock, self._decode_clock = StageClock(inner.device), StageClock(inner.decode_device)
+
+    def taken(self) -> dict[str, list[float]]:
+        """Milliseconds of every pass since the last call, by mark; waits for both devices."""
+        synchronize(self.device)
+        synchronize(self.decode_device)
+        return self._clock.take() | self._decode_clock.take()
 
     def has(self, network: str) -> bool:
         """See Backend.has."""
@@ -40,9 +47,9 @@ class TimedBackend(Backend):
         """See Backend.run."""
         if network == TEXT:
             return {self.specs[TEXT].outputs[0].name: self._embeddings()}
-        marks = self.decode_marks if network.startswith("vae") else self.marks
+        clock = self._decode_clock if network.startswith("vae") else self._clock
         label = {"context": "context", "dit": "clean_pass" if commit else "denoise_pass"}.get(network, "latent")
-        with marks.span(label):
+        with clock.stage(label):
             return self.inner.run(network, inputs, state, commit)
 
     def _embeddings(self) -> Tensor:

@@ -56,7 +56,9 @@ class PlainTorchBackend(Backend):
             layers = self._module.dit.context(inputs["embeddings"][0])
             return {f"context_{i}": layer for i, layer in enumerate(layers)}
         if isinstance(state, DecoderState):
-            return {"frames": self._vae.decode(inputs["latent"], state, first=network == "vae_first")}
+            if self._decoder is None:
+                raise LongtakeError("this side was opened without the VAE", fix="--networks vae")
+            return {"frames": self._decoder.decode(inputs["latent"], state, first=network == "vae_first")}
         if network != "dit" or state is None:
             raise LongtakeError(f"plain PyTorch has no {network} here")
         slots, own = self._slots(inputs["table"])
@@ -72,12 +74,6 @@ class PlainTorchBackend(Backend):
         if self._dit is None:
             raise LongtakeError("this side was opened without the DiT", fix="--networks dit")
         return self._dit
-
-    @property
-    def _vae(self) -> PlainDecoder:
-        if self._decoder is None:
-            raise LongtakeError("this side was opened without the VAE", fix="--networks vae")
-        return self._decoder
 
     def _slots(self, table: Tensor) -> tuple[int, int]:
         """(slots attended to, the one this chunk writes); read from the device once a chunk, not once a pass."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from longtake.runtime.bench.gpu import device_from_name
+from longtake.runtime.bench.gpu import device_from_name, synchronize
 from longtake.runtime.bench.measure import Save, measure
 from longtake.runtime.bench.options import BenchOptions
-from longtake.runtime.bench.timing import Marks
 from longtake.runtime.bench.torch_backend import PlainTorchBackend
 from longtake.runtime.bench.torch_dit import ATTENTIONS, PlainDiT, attention, best_attention
 from longtake.runtime.bench.torch_vae import with_fast_norms
+from longtake.runtime.clock import StageClock
 from longtake.training.models.presets import Preset
 from longtake.training.models.random_weights import fill
 from longtake.training.models.wan.dit import CausalDiT
@@ -69,27 +69,28 @@ def fastest_attention(preset: Preset, device: torch.device) -> tuple[str, dict[s
     q, k, v = (torch.randn(n * tokens, heads, dim, device=device, dtype=torch.bfloat16) for n in (1, 4, 4))
     spent: dict[str, float] = {}
     for name in ATTENTIONS:
-        marks = Marks(device)
+        clock = StageClock(device)
         with best_attention(name):
             attention(q, k, v)
             for _ in range(5):
-                with marks.span("attention"):
+                with clock.stage("attention"):
                     attention(q, k, v)
-        spent[name] = round(min(marks.take()["attention"]), 3)
+        synchronize(device)
+        spent[name] = round(min(clock.take()["attention"]), 3)
     return min(spent, key=lambda name: spent[name]), spent
 
 
 def _measure_vae(options: BenchOptions, device: torch.device, save: Save) -> dict[str, Any]:
-    found: dict[str, Any] = {"backend": "torch_vae", "fps": {}, "stage_ms": {}}
+    figures: dict[str, Any] = {"backend": "torch_vae", "fps": {}, "stage_ms": {}}
     for layout in ("contiguous", "channels_last"):
         vae = random_vae(options.model, device, channels_last=layout == "channels_last")
         backend = PlainTorchBackend(options.the_recipe, layout, None, vae, device)
-        found[layout] = measure(backend, replace(options, networks=("vae",)), lambda figures: None)
-        save(found)
+        figures[layout] = measure(backend, replace(options, networks=("vae",)), lambda figures: None)
+        save(figures)
         backend.close()
         del vae, backend
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    best = max(("contiguous", "channels_last"), key=lambda layout: found[layout]["fps"]["vae"])
-    fps = {"vae": found["contiguous"]["fps"]["vae"], "vae_best": found[best]["fps"]["vae"]}
-    return found | {"fps": fps, "stage_ms": found["contiguous"]["stage_ms"], "best": best}
+    best = max(("contiguous", "channels_last"), key=lambda layout: figures[layout]["fps"]["vae"])
+    fps = {"vae": figures["contiguous"]["fps"]["vae"], "vae_best": figures[best]["fps"]["vae"]}
+    return figures | {"fps": fps, "stage_ms": figures["contiguous"]["stage_ms"], "best": best}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longtake.options import Command, option
+from longtake.runtime.bench.gpu import synchronize
 from longtake.training.models.presets import WAN22_TI2V_5B, TextEncoderConfig
 from longtake.training.models.text.umt5 import UMT5
 from longtake.training.models.text.umt5_paged import STORAGES, WORKING, PagedUMT5, WeightSource, device_bytes
@@ -50,7 +51,7 @@ def random_source(config: TextEncoderConfig, device: torch.device, seed: int = 0
     def normal(shape: tuple[int, ...], spread: float) -> Tensor:
         return torch.randn(shape, dtype=WORKING, device=device, generator=generator) * spread
 
-    def made(name: str) -> Tensor:
+    def weight(name: str) -> Tensor:
         shape = tuple(shapes[name])
         if "norm" in name:
             return torch.ones(shape, dtype=WORKING, device=device)
@@ -60,21 +61,21 @@ def random_source(config: TextEncoderConfig, device: torch.device, seed: int = 0
             return normal(shape, (config.dim * config.dim // config.heads) ** -0.5)
         return normal(shape, config.dim**-0.5 if "position" in name else shape[1] ** -0.5)
 
-    return lambda names: ((name, made(name)) for name in sorted(names))
+    return lambda names: ((name, weight(name)) for name in sorted(names))
 
 
 def rows(config: TextEncoderConfig, device: torch.device, repeats: int) -> list[Row]:
     """Measure every storage, resident and paged, on one full-length prompt."""
     tokens = torch.randint(2, config.vocabulary, (1, config.length), generator=torch.Generator().manual_seed(1))
     wanted: Tensor | None = None
-    found = []
+    measurements: list[Row] = []
     for storage in STORAGES:
         for resident in (True, False):
             row, got = measured(config, device, storage, resident, tokens.int(), repeats)
             wanted = got if wanted is None else wanted
-            found.append(replace(row, error=float((got - wanted).norm() / wanted.norm())))
-            logger.info("%s", found[-1])
-    return found
+            measurements.append(replace(row, error=float((got - wanted).norm() / wanted.norm())))
+            logger.info("%s", measurements[-1])
+    return measurements
 
 
 def measured(
@@ -87,7 +88,8 @@ def measured(
     before = torch.cuda.memory_allocated(device) if cuda else 0
     start = time.perf_counter()
     encoder = PagedUMT5(config, random_source(config, device), device, storage, resident)
-    loading = _synchronised(device) - start
+    synchronize(device)
+    loading = time.perf_counter() - start
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device) - before if cuda else 0
@@ -103,26 +105,18 @@ def measured(
 
 def timed(call: Callable[[], Tensor], device: torch.device) -> float:
     """Milliseconds until the device has done `call`, the host's part included."""
-    start = _synchronised(device)
+    synchronize(device)
+    start = time.perf_counter()
     call()
-    return 1e3 * (_synchronised(device) - start)
-
-
-def _synchronised(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def report(config: TextEncoderConfig, device: torch.device, repeats: int) -> dict[str, Any]:
     """What the command prints."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "torch": torch.__version__,
-        "config": asdict(config),
-        "rows": [asdict(row) for row in rows(config, device, repeats)],
-    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    measured = [asdict(row) for row in rows(config, device, repeats)]
+    return {"device": name, "torch": torch.__version__, "config": asdict(config), "rows": measured}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a check leaves behind: a table for people, a JSON report, and a plot of every error against its gate."""
+"""What a check leaves behind: a JSON report, and a plot of every error against its gate."""
 
 from __future__ import annotations
 
@@ -7,52 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from longtake.accuracy.rows import Row
 from longtake.files import atomic_path, write_json
 from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.check.networks import ChunkRow, Row
+from longtake.runtime.check.chunks import ChunkRow
 from longtake.runtime.report import conditions_of_run
 from longtake.training.models.presets import SamplingConfig
 
 FLOOR = 1e-9  # an error of 0 is drawn here: the axis is logarithmic
 LABELS = 36  # more outputs than this are numbered instead of named
-
-
-def table(rows: Sequence[Row]) -> list[str]:
-    """The worst case of every kind of output a network has, against each runner; failing rows are marked."""
-    worst: dict[tuple[str, str, str], Row] = {}
-    for row in rows:
-        key = (row.network, kind_of(row), row.against)
-        if key not in worst or not row.error <= worst[key].error:
-            worst[key] = row
-    lines = [f"{'network':13} {'output':22} {'against':13} {'worst case':20} {'rel. L2':>9} {'max abs':>9} {'gate':>6}"]
-    for (network, kind, against), row in worst.items():
-        verdict = "" if row.layer else "ok" if row.passed else "FAIL"
-        gate = "" if row.layer else f"{row.gate:g}"
-        lines.append(
-            f"{network:13} {kind:22} {against:13} {row.case:20} {row.error:9.2e} {row.max_abs:9.2e} {gate:>6} {verdict}"
-        )
-    return lines
-
-
-def kind_of(row: Row) -> str:
-    """Outputs that differ in a number only are one kind; all inner layers of a network are one."""
-    if row.layer:
-        return "Linears, convolutions"
-    parts = row.output.replace(".", "_").removesuffix("_out").split("_")
-    return " ".join(part for part in parts if not part.isdigit())
-
-
-def chunk_table(chunks: Sequence[ChunkRow], names: tuple[str, str]) -> list[str]:
-    """One line a chunk."""
-    lines = [f"{names[0]} against {names[1]}, each chunk from the same restored session:"]
-    lines.append(f"{'chunk':>5} {'SSIM':>8} {'worst':>8} {'latents':>9} {'gate':>6}")
-    for row in chunks:
-        verdict = "ok" if row.passed else "FAIL"
-        lines.append(
-            f"{row.chunk:5} {row.ssim:8.4f} {row.worst_frame:8.4f} {row.latent_error:9.2e} {row.gate:6g} {verdict}"
-        )
-    return lines
 
 
 def write_report(
@@ -110,9 +74,9 @@ def _draw_network(panel: Any, network: str, rows: list[Row]) -> None:
     outputs = list(dict.fromkeys(row.output for row in rows))
     place = {name: i for i, name in enumerate(outputs)}
     for against in dict.fromkeys(row.against for row in rows):
-        own = [row for row in rows if row.against == against]
-        heights = [max(row.error, FLOOR) for row in own]
-        panel.plot([place[row.output] for row in own], heights, "o", markersize=4, alpha=0.7, label=against)
+        points = [row for row in rows if row.against == against]
+        heights = [max(row.error, FLOOR) for row in points]
+        panel.plot([place[row.output] for row in points], heights, "o", markersize=4, alpha=0.7, label=against)
     panel.axhline(min(row.gate for row in rows), color="tab:red", linewidth=1, label="gate")
     panel.set_yscale("log")
     panel.set_ylim(FLOOR / 2, 10)

@@ -10,6 +10,7 @@ from torch import Tensor
 from longtake.runtime.backends.segments.network import SegmentedNetwork
 from longtake.runtime.backends.trt.backend import ENCODER, TrtBackend
 from longtake.runtime.backends.trt.networks import WholeNetwork
+from longtake.runtime.clock import StageClock
 from longtake.runtime.profile.profile import WARM_UP, LayerTimes, timing_feed
 from longtake.training.models.network_spec import NetworkSpec
 
@@ -62,16 +63,12 @@ def profiler_for(trt: Any, times: LayerTimes) -> Any:
 
 def steps_profile(network: SegmentedNetwork, tensors: dict[str, Tensor], runs: int) -> list[dict[str, Any]]:
     """Times of each segment and each kernel between them, by CUDA events."""
-    times = LayerTimes()
-    steps = network.graph.steps
+    clock, times = StageClock(torch.device("cuda", torch.cuda.current_device())), LayerTimes()
     for _ in range(runs + WARM_UP):
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
         values = network.values_for(tensors)
-        marks[0].record()
-        for i, step in enumerate(steps):
-            network.run_step(i, step, values)
-            marks[i + 1].record()
-        marks[-1].synchronize()
-        for i, step in enumerate(steps):
-            times.add(f"{i:03} {step.kind} {step.name}", marks[i].elapsed_time(marks[i + 1]))
+        for i, step in enumerate(network.graph.steps):
+            with clock.stage(f"{i:03} {step.kind} {step.name}"):
+                network.run_step(i, step, values)
+        torch.cuda.current_stream().synchronize()
+    times.by_layer |= clock.take()
     return times.drop_first(WARM_UP).as_json()

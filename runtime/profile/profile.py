@@ -153,8 +153,8 @@ def trtexec_profile(trtexec: Path, plan: Path, runs: int) -> list[dict[str, Any]
     """
     with tempfile.TemporaryDirectory(prefix="longtake-profile-") as folder:
         exported = Path(folder) / "profile.json"
-        command = [str(trtexec), f"--loadEngine={plan}", f"--exportProfile={exported}", f"--iterations={runs}",
-                   "--separateProfileRun", f"--warmUp={WARM_UP}"]  # fmt: skip
+        command = [str(trtexec), f"--loadEngine={plan}", f"--exportProfile={exported}", f"--iterations={runs}"]
+        command += ["--separateProfileRun", f"--warmUp={WARM_UP}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not exported.is_file():
             said = (done.stderr or done.stdout).strip().splitlines()

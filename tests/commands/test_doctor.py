@@ -7,9 +7,7 @@ import json
 
 import pytest
 
-from longtake.commands import doctor as doctor_cli
-from longtake.commands import doctor_report as doctor
-from longtake.commands import probes
+from longtake.commands import doctor, probes
 from longtake.formats.recipe import recipe_for, recipe_named
 from longtake.machine import machine
 from longtake.machine.capability import Machine
@@ -17,7 +15,7 @@ from longtake.machine.flavour import Installed
 
 
 def _run(as_json: bool = False) -> int:
-    return doctor_cli.run(doctor_cli.DoctorOptions(json=as_json))
+    return doctor.run(doctor.DoctorOptions(json=as_json))
 
 
 def test_reports_this_machine_and_exits_zero(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,9 @@ import onnx
 import pytest
 
 from longtake.engines import build as build_module
-from longtake.engines.build import PlanJob, build_recipe, check_network, engine_from_onnx, require_buildable
+from longtake.engines import compile as compile_module
+from longtake.engines.build import build_recipe, require_buildable
+from longtake.engines.compile import PlanJob, check_network, engine_from_onnx
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import read_json, write_json
 from longtake.formats import bundle as bundle_module
@@ -127,12 +129,12 @@ def test_a_fused_build_over_a_segmented_one_leaves_no_cut_behind(
 def test_an_interrupted_build_leaves_no_plan(
     flavour: Flavour, recipe: Recipe, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Interrupting(build_module.BuildProgress):
+    class Interrupting(compile_module.BuildProgress):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.bar.update = lambda steps: os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C during a callback
 
-    monkeypatch.setattr(build_module, "BuildProgress", Interrupting)
+    monkeypatch.setattr(compile_module, "BuildProgress", Interrupting)
     with pytest.raises(KeyboardInterrupt):
         build_recipe(recipe, exported, tmp_path / "engines", flavour, None, False)
     assert not list((tmp_path / "engines").glob("*.plan*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from longtake.accuracy.layers import layer_tensors
+from longtake.accuracy.compare import compare_networks
+from longtake.accuracy.layers import BLOCK, layer_tensors
+from longtake.accuracy.rows import Row, kind_of, require_gate, table
 from longtake.accuracy.ssim import ssim
 from longtake.commands import check as check_cli
 from longtake.errors import GateError, LongtakeError
 from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Recipe
 from longtake.runtime.backends.torch_oracle import TorchBackend
-from longtake.runtime.check.networks import ChunkRow, Row, check_chunks, check_networks, require_gates
-from longtake.runtime.check.report import kind_of, table, write_report
+from longtake.runtime.check.chunks import ChunkRow, check_chunks, require_chunks
+from longtake.runtime.check.report import write_report
+from longtake.runtime.check.runners import BackendRunner
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import Source
 from longtake.training.models.load import Models
@@ -37,28 +41,28 @@ def small(package, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-
 
 def test_outputs_and_layers_agree_with_pytorch(small: tuple[Models, Recipe, Path]) -> None:
     models, recipe, folder = small
-    rows = list(check_networks(models, recipe, folder, layers=True, networks=("dit", "vae_first")))
+    rows = list(compare_networks(models, recipe, folder, layers=True, networks=("dit", "vae_first")))
     found = {row.output for row in rows if row.network == "dit"}
     assert {"velocity", "cache_0", "cache_1", "blocks.0", "blocks.1", "blocks.1.ffn.2", "head.head"} <= found
     assert any(row.output == "decoder.conv_out.conv" and row.layer for row in rows)
     assert {row.case for row in rows if row.output == "blocks.0"} >= {"first chunk", "full window"}
     worst = max((row for row in rows if "cache" not in row.output), key=lambda row: row.error)
     assert worst.error < 1e-4, worst
-    require_gates(rows, [], recipe)
+    require_gate(rows, "test")
 
 
 def test_an_error_shows_where_it_begins(small: tuple[Models, Recipe, Path]) -> None:
     """Weights that changed after the export: block 0 still agrees, block 1 and the velocity do not."""
     models, recipe, folder = small
     changed = replace(models, dit=_with_scaled_bias(models, "blocks.1.ffn.2", 5.0))
-    rows = list(check_networks(changed, recipe, folder, layers=True, networks=("dit",)))
+    rows = list(compare_networks(changed, recipe, folder, layers=True, networks=("dit",)))
     first = [row for row in rows if row.case == "first chunk"]
     error = {row.output: row.error for row in first}
     assert error["blocks.0"] < 1e-4 < 0.03 < error["blocks.1"]
     with pytest.raises(
         GateError, match=r"(?s)comparisons fail the accuracy gate.*dit, .*longtake check --layers"
     ) as caught:
-        require_gates(rows, [], recipe)
+        require_gate(rows, "test")
     assert caught.value.exit_code == 5
 
 
@@ -74,7 +78,7 @@ def _with_scaled_bias(models: Models, name: str, offset: float) -> torch.nn.Modu
 def test_a_backend_is_one_more_runner(small: tuple[Models, Recipe, Path]) -> None:
     """Every network of a backend, with caches and decoder state set from the same feeds."""
     models, recipe, folder = small
-    rows = list(check_networks(models, recipe, folder, backend=TorchBackend(recipe, models)))
+    rows = list(compare_networks(models, recipe, folder, backend=partial(BackendRunner, TorchBackend(recipe, models))))
     own = [row for row in rows if row.against == "torch"]
     assert {row.network for row in own} == {
         "text_encoder",
@@ -87,7 +91,7 @@ def test_a_backend_is_one_more_runner(small: tuple[Models, Recipe, Path]) -> Non
     }
     assert {row.output for row in own if row.network == "dit"} == {"velocity", "cache_0", "cache_1"}
     assert max(row.error for row in own if "cache" not in row.output) < 2e-2
-    require_gates(own, [], recipe)
+    require_gate(own, "test")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "w4a16", "nvfp4"])
@@ -97,7 +101,7 @@ def test_every_block_and_linear_is_found_in_each_precision(package, precision: s
     linears = {f"blocks.{i}.{n}" for i in range(2) for n in ("self_attn.q", "self_attn.o", "cross_attn.o", "ffn.0")}
     assert linears | {"blocks.0", "blocks.1", "head.head"} <= set(found)
     assert len(set(found.values())) == len(found)
-    assert set(layer_tensors(read_onnx(folder / "dit.ort.onnx"), blocks_only=True)) == {"blocks.0", "blocks.1"}
+    assert set(filter(BLOCK.fullmatch, found)) == {"blocks.0", "blocks.1"}
 
 
 class Shifted(TorchBackend):
@@ -126,7 +130,7 @@ def test_chunks_are_compared_from_the_same_state(small: tuple[Models, Recipe, Pa
     other = compared(1)
     assert all(row.latent_error > 0.1 for row in other)
     with pytest.raises(GateError, match=r"(?s)1 of 1 chunks fail.*SSIM.*at least 0.98"):
-        require_gates([], [replace(row, gate=0.98, ssim=0.5) for row in other], recipe)
+        require_chunks([replace(row, gate=0.98, ssim=0.5) for row in other], recipe)
 
 
 def test_ssim_equals_scikit_image() -> None:
@@ -226,7 +230,7 @@ def test_chunks_are_sampled_as_the_exported_checkpoint_says(
 
     monkeypatch.setattr(check_cli, "check_chunks", noted)
     monkeypatch.setattr(check_cli, "_other_backend", lambda source, models, backend: TorchBackend(recipe, models))
-    monkeypatch.setattr(check_cli, "check_networks", lambda *_, **__: iter([]))
+    monkeypatch.setattr(check_cli, "compare_networks", lambda *_, **__: iter([]))
     monkeypatch.setattr("longtake.runtime.check.report.draw", lambda *_: None)
     own, plain = tmp_path / "own.yaml", tmp_path / "plain.yaml"
     plain.write_text("shots:\n  - prompt: a green seven\n")
@@ -245,9 +249,9 @@ def test_other_checkpoints_than_the_exported_ones_are_an_error(
     models, recipe, _ = small
     monkeypatch.setattr(check_cli, "load_models", lambda preset, checkpoints: models)
     with pytest.raises(LongtakeError, match=r"(?s)exported from other checkpoints.*--checkpoints FOLDER"):
-        check_cli.models_of_export(recipe, {"onnx_name": recipe.onnx_name, "amax": {}}, None)
+        check_cli.models_of_export(recipe, SimpleNamespace(onnx_name=recipe.onnx_name, amax={}), None)  # type: ignore[arg-type]
     with pytest.raises(LongtakeError, match="the export is not of recipe"):
-        check_cli.models_of_export(recipe, {"onnx_name": "other_bf16", "amax": models.amax}, None)
+        check_cli.models_of_export(recipe, SimpleNamespace(onnx_name="other_bf16", amax=models.amax), None)  # type: ignore[arg-type]
 
 
 def test_the_report_names_failing_chunks(small: tuple[Models, Recipe, Path], tmp_path: Path) -> None:

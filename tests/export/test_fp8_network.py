@@ -10,8 +10,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from longtake.accuracy.compare import parity_table, require_parity
-from longtake.engines.build import PlanJob, _segment_job, engine_from_onnx
+from longtake.accuracy.compare import compare_networks
+from longtake.accuracy.rows import require_gate
+from longtake.engines.build import segment_job
+from longtake.engines.compile import PlanJob, engine_from_onnx
 from longtake.engines.segment import CutNetwork, segments_from_onnx
 from longtake.export.files import write_onnx
 from longtake.export.functions import attach_functions
@@ -33,10 +35,10 @@ from longtake.training.models.wan.spec import dit_spec
 def test_every_network_agrees_with_pytorch(package) -> None:  # type: ignore[no-untyped-def]
     """Only flipped codes may exceed fp32's rounding, and only where activations are quantized."""
     models, recipe, folder = package("fp8")
-    rows = list(parity_table(models, recipe, folder))
+    rows = list(compare_networks(models, recipe, folder))
     for row in rows:
         assert row.error < (2e-2 if row.network in ("dit", "context") else 1e-5), row
-    require_parity(rows, "test")
+    require_gate(rows, "test")
 
 
 def test_8_bit_weights_take_a_byte_on_disk(package) -> None:  # type: ignore[no-untyped-def]
@@ -88,7 +90,7 @@ def test_the_weights_of_a_segmented_network_come_in_the_dtype_it_takes(cut: CutN
 
 def test_the_middle_segment_multiplies_in_fp8(cut: CutNetwork, caplog: pytest.LogCaptureFixture) -> None:
     name = [step.name for step in cut.graph.steps if step.kind == "segment"][1]
-    job = _segment_job(cut.graph.segment(name), cut.models[name])
+    job = segment_job(cut.graph.segment(name), cut.models[name])
     with caplog.at_level(logging.DEBUG, "longtake.tensorrt"):
         engine_from_onnx(job, "8.9", flavour_for(None), show_progress=False)
     lines = [line for record in caplog.records for line in record.getMessage().splitlines()]

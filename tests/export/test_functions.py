@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 import torch
@@ -16,7 +17,6 @@ from longtake.export.functions import (
     PLUGIN_ATTRIBUTES,
     attach_functions,
     function_protos,
-    inline_functions,
     register_schemas,
     translation_table,
 )
@@ -93,7 +93,7 @@ def random_cache(fmt: str) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("inlined", [False, True])
 def test_attention_body_equals_the_reference_for_every_window_length(fmt: str, inlined: bool) -> None:
     model = model_of(f"sink_attention_{fmt}")
-    model = inline_functions(model) if inlined else model
+    model = onnx.inliner.inline_local_functions(model) if inlined else model
     assert inlined == (not model.functions)
     blocks = [torch.randn(L, H, D) for _ in range(3)]
     cache = random_cache(fmt)
@@ -105,7 +105,7 @@ def test_attention_body_equals_the_reference_for_every_window_length(fmt: str, i
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "bf16"])
 def test_write_body_stores_the_same_bytes_as_the_reference(fmt: str) -> None:
-    model = inline_functions(model_of(f"kv_cache_write_{fmt}"))
+    model = onnx.inliner.inline_local_functions(model_of(f"kv_cache_write_{fmt}"))
     cache = random_cache(fmt)
     for seed, slot, scale in ((1, 3, 1.0), (2, 0, 1e-6), (3, 2, 1e6), (4, -1, 1.0), (5, 1, 0.0)):
         inputs = (random_block(seed) * scale, random_block(seed + 50), *cache)
@@ -116,7 +116,7 @@ def test_write_body_stores_the_same_bytes_as_the_reference(fmt: str) -> None:
 
 
 def test_weight_body_is_bit_equal_and_serves_every_size() -> None:
-    model = inline_functions(model_of("nvfp4_dequantize"))
+    model = onnx.inliner.inline_local_functions(model_of("nvfp4_dequantize"))
     for node in model.graph.node:  # numpy has no bf16: read the exact values as fp32
         for attribute in node.attribute:
             if attribute.name == "to" and attribute.i == BF16:
@@ -130,7 +130,7 @@ def test_weight_body_is_bit_equal_and_serves_every_size() -> None:
 
 
 def test_norm_and_rope_body_equals_the_reference() -> None:
-    model = inline_functions(model_of("qk_norm_rope"))
+    model = onnx.inliner.inline_local_functions(model_of("qk_norm_rope"))
     inputs = op_inputs("qk_norm_rope", SIZES, "fp32")
     for ours, theirs in zip(run(model, inputs), op_named("qk_norm_rope").reference(*inputs)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -138,7 +138,7 @@ def test_norm_and_rope_body_equals_the_reference() -> None:
 
 @pytest.mark.parametrize("name", ["linear_bf16", "linear_gelu_bf16"])
 def test_linear_body_equals_the_reference_at_every_size(name: str) -> None:
-    model = inline_functions(model_of(name))
+    model = onnx.inliner.inline_local_functions(model_of(name))
     for dims in op_named(name).sizes:
         inputs = op_inputs(name, dims, "fp32")
         torch.testing.assert_close(run(model, inputs)[0], op_named(name).reference(*inputs), rtol=1e-5, atol=1e-4)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from held_weights import weights_from_models
 
-from longtake.accuracy.compare import parity_table, require_parity
-from longtake.engines.build import _segment_job, engine_from_onnx
+from longtake.accuracy.compare import compare_networks
+from longtake.accuracy.rows import require_gate
+from longtake.engines.build import segment_job
+from longtake.engines.compile import engine_from_onnx
 from longtake.engines.segment import CutNetwork, segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.export.package import export_package
@@ -41,10 +43,10 @@ def cut(exported: Package) -> CutNetwork:
 
 def test_every_network_agrees_with_pytorch(exported: Package, small_models) -> None:  # type: ignore[no-untyped-def]
     recipe, folder = exported
-    rows = list(parity_table(small_models, recipe, folder))
+    rows = list(compare_networks(small_models, recipe, folder))
     for row in rows:
         assert row.error < (2e-2 if recipe.precision == "fp8" and row.network in ("dit", "context") else 1e-5), row
-    require_parity(rows, "test")
+    require_gate(rows, "test")
 
 
 def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_models) -> None:  # type: ignore[no-untyped-def]
@@ -135,5 +137,5 @@ def test_a_view_has_the_place_of_what_it_shows_until_both_are_read(cut: CutNetwo
 @pytest.mark.parametrize("target", ["9.0", "8.9"])
 def test_every_segment_builds(cut: CutNetwork, target: str) -> None:
     for segment in cut.graph.segments:
-        plan, _ = engine_from_onnx(_segment_job(segment, cut.models[segment.name]), target, flavour_for(None), False)
+        plan, _ = engine_from_onnx(segment_job(segment, cut.models[segment.name]), target, flavour_for(None), False)
         assert plan

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from longtake.dtypes import BY_ONNX
-from longtake.engines.build import PlanJob, engine_from_onnx
+from longtake.engines.compile import PlanJob, engine_from_onnx
 from longtake.errors import LongtakeError
 from longtake.export.lower import lower, packed_weight
 from longtake.export.ort_view import ort_view

@@ -13,7 +13,8 @@ import torch
 from held_weights import weights_from_models
 
 from longtake.accuracy.cases import dit_feeds, empty_caches
-from longtake.accuracy.compare import Row, parity_table, require_parity
+from longtake.accuracy.compare import compare_networks
+from longtake.accuracy.rows import Row, require_gate
 from longtake.commands import export as cli
 from longtake.commands import main as command
 from longtake.errors import GateError, IntegrityError, LongtakeError
@@ -35,18 +36,18 @@ from longtake.training.models.wan.spec import context_spec, dit_spec
 def test_every_network_agrees_with_pytorch(package, precision: str) -> None:  # type: ignore[no-untyped-def]
     """All window lengths, a commit, and both VAE steps. Only flipped 4-bit codes may exceed fp32 rounding."""
     models, recipe, folder = package(precision)
-    rows = list(parity_table(models, recipe, folder))
+    rows = list(compare_networks(models, recipe, folder))
     assert {row.network for row in rows} == set(NETWORKS)
     assert {"first chunk", "one chunk read", "two chunks read", "full window"} <= {row.case for row in rows}
     flips = precision == "nvfp4" or recipe.cache == "nvfp4"
     for row in rows:
         assert row.error < (2e-2 if flips and row.network in ("dit", "context") else 1e-5), row
-    require_parity(rows, "test")
+    require_gate(rows, "test")
 
 
 def test_a_row_over_its_gate_fails_with_its_place() -> None:
     with pytest.raises(GateError, match="dit, full window, velocity: relative error 5.00e-02"):
-        require_parity([Row("dit", "full window", "velocity", 0.05, 1.0, 0.03)], "tiny_bf16")
+        require_gate([Row("dit", "full window", "velocity", "ONNX Runtime", 0.05, 1.0, 0.03)], "tiny_bf16")
 
 
 def test_4_bit_weights_take_4_5_bits_on_disk(package) -> None:  # type: ignore[no-untyped-def]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from held_weights import weights_from_models
 
-from longtake.accuracy.compare import parity_table
+from longtake.accuracy.compare import compare_networks
 from longtake.engines.segment import segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.export import package as package_module
@@ -162,5 +162,5 @@ def test_a_vae_agrees_with_pytorch_whoever_runs_it(
     weights = weights_from_models(small_models)
     for name in ("vae_first", "vae_steady"):
         package_module._export_network(small_graphs, recipe, name, tmp_path, lambda words: None, weights)
-    rows = list(parity_table(small_models, recipe, tmp_path, networks=["vae_first", "vae_steady"]))
+    rows = list(compare_networks(small_models, recipe, tmp_path, networks=["vae_first", "vae_steady"]))
     assert rows and all(row.error < 1e-5 for row in rows)

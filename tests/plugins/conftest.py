@@ -19,8 +19,7 @@ from longtake.plugins import driver
 from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import INCLUDE
 from longtake.plugins.registry import op_named
-from longtake.plugins.shapes import dims_from_shapes, shape_of
-from longtake.plugins.tensors import torch_dtype
+from longtake.plugins.shapes import dims_from_shapes, shape_of, torch_dtype
 
 HERE = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC")

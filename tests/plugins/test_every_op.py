@@ -24,9 +24,8 @@ from longtake.plugins.nvrtc import INCLUDE
 from longtake.plugins.ops import torch_op, torch_schema
 from longtake.plugins.registry import all_ops, kernel_ops, op_named
 from longtake.plugins.run import run_kernel
-from longtake.plugins.shapes import dims_from_shapes, infer_dtype, infer_shape, shape_of
+from longtake.plugins.shapes import dims_from_shapes, infer_dtype, infer_shape, shape_of, torch_dtype
 from longtake.plugins.spec import Op
-from longtake.plugins.tensors import torch_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = frozenset(all_ops())

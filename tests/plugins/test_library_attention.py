@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longtake.commands.main import main
 from longtake.errors import UnavailableError
 from longtake.machine.capability import attention_methods
-from longtake.plugins.bench.attention import BENCH, Attention
+from longtake.plugins.bench.attention import Attention
 from longtake.plugins.bench.harness import relative_error
 from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.plugins.device_memory import tensor_at
@@ -161,7 +162,26 @@ def test_chosen_here_and_falls_back_with_a_word(
 
 @gpu
 def test_bench_prints_every_way(capsys: pytest.CaptureFixture[str]) -> None:
-    assert BENCH.main(["--tokens", "256", "--slots", "2", "--heads", "4", "--repeats", "2", "--cache", "all"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "kernels",
+                "attention",
+                "--tokens",
+                "256",
+                "--slots",
+                "2",
+                "--heads",
+                "4",
+                "--repeats",
+                "2",
+                "--cache",
+                "all",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert printed.count("cudnn") == 4 and printed.count("wgmma") == 4 and printed.count("portable") == 4
 
@@ -169,7 +189,7 @@ def test_bench_prints_every_way(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert BENCH.main([]) == 1
+    assert main(["bench", "kernels", "attention"]) == 3
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 

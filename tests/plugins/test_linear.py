@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from longtake.commands.main import main
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.machine.capability import linear_method
-from longtake.plugins.bench.harness import relative_error
-from longtake.plugins.bench.linear import BENCH, tensors_for
+from longtake.plugins.bench.harness import inputs_on_gpu, relative_error
+from longtake.plugins.bench.linear import as_in_a_network
 from longtake.plugins.cases import op_inputs
 from longtake.plugins.linear.library import CublasLtLinear
 from longtake.plugins.linear.op import OPS
@@ -46,7 +47,7 @@ def test_what_cannot_run_is_refused_by_name() -> None:
 def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert BENCH.main([]) == 1
+    assert main(["bench", "kernels", "linear"]) == 3
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
@@ -54,7 +55,7 @@ def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("dims", [*LINEAR_SIZES, LARGE], ids=["small", "odd", "large"])
 @pytest.mark.parametrize("op", [op.name for op in OPS])
 def test_every_size_equals_the_reference(op: str, dims: dict[str, int]) -> None:
-    given = tensors_for(op_named(op), dims)
+    given = inputs_on_gpu(op_named(op), dims, as_in_a_network)
     out = torch.full((dims["T"], dims["N"]), float("nan"), dtype=torch.bfloat16, device="cuda")
     pointers = [t.data_ptr() for t in (*given, out)]
     launcher_for(op_named(op), dims).launch(pointers, torch.cuda.current_stream().cuda_stream)
@@ -65,7 +66,7 @@ def test_every_size_equals_the_reference(op: str, dims: dict[str, int]) -> None:
 @pytest.mark.parametrize("op", [op.name for op in OPS])
 def test_a_captured_graph_follows_its_input_on_its_stream_and_allocates_nothing(op: str) -> None:
     dims = LINEAR_SIZES[1]
-    given = tensors_for(op_named(op), dims)
+    given = inputs_on_gpu(op_named(op), dims, as_in_a_network)
     out = torch.empty((dims["T"], dims["N"]), dtype=torch.bfloat16, device="cuda")
     launcher, pointers = launcher_for(op_named(op), dims), [t.data_ptr() for t in (*given, out)]
 
@@ -91,6 +92,8 @@ def test_a_captured_graph_follows_its_input_on_its_stream_and_allocates_nothing(
 
 @gpu
 def test_bench_prints_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    assert BENCH.main(["--tokens", "256", "--dim", "128", "--ffn", "512", "--repeats", "2"]) == 0
+    assert (
+        main(["bench", "kernels", "linear", "--tokens", "256", "--dim", "128", "--ffn", "512", "--repeats", "2"]) == 0
+    )
     printed = capsys.readouterr().out
     assert printed.count("promoted") == 6 and printed.count("linear_bf16") == 3

@@ -6,11 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from swizzle import swizzle_scales
 from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.plugins.nvfp4.formats import decode_e4m3, encode_e2m1, encode_e4m3, round_e2m1
-from longtake.plugins.nvfp4.layout import bytes_from_int8, int8_from_bytes, pack_nibbles
+from longtake.plugins.nvfp4.layout import bytes_from_int8, int8_from_bytes, pack_nibbles, unswizzle_scales
 from longtake.plugins.nvfp4.reference import (
     ORDERS,
     RULE_LIMITS,
@@ -18,8 +19,6 @@ from longtake.plugins.nvfp4.reference import (
     dequantize,
     fake_quantize,
     quantize,
-    swizzle_scales,
-    unswizzle_scales,
 )
 
 E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)

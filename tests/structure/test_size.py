@@ -5,9 +5,9 @@ from __future__ import annotations
 import tree
 
 MOST_LINES = 36_950
-MOST_FILES_OVER_350_LINES = 3
+MOST_FILES_OVER_350_LINES = 0
 MOST_FUNCTIONS_OVER_60_LINES = 0
-MOST_HAND_LAID_LINES = 237
+MOST_HAND_LAID_LINES = 182
 
 
 def test_the_library_does_not_grow() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from swizzle import swizzle_scales
 from torch import Tensor
 
 from longtake.errors import IntegrityError
-from longtake.plugins.nvfp4.layout import swizzle_scales
 from longtake.plugins.nvfp4.reference import dequantize, quantize
 from longtake.training.convert.models import convert_dit
 from longtake.training.convert.packed import packed_linear, unpack
