@@ -9,7 +9,8 @@ from typing import Annotated
 
 from longtake.errors import LongtakeError
 from longtake.options import DECISIVE, FREE, Bounds, OneOf, Text, option
-from longtake.training.models.presets import TINY, Preset, preset_named
+from longtake.training.models.preset_files import preset_named
+from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.quantize import RULES, Rules
 
 DIT, VAE = "dit", "vae"  # the stages that record what they were trained with

@@ -22,7 +22,8 @@ from longtake.training.convert.files import PLACES, read_container
 from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
-from longtake.training.models.presets import WAN22_TI2V_5B, Preset, preset_named
+from longtake.training.models.preset_files import preset_named
+from longtake.training.models.presets import WAN22_TI2V_5B, Preset
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from longtake.errors import LongtakeError
 from longtake.paths import REPOSITORY
 from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.record import record_from_mapping
-from longtake.training.models.presets import PRESETS, Preset, preset_named
+from longtake.training.models.preset_files import preset_named
+from longtake.training.models.presets import PRESETS, Preset
 
 RECIPES = REPOSITORY / "engines" / "recipes"
 DEFAULT_PRESET = "tiny"  # its checkpoints are shipped: what commands take all recipes of when none is named

@@ -21,7 +21,8 @@ from longtake.paths import REPOSITORY
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import source_from_name
 from longtake.training.models.load import load_models, read_side
-from longtake.training.models.presets import TINY, preset_named
+from longtake.training.models.preset_files import preset_named
+from longtake.training.models.presets import TINY
 
 PAGE = (REPOSITORY / "docs" / "add-a-recipe.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`([\w.-]+\.yaml)`:.*?```yaml\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))

@@ -23,7 +23,7 @@ from longtake.runtime.session import Session
 from longtake.runtime.video_model import Tensors
 from longtake.training.models.families import FAMILIES, family_named
 from longtake.training.models.load import Models
-from longtake.training.models.presets import PRESETS
+from longtake.training.models.preset_files import preset_named
 from longtake.training.models.text.words import text_encoder_for, tokenize
 
 PAGE = REPOSITORY / "docs" / "add-a-family.md"
@@ -45,18 +45,22 @@ class Watched(TorchBackend):
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Watched]:
     """The page's family with random weights."""
     code: dict[str, Any] = {"__name__": "toy"}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, str(PAGE), "exec", dont_inherit=True), code)  # noqa: S102
-    preset = code["PRESET"]
-    monkeypatch.setitem(PRESETS, "toy", preset)
     monkeypatch.setitem(FAMILIES, "toy", code["Toy"]())
+    file = re.search(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert file
+    (tmp_path / "toy.yaml").write_text(file.group(1))
+    preset = preset_named("toy.yaml", tmp_path)
     torch.manual_seed(1)
     family = family_named("toy")
     models = Models(preset, family.dit(preset).eval(), family.vae(preset).eval(), text_encoder_for(preset).eval())
-    recipe = Recipe("toy_bf16", "toy", "bf16", "bf16", "9.0", "segmented", Gate(0.03, 0.03, 0.03, 0.03, 0.98))
+    recipe = Recipe(
+        "toy_bf16", "toy", "bf16", "bf16", "9.0", "segmented", Gate(0.03, 0.03, 0.03, 0.03, 0.98), own_preset=preset
+    )
     backend = Watched(recipe, models)
     yield backend
     backend.close()

@@ -226,25 +226,8 @@ class Preset:
         return self.frame_tokens * self.chunk_latents
 
 
-def preset_from_file(path: Path) -> Preset:
-    """The preset in a file, named after it.
-
-    Raises:
-        LongtakeError: it is no such file, a key or value is not known or cannot be, or a shipped preset has its name.
-    """
-    from longtake.training.models.families import family_of
-
-    preset = _preset(path, path.resolve().parent)
-    family_of(preset)
-    shipped = PRESETS.get(preset.name)
-    if shipped not in (None, preset):
-        raise LongtakeError(f"preset {path} has the name of a shipped one, and says something else", got=preset,
-                            expected=shipped, fix="give the file another name")  # fmt: skip
-    return preset
-
-
-def _preset(path: Path, folder: Path) -> Preset:
-    """`folder`: what the path of its checkpoints starts from, by default checkpoints/NAME there."""
+def read_preset(path: Path, folder: Path) -> Preset:
+    """The preset in a file. `folder`: what the path of its checkpoints starts from, by default checkpoints/NAME there."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.stem):
         raise LongtakeError(f"a preset cannot be called {path.stem!r}", expected="letters, digits, dots and dashes",
                             fix="give the file another name")  # fmt: skip
@@ -275,20 +258,5 @@ def _values(path: Path, above: tuple[Path, ...] = ()) -> Any:
 
 
 PRESETS: dict[str, Preset] = {}
-PRESETS |= {path.stem: _preset(path, REPOSITORY) for path in sorted(SHIPPED.glob("*.yaml"))}
+PRESETS |= {path.stem: read_preset(path, REPOSITORY) for path in sorted(SHIPPED.glob("*.yaml"))}
 TINY, WAN22_TI2V_5B = PRESETS["tiny"], PRESETS["wan2.2-ti2v-5b"]
-
-
-def preset_named(name: str, folder: Path = Path()) -> Preset:
-    """A shipped preset by name, or any preset file by path, seen from `folder`.
-
-    Raises:
-        LongtakeError: there is no such preset, which lists the shipped ones; or see `preset_from_file`.
-    """
-    if name.endswith((".yaml", ".yml")) and (folder / name).is_file():
-        return preset_from_file(folder / name)
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise LongtakeError("unknown preset", got=name, expected=", ".join([*sorted(PRESETS), "or a .yaml file"]),
-                            fix=f"did you mean {near[0]!r}?" if near else "pass one of these")  # fmt: skip
-    return PRESETS[name]

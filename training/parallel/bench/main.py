@@ -28,7 +28,8 @@ import torch
 from longtake.files import write_json
 from longtake.options import Command, OneOf, Text, option
 from longtake.provenance import commit, cpu_name, versions
-from longtake.training.models.presets import WAN22_TI2V_5B, Preset, preset_named
+from longtake.training.models.preset_files import preset_named
+from longtake.training.models.presets import WAN22_TI2V_5B, Preset
 from longtake.training.parallel.bench.runs import Plan, Runs
 from longtake.training.parallel.bench.table import ratios, table
 from longtake.training.parallel.bench.worker import Case, Models, measure, sized
