@@ -98,8 +98,7 @@ def export(
             made = export_package(own, recipe, folder, inputs, lambda words: _advance(bar, words), weights)
         if not skeleton:  # where what is not exported is found at run time
             sampling = read_side(source / "dit.safetensors", "dit", recipe.model).sampling
-            told = {"sampling": sampling, "weights": weights_digests(source)}
-            made = replace(made, checkpoints=str(source.resolve()), **told)
+            made = replace(made, checkpoints=str(source.resolve()), sampling=sampling, weights=weights_digests(source))
             made.write(folder)
     return check_parity(recipe, source, folder, made) if parity else made
 
