@@ -23,7 +23,7 @@ from longtake.runtime.sources import (
     source_from_name,
 )
 from longtake.runtime.start import Clip, Picture, start_of, take_in
-from longtake.runtime.story import Script, check_fits, fit_segments, story_from_script
+from longtake.runtime.story import Script, Story, check_fits, fit_segments, story_from_script
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import SamplingConfig, preset_named
 
@@ -170,17 +170,7 @@ class Generator:
         start = start_of(story, image, continue_from, clip)
         check_fits(story, preset, continued=start.clip is not None)
         asked = _sampling(sampling, steps, guidance)
-        options = SessionOptions(
-            seed=_first(seed, story.seed),
-            steps=len(asked.timesteps) if asked.timesteps else _first(asked.steps, story.steps, self.sampling.steps),
-            guidance=float(_first(asked.guidance, story.guidance, self.sampling.guidance)),
-            negative_prompt=_first(negative_prompt, story.negative_prompt, preset.negative_prompt),
-            shift=_first(asked.shift, 1.0 if asked.timesteps else self.sampling.shift),
-            decode=decode,
-            endless=endless,
-            solver=_first(asked.solver, self.model.family.solver),
-            timesteps=asked.timesteps or (),
-        )
+        options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
         inputs.check(preset, segments, options.negative_prompt if options.guided else None)
@@ -189,6 +179,22 @@ class Generator:
         if clip_latents is not None:
             take_in(session, clip_latents, start.segments)
         return session
+
+    def _options(
+        self, story: Story, asked: Sampling, seed: int | None, negative_prompt: str | None, **how: bool
+    ) -> SessionOptions:
+        """What is asked for, else the story's, else the checkpoint's."""
+        timesteps = asked.timesteps or ()
+        return SessionOptions(
+            seed=_first(seed, story.seed),
+            steps=len(timesteps) or _first(asked.steps, story.steps, self.sampling.steps),
+            guidance=float(_first(asked.guidance, story.guidance, self.sampling.guidance)),
+            negative_prompt=_first(negative_prompt, story.negative_prompt, self.backend.preset.negative_prompt),
+            shift=_first(asked.shift, 1.0 if timesteps else self.sampling.shift),
+            solver=_first(asked.solver, self.model.family.solver),
+            timesteps=timesteps,
+            **how,
+        )
 
     def load_session(
         self,

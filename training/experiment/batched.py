@@ -124,7 +124,7 @@ class Rollout:
         self.slots.write(write, self.passes.write(*self.inputs(kept, 0), *fixed))
         return sample.transpose(1, 2).contiguous()
 
-    def velocity(self, sample: Tensor, timestep: int, fixed: tuple[Tensor, ...]) -> Tensor:
+    def velocity(self, sample: Tensor, timestep: float, fixed: tuple[Tensor, ...]) -> Tensor:
         """One pass over samples [B, C, F, h, w], guided if so told. fixed: the other tensors of a `ChunkPass`."""
         out = self.passes.look(*self.inputs(sample, timestep), *fixed)
         if self.copies == 1:
@@ -160,7 +160,7 @@ class Rollout:
         drawn = [noise_for_chunk(self.models.preset, script.seed, chunk) for script in self.scripts]
         return torch.cat(drawn).transpose(1, 2).contiguous().to(self.device)
 
-    def sinusoid(self, timestep: int) -> Tensor:
+    def sinusoid(self, timestep: float) -> Tensor:
         preset = self.models.preset
         times = [float(timestep)] * preset.chunk_latents
         return timestep_sinusoid(times, preset.dit.freq_dim).to(self.device)[None]
