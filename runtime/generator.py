@@ -25,7 +25,8 @@ from longtake.runtime.sources import (
 from longtake.runtime.start import Clip, Picture, start_of, take_in
 from longtake.runtime.story import Script, Story, check_fits, fit_segments, story_from_script
 from longtake.runtime.video_model import VideoModel
-from longtake.training.models.presets import SamplingConfig, preset_named
+from longtake.training.models.preset_files import preset_named
+from longtake.training.models.presets import SamplingConfig
 
 
 class Generator:
