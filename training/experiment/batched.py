@@ -132,7 +132,7 @@ class Rollout:
         wanted, base = out.chunk(2)
         return torch.lerp(base, wanted, self.sampling.guidance)
 
-    def inputs(self, sample: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+    def inputs(self, sample: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
         """Samples [B, C, F, h, w] and sinusoids [B, F, freq_dim] of a pass, one row a copy."""
         twice = torch.cat([sample] * self.copies)
         return twice, self.sinusoids[timestep].expand(len(twice), -1, -1)
