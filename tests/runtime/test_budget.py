@@ -213,7 +213,7 @@ def test_what_a_step_added_stands_beside_what_was_promised_for_it() -> None:
 
 def every_use(**more: Any) -> list[Use]:
     switches = ("guided", "decode", "decode_apart", "encode")
-    return [Use(**dict(zip(switches, values)), **more) for values in product((False, True), repeat=4)]
+    return [Use(**(more | dict(zip(switches, values)))) for values in product((False, True), repeat=4)]
 
 
 @pytest.fixture

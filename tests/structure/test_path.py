@@ -48,7 +48,7 @@ def stand_in(spec: NetworkSpec) -> onnx.ModelProto:
     nodes = []
     for binding in spec.outputs:
         zero = helper.make_tensor("zero", KINDS.get(binding.dtype, TensorProto.FLOAT), [1], [0])
-        shape = helper.make_tensor("shape", TensorProto.INT64, [len(binding.shape)], binding.shape)
+        shape = helper.make_tensor("shape", TensorProto.INT64, [len(binding.shape)], list(map(int, binding.shape)))
         nodes.append(helper.make_node("Constant", [], [f"{binding.name}_shape"], value=shape))
         nodes.append(helper.make_node("ConstantOfShape", [f"{binding.name}_shape"], [binding.name], value=zero))
     graph = helper.make_graph(nodes, spec.name, list(map(value, spec.inputs)), list(map(value, spec.outputs)))
