@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,29 +79,45 @@ class Averaged:
 
     def step(self, step: int, steps: int) -> Tensor:
         """Clip, update and average after a backward pass. Returns the gradient norm, on the device."""
-        norm = nn.utils.clip_grad_norm_(self.params, self.config.clip)
+        norm = self.clip()
         for group in self.adamw.param_groups:
             group["lr"] = self.config.lr_at(step, steps)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - self.config.ema_at(step))
+            torch._foreach_lerp_(self.ema, self.own(), 1 - self.config.ema_at(step))
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on bit-identically, by name."""
-        tensors = {f"ema/{name}": ema for name, ema in zip(self.names, self.ema)}
-        for name, param in zip(self.names, self.params):
-            tensors |= {f"adamw/{key}/{name}": value for key, value in self.adamw.state[param].items()}
+    def clip(self) -> Tensor:
+        """Clip the gradient; its norm before that."""
+        return nn.utils.clip_grad_norm_(self.params, self.config.clip)
+
+    def own(self) -> list[Tensor]:
+        """The parameters' values that this process holds, which `ema` averages."""
+        return [param.detach() for param in self.params]
+
+    def averages(self) -> Iterable[Tensor]:
+        """The EMA of each parameter, shaped like it; it shares `ema`'s memory."""
+        return self.ema
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything needed to go on bit-identically."""
+        for name, param, ema in zip(self.names, self.params, self.averages()):
+            yield f"ema/{name}", ema
+            for key, value in self.adamw.state[param].items():
+                yield f"adamw/{key}/{name}", value
         for owner, module in self.modules.items():
-            tensors |= {f"module/{owner}/{name}": value for name, value in module.state_dict().items()}
-        return tensors
+            for name, value in module.state_dict().items():
+                yield f"module/{owner}/{name}", value
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, by name."""
+        return dict(self.named())
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` gave."""
-        for name, param, ema in zip(self.names, self.params, self.ema):
-            ema.copy_(tensors[f"ema/{name}"])
+        for name, param in zip(self.names, self.params):
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (saved := tensors.get(f"adamw/{key}/{name}")) is not None:
                     like = (
@@ -109,17 +125,21 @@ class Averaged:
                         if saved.dim()
                         else torch.empty((), device=param.device)
                     )
-                    self.adamw.state[param][key] = like.copy_(saved)  # in the parameter's memory order
-        restore_modules(
-            self.modules, {k.removeprefix("module/"): v for k, v in tensors.items() if k.startswith("module/")}
-        )
+                    self.adamw.state[param][key] = like  # in the parameter's memory order
+        for name, value in self.named():
+            if name in tensors or not name.startswith("adamw/"):
+                self.copy(value, tensors[name])
+
+    def copy(self, value: Tensor, saved: Tensor) -> None:
+        """Restore a tensor in place."""
+        value.copy_(saved)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the modules carry the EMA weights; afterwards all their tensors are as before."""
         before = snapshot_modules(self.modules)
         with torch.no_grad():
-            torch._foreach_copy_([p.detach() for p in self.params], self.ema)
+            torch._foreach_copy_(self.own(), self.ema)
         try:
             yield
         finally:

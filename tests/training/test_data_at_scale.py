@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from folder_writer import write_digits_folder
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from longtake.errors import LongtakeError
 from longtake.files import read_json
 from longtake.training.data.digits import Digits
 from longtake.training.data.folder import Folder
-from longtake.training.data.folder_writer import write_digits_folder
 from longtake.training.data.loader import Loader, read_in_order
 from longtake.training.data.named import dataset_from_name
 from longtake.training.data.order import Order, sampler_for

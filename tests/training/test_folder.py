@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from folder_writer import write_digits_folder
 from torch import Tensor
 
 from longtake.commands.main import main
@@ -16,7 +17,6 @@ from longtake.errors import LongtakeError
 from longtake.files import read_json
 from longtake.training.data.digits import Digits, caption, chunk_prompts
 from longtake.training.data.folder import Folder
-from longtake.training.data.folder_writer import write_digits_folder
 from longtake.training.data.named import dataset_from_name
 from longtake.training.models.presets import PRESETS, TINY, Preset
 from longtake.training.models.wan.prompts import CUT_PREFIX

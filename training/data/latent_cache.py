@@ -25,37 +25,47 @@ from longtake.training.models.wan.window import full_history, shot_offsets, wind
 from longtake.training.objective.teacher_forcing import Clips
 
 
-@dataclass(frozen=True)
-class LatentCache:
-    """latents [S, F, C, H, W] (bf16 on a GPU, else fp32), tokens int32 [S, N, E], history bool [S or 1, N, N],
-    offsets int64 [S, N] or None: see `teacher_forcing.Clips`. cuts bool [S, N]: where a shot begins.
+@dataclass
+class EncodedStories:
+    """tokens int32 [S, N, E], history bool [S or 1, N, N], offsets int64 [S, N] or None: see `teacher_forcing.Clips`.
+    cuts bool [S, N]: where a shot begins.
 
     Without offsets the context is full, and one history holds for all stories."""
 
     preset: Preset
-    latents: Tensor
     tokens: Tensor
     history: Tensor
     offsets: Tensor | None
     cuts: Tensor
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.tokens)
 
     def unmasked(self, chunks: int) -> int:
         """Blocks before this number see everything before them in every story of `chunks` chunks."""
         return chunks if self.offsets is None else self.preset.window_chunks
 
-    def clips(self, index: Tensor, chunks: int) -> Clips:
-        """The first `chunks` chunks of stories `index`."""
+    def clips_of(self, latents: Tensor, index: Tensor, chunks: int) -> Clips:
+        """The first `chunks` chunks of stories `index`, whose latents are given."""
         history = self.history[:, :chunks, :chunks]
         return Clips(
-            latents=self.latents[index, : chunks * self.preset.chunk_latents].float(),
+            latents=latents.float(),
             tokens=self.tokens[index, :chunks],
             history=history[0] if self.offsets is None else history[index],
             unmasked=self.unmasked(chunks),
             offsets=None if self.offsets is None else self.offsets[index, :chunks],
         )
+
+
+@dataclass
+class LatentCache(EncodedStories):
+    """Stories whose latents [S, F, C, H, W] (bf16 on a GPU, else fp32) are in memory."""
+
+    latents: Tensor
+
+    def clips(self, index: Tensor, chunks: int) -> Clips:
+        """The first `chunks` chunks of stories `index`."""
+        return self.clips_of(self.latents[index, : chunks * self.preset.chunk_latents], index, chunks)
 
 
 def vae_checkpoint(preset: Preset, folder: Path | None, start: Path | None = None) -> Path:
@@ -128,7 +138,7 @@ def cache_from_dataset(
         cuts += batch.cuts
     tokens = text.tokenize(prompts).unflatten(0, (-1, chunks)).to(device)
     history, offsets = histories(cuts, chunks, context, preset, device)
-    return LatentCache(preset, torch.cat(latents), tokens, history, offsets, torch.tensor(cuts))
+    return LatentCache(preset, tokens, history, offsets, torch.tensor(cuts), torch.cat(latents))
 
 
 def histories(

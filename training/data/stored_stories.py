@@ -23,9 +23,9 @@ from tqdm import tqdm
 from longtake.training.data.base import Dataset, Take
 from longtake.training.data.facts import facts_from_file
 from longtake.training.data.folder import Folder
-from longtake.training.data.latent_cache import encode, histories
+from longtake.training.data.latent_cache import EncodedStories, encode, histories
 from longtake.training.data.loader import Loader, read_in_order
-from longtake.training.data.order import Order, sampler_for
+from longtake.training.data.order import sampler_for
 from longtake.training.data.shards import Shards
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import AnyTextEncoder
@@ -59,35 +59,13 @@ class StoredLatents:
         return index, self.shards[self.keys[index]]
 
 
-class StoredStories:
-    """Like `latent_cache.LatentCache`, but the latents stay on disk, and `take` goes through them in epochs.
+@dataclass
+class StoredStories(EncodedStories):
+    """Stories whose latents stay on disk; `take` goes through them in epochs. cuts are on the host, the rest on the device."""
 
-    tokens int32 [S,N,E], history bool [S or 1,N,N] and offsets int64 [S,N] or None are on the device; cuts bool [S,N]
-    on the host.
-    """
-
-    def __init__(
-        self,
-        preset: Preset,
-        stored: StoredLatents,
-        tokens: Tensor,
-        history: Tensor,
-        offsets: Tensor | None,
-        cuts: Tensor,
-        order: Order,
-        workers: int,
-    ) -> None:
-        self.preset, self.stored, self.tokens = preset, stored, tokens
-        self.history, self.offsets, self.cuts = history, offsets, cuts
-        self.loader = Loader(stored, order, workers)
-        self.batch_name = ""
-
-    def __len__(self) -> int:
-        return len(self.stored.keys)
-
-    def unmasked(self, chunks: int) -> int:
-        """Blocks before this number see everything before them in every story of `chunks` chunks."""
-        return chunks if self.offsets is None else self.preset.window_chunks
+    stored: StoredLatents
+    loader: Loader
+    batch_name: str = ""
 
     def clips(self, index: Tensor, chunks: int) -> Clips:
         """The first `chunks` chunks of stories `index`; the order is not moved on."""
@@ -103,14 +81,7 @@ class StoredStories:
         device = self.tokens.device
         index = torch.tensor([i for i, _ in taken], device=device)
         latents = torch.stack([latents[: chunks * self.preset.chunk_latents] for _, latents in taken])
-        history = self.history[:, :chunks, :chunks]
-        return Clips(
-            latents=latents.to(device, non_blocking=True).float(),
-            tokens=self.tokens[index, :chunks],
-            history=history[0] if self.offsets is None else history[index],
-            unmasked=self.unmasked(chunks),
-            offsets=None if self.offsets is None else self.offsets[index, :chunks],
-        )
+        return self.clips_of(latents.to(device, non_blocking=True), index, chunks)
 
     def position(self) -> dict[str, Any]:
         """The place in the data, JSON-ready: the same for any number of ranks and workers."""
@@ -162,8 +133,8 @@ def stored_from_dataset(
     cuts = [take.cuts for take in takes]
     history, offsets = histories(cuts, chunks, context, preset, device)
     stored = StoredLatents(shards, [take.key for take in takes])
-    order = sampler_for(0, 1, seed, items=stories)
-    return StoredStories(preset, stored, tokens, history, offsets, torch.tensor(cuts), order, workers)
+    loader = Loader(stored, sampler_for(0, 1, seed, items=stories), workers)
+    return StoredStories(preset, tokens, history, offsets, torch.tensor(cuts), stored, loader)
 
 
 def _encoded(

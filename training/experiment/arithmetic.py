@@ -25,15 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.accuracy.ssim import frame_ssim
-from longtake.files import write_json
 from longtake.options import Command, OneOf, option
 from longtake.training.data.digit_stories import Story
-from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.experiment.arms import PRESET, shipped
+from longtake.training.experiment.arms import PRESET, shipped, vae_of
 from longtake.training.experiment.batched import Rollout, Sampling, decode
-from longtake.training.experiment.engine_fidelity import compare, figures_of, judge_from, table
-from longtake.training.experiment.evaluate import Eyes, prompted_share
-from longtake.training.experiment.jobs import MIXED_SEED
+from longtake.training.experiment.evaluate import Eyes, judge_from, prompted_share
+from longtake.training.experiment.figures import StoryOptions, device_found, figures_of, tell
 from longtake.training.experiment.stories import mixed_stories, scripts_of
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.quantize import apply_precision
@@ -95,7 +92,7 @@ def pixels(frames_3THW: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ArithmeticOptions:
+class ArithmeticOptions(StoryOptions):
     """What"""
 
     checkpoints: Path = option(shipped(), metavar="FOLDER")
@@ -104,8 +101,6 @@ class ArithmeticOptions:
     """how many"""
     ssim_stories: int = option(128, metavar="N")
     """of them: those whose SSIM is measured"""
-    chunks: int = option(3, metavar="N")
-    """of a story"""
     rows: Annotated[tuple[str, ...], OneOf(tuple(ROWS))] = option(tuple(ROWS))
     """what is computed how; the first is what others are compared with"""
     steps: int | None = option(None, metavar="N")
@@ -114,12 +109,6 @@ class ArithmeticOptions:
     """of sampling (default: as the checkpoints say)"""
     batch: int = option(64, metavar="N")
     """stories at once"""
-    seed: int = option(MIXED_SEED, metavar="N")
-    """of the stories"""
-    judge: Path | None = option(None, metavar="FILE")
-    """judge.safetensors of an experiment (default: one is trained)"""
-    json: Path | None = option(None, metavar="FILE")
-    """write the figures there as well, after each row (default: they are printed only)"""
 
 
 def measured(options: ArithmeticOptions, stories: Sequence[Story], eyes: Eyes, sampling: Sampling) -> Iterator[Any]:
@@ -154,31 +143,21 @@ def sampling_of(options: ArithmeticOptions) -> Sampling:
 
 def run(options: ArithmeticOptions) -> int:
     """Measure, print the table, write it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = frozen_vae(vae_checkpoint(PRESET, options.checkpoints), PRESET, device)[0]
-    eyes = Eyes(judge_from(options.judge, device), vae, device)
+    device, machine = device_found()
+    eyes = Eyes(judge_from(options.judge, device), vae_of(options.checkpoints, device), device)
     stories = mixed_stories(options.stories, options.chunks, options.seed)
     sampling = sampling_of(options)
     conditions = {
         "command": shlex.join(["longtake", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "device": machine,
         "stories": options.stories,
         "chunks": options.chunks,
         "seed": options.seed,
         "steps": sampling.steps,
         "guidance": sampling.guidance,
     }
-    rows: dict[str, dict[str, Any]] = {}
-    for name, row in measured(options, stories, eyes, sampling):
-        rows[name] = row
-        if name != options.rows[0]:
-            compare(row, rows[options.rows[0]])
-        if options.json:
-            write_json(options.json, {**conditions, "rows": rows})
-    how = f"{sampling.steps} steps, guidance {sampling.guidance:g}"
-    sys.stdout.write(f"{conditions['device']}, {options.stories} stories, {how}\n")
-    sys.stdout.write("\n".join(table(rows)) + "\n")
-    return 0
+    head = f"{machine}, {options.stories} stories, {sampling.steps} steps, guidance {sampling.guidance:g}\n"
+    return tell(measured(options, stories, eyes, sampling), options.json, conditions, head)
 
 
 COMMAND = Command(run=run, options=(ArithmeticOptions,), description=__doc__ or "")

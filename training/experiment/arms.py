@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +15,7 @@ from longtake.paths import REPOSITORY
 from longtake.training.data.latent_cache import LatentCache, frozen_vae, vae_checkpoint
 from longtake.training.experiment.settings import Settings
 from longtake.training.models.presets import TINY, Preset
+from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.stages.dit import DiTStage
 from longtake.training.stages.options import StageOptions
@@ -27,14 +28,8 @@ DATA_SEED = 11  # of the training stories, which all seeds share; each part has 
 HELD_OUT_FILE = "held-out.safetensors"
 
 
-class OutOfTime(Exception):
-    """The time of this call is over; what was done is saved, and the next call goes on."""
-
-
 class ArmStage(DiTStage):
     """The stage "dit" whose encoded stories are those of all arms, encoded once and kept in files."""
-
-    kept: dict[Path, LatentCache] = {}
 
     def __init__(self, options: StageOptions, folder: Path) -> None:
         super().__init__(options)
@@ -43,23 +38,16 @@ class ArmStage(DiTStage):
     def cache(self, split: str, stories: int, seed: int) -> LatentCache:
         """See DiTStage.cache; `encode_stories` has made them."""
         if split == "eval":
-            return first_of(self.read(HELD_OUT_FILE), stories)
-        files = self.folder.glob("train-*.safetensors")
-        return joined([self.read(path.name) for path in sorted(files)])
-
-    def read(self, name: str) -> LatentCache:
-        """A file of encoded stories on the device, read once a process."""
-        path = self.folder / name
-        if path not in self.kept:
-            self.kept[path] = read_cache(path, self.device)
-        return self.kept[path]
+            return held_out(self.folder, stories, self.device)
+        parts = [read_cache(path, self.device) for path in sorted(self.folder.glob("train-*.safetensors"))]
+        return LatentCache(PRESET, **{n: torch.cat([getattr(part, n) for part in parts]) for n in CACHE_TENSORS})
 
 
 def encode_stories(settings: Settings, out: Path, device: torch.device, part: int | None) -> dict[str, float]:
     """Encode a part of the training stories, or the held-out ones (None), into a file."""
     stage = stage_of(replace(settings, start="shipped"), out, "base", 0)
     stage.device = device
-    stage.vae, stage.vae_digest = frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)
+    stage.vae, stage.vae_digest = vae_of(shipped(), device), ""
     if part is None:
         made = DiTStage.cache(stage, "eval", settings.flow_stories, EVALUATION_SEED)
     else:
@@ -70,14 +58,10 @@ def encode_stories(settings: Settings, out: Path, device: torch.device, part: in
     return {"stories": float(len(made))}
 
 
-def joined(parts: list[LatentCache]) -> LatentCache:
-    """Several as one."""
-    return LatentCache(PRESET, **{n: torch.cat([getattr(part, n) for part in parts]) for n in CACHE_TENSORS})
-
-
-def first_of(cache: LatentCache, count: int) -> LatentCache:
-    """The first `count` stories."""
-    return LatentCache(PRESET, **{name: getattr(cache, name)[:count] for name in CACHE_TENSORS})
+def held_out(folder: Path, stories: int, device: torch.device) -> LatentCache:
+    """The first `stories` encoded held-out stories of a folder, that flow losses are measured on."""
+    cache = read_cache(folder / HELD_OUT_FILE, device)
+    return LatentCache(PRESET, **{name: getattr(cache, name)[:stories] for name in CACHE_TENSORS})
 
 
 def save_cache(cache: LatentCache, path: Path) -> None:
@@ -96,6 +80,11 @@ def read_cache(path: Path, device: torch.device) -> LatentCache:
 def shipped() -> Path:
     """The folder of the checkpoints that come with the code."""
     return REPOSITORY / PRESET.checkpoints
+
+
+def vae_of(folder: Path, device: torch.device) -> CausalVAE:
+    """The VAE of a folder of checkpoints."""
+    return frozen_vae(vae_checkpoint(PRESET, folder), PRESET, device)[0]
 
 
 def arm_folder(out: Path, arm: str, seed: int) -> Path:
@@ -123,51 +112,38 @@ def stage_of(settings: Settings, out: Path, arm: str, seed: int) -> ArmStage:
     return ArmStage(options, out / "stories")
 
 
-def train_arm(
-    settings: Settings, out: Path, arm: str, seed: int, device: torch.device, seconds: float
-) -> dict[str, float]:
-    """Train an arm, or go on with it. Its folder then holds complete checkpoints. Returns held-out metrics.
-
-    Raises:
-        OutOfTime: `seconds` were over before its last step; a resume point is saved.
-    """
+def train_arm(settings: Settings, out: Path, arm: str, seed: int, device: torch.device) -> dict[str, float]:
+    """Train an arm, or go on with it. Its folder then holds complete checkpoints. Returns held-out metrics."""
     folder, branch = arm_folder(out, arm, seed), arm != "base"
-    config = TrainConfig(
-        out=folder,
-        preset=PRESET.name,
+    config = run_config(
+        folder,
+        settings,
         steps=settings.branch_steps if branch else settings.base_steps,
         seed=1000 * branch + seed,  # both branches draw the same batches and the same noise
         optimizer=OptimizerConfig(lr=settings.branch_lr if branch else settings.base_lr, clip=1.0),
+    )
+    begun = time.monotonic()
+    metrics = Trainer(stage_of(settings, out, arm, seed), config, device).fit()
+    delete_resume_points(folder)
+    return {"steps": float(config.steps), "seconds_of_last_part": time.monotonic() - begun, **metrics}
+
+
+def run_config(folder: Path, settings: Settings, **told: Any) -> TrainConfig:
+    """What the trainer is told of a model that is kept in `folder`: a new one, or one that was begun there."""
+    return TrainConfig(
+        out=folder,
+        preset=PRESET.name,
         resume=bool(list(folder.glob("resume-*.safetensors"))),
-        max_seconds=seconds,
         evaluate_steps=0,
         save_seconds=60.0,
         save_dtype="bf16",
-        command="longtake.training.experiment",
-        settings={"arm": arm, **settings.as_json()},
+        command="longtake experiment",
+        settings={"of": folder.name, **settings.as_json()},
+        **told,
     )
-    begun = time.monotonic()
-    trainer = Trainer(stage_of(settings, out, arm, seed), config, device)
-    metrics = trainer.fit()
-    step = trainer.step
-    del trainer
-    free_memory()
-    if step < config.steps:
-        raise OutOfTime(f"{arm}-{seed} stands at step {step} of {config.steps}")
-    for path in folder.glob("resume-*"):  # several times the weights, and no longer needed
+
+
+def delete_resume_points(folder: Path) -> None:
+    """Several times the weights, and no longer needed once these are there."""
+    for path in folder.glob("resume-*"):
         path.unlink()
-    return {"steps": float(step), "seconds_of_last_part": time.monotonic() - begun, **metrics}
-
-
-def held_out(settings: Settings, out: Path, device: torch.device) -> LatentCache:
-    """The encoded held-out stories that flow losses are measured on."""
-    stage = stage_of(replace(settings, start="shipped"), out, "base", 0)
-    stage.device = device
-    return stage.cache("eval", settings.flow_stories, EVALUATION_SEED)
-
-
-def free_memory() -> None:
-    """Give back what a finished arm held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,22 +1,19 @@
-"""What the units of the experiment share: settings, results so far, the device, and models loaded once a process."""
+"""What the units of the experiment share: settings, results so far, the device, and how models are loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from longtake.files import read_json
-from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.experiment.arms import PRESET, arm_folder, free_memory, shipped
+from longtake.training.experiment.arms import PRESET, arm_folder, shipped, vae_of
 from longtake.training.experiment.batched import Sampling
-from longtake.training.experiment.classifier import DigitClassifier
-from longtake.training.experiment.evaluate import Eyes
+from longtake.training.experiment.evaluate import Eyes, judge_from
 from longtake.training.experiment.settings import Settings
-from longtake.training.experiment.summary import teacher_seed
+from longtake.training.experiment.summary import results_in, teacher_seed
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.quantize import apply_precision
 
@@ -29,46 +26,31 @@ CONDITIONS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
-    """What units share. What is loaded is kept until another unit needs something else."""
+    """What a unit runs with."""
 
     settings: Settings
     out: Path
     device: torch.device
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _eyes: Eyes | None = None
-    _loaded: tuple[tuple[Path, str], Models] | None = None
 
-    def read_results(self) -> None:
-        """See what other processes have finished."""
-        self.results = {path.stem: read_json(path) for path in sorted((self.out / "units").glob("*.json"))}
+    @cached_property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """What units before this one found."""
+        return results_in(self.out)
 
-    def forget_models(self) -> None:
-        """Give back the memory of the last models."""
-        self._loaded = None
-        free_memory()
-
-    @property
+    @cached_property
     def eyes(self) -> Eyes:
         """The judge (which must have been trained) and the VAE."""
-        if self._eyes is None:
-            judge = DigitClassifier()
-            judge.load_state_dict(load_file(self.out / "judge.safetensors"))
-            vae = frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, self.device)[0]
-            self._eyes = Eyes(judge.to(self.device).eval().requires_grad_(False), vae, self.device)
-        return self._eyes
+        judge = judge_from(self.out / "judge.safetensors", self.device)
+        return Eyes(judge, vae_of(shipped(), self.device), self.device)
 
     def models(self, folder: Path, precision: str) -> Models:
-        """Models of a folder with the arithmetic of `precision` on the device; the last ones are kept."""
-        key = (folder, precision)
-        if self._loaded is None or self._loaded[0] != key:
-            self.forget_models()
-            models = apply_precision(load_models(PRESET, folder), precision)
-            for module in (models.dit, models.text, models.vae):
-                module.to(self.device).requires_grad_(False)
-            self._loaded = (key, models)
-        return self._loaded[1]
+        """Models of a folder with the arithmetic of `precision`, on the device."""
+        models = apply_precision(load_models(PRESET, folder), precision)
+        for module in (models.dit, models.text, models.vae):
+            module.to(self.device).requires_grad_(False)
+        return models
 
     def condition(self, name: str, seed: int) -> Models:
         """The models of a condition and a seed."""
@@ -80,6 +62,7 @@ class Bench:
         s = self.settings
         return Sampling(s.steps, s.guidance, PRESET.sampling.shift, cache, sinks)
 
+    @property
     def teacher(self) -> int:
         """The seed whose NVFP4-aware model is distilled."""
         return teacher_seed(self.results, self.settings) or 0

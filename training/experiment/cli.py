@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +18,7 @@ from longtake.options import Command, OneOf, option
 from longtake.training.devices import device_named
 from longtake.training.experiment.pack import bring, restore
 from longtake.training.experiment.report import write_report
-from longtake.training.experiment.scheduler import Scheduler, slots_for
+from longtake.training.experiment.scheduler import Scheduler, Slot
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.units import units
 
@@ -111,50 +111,45 @@ def run_units(options: ExperimentOptions) -> int:
     if options.restore:
         restore(options.restore, options.out)
     prepare(settings, options.out, options.resume or bool(options.restore))
-    every = list(units(settings))
-    slots = slots_for(options.out.absolute(), devices, jobs)
-    scheduler = Scheduler(every, options.out, slots, begun + options.budget_seconds, toy=settings.quick)
-    scheduler.say = lambda line: print(line, flush=True)
-    if settings.quick:
-        scheduler.reserve = 5.0
+    scheduler = scheduler_of(options, settings, begun, devices, jobs)
     print_plan(scheduler, settings, devices, jobs, options)
     if options.plan:
         return 0
-    stopped = guarded(scheduler)
-    done = not scheduler.left
+    stopped = False
+    try:
+        scheduler.run()
+    except KeyboardInterrupt:
+        stopped = True
+        print("stopped; what is done is kept: the same command with --resume goes on", file=sys.stderr)
     missing = scheduler.missing()
     machine = f"{len(devices)} x {device_name(devices[0])}" if len(devices) > 1 else device_name(devices[0])
     machine, seconds = spent(options.out, machine, time.monotonic() - begun, scheduler.ran)
     print(write_report(scheduler.results, settings, options.out, machine, missing, options.docs, seconds))
     if options.bring:
-        made, left = bring(options.out, options.bring, every, scheduler.results, options.bring_mb)
+        made, left = bring(options.out, options.bring, scheduler.every, scheduler.results, options.bring_mb)
         size = sum(path.stat().st_size for path in made) / 1e6
         print(
             f"packed {len(made)} files, {size:.1f} MB, into {options.bring}"
             + (f"; left out: {', '.join(left)}" if left else "")
         )
-    print(f"{'complete' if done else 'to be continued: the same command with --resume'}; {options.out}/results.json")
-    if stopped:
-        return 130
-    return 0 if done else 1 if scheduler.failures else 3
+    more = "to be continued: the same command with --resume" if scheduler.left else "complete"
+    print(f"{more}; {options.out}/results.json")
+    return 130 if stopped else 0 if not scheduler.left else 1 if scheduler.failures else 3
 
 
-def guarded(scheduler: Scheduler) -> bool:
-    """Run; Ctrl-C and a polite kill end it early. Returns whether one did."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        scheduler.run()
-        return False
-    except KeyboardInterrupt:
-        print("stopped; what is done is kept: the same command with --resume goes on", file=sys.stderr)
-        return True
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def scheduler_of(
+    options: ExperimentOptions, settings: Settings, begun: float, devices: list[str], jobs: int
+) -> Scheduler:
+    """`jobs` places on each device, until the budget ends."""
+    return Scheduler(
+        every=list(units(settings)),
+        out=options.out,
+        slots=[Slot(device, number, jobs > 1) for device in devices for number in range(jobs)],
+        deadline=begun + options.budget_seconds,
+        reserve=5.0 if settings.quick else 20.0,
+        toy=settings.quick,
+        say=partial(print, flush=True),
+    )
 
 
 def device_name(device: str) -> str:

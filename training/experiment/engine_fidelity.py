@@ -7,39 +7,30 @@ The first recipe (or folder of engines, or of exported networks) is what the oth
 stories of held-out scans, with the same noise. Fidelity: share of frames (one in four) in which the experiment's judge sees
 the prompted digit. SSIM: each chunk generated from the first recipe's latents so far, so that differences don't add up over
 chunks; mean over stories of each chunk, share of all chunks that are below 0.95, and the lowest. Without --judge one is
-trained first (seconds on a GPU, minutes without). The file of --json is written after each recipe.
+trained first (seconds on a GPU, minutes without).
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from longtake.accuracy.ssim import ssim
-from longtake.files import write_json
 from longtake.options import Command, option
 from longtake.runtime.generator import Generator
 from longtake.training.data.digit_stories import Story
-from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.experiment.arms import PRESET, shipped
 from longtake.training.experiment.batched import Script
-from longtake.training.experiment.classifier import DigitClassifier, JudgeTraining, trained_judge
-from longtake.training.experiment.evaluate import EVERY
-from longtake.training.experiment.jobs import MIXED_SEED
+from longtake.training.experiment.classifier import DigitClassifier
+from longtake.training.experiment.evaluate import EVERY, judge_from
+from longtake.training.experiment.figures import Row, StoryOptions, device_found, figures_of, tell
 from longtake.training.experiment.stories import mixed_stories, scripts_of, shots_by_chunk
-from longtake.training.experiment.summary import paired_interval
-
-GATE = 0.95  # SSIM of a chunk
 
 
 def told(generator: Generator, script: Script) -> tuple[list[Tensor], list[np.ndarray]]:
@@ -72,7 +63,7 @@ def fidelity_of(judge: DigitClassifier, story: Story, chunks: Sequence[np.ndarra
 
 def measured(
     generator: Generator, judge: DigitClassifier, stories: Sequence[Story], first: list[Any] | None, title: str
-) -> tuple[dict[str, Any], list[Any]]:
+) -> tuple[Row, list[Any]]:
     """A recipe's figures, and its videos. `first`: the first recipe's videos, of as many stories as are to be compared."""
     fidelity, likeness, videos = [], [], []
     scripts = scripts_of(stories, 0)
@@ -86,52 +77,8 @@ def measured(
     return figures_of(fidelity, likeness), videos
 
 
-def figures_of(fidelity: Sequence[float], likeness: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """A row: fidelity of each story, and SSIM of each chunk of the stories that were compared, if any was."""
-    row: dict[str, Any] = {"fidelity": float(np.mean(fidelity)), "fidelity_by_story": [round(x, 4) for x in fidelity]}
-    if likeness:
-        row |= {
-            "ssim": float(np.mean(likeness)),
-            "ssim_by_chunk": np.mean(likeness, 0).round(5).tolist(),
-            "ssim_below": float(np.mean(np.array(likeness) < GATE)),
-            "ssim_lowest": float(np.min(likeness)),
-            "ssim_stories": len(likeness),
-        }
-    return row
-
-
-def compare(row: dict[str, Any], first: dict[str, Any]) -> None:
-    """Add a recipe's difference to the first one, with its 95 % interval over stories."""
-    row["difference"] = row["fidelity"] - first["fidelity"]
-    row["interval"] = paired_interval([row["fidelity_by_story"]], [first["fidelity_by_story"]])
-
-
-def judge_from(path: Path | None, device: torch.device) -> DigitClassifier:
-    """The judge of a file of the experiment, or a new one."""
-    if path is None:
-        vae = frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, device)[0]
-        return trained_judge(vae, PRESET, JudgeTraining(), device)
-    judge = DigitClassifier()
-    judge.load_state_dict(load_file(path))
-    return judge.to(device).eval().requires_grad_(False)
-
-
-def table(rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"{'recipe':40} fidelity  difference          95 %        SSIM by chunk, below {GATE}, lowest"]
-    for name, row in rows.items():
-        line = f"{name[-40:]:40} {row['fidelity']:8.4f}"
-        if "difference" in row:
-            low, high = row["interval"]
-            line += f"  {row['difference']:+10.4f}  [{low:+.4f}, {high:+.4f}]"
-        if "ssim" in row:
-            by_chunk = " ".join(f"{x:.4f}" for x in row["ssim_by_chunk"])
-            line += f"  {by_chunk}  {row['ssim_below']:.0%}  {row['ssim_lowest']:.4f}"
-        lines.append(line)
-    return lines
-
-
 @dataclass(frozen=True)
-class FidelityOptions:
+class FidelityOptions(StoryOptions):
     """What"""
 
     recipes: tuple[str, ...] = option(positional=True, metavar="RECIPE")
@@ -142,36 +89,26 @@ class FidelityOptions:
     """how many"""
     ssim_stories: int | None = option(None, metavar="N")
     """of them: those whose SSIM is measured (default: all)"""
-    chunks: int = option(3, metavar="N")
-    """of a story"""
-    seed: int = option(MIXED_SEED, metavar="N")
-    """of the stories"""
-    judge: Path | None = option(None, metavar="FILE")
-    """judge.safetensors of an experiment (default: one is trained)"""
-    json: Path | None = option(None, metavar="FILE")
-    """write the figures there as well (default: they are printed only)"""
 
 
-def run(options: FidelityOptions) -> int:
-    """Measure, print the table, write it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def rows_of(options: FidelityOptions, device: torch.device) -> Iterator[tuple[str, Row]]:
+    """Name and figures of each recipe."""
     judge = judge_from(options.judge, device)
     stories = mixed_stories(options.stories, options.chunks, options.seed)
-    rows: dict[str, dict[str, Any]] = {}
     first: list[Any] | None = None
     for name in options.recipes:
         generator = Generator.from_engines(name, options.backend, device if device.type == "cuda" else None)
         with closing(generator.backend):
-            rows[name], videos = measured(generator, judge, stories, first, name)
-        if name != options.recipes[0]:
-            compare(rows[name], rows[options.recipes[0]])
+            row, videos = measured(generator, judge, stories, first, name)
         first = videos[: options.ssim_stories] if first is None else first
-        if options.json:
-            machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-            conditions = {"stories": options.stories, "chunks": options.chunks, "seed": options.seed}
-            write_json(options.json, {"device": machine, **conditions, "rows": rows})
-    sys.stdout.write("\n".join(table(rows)) + "\n")
-    return 0
+        yield name, row
+
+
+def run(options: FidelityOptions) -> int:
+    """Measure, print the table, write it."""
+    device, machine = device_found()
+    conditions = {"device": machine, "stories": options.stories, "chunks": options.chunks, "seed": options.seed}
+    return tell(rows_of(options, device), options.json, conditions)
 
 
 COMMAND = Command(run=run, options=(FidelityOptions,), description=__doc__ or "")

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from longtake.training.data.base import chunk_frames
 from longtake.training.data.digit_stories import Story
 from longtake.training.data.digits import Digits, scans_of
 from longtake.training.data.latent_cache import LatentCache, encode
+from longtake.training.experiment.arms import PRESET, shipped, vae_of
 from longtake.training.experiment.batched import Rollout, Sampling, decoded
-from longtake.training.experiment.classifier import DigitClassifier
+from longtake.training.experiment.classifier import DigitClassifier, JudgeTraining, trained_judge
 from longtake.training.experiment.shape import ink_seen, iou, shapes
 from longtake.training.experiment.stories import scripts_of, shots_by_chunk
 from longtake.training.models.load import Models
@@ -34,6 +37,15 @@ class Eyes:
     judge: DigitClassifier
     vae: torch.nn.Module
     device: torch.device
+
+
+def judge_from(path: Path | None, device: torch.device) -> DigitClassifier:
+    """The judge of a file of the experiment, or a new one."""
+    if path is None:
+        return trained_judge(vae_of(shipped(), device), PRESET, JudgeTraining(), device)
+    judge = DigitClassifier()
+    judge.load_state_dict(load_file(path))
+    return judge.to(device).eval().requires_grad_(False)
 
 
 def generated(

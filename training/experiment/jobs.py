@@ -1,15 +1,13 @@
-"""The work of each unit: functions of a `Bench` and the seconds left, which return a JSON-ready result."""
+"""The work of each unit: functions of a `Bench`, which return a JSON-ready result."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from safetensors.torch import save_file
 
 from longtake.files import atomic_path
-from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint
-from longtake.training.experiment.arms import PRESET, arm_folder, encode_stories, held_out, shipped, train_arm
+from longtake.training.experiment.arms import PRESET, arm_folder, encode_stories, held_out, shipped, train_arm, vae_of
 from longtake.training.experiment.batched import Sampling
 from longtake.training.experiment.bench import CONDITIONS, Bench
 from longtake.training.experiment.classifier import judge_accuracy, trained_judge
@@ -30,21 +28,21 @@ from longtake.training.models.load import Models
 MIXED_SEED, RETURN_SEED, LONG_SEED = 501, 502, 503
 
 
-def stories(part: int | None, bench: Bench, seconds: float) -> dict[str, Any]:
+def stories(part: int | None, bench: Bench) -> dict[str, Any]:
     """Encode a part of the training stories, or the held-out ones (None)."""
     return dict(encode_stories(bench.settings, bench.out, bench.device, part))
 
 
-def judge(bench: Bench, seconds: float) -> dict[str, Any]:
+def judge(bench: Bench) -> dict[str, Any]:
     """Train the judge, keep it, and report how often it is right on held-out scans."""
-    vae = frozen_vae(vae_checkpoint(PRESET, shipped()), PRESET, bench.device)[0]
+    vae = vae_of(shipped(), bench.device)
     found = trained_judge(vae, PRESET, bench.settings.judge, bench.device)
     with atomic_path(bench.out / "judge.safetensors") as partial_file:
         save_file({k: v.cpu().contiguous() for k, v in found.state_dict().items()}, partial_file)
     return judge_accuracy(found, vae, PRESET, bench.settings.judge_clips, bench.device)
 
 
-def reference(bench: Bench, seconds: float) -> dict[str, Any]:
+def reference(bench: Bench) -> dict[str, Any]:
     """The data set through the VAE: the most that a generator can reach; and another writer's digit: the least."""
     models, s = bench.models(shipped(), "bf16"), bench.settings
     mixed = mixed_stories(s.fidelity_stories, s.fidelity_chunks, MIXED_SEED)
@@ -58,29 +56,30 @@ def reference(bench: Bench, seconds: float) -> dict[str, Any]:
     }
 
 
-def train(arm: str, seed: int, bench: Bench, seconds: float) -> dict[str, Any]:
+def train(arm: str, seed: int, bench: Bench) -> dict[str, Any]:
     """Train the base, or one arm of one seed."""
-    bench.forget_models()
-    return dict(train_arm(bench.settings, bench.out, arm, seed, bench.device, seconds))
+    return dict(train_arm(bench.settings, bench.out, arm, seed, bench.device))
 
 
-def evaluate(name: str, seed: int, bench: Bench, seconds: float) -> dict[str, Any]:
+def evaluate(name: str, seed: int, bench: Bench) -> dict[str, Any]:
     """Flow loss and prompt fidelity of a condition."""
     models = bench.condition(name, seed)
-    flow = held_out_flow(
-        models, held_out(bench.settings, bench.out, bench.device), bench.device, bench.settings.flow_draws
-    )
-    return {**flow, **_fidelity(bench, models, bench.sampling(CONDITIONS[name][2]))}
+    return {**flow_of(bench, models), **_fidelity(bench, models, bench.sampling(CONDITIONS[name][2]))}
 
 
-def habit(bench: Bench, seconds: float) -> dict[str, Any]:
+def habit(bench: Bench) -> dict[str, Any]:
     """Flow loss of the shipped model and of the base in bf16 and in 4 bits: how used to 4 bits the start still is."""
-    cache, found = held_out(bench.settings, bench.out, bench.device), {}
-    for name, folder in (("shipped", shipped()), ("base", arm_folder(bench.out, "base", 0))):
-        for precision in ("bf16", "nvfp4"):
-            flow = held_out_flow(bench.models(folder, precision), cache, bench.device, bench.settings.flow_draws)
-            found[f"{name}_{precision}"] = flow["flow"]
-    return found
+    return {
+        f"{name}_{precision}": flow_of(bench, bench.models(folder, precision))["flow"]
+        for name, folder in (("shipped", shipped()), ("base", arm_folder(bench.out, "base", 0)))
+        for precision in ("bf16", "nvfp4")
+    }
+
+
+def flow_of(bench: Bench, models: Models) -> dict[str, Any]:
+    """Flow loss on the held-out stories."""
+    cache = held_out(bench.out / "stories", bench.settings.flow_stories, bench.device)
+    return dict(held_out_flow(models, cache, bench.device, bench.settings.flow_draws))
 
 
 def _fidelity(bench: Bench, models: Models, sampling: Sampling) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def _fidelity(bench: Bench, models: Models, sampling: Sampling) -> dict[str, Any
     return dict(fidelity(generated(models, bench.eyes, stories, sampling), stories, bench.eyes))
 
 
-def sink_condition(sinks: str, seed: int, bench: Bench, seconds: float) -> dict[str, Any]:
+def sink_condition(sinks: str, seed: int, bench: Bench) -> dict[str, Any]:
     """Identity across cuts of the NVFP4-aware model with some of its sinks: of subjects that it made up, and of subjects
     of the data set, whose first shot is given."""
     s, sampling = bench.settings, bench.sampling("nvfp4", sinks)
@@ -100,7 +99,7 @@ def sink_condition(sinks: str, seed: int, bench: Bench, seconds: float) -> dict[
     return {**made_up, **{f"given_{name}": value for name, value in given.items()}}
 
 
-def drift_condition(name: str, seed: int, bench: Bench, seconds: float) -> dict[str, Any]:
+def drift_condition(name: str, seed: int, bench: Bench) -> dict[str, Any]:
     """Long shots of a condition."""
     s = bench.settings
     stories = long_stories(s.drift_stories, s.drift_chunks, LONG_SEED)
@@ -108,23 +107,20 @@ def drift_condition(name: str, seed: int, bench: Bench, seconds: float) -> dict[
     return dict(drift(chunks, stories, bench.eyes))
 
 
-def few_steps(steps: int, bench: Bench, seconds: float) -> dict[str, Any]:
+def few_steps(steps: int, bench: Bench) -> dict[str, Any]:
     """The teacher with a student's few steps, guided, without distillation: what distillation has to beat."""
-    models, s = bench.condition("nvfp4", bench.teacher()), bench.settings
+    models, s = bench.condition("nvfp4", bench.teacher), bench.settings
     return _fidelity(bench, models, Sampling(steps, s.guidance, PRESET.sampling.shift, "nvfp4"))
 
 
-def distil_student(steps: int, bench: Bench, seconds: float) -> dict[str, Any]:
+def distil_student(steps: int, bench: Bench) -> dict[str, Any]:
     """Distil the best NVFP4-aware model to `steps` steps."""
-    bench.forget_models()
-    teacher = arm_folder(bench.out, "nvfp4", bench.teacher())
-    return distil(bench.settings, teacher, bench.out, steps, bench.device, seconds)
+    teacher = arm_folder(bench.out, "nvfp4", bench.teacher)
+    return distil(bench.settings, teacher, bench.out, steps, bench.device)
 
 
-def student(steps: int, bench: Bench, seconds: float) -> dict[str, Any]:
+def student(steps: int, bench: Bench) -> dict[str, Any]:
     """Prompt fidelity and identity of a student, under NVFP4 with the FP4 cache, without guidance."""
-    if bench.results.get(f"distill-{steps}", {}).get("skipped"):
-        return {"skipped": f"there is no {steps}-step student"}
     models = bench.models(student_folder(bench.out, steps), "nvfp4")
     sampling, s = student_sampling(bench.out, steps), bench.settings
     stories = returning_stories(s.identity_stories, s.identity_lengths, RETURN_SEED)
@@ -134,24 +130,19 @@ def student(steps: int, bench: Bench, seconds: float) -> dict[str, Any]:
     }
 
 
-def sheet(bench: Bench, seconds: float) -> dict[str, Any]:
+def sheet(bench: Bench) -> dict[str, Any]:
     """One story by every condition, as a picture and as a video."""
     s = bench.settings
     stories = returning_stories(1, (1, 1, 1), 0) if s.quick else returning_stories(2, (1, 4, 2), RETURN_SEED + 1)
-    rows = {"data set": lambda: rendered(bench.eyes, bench.models(shipped(), "bf16"), stories)}
-    for name, (_, _, cache) in CONDITIONS.items():
-        rows[name] = partial(_sheet_row, bench, name, bench.sampling(cache), stories)
-    rows["nvfp4, no sinks"] = partial(_sheet_row, bench, "nvfp4", bench.sampling("nvfp4", "none"), stories)
+    told = {
+        name: (bench.condition(name, bench.teacher), bench.sampling(cache))
+        for name, (_, _, cache) in CONDITIONS.items()
+    }
+    told["nvfp4, no sinks"] = told["nvfp4"][0], bench.sampling("nvfp4", "none")
     for steps in s.students:
-        if "fidelity" in bench.results.get(f"student-{steps}", {}):
-            rows[f"student, {steps} steps"] = partial(_student_row, bench, steps, stories)
+        if f"student-{steps}" in bench.results:
+            models = bench.models(student_folder(bench.out, steps), "nvfp4")
+            told[f"student, {steps} steps"] = models, student_sampling(bench.out, steps)
+    rows = {"data set": rendered(bench.eyes, bench.models(shipped(), "bf16"), stories)}
+    rows |= {name: generated(models, bench.eyes, stories, how) for name, (models, how) in told.items()}
     return contact_sheet(rows, bench.out, PRESET.fps)
-
-
-def _sheet_row(bench: Bench, name: str, sampling: Sampling, stories: list[Any]) -> Any:
-    return generated(bench.condition(name, bench.teacher()), bench.eyes, stories, sampling)
-
-
-def _student_row(bench: Bench, steps: int, stories: list[Any]) -> Any:
-    models = bench.models(student_folder(bench.out, steps), "nvfp4")
-    return generated(models, bench.eyes, stories, student_sampling(bench.out, steps))

@@ -182,9 +182,6 @@ def _students(results: Results, settings: Settings, found: dict[str, Any]) -> st
         lines.append(
             f"| {steps} | {show(row['student'])} | {show(row['same steps, not distilled'])} | {show(teacher)} |"
         )
-    for steps in rows:
-        if why := results.get(f"distill-{steps}", {}).get("skipped"):
-            lines += ["", f"No {steps}-step student: {why}."]
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from longtake.video import VideoWriter
 COLUMNS = 12
 
 
-def contact_sheet(rows: Mapping[str, Callable[[], Iterable[Tensor]]], out: Path, fps: int) -> dict[str, Any]:
+def contact_sheet(rows: Mapping[str, Iterable[Tensor]], out: Path, fps: int) -> dict[str, Any]:
     """Write <out>/sheet.png (frames over time) and <out>/sheet.mp4 (conditions side by side) of each row's stories.
 
-    rows: name -> function that gives the frames of each chunk, fp32 [B, 3, T, H, W] in [-1, 1].
+    rows: name -> frames of each chunk, fp32 [B, 3, T, H, W] in [-1, 1].
     """
-    videos = {name: _video(chunks()) for name, chunks in rows.items()}
+    videos = {name: _video(chunks) for name, chunks in rows.items()}
     _picture(videos, out / "sheet.png")
     writer = VideoWriter(out / "sheet.mp4", fps)
     tall = [np.concatenate(list(video), axis=1) for video in videos.values()]  # [T, B H, W, 3]

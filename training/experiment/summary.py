@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from longtake.files import read_json
 from longtake.training.experiment.settings import Settings
 from longtake.training.experiment.sinks import SINKS
 
 Results = dict[str, dict[str, Any]]
 FEW_POINTS = 0.05  # how much prompt fidelity a 4-step student may lose
+
+
+def results_in(out: Path) -> Results:
+    """What units have found so far."""
+    return {path.stem: read_json(path) for path in sorted((out / "units").glob("*.json"))}
 
 
 def values_of(results: Results, kind: str, condition: str, metric: str) -> list[float]:

@@ -17,16 +17,16 @@ from longtake.training.experiment.sinks import SINKS
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work. seconds: what it takes on an H100. run(bench, seconds left) -> result.
+    """One piece of work. seconds: what it takes on an H100. run(bench) -> result.
 
-    needs: names of units whose products it reads. after: units that it waits for, done or failed. product: the file, below --out, that others read; None: nothing but
-    the result. heavy: it fills a GPU, so one a device at a time. divisible: it stops by itself when its time is over,
-    and goes on later. step: it is worth nothing by itself (encoded stories), so it is made again only if needed.
+    needs: names of units whose products it reads. after: units that it waits for, done or failed. product: the file, below
+    --out, that others read; None: nothing but the result. heavy: it fills a GPU, so one a device at a time. divisible:
+    ended by Ctrl-C, it saves where it stands, and goes on later. step: it is worth nothing by itself (encoded stories), so it is made again only if needed.
     """
 
     name: str
     seconds: float
-    run: Callable[[Bench, float], dict[str, Any]]
+    run: Callable[[Bench], dict[str, Any]]
     needs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     product: str | None = None

@@ -19,8 +19,6 @@ from longtake.errors import LongtakeError
 from longtake.training.models.presets import VAEConfig
 from longtake.training.models.wan.vae import CausalVAE
 
-REFERENCE_HALO = 28  # what LongLive takes for the Wan 2.2 VAE, one more than its structure needs
-
 
 @dataclass(frozen=True)
 class Window:
@@ -116,19 +114,6 @@ def encode_window(vae: CausalVAE, frames: Tensor, window: Window, at_once: int =
 def as_float(frames: Tensor) -> Tensor:
     """Pixels in [-1, 1] of uint8 ones; others as they are."""
     return frames if frames.is_floating_point() else frames.float() / 127.5 - 1
-
-
-def encode_share(vae: CausalVAE, video: Tensor, ranks: int, rank: int, halo: int | None = None) -> Tensor:
-    """The latents that are `rank`'s, [B, F / ranks, C, h, w], of video [B, 3, T, H, W] in [-1, 1].
-
-    Args:
-        halo: latents to encode before them; None: `halo_needed`.
-    """
-    stride = vae.config.stride[0]
-    latents = 1 + (video.shape[2] - 1) // stride
-    start, stop = share(latents, ranks, rank)
-    window = window_of(start, stop, halo_needed(vae.config) if halo is None else halo, stride)
-    return encode_window(vae, video[:, :, window.start : window.stop], window)
 
 
 @torch.no_grad()

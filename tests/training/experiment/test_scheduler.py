@@ -3,54 +3,43 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from longtake.training.experiment.scheduler import Scheduler
-from longtake.training.experiment.slots import Slot
+from longtake.training.experiment.scheduler import Scheduler, Slot
 from longtake.training.experiment.units import Unit, present, wanted
 
 WORKER = """
-import json, pathlib, signal, sys, time
-out = pathlib.Path(sys.argv[1])
-for line in sys.stdin:
-    name = json.loads(line)["unit"]
-    state, why = "done", ""
-    with open(out / "ran", "a") as log: log.write(name + " ")
-    if name.startswith("long"):
-        try: time.sleep(60)
-        except KeyboardInterrupt: (out / "asked").write_text(name); sys.exit(130)
-    if name.startswith("dies"): sys.exit(9)
-    if name.startswith("bad"): state, why = "failed", "it is bad"
-    if name.startswith("slow"): time.sleep(0.5)
-    if state == "done":
-        (out / "units").mkdir(exist_ok=True)
-        (out / "units" / (name + ".json")).write_text('{"x": 1}')
-        (out / name).write_text("product")
-    print(json.dumps({"unit": name, "state": state, "why": why}), flush=True)
+import pathlib, sys, time
+out, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+with open(out / "ran", "a") as log: log.write(name + " ")
+if name.startswith("long"):
+    try: time.sleep(60)
+    except KeyboardInterrupt: (out / "asked").write_text(name); sys.exit(130)
+if name.startswith("dies"): sys.exit(9)
+if name.startswith("bad"): sys.exit("it is bad")
+if name.startswith("slow"): time.sleep(0.5)
+(out / "units").mkdir(exist_ok=True)
+(out / "units" / (name + ".json")).write_text('{"x": 1}')
+(out / name).write_text("product")
 """
 
 
-class Stand(Slot):
-    """A slot whose process doesn't compute anything."""
-
-    def new_process(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(self.out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
+def stand_in(out: Path, name: str, device: str) -> list[str]:
+    """A process that doesn't compute anything."""
+    return [sys.executable, "-c", WORKER, str(out), name]
 
 
 def unit(name: str, *needs: str, **more: Any) -> Unit:
-    return Unit(name, 0.1, lambda bench, seconds: {}, needs, product=name, **more)
+    return Unit(name, 0.1, lambda bench: {}, needs, product=name, **more)
 
 
 def scheduler_of(out: Path, every: list[Unit], devices: int = 1, jobs: int = 1, seconds: float = 20.0) -> Scheduler:
-    slots = [Stand(out, f"cpu{d}", d, n, jobs) for d in range(devices) for n in range(jobs)]
-    return Scheduler(every, out, slots, time.monotonic() + seconds, reserve=0.0, toy=True, say=lambda line: None)
+    slots = [Slot(f"cpu{d}", n, jobs > 1) for d in range(devices) for n in range(jobs)]
+    quiet = lambda line: None  # noqa: E731
+    return Scheduler(every, out, slots, time.monotonic() + seconds, 0.0, toy=True, say=quiet, command=stand_in)
 
 
 def test_needs_come_first_and_the_rest_is_resumed(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ import pytest
 
 from longtake.commands.main import main
 from longtake.training.models.wan.window import full_history
-from longtake.training.parallel.bench.cost import KEPT_FREE, longest_fitting
-from longtake.training.parallel.bench.runs import next_trial
+from longtake.training.parallel.bench.runs import KEPT_FREE, longest_fitting, next_trial
 from longtake.training.parallel.bench.worker import thinned
 from longtake.training.parallel.launch import run_ranks
 from longtake.training.parallel.layout import Layout

@@ -4,15 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B, VAEConfig
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.models.wan.vae_layers import Stream
 from longtake.training.parallel.halo import (
-    REFERENCE_HALO,
     Window,
-    encode_share,
     encode_window,
     encoded,
     evened,
@@ -24,6 +23,21 @@ from longtake.training.parallel.halo import (
 # One block and two, with and without what the released VAE has: the look-back differs
 NARROW = replace(TINY.vae, z_channels=4, encoder_dim=4, decoder_dim=4, dim_mult=(1, 1, 1, 1))
 RELEASED = replace(WAN22_TI2V_5B.vae, z_channels=4, encoder_dim=4, decoder_dim=4, dim_mult=(1, 1, 1, 1))
+
+REFERENCE_HALO = 28  # what LongLive takes for the Wan 2.2 VAE, one more than its structure needs
+
+
+def encode_share(vae: CausalVAE, video: Tensor, ranks: int, rank: int, halo: int | None = None) -> Tensor:
+    """The latents that are `rank`'s, [B, F / ranks, C, h, w], of video [B, 3, T, H, W] in [-1, 1].
+
+    Args:
+        halo: latents to encode before them; None: `halo_needed`.
+    """
+    stride = vae.config.stride[0]
+    latents = 1 + (video.shape[2] - 1) // stride
+    start, stop = share(latents, ranks, rank)
+    window = window_of(start, stop, halo_needed(vae.config) if halo is None else halo, stride)
+    return encode_window(vae, video[:, :, window.start : window.stop], window)
 
 
 def vae_of(config: VAEConfig) -> CausalVAE:

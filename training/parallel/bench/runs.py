@@ -1,4 +1,4 @@
-"""Which cases `training.parallel.bench` runs and how long each may take; results are collected while ranks run.
+"""Which cases `longtake bench parallel` runs; results are collected while ranks run.
 
 Legend: N chunks of a clip, P ranks.
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pickle
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longtake.files import write_json
-from longtake.training.models.presets import Preset
-from longtake.training.parallel.bench.cost import iteration_seconds, longest_fitting
+import torch
+
+from longtake.training.data.base import chunk_frames
+from longtake.training.parallel.bench.options import ParallelBenchOptions
 from longtake.training.parallel.bench.worker import Case
-from longtake.training.parallel.halo import evened, halo_needed
 from longtake.training.parallel.launch import run_ranks
 from longtake.training.parallel.layout import NONE
 
@@ -29,163 +30,141 @@ Row = dict[str, Any]
 STEP_S = 8  # of the search for the longest clip
 ROUNDS = 3  # trials a mode in that search
 START_S = 25  # processes, weights and the first kernels
-REHEARSAL = 0.25  # of an iteration's time, about
-TIMED = 0.85  # of the time left is planned for
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all cases have in common. rehearse_oom: a mode whose last rank is to run out of memory, to try that out."""
-
-    preset: Preset
-    ranks: int
-    halo: str
-    attention: str
-    bf16: bool
-    vae: bool
-    rehearse_oom: str = ""
-
-    def chunks(self, seconds: float) -> int:
-        """Chunks of a clip of about `seconds`, a multiple of the ranks."""
-        chunk = self.preset.chunk_latents * self.preset.vae.stride[0] / self.preset.fps
-        return max(1, round(seconds / chunk / self.ranks)) * self.ranks
-
-    def seconds(self, chunks: int) -> float:
-        """Length of a clip of `chunks` chunks."""
-        frames = 1 + self.preset.vae.stride[0] * (self.preset.chunk_latents * chunks - 1)
-        return round(frames / self.preset.fps, 2)
-
-    def case(self, mode: str, seconds: float, **more: Any) -> Case:
-        oom = self.ranks - 1 if mode == self.rehearse_oom else None
-        return Case(mode, self.chunks(seconds), vae=self.vae, halo=self.halo, attention=self.attention, bf16=self.bf16,
-                    fails_on=oom, **more)  # fmt: skip
-
-    def head(self, case: Case) -> Row:
-        """What is known of a case beforehand."""
-        return {
-            "mode": case.mode,
-            "seconds": self.seconds(case.chunks),
-            "chunks": case.chunks,
-            "tokens": 2 * case.chunks * self.preset.chunk_tokens,
-            "samples": self.ranks if case.mode == NONE else 1,
-        }
-
-    def expected(self, case: Case) -> float:
-        """Seconds of an iteration on H100s; elsewhere only good for comparing cases."""
-        latents = case.chunks * self.preset.chunk_latents
-        if case.mode == "balanced":
-            bounds = evened(latents, self.ranks, halo_needed(self.preset.vae))
-            latents = min(latents, bounds[0][1] - bounds[0][0])
-        sharing = 1 if case.mode == NONE else self.ranks
-        return iteration_seconds(self.preset, case.chunks, sharing, latents * case.vae)
+KEPT_FREE = 3e9  # bytes of a GPU that are not torch's: CUDA context, NCCL's and cuDNN's own
 
 
 @dataclass
 class Runs:
-    """Runs cases until `deadline` (of time.monotonic()). words: the worker's command line; save: told of all results."""
+    """Runs cases on P ranks until the budget's time is over. save: told of all results."""
 
-    plan: Plan
-    words: list[str]
-    deadline: float
+    options: ParallelBenchOptions
+    ranks: int
     save: Callable[[list[Row], dict[str, Row]], None]
     cases: list[Row] = field(default_factory=list)
     longest: dict[str, Row] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.options.budget_seconds
 
     @property
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def measure(self, lengths: Sequence[float], modes: Sequence[str], iterations: int, warmup: int) -> None:
-        """Time every mode at every length, shortest first."""
-        wanted = [
-            self.plan.case(mode, seconds, iterations=iterations, warmup=warmup)
-            for seconds in sorted(lengths)
-            for mode in modes
-        ]
-        weights = [(iterations + REHEARSAL) * self.plan.expected(case) for case in wanted]
-        while wanted:
-            share = max(1.0, self.left * TIMED - START_S) / sum(weights)
-            given = [Case(**{**asdict(c), "allowed_s": share * w}) for c, w in zip(wanted, weights)]
-            rows = self.together(given)
-            wanted, weights = wanted[len(rows) :], weights[len(rows) :]
+    def case(self, mode: str, seconds: float, rehearsed: bool = False) -> Case:
+        """A clip of about `seconds`, of as many chunks as a multiple of the ranks."""
+        preset = self.options.sized
+        chunk = preset.chunk_latents * preset.vae.stride[0] / preset.fps
+        return Case(mode, max(1, round(seconds / chunk / self.ranks)) * self.ranks, rehearsed)
 
-    def together(self, cases: list[Case]) -> list[Row]:
+    def head(self, case: Case) -> Row:
+        """What is known of a case beforehand."""
+        preset = self.options.sized
+        return {
+            "mode": case.mode,
+            "seconds": round(chunk_frames(preset, case.chunks) / preset.fps, 2),
+            "chunks": case.chunks,
+            "tokens": 2 * case.chunks * preset.chunk_tokens,
+            "samples": self.ranks if case.mode == NONE else 1,
+        }
+
+    def measure(self) -> None:
+        """Time every mode at every length, shortest first."""
+        wanted = [self.case(mode, seconds) for seconds in sorted(self.options.seconds) for mode in self.options.modes]
+        while wanted:
+            wanted = wanted[len(self.together(wanted)) :]
+
+    def together(self, cases: Sequence[Case]) -> list[Row]:
         """Rows of the first cases, in one start of the ranks: all of them, or those up to the first that fails."""
         rows: list[Row] = []
         if self.left < 5:
-            rows = [{**self.plan.head(case), "failed": "no time left"} for case in cases]
-            self.cases += [row for row, case in zip(rows, cases) if not case.rehearsed]
-            self.save(self.cases, self.longest)
+            for case in cases:
+                self.keep(rows, {**self.head(case), "failed": "no time left"}, case)
             return rows
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_json(folder / "cases.json", [asdict(case) for case in cases])
+            (folder / "cases").write_bytes(pickle.dumps((self.options, cases, self.deadline)))
 
-            def collect() -> float:
+            def collect() -> None:
                 while len(rows) < len(cases) and (row := self.row_of(folder, len(rows), cases[len(rows)])):
                     self.keep(rows, row, cases[len(rows)])
-                return 0.0
 
-            failure = run_ranks([*self.words, "--record", name], self.plan.ranks, folder, self.deadline, collect)
+            words = ["-m", "longtake.training.parallel.bench.worker", name]
+            failure = run_ranks(words, self.ranks, folder, self.deadline, collect)
             collect()
         if len(rows) < len(cases):
             case = cases[len(rows)]
-            self.keep(rows, {**self.plan.head(case), "failed": failure or "a rank left no result"}, case)
+            self.keep(rows, {**self.head(case), "failed": failure or "a rank left no result"}, case)
         return rows
 
     def keep(self, rows: list[Row], row: Row, case: Case) -> None:
         rows.append(row)
         if not case.rehearsed:
             self.cases.append(row)
-            self.save(self.cases, self.longest)
+        self.save(self.cases, self.longest)
         what = row.get("failed") or f"{row['s_per_iteration']:.2f} s/iteration, {row['peak_gb']:.1f} GB"
-        logger.info("%s at %.0f s%s: %s (%.0f s left)", case.mode, row["seconds"],
-                    ", rehearsed" * case.rehearsed, what, self.left)  # fmt: skip
+        how = f"{case.mode} at {row['seconds']:.0f} s{', rehearsed' * case.rehearsed}"
+        logger.info("%s: %s (%.0f s left)", how, what, self.left)
 
     def row_of(self, folder: Path, number: int, case: Case) -> Row | None:
         """A case's row once all ranks left their files."""
-        paths = [folder / f"{number}-{rank}.json" for rank in range(self.plan.ranks)]
+        paths = [folder / f"{number}-{rank}.json" for rank in range(self.ranks)]
         if not all(path.is_file() for path in paths):
             return None
         found = [json.loads(path.read_text()) for path in paths]
-        head, slowest = self.plan.head(case), max(one["iteration_s"] for one in found)
+        head, slowest = self.head(case), max(one["iteration_s"] for one in found)
         return {
             **head,
             "iterations": found[0]["iterations"],
             "s_per_iteration": slowest,
             "s_per_sample": slowest / head["samples"],
             "peak_gb": max(one["peak_gb"] for one in found),
-            "took_s": max(one["took_s"] for one in found),
-            "expected_s": round(self.plan.expected(case), 3),
             "ranks": found,
         }
 
-    def find_longest(self, modes: Sequence[str], most: float, memory: float) -> None:
-        """By each mode the longest clip up to `most` seconds that runs, in steps of 8 s.
-
-        memory: bytes of a GPU, 0 where that isn't known; the first trial is what peaks at two lengths promise.
-        """
-        for mode in modes:
-            done = [row for row in self.cases if row["mode"] == mode and "failed" not in row]
-            failed = min((r["seconds"] for r in self.cases if r["mode"] == mode and "memory" in r.get("failed", "")),
-                         default=None)  # fmt: skip
-            fits = max((row["seconds"] for row in done), default=0.0)
-            points = [(row["seconds"], 1e9 * row["peak_gb"]) for row in done]
-            guess = longest_fitting(points, memory) if memory else None
-            self.longest[mode] = {
-                "fits_s": fits, "fails_s": failed, "why": "out of memory" if failed else None,
-                "estimated_s": None if guess is None or math.isinf(guess) else round(guess, 1),
-            }  # fmt: skip
-        self.save(self.cases, self.longest)
+    def find_longest(self, most: float) -> None:
+        """By each mode the longest clip up to `most` seconds that runs, in steps of 8 s; the first trial is what peaks at
+        two lengths promise."""
+        modes = self.options.modes
+        self.longest = {mode: known_of(mode, self.cases, self.options.on) for mode in modes}
         for _ in range(ROUNDS):
             trials = {mode: trial for mode in modes if (trial := next_trial(self.longest[mode], most)) is not None}
-            wanted = [self.plan.case(mode, seconds, rehearsed=True) for mode, seconds in trials.items()]
+            wanted = [self.case(mode, seconds, rehearsed=True) for mode, seconds in trials.items()]
             while wanted and self.left > START_S / 2:
                 rows = self.together(wanted)
                 for row in rows:
                     note_trial(self.longest[row["mode"]], row)
                 wanted = wanted[len(rows) :]
-                self.save(self.cases, self.longest)
+        self.save(self.cases, self.longest)
+
+
+def known_of(mode: str, cases: Sequence[Row], device: str) -> Row:
+    """What the timed cases tell of the longest clip of a mode."""
+    done = [row for row in cases if row["mode"] == mode and "failed" not in row]
+    failed = [r["seconds"] for r in cases if r["mode"] == mode and "memory" in r.get("failed", "")]
+    guess = None
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+        guess = longest_fitting([(row["seconds"], 1e9 * row["peak_gb"]) for row in done], memory)
+    return {
+        "fits_s": max((row["seconds"] for row in done), default=0.0),
+        "fails_s": min(failed, default=None),
+        "why": "out of memory" if failed else None,
+        "estimated_s": None if guess is None or math.isinf(guess) else round(guess, 1),
+    }
+
+
+def longest_fitting(points: list[tuple[float, float]], memory: float) -> float | None:
+    """Seconds of clip at which the peak would reach `memory` bytes, of (seconds, peak bytes): it grows linearly.
+
+    None where fewer than two lengths are known.
+    """
+    points = sorted(set(points))
+    if len(points) < 2 or points[0][0] == points[-1][0]:
+        return None
+    (first, low), (last, high) = points[0], points[-1]
+    if high <= low:
+        return math.inf
+    return last + (memory - KEPT_FREE - high) * (last - first) / (high - low)
 
 
 def next_trial(known: Row, most: float) -> float | None:

@@ -1,4 +1,4 @@
-"""The report of `training.parallel.bench` for reading, and its ratios."""
+"""The report of `longtake bench parallel` for reading, and its ratios."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One measurement of `training.parallel.bench`, on every rank: iterations of one mode at one length.
+"""Measurements of `longtake bench parallel` on one rank: iterations of one mode at one length.
 
 Weights, latents, prompts and pixels are random and made on the device. An iteration is what training does with a clip
 that isn't cached: VAE encode, forward and backward pass with gradient checkpointing, AdamW on the sharded weights.
@@ -7,96 +7,81 @@ that isn't cached: VAE encode, forward and backward pass with gradient checkpoin
 from __future__ import annotations
 
 import gc
+import os
+import pickle
+import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from longtake.files import write_json
 from longtake.training.data.base import chunk_frames
-from longtake.training.models.presets import Preset
 from longtake.training.models.wan.dit import Attend, CausalDiT
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.models.wan.window import full_history
 from longtake.training.objective.flex import flex_attention_for
 from longtake.training.objective.teacher_forcing import Clips, draw_noise
 from longtake.training.parallel.attention import Seen, attend_seen
+from longtake.training.parallel.bench.options import ParallelBenchOptions
 from longtake.training.parallel.forcing import attention, part_loss, part_of, part_velocity
 from longtake.training.parallel.halo import Window, encode_window, evened, halo_needed, share, window_of
 from longtake.training.parallel.layout import NONE, Layout
-from longtake.training.parallel.ranks import Ranks
+from longtake.training.parallel.ranks import Ranks, join_ranks
 from longtake.training.parallel.sharding import shard_dit
 from longtake.training.report import peak_memory
 
 AT_ONCE = 2  # latents that the encoder takes in one call
+TIMED = 0.8  # of the time left is shared among the cases
 
 
 @dataclass(frozen=True)
 class Case:
-    """What to measure. halo: "even" gives all ranks as many latents to encode, "equal" to keep (the reference's).
-
-    attention: "blocks" (`attend_seen`) or "flex". iterations: at most; fewer, but one, where they take longer than
-    `allowed_s`. rehearsed: nothing is timed, only `Measurement.rehearse`, which takes as much memory.
-    """
+    """What to measure. rehearsed: nothing is timed, only `Measurement.rehearse`, which takes as much memory."""
 
     mode: str
     chunks: int
-    iterations: int = 3
-    warmup: int = 1
-    vae: bool = True
-    halo: str = "even"
-    attention: str = "blocks"
-    bf16: bool = True
-    allowed_s: float = float("inf")
     rehearsed: bool = False
-    fails_on: int | None = None
 
-
-@dataclass(frozen=True)
-class Found:
-    """What one rank found; seconds are medians of the iterations, memory is the peak, models included."""
-
-    rank: int
-    iterations: int
-    iteration_s: float
-    vae_s: float
-    dit_s: float
-    optimizer_s: float
-    loss_tokens: int
-    tokens: int
-    vae_latents: int
-    peak_gb: float
-    loss: float
+    @property
+    def work(self) -> int:
+        """About how much it is, beside other cases: attention grows with the square of the length."""
+        return self.chunks * (self.chunks + 8)
 
 
 class Models:
     """Sharded transformer, its optimizer, and encoder, on random weights: the same for every case of a process."""
 
-    def __init__(self, preset: Preset, ranks: Ranks, bf16: bool, vae: bool) -> None:
-        self.preset, self.ranks, self.planned = preset, ranks, dict[int, int]()
+    def __init__(self, options: ParallelBenchOptions, ranks: Ranks) -> None:
+        preset = options.sized
+        self.planned: dict[int, int] = {}
         torch.manual_seed(0)
         with ranks.device:
             self.dit = CausalDiT(preset.dit)
             torch.nn.init.normal_(self.dit.head.head.weight, std=0.02)
         self.dit.checkpointing = True
-        shard_dit(self.dit, ranks, bf16=bf16)
+        shard_dit(self.dit, ranks, bf16=not options.fp32)
         self.adamw = torch.optim.AdamW(self.dit.parameters(), lr=1e-5, betas=(0.0, 0.999), weight_decay=0.0, fused=True)
         self.vae: CausalVAE | None = None
-        if vae:
+        if options.vae:
             with ranks.device:
                 made = CausalVAE(preset.vae)
             made.decoder = torch.nn.Identity()  # type: ignore[assignment]  # nothing is decoded here
-            self.vae = made.requires_grad_(False).eval().to(torch.bfloat16 if bf16 else torch.float32)
+            self.vae = made.requires_grad_(False).eval().to(options.dtype)
 
 
 class Measurement:
     """Data and clock of one case on one rank."""
 
-    def __init__(self, models: Models, case: Case, ranks: Ranks) -> None:
-        preset = models.preset
-        self.models, self.preset, self.case, self.ranks, self.dit = models, preset, case, ranks, models.dit
+    def __init__(self, models: Models, options: ParallelBenchOptions, case: Case, ranks: Ranks) -> None:
+        preset = options.sized
+        self.models, self.options, self.case, self.ranks, self.dit = models, options, case, ranks, models.dit
+        self.preset = preset
         self.layout = Layout(case.mode, case.chunks, ranks.sequence)
         self.frames, self.cuda = preset.chunk_latents, ranks.device.type == "cuda"
         self.seconds: dict[str, list[float]] = {}
@@ -116,7 +101,7 @@ class Measurement:
         if self.case.mode != "balanced":
             return Window(0, chunk_frames(self.preset, self.case.chunks), 0)
         halo, count = halo_needed(self.preset.vae), self.ranks.sequence
-        bounds = evened(latents, count, halo)[place] if self.case.halo == "even" else share(latents, count, place)
+        bounds = evened(latents, count, halo)[place] if self.options.halo == "even" else share(latents, count, place)
         return window_of(*bounds, halo) if bounds[1] > bounds[0] else Window(0, 1, 0)
 
     def random_clips(self) -> Clips:
@@ -129,7 +114,7 @@ class Measurement:
     def embed(self, tokens: Tensor) -> Tensor:
         """Random prompts, [P, E, text_dim]."""
         shape = (*tokens.shape, self.preset.dit.text_dim)
-        return torch.randn(shape, device=tokens.device, dtype=torch.bfloat16 if self.case.bf16 else torch.float32)
+        return torch.randn(shape, device=tokens.device, dtype=self.options.dtype)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -178,14 +163,14 @@ class Measurement:
         clips, layout, place = self.clips, self.layout, self.ranks.place
         noise = draw_noise(clips, self.preset.sampling.shift, self.generator)
         part = part_of(clips, noise, layout, place, self.frames)
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.case.bf16):
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=not self.options.fp32):
             velocity = part_velocity(self.dit, self.preset, self.embed, part, self.attend(light))
         return part_loss(velocity, clips, noise, layout, self.ranks, self.frames)[0]
 
     def attend(self, light: bool) -> Attend:
         """Self-attention of every layer."""
         history, layout, group, whole = self.clips.history, self.layout, self.ranks.group, None
-        if self.case.attention == "flex":
+        if self.options.attention == "flex":
             whole = flex_attention_for(history, self.clips.chunks, self.preset.chunk_tokens, layout.order)
         full = attention(layout, history, group, whole=whole)
         heads, planned = self.preset.dit.heads // self.ranks.sequence, self.models.planned
@@ -194,8 +179,10 @@ class Measurement:
         seen = [thinned(layout.seen(history.cpu()))]
         thin = attention(layout, history, group, whole=lambda _, q, k, v: attend_seen(q, k, v, seen))
 
+        fails = self.options.rehearse_oom == self.case.mode and self.ranks.rank == self.ranks.world - 1
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if self.case.fails_on == self.ranks.rank and layer == self.preset.dit.layers - 1:
+            if fails and layer == self.preset.dit.layers - 1:
                 raise torch.OutOfMemoryError("out of memory, rehearsed")
             if not light or whole is not None:
                 return full(layer, q, k, v)
@@ -203,36 +190,34 @@ class Measurement:
 
         return attend
 
-    def run(self) -> Found:
-        """Warm up, then measure, as often as time allows."""
-        case = self.case
-        loss = self.rehearse() if case.rehearsed or case.warmup else torch.zeros(())
-        for _ in range(case.warmup - 1):
+    def run(self, allowed: float) -> dict[str, float]:
+        """Warm up, then measure as often as `allowed` seconds permit, once at least.
+
+        What this rank found: seconds are medians of the iterations, memory is the peak, models included.
+        """
+        warmup, count = self.options.warmup, 0
+        loss = self.rehearse() if self.case.rehearsed or warmup else torch.zeros(())
+        for _ in range(warmup - 1):
             loss = self.iteration()
-        count = 0
-        if not case.rehearsed:
+        if not self.case.rehearsed:
             self.seconds.clear()
             started = time.monotonic()
-            while count < case.iterations:
+            while count < self.options.iterations:
                 loss, count = self.iteration(), count + 1
                 spent = time.monotonic() - started
-                if self.ranks.largest(spent * (count + 1) / count) > case.allowed_s:
+                if self.ranks.largest(spent * (count + 1) / count) > allowed:
                     break
         place, chunk = self.ranks.place, self.preset.chunk_tokens
-        middle = {name: sorted(values)[len(values) // 2] for name, values in self.seconds.items()}
-        return Found(
-            rank=self.ranks.rank,
-            iterations=count,
-            iteration_s=middle["iteration"],
-            vae_s=middle["vae"],
-            dit_s=middle["dit"],
-            optimizer_s=middle["optimizer"],
-            loss_tokens=len(self.layout.noisy(place)) * chunk,
-            tokens=len(self.layout.local(place)) * chunk,
-            vae_latents=1 + (self.window.stop - self.window.start - 1) // self.preset.vae.stride[0],
-            peak_gb=peak_memory(self.ranks.device)["peak_gb"],
-            loss=float(loss),
-        )
+        return {
+            "rank": self.ranks.rank,
+            "iterations": count,
+            **{f"{name}_s": sorted(values)[len(values) // 2] for name, values in self.seconds.items()},
+            "loss_tokens": len(self.layout.noisy(place)) * chunk,
+            "tokens": len(self.layout.local(place)) * chunk,
+            "vae_latents": 1 + (self.window.stop - self.window.start - 1) // self.preset.vae.stride[0],
+            "peak_gb": peak_memory(self.ranks.device)["peak_gb"],
+            "loss": float(loss),
+        }
 
 
 def thinned(seen: Seen) -> Seen:
@@ -241,22 +226,45 @@ def thinned(seen: Seen) -> Seen:
     return tuple(keys if position in (most,) or not keys else (position,) for position, keys in enumerate(seen))
 
 
-def measure(models: Models, case: Case, ranks: Ranks) -> dict[str, object]:
-    """Run a case; JSON-ready, of this rank. `ranks`: of which all share a sample, if the mode shares one."""
+def measure(
+    models: Models, options: ParallelBenchOptions, case: Case, ranks: Ranks, allowed: float
+) -> dict[str, float]:
+    """What this rank finds of a case. `ranks`: of which all share a sample, if the mode shares one."""
     own = replace(ranks, sequence=1, group=None) if case.mode == NONE else ranks
     try:
-        return asdict(Measurement(models, case, own).run())
+        return Measurement(models, options, case, own).run(allowed)
     finally:
         gc.collect()
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def sized(preset: Preset, layers: int | None, height: int | None, width: int | None) -> Preset:
-    """The preset with another depth or size."""
-    return replace(
-        preset,
-        dit=replace(preset.dit, layers=layers or preset.dit.layers),
-        height=height or preset.height,
-        width=width or preset.width,
-    )
+def work(folder: Path, options: ParallelBenchOptions, cases: Sequence[Case], deadline: float) -> None:
+    """Measure all cases on this rank; the time until `deadline` (of time.monotonic()) is shared by the work they are."""
+    with join_ranks(options.on, int(os.environ["WORLD_SIZE"])) as ranks:
+        models = Models(options, ranks)
+        for number, case in enumerate(cases):
+            part = case.work / sum(one.work for one in cases[number:])
+            allowed = ranks.largest(TIMED * part * (deadline - time.monotonic()))
+            found = measure(models, options, case, ranks, allowed)
+            write_json(folder / f"{number}-{ranks.rank}.json", found)
+
+
+def main() -> None:
+    """argv: the folder that holds the cases, and takes results.
+
+    A rank that fails is gone at once: leaving the process group would wait for ranks that wait for this one.
+    """
+    folder = Path(sys.argv[1])
+    try:
+        work(folder, *pickle.loads((folder / "cases").read_bytes()))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    from longtake.training.parallel.bench import worker  # pickled cases are of the module by its name
+
+    worker.main()

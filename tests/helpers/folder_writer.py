@@ -1,4 +1,4 @@
-"""Render stories of digits into the folder layout of `folder.Folder`: for tests, and as an example of the layout."""
+"""Render stories of digits into the folder layout of `folder.Folder`."""
 
 from __future__ import annotations
 
