@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +115,7 @@ def frames(tree: Path, work: Path) -> dict[str, str]:
     """What `frames` says in the head of this file; needs `exports` to have been run."""
     found = {}
     for backend in ("reference", "torch"):
-        for recipe in (*RECIPES, *LIBRARY):
+        for recipe in RECIPES:
             (folder,) = (work / "export" / recipe).iterdir()  # named by the networks, which several recipes may share
             out = run(tree, "-c", FRAMES, str(folder), backend, str(CHUNKS), "docs/stories/demo.yaml")
             found |= {f"{backend}.{recipe}.{key}": value for key, value in json.loads(out.splitlines()[-1]).items()}
@@ -156,8 +156,8 @@ def cpu() -> str:
     return f"{facts.get('model name', 'unknown')} ({' '.join(vectors)})"
 
 
-def record(out: Path, tree: Path) -> None:
-    """Write the digests of `tree` to `out`."""
+def record(out: Path, tree: Path, only: Sequence[str]) -> None:
+    """Write the digests of `tree` to `out`; those of the parts `only`."""
     import torch
 
     commit = subprocess.run(
@@ -165,9 +165,9 @@ def record(out: Path, tree: Path) -> None:
     ).stdout.strip()
     found: dict[str, object] = {"commit": commit, "cpu": cpu(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as work:
-        for name, part in PARTS.items():
+        for name in only:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            found[name] = part(tree, Path(work))
+            found[name] = PARTS[name](tree, Path(work))
             out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -178,9 +178,11 @@ def compare(before: Path, after: Path) -> int:
         if old[fact] != new[fact]:
             print(f"cannot be compared: {fact} was {old[fact]}, is {new[fact]}")
             return 2
-    differ = [f"{part}: {key}" for part in PARTS for key in old[part].keys() | new[part].keys()
+    parts = [part for part in PARTS if part in old and part in new]
+    print(f"compared: {', '.join(parts)}")
+    differ = [f"{part}: {key}" for part in parts for key in old[part].keys() | new[part].keys()
               if old[part].get(key) != new[part].get(key)]  # fmt: skip
-    print("\n".join(sorted(differ)) or f"all {sum(len(old[part]) for part in PARTS)} digests agree")
+    print("\n".join(sorted(differ)) or f"all {sum(len(old[part]) for part in parts)} digests agree")
     return 1 if differ else 0
 
 
@@ -190,13 +192,14 @@ def main() -> int:
     recording = commands.add_parser("record")
     recording.add_argument("out", type=Path)
     recording.add_argument("--tree", type=Path, default=ROOT)
+    recording.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="frames needs export")
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     args = parser.parse_args()
     if args.command == "compare":
         return compare(args.before, args.after)
-    record(args.out.resolve(), args.tree.resolve())
+    record(args.out.resolve(), args.tree.resolve(), args.only)
     return 0
 
 

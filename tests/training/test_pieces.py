@@ -18,7 +18,8 @@ from longtake.training.models.text.sentencepiece import PieceTokenizer, carry_to
 from longtake.training.models.text.words import text_encoder_for, tokenizer_for
 
 CONFIG = TextEncoderConfig(kind="umt5", dim=32, layers=1, heads=2, length=16, ffn_dim=32, vocabulary=64)
-PRESET = replace(WAN22_TI2V_5B, text=CONFIG)
+READER = replace(WAN22_TI2V_5B.dit, text_dim=CONFIG.dim, text_len=CONFIG.length)
+PRESET = replace(WAN22_TI2V_5B, text=CONFIG, dit=READER)
 SPECIAL = ("<pad>", "</s>", "<unk>")
 LETTERS = "abcdefghijklmnopqrstuvwxyz,.é"
 

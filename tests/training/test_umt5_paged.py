@@ -30,7 +30,8 @@ from longtake.training.models.text.umt5_paged import (
 
 CPU = torch.device("cpu")
 CONFIG = TextEncoderConfig(kind="umt5", dim=128, layers=5, heads=4, length=40, ffn_dim=192, vocabulary=300)
-PRESET = replace(WAN22_TI2V_5B, name="small-umt5", text=CONFIG)
+READER = replace(WAN22_TI2V_5B.dit, text_dim=CONFIG.dim, text_len=CONFIG.length)
+PRESET = replace(WAN22_TI2V_5B, name="small-umt5", text=CONFIG, dit=READER)
 FULL = WAN22_TI2V_5B.text
 
 
