@@ -14,7 +14,7 @@ from longtake.formats.recipe import Recipe, recipe_named
 from longtake.options import Command, option
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.use import budget_of
-from longtake.runtime.sources import Source, source_from_name, source_of_recipe
+from longtake.runtime.sources import Source, source_from_bundle, source_from_name, source_of_recipe
 from longtake.training.models.presets import SamplingConfig
 
 EPILOG = """examples:
@@ -84,7 +84,8 @@ def _guidance(asked: float | None, recipe: Recipe, recorded: SamplingConfig | No
 def _recipe(options: BudgetOptions) -> tuple[Recipe, Source | None]:
     """The recipe, and what is built or exported of it, if anything is."""
     if options.engines is not None:
-        source = source_from_name(options.engines)
+        known = options.engines.is_dir()
+        source = source_from_name(options.engines) if known else source_from_bundle(options.engines)
         asked = source.recipe if options.recipe is None else recipe_named(options.recipe)
         source.recipe.require_same(asked, options.engines)
         if asked.name != source.recipe.name:

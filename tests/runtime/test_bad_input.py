@@ -248,7 +248,7 @@ BAD_STORIES: dict[str, tuple[bytes, str]] = {
     "number": (b"seed: " + b"9" * 5000 + b"\nshots: [{prompt: x}]", "is not valid YAML"),
     "resolution": (b"height: 700\nshots: [{prompt: x}]", "height does not fit preset tiny"),
     "length": (b"seconds: 99\nshots: [{prompt: x}]", "the length does not fit preset tiny"),
-    "guidance": (b"guidance: 1000\nshots: [{prompt: x}]", "bad guidance scale"),
+    "guidance": (b"guidance: 1000\nshots: [{prompt: x}]", "does not fit the schema at guidance"),
     "no number": (b"guidance: .nan\nshots: [{prompt: x}]", "'.nan' is no finite number"),
 }
 

@@ -56,7 +56,7 @@ def test_the_table_is_complete_and_nobody_else_reads_the_environment() -> None:
     for folder in ("training", "export", "plugins", "engines", "runtime"):
         for path in (REPOSITORY / folder).rglob("*.py"):
             torchrun = "parallel" in path.parts  # reads what torchrun sets, and no setting of ours
-            workers = path.parts[-2:] == ("experiment", "slots.py")  # hands its own on, and each its GPU
+            workers = path.parts[-2:] == ("experiment", "scheduler.py")  # hands its own on, and each its GPU
             if path.name != "settings.py" and not torchrun and not workers:
                 assert not re.search(r"os\.environ\b|getenv", path.read_text()), f"{path} reads the environment"
 

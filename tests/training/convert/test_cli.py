@@ -185,7 +185,7 @@ def test_text_of_hugging_face_equals_wans(preset: Preset) -> None:
     )  # fmt: skip
     theirs = UMT5EncoderModel(config).state_dict()
     model = convert_text(theirs, preset)
-    assert model.meta.facts["source"]["keys"] == "huggingface"
+    assert model.meta["source"]["keys"] == "huggingface"
     assert torch.equal(model.state_dict()["embedding.weight"], theirs["shared.weight"])
 
 

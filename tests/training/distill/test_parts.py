@@ -268,11 +268,11 @@ def test_a_teacher_comes_with_its_own_vae(small_preset: Preset, teacher: Path, t
     mine = json.loads((folder / "vae.json").read_text())["sha256"]
     (folder / "dit.json").write_text(json.dumps({**about, "vae_sha256": mine}))
     given: dict[str, Any] = {"student_steps": 2, "batch": 2, "chunks": (2,), "stories": 2}
-    stage = DistillStage(DistillOptions(small_preset, folder, **given))
+    stage = DistillStage(DistillOptions(small_preset, teacher=folder, **given))
     assert stage.companions[0] == folder / "vae.safetensors"
     stage.prepare(CPU)
     (folder / "dit.json").write_text(json.dumps({**about, "vae_sha256": "0" * 64}))
     with pytest.raises(
         LongtakeError, match="own was trained on latents of another VAE\n  got: .*\n  expected: .* sha256 0000"
     ):
-        DistillStage(DistillOptions(small_preset, folder, **given)).prepare(CPU)
+        DistillStage(DistillOptions(small_preset, teacher=folder, **given)).prepare(CPU)

@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 
 from longtake.training.data.base import chunk_frames
 from longtake.training.parallel.bench.options import ParallelBenchOptions
-from longtake.training.parallel.bench.worker import Case
+from longtake.training.parallel.bench.worker import Case, Job
 from longtake.training.parallel.launch import run_ranks
 from longtake.training.parallel.layout import NONE
 
@@ -82,7 +81,8 @@ class Runs:
             return rows
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            (folder / "cases").write_bytes(pickle.dumps((self.options, cases, self.deadline)))
+            job = Job(self.options, tuple(cases), self.deadline)
+            (folder / "job.json").write_text(json.dumps(asdict(job), default=str), encoding="utf-8")
 
             def collect() -> None:
                 while len(rows) < len(cases) and (row := self.row_of(folder, len(rows), cases[len(rows)])):

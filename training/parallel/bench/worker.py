@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longtake.files import write_json
+from longtake.files import read_json, write_json
+from longtake.record import record_from_json
 from longtake.training.data.base import chunk_frames
 from longtake.training.models.wan.dit import Attend, CausalDiT
 from longtake.training.models.wan.vae import CausalVAE
@@ -52,6 +52,15 @@ class Case:
     def work(self) -> int:
         """About how much it is, beside other cases: attention grows with the square of the length."""
         return self.chunks * (self.chunks + 8)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks are handed, as JSON. deadline: of time.monotonic()."""
+
+    options: ParallelBenchOptions
+    cases: tuple[Case, ...]
+    deadline: float
 
 
 class Models:
@@ -239,13 +248,14 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def work(folder: Path, options: ParallelBenchOptions, cases: Sequence[Case], deadline: float) -> None:
-    """Measure all cases on this rank; the time until `deadline` (of time.monotonic()) is shared by the work they are."""
+def work(folder: Path, job: Job) -> None:
+    """Measure all cases on this rank; the time until the deadline is shared by the work they are."""
+    options, cases = job.options, job.cases
     with join_ranks(options.on, int(os.environ["WORLD_SIZE"])) as ranks:
         models = Models(options, ranks)
         for number, case in enumerate(cases):
             part = case.work / sum(one.work for one in cases[number:])
-            allowed = ranks.largest(TIMED * part * (deadline - time.monotonic()))
+            allowed = ranks.largest(TIMED * part * (job.deadline - time.monotonic()))
             found = measure(models, options, case, ranks, allowed)
             write_json(folder / f"{number}-{ranks.rank}.json", found)
 
@@ -257,7 +267,7 @@ def main() -> None:
     """
     folder = Path(sys.argv[1])
     try:
-        work(folder, *pickle.loads((folder / "cases").read_bytes()))
+        work(folder, record_from_json(Job, read_json(folder / "job.json")))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -265,6 +275,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from longtake.training.parallel.bench import worker  # pickled cases are of the module by its name
-
-    worker.main()
+    main()
