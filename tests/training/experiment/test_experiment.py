@@ -148,6 +148,7 @@ def test_judge_is_the_same_on_every_run(small_preset: Preset) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # 25 units start a process each, and share the cores with other tests
 def test_everything_at_toy_size(tmp_path: Path) -> None:
     arguments = ["--quick", "--devices", "cpu,cpu", "--bring", str(tmp_path / "away")]
     first, second = tmp_path / "first", tmp_path / "second"

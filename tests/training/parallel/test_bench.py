@@ -49,11 +49,13 @@ def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # ranks share the cores with other tests
 def test_a_mode_that_runs_out_of_memory_costs_its_own_row_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench"])
     words = "--nproc 2 --preset tiny --device cpu --layers 1 --seconds 2 --iterations 1 --rehearse-oom naive".split()
+    words += ["--budget-seconds", "900"]
     assert main(["bench", "parallel", *words, "--out", str(tmp_path / "bench.json")]) == 0
     rows = {row["mode"]: row for row in json.loads((tmp_path / "bench.json").read_text())["cases"]}
     assert rows["naive"]["failed"] == "out of memory"
