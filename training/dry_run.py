@@ -116,16 +116,17 @@ def dit_cost(preset: Preset, modules: dict[str, nn.Module], batch: int, chunks: 
 
 def checkpointed(preset: Preset, cost: Cost, batch: int, chunks: int, text: bool = True) -> Cost:
     """`cost` if blocks are computed again in the backward pass: only their inputs are kept, and the inside of one."""
-    one, none = (
+    one, two = (
         dit_cost(small, dit_modules(small, text), batch, chunks)
-        for small in (replace(preset, dit=replace(preset.dit, layers=layers)) for layers in (1, 0))
+        for small in (replace(preset, dit=replace(preset.dit, layers=layers)) for layers in (1, 2))
     )
+    none = 2 * one.forward_flops - two.forward_flops  # of what is no block
     tokens = (2 * chunks - 1) * (preset.chunk_tokens + 2 * preset.text.length)  # of x, and of the text's K and V
     inputs = preset.dit.layers * batch * tokens * preset.dit.dim * COMPUTE.itemsize
     return replace(
         cost,
         activations=one.activations + inputs,
-        flops=cost.flops + cost.forward_flops - none.forward_flops,
+        flops=cost.flops + cost.forward_flops - none,
     )
 
 

@@ -44,8 +44,7 @@ class DiTConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, *(name for name in vars(self) if name not in ("eps", "rope_theta", "layers")))
-        _at_least(self, 0, "layers")  # none: what a dry run counts the rest with
+        _at_least(self, 1, *(name for name in vars(self) if name not in ("eps", "rope_theta")))
         if self.dim % self.heads or (self.dim // self.heads) % 16:
             raise LongtakeError(
                 "heads do not fit the DiT",
