@@ -1,7 +1,8 @@
-"""Build an engine with each plugin, ahead of time: python tests/plugins/plugin_builds.py OUT [BUILD ...]
+"""Parse and build an engine with each plugin, ahead of time: python tests/plugins/plugin_builds.py OUT [BUILD ...]
 
-A process of its own, because TensorRT-RTX 1.7.1 now and then damages the heap of a process that builds with Python plugins
-(and did not in as many builds without); what dies of it later is anybody. Each finished build adds a JSON line to OUT.
+A process of its own, because TensorRT-RTX 1.7.1 now and then damages the heap of a process that parses or builds with
+Python plugins (and did not in as many builds without); what dies of it later is anybody. Each finished build adds a JSON
+line to OUT.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from longtake.machine.flavour import flavour_for
-from longtake.plugins.adapter import register_plugins
+from longtake.plugins.adapter import op_of_layer, register_plugins
 from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.registry import kernel_of, kernel_ops, op_named
 from longtake.plugins.shapes import size_of
@@ -26,6 +27,7 @@ ONNX_TYPES = {
     "fp8": TensorProto.FLOAT8E4M3FN,
 }  # fmt: skip
 BUILDS = [*(f"{op}-{target}-bf16" for op in kernel_ops() for target in ("89", "120")), "sink_attention_nvfp4-89-fp32"]
+OTHER_VERSION = "kv_cache_write_bf16-89-another_version"  # parsed only, and not taken
 
 
 def model_of(op: str, version: str = PLUGIN_VERSION, compute: int = TensorProto.BFLOAT16) -> onnx.ModelProto:
@@ -58,12 +60,14 @@ def parse(trt: Any, model: onnx.ModelProto) -> tuple[Any, Any, bool]:
     return builder, network, parser.parse(model.SerializeToString())
 
 
-def build(trt: Any, op: str, target: str, dtype: str) -> bytes:
-    """The plan for compute capability `target`."""
-    compute = TensorProto.FLOAT if dtype == "fp32" else TensorProto.BFLOAT16
-    builder, network, parsed = parse(trt, model_of(op, compute=compute))
+def build(trt: Any, op: str, target: str, dtype: str) -> tuple[str, bytes]:
+    """The op that the parsed layer says it is, and the plan for compute capability `target`."""
+    model = model_of(op, compute=TensorProto.FLOAT if dtype == "fp32" else TensorProto.BFLOAT16)
+    model.graph.node[0].name = "any/name"
+    builder, network, parsed = parse(trt, model)
     assert parsed
     assert [network.get_layer(i).type for i in range(network.num_layers)] == [trt.LayerType.PLUGIN_V3]
+    layer = op_of_layer(trt, network.get_layer(0))
     config = builder.create_builder_config()
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     config.num_compute_capabilities = 1
@@ -74,18 +78,27 @@ def build(trt: Any, op: str, target: str, dtype: str) -> bytes:
         config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     assert plan is not None
-    return bytes(plan)
+    return layer, bytes(plan)
+
+
+def found(trt: Any, name: str) -> dict[str, Any]:
+    """What one build shows."""
+    op, target, dtype = name.split("-")
+    if name == OTHER_VERSION:
+        _, network, parsed = parse(trt, model_of(op, version="2"))
+        return {"taken": parsed and network.num_layers > 0}
+    layer, plan = build(trt, op, target, dtype)
+    digest = source_digest(kernel_of(op).source).encode()
+    return {"layer": layer, "named": op.encode() in plan, "digest": digest in plan}
 
 
 def main(out: Path, names: list[str]) -> None:
     trt = flavour_for(None).module
     register_plugins(trt)
-    for name in names or BUILDS:
-        op, target, dtype = name.split("-")
-        plan = build(trt, op, target, dtype)
-        digest = source_digest(kernel_of(op).source).encode()
+    for name in names or (*BUILDS, OTHER_VERSION):
+        row = {"build": name, **found(trt, name)}
         with out.open("a") as lines:
-            lines.write(json.dumps({"build": name, "named": op.encode() in plan, "digest": digest in plan}) + "\n")
+            lines.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
