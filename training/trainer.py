@@ -220,8 +220,8 @@ class Trainer:
         tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
         require_finite(tensors, path)
         side = {**self.side(), "kind": f"resume-{self.stage.name}", "position": self.stage.position()}
+        self.history.save()  # first: a run that goes on from this point leaves out what is later, and lacks nothing
         save_checkpoint(path, tensors, SideFile.of({**side, "settings": self.config.settings}))
-        self.history.save()
         delete_older(self.config.out)
         self.saved_at = time.monotonic()
 

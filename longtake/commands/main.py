@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from longtake.commands.failures import explained
+from longtake.commands.streams import open_standard_streams
 from longtake.errors import LongtakeError
 from longtake.settings import configure_logging
 from longtake.signals import ended_by_signals
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(words: list[str]) -> int:
     try:
+        open_standard_streams()
         _print_any_text()
         configure_logging()
         with _interrupts_kept():
