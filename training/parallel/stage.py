@@ -124,8 +124,8 @@ class ParallelDiTStage(DiTStage):
 
     def whole_models(self) -> tuple[CausalDiT, nn.Module]:
         """Unsharded copies of both models, on every rank. All must call."""
-        copies: list[nn.Module] = []
-        for module, make in ((self.dit, partial(CausalDiT, self.preset.dit)), (self.text, self.empty_text)):
+        text, copies = partial(text_encoder_for, self.preset, self.text.vocabulary), list[nn.Module]()
+        for module, make in ((self.dit, partial(CausalDiT, self.preset.dit)), (self.text, text)):
             gathered = {
                 name: whole(value.detach()) for name, value in module.state_dict().items() if "_quantizer" not in name
             }
@@ -133,9 +133,6 @@ class ParallelDiTStage(DiTStage):
                 copies.append(make())
             copies[-1].load_state_dict(gathered, assign=True)
         return copies[0], copies[1]  # type: ignore[return-value]
-
-    def empty_text(self) -> nn.Module:
-        return text_encoder_for(self.preset, self.text.vocabulary)
 
     def on_step(self, step: int) -> None:
         """As on one rank; amax is then the largest that any rank found."""
