@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -63,7 +63,9 @@ class Kind:
         self.require_format(given.get("format", 1), path)
         for key, working in self.retired.items():
             *parts, last = key.split(".")
-            inner = reduce(lambda part, name: part.get(name) if isinstance(part, dict) else None, parts, given)
+            inner: Any = given
+            for part in parts:
+                inner = inner.get(part) if isinstance(inner, dict) else None
             if isinstance(inner, dict) and inner.get(last, working) != working:
                 raise self.broken(path, f"{last}: {inner[last]}")
         try:
