@@ -48,6 +48,11 @@ class Take:
 class Dataset(Protocol):
     """A source of multi-shot videos. All randomness comes from the caller's CPU generator."""
 
+    @property
+    def captions(self) -> list[str]:
+        """Texts with every word that its prompts are made of."""
+        ...
+
     def sample(self, generator: torch.Generator, chunks: int, batch: int, device: torch.device) -> Batch:
         """Draw `batch` videos of `chunks` chunks."""
         ...

@@ -104,6 +104,11 @@ class Folder:
         """What decoding has shown about the clips so far."""
         return self._reader.facts
 
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each clip."""
+        return [clip.caption for clips in self.samples for clip in clips]
+
     def share_memory(self, processes: int) -> None:
         """Keep only this process's share of decoded clips in memory, and for now none: a copy travels lighter."""
         self._reader.memory = MEMORY // processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from longtake.training.objective.accumulate import parts_of
 from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.objective.teacher_forcing import Noise
 from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.initial_models import leave_tokenizer
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
 from longtake.training.stages.validation import EVALUATION_SEED
 
@@ -80,6 +82,10 @@ class DistillStage(Stage):
         self.modules, self.critic_modules = {"dit": generator}, {"fake_score": fake}
         if self.options.captures(device):
             self.capture()
+
+    def leave(self, out: Path) -> None:
+        """The tokenizer of a text encoder that has one in a file."""
+        leave_tokenizer(self.text, out)
 
     def capture(self) -> None:
         """Let CUDA graphs run the generator's passes and the scores."""

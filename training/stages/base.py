@@ -51,6 +51,9 @@ class Stage(ABC):
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What to save beside each module: module name -> JSON-ready facts (amax, vocabulary, settings)."""
 
+    def leave(self, out: Path) -> None:  # noqa: B027
+        """Write what else belongs to its checkpoints into `out`."""
+
     def on_step(self, step: int) -> None:  # noqa: B027
         """Called before the loss of `step` (0-based), for instance to calibrate quantizers again."""
 
@@ -68,6 +71,9 @@ class Stage(ABC):
     def position(self) -> dict[str, Any]:
         """Its place in the data, JSON-ready, for resume points."""
         return {}
+
+    def require_position(self, position: dict[str, Any]) -> None:  # noqa: B027
+        """Raise LongtakeError if a resume point with this position does not fit the stage. Called before it is loaded."""
 
     def seek(self, position: dict[str, Any]) -> None:  # noqa: B027
         """Go on from there."""
