@@ -49,6 +49,11 @@ class Dataset(Protocol):
     """A source of multi-shot videos. All randomness comes from the caller's CPU generator."""
 
     @property
+    def line(self) -> str:
+        """What there is, in one line; "" where a name says it all."""
+        ...
+
+    @property
     def captions(self) -> list[str]:
         """Texts with every word that its prompts are made of."""
         ...

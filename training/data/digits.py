@@ -143,6 +143,11 @@ class Digits:
         self.preset, self.split, self.draw = preset, split, draw
 
     @property
+    def line(self) -> str:
+        """Nothing to say: it is endless."""
+        return ""
+
+    @property
     def captions(self) -> list[str]:
         """The words of the grammar."""
         return [" ".join(caption_words())]

@@ -16,13 +16,14 @@ Metric = float | Tensor
 class Stage(ABC):
     """A training stage. `modules` are trained, averaged (EMA) and saved, each under its name.
 
-    companions: frozen checkpoints copied beside its own at the end, so that --out is complete.
+    companions: frozen checkpoints copied beside its own at the end, so that --out is complete. line: what its data is.
     A stage module `training/stages/<name>.py` offers `stage_from_options(options: StageOptions) -> Stage`.
     """
 
     name: str
     modules: dict[str, nn.Module]
     companions: Sequence[Path] = ()
+    line: str = ""
 
     @abstractmethod
     def prepare(self, device: torch.device) -> None:

@@ -49,6 +49,7 @@ class DiTStage(Stage):
     def __init__(self, options: StageOptions) -> None:
         self.options, self.preset = options, options.preset
         self.clips = self.dataset("train")
+        self.line = self.clips.line
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.dit, self.text, self.text_digest = initial_models(options, self.clips.captions)
@@ -106,7 +107,15 @@ class DiTStage(Stage):
     def dataset(self, split: str) -> Dataset:
         """A split of the data set."""
         options = self.options
-        return dataset_from_name(options.data, self.preset, split, options.max_chunks_per_shot, options.max_bad_share)
+        return dataset_from_name(
+            options.data,
+            self.preset,
+            split,
+            options.max_chunks_per_shot,
+            options.max_bad_share,
+            options.fit,
+            options.held_out,
+        )
 
     def cache(self, split: str, stories: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
