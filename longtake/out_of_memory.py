@@ -22,6 +22,7 @@ SAID = (
     "memory allocation",
     "unable to mmap",
     "can't start new thread",
+    "avcodec_open2",  # of our encoder, whose settings never change: it lacks memory or threads
 )
 
 

@@ -120,11 +120,11 @@ def seal_of(content: dict[str, Any]) -> str:
 def record_from_json(cls: type[T], given: dict[str, Any]) -> T:
     """A dataclass from a JSON object; fields that have a default may be missing. Raises TypeError naming the key."""
     values, hints = {}, _hints(cls)  # type: ignore[arg-type]
-    for field in fields(cls):  # type: ignore[arg-type]
-        if field.name in given:
-            values[field.name] = _value(hints[field.name], given[field.name], field.name)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise TypeError(f"no {field.name!r}")
+    for one in fields(cls):  # type: ignore[arg-type]
+        if one.name in given:
+            values[one.name] = _value(hints[one.name], given[one.name], one.name)
+        elif one.default is one.default_factory is MISSING:
+            raise TypeError(f"no {one.name!r}")
     return cls(**values)
 
 
@@ -142,9 +142,9 @@ def record_from_mapping(cls: type[T], given: Any, where: str, see: str, part: st
     if not isinstance(given, dict):
         kind = type(given).__name__
         raise LongtakeError(f"{named} is not a mapping", got=kind, expected="key: value lines", fix=see)
-    own = {field.name: field for field in fields(cls) if field.name not in more}  # type: ignore[arg-type]
+    own = {one.name: one for one in fields(cls) if one.name not in more}  # type: ignore[arg-type]
     reject_unknown_keys(given, list(own), named)
-    needed = [name for name, field in own.items() if field.default is field.default_factory is MISSING]
+    needed = [name for name, one in own.items() if one.default is one.default_factory is MISSING]
     if missing := [name for name in needed if name not in given]:
         raise LongtakeError(f"{named} lacks keys", got=sorted(given), expected=f"also {missing}", fix=see)
     values = {name: _written(_hints(cls)[name], value, name, where, see, part) for name, value in given.items()}  # type: ignore[arg-type]

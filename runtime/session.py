@@ -106,10 +106,8 @@ class Session:
             self._using.release()
 
     def _settle(self, decoding: DecodeQueue, tell: bool) -> None:
-        """Go back to before a chunk that could not be decoded, or that was handed over but not committed.
-
-        tell: raise the decoder's error if nobody was told of it.
-        """
+        """Go back to before a chunk that could not be decoded, or that was handed over but not committed; then `tell`
+        the decoder's error, if nobody was told of it."""
         if (failed := decoding.failed) is not None:
             with self._lock:
                 self._position = self._undecoded.position_before(failed.index, self._position)
@@ -234,11 +232,7 @@ class Session:
     def remaining(self) -> int:
         """Chunks the script still holds."""
         self._look_back()
-        return self._left(self._position)
-
-    @staticmethod
-    def _left(position: Position) -> int:
-        return sum(segment.chunks for segment in position.script)
+        return self._position.left
 
     def change_prompt(self, prompt: str) -> int:
         """Switch the prompt at the next chunk boundary, without a cut. Returns the index of the first chunk it shapes.
@@ -278,7 +272,7 @@ class Session:
             self._require_open("a live change")
             at = max(self._position.chunk + self._busy, self._undecoded.first_free)
             before = at - self._position.chunk - (self._busy and not self._scripted)
-            if self._left(self._position) <= before and not self.options.endless:
+            if self._position.left <= before and not self.options.endless:
                 raise LongtakeError(f"the script ends before chunk {at}", got="a live change that nothing would show",
                                     expected="a chunk still to come",
                                     fix="call extend first, or start the session with endless=True")  # fmt: skip

@@ -54,6 +54,11 @@ class Position:
     prompt: str = ""
     edits: tuple[Edit, ...] = ()
 
+    @property
+    def left(self) -> int:
+        """Chunks the script still holds."""
+        return sum(segment.chunks for segment in self.script)
+
     def upcoming(self, endless: bool) -> Segment | None:
         """The next chunk as a segment of one chunk, live changes included; None at the end of the script."""
         if self.script:
