@@ -4,16 +4,20 @@ Ctrl-C interrupt also where a shell began the suite in the background, with it i
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 
 def pytest_configure() -> None:
-    """Undo an ignored SIGINT, which commands under test, and processes that they start, would inherit."""
+    """Undo an ignored SIGINT, which commands under test, and processes that they start, would inherit; and what tests
+    export and compile stays in the checkout."""
+    os.environ.setdefault("LONGTAKE_HOME", str(Path(__file__).resolve().parents[1] / "build"))
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats.exported import Export
+from longtake.formats.exported import UNRECORDED, Checked, Export
 from longtake.formats.memory import RecordedTerm
 from longtake.formats.recipe import Recipe
 from longtake.machine.flavour import Flavour
@@ -30,7 +30,7 @@ class Bundle:
     (none where the folder of exported files carries a tokenizer).
     export_inputs: digest of the checkpoints and the code that the export was made from. weights: see
     `Export.weights_known`. folder: where the plans are.
-    memory: what they take on a GPU, in any use; () in bundles of earlier versions, of which it is computed.
+    checked, model: of that export. memory: what they take on a GPU, in any use; () in bundles of earlier versions, of which it is computed.
     """
 
     recipe: Recipe
@@ -44,6 +44,8 @@ class Bundle:
     weights: dict[str, str] = field(default_factory=dict)
     folder: Path = Path()
     memory: tuple[RecordedTerm, ...] = ()
+    checked: Checked = UNRECORDED
+    model: str = ""
 
     @classmethod
     def of(cls, folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, plans: Sequence[Path]) -> Bundle:
@@ -61,6 +63,8 @@ class Bundle:
             export.inputs if export else "",
             export.weights_known if export else {},
             folder,
+            checked=export.checked if export else UNRECORDED,
+            model=export.model if export else "",
         )
 
     def write(self) -> Path:
@@ -68,7 +72,7 @@ class Bundle:
         told = {key: value for key, value in vars(self).items() if key != "folder"}
         onnx = os.path.relpath(self.onnx, self.folder.resolve())
         told |= {"recipe": self.recipe.name, "recipe_fields": asdict(self.recipe.whole), "onnx": onnx}
-        told["memory"] = [asdict(term) for term in self.memory]
+        told |= {"memory": [asdict(term) for term in self.memory], "checked": asdict(self.checked)}
         KIND.write(told, self.folder / NAME)
         return self.folder / NAME
 

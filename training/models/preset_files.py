@@ -35,6 +35,10 @@ def preset_named(name: str, folder: Path = Path()) -> Preset:
         return preset_from_file(folder / name)
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise LongtakeError("unknown preset", got=name, expected=", ".join([*sorted(PRESETS), "or a .yaml file"]),
-                            fix=f"did you mean {near[0]!r}?" if near else "pass one of these")  # fmt: skip
+        raise LongtakeError(
+            "unknown preset",
+            got=name,
+            expected=", ".join([*sorted(PRESETS), "or a .yaml file"]),
+            fix=f"did you mean {near[0]!r}?" if near else "pass one of these",
+        )
     return PRESETS[name]

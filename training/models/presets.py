@@ -247,8 +247,12 @@ def _values(path: Path, above: tuple[Path, ...] = ()) -> Any:
     if beside.resolve() in (path.resolve(), *above) or not beside.is_file():
         names = sorted(PRESETS)
         near = difflib.get_close_matches(base, names, n=1)
-        raise LongtakeError(f"preset {path}: bad base", got=base, expected=f"{' | '.join(names)} | another file beside it",
-                            fix=f"did you mean {near[0]!r}?" if near else SEE)  # fmt: skip
+        raise LongtakeError(
+            f"preset {path}: bad base",
+            got=base,
+            expected=f"{' | '.join(names)} | another file beside it",
+            fix=f"did you mean {near[0]!r}?" if near else SEE,
+        )
     under = _values(beside, (*above, path.resolve()))
     if not isinstance(under, dict):
         return under
