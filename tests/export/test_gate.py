@@ -26,6 +26,7 @@ from longtake.formats.recipe import Recipe, recipe_named
 from longtake.training.models.load import Models, load_models, random_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.quantize import insert_quantizers, read_amax
+from longtake.training.models.wan.rope import rope_tables
 
 RECIPES = ("tiny_nvfp4_sm120", "tiny_fp8_sm90", "tiny_w4a16_sm89", "tiny_bf16_sm89")
 MODELS = ("random", "hardly trained", "shipped")
@@ -176,11 +177,7 @@ def trained_a_little(models: Models, steps: int = 20) -> Models:
     dit, preset = models.dit, models.preset
     generator = torch.Generator().manual_seed(4)
     frames, (height, width) = preset.chunk_latents, preset.latent_hw
-    tokens = frames * preset.grid_hw[0] * preset.grid_hw[1]
-    rope = (
-        torch.ones(tokens, preset.dit.dim // preset.dit.heads // 2),
-        torch.zeros(tokens, preset.dit.dim // preset.dit.heads // 2),
-    )
+    rope = rope_tables(preset.dit, torch.arange(frames), preset.grid_hw)
 
     def run(net: torch.nn.Module) -> torch.Tensor:
         latents = torch.randn(1, preset.dit.channels, frames, height, width, generator=generator)
