@@ -1,4 +1,4 @@
-"""The ONNX package of a recipe: export/build/<onnx_name>/ with every network, its view, and export.json.
+"""The ONNX package of a recipe: a folder with every network, its view, and export.json.
 
 export.json is removed before anything else is written and written last: a folder that has one is whole. A skeleton is
 a package of graphs without weights and views: enough to build segmented engines and to measure with random weights.

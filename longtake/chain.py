@@ -66,7 +66,7 @@ def export(recipe: Recipe, checkpoints: Path | None, folder: Path, how: HowToExp
         GateError: it was compared with PyTorch and differs; the files stay, marked as failed.
     """
     source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
-    if recipe.model.text.kind == "umt5" and not how.skeleton:
+    if recipe.model.text.kind != "words" and not how.skeleton:
         carry_tokenizer(source, folder)
     if how.parity and not how.skeleton and recipe.precision in ("nvfp4", "fp8"):
         modelopt()  # the comparison needs it: what is missing is said before the work
