@@ -17,7 +17,7 @@ from longtake import chain
 from longtake.commands.main import main
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256
-from longtake.formats.bundle import Bundle
+from longtake.formats.bundle import KIND, Bundle
 from longtake.formats.exported import Export
 from longtake.formats.memory import CUDA_CONTEXT_BYTES, Budget, Term, Use, budget_table
 from longtake.formats.plan import PlanManifest
@@ -284,7 +284,7 @@ def test_engines_of_an_earlier_version_are_budgeted_as_before(
     bundle(RECIPE)
     written = json.loads((engines / "bundle.json").read_text())
     assert written.pop("memory")
-    (engines / "bundle.json").write_text(json.dumps(written))
+    KIND.write(written, engines / "bundle.json")
     source = source_from_bundle(engines)
     assert source.memory == ()
     assert budget_of(RECIPE, Use(engines=engines)) == budget_of(RECIPE, Use(engines=engines, recorded=source.memory))
@@ -295,7 +295,7 @@ def test_a_damaged_record_is_refused(bundle: Callable[[Recipe], Bundle], engines
     bundle(RECIPE)
     written = json.loads((engines / "bundle.json").read_text())
     written["memory"][0] |= damage
-    (engines / "bundle.json").write_text(json.dumps(written))
+    KIND.write(written, engines / "bundle.json")
     with pytest.raises(IntegrityError, match="is not an engine bundle"):
         source_from_bundle(engines)
 
