@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
+from longtake.image import image_from_pixels
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
 from longtake.runtime.video_model import VideoModel
@@ -57,6 +58,32 @@ def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
                             expected=f"at least {preset.frames_of(0)}", fix="convert it to mp4")  # fmt: skip
     log.info("%s: %d of %d frames, %d latents", source, count - skip, count, whole)
     return torch.stack(latents[:whole], dim=1)
+
+
+def latents_from_frames(frames_THWC: np.ndarray, model: VideoModel) -> Tensor:
+    """Frames uint8 [T, H, W, 3], at the preset's rate, as `latents_from_clip` gives a video's; the end is left out.
+
+    Raises:
+        LongtakeError: they are none, too few for a chunk, or the model cannot encode.
+    """
+    preset, shape = model.preset, frames_THWC.shape
+    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or shape[3] != 3:
+        raise LongtakeError(
+            "these are no frames",
+            got=f"{frames_THWC.dtype} {shape}",
+            expected="uint8 [T, H, W, 3]",
+            fix="pass RGB frames, 0 to 255",
+        )
+    whole = _whole(shape[0], preset)
+    if not whole:
+        raise LongtakeError("the clip is too short to encode", got=f"{shape[0]} frames at {preset.fps} a second",
+                            expected=f"at least {frame_count(preset, 1)}, one chunk", fix="pass a longer clip")  # fmt: skip
+    size = preset.height, preset.width
+    pixels = (image_from_pixels(frame, *size).permute(1, 2, 0) for frame in frames_THWC[:whole])
+    bytes_ = (pixel.add(1).mul(127.5).round().to(torch.uint8).numpy() for pixel in pixels)
+    encoder = model.encoder()
+    latents = [encoder.encode(group).to("cpu", copy=True) for group in _groups(bytes_, preset.vae.stride[0])]
+    return torch.stack(latents, dim=1)
 
 
 def check_clip(source: Path) -> None:

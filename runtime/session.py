@@ -24,7 +24,7 @@ from longtake.runtime.chunk import Chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner
 from longtake.runtime.decode import DecodeQueue
-from longtake.runtime.sampling import ChunkSampler
+from longtake.runtime.sampling import ChunkSampler, OnStep
 from longtake.runtime.session_inputs import OWN, SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
@@ -46,6 +46,7 @@ class Session:
         options: SessionOptions,
         first_latent: Tensor | None = None,
         inputs: SessionInputs = OWN,
+        on_step: OnStep | None = None,
     ) -> None:
         """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
         self.model, self.options, self.inputs = model, options, inputs
@@ -54,7 +55,7 @@ class Session:
         self._conditioner = Conditioner(model, embedding, noise, negative, options.schedule.timesteps)
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
-        self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled)
+        self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
         self._position = Position(script, model.family.start(model.preset))
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
         self._decoding = self._new_queue() if options.decode else None
@@ -65,6 +66,10 @@ class Session:
         self._lock = threading.Lock()  # of the position, held for a moment
         self._using = threading.Lock()  # held while a chunk is made: its state has one user
         self._busy = self._scripted = self._closed = False
+
+    def __repr__(self) -> str:
+        here, state = self._position, "closed" if self._closed else "open"
+        return f"<Session {state}: chunk {here.chunk} is next, {self.remaining} left, prompt {here.prompt!r:.60}>"
 
     def _new_queue(self) -> DecodeQueue:
         model = self.model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import sha256
-from longtake.formats.exported import Export
+from longtake.formats.exported import UNRECORDED, Checked, Export
 from longtake.formats.memory import RecordedTerm
 from longtake.formats.plan import manifest_path
 from longtake.formats.recipe import Recipe
@@ -39,7 +39,7 @@ class Bundle:
     (none where the folder of exported files carries a tokenizer).
     export_inputs: digest of the checkpoints and the code that the export was made from. weights: see
     `Export.weights_known`. folder: where the plans are.
-    memory: what they take on a GPU, in any use; () where it is to be computed.
+    checked, model: of that export. memory: what they take on a GPU, in any use; () where it is to be computed.
     versions: of longtake and of the packages that the plans depend on.
     """
 
@@ -54,6 +54,8 @@ class Bundle:
     weights: dict[str, str] = field(default_factory=dict)
     folder: Path = Path()
     memory: tuple[RecordedTerm, ...] = ()
+    checked: Checked = UNRECORDED
+    model: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -73,6 +75,8 @@ class Bundle:
             export.inputs if export else "",
             export.weights_known if export else {},
             folder,
+            checked=export.checked if export else UNRECORDED,
+            model=export.model if export else "",
             versions=versions(PACKAGES),
         )
 
@@ -81,7 +85,7 @@ class Bundle:
         told = {key: value for key, value in vars(self).items() if key != "folder"}
         onnx = os.path.relpath(self.onnx, self.folder.resolve())
         told |= {"recipe": self.recipe.name, "recipe_fields": asdict(self.recipe.whole), "onnx": onnx}
-        told["memory"] = [asdict(term) for term in self.memory]
+        told |= {"memory": [asdict(term) for term in self.memory], "checked": asdict(self.checked)}
         KIND.write(told, self.folder / NAME)
         return self.folder / NAME
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
-from longtake.errors import IntegrityError, LongtakeError
+from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.files import sha256
 from longtake.formats.recipe import LINEARS, Recipe
 from longtake.plugins.spec import PLUGIN_VERSION
@@ -39,6 +39,41 @@ class ExportedNetwork:
     linears: tuple[str, ...] = ()
 
 
+State = Literal["passed", "unchecked", "failed"]
+PASSED: Final = "passed"
+UNCHECKED: Final = "unchecked"
+FAILED: Final = "failed"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Whether exported networks were compared with PyTorch. why: in words, what is missing or wrong; "" if passed."""
+
+    state: State = FAILED
+    why: str = "no comparison with PyTorch is recorded"
+
+    def require(self, folder: Path, force: bool, fix: str = "") -> str | None:
+        """A line to say where the export in `folder` is taken without having passed; None where it has.
+
+        Raises:
+            GateError: it failed, and `force` isn't given.
+        """
+        if self.state == PASSED:
+            return None
+        if self.state == FAILED and not force:
+            raise GateError(
+                f"the export in {folder} is not known to compute what its checkpoint does",
+                got=f"failed: {self.why}",
+                expected="an export that passed its comparison with PyTorch",
+                fix=f"{fix or 'export it again: longtake export --force'}; --force (in Python force=True) takes it all the same",
+            )
+        return f"export {folder}: {self.state} ({self.why})" + (", taken by --force" if self.state == FAILED else "")
+
+
+UNRECORDED = Checked()
+UNFINISHED = Checked(FAILED, "the comparison with PyTorch did not end")
+
+
 @dataclass(frozen=True)
 class Export:
     """A folder of exported networks.
@@ -46,7 +81,7 @@ class Export:
     inputs: digest of the checkpoints and the code it was made from. skeleton: graphs without weights.
     amax, vocabulary, sampling: of the checkpoints; sampling is how a DiT is sampled, if that is recorded.
     checkpoints: the folder they were in. weights: digests of its DiT and VAE; earlier versions told none. parity: rows of
-    the comparison with PyTorch; empty where none was made. recipe: that it was exported for last, with its preset; others
+    the comparison with PyTorch; empty where none was made. checked: how that ended. model: its name. recipe: that it was exported for last, with its preset; others
     share its files; earlier versions told none.
     """
 
@@ -68,6 +103,8 @@ class Export:
     sampling: dict[str, Any] | None = None
     recipe: Recipe | None = None
     weights: dict[str, str] = field(default_factory=dict)
+    checked: Checked = UNRECORDED
+    model: str = ""
 
     def __post_init__(self) -> None:
         SamplingConfig.told(self.sampling)

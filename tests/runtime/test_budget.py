@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from longtake.commands import engines as engines_command
+from longtake import chain
 from longtake.commands.main import main
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256
@@ -228,10 +228,10 @@ def bundle(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe],
             PlanManifest(f"{plan}.plan", plan, "", 0, "", "", "", "", {}, {}, "", "", scratch_bytes=5 << 20).write(
                 engines / f"{plan}.plan"
             )
-        monkeypatch.setattr(engines_command, "build_recipe", lambda *words: [])
+        monkeypatch.setattr(chain, "build_recipe", lambda *words: [])
         monkeypatch.setattr(Export, "require_recipe", lambda *words, **more: None)
         flavour = Flavour("tensorrt_rtx", "1.6.1", None, "a test")
-        engines_command.build(recipe, exported, engines, flavour, None)
+        chain.build(recipe, exported, engines, flavour, None, force=True)
         return Bundle.read(engines)
 
     return make
@@ -395,14 +395,19 @@ def test_without_a_record_guidance_is_the_preset_s(
 
 
 @pytest.mark.parametrize(
-    ("engines_at", "exports_at", "guidance"), [("engines", "-", 1.0), ("-", "exports", 1.0), ("-", "-", 3.0)]
+    ("has_engines", "has_export", "guidance"), [(True, False, 1.0), (False, True, 1.0), (False, False, 3.0)]
 )
 def test_a_recipe_s_budget_is_of_what_there_is_of_it(
     student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    engines_at: str, exports_at: str, guidance: float,
+    has_engines: bool, has_export: bool, guidance: float,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sources, "ENGINES", tmp_path / engines_at)
-    monkeypatch.setattr(sources, "EXPORTS", tmp_path / exports_at)
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path))
+    place = tmp_path / "models" / "student" / RECIPE.name
+    place.mkdir(parents=True)
+    if has_engines:
+        (place / "engines").symlink_to(student)
+    if has_export:
+        (place / "onnx").symlink_to(tmp_path / "exports" / RECIPE.onnx_name)
     assert budgeted(capsys, "--recipe", RECIPE.name)["guidance"] == guidance
 
 
