@@ -139,6 +139,7 @@ class Generator:
         chunks: int | None = None,
         decode: bool = True,
         endless: bool = False,
+        retakes: bool = False,
         image: Picture | None = None,
         continue_from: Clip | None = None,
         clip: Script | None = None,
@@ -157,6 +158,7 @@ class Generator:
             chunks: total length; longer than the script continues its last prompt, shorter ends it early.
             decode: False yields latents only.
             endless: go on with the last prompt when the script ends.
+            retakes: keep the latents of every chunk in the host's memory, so that `Session.retake` can go back.
             image: a picture, file or uint8 [H, W, 3], that is the first frame; overrides the story's.
             continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's.
                 Its chunks are taken in before this returns: the first chunk that comes is the first new one.
@@ -171,7 +173,8 @@ class Generator:
         start = start_of(story, image, continue_from, clip)
         check_fits(story, preset, continued=start.clip is not None)
         asked = _sampling(sampling, steps, guidance)
-        options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless)
+        how = {"decode": decode, "endless": endless, "retakes": retakes}
+        options = self._options(story, asked, seed, negative_prompt, **how)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
         inputs.check(preset, segments, options.negative_prompt if options.guided else None)
