@@ -108,7 +108,11 @@ def story_from_prompt(prompt: str, chunks: int) -> Story:
 def story_from_file(path: Path | str) -> Story:
     """Read and check a story. Raises LongtakeError that says where in the file what is wrong."""
     source = Path(path)
-    given = _read(source)
+    return story_from_mapping(_read(source), source)
+
+
+def story_from_mapping(given: Any, source: Path) -> Story:
+    """A story from what stands in its file. source: where paths in it are seen from, and what errors call it."""
     _validate(given, source.name)
     given = _whole_numbers(given)
     rest = {key: value for key, value in given.items() if key not in ("shots", "name", "image", "continue_from")}

@@ -9,6 +9,7 @@ Legend: T frames, H, W sizes.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -24,6 +25,7 @@ from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.files import atomic_path
 
 BT709 = 1  # the code of the colour matrix, primaries and transfer that the stream is tagged with
+os.environ.setdefault("SVT_LOG", "1")  # else the AV1 encoder prints its settings for every fragment
 THREADS = 2  # fixed: what an encoder writes depends on how many it has
 ENDLESS = 100_000  # frames between two key frames: a fragment has one, its first
 ENCODERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {  # the first that opens is taken
@@ -170,7 +172,7 @@ def film(init: bytes, media: Iterable[bytes], path: Path) -> None:
     """Put fragments together to an mp4 that can be played while it loads, atomically; nothing is encoded again."""
     joined = io.BytesIO(b"".join([init, *media]))
     options = {"movflags": "+faststart"}
-    with atomic_path(path) as partial, av.open(joined) as source:
+    with atomic_path(path) as partial, av.open(joined, "r") as source:
         with av.open(f"file:{partial}", "w", format="mp4", options=options) as target:
             target.metadata["comment"] = "made with longtake"
             origin = source.streams.video[0]

@@ -1,0 +1,144 @@
+"""`longtake serve`: a page and two interfaces over one model; what is not built yet is built first."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from longtake.commands.run_files import RUNS
+from longtake.errors import UnavailableError
+from longtake.formats.recipe import Recipe, recipe_for, recipe_named
+from longtake.machine.machine import machine_here
+from longtake.options import Bounds, Command, OneOf, check, option
+from longtake.paths import EXPORTS, REPOSITORY
+from longtake.runtime.serve.limits import Limits
+from longtake.runtime.sources import BACKEND_NAMES, source_of_recipe
+from longtake.settings import settings_from_environment
+
+if TYPE_CHECKING:
+    from longtake.runtime.generator import Generator
+    from longtake.runtime.serve.server import Say
+
+STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"  # what is served where nothing else is named
+NEEDS = ("fastapi", "uvicorn", "websockets", "multipart", "prometheus_client")
+EPILOG = """examples:
+  longtake serve                                 the tiny model; what is not built is built first
+  longtake serve --engines wan2.2-ti2v-5b_fp8_sm90 --store /data/longtake
+  longtake serve --host 0.0.0.0 --token-file tokens.txt --allow-origin https://video.example.org
+
+The page is at /, jobs at /v1/videos (OpenAI's interface), live sessions at WS /v1/realtime/video; docs/serving.md tells
+all of it. Ctrl-C or SIGTERM ends in order: sessions are parked, and go on with the next server on the same --store.
+"""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is served"""
+
+    engines: str | None = option(None, metavar="FOLDER|RECIPE")
+    """engines, exported networks, or a recipe's name (default: the tiny model, by the recipe that fits this machine)"""
+    checkpoints: Path | None = option(None, metavar="FOLDER")
+    """where a text or VAE encoder that was not exported lies (default: where the export was made from)"""
+    backend: Annotated[str, OneOf(BACKEND_NAMES)] = option("auto")
+    """taken or refused, never replaced; auto chooses and says why"""
+    device: str | None = option(None, metavar="cuda:N")
+    """where networks run (default: the backend's choice)"""
+    decode_device: str | None = option(None, metavar="cuda:N")
+    """another GPU for the VAE (default: the same)"""
+    sessions_per_worker: Annotated[int, Bounds(1, 64)] = option(1, metavar="N")
+    """sessions at a time on one device, in turn; on a GPU no more than fit"""
+    codec: Annotated[str, OneOf(("h264", "vp9", "av1"))] = option("h264")
+    """how video is encoded unless a client asks otherwise"""
+
+
+@dataclass(frozen=True)
+class DoorOptions:
+    """Where and to whom"""
+
+    host: str = option("127.0.0.1", metavar="ADDRESS")
+    """address to listen on; any but loopback needs --token-file"""
+    port: Annotated[int, Bounds(0, 65535)] = option(8000, metavar="N")
+    """port to listen on; 0 picks a free one"""
+    store: Path | None = option(None, metavar="FOLDER")
+    """where sessions are kept (default: a temporary folder, whose sessions end with the process)"""
+    token_file: Path | None = option(None, metavar="FILE")
+    """tokens of users, a line user:token each (default: nobody is asked)"""
+    allow_origin: tuple[str, ...] = option((), repeated=True, metavar="URL")
+    """a page's origin that may use this server, such as https://video.example.org; may be repeated (default: its own)"""
+    log_prompts: bool = option(False)
+    """prompts in the log in full, instead of their length and a short hash"""
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for what is out of bounds."""
+        check(self)
+
+
+def run(model: ModelOptions, door: DoorOptions, limits: Limits) -> int:
+    """Serve until a signal comes."""
+    check(model)
+    if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
+        fix = "pip install 'longtake[serve]'"
+        raise UnavailableError("serving needs packages that are not installed", got=f"no {', '.join(lacking)}", fix=fix)
+    from longtake.runtime.serve import logs
+    from longtake.runtime.serve.server import Settings, serve
+
+    level = settings_from_environment().log_level
+    logs.configure(level, door.log_prompts)
+    settings = Settings(
+        host=door.host,
+        port=door.port,
+        store=door.store,
+        token_file=door.token_file,
+        origins=door.allow_origin,
+        slots=model.sessions_per_worker,
+        codec=model.codec,
+        limits=limits,
+    )
+    return serve(settings, lambda say: opened(model, say), lambda address: print(f"longtake: {address}", flush=True))
+
+
+def opened(model: ModelOptions, say: Say) -> Generator:
+    """The model, exported and built before if need be. The one place that knows where a model is found."""
+    from longtake.runtime.generator import Generator
+
+    engines = model.engines or ready_recipe(say)
+    say("the model is being opened")
+    return Generator.from_engines(
+        engines, model.backend, model.device, model.decode_device, checkpoints=model.checkpoints
+    )
+
+
+def ready_recipe(say: Say) -> str:
+    """The recipe of the tiny model that fits this machine, exported and, where that runs here, built."""
+    recipe = recipe_named(recipe_for(machine_here().compute_capability))
+    if source_of_recipe(recipe) is not None:
+        return recipe.name
+    from longtake.commands.export import export
+
+    say(f"{recipe.onnx_name} is being exported to ONNX")
+    print(f"{recipe.name} is not built here yet: once, in a minute or two", file=sys.stderr, flush=True)
+    export(recipe, STUDENT, EXPORTS / recipe.onnx_name, force=False, parity=False)
+    _build(recipe, say)
+    return recipe.name
+
+
+def _build(recipe: Recipe, say: Say) -> None:
+    """Build the engines where they would run here; elsewhere ONNX Runtime serves."""
+    from longtake.commands.engines import build, flavour_of
+    from longtake.machine.capability import backend_for
+    from longtake.paths import ENGINES
+
+    machine = machine_here()
+    if backend_for(machine, recipe).backend == "reference":
+        return
+    say(f"the engines of {recipe.name} are being built")
+    flavour = flavour_of(recipe, machine.compute_capability)
+    build(recipe, EXPORTS / recipe.onnx_name, ENGINES / recipe.name, flavour, machine.compute_capability)
+
+
+COMMAND = Command(
+    run, (ModelOptions, DoorOptions, Limits), "Serve one model: a page, jobs and live sessions.", EPILOG, RUNS / "serve"
+)

@@ -1,0 +1,469 @@
+"""A worker holds the model and makes chunks: one thread for the device, one for the encoder, any number of sessions in turn.
+
+It needs no more than a grant: what the session is stands in its journal. What it makes goes into the journal, too; whoever
+shows it reads it there, and is told here only that it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from longtake.errors import LongtakeError
+from longtake.runtime.chunk import Chunk
+from longtake.runtime.generator import Generator
+from longtake.runtime.sampling import CancelledError
+from longtake.runtime.serve.describe import description
+from longtake.runtime.serve.fragments import Codec, fragment
+from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant
+from longtake.runtime.serve.journal import Journal, LeaseLostError
+from longtake.runtime.serve.meters import Meters
+from longtake.runtime.serve.rebuild import rebuild, take_in_clip
+from longtake.runtime.serve.store import Store
+from longtake.runtime.session import Session
+from longtake.runtime.snapshot import Snapshot, snapshot_to_file
+from longtake.runtime.story import frame_count
+
+log = logging.getLogger(__name__)
+
+AHEAD = 2  # chunks made but not yet in the journal: one being decoded, one being encoded
+SNAPSHOT_EVERY = 16  # chunks
+POLL_S = 1.0  # how often a worker with nothing to do looks at its clocks
+
+
+@dataclass
+class Live:
+    """One session in this worker. window: chunks ahead of `shown`; None: no limit."""
+
+    grant: Grant
+    journal: Journal
+    events: asyncio.Queue[Event]
+    loop: asyncio.AbstractEventLoop
+    window: int | None
+    shown: int = -1
+    session: Session | None = None
+    committed: int = 0
+    paused_at: float | None = None
+    ending: str = ""  # "stop", "park": at the next boundary
+    why: str = ""
+    attempts: int = 0
+    touched: float = field(default_factory=time.monotonic)
+    served: int = 0
+    opened: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of live changes
+    over: bool = False
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """Send an event to whoever streams it, from any thread."""
+        event = Event(kind, facts)
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    @property
+    def index(self) -> int:
+        return self.session.next_index if self.session else self.committed
+
+    @property
+    def exhausted(self) -> bool:
+        return bool(self.session) and not self.session.remaining and not self.session.options.endless  # type: ignore[union-attr]
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything that was made is in the journal."""
+        return self.session is None or self.index == self.committed
+
+    def may_begin(self) -> bool:
+        """Whether its next chunk may be begun now."""
+        if self.session is None or self.over or self.ending or self.paused_at is not None or self.exhausted:
+            return False
+        within = self.window is None or self.index - self.window <= self.shown
+        return within and self.index - self.committed < AHEAD
+
+    def wants_the_device(self) -> bool:
+        """Whether the device thread has something to do for it."""
+        if self.over:
+            return False
+        return self.session is None or self.may_begin() or (self.settled and bool(self.ending or self.exhausted))
+
+
+class Worker:
+    """See above. `name` is the registry's name for it."""
+
+    def __init__(
+        self, generator: Generator, store: Store, name: str, meters: Meters, *, idle_s: float, paused_s: float
+    ) -> None:
+        self.generator, self.store, self.name, self.meters = generator, store, name, meters
+        self.idle_s, self.paused_s = idle_s, paused_s
+        self.lives: dict[Grant, Live] = {}
+        self.draining = self._closed = False
+        self._turn = 0
+        self._wake = threading.Condition()
+        self._encoding: queue.Queue[tuple[Live, Chunk, dict[str, Any], Snapshot | None] | None] = queue.Queue()
+        self._threads = [
+            threading.Thread(target=target, name=f"longtake-{name}", daemon=True)
+            for name, target in (("device", self._run_device), ("encode", self._run_encoder))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def describe(self) -> dict[str, Any]:
+        """What it serves: sizes, lengths, defaults, what the model can."""
+        return description(self.generator)
+
+    # ---- what the front asks for: called in the event loop -----------------------------------------------------------
+
+    async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:
+        """Make the session's chunks for as long as this is iterated; events say what there is."""
+        journal = Journal(self.store.folder(grant.session))
+        live = Live(grant, journal, asyncio.Queue(), asyncio.get_running_loop(), window)
+        live.committed = journal.count()
+        with self._wake:
+            self.lives[grant] = live
+            self._wake.notify_all()
+        try:
+            while True:
+                event = await live.events.get()
+                yield event
+                if event.kind == "end":
+                    return
+        finally:
+            if not live.over:
+                self._end(live, "park")
+
+    async def interact(self, grant: Grant, change: Change) -> Ack:
+        """Ask for a change at the next chunk boundary; it is in the journal when this returns.
+
+        Raises:
+            ChangeRefusedError: the session cannot show it.
+        """
+        live = self._live(grant)
+        return await asyncio.to_thread(self._interact, live, change)
+
+    async def control(self, grant: Grant, what: str) -> dict[str, Any]:
+        """ "pause" or "continue" at the next boundary, "stop" before the next pass, "park" at the next boundary."""
+        live = self._live(grant)
+        live.touched = time.monotonic()
+        if what == "pause":
+            live.paused_at = live.paused_at or time.monotonic()
+        elif what == "continue":
+            live.paused_at = None
+        elif what in ("stop", "park"):
+            self._end(live, what)
+        with self._wake:
+            self._wake.notify_all()
+        return {"chunk": live.index}
+
+    async def advance(self, grant: Grant, shown: int) -> None:
+        """The viewer now sees chunk `shown`; also a sign of life."""
+        live = self._live(grant)
+        with self._wake:
+            live.shown, live.touched = max(live.shown, shown), time.monotonic()
+            self._wake.notify_all()
+
+    def _live(self, grant: Grant) -> Live:
+        live = self.lives.get(grant)
+        if live is None or live.over:
+            raise ChangeRefusedError("not_active", "the session is not being made here")
+        return live
+
+    def _end(self, live: Live, how: str) -> None:
+        with self._wake:
+            live.ending = live.ending or how
+            if how == "stop" and live.session is not None:
+                live.session.cancel()
+            self._wake.notify_all()
+
+    def _interact(self, live: Live, change: Change) -> Ack:
+        live.opened.wait(120)
+        live.touched = time.monotonic()
+        with live.lock:
+            known = {event["event_id"]: event for event in live.journal.events() if event.get("event_id")}
+            if change.event_id in known:
+                return _repeated(known[change.event_id], change)
+            session = live.session
+            if session is None or live.over or live.ending:
+                raise ChangeRefusedError("not_active", "the session has ended")
+            try:
+                return self._change(live, session, change)
+            except ChangeRefusedError:
+                raise
+            except LongtakeError as error:
+                raise ChangeRefusedError("interaction_failed", error.what, error) from None
+            except OSError as error:
+                raise ChangeRefusedError("store_full", f"the change cannot be kept: {error.strerror}") from None
+            finally:
+                with self._wake:
+                    self._wake.notify_all()
+
+    def _change(self, live: Live, session: Session, change: Change) -> Ack:
+        if change.extend:
+            return self._extend(live, session, change)
+
+        def record(at: int) -> None:
+            live.journal.append_event({"type": "change", "at_chunk": at, **change.as_json()})
+
+        if change.cut:
+            return Ack(session.cut(change.prompt, record))
+        if change.prompt is None:
+            raise ChangeRefusedError("interaction_failed", "there is nothing to change")
+        return Ack(session.change_prompt(change.prompt, record))
+
+    def _extend(self, live: Live, session: Session, change: Change) -> Ack:
+        if session.options.endless:
+            raise ChangeRefusedError("interaction_failed", "an endless session cannot be made longer")
+        if not session.remaining:
+            raise ChangeRefusedError("too_late", "the last chunk is there")
+        total = session.next_index + session.remaining + change.extend
+        live.journal.append_event({"type": "extend", "total": total, **change.as_json()})
+        session.extend(change.extend)
+        return Ack(total)
+
+    # ---- the device thread ---------------------------------------------------------------------------------------
+
+    def _run_device(self) -> None:
+        while not self._closed:
+            with self._wake:
+                self._watch_clocks()
+                live = self._next()
+                if live is None:
+                    self._wake.wait(POLL_S)
+                    continue
+            live.served = self._turn = self._turn + 1
+            try:
+                self._serve(live)
+            except Exception as error:  # a defect in one session must not end the others
+                log.exception("session %s failed", live.grant.session)
+                self._over(live, "failed", f"{type(error).__name__}", "internal_error")
+
+    def _next(self) -> Live | None:
+        """Whose turn it is: of those with something to do the one that was served longest ago."""
+        waiting = [live for live in self.lives.values() if live.wants_the_device()]
+        waiting = [live for live in waiting if live.session or not (before := self._before(live)) or before.settled]
+        return min(waiting, key=lambda live: live.served) if waiting else None
+
+    def _before(self, live: Live) -> Live | None:
+        """An older connection's hold on the same session, in this worker."""
+        return next(
+            (one for one in self.lives.values() if one is not live and one.grant.session == live.grant.session), None
+        )
+
+    def _watch_clocks(self) -> None:
+        now = time.monotonic()
+        for live in self.lives.values():
+            idle = live.window is not None and now - live.touched > self.idle_s and live.paused_at is None
+            long = live.paused_at is not None and now - live.paused_at > self.paused_s
+            if (idle or long) and not live.ending:
+                live.ending, live.why = "park", "idle" if idle else "paused"
+
+    def _serve(self, live: Live) -> None:
+        if live.session is None:
+            if live.ending:
+                self._over(live, "stopped" if live.ending == "stop" else "parked", live.why)
+            else:
+                self._open(live)
+        elif live.ending == "stop":
+            self._over(live, "stopped")
+        elif live.exhausted and live.index == live.committed:
+            self._over(live, "done")
+        elif live.ending:
+            self._park(live)
+        else:
+            self._step(live)
+
+    def _open(self, live: Live) -> None:
+        journal, begun = live.journal, time.monotonic()
+        if before := self._before(live):
+            self._take_over(live, before)
+            return
+        try:
+            journal.take(live.grant.epoch, self.name)
+            count = journal.count()
+            if count:
+                live.tell("replaying", chunks=count)
+            session = rebuild(self.generator, journal)
+            if journal.meta.clip and not count:
+                take_in_clip(session, journal)
+        except LeaseLostError as error:
+            self._over(live, "lost", error.what, "lease_lost")
+        except LongtakeError as error:
+            code = "engines_differ" if type(error).__name__ == "OtherEnginesError" else "cannot_open"
+            self._over(live, "failed", error.what, code, error)
+        except OSError as error:
+            self._over(live, "parked", f"the store cannot be used: {error.strerror}", "store_full")
+        else:
+            with self._wake:
+                live.session, live.committed = session, journal.count()
+            if count:
+                self.meters.observe("replay_seconds", time.monotonic() - begun)
+            live.opened.set()
+            live.tell("opened", chunk=live.committed)
+
+    def _take_over(self, live: Live, before: Live) -> None:
+        """Go on with what an older connection held: nothing has to be replayed."""
+        try:
+            live.journal.take(live.grant.epoch, self.name)
+        except (LeaseLostError, OSError) as error:
+            self._over(live, "lost", str(error), "lease_lost")
+            return
+        with self._wake:
+            live.session, live.committed, before.session = before.session, live.journal.count(), None
+        self._over(before, "lost", "taken over by another connection", "taken_over")
+        if live.session is not None:
+            live.opened.set()
+            live.tell("opened", chunk=live.committed)
+
+    def _step(self, live: Live) -> None:
+        session = live.session
+        assert session is not None
+        begun = time.monotonic()
+        try:
+            chunk = next(session)
+        except CancelledError:
+            return  # asked to stop: the next turn sees it
+        except StopIteration:
+            return
+        except (LongtakeError, RuntimeError) as error:
+            live.attempts += 1
+            log.warning("session %s: chunk %d failed (%s)", live.grant.session, session.next_index, error)
+            if live.attempts > 1:
+                known = error if isinstance(error, LongtakeError) else None
+                self._over(live, "failed", known.what if known else type(error).__name__, "chunk_failed", known)
+            return
+        live.attempts = 0
+        position = session.position.as_json()
+        state = session.snapshot() if session.next_index % SNAPSHOT_EVERY == 0 else None
+        facts = {"position": position, "began": begun}
+        self._encoding.put((live, chunk, facts, state))
+
+    def _park(self, live: Live) -> None:
+        """Keep the whole state, so that resuming is quick; the journal alone would do."""
+        assert live.session is not None
+        try:
+            if live.committed and not any(chunk == live.committed for chunk, _ in live.journal.snapshots()):
+                live.journal.require_lease()
+                self._keep_state(live, live.session.snapshot())
+        except (LongtakeError, OSError) as error:
+            log.warning("session %s: its state is not kept: %s", live.grant.session, error)
+        self._over(live, "parked", live.why)
+
+    def _keep_state(self, live: Live, state: Snapshot) -> None:
+        chunk = state.position.chunk
+        snapshot_to_file(state, live.journal.snapshot_path(chunk))
+        live.journal.keep_snapshots(chunk)
+
+    def _over(
+        self, live: Live, state: str, reason: str = "", code: str = "", error: LongtakeError | None = None
+    ) -> None:
+        with self._wake:
+            if live.over:
+                return
+            live.over = True
+            self.lives.pop(live.grant, None)
+        if live.session is not None:
+            live.session.close(discard=True)
+            live.session = None
+        try:
+            if state in ("done", "stopped", "failed"):
+                live.journal.require_lease()
+                live.journal.finish(state, reason, code)
+        except (LongtakeError, OSError) as problem:
+            log.warning("session %s: its end is not kept: %s", live.grant.session, problem)
+        live.opened.set()
+        detail = {"got": error.got, "expected": error.expected, "fix": error.fix} if error else {}
+        detail = {key: str(value) for key, value in detail.items() if value is not None}
+        live.tell("end", state=state, reason=reason, code=code, detail=detail, chunks=live.committed)
+
+    # ---- the encoder's thread --------------------------------------------------------------------------------------
+
+    def _run_encoder(self) -> None:
+        while (job := self._encoding.get()) is not None:
+            live, chunk, facts, state = job
+            try:
+                if not live.over:
+                    self._keep(live, chunk, facts, state)
+            except LeaseLostError as error:
+                self._over(live, "lost", error.what, "lease_lost")
+            except OSError as error:
+                self._over(live, "parked", f"the store cannot be used: {error.strerror}", "store_full")
+            except Exception as error:
+                log.exception("session %s: chunk %d is lost", live.grant.session, chunk.index)
+                known = error if isinstance(error, LongtakeError) else None
+                self._over(live, "failed", known.what if known else type(error).__name__, "chunk_failed", known)
+            del job, chunk, state
+
+    def _keep(self, live: Live, chunk: Chunk, facts: dict[str, Any], state: Snapshot | None) -> None:
+        """Encode a chunk, put it into the journal, say that it is there."""
+        journal, preset, began = live.journal, self.generator.backend.preset, time.perf_counter()
+        frames = chunk.frames
+        meta = journal.meta
+        shown_from = int(meta.about.get("first_media", 0))
+        first = frame_count(preset, chunk.index) if chunk.index else 0
+        first -= frame_count(preset, shown_from) if shown_from else 0
+        events = journal.events()
+        limit = None if any(event["type"] == "extend" for event in events) else meta.frames
+        waited = time.perf_counter()
+        codec = Codec(meta.codec, meta.encoder, meta.width, meta.height, meta.fps)
+        made = fragment(frames if limit is None else frames[: limit - first], first, chunk.index - shown_from, codec)
+        count = len(frames) if limit is None else min(len(frames), limit - first)
+        ms = {**chunk.timings, "encode": 1e3 * (time.perf_counter() - waited)}
+        about = {
+            "position": facts["position"], "prompt": chunk.prompt, "cut": chunk.cut, "shot": chunk.shot,
+            "first_frame": first, "frames": count, "whole_frames": len(frames), "visible": list(chunk.visible),
+            "ms": {name: round(value, 1) for name, value in ms.items()}, "encoder": made.encoder, "mime": made.mime,
+            **_event_ids(events, chunk.index),
+        }  # fmt: skip
+        size = journal.commit(chunk.index, about, chunk.latents, made.init, made.media)
+        with self._wake:
+            live.committed = chunk.index + 1
+            self._wake.notify_all()
+        live.tell("chunk", index=chunk.index)
+        self.meters.chunk(ms, count, time.monotonic() - facts["began"], meta.fps, size)
+        log.info(
+            "chunk",
+            extra={"session": journal.id, "chunk": chunk.index, "ms": about["ms"], "waited_ms": 1e3 * (waited - began)},
+        )
+        if state is not None:
+            self._keep_state(live, state)
+
+    def close(self, park: bool = True) -> None:
+        """Let the running chunk end, park every session, end the threads."""
+        self.draining = True
+        with self._wake:
+            for live in self.lives.values():
+                live.ending = live.ending or "park"
+            self._wake.notify_all()
+        until = time.monotonic() + (12 if park else 0)
+        while self.lives and time.monotonic() < until:
+            time.sleep(0.02)
+        with self._wake:
+            self._closed = True
+            self._wake.notify_all()
+        self._encoding.put(None)
+        for thread in self._threads:
+            thread.join(2)
+
+
+def _repeated(event: dict[str, Any], change: Change) -> Ack:
+    """The same answer to the same change. Raises ChangeRefusedError for another one under its name."""
+    if any(event.get(key) != value for key, value in change.as_json().items()):
+        raise ChangeRefusedError("event_id_conflict", "this event_id was another change")
+    return Ack(int(event.get("at_chunk", event.get("total", 0))))
+
+
+def _event_ids(events: list[dict[str, Any]], chunk: int) -> dict[str, list[str]]:
+    """Which changes begin with a chunk, which shape it, which those replaced."""
+    changes = [event for event in events if event["type"] == "change" and event["at_chunk"] <= chunk]
+    started = [str(event["event_id"]) for event in changes if event["at_chunk"] == chunk]
+    before = [event["at_chunk"] for event in changes if event["at_chunk"] < chunk]
+    earlier = [str(event["event_id"]) for event in changes if before and event["at_chunk"] == max(before)]
+    return {
+        "started_event_ids": started,
+        "active_event_ids": started or earlier,
+        "completed_event_ids": earlier if started else [],
+    }
