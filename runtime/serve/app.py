@@ -18,6 +18,7 @@ from longtake.runtime.serve.auth import TICKET_S
 from longtake.runtime.serve.contract import ServeError
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.realtime import serve_socket
+from longtake.runtime.serve.users import user_of
 from longtake.runtime.serve.videos import videos_of
 from longtake.version import __version__
 
@@ -206,16 +207,6 @@ def model_card(about: dict[str, Any], front: Front) -> dict[str, Any]:
         "measured": {**measured, "gpu": about["gpu"]} if measured else None,
     }
     return {"id": about["model"], "object": "model", "created": 0, "owned_by": "longtake", "longtake": ours}
-
-
-def user_of(front: Front, request: Request) -> str:
-    """Who asks. Raises ServeError 401."""
-    user = front.door.user(request.headers.get("authorization"))
-    if user is None:
-        raise ServeError(
-            "unauthorized", "a token is needed", status=401, detail={"expected": "Authorization: Bearer TOKEN"}
-        )
-    return user
 
 
 def _add_realtime(app: FastAPI, front: Front) -> None:

@@ -8,12 +8,11 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from longtake.errors import LongtakeError
 from longtake.runtime.serve.grants import Event, Grant, WorkerLostError, Workers
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.meters import Meters
-from longtake.runtime.serve.registry import ACTIVE, MIDDLE, PARKED, PAUSED, PLACING, QUEUED, Queue, Registry
+from longtake.runtime.serve.registry import ACTIVE, MIDDLE, PARKED, Queue, Registry
 
 log = logging.getLogger(__name__)
 
@@ -117,35 +116,48 @@ class Desk:
         return bool(self.registry.workers)
 
 
-async def drive(
-    desk: Any, workers: Workers, journal: Journal, window: int | None, meters: Meters, again: bool = False
-) -> AsyncIterator[Event]:
-    """Ask, wait, be granted, stream; when the worker is lost, ask again. Events: "queued", "granted", what a worker tells, "moved".
+async def asked(desk: Any, journal: Journal, again: bool = False) -> int:
+    """Ask for a place; the number is what `drive` waits with. again: it waited or ran before. Raises QuotaError."""
+    meta = journal.meta
+    return int(await desk.ask(meta.user, journal.id, meta.kind, journal.leased(), again))
 
-    again: it waited or ran before. The last event is "end", always. However it ends, the place is given back.
+
+def _taken_over(journal: Journal) -> Event:
+    return Event("end", {"state": "lost", "code": "taken_over", "reason": "taken over", "chunks": journal.count()})
+
+
+async def _granted(desk: Any, journal: Journal, number: int) -> AsyncIterator[Grant | Event]:
+    """Where it waits, whenever that changes; at last the grant, or nothing if somebody else asked since."""
+    position: Queue | None = None
+    while (answer := await desk.wait(journal.id, number, position)) is not None:
+        if isinstance(answer, Grant):
+            yield answer
+            return
+        if answer != position:
+            position = answer
+            facts = {"position": answer.position, "ahead": answer.ahead, "estimate_s": answer.estimate_s}
+            yield Event("queued", facts)
+
+
+async def drive(
+    desk: Any, workers: Workers, journal: Journal, number: int, window: int | None, meters: Meters
+) -> AsyncIterator[Event]:
+    """Wait, be granted, stream; when the worker is lost, wait again. Events: "queued", "granted", what a worker tells, "moved".
+
+    The last event is "end", always. However it ends, the place is given back.
     """
-    meta, fails, moved = journal.meta, 0, False
-    held: Grant | None = None
-    number = await desk.ask(meta.user, journal.id, meta.kind, journal.leased(), again)
+    fails, moved = 0, False
     try:
         while True:
-            position: Queue | None = None
-            held = None
-            while not isinstance(held, Grant):
-                answer = await desk.wait(journal.id, number, position)
-                if answer is None:
-                    yield Event(
-                        "end",
-                        {"state": "lost", "code": "taken_over", "reason": "taken over", "chunks": journal.count()},
-                    )
-                    return
+            held: Grant | None = None
+            async for answer in _granted(desk, journal, number):
                 if isinstance(answer, Grant):
                     held = answer
-                elif answer != position:
-                    position = answer
-                    yield Event(
-                        "queued", {"position": answer.position, "ahead": answer.ahead, "estimate_s": answer.estimate_s}
-                    )
+                else:
+                    yield answer
+            if held is None:
+                yield _taken_over(journal)
+                return
             yield Event("granted", {"grant": held, "moved": moved})
             before, reason = journal.count(), "worker_lost"
             try:
@@ -164,25 +176,14 @@ async def drive(
             if fails >= PATIENCE:
                 journal.finish("failed", "its worker was lost again and again", "worker_lost")
                 yield Event(
-                    "end",
-                    {"state": "failed", "code": "worker_lost", "reason": "worker lost", "chunks": journal.count()},
+                    "end", {"state": "failed", "code": "worker_lost", "reason": "worker lost", "chunks": before}
                 )
                 return
             meters.add("session_moves", reason=reason)
             if not await desk.again(journal.id, held.epoch, held.worker if reason == "worker_lost" else ""):
-                yield Event(
-                    "end", {"state": "lost", "code": "taken_over", "reason": "taken over", "chunks": journal.count()}
-                )
+                yield _taken_over(journal)
                 return
             moved = True
             yield Event("moved", {"reason": reason, "replaying": journal.count()})
     finally:
         await desk.release(journal.id, number)
-
-
-def quiet(error: BaseException) -> str:
-    """An error as one line."""
-    return error.what if isinstance(error, LongtakeError) else f"{type(error).__name__}: {error}"
-
-
-__all__ = ["ACTIVE", "PARKED", "PAUSED", "PLACING", "QUEUED", "Desk", "drive", "quiet"]

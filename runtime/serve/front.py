@@ -114,11 +114,20 @@ class Front:
         stages = {name: round(sum(about["ms"].get(name, 0) for about in chunks) / len(chunks), 1) for name in names}
         meta, about = journal.meta, self._about or {}
         return {
-            "kind": "serve", "preset": about.get("preset"), "recipe": meta.model, "backend": about.get("backend"),
-            "gpu": about.get("gpu"), "resolution": f"{meta.width}x{meta.height}", "steps": meta.steps,
-            "guidance": meta.guidance, "seed": meta.seed, "chunks": len(chunks), "stage_ms": stages,
-            "frames": sum(about["frames"] for about in chunks), "seconds": round(time.time() - meta.created, 3),
-        }  # fmt: skip
+            "kind": "serve",
+            "preset": about.get("preset"),
+            "recipe": meta.model,
+            "backend": about.get("backend"),
+            "gpu": about.get("gpu"),
+            "resolution": f"{meta.width}x{meta.height}",
+            "steps": meta.steps,
+            "guidance": meta.guidance,
+            "seed": meta.seed,
+            "chunks": len(chunks),
+            "stage_ms": stages,
+            "frames": sum(about["frames"] for about in chunks),
+            "seconds": round(time.time() - meta.created, 3),
+        }
 
     async def forget(self, journal: Journal) -> None:
         """Remove a session; whoever makes it loses it first."""
