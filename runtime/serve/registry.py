@@ -1,7 +1,7 @@
 """Who waits, who runs, and where: a pure state machine. It reads no clock and no disk; every method takes `now`.
 
-Fair by user: a free place goes to whoever's user runs least here, and among those to who waits longest; sessions that were
-moved, whose viewers watch already, go before all.
+Fair by user: a free place goes to whoever's user runs least here, and among those to who waits longest. Live sessions go
+before jobs, and sessions that were moved, whose viewers watch already, before all.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class Registry:
         for one in order:
             running[one.user] += 1
         while rest:
-            first = min(rest, key=lambda one: (running[one.user], one.number))
+            first = min(rest, key=lambda one: (one.kind != "live", running[one.user], one.number))
             running[first.user] += 1
             order.append(first)
             rest.remove(first)

@@ -86,6 +86,9 @@ class Served:
     def post(self, path: str, **more: Any) -> httpx.Response:
         return httpx.post(self.url + path, timeout=60, **more)
 
+    def client_delete(self, video: str) -> bool:
+        return bool(httpx.delete(f"{self.url}/v1/videos/{video}", timeout=60).json()["deleted"])
+
     def wait_for(self, video: str, status: str = "completed", seconds: float = 120) -> dict[str, Any]:
         until = time.monotonic() + seconds
         while (found := self.get(f"/v1/videos/{video}").json())["status"] != status:
