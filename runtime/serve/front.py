@@ -40,8 +40,7 @@ class Front:
     async def about(self) -> dict[str, Any]:
         """The model's description. Raises ServeError until a worker has told it."""
         if self._about is None:
-            desk_about = self.desk.about
-            self._about = desk_about if isinstance(desk_about, dict) or desk_about is None else await desk_about()
+            self._about = await self.desk.model()
         if self._about is None:
             raise ServeError("not_ready", self.status or "no worker is ready yet", status=503, retry_s=5)
         return self._about

@@ -104,6 +104,18 @@ class Registry:
         self.generation = max(self.generation, generation)
         self.workers[worker] = Place(slots, generation, now)
 
+    def first_number(self, number: int) -> None:
+        """Number entries from here on."""
+        self._number = number
+
+    def adopt(self, grant: Grant, user: str, kind: str, now: float) -> None:
+        """A worker has this session, of which nothing was known: another registry granted it."""
+        self.epochs[grant.session] = max(grant.epoch, self.epochs.get(grant.session, 0))
+        if grant.session not in self.entries and grant.epoch == self.epochs[grant.session]:
+            self._number += 1
+            entry = Entry(grant.session, user, kind, now, self._number, ACTIVE, True, grant)
+            self.entries[grant.session] = entry
+
     def heartbeat(self, worker: str, now: float) -> bool:
         """It lives. False if it is not known (any more): then it has to register."""
         if worker not in self.workers:

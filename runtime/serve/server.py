@@ -80,7 +80,7 @@ def listening(host: str, port: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             fix = "check --host and --port"
             raise LongtakeError(f"cannot listen on {host}:{port}", got=error.strerror, fix=fix) from None
-        fix = f"pass --port {_free_port(host, port + 1)}"
+        fix = f"pass --port {free_port(host, port + 1)}"
         raise LongtakeError(
             f"port {port} is taken", got=f"{host}:{port} in use", expected="a free port", fix=fix
         ) from None
@@ -88,7 +88,8 @@ def listening(host: str, port: int) -> socket.socket:
     return opened
 
 
-def _free_port(host: str, start: int) -> int:
+def free_port(host: str, start: int) -> int:
+    """The first port from `start` on that nobody uses; 0 if there is none near."""
     for port in range(start, min(start + 100, 65536)):
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
             tried.bind((host, port))

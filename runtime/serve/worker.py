@@ -20,7 +20,7 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.sampling import CancelledError
 from longtake.runtime.serve.changes import taken
 from longtake.runtime.serve.describe import description
-from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant
+from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant, Running
 from longtake.runtime.serve.journal import Journal, LeaseLostError
 from longtake.runtime.serve.keeping import keep_chunk
 from longtake.runtime.serve.live import Live
@@ -58,6 +58,19 @@ class Worker:
     def describe(self) -> dict[str, Any]:
         """What it serves: sizes, lengths, defaults, what the model can."""
         return description(self.generator)
+
+    def running(self) -> list[Running]:
+        """What it makes now."""
+        lives = [live for live in list(self.lives.values()) if not live.over and not live.ending]
+        return [Running(live.grant, live.journal.meta.user, live.journal.meta.kind) for live in lives]
+
+    def drain(self) -> None:
+        """Park every session at its next boundary, so that it moves to another worker."""
+        with self._wake:
+            for live in self.lives.values():
+                if not live.ending:
+                    live.ending, live.why = "park", "drain"
+            self._wake.notify_all()
 
     # ---- what the front asks for: called in the event loop -----------------------------------------------------------
 

@@ -27,10 +27,29 @@ def toy(pause_s: float = 0.0) -> Generator:
     return Generator(backend, module.toy_tokenize)
 
 
+def opened_toy(say: Any) -> Generator:
+    return toy(0.03)
+
+
+def opened_tiny(say: Any) -> Generator:
+    return tiny()
+
+
+def announce(address: str) -> None:
+    print(address, flush=True)
+
+
 if __name__ == "__main__":
     store, *words = sys.argv[1:]
     slots = next((int(word[6:]) for word in words if word.startswith("slots=")), 1)
     limits = Limits(user_sessions=8, user_jobs=16)
     settings = Settings(port=0, store=Path(store), slots=slots, limits=limits)
-    make = (lambda: toy(0.03)) if "toy" in words else tiny
-    raise SystemExit(serve(settings, lambda say: make(), lambda address: print(address, flush=True)))
+    if "ray" in words:
+        from serving_process import opened_tiny, opened_toy  # by their module's name, which other processes import
+
+        from longtake.runtime.serve.ray_app import serve_ray
+
+        opening = opened_toy if "toy" in words else opened_tiny
+        workers = next((int(word[8:]) for word in words if word.startswith("workers=")), 1)
+        raise SystemExit(serve_ray(settings, opening, announce, (workers, workers)))
+    raise SystemExit(serve(settings, opened_toy if "toy" in words else opened_tiny, announce))
