@@ -29,6 +29,7 @@ COMMANDS = {
     "export": ("longtake.commands.export", "PyTorch to ONNX, with a structural check and a parity table"),
     "engines": ("longtake.commands.engines", "ONNX to TensorRT plans"),
     "generate": ("longtake.commands.generate", "a story to an mp4, with a run report"),
+    "serve": ("longtake.commands.serve", "a page and two interfaces: video while it is made"),
     "check": (
         "longtake.commands.check",
         "accuracy: PyTorch fake-quant <-> ONNX Runtime <-> TensorRT, against the recipe's gate",
@@ -67,6 +68,7 @@ the usual way:
   longtake export --recipe tiny_nvfp4_sm120     PyTorch to ONNX
   longtake engines --recipe tiny_nvfp4_sm120    ONNX to TensorRT
   longtake generate docs/stories/demo.yaml      a story to an mp4
+  longtake serve                                a page on which one types and sees it
 """
 
 
