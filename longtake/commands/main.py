@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from longtake.commands.failures import explained
@@ -133,11 +134,12 @@ def parsed(name: str, words: list[str]) -> list[Any]:
     parser = parser_of(name, command)
     if not command.runs:
         return instances(name, command, parser.values(words), {})
-    from longtake.commands.run_files import add_config, values_of_config
+    from longtake.commands.run_files import add_config, told, values_of_config
 
     add_config(parser, command)
     given = parser.values(words)
-    return instances(name, command, given, values_of_config(given, command))
+    options = instances(name, command, given, values_of_config(given, command))
+    return [replace(one, told=told(given, command)) if hasattr(one, "told") else one for one in options]
 
 
 @contextmanager

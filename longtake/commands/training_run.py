@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,26 @@ from longtake.training.trainer import TrainConfig
 
 @dataclass(frozen=True)
 class WhereOptions:
-    """What"""
+    """What
+
+    told: what the run was told, by the keys of a run file.
+    """
 
     device: str = option("auto", resume=FREE)
     """auto, cpu, cuda or cuda:N"""
     dry_run: bool = option(False, resume=FREE)
     """print sizes, shapes, memory and cost, and stop"""
+    told: dict[str, Any] = field(default_factory=dict)
 
 
-def train_config(how: RunOptions, preset: Preset, optimizer: OptimizerConfig, *more: Any) -> TrainConfig:
-    """The loop's settings; those of a run that is resumed are compared to those of `how` and `more`."""
-    command, settings = shlex.join(["longtake", *sys.argv[1:]]), settings_of(how, *more)
+def train_config(
+    how: RunOptions, preset: Preset, optimizer: OptimizerConfig, where: WhereOptions, *more: Any
+) -> TrainConfig:
+    """The loop's settings; those of a run that is resumed are compared to those of all that is given."""
+    command, settings = shlex.join(["longtake", *sys.argv[1:]]), settings_of(how, where, *more)
     return TrainConfig(
         **vars(how), preset=preset.name, preset_digests=preset.digests, optimizer=optimizer, command=command,
-        settings=settings,
+        settings=settings, told=where.told,
     )  # fmt: skip
 
 

@@ -33,9 +33,10 @@ from longtake.training.stages.initial_models import initial_models, leave_tokeni
 from longtake.training.stages.metadata import dit_metadata
 from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
-from longtake.training.stages.validation import EVALUATION_SEED, held_out_loss, one_step_video
+from longtake.training.stages.validation import EVALUATION_SEED, held_out_loss, sampled_video
 
 HELD_OUT = 32
+SAMPLED = 2  # chunks that are shown
 CALIBRATION_BATCHES = 4
 
 logger = logging.getLogger(__name__)
@@ -251,10 +252,10 @@ class DiTStage(Stage):
         return held_out_loss(self.velocity, self.held_out, self.options, self.device)
 
     def samples(self) -> Tensor | None:
-        """A held-out story, and under it what the model makes of it in one step; GPU only."""
-        if self.device.type != "cuda":
-            return None
-        return one_step_video(self.velocity, self.vae, self.held_out, self.options, self.device)
+        """A held-out story, and under it what the model makes of its prompts, sampled as it will be; one chunk on a CPU."""
+        chunks = min(SAMPLED if self.device.type == "cuda" else 1, max(self.options.chunks))
+        with self.autocast():
+            return sampled_video(self.dit, self.embed, self.vae, self.held_out, chunks)
 
     def leave(self, out: Path) -> None:
         """The tokenizer of a text encoder that has one in a file."""
