@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": ("longtake.commands.doctor", "what runs on this machine, and what is missing"),
     "train": ("longtake.commands.train", "train the VAE or the DiT, in bf16 or under NVFP4"),
     "distill": ("longtake.commands.distill", "distil a trained DiT to 4 or 2 denoise steps"),
+    "evaluate": ("longtake.commands.evaluate", "PSNR, flow loss, and whether videos show what their prompts say"),
     "random-weights": ("longtake.commands.random_weights", "checkpoints of a preset with random content"),
     "convert": ("longtake.commands.convert", "released weights (Wan, LongLive, diffusers) to a checkpoint folder"),
     "export": ("longtake.commands.export", "PyTorch to ONNX, with a structural check and a parity table"),
