@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, some
 from longtake.training.data.facts import Facts
 from longtake.training.data.found import Found, found_in
 from longtake.training.models.presets import Preset
@@ -89,8 +89,8 @@ def summary(clips: Sequence[Clip], preset: Preset, fit: str) -> str:
 
 def listed(ignored: dict[Path, str]) -> str:
     """The first of some ignored files, and why."""
-    shown = [f"{path.parent.name}/{path.name} ({why})" for path, why in list(ignored.items())[:REASONS_SHOWN]]
-    return ", ".join(shown) + (f" and {len(ignored) - REASONS_SHOWN} more" if len(ignored) > REASONS_SHOWN else "")
+    shown = [f"{path.parent.name}/{path.name} ({why})" for path, why in ignored.items()]
+    return some(shown, REASONS_SHOWN)
 
 
 def one_line(error: LongtakeError) -> str:

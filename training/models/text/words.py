@@ -177,11 +177,6 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
 
     @property
-    def token_count(self) -> int:
-        """How many token ids there are."""
-        return self.embedding.num_embeddings
-
-    @property
     def tokenizer(self) -> Tokenizer:
         """Texts to token ids."""
         return _tokenizer(self.vocabulary)
