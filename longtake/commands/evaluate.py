@@ -26,6 +26,7 @@ from longtake.training.models.load import Models, load_models
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import Preset, SamplingConfig
 from longtake.training.models.side_file import SideFile
+from longtake.training.options import checkpoints_named
 from longtake.training.stages.vae import HELD_OUT_SEED, reconstructed, reconstruction_psnr
 from longtake.training.stages.validation import EVALUATION_SEED
 from longtake.video_span import FITS
@@ -35,7 +36,7 @@ DESCRIPTION = """Measure a folder of checkpoints: the VAE's PSNR on held-out cli
 whether videos show what their prompts say. Of --data digits a shipped judge says which digit it sees; of clips of your
 own it is counted how often the training clip nearest to a video's first frame is the one of its caption."""
 EPILOG = """examples:
-  longtake evaluate --checkpoints training/checkpoints/tiny
+  longtake evaluate --checkpoints tiny
   longtake evaluate --checkpoints runs/own --data my_clips --held-out 0 --report runs/own/evaluation.json --sheet runs/own/evaluation.png
 """
 
@@ -44,8 +45,8 @@ EPILOG = """examples:
 class EvaluateOptions:
     """What"""
 
-    checkpoints: Path = option(metavar="FOLDER")
-    """folder of dit, text_encoder and vae"""
+    checkpoints: Annotated[Path, Text(checkpoints_named)] = option(metavar="FOLDER|NAME")
+    """folder of dit, text_encoder and vae, or a shipped model's name"""
     preset: Annotated[Preset, Text(preset_named, lambda preset: preset.label)] | None = option(None, metavar="NAME")
     """sizes of the networks (default: as the checkpoint says)"""
     data: str = option("digits", metavar="NAME|FOLDER")
