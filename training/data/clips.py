@@ -86,7 +86,7 @@ def summary(clips: Sequence[Clip], preset: Preset, fit: str) -> str:
         if f"{min(seconds):.1f}" == f"{max(seconds):.1f}"
         else f"{min(seconds):.1f} to {max(seconds):.1f}"
     )
-    return f"{len(clips)} clips, {sum(seconds):.0f} s ({span} s each), {shown}{brought}"
+    return f"{len(clips)} clip{'s' * (len(clips) > 1)}, {sum(seconds):.0f} s ({span} s each), {shown}{brought}"
 
 
 def listed(ignored: dict[Path, str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.training.data.base import Dataset
+from longtake.training.data.base import Dataset, told
 from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
@@ -49,8 +49,8 @@ class DiTStage(Stage):
 
     def __init__(self, options: StageOptions) -> None:
         self.options, self.preset = options, options.preset
-        self.clips = self.dataset("train")
-        self.line = self.clips.line
+        self.clips, self.held_out_clips = self.dataset("train"), self.dataset("eval")
+        self.line = told(self.clips, self.held_out_clips, chunks=max(options.chunks))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.dit, self.text, self.text_digest = initial_models(options, self.clips.captions)
@@ -121,7 +121,7 @@ class DiTStage(Stage):
     def cache(self, split: str, stories: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
         options = self.options
-        dataset = self.clips if split == "train" else self.dataset(split)
+        dataset = self.clips if split == "train" else self.held_out_clips
         digest = self.vae_digest if options.cache_dir else ""  # who only encodes into memory may have set `vae` alone
         return stories_from_dataset(
             dataset, self.vae, digest, self.text, self.preset,

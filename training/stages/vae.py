@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.options import recorded
+from longtake.training.data.base import told
 from longtake.training.data.named import dataset_from_name
 from longtake.training.models.checkpoint import load_into
 from longtake.training.models.wan.vae import CausalVAE, Stream
@@ -45,7 +46,7 @@ class VAEStage(Stage):
             dataset_from_name(options.data, self.preset, split, 0, options.max_bad_share, options.fit, options.held_out)
             for split in ("train", "eval")
         )
-        self.line = self.train.line
+        self.line = told(self.train, self.eval, frames=max(CLIP_FRAMES))
 
     def prepare(self, device: torch.device) -> None:
         """Data sets, and the VAE on `device` (channels last on a GPU)."""
