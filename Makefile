@@ -50,7 +50,7 @@ demo: $(READY)
 	echo "check:  $(OUT)/demo/check.json"
 
 # All that takes seconds; what takes longer (training runs, whole exports, a disk that fills up) is in test-slow
-test: WHICH = not slow
+test: WHICH = not slow and not long
 test-slow: WHICH = slow
 test test-slow: $(READY)
 	@if [ $(JOBS) -gt 1 ] && $(PY) -c 'import xdist' 2>/dev/null; then \

@@ -27,7 +27,15 @@ from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.options import RunOptions
 from longtake.training.report import present_memory, train_report
-from longtake.training.resume import check_same_run, delete_older, newest_whole, require_resume_point, set_aside, sweep
+from longtake.training.resume import (
+    check_same_run,
+    delete_older,
+    leave_run_file,
+    newest_whole,
+    require_resume_point,
+    set_aside,
+    sweep,
+)
 from longtake.training.stages.base import Metric, Stage
 
 logger = logging.getLogger(__name__)
@@ -41,6 +49,7 @@ class TrainConfig(RunOptions):
     """What the loop is told: how long to train, and what to leave on disk.
 
     settings: what makes this run the one it is (JSON-ready); resuming with others is refused or warned about.
+    told: what it was told, as a run file, which is left in its folder: --resume and --out are enough then.
     """
 
     preset: str
@@ -49,6 +58,7 @@ class TrainConfig(RunOptions):
     log_steps: int = 50
     command: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be trained by."""
@@ -106,7 +116,8 @@ class Trainer:
         if self.config.resume:
             self.load_resume_point()
         else:
-            set_aside(self.config.out)
+            set_aside(self.config.out, self.stage.modules)
+        leave_run_file(self.config.out, self.config.told)
         self.history = History(self.config.out, self.step)
 
     def new_optimizer(self) -> Averaged:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from longtake.commands.failures import explained
@@ -24,6 +25,7 @@ COMMANDS = {
     "doctor": ("longtake.commands.doctor", "what runs on this machine, and what is missing"),
     "train": ("longtake.commands.train", "train the VAE or the DiT, in bf16 or under NVFP4"),
     "distill": ("longtake.commands.distill", "distil a trained DiT to 4 or 2 denoise steps"),
+    "evaluate": ("longtake.commands.evaluate", "PSNR, flow loss, and whether videos show what their prompts say"),
     "random-weights": ("longtake.commands.random_weights", "checkpoints of a preset with random content"),
     "convert": ("longtake.commands.convert", "released weights (Wan, LongLive, diffusers) to a checkpoint folder"),
     "export": ("longtake.commands.export", "PyTorch to ONNX, with a structural check and a parity table"),
@@ -136,11 +138,12 @@ def parsed(name: str, words: list[str]) -> list[Any]:
     parser = parser_of(name, command)
     if not command.runs:
         return instances(name, command, parser.values(words), {})
-    from longtake.commands.run_files import add_config, values_of_config
+    from longtake.commands.run_files import add_config, told, values_of_config
 
     add_config(parser, command.runs)
     given = parser.values(words)
-    return instances(name, command, given, values_of_config(given, command))
+    options = instances(name, command, given, values_of_config(given, command))
+    return [replace(one, told=told(given, command)) if hasattr(one, "told") else one for one in options]
 
 
 @contextmanager
