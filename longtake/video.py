@@ -56,7 +56,8 @@ class VideoWriter:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
             frame.pts, frame.time_base = self.frames, Fraction(1, self.fps)
-            self._mux(frame)
+            with _as_error(self.path, "cannot write"):
+                self._container.mux(self._stream.encode(frame))
             self.frames += 1
 
     def close(self) -> None:
@@ -89,10 +90,6 @@ class VideoWriter:
             context.colorspace = context.color_primaries = context.color_trc = BT709
             self._stack = stack.pop_all()
         self._container, self._stream, self._size = container, stream, (height, width)
-
-    def _mux(self, frame: av.VideoFrame) -> None:
-        with _as_error(self.path, "cannot write"):
-            self._container.mux(self._stream.encode(frame))
 
     def _check(self, frames: np.ndarray) -> None:
         shape = tuple(frames.shape)

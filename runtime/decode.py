@@ -113,14 +113,10 @@ class DecodeQueue:
         if self._error is not None:
             raise self._error
 
-    def drain(self) -> None:
-        """Wait until everything submitted is decoded; raises a decode error."""
+    def state(self) -> list[Tensor]:
+        """The decoder's feature caches, copied, after everything submitted; raises a decode error."""
         if self._last is not None:
             self._last.result()
-
-    def state(self) -> list[Tensor]:
-        """The decoder's feature caches, copied, after everything submitted."""
-        self.drain()
         copies = [tensor.detach().clone() for tensor in self.decoder.state()]
         self._settle_second_gpu()
         return copies

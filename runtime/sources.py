@@ -15,8 +15,8 @@ from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
 from longtake.formats.memory import Budget, RecordedTerm, Use
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
-from longtake.machine.capability import Choice, backend_for
-from longtake.machine.machine import machine_here
+from longtake.machine.capability import Choice, Machine, backend_for
+from longtake.machine.machine import has_module, machine_here
 from longtake.paths import ENGINES, EXPORTS
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.check import check_memory
@@ -238,7 +238,8 @@ def _require_device(backend: str, device: torch.device | str | None, option: str
 
 def choose_backend(source: Source, asked: str) -> Choice:
     """The backend for `source` on this machine: the capability table's answer, and whether plans are there."""
-    choice = backend_for(machine_here(), source.recipe, None if asked == "auto" else asked)
+    machine = Machine(onnxruntime=has_module("onnxruntime")) if asked == "reference" else machine_here()
+    choice = backend_for(machine, source.recipe, None if asked == "auto" else asked)
     if choice.backend == "reference" or source.engines is not None:
         return choice
     if asked != "auto":

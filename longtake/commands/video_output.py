@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from longtake.commands.meter import GenerateProgress, Meter
 from longtake.files import atomic_path
 from longtake.formats.memory import Budget
 from longtake.runtime.chunk import Chunk
@@ -22,6 +25,43 @@ COLUMNS = 4
 WIDTH_INCHES, DPI = 2.4, 100
 MOST_STILLS = 24
 STILL_PIXELS = 320
+DIT_STAGES = ("conditions", "denoise", "clean")
+
+
+class Meter:
+    """A run's timings. The clock runs from the start: call `add` for every chunk once its frames are on the host."""
+
+    def __init__(self) -> None:
+        self._started = self._latest = time.perf_counter()
+        self.first_chunk_s: float | None = None
+        self.chunks = self.frames = 0
+        self._total_ms: Counter[str] = Counter()
+
+    def add(self, chunk: Chunk) -> None:
+        """Count a finished chunk; waits for its frames."""
+        self.frames += len(chunk.frames)
+        self.chunks += 1
+        self._latest = chunk.finished_at  # not "now": frames may have waited for the next chunk's passes
+        if self.first_chunk_s is None:
+            self.first_chunk_s = self._latest - self._started
+        self._total_ms.update(chunk.timings)
+
+    def fps(self) -> dict[str, float | None]:
+        """Frames a second: DiT alone, VAE alone, end to end."""
+        dit = sum(self._total_ms[stage] for stage in DIT_STAGES) / 1e3
+        rates = {"dit": dit, "vae": self._total_ms["decode"] / 1e3, "end_to_end": self._latest - self._started}
+        return {name: round(self.frames / spent, 3) if spent and self.frames else None for name, spent in rates.items()}
+
+    def figures(self) -> dict[str, Any]:
+        """The report's fields that are measured here."""
+        first = self.first_chunk_s
+        return {
+            "chunks": self.chunks,
+            "frames": self.frames,
+            "fps": self.fps(),
+            "first_chunk_s": None if first is None else round(first, 4),
+            "stage_ms": {stage: round(total / self.chunks, 2) for stage, total in self._total_ms.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -58,7 +98,8 @@ class VideoOutput:
 
     def __init__(self, out: Path, fps: int, chunks: int) -> None:
         self.out, self.fps = out, fps
-        self.meter, self.sheet, self._progress = Meter(), ContactSheet(), GenerateProgress(chunks)
+        self.meter, self.sheet = Meter(), ContactSheet()
+        self._bar = tqdm(total=chunks, unit="chunk", desc="generating", file=sys.stderr, dynamic_ncols=True)
         self._writer: VideoWriter | None = None
 
     def add(self, chunk: Chunk) -> None:
@@ -69,11 +110,14 @@ class VideoOutput:
         self._writer.write(frames)
         self.meter.add(chunk)
         self.sheet.add(chunk.index, chunk.prompt, chunk.cut, frames)
-        self._progress.update(chunk, self.meter)
+        mark = "CUT " if chunk.cut else ""
+        prompt = textwrap.shorten(chunk.prompt, 50, placeholder="…")
+        self._bar.set_postfix_str(f"{self.meter.fps()['end_to_end'] or 0.0:.1f} frames/s, {mark}{prompt}")
+        self._bar.update()
 
     def close(self) -> None:
         """Put the video under its final name, however many frames it has; without any there is no file."""
-        self._progress.close()
+        self._bar.close()
         if self._writer is not None:
             self._writer.close()
 
