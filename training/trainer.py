@@ -229,6 +229,7 @@ class Trainer:
             logger.warning(
                 "resuming with --steps %d, saved with %d: the schedule changes", self.config.steps, saved.steps
             )
+        self.stage.require_position(saved.position or {})
         self.generator.set_state(tensors.pop("generator"))
         self.optimizer.load_state(tensors)
         self.stage.load_state({k.removeprefix("stage/"): v for k, v in tensors.items() if k.startswith("stage/")})
@@ -245,6 +246,7 @@ class Trainer:
                 self.save_module(name, {**facts, "metrics": metrics})
         for path in self.stage.companions:
             copy_checkpoint(path, self.config.out)
+        self.stage.leave(self.config.out)
         self.history.plot(f"longtake train --stage {self.stage.name}")
         write_json(self.config.out / "report.json", train_report(self.side(), steps_per_s, metrics, self.device))
         return metrics

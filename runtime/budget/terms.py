@@ -39,7 +39,7 @@ def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterabl
     dit, context = family.spec(preset, recipe, "dit"), family.spec(preset, recipe, "context")
     names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
     cached, prompt, kept = "K/V cache", "prompts' K/V and embeddings", total_bytes(context.outputs)
-    embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind == "umt5" else 0
+    embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind != "words" else 0
     caches = state_bindings(dit)
     cache = total_bytes(caches)
     static = [*(binding for binding in dit.inputs if binding not in caches), dit.outputs[0]]  # and the velocity

@@ -15,7 +15,7 @@ from longtake.record import record_from_json, record_from_mapping
 
 SHIPPED = REPOSITORY / "training" / "presets"
 SEE = "see training/presets and docs/add-a-recipe.md"
-TEXT_KINDS = ("words", "umt5")
+TEXT_KINDS = ("words", "umt5", "pretrained")
 
 
 def _at_least(owner: Any, least: int, *names: str) -> None:
@@ -90,9 +90,9 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Text encoder: `kind` picks the implementation ("words" or "umt5"), the rest its size. Output is [length, dim].
+    """Text encoder: `kind` picks the implementation (one of TEXT_KINDS), the rest its size. Output is [length, dim].
 
-    ffn_dim and vocabulary are read by "umt5" only.
+    ffn_dim and vocabulary are read by "umt5" only; of a "pretrained" one dim and length, the rest says its folder.
     """
 
     kind: str

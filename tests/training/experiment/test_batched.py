@@ -127,6 +127,7 @@ def test_fp8_attention_is_near_the_exact_one_and_not_it(small_preset: SimpleName
     assert 0 < (exact - rounded).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.slow
 def test_the_arithmetics_command_compares_with_the_first_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
