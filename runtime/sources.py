@@ -98,8 +98,9 @@ def _best_source() -> Source:
         if source and (fallback is None or recipe.precision == "nvfp4"):
             fallback = source
     if fallback is None:
-        raise LongtakeError("no engines and no exported networks are there", got=f"nothing in {ENGINES} or {EXPORTS}",
-                            fix=BUILD_FIX)  # fmt: skip
+        raise LongtakeError(
+            "no engines and no exported networks are there", got=f"nothing in {ENGINES} or {EXPORTS}", fix=BUILD_FIX
+        )
     return fallback
 
 
@@ -135,11 +136,13 @@ def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
     if recipe is None:  # an export of an earlier version
         matching = [r for r in map(recipe_named, recipe_names()) if r.onnx_name == export.onnx_name]
         if not matching:
-            raise LongtakeError(f"no recipe fits the export in {folder}", got=export.onnx_name,
-                                expected=", ".join(recipe_names()))  # fmt: skip
+            raise LongtakeError(
+                f"no recipe fits the export in {folder}", got=export.onnx_name, expected=", ".join(recipe_names())
+            )
         recipe = matching[0]
-    return Source(recipe, folder, None, export.vocabulary, export.checkpoint_folder, export.sampled,
-                  export.weights_known)  # fmt: skip
+    return Source(
+        recipe, folder, None, export.vocabulary, export.checkpoint_folder, export.sampled, export.weights_known
+    )
 
 
 def require_checkpoints(folder: Path) -> Path:

@@ -86,8 +86,9 @@ def run(options: CheckOptions) -> int:
 def recipe_and_source(options: CheckOptions) -> tuple[Recipe, Source]:
     """The recipe that was named, or else that of the folder; and its files. Raises LongtakeError if neither was given."""
     if options.recipe is None and options.engines is None:
-        raise LongtakeError("longtake check lacks --recipe", expected="--recipe NAME or --engines FOLDER",
-                            fix="pass --recipe")  # fmt: skip
+        raise LongtakeError(
+            "longtake check lacks --recipe", expected="--recipe NAME or --engines FOLDER", fix="pass --recipe"
+        )
     recipe = None if options.recipe is None else recipe_named(options.recipe)
     source = source_from_name(options.engines or options.recipe)
     if recipe is not None:

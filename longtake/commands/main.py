@@ -77,10 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(words: list[str]) -> int:
     try:
-        if isinstance(
-            sys.stdout, io.TextIOWrapper
-        ):  # what its encoding lacks appears as escapes: printing must not fail
-            sys.stdout.reconfigure(errors="backslashreplace")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks: printing must not fail
         configure_logging()
         with _interrupts_kept():
             return _run(words)

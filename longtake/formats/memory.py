@@ -148,8 +148,9 @@ def _refined(term: RecordedTerm, measured: Mapping[str, int]) -> RecordedTerm:
 
 def budget_table(budget: Budget) -> str:
     """The budget as a table for people."""
-    rows = [(term.name, term.bytes, term.known + ("" if budget.one_gpu else f", {term.place} GPU"))
-            for term in budget.terms]  # fmt: skip
+    rows = [
+        (term.name, term.bytes, term.known + ("" if budget.one_gpu else f", {term.place} GPU")) for term in budget.terms
+    ]
     lines = [f"memory on the GPU, {budget.recipe}:"]
     lines += [f"  {name:34} {size / 1e9:8.3f} GB  {known}" for name, size, known in rows]
     if budget.one_gpu:
