@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from longtake.commands.failures import explained
+from longtake.commands.streams import open_standard_streams
 from longtake.errors import LongtakeError, nearest
 from longtake.settings import configure_logging
 from longtake.signals import ended_by_signals
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(words: list[str]) -> int:
     try:
+        open_standard_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks: printing must not fail
         configure_logging()

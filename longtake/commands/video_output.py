@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 import textwrap
-import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +14,7 @@ from tqdm import tqdm
 from longtake.files import atomic_path
 from longtake.formats.memory import Budget
 from longtake.runtime.chunk import Chunk
+from longtake.runtime.meter import Meter
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
 from longtake.runtime.session import Session
 from longtake.video import VideoWriter
@@ -25,43 +23,6 @@ COLUMNS = 4
 WIDTH_INCHES, DPI = 2.4, 100
 MOST_STILLS = 24
 STILL_PIXELS = 320
-DIT_STAGES = ("conditions", "denoise", "clean")
-
-
-class Meter:
-    """A run's timings. The clock runs from the start: call `add` for every chunk once its frames are on the host."""
-
-    def __init__(self) -> None:
-        self._started = self._latest = time.perf_counter()
-        self.first_chunk_s: float | None = None
-        self.chunks = self.frames = 0
-        self._total_ms: Counter[str] = Counter()
-
-    def add(self, chunk: Chunk) -> None:
-        """Count a finished chunk; waits for its frames."""
-        self.frames += len(chunk.frames)
-        self.chunks += 1
-        self._latest = chunk.finished_at  # not "now": frames may have waited for the next chunk's passes
-        if self.first_chunk_s is None:
-            self.first_chunk_s = self._latest - self._started
-        self._total_ms.update(chunk.timings)
-
-    def fps(self) -> dict[str, float | None]:
-        """Frames a second: DiT alone, VAE alone, end to end."""
-        dit = sum(self._total_ms[stage] for stage in DIT_STAGES) / 1e3
-        rates = {"dit": dit, "vae": self._total_ms["decode"] / 1e3, "end_to_end": self._latest - self._started}
-        return {name: round(self.frames / spent, 3) if spent and self.frames else None for name, spent in rates.items()}
-
-    def figures(self) -> dict[str, Any]:
-        """The report's fields that are measured here."""
-        first = self.first_chunk_s
-        return {
-            "chunks": self.chunks,
-            "frames": self.frames,
-            "fps": self.fps(),
-            "first_chunk_s": None if first is None else round(first, 4),
-            "stage_ms": {stage: round(total / self.chunks, 2) for stage, total in self._total_ms.items()},
-        }
 
 
 @dataclass(frozen=True)
@@ -101,6 +62,7 @@ class VideoOutput:
         self.meter, self.sheet = Meter(), ContactSheet()
         self._bar = tqdm(total=chunks, unit="chunk", desc="generating", file=sys.stderr, dynamic_ncols=True)
         self._writer: VideoWriter | None = None
+        self.prompts: dict[str, None] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Write a chunk's frames; waits for the decoder."""
@@ -109,6 +71,7 @@ class VideoOutput:
             self._writer = VideoWriter(self.out, self.fps)
         self._writer.write(frames)
         self.meter.add(chunk)
+        self.prompts[chunk.prompt] = None
         self.sheet.add(chunk.index, chunk.prompt, chunk.cut, frames)
         mark = "CUT " if chunk.cut else ""
         prompt = textwrap.shorten(chunk.prompt, 50, placeholder="…")
@@ -127,7 +90,12 @@ class VideoOutput:
 
 
 def conclude(
-    session: Session, output: VideoOutput, report_to: Path | None, complete: bool, budget: Budget | None
+    session: Session,
+    output: VideoOutput,
+    report_to: Path | None,
+    complete: bool,
+    budget: Budget | None,
+    story: str | None = None,
 ) -> None:
     """Write the report and the contact sheet, and say where everything is."""
     if not output.sheet.stills:
@@ -141,6 +109,8 @@ def conclude(
         seed=options.seed,
         complete=complete,
         output=str(output.out),
+        prompts=list(output.prompts),
+        story=story,
         **conditions_of_run(session.model.backend, budget),
         **output.meter.figures(),
     )
