@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(words: list[str]) -> int:
     try:
         open_standard_streams()
-        _print_any_text()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks: printing must not fail
         configure_logging()
         with _interrupts_kept():
             return _run(words)
@@ -164,9 +165,3 @@ def _interrupts_kept() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-
-
-def _print_any_text() -> None:
-    """Show what the terminal's encoding lacks (in a path, in a prompt) as escapes: printing must not fail."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
