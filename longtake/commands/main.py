@@ -16,7 +16,8 @@ from typing import Any
 from longtake.commands.failures import explained
 from longtake.commands.streams import open_standard_streams
 from longtake.errors import LongtakeError, nearest
-from longtake.settings import configure_logging
+from longtake.out_of_memory import require_address_space
+from longtake.settings import configure_logging, settings_from_environment
 from longtake.signals import ended_by_signals
 from longtake.version import __version__
 
@@ -57,6 +58,10 @@ COMMANDS = {
     "experiment engine-fidelity": ("longtake.training.experiment.engine_fidelity", "the same, of engines"),
     "sanitize": ("longtake.commands.sanitize", "every kernel once, against its reference (for compute-sanitizer)"),
 }
+# Commands that compute, and what torch, ONNX Runtime and a tiny model reserve of address space (measured: 1.19 GB with one
+# thread, 2.36 GB with eight); what models take beyond that is not known here.
+HEAVY = ("train", "distill", "export", "engines", "generate", "check", "profile", "bench", "convert")
+LIBRARIES_BYTES, THREAD_BYTES = 1_250_000_000, 170_000_000
 USAGE = """usage: longtake COMMAND [options]      (longtake COMMAND --help tells a command's options)
 
 Train, export, compile and stream long multi-shot video generation in 4 bits.
@@ -111,6 +116,9 @@ def _run(words: list[str]) -> int:
         print(overview())
         return 0 if words else 2
     name, rest = split(words)
+    if name in HEAVY and not {"-h", "--help"} & set(rest):
+        threads = settings_from_environment().threads
+        require_address_space(LIBRARIES_BYTES + (threads - 1) * THREAD_BYTES, f"longtake {name}")
     command = importlib.import_module(COMMANDS[name][0]).COMMAND
     return int(command.run(*parsed(name, rest)) or 0)
 

@@ -133,7 +133,9 @@ class Recipe:
         """Export depends on preset, precision, cache and who runs what; targets share the ONNX files."""
         linears = "_library" if self.linears == "library" else ""
         vae = "_vae_library" if self.vae_ops == "library" else ""
-        return f"{self.preset}_{self.precision}{linears}{vae}" + (f"_conv_{self.vae_conv}" if self.vae_conv != "bf16" else "")
+        return f"{self.preset}_{self.precision}{linears}{vae}" + (
+            f"_conv_{self.vae_conv}" if self.vae_conv != "bf16" else ""
+        )
 
 
 def _differences(one: object, other: object) -> dict[str, object]:
