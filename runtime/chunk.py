@@ -11,7 +11,7 @@ from longtake.errors import LongtakeError
 from longtake.runtime.decode import Frames
 
 
-@dataclass
+@dataclass(repr=False)
 class Chunk:
     """latents: fp32 [1, F, C, H, W], normalized. cut: it begins a shot. visible: the chunks it saw, itself last."""
 
@@ -23,6 +23,9 @@ class Chunk:
     visible: tuple[int, ...]
     decoding: Frames | None
     stage_ms: dict[str, float]
+
+    def __repr__(self) -> str:
+        return f"<Chunk {self.index}: {self.prompt!r:.60}{', a cut' if self.cut else ''}, saw {self.visible}>"
 
     @property
     def frames(self) -> np.ndarray:
