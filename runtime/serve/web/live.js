@@ -9,13 +9,14 @@ import { $, announce, dismiss, notice, save, told } from "./view.js";
 
 export const WINDOW = 2; // chunks ahead of the picture: more of them, and a change would land later
 const FLOW = { mode: "ack", window: WINDOW };
+const PATIENCE = 20; // half seconds that the server has to put this page's film before this one aside
 const ENDED = ["done", "stopped", "failed"];
 
 export const hooks = { draw() {}, frame() {}, moved() {} }; // of the screen: something is new, a frame was shown, the play-head leapt
 export const films = new Films();
 export const meters = new Meters();
 // phase: idle | connecting | queued | live | moved | reconnecting | parked | ended | unsupported. reason: why nothing can be begun yet.
-export const state = { model: null, phase: "idle", reason: "", paused: false, selected: null, acked: -1, tries: 0, resumeAt: null, jump: null };
+export const state = { model: null, phase: "idle", reason: "", paused: false, selected: null, acked: -1, tries: 0, resumeAt: null, jump: null, first: null, again: 0, waits: false };
 export const player = new Player($("video"), { problem: onProblem, blocked: () => ($("unblock").hidden = false), frame: (...frame) => hooks.frame(...frame) });
 export const link = new Link({ message: onMessage, chunk: onChunk, closed: onClosed });
 export const now = () => $("video").currentTime;
@@ -48,8 +49,10 @@ const dataUrl = (file) => new Promise((resolve, reject) => {
   reader.readAsDataURL(file);
 });
 
-async function connect(first) {
+// `again`: how often the place that this page's own film before this one holds was waited for.
+async function connect(first, again = 0) {
   state.phase = state.phase === "reconnecting" ? "reconnecting" : "connecting";
+  Object.assign(state, { first, again });
   dismiss("session");
   draw();
   try {
@@ -182,14 +185,15 @@ export function onError(error) {
   if (error.event_id && take()) films.forget(take(), error.event_id);
   if (error.status === 401 || error.code === "unauthorized") return askToken();
   if (error.code === "not_found") reset();
+  if (error.code === "quota" && take() && state.again < PATIENCE) return void (state.waits = true);
   if (["engines_differ", "chunk_failed", "failed", "worker_lost", "internal_error"].includes(error.code) && take()) finish("failed");
-  state.lastError = error.code;
-  const back = take() && { taken_over: TEXT.actions.takeBack, idle: TEXT.actions.resume }[error.code];
+  const back = take() && { taken_over: TEXT.actions.takeBack, idle: TEXT.actions.resume, quota: TEXT.actions.resume, no_capacity: TEXT.actions.resume }[error.code];
   notice("session", words, back ? { name: back, run: () => resume(take().id, films.film(take()).length) } : null);
   draw();
 }
 
 function onClosed(code) {
+  if (state.waits) return void ((state.waits = false), setTimeout(() => state.phase === "connecting" && connect(state.first, state.again + 1), 500));
   if (["ended", "idle"].includes(state.phase)) return draw();
   if ([4408, 4409].includes(code) && take()) {
     state.phase = "parked";

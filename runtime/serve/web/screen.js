@@ -97,7 +97,7 @@ function drawState() {
 
 function drawHint() {
   const open = take()?.events.filter((event) => event.landed === null) || [], last = open[open.length - 1];
-  let words = live() ? (state.model?.can.cut ? TEXT.hint.live : TEXT.hint.liveWithoutCut) : state.phase === "ended" ? TEXT.hint.over : TEXT.hint.idle;
+  let words = live() ? (state.model?.can.cut ? TEXT.hint.live : TEXT.hint.liveWithoutCut) : { ended: TEXT.hint.over, parked: TEXT.hint.parked }[state.phase] || TEXT.hint.idle;
   const arriving = take()?.events.filter((event) => event.chunk !== null && event.landed !== null && event.landed > now()).pop();
   if (live() && last) words = last.chunk === null ? TEXT.hint.asked : TEXT.hint.lands(last.chunk, films.frames(last.chunk).first_frame / films.fps - now());
   else if (live() && arriving) words = TEXT.hint.lands(arriving.chunk, arriving.landed - now());
@@ -110,7 +110,7 @@ export function draw() {
   const mode = take() || !["idle", "unsupported"].includes(state.phase) ? (running ? "live" : "film") : "idle";
   document.body.dataset.mode = mode;
   $("welcome").hidden = mode !== "idle";
-  $("start").hidden = running || mode === "film" && state.phase !== "ended" && state.phase !== "parked";
+  $("start").hidden = running || (mode === "film" && state.phase !== "ended");
   $("start").disabled = Boolean(state.reason) || state.phase === "unsupported";
   $("change").hidden = !running;
   $("cut").hidden = !running || !state.model?.can.cut;
@@ -122,8 +122,8 @@ export function draw() {
   $("download").disabled = $("share").disabled = !film.length;
   $("prompt-label").textContent = running ? TEXT.ask.live : TEXT.ask.idle;
   $("film-empty").hidden = Boolean(take());
-  const newest = film[film.length - 1];
-  if (newest && !typed && $("prompt").value === "" && document.activeElement !== $("prompt")) (($("prompt").value = newest.prompt), (typed = true));
+  const shown = film[player.at(now())];
+  if (shown && state.resumeAt === null && !typed && $("prompt").value === "" && document.activeElement !== $("prompt")) (($("prompt").value = shown.prompt), (typed = true));
   timeline.draw(model(film));
   if (looked !== chosen()) drawDetails((looked = chosen()), state.model?.can || {});
   drawShots(film, goTo);
