@@ -17,7 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from longtake.runtime.serve.auth import TICKET_S
 from longtake.runtime.serve.contract import ServeError
 from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.limits import NO_BODY_BYTES
 from longtake.runtime.serve.realtime import serve_socket
+from longtake.runtime.serve.users import user_of
 from longtake.runtime.serve.videos import videos_of
 from longtake.version import __version__
 
@@ -79,7 +81,18 @@ class Gate:
         return None
 
     async def _measured(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun, status = time.perf_counter(), 500
+        begun, status, left = time.perf_counter(), 500, self._most(scope)
+        if (stated := dict(scope["headers"]).get(b"content-length", b"0")).isdigit() and int(stated) > left:
+            await response_of(too_large(left))(scope, receive, send)
+            return
+
+        async def counted() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise too_large(self._most(scope))
+            return message
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -89,12 +102,25 @@ class Gate:
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await self.app(scope, counted, noted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             meters = self.front.meters
             meters.add("http_requests", route=route, method=_known(scope["method"]), status=str(status))
             meters.observe("http_request_seconds", time.perf_counter() - begun, route=route)
+
+    def _most(self, scope: Scope) -> int:
+        """Bytes that a request's body may have."""
+        limits = self.front.limits
+        files = {
+            "/v1/videos": max(limits.image_bytes, limits.first_message_bytes),
+            "/v1/videos/extensions": limits.clip_bytes,
+        }
+        return files.get(scope["path"], 0) + NO_BODY_BYTES
+
+
+def too_large(most: int) -> ServeError:
+    return ServeError("too_large", "the body is too large", status=413, detail={"expected": f"at most {most} bytes"})
 
 
 def _known(method: str) -> str:
@@ -206,16 +232,6 @@ def model_card(about: dict[str, Any], front: Front) -> dict[str, Any]:
         "measured": {**measured, "gpu": about["gpu"]} if measured else None,
     }
     return {"id": about["model"], "object": "model", "created": 0, "owned_by": "longtake", "longtake": ours}
-
-
-def user_of(front: Front, request: Request) -> str:
-    """Who asks. Raises ServeError 401."""
-    user = front.door.user(request.headers.get("authorization"))
-    if user is None:
-        raise ServeError(
-            "unauthorized", "a token is needed", status=401, detail={"expected": "Authorization: Bearer TOKEN"}
-        )
-    return user
 
 
 def _add_realtime(app: FastAPI, front: Front) -> None:

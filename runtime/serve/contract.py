@@ -13,9 +13,19 @@ Whole = Annotated[int, Field(strict=True)]
 Codecs = Literal["h264", "vp9", "av1"]
 # Fields of peers' requests that a model without them cannot obey: refused where they would change the result.
 FOREIGN = (
-    "guidance_scale_2", "boundary_ratio", "flow_shift", "true_cfg_scale", "lora", "extra_params", "extra_body",
-    "num_outputs_per_prompt", "n", "vace_references", "audio", "generate_audio",
-)  # fmt: skip
+    "guidance_scale_2",
+    "boundary_ratio",
+    "flow_shift",
+    "true_cfg_scale",
+    "lora",
+    "extra_params",
+    "extra_body",
+    "num_outputs_per_prompt",
+    "n",
+    "vace_references",
+    "audio",
+    "generate_audio",
+)
 HARMLESS = (
     "streaming_buffer_seconds",
     "stream",
@@ -30,9 +40,16 @@ class ServeError(Exception):
     """What a client is told. status: of HTTP; close: of a WebSocket, None if it stays open."""
 
     def __init__(
-        self, code: str, message: str, *, status: int = 400, close: int | None = None, param: str | None = None,
-        retry_s: int | None = None, detail: dict[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        code: str,
+        message: str,
+        *,
+        status: int = 400,
+        close: int | None = None,
+        param: str | None = None,
+        retry_s: int | None = None,
+        detail: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.code, self.message, self.status, self.close = code, message, status, close
         self.param, self.retry_s, self.detail = param, retry_s, detail or {}

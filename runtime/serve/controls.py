@@ -89,9 +89,12 @@ class Controls:
         self.to.asked.setdefault(ident, time.monotonic())
         ack = await self._change(Change(ident, event.prompt, bool(event.cut)))
         await self.to.send(
-            "session.interaction.queued", request_id=self.to.request_id, event_id=ident, at_chunk=ack.at_chunk,
+            "session.interaction.queued",
+            request_id=self.to.request_id,
+            event_id=ident,
+            at_chunk=ack.at_chunk,
             transition_chunks=0,
-        )  # fmt: skip
+        )
 
     async def _change(self, change: Change) -> Ack:
         if self.to.ended is not None:

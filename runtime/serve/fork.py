@@ -129,11 +129,21 @@ def _described(
     about = {**meta.about, "edits": [[edit.at, edit.prompt, edit.cut] for edit in edits]}
     told = meta.script if shared else tuple((one.prompt, one.chunks, one.cut) for one in script)
     return replace(
-        meta, id=ident, user=user, kind=wish.kind, created=time.time(), script=told, seed=seed, frames=frames,
-        parent=meta.id, from_chunk=wish.from_chunk, identity={**meta.identity, "seed": seed} if meta.identity else {},
+        meta,
+        id=ident,
+        user=user,
+        kind=wish.kind,
+        created=time.time(),
+        script=told,
+        seed=seed,
+        frames=frames,
+        parent=meta.id,
+        from_chunk=wish.from_chunk,
+        identity={**meta.identity, "seed": seed} if meta.identity else {},
         about={**about, "total": shared + sum(one.chunks for one in script)},
-        endless=meta.endless and not wish.bounded and wish.story is None, remixed_from=wish.remixed_from,
-    )  # fmt: skip
+        endless=meta.endless and not wish.bounded and wish.story is None,
+        remixed_from=wish.remixed_from,
+    )
 
 
 def _share_chunk(source: Journal, folder: Path, index: int, ahead: tuple[Any, Any] | None) -> None:

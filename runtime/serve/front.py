@@ -40,8 +40,7 @@ class Front:
     async def about(self) -> dict[str, Any]:
         """The model's description. Raises ServeError until a worker has told it."""
         if self._about is None:
-            desk_about = self.desk.about
-            self._about = desk_about if isinstance(desk_about, dict) or desk_about is None else await desk_about()
+            self._about = await self.desk.model()
         if self._about is None:
             raise ServeError("not_ready", self.status or "no worker is ready yet", status=503, retry_s=5)
         return self._about
@@ -114,11 +113,20 @@ class Front:
         stages = {name: round(sum(about["ms"].get(name, 0) for about in chunks) / len(chunks), 1) for name in names}
         meta, about = journal.meta, self._about or {}
         return {
-            "kind": "serve", "preset": about.get("preset"), "recipe": meta.model, "backend": about.get("backend"),
-            "gpu": about.get("gpu"), "resolution": f"{meta.width}x{meta.height}", "steps": meta.steps,
-            "guidance": meta.guidance, "seed": meta.seed, "chunks": len(chunks), "stage_ms": stages,
-            "frames": sum(about["frames"] for about in chunks), "seconds": round(time.time() - meta.created, 3),
-        }  # fmt: skip
+            "kind": "serve",
+            "preset": about.get("preset"),
+            "recipe": meta.model,
+            "backend": about.get("backend"),
+            "gpu": about.get("gpu"),
+            "resolution": f"{meta.width}x{meta.height}",
+            "steps": meta.steps,
+            "guidance": meta.guidance,
+            "seed": meta.seed,
+            "chunks": len(chunks),
+            "stage_ms": stages,
+            "frames": sum(about["frames"] for about in chunks),
+            "seconds": round(time.time() - meta.created, 3),
+        }
 
     async def forget(self, journal: Journal) -> None:
         """Remove a session; whoever makes it loses it first."""

@@ -19,6 +19,15 @@ class Grant:
 
 
 @dataclass(frozen=True)
+class Running:
+    """What a worker makes now: so that a registry that died can be filled again."""
+
+    grant: Grant
+    user: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Event:
     """From a worker. kind: "replaying", "opened", "chunk", "end"."""
 

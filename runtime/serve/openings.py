@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from longtake.errors import LongtakeError
-from longtake.runtime.serve.contract import Body, FlowBody, Resume, Retake, ServeError, Start, refused
+from longtake.runtime.serve.contract import Body, FlowBody, Resume, Retake, RetakeBody, ServeError, Start, refused
 from longtake.runtime.serve.flow import Flow, flow_for
 from longtake.runtime.serve.fork import Wish, fork
 from longtake.runtime.serve.front import Front
@@ -77,7 +77,7 @@ def _retaken(front: Front, asker: Asker, message: Retake) -> Opening:
     )
 
 
-def wish_of(message: Retake, asker: Asker, **more: object) -> Wish:
+def wish_of(message: Retake | RetakeBody, asker: Asker, **more: object) -> Wish:
     """What a retake asks for. Raises ServeError."""
     if message.prompt is not None and message.story is not None:
         raise ServeError("bad_request", "a prompt and a story were given", detail={"expected": "one of the two"})

@@ -18,15 +18,16 @@ from fastapi import WebSocket
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from longtake.errors import LongtakeError
-from longtake.runtime.serve.contract import FIRST, MESSAGES, Body, ServeError, parsed, refused
+from longtake.runtime.serve.contract import FIRST, ServeError, refused
 from longtake.runtime.serve.controls import Controls
-from longtake.runtime.serve.desk import PARKED, drive
+from longtake.runtime.serve.desk import asked, drive
 from longtake.runtime.serve.flow import Flow, MediaClock, Rate
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.grants import Event, Grant
 from longtake.runtime.serve.journal import Journal
+from longtake.runtime.serve.messages import chunk_facts, message_of, start_facts, text_of
 from longtake.runtime.serve.openings import Opening, opened
-from longtake.runtime.serve.registry import QuotaError
+from longtake.runtime.serve.registry import PARKED, QuotaError
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +121,8 @@ class Connection:
         """What the first message opens; None if the socket is closed for it."""
         limits = self.front.limits
         try:
-            text = await asyncio.wait_for(self._text(), limits.first_message_s)
-            message = self._parsed(text, limits.first_message_bytes)
+            text = await asyncio.wait_for(text_of(self.socket), limits.first_message_s)
+            message = message_of(text, limits.first_message_bytes)
             if not isinstance(message, FIRST):
                 raise ServeError("not_started", "the first message begins, resumes or retakes a session", close=4400)
             return await opened(self.front, self.user, message)
@@ -132,30 +133,6 @@ class Connection:
             await self.fail(error)
         return None
 
-    async def _text(self) -> str:
-        message = await self.socket.receive()
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1006))
-        if message.get("text") is None:
-            raise ServeError("bad_request", "messages are text", close=4400)
-        return str(message["text"])
-
-    def _parsed(self, text: str, most: int) -> Body:
-        if len(text) > most or len(text.encode("utf-8", "surrogatepass")) > most:
-            raise ServeError(
-                "too_large", "the message is too large", close=4400, detail={"expected": f"at most {most} bytes"}
-            )
-        try:
-            given = json.loads(text)
-        except (ValueError, RecursionError):
-            raise ServeError("bad_request", "this is no JSON", close=4400) from None
-        named = given.get("type") if isinstance(given, dict) else None
-        kind = MESSAGES.get(named) if isinstance(named, str) else None
-        if kind is None:
-            got = str(named)[:100] if isinstance(given, dict) else type(given).__name__
-            raise ServeError("unknown_type", "unknown message", detail={"got": got, "expected": ", ".join(MESSAGES)})
-        return parsed(kind, given)
-
     # ---- what the client says --------------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
@@ -165,11 +142,11 @@ class Connection:
         while not self.closing:
             event_id = None
             try:
-                text = await self._text()
+                text = await text_of(self.socket)
                 self.heard = time.monotonic()
                 if not rate.allows():
                     raise ServeError("rate_limited", "too many messages", status=429)
-                message = self._parsed(text, limits.message_bytes)
+                message = message_of(text, limits.message_bytes)
                 event_id = getattr(getattr(message, "interaction", message), "event_id", None)
                 await controls.handle(message)
             except ServeError as error:
@@ -199,8 +176,10 @@ class Connection:
             await self._finish(Event("end", {**end, "chunks": self.journal.count()}))
         else:
             try:
+                number = await asked(self.front.desk, self.journal)
+                front = self.front
                 async for event in drive(
-                    self.front.desk, self.front.workers, self.journal, self.flow.ahead, self.front.meters
+                    front.desk, front.workers, self.journal, number, self.flow.ahead, front.meters
                 ):
                     await self._on(event)
             except QuotaError as error:
@@ -229,20 +208,8 @@ class Connection:
             return
         self.started = True
         assert self.journal is not None
-        meta, about = self.journal.meta, await self.front.about()
-        config = {
-            "model": meta.model, "width": meta.width, "height": meta.height, "fps": meta.fps, "num_frames": meta.frames,
-            "chunks": None if meta.endless else meta.chunks, "endless": meta.endless, "seed": meta.seed,
-            "num_inference_steps": meta.steps, "guidance_scale": meta.guidance, "negative_prompt": meta.negative_prompt,
-            "codec": meta.codec, "script": [list(entry) for entry in meta.script],
-            "first_chunk_frames": about["first_chunk_frames"], "chunk_frames": about["chunk_frames"],
-            "flow": {"mode": self.flow.mode, "window": self.flow.window}, "can": about["can"],
-            "parent": meta.parent, "from_chunk": meta.from_chunk,
-        }  # fmt: skip
-        await self.send(
-            "video.start", request_id=self.request_id, session_id=self.journal.id, format="m4s", mime=meta.about["mime"],
-            config=config, estimates=self.front.estimates(), next_chunk=self.cursor,
-        )  # fmt: skip
+        about = start_facts(self.journal, await self.front.about(), self.flow)
+        await self.send("video.start", **about, estimates=self.front.estimates(), next_chunk=self.cursor)
 
     async def _finish(self, event: Event) -> None:
         self.ended = event
@@ -277,34 +244,18 @@ class Connection:
         return int(self.journal.meta.about.get("first_media", 0)) if self.started else 1 << 30
 
     async def _send_chunk(self, journal: Journal, index: int, with_init: bool) -> None:
-        about, media = await asyncio.to_thread(lambda: (journal.chunk(index), journal.media(index)))
-        data = (journal.init() if with_init else b"") + media
-        keys = (
-            "started_event_ids",
-            "active_event_ids",
-            "completed_event_ids",
-            "first_frame",
-            "prompt",
-            "shot",
-            "cut",
-            "ms",
-            "visible",
-        )
-        await self.send(
-            "video.chunk_metadata", data, request_id=self.request_id, kind="media", transport_chunk_index=index,
-            generation_chunk_index=index, num_frames=about["frames"], byte_length=len(data), mime=about["mime"],
-            encoder=about["encoder"], **{key: about[key] for key in keys},
-        )  # fmt: skip
+        facts, data = await asyncio.to_thread(chunk_facts, journal, index, with_init)
+        await self.send("video.chunk_metadata", data, **facts)
         meters, now = self.front.meters, time.monotonic()
         if not self.placed:
             self.placed = True
             meters.observe("first_chunk_seconds", now - self.born)
-        for ident in about["started_event_ids"]:
+        for ident in facts["started_event_ids"]:
             if (asked := self.asked.pop(ident, None)) is not None:
                 meters.observe("interaction_seconds", now - asked)
         meters.set("ahead_chunks", index - self.shown)
         if self.clock:
-            self.clock.arrived(about["frames"])
+            self.clock.arrived(facts["num_frames"])
 
     async def _say_end(self, event: Event) -> None:
         assert self.journal is not None
@@ -312,9 +263,14 @@ class Connection:
         code, reason = facts.get("code", ""), facts.get("reason", "")
         if state in ("done", "stopped"):
             await self.send(
-                "session.done", request_id=self.request_id, session_id=self.journal.id, chunks=self.journal.count(),
-                stopped=state == "stopped", reason=reason or state, report=self.front.report(self.journal),
-            )  # fmt: skip
+                "session.done",
+                request_id=self.request_id,
+                session_id=self.journal.id,
+                chunks=self.journal.count(),
+                stopped=state == "stopped",
+                reason=reason or state,
+                report=self.front.report(self.journal),
+            )
             await self.close(1000)
         elif state == "parked" and reason in ("idle", "paused"):
             await self.fail(ServeError("idle", f"parked: {reason} for too long; resume it", close=IDLE_CLOSE))

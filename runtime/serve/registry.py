@@ -1,7 +1,7 @@
 """Who waits, who runs, and where: a pure state machine. It reads no clock and no disk; every method takes `now`.
 
-Fair by user: a free place goes to whoever's user runs least here, and among those to who waits longest; sessions that were
-moved, whose viewers watch already, go before all.
+Fair by user: a free place goes to whoever's user runs least here, and among those to who waits longest. Live sessions go
+before jobs, and sessions that were moved, whose viewers watch already, before all.
 """
 
 from __future__ import annotations
@@ -104,6 +104,18 @@ class Registry:
         self.generation = max(self.generation, generation)
         self.workers[worker] = Place(slots, generation, now)
 
+    def first_number(self, number: int) -> None:
+        """Number entries from here on."""
+        self._number = number
+
+    def adopt(self, grant: Grant, user: str, kind: str, now: float) -> None:
+        """A worker has this session, of which nothing was known: another registry granted it."""
+        self.epochs[grant.session] = max(grant.epoch, self.epochs.get(grant.session, 0))
+        if grant.session not in self.entries and grant.epoch == self.epochs[grant.session]:
+            self._number += 1
+            entry = Entry(grant.session, user, kind, now, self._number, ACTIVE, True, grant)
+            self.entries[grant.session] = entry
+
     def heartbeat(self, worker: str, now: float) -> bool:
         """It lives. False if it is not known (any more): then it has to register."""
         if worker not in self.workers:
@@ -187,7 +199,7 @@ class Registry:
         for one in order:
             running[one.user] += 1
         while rest:
-            first = min(rest, key=lambda one: (running[one.user], one.number))
+            first = min(rest, key=lambda one: (one.kind != "live", running[one.user], one.number))
             running[first.user] += 1
             order.append(first)
             rest.remove(first)

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import secrets
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from longtake.runtime.serve.journal import Meta
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.story import Segment, Story, checked_prompt, fit_segments, story_from_mapping
+from longtake.video import count_frames
 
 DEFAULT_SECONDS = 4.0
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
@@ -173,14 +175,34 @@ def described(body: Video, asker: Asker, ident: str, kind: str, *, endless: bool
         raise ServeError("not_supported", "this model knows no cuts", param="story", detail={"fix": "leave cuts out"})
     script = [(one.prompt, one.chunks, one.cut) for one in fit_segments(segments, chunks)]
     return Meta(
-        id=ident, kind=kind, user=asker.user, created=time.time(), model=about["model"], script=tuple(script),
-        seed=options.seed, steps=options.steps, guidance=options.guidance, negative_prompt=options.negative_prompt,
-        shift=options.shift, solver=options.solver, width=about["width"], height=about["height"], fps=about["fps"],
-        codec=codec, encoder=about["codecs"][codec]["encoder"], endless=endless, frames=frames,
-        identity={**about["identity"], "seed": options.seed, "steps": options.steps, "guidance": options.guidance,
-                  "negative_prompt": options.negative_prompt},
+        id=ident,
+        kind=kind,
+        user=asker.user,
+        created=time.time(),
+        model=about["model"],
+        script=tuple(script),
+        seed=options.seed,
+        steps=options.steps,
+        guidance=options.guidance,
+        negative_prompt=options.negative_prompt,
+        shift=options.shift,
+        solver=options.solver,
+        width=about["width"],
+        height=about["height"],
+        fps=about["fps"],
+        codec=codec,
+        encoder=about["codecs"][codec]["encoder"],
+        endless=endless,
+        frames=frames,
+        identity={
+            **about["identity"],
+            "seed": options.seed,
+            "steps": options.steps,
+            "guidance": options.guidance,
+            "negative_prompt": options.negative_prompt,
+        },
         about={"mime": about["codecs"][codec]["mime"]},
-    )  # fmt: skip
+    )
 
 
 def _options(body: Video, story: Story | None, asker: Asker) -> SessionOptions:
@@ -267,3 +289,26 @@ def with_image(meta: Meta, folder: Path, data: bytes, asker: Asker, param: str) 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"image.{suffix}").write_bytes(data)
     return replace(meta, image=f"image.{suffix}")
+
+
+def with_clip(meta: Meta, folder: Path, data: bytes, asker: Asker, frames: int) -> Meta:
+    """`meta` of a video that goes on from an uploaded clip, which is stored under our name. Raises ServeError bad_clip."""
+    if not asker.about["can"]["clip"]:
+        raise ServeError("not_supported", "this model goes on from no clip", param="video")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "clip.mp4"
+    path.write_bytes(data)
+    try:
+        count = count_frames(path, asker.about["fps"])
+        if count < asker.about["first_chunk_frames"] or count / asker.about["fps"] > asker.limits.clip_seconds:
+            got = f"{count} frames at {asker.about['fps']} a second"
+            wanted = f"{asker.about['first_chunk_frames']} frames to {asker.limits.clip_seconds:g} s"
+            raise LongtakeError("the clip is too short or too long", got=got, expected=wanted)
+    except LongtakeError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise refused(
+            "bad_clip",
+            LongtakeError(error.what.replace(str(path), "the clip"), got=error.got, expected=error.expected),
+            param="video",
+        ) from None
+    return replace(meta, clip="clip.mp4", clip_prompt=meta.script[0][0], frames=frames)

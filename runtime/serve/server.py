@@ -80,7 +80,7 @@ def listening(host: str, port: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             fix = "check --host and --port"
             raise LongtakeError(f"cannot listen on {host}:{port}", got=error.strerror, fix=fix) from None
-        fix = f"pass --port {_free_port(host, port + 1)}"
+        fix = f"pass --port {free_port(host, port + 1)}"
         raise LongtakeError(
             f"port {port} is taken", got=f"{host}:{port} in use", expected="a free port", fix=fix
         ) from None
@@ -88,7 +88,8 @@ def listening(host: str, port: int) -> socket.socket:
     return opened
 
 
-def _free_port(host: str, start: int) -> int:
+def free_port(host: str, start: int) -> int:
+    """The first port from `start` on that nobody uses; 0 if there is none near."""
     for port in range(start, min(start + 100, 65536)):
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
             tried.bind((host, port))
@@ -148,19 +149,26 @@ def serve(settings: Settings, open_model: Open, announce: Say) -> int:
         store = Store(root)
         door = settings.door(store)
         opened = stack.enter_context(contextlib.closing(listening(settings.host, settings.port)))
-        return asyncio.run(_serve(settings, store, door, opened, open_model, announce))
+        return asyncio.run(served(settings, store, door, opened, open_model, announce, None))
 
 
-async def _serve(
-    settings: Settings, store: Store, door: Door, opened: socket.socket, open_model: Open, announce: Say
+async def served(
+    settings: Settings,
+    store: Store,
+    door: Door,
+    opened: socket.socket,
+    open_model: Open,
+    announce: Say,
+    ending: asyncio.Event | None,
 ) -> int:
+    """See `serve`. ending: set by whoever wants it to end; by signals if None."""
     meters = prometheus()
     desk, workers = Desk(settings.limits, meters), LocalWorkers()
     front = Front(store, desk, workers, settings.limits, meters, door, settings.codec, "the model is being opened")
     jobs = front.jobs = Jobs(front)
     server = http_server(app_from(front))
-    ending = asyncio.Event()
-    _on_signals(ending)
+    if ending is None:
+        _on_signals(ending := asyncio.Event())
     serving = asyncio.create_task(server.serve([opened]))
     opening = asyncio.create_task(_open(settings, front, workers, open_model))
     failure: BaseException | None = None
@@ -170,7 +178,7 @@ async def _serve(
         if opening.done() and not (failure := opening.exception()):
             host, port = opened.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
-            jobs.begin()
+            await jobs.begin()
             cleaning = asyncio.create_task(_expire(front))
             await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
             cleaning.cancel()

@@ -12,84 +12,27 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
 from longtake.runtime.sampling import CancelledError
+from longtake.runtime.serve.changes import taken
 from longtake.runtime.serve.describe import description
-from longtake.runtime.serve.fragments import Codec, fragment
-from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant
+from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant, Running
 from longtake.runtime.serve.journal import Journal, LeaseLostError
+from longtake.runtime.serve.keeping import keep_chunk
+from longtake.runtime.serve.live import Live
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.rebuild import rebuild, take_in_clip
 from longtake.runtime.serve.store import Store
-from longtake.runtime.session import Session
 from longtake.runtime.snapshot import Snapshot, snapshot_to_file
-from longtake.runtime.story import frame_count
 
 log = logging.getLogger(__name__)
 
-AHEAD = 2  # chunks made but not yet in the journal: one being decoded, one being encoded
 SNAPSHOT_EVERY = 16  # chunks
 POLL_S = 1.0  # how often a worker with nothing to do looks at its clocks
-
-
-@dataclass
-class Live:
-    """One session in this worker. window: chunks ahead of `shown`; None: no limit."""
-
-    grant: Grant
-    journal: Journal
-    events: asyncio.Queue[Event]
-    loop: asyncio.AbstractEventLoop
-    window: int | None
-    shown: int = -1
-    session: Session | None = None
-    committed: int = 0
-    paused_at: float | None = None
-    ending: str = ""  # "stop", "park": at the next boundary
-    why: str = ""
-    attempts: int = 0
-    touched: float = field(default_factory=time.monotonic)
-    served: int = 0
-    opened: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of live changes
-    over: bool = False
-
-    def tell(self, kind: str, **facts: Any) -> None:
-        """Send an event to whoever streams it, from any thread."""
-        event = Event(kind, facts)
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-    @property
-    def index(self) -> int:
-        return self.session.next_index if self.session else self.committed
-
-    @property
-    def exhausted(self) -> bool:
-        return bool(self.session) and not self.session.remaining and not self.session.options.endless  # type: ignore[union-attr]
-
-    @property
-    def settled(self) -> bool:
-        """Whether everything that was made is in the journal."""
-        return self.session is None or self.index == self.committed
-
-    def may_begin(self) -> bool:
-        """Whether its next chunk may be begun now."""
-        if self.session is None or self.over or self.ending or self.paused_at is not None or self.exhausted:
-            return False
-        within = self.window is None or self.index - self.window <= self.shown
-        return within and self.index - self.committed < AHEAD
-
-    def wants_the_device(self) -> bool:
-        """Whether the device thread has something to do for it."""
-        if self.over:
-            return False
-        return self.session is None or self.may_begin() or (self.settled and bool(self.ending or self.exhausted))
 
 
 class Worker:
@@ -115,6 +58,19 @@ class Worker:
     def describe(self) -> dict[str, Any]:
         """What it serves: sizes, lengths, defaults, what the model can."""
         return description(self.generator)
+
+    def running(self) -> list[Running]:
+        """What it makes now."""
+        lives = [live for live in list(self.lives.values()) if not live.over and not live.ending]
+        return [Running(live.grant, live.journal.meta.user, live.journal.meta.kind) for live in lives]
+
+    def drain(self) -> None:
+        """Park every session at its next boundary, so that it moves to another worker."""
+        with self._wake:
+            for live in self.lives.values():
+                if not live.ending:
+                    live.ending, live.why = "park", "drain"
+            self._wake.notify_all()
 
     # ---- what the front asks for: called in the event loop -----------------------------------------------------------
 
@@ -182,47 +138,11 @@ class Worker:
     def _interact(self, live: Live, change: Change) -> Ack:
         live.opened.wait(120)
         live.touched = time.monotonic()
-        with live.lock:
-            known = {event["event_id"]: event for event in live.journal.events() if event.get("event_id")}
-            if change.event_id in known:
-                return _repeated(known[change.event_id], change)
-            session = live.session
-            if session is None or live.over or live.ending:
-                raise ChangeRefusedError("not_active", "the session has ended")
-            try:
-                return self._change(live, session, change)
-            except ChangeRefusedError:
-                raise
-            except LongtakeError as error:
-                raise ChangeRefusedError("interaction_failed", error.what, error) from None
-            except OSError as error:
-                raise ChangeRefusedError("store_full", f"the change cannot be kept: {error.strerror}") from None
-            finally:
-                with self._wake:
-                    self._wake.notify_all()
-
-    def _change(self, live: Live, session: Session, change: Change) -> Ack:
-        if change.extend:
-            return self._extend(live, session, change)
-
-        def record(at: int) -> None:
-            live.journal.append_event({"type": "change", "at_chunk": at, **change.as_json()})
-
-        if change.cut:
-            return Ack(session.cut(change.prompt, record))
-        if change.prompt is None:
-            raise ChangeRefusedError("interaction_failed", "there is nothing to change")
-        return Ack(session.change_prompt(change.prompt, record))
-
-    def _extend(self, live: Live, session: Session, change: Change) -> Ack:
-        if session.options.endless:
-            raise ChangeRefusedError("interaction_failed", "an endless session cannot be made longer")
-        if not session.remaining:
-            raise ChangeRefusedError("too_late", "the last chunk is there")
-        total = session.next_index + session.remaining + change.extend
-        live.journal.append_event({"type": "extend", "total": total, **change.as_json()})
-        session.extend(change.extend)
-        return Ack(total)
+        try:
+            return taken(live, change)
+        finally:
+            with self._wake:
+                self._wake.notify_all()
 
     # ---- the device thread ---------------------------------------------------------------------------------------
 
@@ -398,36 +318,15 @@ class Worker:
             del job, chunk, state
 
     def _keep(self, live: Live, chunk: Chunk, facts: dict[str, Any], state: Snapshot | None) -> None:
-        """Encode a chunk, put it into the journal, say that it is there."""
-        journal, preset, began = live.journal, self.generator.backend.preset, time.perf_counter()
-        frames = chunk.frames
-        meta = journal.meta
-        shown_from = int(meta.about.get("first_media", 0))
-        first = frame_count(preset, chunk.index) if chunk.index else 0
-        first -= frame_count(preset, shown_from) if shown_from else 0
-        events = journal.events()
-        limit = None if any(event["type"] == "extend" for event in events) else meta.frames
-        waited = time.perf_counter()
-        codec = Codec(meta.codec, meta.encoder, meta.width, meta.height, meta.fps)
-        made = fragment(frames if limit is None else frames[: limit - first], first, chunk.index - shown_from, codec)
-        count = len(frames) if limit is None else min(len(frames), limit - first)
-        ms = {**chunk.timings, "encode": 1e3 * (time.perf_counter() - waited)}
-        about = {
-            "position": facts["position"], "prompt": chunk.prompt, "cut": chunk.cut, "shot": chunk.shot,
-            "first_frame": first, "frames": count, "whole_frames": len(frames), "visible": list(chunk.visible),
-            "ms": {name: round(value, 1) for name, value in ms.items()}, "encoder": made.encoder, "mime": made.mime,
-            **_event_ids(events, chunk.index),
-        }  # fmt: skip
-        size = journal.commit(chunk.index, about, chunk.latents, made.init, made.media)
+        """Put a chunk into the journal, say that it is there."""
+        journal = live.journal
+        kept = keep_chunk(journal, self.generator.backend.preset, chunk, facts["position"])
         with self._wake:
             live.committed = chunk.index + 1
             self._wake.notify_all()
         live.tell("chunk", index=chunk.index)
-        self.meters.chunk(ms, count, time.monotonic() - facts["began"], meta.fps, size)
-        log.info(
-            "chunk",
-            extra={"session": journal.id, "chunk": chunk.index, "ms": about["ms"], "waited_ms": 1e3 * (waited - began)},
-        )
+        self.meters.chunk(kept.ms, kept.frames, time.monotonic() - facts["began"], journal.meta.fps, kept.bytes)
+        log.info("chunk", extra={"session": journal.id, "chunk": chunk.index, "ms": kept.ms})
         if state is not None:
             self._keep_state(live, state)
 
@@ -447,23 +346,3 @@ class Worker:
         self._encoding.put(None)
         for thread in self._threads:
             thread.join(2)
-
-
-def _repeated(event: dict[str, Any], change: Change) -> Ack:
-    """The same answer to the same change. Raises ChangeRefusedError for another one under its name."""
-    if any(event.get(key) != value for key, value in change.as_json().items()):
-        raise ChangeRefusedError("event_id_conflict", "this event_id was another change")
-    return Ack(int(event.get("at_chunk", event.get("total", 0))))
-
-
-def _event_ids(events: list[dict[str, Any]], chunk: int) -> dict[str, list[str]]:
-    """Which changes begin with a chunk, which shape it, which those replaced."""
-    changes = [event for event in events if event["type"] == "change" and event["at_chunk"] <= chunk]
-    started = [str(event["event_id"]) for event in changes if event["at_chunk"] == chunk]
-    before = [event["at_chunk"] for event in changes if event["at_chunk"] < chunk]
-    earlier = [str(event["event_id"]) for event in changes if before and event["at_chunk"] == max(before)]
-    return {
-        "started_event_ids": started,
-        "active_event_ids": started or earlier,
-        "completed_event_ids": earlier if started else [],
-    }
