@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,7 +22,8 @@ class Kind:
     """A kind of file. what: it is, such as "an engine bundle". writer: what writes it. remake: what to do for a new one.
 
     format: the newest format that this version reads, and writes. oldest: the oldest it still reads; a file without a
-    number is of format 1.
+    number is of format 1. retired: keys (in a record within, after its key and a dot) that earlier versions wrote, and
+    their only values that still work.
     """
 
     what: str
@@ -29,6 +31,7 @@ class Kind:
     remake: str
     format: int = 1
     oldest: int = 1
+    retired: Mapping[str, object] = field(default_factory=dict)
 
     def require_format(self, found: object, path: Path) -> None:
         """Raise IntegrityError, saying what to do, unless this version reads format `found`."""
@@ -58,6 +61,13 @@ class Kind:
         if not isinstance(given, dict):
             raise self.broken(path, type(given).__name__)
         self.require_format(given.get("format", 1), path)
+        for key, working in self.retired.items():
+            *parts, last = key.split(".")
+            inner: Any = given
+            for part in parts:
+                inner = inner.get(part) if isinstance(inner, dict) else None
+            if isinstance(inner, dict) and inner.get(last, working) != working:
+                raise self.broken(path, f"{last}: {inner[last]}")
         try:
             return record_from_json(cls, given)
         except (TypeError, ValueError) as error:
@@ -79,11 +89,11 @@ class Kind:
 def record_from_json(cls: type[T], given: dict[str, Any]) -> T:
     """A dataclass from a JSON object; fields that have a default may be missing. Raises TypeError naming the key."""
     values, hints = {}, _hints(cls)  # type: ignore[arg-type]
-    for field in fields(cls):  # type: ignore[arg-type]
-        if field.name in given:
-            values[field.name] = _value(hints[field.name], given[field.name], field.name)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise TypeError(f"no {field.name!r}")
+    for one in fields(cls):  # type: ignore[arg-type]
+        if one.name in given:
+            values[one.name] = _value(hints[one.name], given[one.name], one.name)
+        elif one.default is one.default_factory is MISSING:
+            raise TypeError(f"no {one.name!r}")
     return cls(**values)
 
 
@@ -101,9 +111,9 @@ def record_from_mapping(cls: type[T], given: Any, where: str, see: str, part: st
     if not isinstance(given, dict):
         kind = type(given).__name__
         raise LongtakeError(f"{named} is not a mapping", got=kind, expected="key: value lines", fix=see)
-    own = {field.name: field for field in fields(cls) if field.name not in more}  # type: ignore[arg-type]
+    own = {one.name: one for one in fields(cls) if one.name not in more}  # type: ignore[arg-type]
     reject_unknown_keys(given, list(own), named)
-    needed = [name for name, field in own.items() if field.default is field.default_factory is MISSING]
+    needed = [name for name, one in own.items() if one.default is one.default_factory is MISSING]
     if missing := [name for name in needed if name not in given]:
         raise LongtakeError(f"{named} lacks keys", got=sorted(given), expected=f"also {missing}", fix=see)
     values = {name: _written(_hints(cls)[name], value, name, where, see, part) for name, value in given.items()}  # type: ignore[arg-type]

@@ -7,6 +7,8 @@
 | LONGTAKE_THREADS    | CPU threads of the reference backend                              | all cores this process may use |
 | LONGTAKE_FLAVOUR    | TensorRT flavour: auto, tensorrt, tensorrt_rtx                    | auto                          |
 | LONGTAKE_TRTEXEC    | path of trtexec, if it is not on PATH                             | (searched on PATH)            |
+
+RAY_AUTH_MODE is Ray's own: `longtake serve --ray` asks whether a cluster of several machines has it.
 """
 
 from __future__ import annotations
@@ -100,3 +102,8 @@ def configure_logging() -> None:
     """Send the project's log to stderr at the level of LONGTAKE_LOG; libraries stay at warning."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("longtake").setLevel(settings_from_environment().log_level.upper())
+
+
+def ray_auth_mode(environ: Mapping[str, str] | None = None) -> str:
+    """How a Ray cluster lets people in; "" where that is not said."""
+    return (os.environ if environ is None else environ).get("RAY_AUTH_MODE", "").lower()

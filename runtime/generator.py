@@ -177,7 +177,9 @@ class Generator:
         options = self._options(story, asked, seed, negative_prompt, **how)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
-        inputs.check(preset, segments, options.negative_prompt if options.guided else None)
+        negative = options.negative_prompt if options.guided else None
+        inputs.check(preset, segments, negative)
+        inputs.check_words(self._tokenize, segments, negative)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs)
         if clip_latents is not None:

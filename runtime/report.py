@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 
 from longtake.files import write_json
 from longtake.formats.memory import Budget
-from longtake.provenance import commit, cpu_name, versions
+from longtake.provenance import origin
 from longtake.runtime.backends.base import Backend
 from longtake.training.models.presets import Preset
 
@@ -76,16 +73,12 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
     preset: Preset = backend.preset
     on_gpu = backend.device.type == "cuda"
     return {
-        "command": command_line(),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(),
         "preset": preset.name,
         "recipe": backend.recipe.name,
         "backend": backend.name,
         "reason": backend.reason,
         "gpu": torch.cuda.get_device_name(backend.device) if on_gpu else None,
-        "cpu": cpu_name(),
-        "versions": versions(),
         "resolution": f"{preset.width}x{preset.height}",
         "chunk_latents": preset.chunk_latents,
         "window_latents": preset.chunk_latents * preset.window_chunks,
@@ -94,13 +87,6 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
         "budget": budget.as_json() if budget else None,
         "peak_of": "GPU memory" if on_gpu else "resident memory of the process (CPU)",
     }
-
-
-def command_line() -> str:
-    """The command that is running, as one would type it."""
-    program = Path(sys.argv[0]).name
-    program = "longtake" if program in ("longtake", "__main__.py") else program
-    return shlex.join([program, *sys.argv[1:]])
 
 
 def table(report: Report) -> str:

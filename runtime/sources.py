@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -201,10 +202,8 @@ def backend_from_source(
     _announce_memory(source, opening, generate, decode)
     from longtake.runtime.backends.trt.open import backend_from_engines
 
-    options: dict[str, object] = {} if decode is None else {"decode_device": decode}
-    if source.checkpoints is not None:
-        options["checkpoints"] = source.checkpoints
-    opened = backend_from_engines(choice.backend, source.engines, reason=choice.reason, device=generate, **options)
+    places: dict[str, Any] = {"device": generate, "decode_device": decode, "checkpoints": source.checkpoints}
+    opened = backend_from_engines(choice.backend, source.engines, reason=choice.reason, **places)
     opened.weights = source.weights
     record_arenas(source.engines, opened)
     return opened

@@ -61,12 +61,10 @@ class History:
 
     def plot(self, title: str) -> None:
         """Write loss.png."""
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
         for label, points in (("training", self.train), ("held out", self.held_out)):
             if points and "loss" in points[-1]:
                 axes.plot([p["step"] for p in points], [p["loss"] for p in points], label=label)
@@ -75,7 +73,6 @@ class History:
         axes.legend()
         with atomic_path(self.out / "loss.png") as partial:
             figure.savefig(partial, dpi=110)
-        pyplot.close(figure)
 
 
 def moving_summary(tag: str, samples: Tensor) -> Any:

@@ -52,6 +52,8 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
     stage = DistillStage(options)
     student = f"{options.student_steps} steps"
     print(f"distilling {options.teacher} to {student} on {device} for {config.steps} steps, into {config.out}")
+    if stage.line:
+        print(stage.line)
     metrics = DistillTrainer(stage, config, optimizers.critic(options.preset), device).fit()
     conclude([config.out / "dit.safetensors"], metrics, f", sampled with {student} and guidance 1")
     return 0

@@ -87,7 +87,7 @@ def export(
         skeleton: graphs only; `checkpoints` are not looked at.
     """
     source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
-    if recipe.model.text.kind == "umt5" and not skeleton:
+    if recipe.model.text.kind != "words" and not skeleton:
         carry_tokenizer(source, folder)
     inputs = inputs_digest(recipe, None if skeleton else source)
     package = None if force else up_to_date(folder, inputs)

@@ -79,6 +79,8 @@ def run(
     stage = stage_named(what.stage, options)
     device = device_named(what.device)
     print(f"training {what.stage} of preset {config.preset} on {device} for {config.steps} steps, into {config.out}")
+    if stage.line:
+        print(stage.line)
     metrics = Trainer(stage, config, device).fit()
     conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics)
     return 0

@@ -15,10 +15,13 @@ from longtake.formats.recipe import Recipe
 from longtake.machine.flavour import Flavour
 from longtake.record import Kind
 
-# what earlier versions wrote beside the rest, and its only value that still works
-RETIRED = {"vae_fold_upsampling": False, "vae_latents_per_step": 1}
 NAME = "bundle.json"
-KIND = Kind("an engine bundle", "`longtake engines`", "build it again: longtake engines --recipe NAME")
+KIND = Kind(
+    "an engine bundle",
+    "`longtake engines`",
+    "build it again: longtake engines --recipe NAME",
+    retired={"recipe.vae_fold_upsampling": False, "recipe.vae_latents_per_step": 1},
+)
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,7 @@ class Bundle:
             )  # fmt: skip
         told = read_json(path)
         if isinstance(told, dict):  # "recipe" is its name, for people
-            fields = told.get("recipe_fields")
-            if isinstance(fields, dict) and (
-                gone := {k: fields[k] for k in RETIRED if fields.get(k, RETIRED[k]) != RETIRED[k]}
-            ):
-                raise KIND.broken(path, str(gone))
-            told = {**told, "recipe": fields, "folder": str(folder)}
+            told = {**told, "recipe": told.get("recipe_fields"), "folder": str(folder)}
         bundle = KIND.parse(cls, told, path)
         return replace(bundle, recipe=bundle.recipe.read, onnx=(folder / bundle.onnx).resolve())
 

@@ -15,7 +15,6 @@ NETWORKS = ("dit", "vae")
 AGAINST = ("torch",)
 # Parts in the order they run, each in a process of its own: its memory is its own, and its failure or delay as well.
 PARTS = ("engine", "torch", "torch_vae", "torch_compile", "torch_autotune")
-TORCH_PARTS = PARTS[1:]
 
 
 def networks_of(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from serving import tiny
 
 from longtake.runtime.generator import Generator
 from longtake.runtime.serve.limits import Limits
-from longtake.runtime.serve.server import Settings, serve
+from longtake.runtime.serve.server import Settings, Size, serve
 
 
 def toy(pause_s: float = 0.0) -> Generator:
@@ -52,5 +52,5 @@ if __name__ == "__main__":
 
         opening = opened_toy if "toy" in words else opened_tiny
         workers = next((int(word[8:]) for word in words if word.startswith("workers=")), 1)
-        raise SystemExit(serve_ray(settings, opening, announce, (workers, workers)))
+        raise SystemExit(serve_ray(settings, opening, announce, Size(workers, workers)))
     raise SystemExit(serve(settings, opened_toy if "toy" in words else opened_tiny, announce))

@@ -96,7 +96,7 @@ def digest(content: bytes) -> str:
 def readers(exported: Path) -> list[list[object]]:
     """Every command that reads exported networks."""
     return [
-        ["generate", "--prompt", "x", "--engines", exported, "--backend", "reference", "--out", "v.mp4"],
+        ["generate", "--prompt", "a seven", "--engines", exported, "--backend", "reference", "--out", "v.mp4"],
         ["check", "--recipe", RECIPE.name, "--engines", exported, "--report", "r.json"],
         ["profile", "--engines", exported, "--backend", "reference", "--out", "p"],
     ]
@@ -235,7 +235,7 @@ def test_a_bad_recipe(tmp_path: Path, refused: Callable[..., str], case: str) ->
     (tmp_path / "mine.yaml").write_bytes(given)
     for words in (["export", "--out", "e"], ["engines", "--out", "e"], ["check", "--report", "r.json"]):
         assert says in refused(2, *words, "--recipe", "mine.yaml")
-    assert says in refused(2, "generate", "--prompt", "x", "--engines", "mine.yaml")
+    assert says in refused(2, "generate", "--prompt", "a seven", "--engines", "mine.yaml")
 
 
 BAD_STORIES: dict[str, tuple[bytes, str]] = {
@@ -267,14 +267,14 @@ def test_a_bad_story(tmp_path: Path, exported: Path, refused: Callable[..., str]
         (["--prompt", ""], 2, "the prompt is empty"),
         (["--prompt", "\udcff"], 2, "the prompt is not UTF-8 text"),
         (["--prompt", "x" * 5000], 2, "the prompt is too long"),
-        (["--prompt", "x", "--negative-prompt", "\udcff"], 2, "the negative prompt is not UTF-8 text"),
-        (["--prompt", "x", "--guidance", "nan"], 2, "bad guidance scale"),
-        (["--prompt", "x", "--seed", "-1"], 2, "bad seed"),
-        (["--prompt", "x", "--seed", str(2**70)], 2, "bad seed"),
-        (["--prompt", "x", "--chunks", str(10**12)], 2, "not enough disk space"),
-        (["--prompt", "x", "--out", "file/v.mp4"], 2, "file"),
+        (["--prompt", "a seven", "--negative-prompt", "\udcff"], 2, "the negative prompt is not UTF-8 text"),
+        (["--prompt", "a seven", "--guidance", "nan"], 2, "bad guidance scale"),
+        (["--prompt", "a seven", "--seed", "-1"], 2, "bad seed"),
+        (["--prompt", "a seven", "--seed", str(2**70)], 2, "bad seed"),
+        (["--prompt", "a seven", "--chunks", str(10**12)], 2, "not enough disk space"),
+        (["--prompt", "a seven", "--out", "file/v.mp4"], 2, "file"),
         (["x" * 5000], 2, "cannot be used as a path"),
-        (["--prompt", "x", "--out", "x" * 300 + ".mp4"], 2, "cannot be used as a path"),
+        (["--prompt", "a seven", "--out", "x" * 300 + ".mp4"], 2, "cannot be used as a path"),
     ],
 )
 def test_a_bad_wish(
@@ -321,7 +321,7 @@ def test_without_a_gpu(exported: Path, refused: Callable[..., str], backend: str
     for words in (generate, profile):
         words[words.index("--backend") + 1] = backend
         assert f"backend {backend} cannot run recipe" in refused(3, *words)
-    refused(3, "generate", "--prompt", "x", "--engines", exported, "--device", "cuda:0")
+    refused(3, "generate", "--prompt", "a seven", "--engines", exported, "--device", "cuda:0")
     refused(3, "train", "--stage", "vae", "--device", "cuda:0", "--out", "t", parts=("got:", "fix:"))
 
 
@@ -330,7 +330,7 @@ def test_a_full_disk_is_noticed_before_the_work(
 ) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     words = ["--engines", exported, "--backend", "torch", "--steps", "1", "--out", "v.mp4"]
-    assert "not enough disk space" in refused(2, "generate", "--prompt", "x", *words)
+    assert "not enough disk space" in refused(2, "generate", "--prompt", "a seven", *words)
     assert "not enough disk space" in refused(2, "export", "--recipe", RECIPE.name, "--out", "e")
 
 

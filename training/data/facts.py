@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, sha256, write_json
+from longtake.tar_files import opened_member, tar_of
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns: another one means another file
 
@@ -22,7 +24,7 @@ class Facts:
         """SHA-256 of a clip's file."""
         stamp, known = stamp_of(path), self.digests.get(str(path))
         if known is None or known[0] != stamp:
-            known = self.digests[str(path)] = stamp, sha256(path)
+            known = self.digests[str(path)] = stamp, _digest(path)
         return known[1]
 
     def note_short(self, path: Path, frames: int, reason: str) -> None:
@@ -56,10 +58,22 @@ def facts_from_file(path: Path) -> Facts:
     return Facts(digests, short)
 
 
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of one inside a tar."""
+    member = opened_member(path)
+    if member is None:
+        return sha256(path)
+    found = hashlib.sha256()
+    with member:
+        while part := member.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
 def stamp_of(path: Path) -> Stamp:
     """Size and time of the last change; zeros if the file is gone."""
     try:
-        status = path.stat()
+        status = (tar_of(path) or path).stat()
     except OSError:
         return 0, 0
     return status.st_size, status.st_mtime_ns

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longtake.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError, some
 from longtake.files import atomic_path, sha256
 from longtake.provenance import versions
 from longtake.training.models.presets import Preset
@@ -214,7 +214,7 @@ def check_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             if own[name].shape != tensors[name].shape
         ],
     }
-    found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+    found = "; ".join(f"{kind}: {some(names, 6)}" for kind, names in problems.items() if names)
     if found:
         raise IntegrityError(
             f"{where} doesn't fit the model",
@@ -222,11 +222,6 @@ def check_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             expected=f"the {len(own)} tensors of {type(module).__name__}",
             fix="use a checkpoint of the same preset and version",
         )
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def _train_fix(kind: str, preset: str | Preset, folder: Path) -> str:

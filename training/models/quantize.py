@@ -227,6 +227,12 @@ def check_quantizers(dit: nn.Module, names: list[str]) -> None:
         )
 
 
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict without quantizers and LoRA adapters, under the plain model's names."""
+    state = module.state_dict().items()
+    return {k.replace(".base_layer.", "."): v for k, v in state if "_quantizer" not in k and ".lora_" not in k}
+
+
 def read_amax(dit: nn.Module) -> Amax:
     """Calibrated amax of each quantized linear, as plain floats for the checkpoint's side file (of the largest row)."""
     return {

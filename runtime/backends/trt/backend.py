@@ -31,7 +31,7 @@ ENCODER = ("vae_encoder_first", "vae_encoder_steady")  # loaded while one is in 
 
 
 class TrtBackend(Backend):
-    """Backend (see base.py) on TensorRT plans. Subclasses say which mode they are.
+    """Backend (see base.py) on TensorRT plans. Its name is the mode that they were built in.
 
     Args:
         weights: by network, where a cut network's weights come from; by default its ONNX file.
@@ -39,8 +39,6 @@ class TrtBackend(Backend):
         decode_device: the decoder's GPU, by default `device`.
         checkpoints: where a text or VAE encoder that is not among the plans comes from, by default the preset's.
     """
-
-    name = ""
 
     def __init__(
         self,
@@ -54,6 +52,7 @@ class TrtBackend(Backend):
         decode_device: torch.device | None = None,
         checkpoints: Path | None = None,
     ) -> None:
+        self.name = bundle.recipe.mode
         if not torch.cuda.is_available():
             raise UnavailableError(
                 f"backend {self.name} needs an NVIDIA GPU",
@@ -141,9 +140,6 @@ class TrtBackend(Backend):
             fix=f"build it: longtake engines --recipe {self.recipe.name}",
         )  # fmt: skip
 
-    def _is_kept(self, network: str, binding: Binding) -> bool:
-        return binding.name in self.specs[network].kept.values()
-
     def allocate(self, binding: Binding, zero: bool = False, device: torch.device | None = None) -> Tensor:
         """A device tensor for a binding; a dynamic dimension gets its largest size."""
         largest = {name: sizes[2] for spec in self.specs.values() for name, sizes in spec.profile}
@@ -173,7 +169,8 @@ class TrtBackend(Backend):
             return self._decoder_state()
         if network in ENCODER:
             return self._encoder_state()
-        tensors = self._zeros_side_by_side([b for b in self.specs[network].inputs if self._is_kept(network, b)])
+        spec = self.specs[network]
+        tensors = self._zeros_side_by_side([b for b in spec.inputs if b.name in spec.kept.values()])
         self.sizes["K/V cache"] = sum(tensor.nbytes for tensor in tensors.values())
         self.memory.add("a K/V cache", "K/V cache")
         return State(tensors)
@@ -236,14 +233,3 @@ class TrtBackend(Backend):
                 torch.cuda.synchronize(device)
             self.networks.clear()
             self.passes = None  # its graphs and buffers
-
-
-def check_mode(bundle: Bundle, mode: str, folder: Path) -> None:
-    """Raise UnavailableError if the plans in `folder` were built for another mode."""
-    if bundle.recipe.mode != mode:
-        raise UnavailableError(
-            f"{folder} was not built for backend {mode}",
-            got=f"recipe {bundle.recipe.name}, built {bundle.recipe.mode}",
-            expected=f"a recipe with mode: {mode}",
-            fix=f"use --backend {bundle.recipe.mode}, or build another recipe",
-        )
