@@ -152,7 +152,9 @@ def test_a_film_is_typed_changed_cut_paused_and_kept(visit: Open, server: Proces
     assert float(page.inner_text("#delay").split()[0]) > 0 and "on the screen" in page.text_content("#announce")
     landed = next(one["index"] for one in blocks(page) if one["prompt"] == OTHER)
     first, later = 29 / 24, 32 / 24
-    assert landed - 3 <= (0 if asked < first else 1 + (asked - first) // later) < landed  # within window + 1 of the screen
+    assert (
+        landed - 3 <= (0 if asked < first else 1 + (asked - first) // later) < landed
+    )  # within window + 1 of the screen
 
     page.press("#prompt", "Shift+Enter")
     until(page, "document.querySelector('#timeline [data-chunk][data-real][data-cut]')")
@@ -309,7 +311,10 @@ def test_on_a_phone_nothing_is_cut_off(visit: Open, film: str) -> None:
     for name in ("#fps-generated", "#fps-shown", "#delay"):
         assert page.is_visible(name)
     page.evaluate("document.querySelector('#prompt').scrollIntoView()")
-    assert page.is_visible("#pause") and page.evaluate("getComputedStyle(document.querySelector('#prompt')).fontSize") == "16px"
+    assert (
+        page.is_visible("#pause")
+        and page.evaluate("getComputedStyle(document.querySelector('#prompt')).fontSize") == "16px"
+    )
 
 
 def test_a_story_is_shared_as_a_file(visit: Open, film: str, tmp_path: Path) -> None:
