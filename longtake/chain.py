@@ -179,9 +179,9 @@ def build(
     """
     with locked(out), nullcontext() if out.resolve() == onnx.resolve() else locked(onnx, reads=True):
         export = Export.read(onnx)
-        export.require_recipe(recipe, onnx, weights=recipe.mode == "fused")
         if line := export.checked.require(onnx, force):
             say(f"  {line}")
+        export.require_recipe(recipe, onnx, weights=recipe.mode == "fused")
         results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty())
         bundle = Bundle.of(out, recipe, flavour, onnx, [result.path for result in results])
         replace(bundle, memory=terms_of(recipe, out)).write()

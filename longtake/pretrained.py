@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Generator(runtime.Generator):
         device: torch.device | str | None = None,
         *,
         force: bool = False,
-    ) -> Generator:
+    ) -> Self:
         """Open a model; what is missing of its export and engines is made first, and kept in LONGTAKE_HOME.
 
         Args:
@@ -74,9 +74,7 @@ class Generator(runtime.Generator):
         chosen = wanted or best_recipe(model, on_cpu)
         folder = prepared(model, chosen, on_cpu, force)
         backend = "reference" if on_cpu else "auto"
-        opened = cls.from_engines(folder, backend, device, opening=OpenOptions(force=force))
-        assert isinstance(opened, cls)
-        return opened
+        return cls.from_engines(folder, backend, device, opening=OpenOptions(force=force))
 
 
 def model_and_recipe(name_or_folder: str | Path, recipe: str | None = None) -> tuple[Model, Recipe | None]:

@@ -160,14 +160,10 @@ class DecodeQueue:
         if self.failed is not None:
             self.failed.raise_error()
 
-    def drain(self) -> None:
-        """Wait until everything submitted is decoded; raises a decode error."""
+    def state(self) -> list[Tensor]:
+        """The decoder's feature caches, copied, after everything submitted; raises a decode error."""
         if self._last is not None:
             self._last.result()
-
-    def state(self) -> list[Tensor]:
-        """The decoder's feature caches, copied, after everything submitted."""
-        self.drain()
         self._settle()
         copies = [tensor.detach().clone() for tensor in self.decoder.state()]
         self._settle_second_gpu()

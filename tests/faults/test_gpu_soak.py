@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longtake.files import read_json
-from longtake.paths import ENGINES
+from longtake.paths import REPOSITORY
 
 _spec = importlib.util.spec_from_file_location("gpu_soak", Path(__file__).with_name("gpu_soak.py"))
 assert _spec and _spec.loader
@@ -21,7 +21,7 @@ _spec.loader.exec_module(gpu_soak)
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("calls", [pytest.param((0.5, 0.5), id="a minute"), pytest.param((9.0,) * 7, id="an hour")])
 def test_an_hour_goes_on_over_saved_sessions(calls: tuple[float, ...], tmp_path: Path) -> None:
-    engines = next(iter(sorted(ENGINES.glob("*_sm90/bundle.json"))), None)
+    engines = next(iter(sorted((REPOSITORY / "build").rglob("*_sm90/**/bundle.json"))), None)
     if engines is None:
         pytest.skip("no segmented engines for this GPU: longtake engines")
     for minutes in calls:
