@@ -139,7 +139,7 @@ class Session:
             raise LongtakeError(
                 f"out of memory in chunk {self._position.chunk}; the session is as it was",
                 got=str(error).splitlines()[0],
-                fix="free device memory and go on, or turn guidance off (--guidance 1), which halves the cache",
+                fix="free device memory and go on, or turn guidance off (guidance=1, --guidance 1), which halves the cache",
             ) from error
         finally:
             self._busy = False
