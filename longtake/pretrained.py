@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +21,7 @@ from longtake.files import read_json
 from longtake.formats.exported import Export
 from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
+from longtake.leftovers import locked
 from longtake.machine.flavour import flavour_for
 from longtake.machine.machine import machine_here
 from longtake.outputs import claim_outputs
@@ -174,19 +172,6 @@ def _is_current(folder: Path, model: Model) -> bool:
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes what lies in `folder`; the others wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.warning("another process is making %s; waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _in_hub_cache(name: str) -> Path:

@@ -147,6 +147,7 @@ class Generator:
         chunks: int | None = None,
         decode: bool = True,
         endless: bool = False,
+        retakes: bool = False,
         image: Picture | None = None,
         continue_from: Clip | None = None,
         clip: Script | None = None,
@@ -168,6 +169,7 @@ class Generator:
             decode: False yields latents only.
             endless: go on with the last prompt when the script ends.
             image: a picture that is the first frame (a `Picture`); overrides the story's.
+            retakes: keep the latents of every chunk in the host's memory, so that `Session.retake` can go back.
             continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's.
                 Its chunks are taken in before this returns: the first chunk that comes is the first new one.
             clip: what is seen in that clip; cut short or continued to its length (default: the story's, else what the
@@ -177,17 +179,14 @@ class Generator:
         Raises:
             LongtakeError: the story is malformed or does not fit the preset, or what is given for it cannot be used.
         """
-        preset = self.backend.preset
         story = story_from_script(script)
         start = start_of(story, image, continue_from, clip)
-        check_fits(story, preset, continued=start.clip is not None)
+        check_fits(story, self.backend.preset, continued=start.clip is not None)
         asked = _sampling(sampling, steps, guidance)
-        options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless)
+        options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
-        negative = options.negative_prompt if options.guided else None
-        inputs.check(preset, segments, negative)
-        inputs.check_words(self._tokenize, segments, negative)
+        inputs.check(self.backend.preset, segments, options.negative, self._tokenize)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step)
         if clip_latents is not None:

@@ -9,12 +9,16 @@ from typing import Any, Final, Literal
 from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.files import sha256
 from longtake.formats.recipe import LINEARS, Recipe
+from longtake.plugins.spec import PLUGIN_VERSION
 from longtake.record import Kind
 from longtake.training.models.families import family_of
 from longtake.training.models.presets import SamplingConfig
+from longtake.version import __version__
 
 NAME = "export.json"
-KIND = Kind("an export description", "`longtake export`", "run `longtake export --force`")
+KIND = Kind(
+    "an export description", "`longtake export`", "run `longtake export --force`", format=2, oldest=2, sealed=True
+)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,14 @@ class Export:
         if missing:
             raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),
                                  fix=f"{fix} --force")  # fmt: skip
+        for what, got, here in (
+            ("another version of our ops", self.plugin_version, PLUGIN_VERSION),
+            ("another version of longtake", self.versions.get("longtake", ""), __version__),
+        ):
+            if got and got != here:
+                raise IntegrityError(
+                    f"the networks in {folder} were exported with {what}", got=got, expected=here, fix=f"{fix} --force"
+                )
         if weights and self.skeleton:
             raise LongtakeError(f"the networks in {folder} have no weights", got="a skeleton",
                                 expected="networks exported from checkpoints", fix=f"{fix} --checkpoints FOLDER")  # fmt: skip
