@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from longtake.chain import HowToExport, build, export
 from longtake.engines.build import require_buildable
-from longtake.errors import LongtakeError, UnavailableError
+from longtake.errors import GateError, LongtakeError, UnavailableError
 from longtake.export.lower import CALIBRATED
 from longtake.files import read_json
-from longtake.formats.exported import Export
+from longtake.formats.exported import FAILED, Export
 from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
 from longtake.leftovers import locked
@@ -142,7 +142,12 @@ def prepared(model: Model, recipe: Recipe, on_cpu: bool = False, force: bool = F
         say = _say if sys.stderr.isatty() else log.info
         say(f"preparing {model.name} for {recipe.name} in {folder}: once, then it is found there")
         if not _is_current(folder / "onnx", model):
-            export(recipe, model.checkpoints, folder / "onnx", HowToExport(model=model.name, say=log.info))
+            try:
+                export(recipe, model.checkpoints, folder / "onnx", HowToExport(model=model.name, say=log.info))
+            except GateError as error:
+                if not force:
+                    raise
+                log.warning("%s", error)
         if flavour is not None:
             build(recipe, folder / "onnx", folder / "engines", flavour, machine_here().compute_capability, force)
     return target
@@ -167,7 +172,7 @@ def _is_current(folder: Path, model: Model) -> bool:
     if folder.name == "engines":
         return (folder / "bundle.json").is_file() and _is_current(folder.parent / "onnx", model)
     export = Export.find(folder)
-    return export is not None and export.weights == model.weights
+    return export is not None and export.weights == model.weights and export.checked.state != FAILED
 
 
 def _say(line: str) -> None:
