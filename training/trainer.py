@@ -218,8 +218,8 @@ class Trainer:
             "position": self.stage.position(),
             "settings": self.config.settings,
         }
+        self.history.save()  # first: a run that goes on from this point leaves out what is later, and lacks nothing
         self.save(f"resume-{self.step:07d}", tensors, facts)
-        self.history.save()
         delete_older(self.config.out)
         self.saved_at = time.monotonic()
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from longtake.commands.failures import explained
+from longtake.commands.streams import open_standard_streams
 from longtake.errors import LongtakeError, nearest
 from longtake.settings import configure_logging
 from longtake.signals import ended_by_signals
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(words: list[str]) -> int:
     try:
+        open_standard_streams()
         _print_any_text()
         configure_logging()
         with _interrupts_kept():

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from longtake.commands.run_files import RUNS
 from longtake.errors import LongtakeError, UnavailableError
-from longtake.formats.recipe import Recipe, recipe_for, recipe_named
-from longtake.machine.machine import machine_here
 from longtake.options import Bounds, Command, OneOf, check, option
-from longtake.paths import EXPORTS, REPOSITORY
 from longtake.runtime.serve.limits import Limits
-from longtake.runtime.sources import BACKEND_NAMES, source_of_recipe
+from longtake.runtime.sources import BACKEND_NAMES
 from longtake.settings import settings_from_environment
 
 if TYPE_CHECKING:
     from longtake.runtime.generator import Generator
     from longtake.runtime.serve.server import Say
 
-STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"  # what is served where nothing else is named
+DEFAULT_MODEL = "tiny-4step"
 NEEDS = ("fastapi", "uvicorn", "websockets", "multipart", "prometheus_client")
 EPILOG = """examples:
   longtake serve                                 the tiny model; what is not built is built first
-  longtake serve --engines wan2.2-ti2v-5b_fp8_sm90 --store /data/longtake
+  longtake serve --model wan2.2-ti2v-5b@wan2.2-ti2v-5b_fp8_sm90 --store /data/longtake
   longtake serve --host 0.0.0.0 --token-file tokens.txt --allow-origin https://video.example.org
 
 The page is at /, jobs at /v1/videos (OpenAI's interface), live sessions at WS /v1/realtime/video; docs/serving.md tells
@@ -39,8 +35,10 @@ all of it. Ctrl-C or SIGTERM ends in order: sessions are parked, and go on with 
 class ModelOptions:
     """What is served"""
 
+    model: str | None = option(None, metavar="NAME[@RECIPE]")
+    """a model by name; what it lacks is exported and built first (default: tiny-4step, unless --engines is given)"""
     engines: str | None = option(None, metavar="FOLDER|RECIPE")
-    """engines, exported networks, or a recipe's name (default: the tiny model, by the recipe that fits this machine)"""
+    """engines, exported networks, or a recipe's name, as they are (default: --model)"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
     """where a text or VAE encoder that was not exported lies (default: where the export was made from)"""
     backend: Annotated[str, OneOf(BACKEND_NAMES)] = option("auto")
@@ -108,6 +106,9 @@ class RayOptions:
 def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits) -> int:
     """Serve until a signal comes."""
     check(model)
+    if model.model and model.engines:
+        got = f"--model {model.model} and --engines {model.engines}"
+        raise LongtakeError("a model is named twice", got=got, expected="one of the two", fix="leave one out")
     if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         fix = "pip install 'longtake[serve]'"
         raise UnavailableError("serving needs packages that are not installed", got=f"no {', '.join(lacking)}", fix=fix)
@@ -133,8 +134,6 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         raise UnavailableError("--ray needs Ray Serve", got="no ray", fix="pip install 'longtake[serve,scale]'")
     from longtake.runtime.serve.ray_app import serve_ray
 
-    if model.engines is None:  # built once, here, before the workers open it
-        opening = partial(opened, replace(model, engines=ready_recipe(lambda words: None)))
     return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, ray.gpus))
 
 
@@ -143,43 +142,17 @@ def announced(address: str) -> None:
     print(f"longtake: {address}", flush=True)
 
 
-def opened(model: ModelOptions, say: Say) -> Generator:
-    """The model, exported and built before if need be. The one place that knows where a model is found."""
-    from longtake.runtime.generator import Generator
+def opened(options: ModelOptions, say: Say) -> Generator:
+    """The model; by name it is exported and built before if need be. The one place that knows where a model is found."""
+    from longtake.pretrained import Generator
 
-    engines = model.engines or ready_recipe(say)
-    say("the model is being opened")
-    return Generator.from_engines(
-        engines, model.backend, model.device, model.decode_device, checkpoints=model.checkpoints
-    )
-
-
-def ready_recipe(say: Say) -> str:
-    """The recipe of the tiny model that fits this machine, exported and, where that runs here, built."""
-    recipe = recipe_named(recipe_for(machine_here().compute_capability))
-    if source_of_recipe(recipe) is not None:
-        return recipe.name
-    from longtake.commands.export import export
-
-    say(f"{recipe.onnx_name} is being exported to ONNX")
-    print(f"{recipe.name} is not built here yet: once, in a minute or two", file=sys.stderr, flush=True)
-    export(recipe, STUDENT, EXPORTS / recipe.onnx_name, force=False, parity=False)
-    _build(recipe, say)
-    return recipe.name
-
-
-def _build(recipe: Recipe, say: Say) -> None:
-    """Build the engines where they would run here; elsewhere ONNX Runtime serves."""
-    from longtake.commands.engines import build, flavour_of
-    from longtake.machine.capability import backend_for
-    from longtake.paths import ENGINES
-
-    machine = machine_here()
-    if backend_for(machine, recipe).backend == "reference":
-        return
-    say(f"the engines of {recipe.name} are being built")
-    flavour = flavour_of(recipe, machine.compute_capability)
-    build(recipe, EXPORTS / recipe.onnx_name, ENGINES / recipe.name, flavour, machine.compute_capability)
+    if options.engines is not None:
+        say("the model is being opened")
+        where = (options.engines, options.backend, options.device, options.decode_device)
+        return Generator.from_engines(*where, checkpoints=options.checkpoints)
+    name = options.model or DEFAULT_MODEL
+    say(f"{name} is being made ready: exported and built, if that was not done yet, then opened")
+    return Generator.from_pretrained(name, device=options.device)
 
 
 COMMAND = Command(
