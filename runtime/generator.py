@@ -171,8 +171,7 @@ class Generator:
             image: a picture that is the first frame, as a file, a PIL image or an array (uint8, or floats in 0..1; RGB, RGBA
                 or grey); overrides the story's.
             continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's. Its
-                chunks are taken in before this returns. clip: what is seen in it, cut short or continued to its length
-                (default: the story's, else what the first prompt of `script` says).
+                chunks are taken in before this returns. clip: what is seen in it (default: the story's, else the first prompt).
             on_step: is called after every denoise step with a `Step`, in the thread that asked for the chunk.
 
         Raises:
@@ -182,9 +181,8 @@ class Generator:
         story = story_from_script(script)
         start = start_of(story, image, continue_from, clip)
         check_fits(story, preset, continued=start.clip is not None)
-        asked = _sampling(sampling, steps, guidance)
         how = {"decode": decode, "endless": endless, "retakes": retakes}
-        options = self._options(story, asked, seed, negative_prompt, **how)
+        options = self._options(story, _sampling(sampling, steps, guidance), seed, negative_prompt, **how)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
         negative = options.negative_prompt if options.guided else None
