@@ -166,28 +166,28 @@ class Generator:
             embeddings: of prompts in place of the text encoder's: by prompt, or one tensor for every prompt, [1, E, D]. A
                 prompt at a cut is looked up with its CUT_PREFIX first.
             chunks: total length; longer than the script continues its last prompt, shorter ends it early.
-            decode: False yields latents only. endless: go on with the last prompt when the script ends.
-            retakes: keep the latents of every chunk in the host's memory, so that `Session.retake` can go back.
+            decode: False yields latents only.
+            endless: go on with the last prompt when the script ends.
             image: a picture that is the first frame, as a file, a PIL image or an array (uint8, or floats in 0..1; RGB, RGBA
                 or grey); overrides the story's.
-            continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's. Its
-                chunks are taken in before this returns. clip: what is seen in it (default: the story's, else the first prompt).
-            on_step: is called after every denoise step with a `Step`, in the thread that asked for the chunk.
+            retakes: keep the latents of every chunk in the host's memory, so that `Session.retake` can go back.
+            continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's.
+                Its chunks are taken in before this returns: the first chunk that comes is the first new one.
+            clip: what is seen in that clip; cut short or continued to its length (default: the story's, else what the
+                first prompt of `script` says).
+            on_step: called after every denoise step, in the thread that asked for the chunk, with a `runtime.sampling.Step`.
 
         Raises:
             LongtakeError: the story is malformed or does not fit the preset, or what is given for it cannot be used.
         """
-        preset = self.backend.preset
         story = story_from_script(script)
         start = start_of(story, image, continue_from, clip)
-        check_fits(story, preset, continued=start.clip is not None)
-        how = {"decode": decode, "endless": endless, "retakes": retakes}
-        options = self._options(story, _sampling(sampling, steps, guidance), seed, negative_prompt, **how)
+        check_fits(story, self.backend.preset, continued=start.clip is not None)
+        asked = _sampling(sampling, steps, guidance)
+        options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
-        negative = options.negative_prompt if options.guided else None
-        inputs.check(preset, segments, negative)
-        inputs.check_words(self._tokenize, segments, negative)
+        inputs.check(self.backend.preset, segments, options.negative, self._tokenize)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step)
         if clip_latents is not None:

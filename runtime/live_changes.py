@@ -1,4 +1,4 @@
-"""What a session can be asked for while it makes chunks, from any thread."""
+"""What may change a session between its chunks, from any thread: another prompt, a cut, more chunks, the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Record = Callable[[int], None]  # of the index of the first chunk that a live ch
 
 
 class LiveChanges:
-    """A part of `Session`, which has what is declared here."""
+    """The part of a session that other threads use while a chunk is made.
+
+    _lock: of the position, held for a moment. _busy: a chunk is being made; _scripted: it is one of the script's.
+    """
 
     options: SessionOptions
     _position: Position
@@ -26,9 +29,13 @@ class LiveChanges:
     _busy: bool
     _scripted: bool
 
-    def _look_back(self) -> None: ...
+    def _look_back(self) -> None:
+        """Take a chunk back that could not be decoded."""
+        raise NotImplementedError
 
-    def _require_open(self, wanted: str) -> None: ...
+    def _require_open(self, wanted: str) -> None:
+        """Raise LongtakeError for a session that is closed."""
+        raise NotImplementedError
 
     @property
     def next_index(self) -> int:

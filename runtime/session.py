@@ -60,9 +60,8 @@ class Session(LiveChanges):
     ) -> None:
         """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
         self.model, self.options, self.inputs, self.tokenize = model, options, inputs, tokenize
-        negative = options.negative_prompt if options.guided else None
         embedding, noise = inputs.embedding_of(model, tokenize), inputs.noise_of(model.preset, options.seed)
-        self._conditioner = Conditioner(model, embedding, noise, negative, options.schedule.timesteps)
+        self._conditioner = Conditioner(model, embedding, noise, options.negative, options.schedule.timesteps)
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
@@ -184,24 +183,6 @@ class Session(LiveChanges):
                 raise LongtakeError("this chunk does not follow on the session", got=got, expected=wanted)
             return self._attempt(segment, given, after)
 
-    def adopt(self, position: Position) -> None:
-        """Take over script and live changes of `position`, which is where the session stands. Raises LongtakeError if it is not."""
-        with self._turn("another script"), self._lock:
-            if (position.chunk, position.slots) != (self._position.chunk, self._position.slots):
-                raise LongtakeError("this is another position", got=position.chunk, expected=self._position.chunk)
-            self._position = position
-
-    def retake(self, from_chunk: int, seed: int | None = None) -> Session:
-        """A session that shares this one's chunks before `from_chunk` and makes the rest again, with another seed if given.
-
-        Changes to what follows are live changes of the new session, before its first chunk: `change_prompt`, `cut`. Without
-        any, and with the same seed, it makes the same chunks. The shared ones are not sampled again, and not yielded.
-
-        Raises:
-            LongtakeError: the session was not made with `retakes=True`, or has no such chunk.
-        """
-        return retaken(self, self._takes, self._first, from_chunk, seed)
-
     def _attempt(self, segment: Segment, given_BCFHW: Tensor | None, after: Position | None = None) -> Chunk:
         try:
             if given_BCFHW is not None:
@@ -243,10 +224,9 @@ class Session(LiveChanges):
         frames = self._decoding.submit(here.chunk, latents) if self._decoding else None
         times = clock.milliseconds()
         chunk = Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, times)
-        if self._takes is not None:  # those from here on could not be decoded
-            self._takes[here.chunk :] = [
-                Take(latents.to("cpu", copy=True), replace(segment, chunks=1), shot, plan.after)
-            ]
+        if self._takes is not None:
+            take = Take(latents.to("cpu", copy=True), replace(segment, chunks=1), shot, plan.after)
+            self._takes[here.chunk :] = [take]
         self._commit(segment, plan, latents, given_BCFHW is None, after)
         return chunk
 
@@ -269,6 +249,28 @@ class Session(LiveChanges):
     def _synchronize(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.current_stream(self.model.device).synchronize()
+
+    def adopt(self, position: Position) -> None:
+        """Take over script and live changes of `position`, which is where the session stands.
+
+        Raises:
+            LongtakeError: it is another place.
+        """
+        with self._turn("another script"), self._lock:
+            if (position.chunk, position.slots) != (self._position.chunk, self._position.slots):
+                raise LongtakeError("this is another position", got=position.chunk, expected=self._position.chunk)
+            self._position = position
+
+    def retake(self, from_chunk: int, seed: int | None = None) -> Session:
+        """A session that shares this one's chunks before `from_chunk` and makes the rest again, with another seed if given.
+
+        Changes to what follows are live changes of the new session, before its first chunk: `change_prompt`, `cut`. Without
+        any, and with the same seed, it makes the same chunks. The shared ones are not sampled again, and not yielded.
+
+        Raises:
+            LongtakeError: the session was not made with `retakes=True`, or has no such chunk.
+        """
+        return retaken(self, self._takes, self._first, from_chunk, seed)
 
     # ---- snapshots -----------------------------------------------------------------------------------------------
 

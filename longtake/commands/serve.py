@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from longtake.runtime.generator import Generator
     from longtake.runtime.serve.server import Say
 
-DEFAULT_MODEL = "tiny-4step"
+STUDENT = "tiny-4step"  # the model that is served where nothing else is named
 NEEDS = ("fastapi", "uvicorn", "websockets", "multipart", "prometheus_client")
 EPILOG = """examples:
   longtake serve                                 the tiny model; what is not built is built first
-  longtake serve --model wan2.2-ti2v-5b@wan2.2-ti2v-5b_fp8_sm90 --store /data/longtake
+  longtake serve --model tiny-4step@tiny_bf16_sm89
+  longtake serve --engines wan2.2-ti2v-5b_fp8_sm90 --store /data/longtake
   longtake serve --host 0.0.0.0 --token-file tokens.txt --allow-origin https://video.example.org
 
 The page is at /, jobs at /v1/videos (OpenAI's interface), live sessions at WS /v1/realtime/video; docs/serving.md tells
@@ -36,9 +37,9 @@ class ModelOptions:
     """What is served"""
 
     model: str | None = option(None, metavar="NAME[@RECIPE]")
-    """a model by name; what it lacks is exported and built first (default: tiny-4step, unless --engines is given)"""
+    """a model by name; what is missing of it is exported and built first (default: tiny-4step, unless --engines)"""
     engines: str | None = option(None, metavar="FOLDER|RECIPE")
-    """engines, exported networks, or a recipe's name, as they are (default: --model)"""
+    """a folder of engines or of exported networks, or a recipe's name (default: those of --model)"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
     """where a text or VAE encoder that was not exported lies (default: where the export was made from)"""
     backend: Annotated[str, OneOf(BACKEND_NAMES)] = option("auto")
@@ -106,9 +107,13 @@ class RayOptions:
 def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits) -> int:
     """Serve until a signal comes."""
     check(model)
-    if model.model and model.engines:
-        got = f"--model {model.model} and --engines {model.engines}"
-        raise LongtakeError("a model is named twice", got=got, expected="one of the two", fix="leave one out")
+    if model.model is not None and model.engines is not None:
+        raise LongtakeError(
+            "--model and --engines both name what is served",
+            got=f"{model.model} and {model.engines}",
+            expected="one of them",
+            fix="leave one out",
+        )
     if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         fix = "pip install 'longtake[serve]'"
         raise UnavailableError("serving needs packages that are not installed", got=f"no {', '.join(lacking)}", fix=fix)
@@ -142,17 +147,25 @@ def announced(address: str) -> None:
     print(f"longtake: {address}", flush=True)
 
 
-def opened(options: ModelOptions, say: Say) -> Generator:
-    """The model; by name it is exported and built before if need be. The one place that knows where a model is found."""
-    from longtake.pretrained import Generator
+def opened(model: ModelOptions, say: Say) -> Generator:
+    """The model, exported and built before if need be. The one place that knows where a model is found."""
+    from longtake.runtime.generator import Generator
 
-    if options.engines is not None:
-        say("the model is being opened")
-        where = (options.engines, options.backend, options.device, options.decode_device)
-        return Generator.from_engines(*where, checkpoints=options.checkpoints)
-    name = options.model or DEFAULT_MODEL
-    say(f"{name} is being made ready: exported and built, if that was not done yet, then opened")
-    return Generator.from_pretrained(name, device=options.device)
+    engines = model.engines or ready(model.model or STUDENT, model.backend, say)
+    say("the model is being opened")
+    return Generator.from_engines(
+        engines, model.backend, model.device, model.decode_device, checkpoints=model.checkpoints
+    )
+
+
+def ready(name: str, backend: str, say: Say) -> Path:
+    """The folder of a model's engines where they run here, else of its export."""
+    from longtake.pretrained import best_recipe, model_and_recipe, prepared
+
+    model, recipe = model_and_recipe(name)
+    recipe = recipe or best_recipe(model)
+    say(f"{model.name} is being made ready for {recipe.name}: once, in a minute or two")
+    return prepared(model, recipe, on_cpu=backend == "reference")
 
 
 COMMAND = Command(

@@ -56,7 +56,7 @@ def test_options_come_from_a_file_too(tmp_path: Path) -> None:
             _ = parsed("serve", words)[2].bounds
     with pytest.raises(LongtakeError, match="bad --window"):
         parsed("serve", ["--window", "0"])
-    with pytest.raises(LongtakeError, match="named twice"):
+    with pytest.raises(LongtakeError, match="both name what is served"):
         run(ModelOptions(model="tiny-4step", engines="x"), door, ray, limits)
 
 
