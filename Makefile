@@ -54,10 +54,18 @@ demo: $(READY)
 test: WHICH = not slow and not long
 test-slow: WHICH = slow and not long
 test-long: WHICH = long
+test-slow test-long: browser
 test test-slow test-long: $(READY)
 	@if [ $(JOBS) -gt 1 ] && $(PY) -c 'import xdist' 2>/dev/null; then \
 	  export OMP_NUM_THREADS=1 PARALLEL='-n $(JOBS) --dist loadfile'; fi; \
 	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest -m '$(WHICH)' $$PARALLEL $(ARGS)
+
+# What the page is tested in. Where it cannot be installed, those tests are skipped with the reason
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium || echo "Chromium could not be installed"; \
+	else echo "no Chromium: as root, apt-get install --no-install-recommends chromium"; fi
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -8,8 +8,8 @@
 | LONGTAKE_FLAVOUR    | TensorRT flavour: auto, tensorrt, tensorrt_rtx                    | auto                          |
 | LONGTAKE_TRTEXEC    | path of trtexec, if it is not on PATH                             | (searched on PATH)            |
 
-RAY_AUTH_MODE is Ray's own: `longtake serve --ray` asks whether a cluster of several machines has it.
 LONGTAKE_CACHE_DIR, which LONGTAKE_HOME replaces, is still read in this version where LONGTAKE_HOME isn't set.
+RAY_AUTH_MODE is Ray's own: `longtake serve --ray` asks whether a cluster of several machines has it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from longtake.out_of_memory import is_out_of_memory
 from longtake.runtime.chunk import Chunk, given_chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner
-from longtake.runtime.decode import DecodeQueue
+from longtake.runtime.decode import DecodeQueue, decode_queue
 from longtake.runtime.live_changes import LiveChanges
 from longtake.runtime.retake import Take, retaken
 from longtake.runtime.sampling import ChunkSampler, OnStep
@@ -41,7 +41,7 @@ from longtake.runtime.snapshot import (
 from longtake.runtime.state import Position, SessionState
 from longtake.runtime.story import Segment, checked_prompt
 from longtake.runtime.undecoded import HandedOver, Undecoded
-from longtake.runtime.video_model import NetworkDecoder, VideoModel
+from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Plan
 
 
@@ -67,7 +67,7 @@ class Session(LiveChanges):
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
         self._position = Position(script, model.family.start(model.preset))
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
-        self._decoding = self._new_queue() if options.decode else None
+        self._decoding = decode_queue(model) if options.decode else None
         if self._decoding:
             # A session that is dropped without `close` must not leave its thread (and the decoder's memory) behind.
             weakref.finalize(self, self._decoding.close)
@@ -80,12 +80,6 @@ class Session(LiveChanges):
     def __repr__(self) -> str:
         here, state = self._position, "closed" if self._closed else "open"
         return f"<Session {state}: chunk {here.chunk} is next, {self.remaining} left, prompt {here.prompt!r:.60}>"
-
-    def _new_queue(self) -> DecodeQueue:
-        model = self.model
-        decoder = model.decoder()
-        past = decoder.past_latents if isinstance(decoder, NetworkDecoder) else None
-        return DecodeQueue(decoder, model.preset, model.device, model.backend.decode_device, past)
 
     # ---- the chunk loop ------------------------------------------------------------------------------------------
 

@@ -138,8 +138,9 @@ def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
         differing = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))[0]
         raise IntegrityError(
             f"the saved session's tensor {differing} does not fit",
-            got=shapes.get(differing, "nothing"), expected=wanted.get(differing, "nothing"),
-        )  # fmt: skip
+            got=shapes.get(differing, "nothing"),
+            expected=wanted.get(differing, "nothing"),
+        )
     for name, tensor in into.items():
         tensor.copy_(given[name])
 

@@ -53,6 +53,17 @@ class ModelOptions:
     codec: Annotated[str, OneOf(("h264", "vp9", "av1"))] = option("h264")
     """how video is encoded unless a client asks otherwise"""
 
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for what is out of bounds, and for two models."""
+        check(self)
+        if self.model is not None and self.engines is not None:
+            raise LongtakeError(
+                "--model and --engines both name what is served",
+                got=f"{self.model} and {self.engines}",
+                expected="one of them",
+                fix="leave one out",
+            )
+
 
 @dataclass(frozen=True)
 class DoorOptions:
@@ -106,14 +117,6 @@ class RayOptions:
 
 def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits) -> int:
     """Serve until a signal comes."""
-    check(model)
-    if model.model is not None and model.engines is not None:
-        raise LongtakeError(
-            "--model and --engines both name what is served",
-            got=f"{model.model} and {model.engines}",
-            expected="one of them",
-            fix="leave one out",
-        )
     if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         fix = "pip install 'longtake[serve]'"
         raise UnavailableError("serving needs packages that are not installed", got=f"no {', '.join(lacking)}", fix=fix)
@@ -139,6 +142,10 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         raise UnavailableError("--ray needs Ray Serve", got="no ray", fix="pip install 'longtake[serve,scale]'")
     from longtake.runtime.serve.ray_app import serve_ray
 
+    if (
+        model.engines is None
+    ):  # built once, here, before the workers look for it; on another machine they build their own
+        ready(model.model or STUDENT, model.backend, lambda words: None)
     return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, ray.gpus))
 
 

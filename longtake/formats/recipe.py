@@ -37,8 +37,9 @@ class Gate:
     def __post_init__(self) -> None:
         for key, limit in vars(self).items():
             if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
-                raise LongtakeError(f"bad gate {key}", got=repr(limit), expected="a number from 0 to 1",
-                                    fix="see engines/recipes")  # fmt: skip
+                raise LongtakeError(
+                    f"bad gate {key}", got=repr(limit), expected="a number from 0 to 1", fix="see engines/recipes"
+                )
 
 
 @dataclass(frozen=True)

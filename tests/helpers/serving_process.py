@@ -1,4 +1,4 @@
-"""Serve the student, or with "toy" a toy, from a store until a signal comes: python serving_process.py STORE [toy] [slots=N]"""
+"""Serve the student, or with "toy" a toy, from a store until a signal comes: python serving_process.py STORE [toy] [slots=N] [user_sessions=N] [port=N]"""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def announce(address: str) -> None:
 if __name__ == "__main__":
     store, *words = sys.argv[1:]
     slots = next((int(word[6:]) for word in words if word.startswith("slots=")), 1)
-    limits = Limits(user_sessions=8, user_jobs=16)
-    settings = Settings(port=0, store=Path(store), slots=slots, limits=limits)
+    given = dict(word.split("=") for word in words if "=" in word)
+    limits = Limits(user_sessions=int(given.get("user_sessions", 8)), user_jobs=16)
+    settings = Settings(port=int(given.get("port", 0)), store=Path(store), slots=slots, limits=limits)
     if "ray" in words:
         from serving_process import opened_tiny, opened_toy  # by their module's name, which other processes import
 
