@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | lint | train | distill | export | engines | profile | generate | check | bench
+# make setup | demo | test | test-slow | lint | train | distill | export | engines | profile | generate | serve | check | bench
 # Another interpreter, with everything installed already (no network needed): make test PY=python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,7 +24,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup demo test test-slow lint format doctor train export engines profile generate check distill experiment bench clean
+.PHONY: setup demo test test-slow lint format doctor train export engines profile generate serve check distill experiment bench clean
 
 setup: $(VENV)/.ready
 
@@ -32,7 +32,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 	$(VENV)/bin/python -m pip install -q -c constraints.txt $(TORCH)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev,$(EXTRA)]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev,serve,$(EXTRA)]'
 	@touch $@
 	@$(VENV)/bin/longtake doctor || true
 
@@ -82,6 +82,10 @@ engines: $(READY)
 
 generate: $(READY)
 	$(LONGTAKE) generate $(STORY) --model $(MODEL)@$(RECIPE) --out $(OUT)/generate/video.mp4
+
+# A page on which one types and sees it: make serve ARGS='--port 8001'. What is not built yet is built first
+serve: $(READY)
+	$(LONGTAKE) serve $(ARGS)
 
 check: $(READY)
 	$(LONGTAKE) check --model $(MODEL)@$(RECIPE)

@@ -165,7 +165,8 @@ class Trainer:
         if config.evaluate_steps and step % config.evaluate_steps == 0 and step < config.steps:
             self.evaluate()
         if config.sample_steps and step % config.sample_steps == 0 and step < config.steps:
-            self.show_samples()
+            with self.optimizer.averaged_weights(), torch.no_grad():
+                self.history.add_samples(self.step, self.stage.samples())
         due = config.save_steps and step % config.save_steps == 0
         if due or self.past(self.saved_at, config.save_seconds):
             self.save_resume_point()
@@ -213,11 +214,6 @@ class Trainer:
         self.history.save()
         self.bar.write(f"step {self.step}: held out " + ", ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
         return metrics
-
-    def show_samples(self) -> None:
-        """Sample videos of the EMA weights to TensorBoard."""
-        with self.optimizer.averaged_weights(), torch.no_grad():
-            self.history.add_samples(self.step, self.stage.samples())
 
     def save_resume_point(self) -> None:
         """Everything for a bit-identical continuation; older ones are deleted once it is whole."""
