@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +53,17 @@ class ModelOptions:
     codec: Annotated[str, OneOf(("h264", "vp9", "av1"))] = option("h264")
     """how video is encoded unless a client asks otherwise"""
 
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for what is out of bounds, and for two models."""
+        check(self)
+        if self.model is not None and self.engines is not None:
+            raise LongtakeError(
+                "--model and --engines both name what is served",
+                got=f"{self.model} and {self.engines}",
+                expected="one of them",
+                fix="leave one out",
+            )
+
 
 @dataclass(frozen=True)
 class DoorOptions:
@@ -75,21 +87,41 @@ class DoorOptions:
         check(self)
 
 
-def run(model: ModelOptions, door: DoorOptions, limits: Limits) -> int:
+@dataclass(frozen=True)
+class RayOptions:
+    """Many machines"""
+
+    ray: bool = option(False)
+    """over Ray Serve: fronts and workers are processes of a cluster, --store is a folder that all of them see"""
+    workers: str = option("1", metavar="N|MIN:MAX")
+    """workers, or the bounds between which their number follows the load (with --ray)"""
+    fronts: Annotated[int, Bounds(1, 64)] = option(1, metavar="N")
+    """processes that hold sockets (with --ray)"""
+    gpus: Annotated[int, Bounds(0, 8)] = option(0, metavar="N")
+    """GPUs of each worker, 0 for a CPU (with --ray)"""
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Workers at least and at most. Raises LongtakeError."""
+        least, _, most = self.workers.partition(":")
+        try:
+            found = int(least), int(most or least)
+        except ValueError:
+            found = (0, 0)
+        if not 1 <= found[0] <= found[1]:
+            raise LongtakeError(
+                "bad --workers", got=self.workers, expected="N or MIN:MAX, 1 or more", fix="--workers 1:4"
+            )
+        return found
+
+
+def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits) -> int:
     """Serve until a signal comes."""
-    check(model)
-    if model.model is not None and model.engines is not None:
-        raise LongtakeError(
-            "--model and --engines both name what is served",
-            got=f"{model.model} and {model.engines}",
-            expected="one of them",
-            fix="leave one out",
-        )
     if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         fix = "pip install 'longtake[serve]'"
         raise UnavailableError("serving needs packages that are not installed", got=f"no {', '.join(lacking)}", fix=fix)
     from longtake.runtime.serve import logs
-    from longtake.runtime.serve.server import Settings, serve
+    from longtake.runtime.serve.server import Settings, Size, serve
 
     level = settings_from_environment().log_level
     logs.configure(level, door.log_prompts)
@@ -103,7 +135,23 @@ def run(model: ModelOptions, door: DoorOptions, limits: Limits) -> int:
         codec=model.codec,
         limits=limits,
     )
-    return serve(settings, lambda say: opened(model, say), lambda address: print(f"longtake: {address}", flush=True))
+    opening, bounds = partial(opened, model), ray.bounds
+    if not ray.ray:
+        return serve(settings, opening, announced)
+    if importlib.util.find_spec("ray") is None:
+        raise UnavailableError("--ray needs Ray Serve", got="no ray", fix="pip install 'longtake[serve,scale]'")
+    from longtake.runtime.serve.ray_app import serve_ray
+
+    if (
+        model.engines is None
+    ):  # built once, here, before the workers look for it; on another machine they build their own
+        ready(model.model or STUDENT, model.backend, lambda words: None)
+    return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, ray.gpus))
+
+
+def announced(address: str) -> None:
+    """Say where it is."""
+    print(f"longtake: {address}", flush=True)
 
 
 def opened(model: ModelOptions, say: Say) -> Generator:
@@ -128,5 +176,9 @@ def ready(name: str, backend: str, say: Say) -> Path:
 
 
 COMMAND = Command(
-    run, (ModelOptions, DoorOptions, Limits), "Serve one model: a page, jobs and live sessions.", EPILOG, RUNS / "serve"
+    run,
+    (ModelOptions, DoorOptions, RayOptions, Limits),
+    "Serve one model: a page, jobs and live sessions.",
+    EPILOG,
+    RUNS / "serve",
 )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from typing import Any
 
 from longtake.runtime.serve.desk import asked, drive
 from longtake.runtime.serve.front import Front
@@ -55,3 +56,14 @@ class Jobs:
     def end(self) -> None:
         """Stop all; what they are is in the store."""
         self._leaving = True
+
+
+class JobsElsewhere:
+    """What a front does with a job where the registry is another process, which drives it."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+
+    async def add(self, journal: Journal) -> None:
+        """Raises QuotaError."""
+        await self.desk.add_job(journal.id)

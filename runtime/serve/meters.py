@@ -117,3 +117,29 @@ def prometheus() -> Meters:
         return _Prometheus(made, bool(labels))
 
     return Meters(make, lambda: generate_latest(registry))
+
+
+class _RayMetric:
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+
+    def add(self, value: float, labels: Mapping[str, str]) -> None:
+        if value > 0:  # Ray refuses 0
+            self._metric.inc(value, dict(labels))
+
+    def set(self, value: float, labels: Mapping[str, str]) -> None:
+        self._metric.set(value, dict(labels))
+
+    def observe(self, value: float, labels: Mapping[str, str]) -> None:
+        self._metric.observe(value, dict(labels))
+
+
+def ray_meters(metrics: Any) -> Meters:
+    """Metrics that Ray exports on each node's own port. metrics: `ray.util.metrics`."""
+
+    def make(kind: str, name: str, labels: tuple[str, ...]) -> Metric:
+        if kind == "histogram":
+            return _RayMetric(metrics.Histogram(name, name, boundaries=list(SECONDS), tag_keys=labels))
+        return _RayMetric({"counter": metrics.Counter, "gauge": metrics.Gauge}[kind](name, name, tag_keys=labels))
+
+    return Meters(make)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,44 +28,20 @@ from longtake.errors import LongtakeError
 from longtake.runtime.serve.app import app_from
 from longtake.runtime.serve.desk import Desk
 from longtake.runtime.serve.front import Front
-from longtake.runtime.serve.grants import Ack, Change, Event, Grant, WorkerLostError
-from longtake.runtime.serve.jobs import Jobs
-from longtake.runtime.serve.meters import SECONDS, Meters, silent
-from longtake.runtime.serve.server import Open, Say, Settings, free_port, slots_of
+from longtake.runtime.serve.grants import Ack, Change, ElsewhereError, Event, Grant, WorkerLostError
+from longtake.runtime.serve.jobs import Jobs, JobsElsewhere
+from longtake.runtime.serve.local import LocalWorkers
+from longtake.runtime.serve.meters import Meters, ray_meters, silent
+from longtake.runtime.serve.server import Open, Say, Settings, Size, free_port, slots_of
 from longtake.runtime.serve.store import Store
 from longtake.runtime.serve.worker import Worker
+from longtake.settings import ray_auth_mode
 
 log = logging.getLogger(__name__)
 
 APP, DESK, NAMESPACE = "longtake", "longtake-desk", "longtake"
-HEARTBEAT_S, PATIENCE_S = 1.0, 10.0
+HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 10.0, 10
 GONE = (RayActorError, RayServeException, ConnectionError)
-
-
-class _RayMetric:
-    def __init__(self, metric: Any) -> None:
-        self._metric = metric
-
-    def add(self, value: float, labels: Mapping[str, str]) -> None:
-        if value > 0:
-            self._metric.inc(value, dict(labels))
-
-    def set(self, value: float, labels: Mapping[str, str]) -> None:
-        self._metric.set(value, dict(labels))
-
-    def observe(self, value: float, labels: Mapping[str, str]) -> None:
-        self._metric.observe(value, dict(labels))
-
-
-def ray_meters() -> Meters:
-    """Metrics that Ray exports on each node's own port."""
-
-    def make(kind: str, name: str, labels: tuple[str, ...]) -> _RayMetric:
-        if kind == "histogram":
-            return _RayMetric(metrics.Histogram(name, name, boundaries=list(SECONDS), tag_keys=labels))
-        return _RayMetric({"counter": metrics.Counter, "gauge": metrics.Gauge}[kind](name, name, tag_keys=labels))
-
-    return Meters(make)
 
 
 class DeskProxy:
@@ -88,6 +63,23 @@ class DeskProxy:
         return call
 
 
+@contextlib.contextmanager
+def _lost_if_gone() -> Iterator[None]:
+    """What a worker raised as it was; that it is gone as WorkerLostError."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause from None
+    except GONE as error:
+        raise WorkerLostError(type(error).__name__) from None
+
+
+def _front(settings: Settings, desk: Any, meters: Meters) -> Front:
+    assert settings.store is not None
+    store = Store(settings.store)
+    return Front(store, desk, RayWorkers(), settings.limits, meters, settings.door(store), settings.codec)
+
+
 class RayWorkers:
     """Workers as replicas of a deployment; a call goes to the one that the grant names."""
 
@@ -100,21 +92,19 @@ class RayWorkers:
         return self._handle.options(session_id=grant.worker, **how)
 
     async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:
-        try:
-            async for event in self._worker(grant, stream=True).stream.remote(grant, window):
-                yield event
-        except RayTaskError as error:
-            raise WorkerLostError(str(error.cause)) from None
-        except GONE as error:
-            raise WorkerLostError(type(error).__name__) from None
+        for _ in range(PATIENT_CALLS):
+            try:
+                with _lost_if_gone():
+                    async for event in self._worker(grant, stream=True).stream.remote(grant, window):
+                        yield event
+                return
+            except ElsewhereError:  # the router has not heard of that replica yet, or no more
+                await asyncio.sleep(0.5)
+        raise WorkerLostError(grant.worker)
 
     async def _call(self, grant: Grant, method: str, *words: Any) -> Any:
-        try:
+        with _lost_if_gone():
             return await getattr(self._worker(grant), method).remote(grant, *words)
-        except RayTaskError as error:
-            raise error.cause from None
-        except GONE as error:
-            raise WorkerLostError(type(error).__name__) from None
 
     async def interact(self, grant: Grant, change: Change) -> Ack:
         answer: Ack = await self._call(grant, "interact", change)
@@ -139,15 +129,17 @@ class PinnedRouter(FIFOMixin, RequestRouter):
         return [pinned or candidate_replicas]
 
 
-class Maker:
+class Maker(LocalWorkers):
     """A worker as a replica. It tells the registry that it lives, and what it makes."""
+
+    worker: Worker
 
     def __init__(self, settings: Settings, open_model: Open, generation: int) -> None:
         assert settings.store is not None
         self.name, self.generation = serve.get_replica_context().replica_tag, generation
         generator, limits = open_model(lambda words: None), settings.limits
         how = {"idle_s": limits.idle_s, "paused_s": limits.paused_s}
-        self.worker = Worker(generator, Store(settings.store), self.name, ray_meters(), **how)
+        self.worker = Worker(generator, Store(settings.store), self.name, ray_meters(metrics), **how)
         self.slots, self.about = slots_of(generator, settings.slots), self.worker.describe()
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -160,36 +152,17 @@ class Maker:
                     self.worker.drain()
             time.sleep(HEARTBEAT_S)
 
-    def _own(self, grant: Grant) -> None:
-        if grant.worker != self.name:
-            raise WorkerLostError(grant.worker)
-
-    async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:
-        self._own(grant)
-        async for event in self.worker.stream(grant, window):
+    async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:  # type: ignore[override]
+        async for event in super().stream(grant, window):
             yield event
-
-    async def interact(self, grant: Grant, change: Change) -> Ack:
-        self._own(grant)
-        return await self.worker.interact(grant, change)
-
-    async def control(self, grant: Grant, what: str) -> dict[str, Any]:
-        self._own(grant)
-        return await self.worker.control(grant, what)
-
-    async def advance(self, grant: Grant, shown: int) -> None:
-        self._own(grant)
-        await self.worker.advance(grant, shown)
 
 
 class DeskActor(Desk):
     """The registry; jobs are driven from here, too. It restarts for ever, and fills itself from the store and the workers."""
 
     def __init__(self, settings: Settings) -> None:
-        assert settings.store is not None
-        super().__init__(settings.limits, ray_meters())
-        store = Store(settings.store)
-        front = Front(store, self, RayWorkers(), settings.limits, silent(), settings.door(store), settings.codec)
+        super().__init__(settings.limits, ray_meters(metrics))
+        front = _front(settings, self, silent())
         self.jobs = front.jobs = Jobs(front)
         self._begun = False
 
@@ -205,24 +178,13 @@ class DeskActor(Desk):
         await self.jobs.add(self.jobs.front.store.journal(session))
 
 
-class _JobsElsewhere:
-    """What a front does with a job: the registry's process drives it."""
-
-    async def add(self, journal: Any, again: bool = False) -> None:
-        await DeskProxy().add_job(journal.id)
-
-
 @serve.ingress()
 class Entrance:
     """A front as a replica: no model, no GPU."""
 
     def __init__(self, settings: Settings, generation: int, _: Any) -> None:
-        assert settings.store is not None
-        store, desk = Store(settings.store), DeskProxy()
-        self.front = Front(
-            store, desk, RayWorkers(), settings.limits, ray_meters(), settings.door(store), settings.codec
-        )
-        self.front.jobs = _JobsElsewhere()
+        self.front = _front(settings, DeskProxy(), ray_meters(metrics))
+        self.front.jobs = JobsElsewhere(self.front.desk)
         self.generation = generation
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -239,77 +201,68 @@ class Entrance:
 def wanted_workers(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """As many workers as running and waiting sessions ask for."""
     try:
-        load = ray.get(ray.get_actor(DESK, NAMESPACE).load.remote(), timeout=2)
+        load: Any = ray.get(ray.get_actor(DESK, NAMESPACE).load.remote(), timeout=2)
     except (RayError, ValueError):
         return context.current_num_replicas, {}
     return max(1, -(-int(load * 100 * context.current_num_replicas) // 100)), {}
 
 
-def deployed(
-    settings: Settings, open_model: Open, workers: tuple[int, int], gpus: int, fronts: int, generation: int
-) -> Any:
+def deployed(settings: Settings, open_model: Open, size: Size, generation: int) -> Any:
     """The application for `serve.run`."""
-    limits = settings.limits
-    scaling: dict[str, Any] = {"num_replicas": workers[0]}
-    if workers[1] > workers[0]:
-        policy = AutoscalingPolicy(policy_function=wanted_workers)
-        bounds = {"min_replicas": workers[0], "max_replicas": workers[1]}
-        scaling = {"autoscaling_config": AutoscalingConfig(**bounds, policy=policy)}
-    making = serve.deployment(
-        Maker, name="Maker", max_ongoing_requests=settings.slots * 4 + 16, graceful_shutdown_timeout_s=20,
-        ray_actor_options={"num_cpus": 0.1, "num_gpus": gpus},
-        request_router_config=RequestRouterConfig(request_router_class=PinnedRouter), **scaling,
-    )  # fmt: skip
-    entering = serve.deployment(
-        Entrance, name="Entrance", max_ongoing_requests=1000 + limits.queue, num_replicas=fronts,
-        ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=5, health_check_period_s=1,
-    )  # fmt: skip
-    return entering.bind(settings, generation, making.bind(settings, open_model, generation))
+    policy = AutoscalingPolicy(policy_function=wanted_workers)
+    scaling: Any = AutoscalingConfig(min_replicas=size.least, max_replicas=size.most, policy=policy)
+    router: Any = RequestRouterConfig(request_router_class=PinnedRouter)  # type: ignore[arg-type]
+    making: Any = serve.deployment(
+        name="Maker",
+        max_ongoing_requests=settings.slots * 4 + 16,
+        graceful_shutdown_timeout_s=20,
+        ray_actor_options={"num_cpus": 0.1, "num_gpus": size.gpus},
+        request_router_config=router,
+        **({"autoscaling_config": scaling} if size.most > size.least else {"num_replicas": size.least}),
+    )
+    entering: Any = serve.deployment(
+        name="Entrance",
+        max_ongoing_requests=1000 + settings.limits.queue,
+        num_replicas=size.fronts,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=5,
+        health_check_period_s=1,
+    )
+    return entering(Entrance).bind(settings, generation, making(Maker).bind(settings, open_model, generation))
 
 
-def serve_ray(
-    settings: Settings,
-    open_model: Open,
-    announce: Say,
-    workers: tuple[int, int] = (1, 1),
-    gpus: int = 0,
-    fronts: int = 1,
-) -> int:
+def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -> int:
     """Serve over Ray until a signal comes, or a newer deployment; returns the exit code.
 
     Raises:
         LongtakeError: without a store, or on a cluster that anybody may run code on.
     """
     if settings.store is None:
-        raise LongtakeError(
-            "several processes need one store", got="no --store", fix="pass --store FOLDER, seen by all machines"
-        )
+        fix = "pass --store FOLDER, seen by all machines"
+        raise LongtakeError("several processes need one store", got="no --store", fix=fix)
     settings.door(Store(settings.store))
     try:
         ray.init("auto", namespace=NAMESPACE, log_to_driver=False)
     except ConnectionError:
         ray.init(namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
-    if len(ray.nodes()) > 1 and os.environ.get("RAY_AUTH_MODE") != "token":
-        raise LongtakeError(
-            "whoever reaches this cluster runs code on it", got="no RAY_AUTH_MODE", fix="RAY_AUTH_MODE=token"
-        )
+    if len(ray.nodes()) > 1 and ray_auth_mode() != "token":
+        fix = "set RAY_AUTH_MODE=token on every machine"
+        raise LongtakeError("whoever reaches this cluster runs code on it", got="no RAY_AUTH_MODE", fix=fix)
     settings = replace(settings, port=settings.port or free_port(settings.host, 8000))
-    return _deployed(settings, open_model, announce, workers, gpus, fronts)
-
-
-def _deployed(
-    settings: Settings, open_model: Open, announce: Say, workers: tuple[int, int], gpus: int, fronts: int
-) -> int:
     kept = {"name": DESK, "get_if_exists": True, "max_restarts": -1, "lifetime": "detached", "num_cpus": 0}
-    desk = ray.remote(DeskActor).options(**kept, max_concurrency=1000).remote(settings)
+    desk: Any = ray.remote(DeskActor).options(**kept, max_concurrency=1000).remote(settings)  # type: ignore[arg-type]
     generation = ray.get(desk.begin_generation.remote())
     serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
-    serve.run(deployed(settings, open_model, workers, gpus, fronts, generation), name=APP, route_prefix="/")
+    serve.run(deployed(settings, open_model, size, generation), name=APP, route_prefix="/")
     announce(f"http://{settings.host}:{settings.port}/")
+    return _until_ended(desk, generation)
+
+
+def _until_ended(desk: Any, generation: int) -> int:
     ending = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ending.set())
-    while not ending.wait(1.0):
+    while not ending.wait(HEARTBEAT_S):
         with contextlib.suppress(RayError):
             if ray.get(desk.generation.remote(), timeout=PATIENCE_S) > generation:
                 return 0  # a newer deployment has taken over

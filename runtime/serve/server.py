@@ -67,6 +67,16 @@ class Settings:
         return Door(store.secret(), tokens, (self.host,), self.origins)
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of a cluster: workers at least and at most, fronts, and the GPUs of each worker."""
+
+    least: int = 1
+    most: int = 1
+    fronts: int = 1
+    gpus: int = 0
+
+
 def listening(host: str, port: int) -> socket.socket:
     """A socket that listens. Raises LongtakeError naming the next free port if `port` is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

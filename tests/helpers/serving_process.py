@@ -1,4 +1,4 @@
-"""Serve the student, or with "toy" a toy, from a store until a signal comes: python serving_process.py STORE [toy] [slots=N]"""
+"""Serve the student, or with "toy" a toy, from a store until a signal comes: python serving_process.py STORE [toy] [slots=N] [user_sessions=N] [port=N]"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serving import tiny
 
 from longtake.runtime.generator import Generator
 from longtake.runtime.serve.limits import Limits
-from longtake.runtime.serve.server import Settings, serve
+from longtake.runtime.serve.server import Settings, Size, serve
 
 
 def toy(pause_s: float = 0.0) -> Generator:
@@ -42,8 +42,9 @@ def announce(address: str) -> None:
 if __name__ == "__main__":
     store, *words = sys.argv[1:]
     slots = next((int(word[6:]) for word in words if word.startswith("slots=")), 1)
-    limits = Limits(user_sessions=8, user_jobs=16)
-    settings = Settings(port=0, store=Path(store), slots=slots, limits=limits)
+    given = dict(word.split("=") for word in words if "=" in word)
+    limits = Limits(user_sessions=int(given.get("user_sessions", 8)), user_jobs=16)
+    settings = Settings(port=int(given.get("port", 0)), store=Path(store), slots=slots, limits=limits)
     if "ray" in words:
         from serving_process import opened_tiny, opened_toy  # by their module's name, which other processes import
 
@@ -51,5 +52,5 @@ if __name__ == "__main__":
 
         opening = opened_toy if "toy" in words else opened_tiny
         workers = next((int(word[8:]) for word in words if word.startswith("workers=")), 1)
-        raise SystemExit(serve_ray(settings, opening, announce, (workers, workers)))
+        raise SystemExit(serve_ray(settings, opening, announce, Size(workers, workers)))
     raise SystemExit(serve(settings, opened_toy if "toy" in words else opened_tiny, announce))
