@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -142,9 +142,10 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         raise UnavailableError("--ray needs Ray Serve", got="no ray", fix="pip install 'longtake[serve,scale]'")
     from longtake.runtime.serve.ray_app import serve_ray
 
-    if model.engines is None:  # built once, here, before the workers open it
-        folder = ready(model.model or STUDENT, model.backend, lambda words: None)
-        opening = partial(opened, replace(model, model=None, engines=str(folder)))
+    if (
+        model.engines is None
+    ):  # built once, here, before the workers look for it; on another machine they build their own
+        ready(model.model or STUDENT, model.backend, lambda words: None)
     return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, ray.gpus))
 
 

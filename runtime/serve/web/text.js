@@ -51,6 +51,7 @@ export const TEXT = {
     idle: "Enter starts.",
     live: "Enter changes it, Shift+Enter cuts to a new shot.",
     liveWithoutCut: "Enter changes it.",
+    pending: "A moment, then you can change it.",
     asked: "Sent.",
     lands: (chunk, wait) => `Lands with block ${chunk + 1}${wait > 0.05 ? `, in ${seconds(wait)} of film` : ""}.`,
     parked: "Press play to go on.",
