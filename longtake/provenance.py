@@ -38,7 +38,13 @@ def commit() -> str | None:
 def origin() -> dict[str, Any]:
     """What every report says of where it comes from."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"command": command_line(), "commit": commit(), "date": date, "cpu": cpu_name(), "versions": versions()}
+    told = {"command": command_line(), "rerun_with": rerun_with(), "commit": commit()}
+    return {**told, "date": date, "cpu": cpu_name(), "versions": versions()}
+
+
+def rerun_with() -> str:
+    """The command that is running, if it is one of ours; "" in a program of somebody else's."""
+    return command if (command := command_line()).startswith("longtake ") else ""
 
 
 def command_line() -> str:

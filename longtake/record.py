@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+import hashlib
+import json
+import math
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -14,6 +16,10 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, write_json
 
 T = TypeVar("T")
+MOST = 1e300  # of a number
+SEAL = "digest"
+# What comes of values of other types, lengths and sizes than are expected.
+UNFIT = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -22,8 +28,7 @@ class Kind:
     """A kind of file. what: it is, such as "an engine bundle". writer: what writes it. remake: what to do for a new one.
 
     format: the newest format that this version reads, and writes. oldest: the oldest it still reads; a file without a
-    number is of format 1. retired: keys (in a record within, after its key and a dot) that earlier versions wrote, and
-    their only values that still work.
+    number is of format 1. sealed: the file carries a digest of the rest of itself, which is compared when it is read.
     """
 
     what: str
@@ -31,7 +36,7 @@ class Kind:
     remake: str
     format: int = 1
     oldest: int = 1
-    retired: Mapping[str, object] = field(default_factory=dict)
+    sealed: bool = False
 
     def require_format(self, found: object, path: Path) -> None:
         """Raise IntegrityError, saying what to do, unless this version reads format `found`."""
@@ -54,26 +59,44 @@ class Kind:
             LongtakeError: there is no such file.
             IntegrityError: it is no JSON, of another format, or lacks what `cls` holds.
         """
-        return self.parse(cls, read_json(path), path)
+        return self.record(cls, self.content(path), path)
 
-    def parse(self, cls: type[T], given: object, path: Path) -> T:
-        """The record that JSON value `given`, read from `path`, holds; keys that `cls` doesn't know are left out."""
+    def content(self, path: Path) -> dict[str, Any]:
+        """What the JSON file holds, of a format that is read, its digest compared. Raises what `read` does."""
+        try:
+            given = read_json(path, finite=True)
+        except IntegrityError as error:
+            raise IntegrityError(error.what, got=error.got, expected=error.expected, fix=self.remake) from None
+        return self.checked(given, path)
+
+    def checked(self, given: object, path: Path) -> dict[str, Any]:
+        """JSON value `given`, read from `path`, if it is an object of a format that is read and of the right digest."""
         if not isinstance(given, dict):
             raise self.broken(path, type(given).__name__)
         self.require_format(given.get("format", 1), path)
-        for key, working in self.retired.items():
-            *parts, last = key.split(".")
-            inner: Any = given
-            for part in parts:
-                inner = inner.get(part) if isinstance(inner, dict) else None
-            if isinstance(inner, dict) and inner.get(last, working) != working:
-                raise self.broken(path, f"{last}: {inner[last]}")
+        if self.sealed and given.get(SEAL) != (digest := seal_of(given)):
+            raise IntegrityError(
+                f"{path} was altered after it was written, or is damaged",
+                got=f"{SEAL} {given.get(SEAL, 'missing')!s:.80}",
+                expected=f"{SEAL} {digest}",
+                fix=self.remake,
+            )
+        return given
+
+    def parse(self, cls: type[T], given: object, path: Path) -> T:
+        """The record that JSON value `given`, read from `path`, holds; keys that `cls` doesn't know are left out."""
+        return self.record(cls, self.checked(given, path), path)
+
+    def record(self, cls: type[T], given: dict[str, Any], path: Path) -> T:
+        """`parse` of what is checked already."""
         try:
             return record_from_json(cls, given)
-        except (TypeError, ValueError) as error:
-            raise self.broken(path, str(error)) from None
         except LongtakeError as error:
             raise self.broken(path, f"{error.what}: {error.got}") from None
+        except UNFIT as error:
+            raise self.broken(
+                path, f"{error!s:.300}" if isinstance(error, TypeError | ValueError) else repr(error)
+            ) from None
 
     def broken(self, path: Path, got: str) -> IntegrityError:
         """What is raised for a file that holds no such record."""
@@ -83,7 +106,15 @@ class Kind:
 
     def write(self, record: Any, path: Path) -> None:
         """Write a record, or what stands for it in JSON, atomically."""
-        write_json(path, {"format": self.format, **(record if isinstance(record, dict) else asdict(record))})
+        told = {**(record if isinstance(record, dict) else asdict(record)), "format": self.format}
+        told.pop(SEAL, None)
+        write_json(path, {"format": self.format, **told, **({SEAL: seal_of(told)} if self.sealed else {})})
+
+
+def seal_of(content: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object, however it is laid out and without its own seal."""
+    rest = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def record_from_json(cls: type[T], given: dict[str, Any]) -> T:
@@ -161,7 +192,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return Path(value)
     plain = {float: (int, float), NoneType: NoneType}.get(hint, hint)
     if origin is None and isinstance(value, plain) and (hint is bool or not isinstance(value, bool)):  # type: ignore[arg-type]
-        return float(value) if hint is float else value
+        if hint is not float and not (hint is int and abs(value) >= 1 << 64):
+            return value
+        if hint is float and abs(value) <= MOST and math.isfinite(value):
+            return float(value)
     raise TypeError(f"{where}: {value!r:.60}")
 
 

@@ -6,7 +6,9 @@ Legend: T frames, H, W sizes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
+import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +22,7 @@ from av.video.reformatter import Colorspace, Interpolation
 
 from longtake.errors import LongtakeError
 from longtake.files import atomic_path
+from longtake.out_of_memory import is_out_of_memory, out_of_memory
 from longtake.tar_files import opened_member
 from longtake.video_display import as_shown, display_matrix, sideways
 
@@ -43,6 +46,7 @@ class VideoWriter:
         self._container: Any = None
         self._stream: Any = None
         self._size = (0, 0)
+        self._broken = False
 
     def write(self, frames_THWC: np.ndarray) -> None:
         """Append frames, uint8 [T, H, W, 3].
@@ -51,6 +55,10 @@ class VideoWriter:
             LongtakeError: not such frames, of another size than the first, or not writable.
         """
         self._check(frames_THWC)
+        if self._broken:
+            raise LongtakeError(
+                f"{self.path} could not be written and is given up", fix="write it with a new VideoWriter"
+            )
         if self._container is None:
             self._open(*frames_THWC.shape[1:3])
         for pixels in frames_THWC:
@@ -64,12 +72,15 @@ class VideoWriter:
         """Finish the file and put it under its final name. Calling it twice is harmless."""
         if self._container is None:
             return
-        container, self._container = self._container, None
-        with self._stack, as_error(self.path, "cannot write"):  # an error inside deletes the unfinished file
-            try:
-                container.mux(self._stream.encode(None))
-            finally:
-                container.close()
+        try:
+            with as_error(self.path, "cannot write"):
+                self._container.mux(self._stream.encode(None))
+                self._container.close()
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        self._container = None
+        self._stack.close()
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -81,8 +92,8 @@ class VideoWriter:
 
     def _open(self, height: int, width: int) -> None:
         with as_error(self.path, "cannot write"), contextlib.ExitStack() as stack:
-            partial = stack.enter_context(atomic_path(self.path))
-            container = av.open(_url(partial), "w", format="mp4", options={"movflags": "+faststart"})
+            self._partial = stack.enter_context(atomic_path(self.path))
+            container = av.open(_url(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
             container.metadata["comment"] = "made with longtake"  # by which `outputs` knows our own files
             stream = container.add_stream("libx264", rate=self.fps, options=QUALITY)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -92,8 +103,24 @@ class VideoWriter:
         self._container, self._stream, self._size = container, stream, (height, width)
 
     def _mux(self, frame: av.VideoFrame) -> None:
-        with as_error(self.path, "cannot write"):
-            self._container.mux(self._stream.encode(frame))
+        try:
+            with as_error(self.path, "cannot write"):
+                self._container.mux(self._stream.encode(frame))
+        except LongtakeError as error:
+            self._give_up(error)
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Delete the unfinished file, of which the muxer has failed to write a part.
+
+        FFmpeg's muxer is not called again, not even by a finalizer: what it does with a header or a packet that is half
+        written is not defined, and crashes. It still has the file open, so the space is given back first.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._container))
+        self._container, self._broken = None, True
+        with contextlib.suppress(OSError):
+            os.truncate(self._partial, 0)
+        self._stack.pop_all().__exit__(type(error), error, error.__traceback__)
 
     def _check(self, frames: np.ndarray) -> None:
         shape = tuple(frames.shape)
@@ -202,8 +229,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if not films:
             kinds = " and ".join(sorted({_kind(stream) for stream in container.streams}))
             got = f"{kinds} only" if kinds else "no streams"
-            raise LongtakeError(f"{path} has no picture", got=got, expected="a video stream",
-                                fix="choose another file")  # fmt: skip
+            raise LongtakeError(f"{path} has no picture", got=got, expected="a video stream", fix="choose another file")
         stream = films[0]
         stream.thread_type = "AUTO"
         yield container, stream
@@ -215,6 +241,8 @@ def as_error(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except DECODER_ERRORS as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, f"at {path}") from error
         reading = what == "cannot read"
         raise LongtakeError(
             f"{what} {path}", got=str(error) or repr(error), expected="a playable video" if reading else None,

@@ -10,6 +10,7 @@ from functools import cache
 from longtake.errors import LongtakeError
 from longtake.plugins.block_norm import op as block_norm
 from longtake.plugins.conv import op as conv
+from longtake.plugins.conv8 import op as conv8
 from longtake.plugins.cross_attention import op as cross_attention
 from longtake.plugins.kernels import Kernel
 from longtake.plugins.kv_cache_write import op as kv_cache_write
@@ -34,6 +35,7 @@ FOLDERS = (
     linear,
     cross_attention,
     conv,
+    conv8,
 )
 
 

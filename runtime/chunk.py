@@ -13,7 +13,7 @@ from longtake.runtime.decode import Frames
 from longtake.training.models.presets import Preset
 
 
-@dataclass
+@dataclass(repr=False)
 class Chunk:
     """latents: fp32 [1, F, C, H, W], normalized. cut: it begins a shot. visible: the chunks it saw, itself last."""
 
@@ -25,6 +25,9 @@ class Chunk:
     visible: tuple[int, ...]
     decoding: Frames | None
     stage_ms: dict[str, float]
+
+    def __repr__(self) -> str:
+        return f"<Chunk {self.index}: {self.prompt!r:.60}{', a cut' if self.cut else ''}, saw {self.visible}>"
 
     @property
     def frames(self) -> np.ndarray:

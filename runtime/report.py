@@ -24,6 +24,8 @@ class Report:
     of the whole run, from the first chunk's start to the last frame on the host ("end_to_end"); warm-up included.
     first_chunk_s: from the start to the first frames on the host. stage_ms: mean milliseconds a chunk.
     peak_gb: peak memory in GB of 10^9 bytes; peak_of says which memory. against, ratio: for a comparison.
+    checkpoint: its name and the digests of its parts. export: its state, and why where it is not "passed".
+    prompts: of the video, each once. story: the file. rerun_with: a command that does the same.
     decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
     "apart"; see longtake/formats/memory.py), None on a CPU.
     """
@@ -54,6 +56,11 @@ class Report:
     peak_of: str
     decode_device: str = ""
     budget: dict[str, Any] | None = None
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    story: str | None = None
+    rerun_with: str = ""
     complete: bool = True
     output: str | None = None
     against: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +81,8 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
     on_gpu = backend.device.type == "cuda"
     return {
         **origin(),
+        "checkpoint": {"name": backend.made_of.get("model", ""), "digests": dict(backend.weights)},
+        "export": dict(backend.made_of.get("export", {})),
         "preset": preset.name,
         "recipe": backend.recipe.name,
         "backend": backend.name,
@@ -94,6 +103,7 @@ def table(report: Report) -> str:
     rows = [
         ("backend", f"{report.backend}: {report.reason}"),
         ("recipe", f"{report.recipe} (preset {report.preset})"),
+        ("model", _model(report)),
         ("machine", report.gpu or report.cpu),
         ("video", f"{report.frames} frames in {report.chunks} chunks at {report.resolution}"
                   + ("" if report.complete else "; interrupted")),
@@ -105,6 +115,14 @@ def table(report: Report) -> str:
                         + (f"; {report.budget['total_gb']:.2f} GB announced" if report.budget else "")),
     ]  # fmt: skip
     return "\n".join(f"  {name:16} {value}" for name, value in rows)
+
+
+def _model(report: Report) -> str:
+    name, digests = report.checkpoint.get("name", ""), report.checkpoint.get("digests", {})
+    told = " ".join(f"{kind} {digest[:12]}" for kind, digest in digests.items())
+    state, why = report.export.get("state", ""), report.export.get("why", "")
+    export = f"export {state}" + (f" ({why})" if why else "") if state else ""
+    return ", ".join(part for part in (name, told, export) if part) or "-"
 
 
 def _number(value: float | None) -> str:

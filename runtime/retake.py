@@ -51,15 +51,16 @@ def checked_start(from_chunk: int, chunks: int) -> int:
 
 def retaken(session: Any, takes: Sequence[Take] | None, first: Tensor | None, from_chunk: int, seed: int | None) -> Any:
     """See `Session.retake`. first: the latent of the picture that the video starts from."""
-    if takes is None or len(takes) != session.position.chunk:
+    if takes is None or len(takes) < session.position.chunk:  # more: the newest were not decoded, and are made again
         raise LongtakeError(
             "this session keeps no chunks to go back to",
             got="a session made without retakes=True",
             expected="one that kept every chunk since its beginning",
             fix="start it with generator.session(..., retakes=True)",
         )
-    start = checked_start(from_chunk, len(takes))
     position = session.position
+    takes = takes[: position.chunk]
+    start = checked_start(from_chunk, len(takes))
     script = merged((*(take.segment for take in takes[start:]), *position.script))
     options = session.options if seed is None else replace(session.options, seed=seed)
     again = type(session)(session.model, session.tokenize, script, options, first, session.inputs)

@@ -78,6 +78,11 @@ class SessionOptions:
         return self.guidance != 1.0
 
     @property
+    def negative(self) -> str | None:
+        """The prompt that guidance leads away from; None without guidance."""
+        return self.negative_prompt if self.guided else None
+
+    @property
     def schedule(self) -> Schedule:
         """Timesteps and sigmas of a chunk."""
         return schedule_from(self.timesteps, self.shift) if self.timesteps else schedule_of(self.steps, self.shift)

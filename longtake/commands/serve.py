@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from longtake.commands.run_files import RUNS
 from longtake.errors import LongtakeError, UnavailableError
-from longtake.formats.recipe import Recipe, recipe_for, recipe_named
-from longtake.machine.machine import machine_here
 from longtake.options import Bounds, Command, OneOf, check, option
-from longtake.paths import EXPORTS, REPOSITORY
 from longtake.runtime.serve.limits import Limits
-from longtake.runtime.sources import BACKEND_NAMES, source_of_recipe
+from longtake.runtime.sources import BACKEND_NAMES
 from longtake.settings import settings_from_environment
 
 if TYPE_CHECKING:
     from longtake.runtime.generator import Generator
     from longtake.runtime.serve.server import Say
 
-STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"  # what is served where nothing else is named
+STUDENT = "tiny-4step"  # the model that is served where nothing else is named
 NEEDS = ("fastapi", "uvicorn", "websockets", "multipart", "prometheus_client")
 EPILOG = """examples:
   longtake serve                                 the tiny model; what is not built is built first
+  longtake serve --model tiny-4step@tiny_bf16_sm89
   longtake serve --engines wan2.2-ti2v-5b_fp8_sm90 --store /data/longtake
   longtake serve --host 0.0.0.0 --token-file tokens.txt --allow-origin https://video.example.org
 
@@ -39,8 +36,10 @@ all of it. Ctrl-C or SIGTERM ends in order: sessions are parked, and go on with 
 class ModelOptions:
     """What is served"""
 
+    model: str | None = option(None, metavar="NAME[@RECIPE]")
+    """a model by name; what is missing of it is exported and built first (default: tiny-4step, unless --engines)"""
     engines: str | None = option(None, metavar="FOLDER|RECIPE")
-    """engines, exported networks, or a recipe's name (default: the tiny model, by the recipe that fits this machine)"""
+    """a folder of engines or of exported networks, or a recipe's name (default: those of --model)"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
     """where a text or VAE encoder that was not exported lies (default: where the export was made from)"""
     backend: Annotated[str, OneOf(BACKEND_NAMES)] = option("auto")
@@ -53,6 +52,17 @@ class ModelOptions:
     """sessions at a time on one device, in turn; on a GPU no more than fit"""
     codec: Annotated[str, OneOf(("h264", "vp9", "av1"))] = option("h264")
     """how video is encoded unless a client asks otherwise"""
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for what is out of bounds, and for two models."""
+        check(self)
+        if self.model is not None and self.engines is not None:
+            raise LongtakeError(
+                "--model and --engines both name what is served",
+                got=f"{self.model} and {self.engines}",
+                expected="one of them",
+                fix="leave one out",
+            )
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,6 @@ class RayOptions:
 
 def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits) -> int:
     """Serve until a signal comes."""
-    check(model)
     if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         fix = "pip install 'longtake[serve]'"
         raise UnavailableError("serving needs packages that are not installed", got=f"no {', '.join(lacking)}", fix=fix)
@@ -133,8 +142,10 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         raise UnavailableError("--ray needs Ray Serve", got="no ray", fix="pip install 'longtake[serve,scale]'")
     from longtake.runtime.serve.ray_app import serve_ray
 
-    if model.engines is None:  # built once, here, before the workers open it
-        opening = partial(opened, replace(model, engines=ready_recipe(lambda words: None)))
+    if (
+        model.engines is None
+    ):  # built once, here, before the workers look for it; on another machine they build their own
+        ready(model.model or STUDENT, model.backend, lambda words: None)
     return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, ray.gpus))
 
 
@@ -147,39 +158,21 @@ def opened(model: ModelOptions, say: Say) -> Generator:
     """The model, exported and built before if need be. The one place that knows where a model is found."""
     from longtake.runtime.generator import Generator
 
-    engines = model.engines or ready_recipe(say)
+    engines = model.engines or ready(model.model or STUDENT, model.backend, say)
     say("the model is being opened")
     return Generator.from_engines(
         engines, model.backend, model.device, model.decode_device, checkpoints=model.checkpoints
     )
 
 
-def ready_recipe(say: Say) -> str:
-    """The recipe of the tiny model that fits this machine, exported and, where that runs here, built."""
-    recipe = recipe_named(recipe_for(machine_here().compute_capability))
-    if source_of_recipe(recipe) is not None:
-        return recipe.name
-    from longtake.commands.export import export
+def ready(name: str, backend: str, say: Say) -> Path:
+    """The folder of a model's engines where they run here, else of its export."""
+    from longtake.pretrained import best_recipe, model_and_recipe, prepared
 
-    say(f"{recipe.onnx_name} is being exported to ONNX")
-    print(f"{recipe.name} is not built here yet: once, in a minute or two", file=sys.stderr, flush=True)
-    export(recipe, STUDENT, EXPORTS / recipe.onnx_name, force=False, parity=False)
-    _build(recipe, say)
-    return recipe.name
-
-
-def _build(recipe: Recipe, say: Say) -> None:
-    """Build the engines where they would run here; elsewhere ONNX Runtime serves."""
-    from longtake.commands.engines import build, flavour_of
-    from longtake.machine.capability import backend_for
-    from longtake.paths import ENGINES
-
-    machine = machine_here()
-    if backend_for(machine, recipe).backend == "reference":
-        return
-    say(f"the engines of {recipe.name} are being built")
-    flavour = flavour_of(recipe, machine.compute_capability)
-    build(recipe, EXPORTS / recipe.onnx_name, ENGINES / recipe.name, flavour, machine.compute_capability)
+    model, recipe = model_and_recipe(name)
+    recipe = recipe or best_recipe(model)
+    say(f"{model.name} is being made ready for {recipe.name}: once, in a minute or two")
+    return prepared(model, recipe, on_cpu=backend == "reference")
 
 
 COMMAND = Command(

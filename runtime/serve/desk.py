@@ -225,6 +225,7 @@ async def drive(
                 )
                 return
             meters.add("session_moves", reason=reason)
+            await asyncio.sleep(0.5 * fails)
             gone = held.worker if reason == "worker_lost" else ""
             number = await desk.again(meta.user, meta.kind, journal.id, number, held.epoch, gone)
             if not number:

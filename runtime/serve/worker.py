@@ -117,7 +117,9 @@ class Worker:
 
     async def advance(self, grant: Grant, shown: int) -> None:
         """The viewer now sees chunk `shown`; also a sign of life."""
-        live = self._live(grant)
+        live = self.lives.get(grant)
+        if live is None:
+            return
         with self._wake:
             live.shown, live.touched = max(live.shown, shown), time.monotonic()
             self._wake.notify_all()

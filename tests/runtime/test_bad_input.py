@@ -24,6 +24,7 @@ import yaml
 
 from longtake import files
 from longtake.commands.main import main
+from longtake.formats.exported import KIND
 from longtake.formats.plan import PlanManifest
 from longtake.formats.recipe import recipe_named
 from longtake.training.models.network_spec import NETWORKS
@@ -83,9 +84,10 @@ def hand_made_export(folder: Path) -> Path:
         for file, content in contents.items():
             (folder / file).write_bytes(content)
         networks[name] = {"files": {file: {"sha256": digest(content)} for file, content in contents.items()}}
-    index = {"format": 1, "onnx_name": RECIPE.onnx_name, "preset": RECIPE.preset, "precision": RECIPE.precision,
-             "cache": RECIPE.cache, "networks": networks, "vocabulary": ["a"], "amax": {}, "inputs": ""}  # fmt: skip
-    (folder / "export.json").write_text(json.dumps(index))
+    index = {"onnx_name": RECIPE.onnx_name, "preset": RECIPE.preset, "precision": RECIPE.precision,
+             "cache": RECIPE.cache, "networks": networks, "vocabulary": ["a"], "amax": {}, "inputs": "",
+             "checked": {"state": "passed", "why": ""}}  # fmt: skip
+    KIND.write(index, folder / "export.json")
     return folder
 
 
@@ -148,11 +150,23 @@ def test_an_export_description_of_another_shape(exported: Path, refused: Callabl
     (exported / "export.json").write_text(json.dumps({**index, key: 5}))
     for words in readers(exported):
         assert "export.json" in refused(4, *words)
+    if key != "format":
+        KIND.write({**index, key: 5}, exported / "export.json")
+        for words in readers(exported):
+            assert f"is not an export description\n  got: {key}: 5" in refused(4, *words)
+
+
+def test_a_word_of_the_vocabulary_is_not_altered_unseen(exported: Path, refused: Callable[..., str]) -> None:
+    path = exported / "export.json"
+    path.write_text(path.read_text().replace('"a"', '"c"'))
+    for words in readers(exported):
+        said = refused(4, *words)
+        assert "was altered after it was written" in said and "fix: run `longtake export --force`" in said
 
 
 def test_an_export_of_another_recipe(exported: Path, refused: Callable[..., str]) -> None:
     index = json.loads((exported / "export.json").read_text())
-    (exported / "export.json").write_text(json.dumps({**index, "cache": "nvfp4", "precision": "nvfp4"}))
+    KIND.write({**index, "cache": "nvfp4", "precision": "nvfp4"}, exported / "export.json")
     assert "of another recipe" in refused(2, *readers(exported)[0])
 
 

@@ -186,7 +186,7 @@ def test_bad_input(story: str, opened: Any, capsys: Any, arguments: list[str], c
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
-        (["--engines", "tiny_nvfp5_sm120"], 2, ["unknown recipe", "did you mean 'tiny_nvfp4_sm120'?"]),
+        (["--engines", "tiny_nvfp5_sm120"], 2, ["no such model or recipe", "did you mean 'tiny_nvfp4_sm120'?"]),
         (["--engines", "."], 2, ["holds no engines"]),
     ],
 )

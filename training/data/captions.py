@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from longtake.errors import LongtakeError
+from longtake.files import json_value
 from longtake.tar_files import opened_member
 
 SUFFIXES = (".json", ".txt")  # of a caption's own file; the first counts where both are there
@@ -28,7 +28,7 @@ def caption_from_file(path: Path) -> str:
     if path.suffix.lower() == ".txt":
         return one_caption(text, str(path))
     try:
-        content = json.loads(text)
+        content = json_value(text)
     except ValueError as error:
         raise LongtakeError(f"{path} is not valid JSON", got=str(error), expected='{"caption": "..."}') from None
     return caption_from_record(content if isinstance(content, Mapping) else {}, str(path))
@@ -75,7 +75,7 @@ def rows_of_table(path: Path) -> list[dict[str, Any]]:
 def list_of_json(path: Path) -> list[dict[str, Any]] | None:
     """The rows of a .json that is a table; None for any other."""
     try:
-        content = json.loads(_text(path))
+        content = json_value(_text(path))
     except (LongtakeError, ValueError):
         return None
     return content if isinstance(content, list) and all(isinstance(row, dict) for row in content) else None
@@ -98,7 +98,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_text(path).splitlines(), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json_value(line)
             except ValueError as error:
                 raise LongtakeError(f"line {number} of {path} is not JSON", got=str(error)) from None
             if not isinstance(row, dict):

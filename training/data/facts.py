@@ -10,6 +10,7 @@ from longtake.errors import LongtakeError
 from longtake.files import read_json, sha256, write_json
 from longtake.tar_files import opened_member, tar_of
 
+MOST_BYTES = 1 << 30  # of a million clips
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns: another one means another file
 
 
@@ -50,7 +51,7 @@ class Facts:
 def facts_from_file(path: Path) -> Facts:
     """Facts saved before; none if there is no such file, or a damaged one: they are only saved time."""
     try:
-        content = read_json(path)
+        content = read_json(path, most=MOST_BYTES)
         digests = {k: (_stamp(s), str(digest)) for k, (s, digest) in content["digests"].items()}
         short = {k: (_stamp(s), int(frames), str(why)) for k, (s, frames, why) in content["short"].items()}
     except (LongtakeError, KeyError, TypeError, ValueError, AttributeError):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, UnavailableError
 from longtake.plugins.nvfp4.reference import fake_quantize
 from longtake.plugins.nvfp4.weight_format import STATIC_6, UNRECORDED, WeightFormat, WeightFormats
 from longtake.training.models.load import Models
@@ -76,8 +76,20 @@ RULES = {
 
 @cache
 def modelopt() -> Any:
-    """`modelopt.torch.quantization`, with our codec as its block quantizer where QUANT_IMPL says."""
-    import modelopt.torch.quantization as mtq
+    """`modelopt.torch.quantization`, with our codec as its block quantizer where QUANT_IMPL says.
+
+    Raises:
+        UnavailableError: it, or something that it imports, is not installed.
+    """
+    try:
+        import modelopt.torch.quantization as mtq
+    except ImportError as error:
+        raise UnavailableError(
+            "nvidia-modelopt cannot be imported",
+            got=str(error),
+            expected="it and what it imports (requests), for calibration and 4-bit arithmetic",
+            fix=f"pip install nvidia-modelopt==0.47.0 {error.name or 'requests'}",
+        ) from None
 
     library = torch.library.Library("tensorrt", "IMPL")
     with warnings.catch_warnings():

@@ -28,6 +28,7 @@ from longtake.training.stages.dit import CALIBRATION_BATCHES, DiTStage
 from longtake.training.stages.flat_batch import batch_of_tensors
 from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories
+from longtake.training.stages.validation import one_step_video
 
 
 class ParallelDiTStage(DiTStage):
@@ -138,6 +139,12 @@ class ParallelDiTStage(DiTStage):
     def evaluate(self) -> dict[str, float]:
         with self.unsharded():
             return super().evaluate()
+
+    def samples(self) -> Tensor | None:
+        """In one step, by passes that all ranks make together; GPU only."""
+        if self.device.type != "cuda":
+            return None
+        return one_step_video(self.velocity, self.vae, self.held_out, self.options, self.device)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:

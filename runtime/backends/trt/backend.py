@@ -18,10 +18,10 @@ from longtake.formats.segmented_graph import TensorType
 from longtake.machine.flavour import Flavour
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.backends.segments.arena import storage_bytes
-from longtake.runtime.backends.trt.engine import EngineHost, Scratch
+from longtake.runtime.backends.trt.engine import EngineHost, ReadPlan, Scratch, compute_capability_of
 from longtake.runtime.backends.trt.graphs import Passes
 from longtake.runtime.backends.trt.memory_log import MemoryLog
-from longtake.runtime.backends.trt.networks import Network, network_from_bundle, networks_in
+from longtake.runtime.backends.trt.networks import Network, network_from_bundle, networks_in, verified_plans
 from longtake.runtime.backends.trt.stream_lock import StreamLock
 from longtake.runtime.backends.trt.vae_stream import StreamState, caches_kept_twice
 from longtake.training.models.network_spec import Binding
@@ -73,14 +73,19 @@ class TrtBackend(Backend):
         self.networks: dict[str, Network] = {}
         self.passes: Passes | None = None
         wanted = tuple(networks_in(bundle) if networks is None else networks)
+        decoders = [name for name in wanted if name.startswith("vae") and name not in ENCODER]
+        others = [name for name in wanted if not name.startswith("vae")]
+        self._plans = self._verified(decoders, self.decode_device) | self._verified(others, self.device)
         # The decoder first: finding out which caches can be in place needs two sets of them for a moment.
-        self._load([name for name in wanted if name.startswith("vae") and name not in ENCODER], self.decode_device)
+        self._load(decoders, self.decode_device)
         self.memory.add("loading the VAE", "weights, VAE decoder", "VAE working memory")
         self._twice = self._find_caches_kept_twice() if "vae_steady" in self.networks else frozenset[str]()
         self.memory.add("trying its caches in place")
-        self._load([name for name in wanted if not name.startswith("vae")], self.device)
-        self.memory.add("loading the DiT", "weights, context", "weights, dit", "weights, text_encoder",
-                        "DiT working memory")  # fmt: skip
+        self._load(others, self.device)
+        self._plans.clear()
+        self.memory.add(
+            "loading the DiT", "weights, context", "weights, dit", "weights, text_encoder", "DiT working memory"
+        )
         if "dit" in self.networks:
             self.passes = self._new_passes(cuda_graphs)
             self.sizes["static buffers"] = self.passes.static_bytes
@@ -90,6 +95,9 @@ class TrtBackend(Backend):
         captured = partial(self.memory.add, "a pass and its CUDA graph", "prompts' K/V and embeddings", "solver")
         return Passes(self.networks["dit"], self.specs["dit"], self.allocate, self.device, cuda_graphs, captured)
 
+    def _verified(self, names: Sequence[str], device: torch.device) -> dict[str, ReadPlan]:
+        return verified_plans(self.bundle, names, self._flavour, compute_capability_of(device))
+
     def _load(self, names: Sequence[str], device: torch.device) -> None:
         """Networks that run one after another: they share scratch, which those on another stream may not."""
         with torch.cuda.device(device):
@@ -97,7 +105,7 @@ class TrtBackend(Backend):
             torch.cuda.synchronize(device)  # weights made there: another GPU's events say nothing about this one
 
     def _prepared(self, names: Sequence[str], device: torch.device) -> dict[str, Network]:
-        host, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device)
+        host, arena = EngineHost(self.bundle.folder, self._flavour, device, self._plans), Scratch(device)
         shared: dict[str, Tensor] = {}
         loaded: dict[str, Network] = {}
         # The steady decoder first: it can stand for the other one, or else its library says how both keep their weights.
@@ -136,9 +144,10 @@ class TrtBackend(Backend):
 
     def _not_loaded(self, name: str) -> LongtakeError:
         return LongtakeError(
-            f"network {name} is not loaded", got=", ".join(self.networks) or "none",
+            f"network {name} is not loaded",
+            got=", ".join(self.networks) or "none",
             fix=f"build it: longtake engines --recipe {self.recipe.name}",
-        )  # fmt: skip
+        )
 
     def allocate(self, binding: Binding, zero: bool = False, device: torch.device | None = None) -> Tensor:
         """A device tensor for a binding; a dynamic dimension gets its largest size."""

@@ -81,6 +81,15 @@ def test_realtime_flow_acknowledges_by_the_media_clock(start: Any) -> None:
     assert 29 / 24 - 0.3 < live.at[2] - live.at[0] < 29 / 24 + 1.0  # chunk 1 is on the screen once 29 frames were shown
 
 
+def settled(server: Served, session: str) -> int:
+    """Chunks that are there once no more come."""
+    count = -1
+    while (now := server.store.journal(session).count()) != count:
+        count = now
+        time.sleep(1.0)
+    return count
+
+
 def test_pause_continue_extend_ping_snapshot(start: Any) -> None:
     server = start(pause_s=0.01)
     live = server.live(prompt=PROMPT, chunks=4, flow={"mode": "ack", "window": 2})
@@ -90,8 +99,7 @@ def test_pause_continue_extend_ping_snapshot(start: Any) -> None:
     live.send("session.ack", chunk=0)
     live.send("session.ping")
     live.until("session.pong")
-    time.sleep(0.4)
-    made = server.store.journal(live.messages[0]["session_id"]).count()
+    made = settled(server, live.messages[0]["session_id"])
     live.send("session.extend", chunks=2)
     assert live.until("session.extended")["chunks"] == 6
     time.sleep(0.3)
