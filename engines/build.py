@@ -12,7 +12,8 @@ from pathlib import Path
 import onnx
 
 from longtake.engines.channels_last import inner_videos, with_channels_last
-from longtake.engines.compile import PlanJob, engine_from_onnx
+from longtake.engines.child import engine_from_onnx
+from longtake.engines.compile import PlanJob
 from longtake.engines.precheck import require_resources
 from longtake.engines.progress import Interrupts
 from longtake.engines.segment import segments_from_onnx
@@ -124,6 +125,7 @@ def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progr
         plan.name, job.name, hashlib.sha256(content).hexdigest(), len(content), job.onnx_sha256,
         flavour.name, flavour.version, recipe.compute_capability, plugin_identities(list(job.plugins)), job.spec,
         recipe.name, recipe.preset, layers, round(time.monotonic() - start, 2), scratch_of_last_build(),
+        flavour.cuda,
     )  # fmt: skip
     manifest.write(plan)
     return PlanResult(plan, manifest, False)

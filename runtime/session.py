@@ -19,21 +19,33 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.runtime.chunk import Chunk
+from longtake.out_of_memory import is_out_of_memory
+from longtake.runtime.chunk import Chunk, given_chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner
-from longtake.runtime.decode import DecodeQueue
-from longtake.runtime.sampling import ChunkSampler
+from longtake.runtime.decode import DecodeQueue, decode_queue
+from longtake.runtime.live_changes import LiveChanges
+from longtake.runtime.retake import Take, retaken
+from longtake.runtime.sampling import ChunkSampler, OnStep
 from longtake.runtime.session_inputs import OWN, SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
-from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
-from longtake.runtime.state import Edit, Position, SessionState, with_edit
-from longtake.runtime.story import Segment, checked_chunks, checked_prompt
+from longtake.runtime.snapshot import (
+    FIRST_LATENT,
+    Identity,
+    Snapshot,
+    check_same,
+    identity_of,
+    load_tensors,
+    snapshot_to_file,
+)
+from longtake.runtime.state import Position, SessionState
+from longtake.runtime.story import Segment, checked_prompt
+from longtake.runtime.undecoded import HandedOver, Undecoded
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Plan
 
 
-class Session:
+class Session(LiveChanges):
     """An iterator over chunks. Live changes: `change_prompt`, `cut`, `extend`, `cancel` (from any thread)."""
 
     def __init__(
@@ -44,28 +56,30 @@ class Session:
         options: SessionOptions,
         first_latent: Tensor | None = None,
         inputs: SessionInputs = OWN,
+        on_step: OnStep | None = None,
     ) -> None:
         """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
-        self.model, self.options, self.inputs = model, options, inputs
-        negative = options.negative_prompt if options.guided else None
+        self.model, self.options, self.inputs, self.tokenize = model, options, inputs, tokenize
         embedding, noise = inputs.embedding_of(model, tokenize), inputs.noise_of(model.preset, options.seed)
-        self._conditioner = Conditioner(model, embedding, noise, negative, options.schedule.timesteps)
+        self._conditioner = Conditioner(model, embedding, noise, options.negative, options.schedule.timesteps)
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
-        self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled)
+        self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
         self._position = Position(script, model.family.start(model.preset))
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
-        self._decoding = self._new_queue() if options.decode else None
+        self._decoding = decode_queue(model) if options.decode else None
         if self._decoding:
             # A session that is dropped without `close` must not leave its thread (and the decoder's memory) behind.
             weakref.finalize(self, self._decoding.close)
+        self._undecoded = Undecoded()
         self._lock = threading.Lock()  # of the position, held for a moment
         self._using = threading.Lock()  # held while a chunk is made: its state has one user
         self._busy = self._scripted = self._closed = False
+        self._takes: list[Take] | None = [] if options.retakes else None  # every chunk so far, for `retake`
 
-    def _new_queue(self) -> DecodeQueue:
-        model = self.model
-        return DecodeQueue(model.decoder(), model.preset, model.device, model.backend.decode_device)
+    def __repr__(self) -> str:
+        here, state = self._position, "closed" if self._closed else "open"
+        return f"<Session {state}: chunk {here.chunk} is next, {self.remaining} left, prompt {here.prompt!r:.60}>"
 
     # ---- the chunk loop ------------------------------------------------------------------------------------------
 
@@ -86,7 +100,7 @@ class Session:
 
     @contextmanager
     def _turn(self, wanted: str, closed: bool = False, decoder_error: bool = True) -> Iterator[None]:
-        """Be the session's only user. `closed`: it may be closed. `decoder_error`: one of earlier chunks is raised."""
+        """Be the session's only user. `closed`: it may be closed. `decoder_error`: one that nobody was told is raised."""
         if not self._using.acquire(blocking=False):
             raise LongtakeError(f"the session is busy with chunk {self.next_index}", got=f"a call for {wanted}",
                                 expected="one caller at a time",
@@ -94,11 +108,31 @@ class Session:
         try:
             if not closed:
                 self._require_open(wanted)
-            if self._decoding and decoder_error:
-                self._decoding.raise_error()
+            if self._decoding:
+                self._settle(self._decoding, decoder_error)
             yield
         finally:
             self._using.release()
+
+    def _settle(self, decoding: DecodeQueue, tell: bool) -> None:
+        """Go back to before a chunk that could not be decoded, or that was handed over but not committed; then `tell`
+        the decoder's error, if nobody was told of it."""
+        if (failed := decoding.failed) is not None:
+            with self._lock:
+                self._position = self._undecoded.position_before(failed.index, self._position)
+        self._undecoded.settle(decoding.decoded, self._position)
+        decoding.rewind(self._position.chunk)
+        if failed is not None and tell and not failed.told:
+            failed.raise_error()
+
+    def _look_back(self) -> None:
+        """`_settle` if a decoder's error was told, unless the session is in use."""
+        failed = self._decoding.failed if self._decoding else None
+        if failed is not None and failed.told and self._using.acquire(blocking=False):
+            try:
+                self._settle(self._decoding, tell=False)  # type: ignore[arg-type]
+            finally:
+                self._using.release()
 
     def _require_open(self, wanted: str) -> None:
         if self._closed or self.model.closed:
@@ -114,53 +148,81 @@ class Session:
         Raises:
             LongtakeError: the latents are not one chunk of this preset, or the prompt is none.
         """
-        preset = self.model.preset
-        frames = preset.frames_of(self._position.chunk)
-        wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
-        if tuple(latents_BFCHW.shape) != wanted:
-            raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted,
-                                fix=f"cut the video into chunks of {frames} latents")  # fmt: skip
+        given = given_chunk(latents_BFCHW, self.model.preset, self._position.chunk).to(self.model.device)
         with self._turn("a chunk that is given"):
+            if self._position.chunk in self._undecoded.kept:
+                raise LongtakeError(
+                    f"chunk {self._position.chunk} has yet to be decoded",
+                    got="another one for its place",
+                    expected="a call for the next chunk",
+                    fix="call next(session) first",
+                )
             segment = Segment(checked_prompt(prompt, "the clip's prompt"), 1, cut and self._position.chunk > 0)
-            with self._lock:
-                self._busy, self._scripted = True, False
-            given = latents_BFCHW.to(self.model.device, torch.float32).transpose(1, 2).contiguous()
             return self._attempt(segment, given)
 
-    def _attempt(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
+    def replay(self, latents_BFCHW: Tensor, after: Position) -> Chunk:
+        """Take latents that a session made before as the next chunk, without sampling; the position is then `after`.
+
+        So a video that was kept chunk by chunk goes on as if nothing had happened. Whatever is raised, the session is as it was.
+
+        Raises:
+            LongtakeError: these are no latents of a chunk, or `after` is not where this session is after one more chunk.
+        """
+        given = given_chunk(latents_BFCHW, self.model.preset, self._position.chunk).to(self.model.device)
+        with self._turn("a chunk that is replayed"):
+            here = self._position
+            segment = Segment(after.prompt, 1, after.shot > here.shot)
+            if after.chunk != here.chunk + 1 or here.slots.plan(segment.cut).after != after.slots:
+                got, wanted = f"what leads to chunk {after.chunk}", f"chunk {here.chunk}"
+                raise LongtakeError("this chunk does not follow on the session", got=got, expected=wanted)
+            return self._attempt(segment, given, after)
+
+    def _attempt(self, segment: Segment, given_BCFHW: Tensor | None, after: Position | None = None) -> Chunk:
         try:
-            return self._generate(segment, given_BCFHW)
-        except torch.OutOfMemoryError as error:
+            if given_BCFHW is not None:
+                with self._lock:
+                    self._busy, self._scripted = True, False
+            return self._generate(segment, given_BCFHW, after)
+        except (RuntimeError, MemoryError) as error:  # ONNX Runtime's errors are RuntimeErrors, torch's are
+            if not is_out_of_memory(error):
+                raise
             raise LongtakeError(
                 f"out of memory in chunk {self._position.chunk}; the session is as it was",
-                got=str(error).splitlines()[0],
+                got=(str(error).splitlines() or [type(error).__name__])[0],
                 fix="free device memory and go on, or turn guidance off (--guidance 1), which halves the cache",
             ) from error
         finally:
             self._busy = False
 
     @torch.no_grad()
-    def _generate(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
-        """The stages of one chunk, in order; latents that are given are not sampled."""
+    def _generate(self, segment: Segment, given_BCFHW: Tensor | None, after: Position | None) -> Chunk:
+        """The stages of one chunk, in order; latents that are given are not sampled. after: the position then, if known."""
         here, clock = self._position, StageClock(self.model.device)
         plan = here.slots.plan(segment.cut)
         slots = self.model.slots(plan)
         shot = here.shot + segment.cut
         first = self._first if here.chunk == 0 else None
+        kept = self._undecoded.kept.get(here.chunk)
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt)
         with clock.stage("denoise"):
-            sample = given_BCFHW
+            sample = kept.transpose(1, 2) if kept is not None else given_BCFHW
             if sample is None:
                 sample = self._sampler.denoise(here.chunk, conditions, slots, first)
         with clock.stage("clean"):
-            self._sampler.commit(here.chunk, sample, conditions, slots)
+            if kept is None:  # else its K/V are written already
+                self._sampler.commit(here.chunk, sample, conditions, slots)
         self._synchronize()  # a device fault must show before the commit, not after it
         latents = sample.transpose(1, 2).contiguous()
         frames = self._decoding.submit(here.chunk, latents) if self._decoding else None
-        self._commit(segment, plan, generated=given_BCFHW is None)
-        return Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, clock.milliseconds())
+        times = clock.milliseconds()
+        chunk = Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, times)
+        if self._takes is not None:
+            take = Take(latents.to("cpu", copy=True), replace(segment, chunks=1), shot, plan.after)
+            self._takes[here.chunk :] = [take]
+        self._commit(segment, plan, latents, given_BCFHW is None, after)
+        return chunk
 
     def _begin(self) -> Segment | None:
         with self._lock:
@@ -168,84 +230,49 @@ class Session:
             self._busy, self._scripted = segment is not None, bool(self._position.script)
         return segment
 
-    def _commit(self, segment: Segment, plan: Plan, generated: bool) -> None:
+    def _commit(self, segment: Segment, plan: Plan, latents: Tensor, generated: bool, after: Position | None) -> None:
+        """What was handed over counts from here on; until then, the next turn takes it back."""
         with self._lock:
+            after = after or self._position.after(segment, plan.after, generated, self._scripted)
+            if self._decoding:
+                self._undecoded.add(HandedOver(self._position, after, latents))
             # One assignment: an interrupt leaves either the old position or the new one.
-            self._position = self._position.after(segment, plan.after, generated, self._scripted)
+            self._position = after
             self._busy = False
 
     def _synchronize(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.current_stream(self.model.device).synchronize()
 
-    # ---- live changes --------------------------------------------------------------------------------------------
-
-    @property
-    def next_index(self) -> int:
-        """Index of the next chunk to be committed."""
-        return self._position.chunk
-
-    @property
-    def remaining(self) -> int:
-        """Chunks the script still holds."""
-        return sum(segment.chunks for segment in self._position.script)
-
-    def change_prompt(self, prompt: str) -> int:
-        """Switch the prompt at the next chunk boundary, without a cut. Returns the index of the first chunk it shapes.
-
-        It replaces what is left of the script's current segment; later segments stay.
+    def adopt(self, position: Position) -> None:
+        """Take over script and live changes of `position`, which is where the session stands.
 
         Raises:
-            LongtakeError: the prompt is none, the session is closed, or its script ends before that chunk.
+            LongtakeError: it is another place.
         """
-        return self._edit(checked_prompt(prompt, "the new prompt"), cut=False)
+        with self._turn("another script"), self._lock:
+            if (position.chunk, position.slots) != (self._position.chunk, self._position.slots):
+                raise LongtakeError("this is another position", got=position.chunk, expected=self._position.chunk)
+            self._position = position
 
-    def cut(self, prompt: str | None = None) -> int:
-        """Cut to a new shot at the next chunk boundary, with `prompt` if given. Returns that chunk's index.
+    def retake(self, from_chunk: int, seed: int | None = None) -> Session:
+        """A session that shares this one's chunks before `from_chunk` and makes the rest again, with another seed if given.
 
-        Raises what `change_prompt` does.
+        Changes to what follows are live changes of the new session, before its first chunk: `change_prompt`, `cut`. Without
+        any, and with the same seed, it makes the same chunks. The shared ones are not sampled again, and not yielded.
+
+        Raises:
+            LongtakeError: the session was not made with `retakes=True`, or has no such chunk.
         """
-        return self._edit(None if prompt is None else checked_prompt(prompt, "the new shot's prompt"), cut=True)
-
-    def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
-        """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""
-        chunks = checked_chunks(chunks)
-        with self._lock:
-            self._require_open("more chunks")
-            here = self._position
-            last = here.script[-1].prompt if here.script else here.prompt
-            text = checked_prompt(prompt or last, "the prompt to go on with")
-            self._position = replace(here, script=(*here.script, Segment(text, chunks, cut)))
-
-    def cancel(self) -> None:
-        """Stop before the next pass: iteration raises CancelledError once, and nothing of that chunk is committed."""
-        self._cancelled.set()
-
-    def _edit(self, prompt: str | None, cut: bool) -> int:
-        with self._lock:
-            self._require_open("a live change")
-            at = self._position.chunk + self._busy
-            if self.remaining == (self._busy and self._scripted) and not self.options.endless:
-                raise LongtakeError(f"the script ends before chunk {at}", got="a live change that nothing would show",
-                                    expected="a chunk still to come",
-                                    fix="call extend first, or start the session with endless=True")  # fmt: skip
-            self._position = replace(self._position, edits=with_edit(self._position.edits, Edit(at, prompt, cut)))
-        return at
+        return retaken(self, self._takes, self._first, from_chunk, seed)
 
     # ---- snapshots -----------------------------------------------------------------------------------------------
 
     @property
     def identity(self) -> Identity:
         """What a snapshot of this session fits."""
-        recipe, options = self.model.recipe, self.options
-        return Identity(
-            preset=self.model.preset.name, model=recipe.onnx_name, cache=recipe.cache, seed=options.seed,
-            steps=options.steps, guidance=options.guidance, negative_prompt=options.negative_prompt,
-            shift=options.shift, family=self.model.family.name, weights=dict(self.model.backend.weights),
-            solver=options.solver, timesteps=options.timesteps,
-            noise="seed" if self.inputs.noise is None else "given",
-            embeddings="prompts" if self.inputs.embeddings is None else "given",
-        )  # fmt: skip
+        inputs = self.inputs
+        return identity_of(self.model, self.options, noise=inputs.noise is None, embeddings=inputs.embeddings is None)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state, after everything generated is decoded."""
@@ -256,6 +283,7 @@ class Session:
         decoder = self._decoding.state() if self._decoding else []
         tensors = {name: tensor.detach().clone() for name, tensor in self._state.tensors().items()}
         tensors |= {f"decoder.{i}": tensor for i, tensor in enumerate(decoder)}
+        tensors |= self._undecoded.tensors()
         if self._first is not None and self._position.chunk == 0:
             tensors[FIRST_LATENT] = self._first.clone()
         return Snapshot(self.identity, self._position, tensors)
@@ -277,6 +305,7 @@ class Session:
                 self._decoding.load_state(decoder)
             first = snapshot.tensors.get(FIRST_LATENT)
             self._first = None if first is None else first.to(self.model.device, torch.float32)
+            self._undecoded.load(snapshot.tensors)
             with self._lock:
                 self._position = snapshot.position
 

@@ -18,6 +18,7 @@ from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import Tokenizer
 from longtake.training.models.wan.prompts import CUT_PREFIX
 
 Tokenize = Callable[[list[str], int], Tensor]
@@ -32,8 +33,11 @@ class SessionInputs:
     noise: Noise | None = None
     embeddings: Embeddings | None = None
 
-    def check(self, preset: Preset, script: Sequence[Segment], negative: str | None) -> None:
-        """Raise LongtakeError where they don't suffice for `script`. negative: the prompt of a guided session."""
+    def check(self, preset: Preset, script: Sequence[Segment], negative: str | None, tokenize: Tokenize) -> None:
+        """Raise LongtakeError where they don't suffice for `script`, or a small text encoder knows few of its words.
+
+        negative: the prompt of a guided session.
+        """
         if isinstance(self.noise, Tensor):
             self._noise(preset, sum(segment.chunks for segment in script) - 1)
         if isinstance(self.embeddings, Tensor) and negative is not None:
@@ -45,6 +49,11 @@ class SessionInputs:
             texts += [segment.prompt for segment in script if segment.chunks > 1]
             for text in texts if negative is None else [*texts, negative]:
                 self._embedding(preset, text)
+        elif isinstance(tokenize, Tokenizer):
+            texts = [*dict.fromkeys(segment.prompt for segment in script), *([negative] if negative else [])]
+            tokenize.check(texts)
+            for text in texts:
+                tokenize.check([text])
 
     def noise_of(self, preset: Preset, seed: int) -> Callable[[int], Tensor]:
         """Noise of a chunk, fp32 [1, F, C, H, W], on the CPU."""

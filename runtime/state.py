@@ -12,10 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from longtake.record import record_from_json
 from longtake.runtime.backends.base import State
 from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Marker
+
+MOST = 1 << 40  # chunks
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Position:
     shot: int = 0
     prompt: str = ""
     edits: tuple[Edit, ...] = ()
+
+    @property
+    def left(self) -> int:
+        """Chunks the script still holds."""
+        return sum(segment.chunks for segment in self.script)
 
     def upcoming(self, endless: bool) -> Segment | None:
         """The next chunk as a segment of one chunk, live changes included; None at the end of the script."""
@@ -99,15 +107,30 @@ class Position:
 
 
 def position_from_json(given: Mapping[str, Any], marker: Callable[[Mapping[str, Any]], Marker]) -> Position:
-    """Read `Position.as_json` back; `marker` reads the slots of the model's family."""
-    return Position(
-        script=tuple(Segment(*entry) for entry in given["script"]),
-        chunk=given["chunk"],
-        shot=given["shot"],
-        prompt=given["prompt"],
-        edits=tuple(Edit(*entry) for entry in given["edits"]),
-        slots=marker(given["slots"]),
-    )
+    """Read `Position.as_json` back; `marker` reads the slots of the model's family.
+
+    Raises:
+        TypeError, ValueError, KeyError: it is no such description.
+    """
+    rows = {
+        "script": [dict(zip(("prompt", "chunks", "cut"), entry, strict=True)) for entry in given["script"]],
+        "edits": [dict(zip(("at", "prompt", "cut"), entry, strict=True)) for entry in given["edits"]],
+    }
+    told = record_from_json(_Told, {**given, **rows})
+    if not 0 <= told.shot <= told.chunk < MOST or any(not 0 < segment.chunks < MOST for segment in told.script):
+        raise ValueError(f"chunk {told.chunk}, shot {told.shot}, or a segment of a wrong length")
+    return Position(told.script, marker(given["slots"]), told.chunk, told.shot, told.prompt, told.edits)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A position as JSON tells it, but for the slots."""
+
+    script: tuple[Segment, ...]
+    edits: tuple[Edit, ...]
+    chunk: int
+    shot: int
+    prompt: str
 
 
 class SessionState:

@@ -4,16 +4,20 @@ Ctrl-C and a closing terminal interrupt also where the suite was begun with them
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 
 def pytest_configure() -> None:
-    """Undo ignored signals, which commands under test, and processes that they start, would inherit."""
+    """Undo ignored signals, which commands under test, and processes that they start, would inherit; and what tests
+    export and compile stays in the checkout."""
+    os.environ.setdefault("LONGTAKE_HOME", str(Path(__file__).resolve().parents[1] / "build"))
     if threading.current_thread() is threading.main_thread():
         for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
             if signal.getsignal(number) is signal.SIG_IGN:

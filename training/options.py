@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 from longtake.errors import LongtakeError
+from longtake.formats.model_name import shipped
 from longtake.options import DECISIVE, FREE, Bounds, OneOf, Text, option
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.quantize import RULES, Rules
+from longtake.video_span import FITS
 
 DIT, VAE = "dit", "vae"  # the stages that record what they were trained with
 
@@ -36,6 +38,11 @@ def chunk_text(choices: tuple[int, ...]) -> str:
     return f"{choices[0]}..{choices[-1]}" if row else ",".join(map(str, choices))
 
 
+def checkpoints_named(text: str) -> Path:
+    """A folder of checkpoints, or that of a shipped model by its name."""
+    return Path(text) if Path(text).is_dir() else shipped().get(text, Path(text))
+
+
 Chunks = Annotated[tuple[int, ...], Text(chunk_choices, chunk_text), Bounds(1, 10_000, 6)]
 Stories = Annotated[int, Bounds(1, 10_000_000)]
 
@@ -54,7 +61,7 @@ class ModelOptions:
 
     preset: Annotated[Preset, Text(preset_named, lambda preset: preset.label)] = option(TINY, metavar="NAME")
     """sizes of the networks: a shipped preset, or a .yaml file"""
-    vae: Path | None = option(None, metavar="FOLDER")
+    vae: Annotated[Path, Text(checkpoints_named)] | None = option(None, metavar="FOLDER")
     """folder of the frozen VAE (default: the one beside --init or --teacher, else the shipped one)"""
     precision: Annotated[str, OneOf(("bf16", "nvfp4"))] = option("bf16", resume=DECISIVE)
     """nvfp4: W4A4 fake-quant in the loop (distill: of the student, with LoRA of the shared base)"""
@@ -81,8 +88,12 @@ class DataOptions:
     """Data"""
 
     data: str = option("digits", metavar="NAME|FOLDER", resume=DECISIVE, recorded=(DIT, VAE))
-    """"digits" (needs no download), "returning-digits" (prompts leave the colours of known subjects to the past) or a
-    folder of clips"""
+    """"digits" (needs no download), "returning-digits" (prompts leave the colours of known subjects to the past) or clips
+    of your own: a folder, a table of files and captions, or a tar (docs/training.md)"""
+    fit: Annotated[str, OneOf(FITS)] = option("crop", recorded=(DIT, VAE))
+    """clips of another shape than the preset's: crop the middle, pad with black, or stretch"""
+    held_out: Annotated[int, Bounds(0, name="--held-out")] | None = option(None, metavar="N", recorded=(DIT, VAE))
+    """clips (or films of several shots) that are kept for evaluation (default: one in five)"""
     batch: Annotated[int, Bounds(1, 1 << 16, name="--batch: bad batch size")] = option(
         8, metavar="N", recorded=(DIT, VAE)
     )

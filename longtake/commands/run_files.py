@@ -6,7 +6,6 @@ takes a list. `description` is free text.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ from typing import Any
 from longtake.checked_yaml import read_yaml
 from longtake.commands.options import Parser, converted
 from longtake.config import reject_unknown_keys
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 from longtake.options import Command, Option, options_of
 from longtake.paths import REPOSITORY
+from longtake.training.resume import RUN_FILE
 
 RUNS = REPOSITORY / "training" / "run_files"  # a folder for each command
 DESCRIPTION = "description"
+PASSING = ("config", "resume", "out", "dry-run")  # said of one start of a run, not of the run
 SEE = "see training/run_files"
 
 
@@ -33,13 +34,8 @@ def run_path(name: str, folder: Path) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         names = run_names(folder)
-        near = difflib.get_close_matches(name, names, n=1)
-        raise LongtakeError(
-            "unknown run file",
-            got=name,
-            expected="a .yaml file, or one of " + ", ".join(names),
-            fix=f"did you mean {near[0]!r}?" if near else "check --config",
-        )
+        expected, fix = "a .yaml file, or one of " + ", ".join(names), nearest(name, names, "check --config")
+        raise LongtakeError("unknown run file", got=name, expected=expected, fix=fix)
     return path
 
 
@@ -71,20 +67,37 @@ def _mapping(path: Path) -> dict[Any, Any]:
     return given
 
 
-def add_config(parser: Parser, command: Command) -> None:
-    """Add `--config`."""
-    assert command.runs is not None
+def add_config(parser: Parser, runs: Path) -> None:
+    """Add `--config`; `runs`: the command's shipped run files."""
     parser.add_argument(
         "--config",
         metavar="FILE|NAME",
         help="run file: options from a YAML file; what is given here wins (default: none). Shipped: "
-        + (", ".join(run_names(command.runs)) or "none"),
+        + (", ".join(run_names(runs)) or "none"),
     )
     parser.renamed["--recipe"] = "--config"
 
 
+def run_of_folder(given: Mapping[str, Any]) -> Path | None:
+    """What the run that is resumed was told, in its folder, if that is there."""
+    path = Path(given["out"]) / RUN_FILE if given.get("resume") and "out" in given else None
+    return path if path is not None and path.is_file() else None
+
+
+def told(given: Mapping[str, Any], command: Command) -> dict[str, Any]:
+    """All that a run is told, by the keys of a run file: by the run that is resumed, by `--config`, and by the words given."""
+    config = [run_path(given["config"], command.runs)] if command.runs and "config" in given else []
+    kept = [path] if (path := run_of_folder(given)) else []
+    options = options_of(*command.options)
+    files = {str(key).replace("_", "-"): value for path in (*kept, *config) for key, value in _mapping(path).items()}
+    words = {options[key].names[-1].strip("-"): value for key, value in given.items() if key in options}
+    return {key: value for key, value in {**files, **words}.items() if key not in (*PASSING, DESCRIPTION)}
+
+
 def values_of_config(given: Mapping[str, Any], command: Command) -> dict[str, Any]:
-    """What the run file says that was given with `--config`; nothing without."""
-    if command.runs is None or "config" not in given:
-        return {}
-    return values_of_file(run_path(given["config"], command.runs), command)
+    """What the run file says that was given with `--config`, over what the run that is resumed was told."""
+    kept = run_of_folder(given)
+    values = values_of_file(kept, command) if kept else {}
+    if command.runs is not None and "config" in given:
+        values |= values_of_file(run_path(given["config"], command.runs), command)
+    return values

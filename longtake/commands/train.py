@@ -14,6 +14,7 @@ from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_checkpoints
 from longtake.training.devices import device_named
 from longtake.training.dry_run import describe
+from longtake.training.models.quantize import modelopt
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.options import RunOptions
 from longtake.training.parallel.ranks import join_ranks, started_by_torchrun
@@ -29,14 +30,15 @@ DESCRIPTION = """Train one stage and leave safetensors checkpoints (the averaged
                 --precision nvfp4 trains it with the 4-bit weights and activations it will run with
 
 Beside the checkpoints: loss.json and loss.png, TensorBoard scalars, and resume points. Ctrl-C saves a resume
-point; the same command with --resume goes on from there."""
+point; --resume --out FOLDER goes on from there."""
 
 EPILOG = """examples:
   longtake train --stage vae --data digits --steps 20000 --batch 8 --out runs/vae
   longtake train --stage dit --data digits --vae runs/vae --steps 30000 --batch 32 --out runs/dit
   longtake train --stage dit --init runs/dit --precision nvfp4 --lr 1e-4 --steps 3000 --batch 32 --out runs/dit4
+  longtake train --config tiny_own_vae --data my_clips          (my_clips/a.mp4 beside a.txt; docs/training.md)
   longtake train --stage dit --data my_clips --init runs/dit --steps 2000 --out runs/mine
-                                 (my_clips/video/<sample>/<n>.mp4, my_clips/caption/<sample>/<n>.json)
+  longtake train --resume --out runs/mine
   tensorboard --logdir runs
 """
 
@@ -73,14 +75,18 @@ def run(
     kinds = ("vae",) if what.stage == "vae" else ("dit", "text_encoder")
     vae = options.vae and options.vae / "vae.safetensors"
     claim_checkpoints(config.out, {"--init": options.init, "--vae": vae}, kinds)
+    if what.stage == "dit":
+        modelopt()  # measures amax at the end: what is missing is said now
     if ranks.sequence_parallel != 1 or started_by_torchrun():
         return run_parallel(what, config, options, ranks)
     torch.manual_seed(how.seed)
     stage = stage_named(what.stage, options)
     device = device_named(what.device)
     print(f"training {what.stage} of preset {config.preset} on {device} for {config.steps} steps, into {config.out}")
+    if stage.line:
+        print(stage.line)
     metrics = Trainer(stage, config, device).fit()
-    conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics)
+    conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics, name=what.name)
     return 0
 
 
@@ -118,7 +124,7 @@ def run_parallel(what: WhatOptions, config: TrainConfig, options: StageOptions, 
             f"{ranks.sequence}, {asked.sp_mode}), {ranks.device.type}, for {config.steps} steps, into {config.out}"
         )
         metrics = ParallelTrainer(stage, replace(config, settings={**config.settings, **shape}), ranks, scratch).fit()
-        conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics)
+        conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics, name=what.name)
     return 0
 
 

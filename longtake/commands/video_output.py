@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from longtake.commands.meter import GenerateProgress, Meter
 from longtake.files import atomic_path
 from longtake.formats.memory import Budget
 from longtake.runtime.chunk import Chunk
+from longtake.runtime.meter import Meter
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
 from longtake.runtime.session import Session
 from longtake.video import VideoWriter
@@ -58,8 +59,10 @@ class VideoOutput:
 
     def __init__(self, out: Path, fps: int, chunks: int) -> None:
         self.out, self.fps = out, fps
-        self.meter, self.sheet, self._progress = Meter(), ContactSheet(), GenerateProgress(chunks)
+        self.meter, self.sheet = Meter(), ContactSheet()
+        self._bar = tqdm(total=chunks, unit="chunk", desc="generating", file=sys.stderr, dynamic_ncols=True)
         self._writer: VideoWriter | None = None
+        self.prompts: dict[str, None] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Write a chunk's frames; waits for the decoder."""
@@ -68,12 +71,16 @@ class VideoOutput:
             self._writer = VideoWriter(self.out, self.fps)
         self._writer.write(frames)
         self.meter.add(chunk)
+        self.prompts[chunk.prompt] = None
         self.sheet.add(chunk.index, chunk.prompt, chunk.cut, frames)
-        self._progress.update(chunk, self.meter)
+        mark = "CUT " if chunk.cut else ""
+        prompt = textwrap.shorten(chunk.prompt, 50, placeholder="…")
+        self._bar.set_postfix_str(f"{self.meter.fps()['end_to_end'] or 0.0:.1f} frames/s, {mark}{prompt}")
+        self._bar.update()
 
     def close(self) -> None:
         """Put the video under its final name, however many frames it has; without any there is no file."""
-        self._progress.close()
+        self._bar.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -83,7 +90,12 @@ class VideoOutput:
 
 
 def conclude(
-    session: Session, output: VideoOutput, report_to: Path | None, complete: bool, budget: Budget | None
+    session: Session,
+    output: VideoOutput,
+    report_to: Path | None,
+    complete: bool,
+    budget: Budget | None,
+    story: str | None = None,
 ) -> None:
     """Write the report and the contact sheet, and say where everything is."""
     if not output.sheet.stills:
@@ -97,6 +109,8 @@ def conclude(
         seed=options.seed,
         complete=complete,
         output=str(output.out),
+        prompts=list(output.prompts),
+        story=story,
         **conditions_of_run(session.model.backend, budget),
         **output.meter.figures(),
     )

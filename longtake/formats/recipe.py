@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from longtake.checked_yaml import read_yaml
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 from longtake.paths import REPOSITORY
 from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.record import record_from_mapping
@@ -38,8 +37,9 @@ class Gate:
     def __post_init__(self) -> None:
         for key, limit in vars(self).items():
             if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
-                raise LongtakeError(f"bad gate {key}", got=repr(limit), expected="a number from 0 to 1",
-                                    fix="see engines/recipes")  # fmt: skip
+                raise LongtakeError(
+                    f"bad gate {key}", got=repr(limit), expected="a number from 0 to 1", fix="see engines/recipes"
+                )
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,9 @@ class Recipe:
         """Export depends on preset, precision, cache and who runs what; targets share the ONNX files."""
         linears = "_library" if self.linears == "library" else ""
         vae = "_vae_library" if self.vae_ops == "library" else ""
-        return f"{self.preset}_{self.precision}{linears}{vae}" + (f"_conv_{self.vae_conv}" if self.vae_conv != "bf16" else "")
+        return f"{self.preset}_{self.precision}{linears}{vae}" + (
+            f"_conv_{self.vae_conv}" if self.vae_conv != "bf16" else ""
+        )
 
 
 def _differences(one: object, other: object) -> dict[str, object]:
@@ -172,13 +174,9 @@ def recipe_named(name: str) -> Recipe:
     """A shipped recipe by name, or any recipe file by path."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, recipe_names(), n=1)
-        raise LongtakeError(
-            "unknown recipe",
-            got=name,
-            expected="one of " + ", ".join(recipe_names()) + ", or a path to a .yaml file",
-            fix=f"did you mean {near[0]!r}?" if near else "pass one of these with --recipe",
-        )
+        expected = "one of " + ", ".join(recipe_names()) + ", or a path to a .yaml file"
+        fix = nearest(name, recipe_names(), "pass one of these with --recipe")
+        raise LongtakeError("unknown recipe", got=name, expected=expected, fix=fix)
     return recipe_from_file(path)
 
 

@@ -38,7 +38,11 @@ class Tile:
 
 
 LARGE, SMALL, WIDE = Tile(32, 8, 128), Tile(16, 8, 128), Tile(16, 8, 256)
-COST = {LARGE: 1.0, WIDE: 1.05, SMALL: 1.15}  # of a product: what is copied for it is used fewer times by a smaller tile
+COST = {
+    LARGE: 1.0,
+    WIDE: 1.05,
+    SMALL: 1.15,
+}  # of a product: what is copied for it is used fewer times by a smaller tile
 
 
 def tiles_of(tile: Tile, dims: Dims, frames: int) -> tuple[int, int, int]:
@@ -188,11 +192,15 @@ def _trial_error(kind: type[HopperConv], op: Op, macros: tuple[tuple[str, Any], 
         scale = torch.full((n,), worth, device="cuda")
         bias = torch.randn(n, generator=generator, device="cuda").bfloat16()
         shape = (2, dims["Y"], dims["X"], n)
-        rest = [torch.randn(shape, generator=generator, device="cuda").bfloat16()] if "residual" in op.spec.names else []
+        rest = (
+            [torch.randn(shape, generator=generator, device="cuda").bfloat16()] if "residual" in op.spec.names else []
+        )
         out = torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
         tensors = (x, library_weight(weight), scale, bias, *rest, out)
         launcher.launch([t.data_ptr() for t in tensors], torch.cuda.current_stream().cuda_stream)
-        wanted = op.reference(*(t.cpu() for t in (x, weight, scale, bias, *rest)))  # on the CPU: no TF32, no other kernel
+        wanted = op.reference(
+            *(t.cpu() for t in (x, weight, scale, bias, *rest))
+        )  # on the CPU: no TF32, no other kernel
         return out.cpu().float(), wanted.float()
 
     shapes = ((dims["T"], dims["Y"], dims["X"], dims["C"]), (n, dims["C"], *op.kernel_size))

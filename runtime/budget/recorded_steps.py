@@ -97,9 +97,7 @@ class Recorder(TorchDispatchMode):
         new = {self._named(tensor): name for name, tensor in outputs.items()}
         if missing:
             self._segment([self._named(outputs[name]) for name in missing])
-        steps = tuple(
-            Step(s.kind, s.name, _renamed(s.inputs, new), _renamed(s.outputs, new)) for s in self.steps
-        )  # fmt: skip
+        steps = tuple(Step(s.kind, s.name, _renamed(s.inputs, new), _renamed(s.outputs, new)) for s in self.steps)
         tensors = {new.get(name, name): kind for name, kind in self.tensors.items()}
         segments = tuple(_segment_of(step, tensors) for step in steps if step.kind == "segment")
         used = {name for step in steps for name in step.inputs}

@@ -39,12 +39,14 @@ def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterabl
     dit, context = family.spec(preset, recipe, "dit"), family.spec(preset, recipe, "context")
     names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
     cached, prompt, kept = "K/V cache", "prompts' K/V and embeddings", total_bytes(context.outputs)
-    embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind == "umt5" else 0
-    cache = total_bytes(state_bindings(dit))
+    embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind != "words" else 0
+    caches = state_bindings(dit)
+    cache = total_bytes(caches)
+    static = [*(binding for binding in dit.inputs if binding not in caches), dit.outputs[0]]  # and the velocity
     return [
         *(weights_term(recipe, preset, name, engines) for name in names),
         RecordedTerm(cached, cache, "exact"),
-        RecordedTerm("static buffers", total_bytes(static_bindings(dit), preset.window_chunks), "exact"),
+        RecordedTerm("static buffers", total_bytes(static, preset.window_chunks), "exact"),
         RecordedTerm(prompt, kept + embeddings, "exact"),
         RecordedTerm("solver", SOLVER_LATENTS * total_bytes(dit.outputs[:1]), "exact"),
         _working_term("denoise", recipe, preset, engines),
@@ -87,11 +89,6 @@ def total_bytes(bindings: Iterable[Binding], most: int = 0) -> int:
     """Bytes of some bindings; a dynamic dimension (the slot table's) counts `most`."""
     sizes = ([n if isinstance(n, int) else most for n in b.shape] for b in bindings)
     return sum(DTYPES[b.dtype].bytes(prod(shape)) for shape, b in zip(sizes, list(bindings), strict=True))
-
-
-def static_bindings(dit: NetworkSpec) -> list[Binding]:
-    """What a backend keeps in place for the DiT: its inputs but for the caches, and its velocity."""
-    return [*(binding for binding in dit.inputs if binding not in state_bindings(dit)), dit.outputs[0]]
 
 
 def state_bindings(spec: NetworkSpec) -> list[Binding]:

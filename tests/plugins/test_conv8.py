@@ -192,7 +192,9 @@ def test_what_cannot_run_is_refused_by_name() -> None:
     assert conv8_methods("9.0") == list(METHODS) and conv8_methods("7.5") == []
     with pytest.raises(UnavailableError, match=r"no library runs conv_3x3x3_fp8 here[\s\S]*7.5[\s\S]*vae_conv: bf16"):
         launcher_for(op_named("conv_3x3x3_fp8"), SIZES[0], compute_capability="7.5")
-    with pytest.raises(UnavailableError, match=r"does not take these channels\n  got: 64 to 12\n  expected: a multiple"):
+    with pytest.raises(
+        UnavailableError, match=r"does not take these channels\n  got: 64 to 12\n  expected: a multiple"
+    ):
         HopperConv(op_named("conv_3x3x3_int8"), {**SIZES[0], "C": 64, "N": 12})
 
 

@@ -15,7 +15,7 @@ import torch
 from longtake.errors import LongtakeError
 from longtake.files import read_json, require_folder, write_json
 from longtake.options import Command, OneOf, option
-from longtake.training.devices import device_named
+from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.pack import bring, restore
 from longtake.training.experiment.report import write_report
 from longtake.training.experiment.scheduler import Scheduler, Slot
@@ -111,7 +111,15 @@ def run_units(options: ExperimentOptions) -> int:
     if options.restore:
         restore(options.restore, options.out)
     prepare(settings, options.out, options.resume or bool(options.restore))
-    scheduler = scheduler_of(options, settings, begun, devices, jobs)
+    scheduler = Scheduler(
+        every=list(units(settings)),
+        out=options.out,
+        slots=[Slot(device, number, jobs > 1) for device in devices for number in range(jobs)],
+        deadline=begun + options.budget_seconds,
+        reserve=5.0 if settings.quick else 20.0,
+        toy=settings.quick,
+        say=partial(print, flush=True),
+    )
     print_plan(scheduler, settings, devices, jobs, options)
     if options.plan:
         return 0
@@ -122,7 +130,7 @@ def run_units(options: ExperimentOptions) -> int:
         stopped = True
         print("stopped; what is done is kept: the same command with --resume goes on", file=sys.stderr)
     missing = scheduler.missing()
-    machine = f"{len(devices)} x {device_name(devices[0])}" if len(devices) > 1 else device_name(devices[0])
+    machine = f"{len(devices)} x " * (len(devices) > 1) + name_of(torch.device(devices[0]))
     machine, seconds = spent(options.out, machine, time.monotonic() - begun, scheduler.ran)
     print(write_report(scheduler.results, settings, options.out, machine, missing, options.docs, seconds))
     if options.bring:
@@ -135,25 +143,6 @@ def run_units(options: ExperimentOptions) -> int:
     more = "to be continued: the same command with --resume" if scheduler.left else "complete"
     print(f"{more}; {options.out}/results.json")
     return 130 if stopped else 0 if not scheduler.left else 1 if scheduler.failures else 3
-
-
-def scheduler_of(
-    options: ExperimentOptions, settings: Settings, begun: float, devices: list[str], jobs: int
-) -> Scheduler:
-    """`jobs` places on each device, until the budget ends."""
-    return Scheduler(
-        every=list(units(settings)),
-        out=options.out,
-        slots=[Slot(device, number, jobs > 1) for device in devices for number in range(jobs)],
-        deadline=begun + options.budget_seconds,
-        reserve=5.0 if settings.quick else 20.0,
-        toy=settings.quick,
-        say=partial(print, flush=True),
-    )
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else "CPU"
 
 
 def spent(out: Path, machine: str, seconds: float, ran: bool) -> tuple[str, float]:

@@ -31,9 +31,9 @@ from longtake.options import Command, OneOf, option
 from longtake.provenance import commit, cpu_name, versions
 from longtake.training.data.digits import Digits
 from longtake.training.experiment.arms import PRESET, shipped
+from longtake.training.models.checkpoint import map_into
 from longtake.training.models.conv_calibration import ConvCalibration
 from longtake.training.models.load import calibrated_convs, read_side
-from longtake.training.models.checkpoint import map_into
 from longtake.training.models.wan.vae import CausalVAE
 
 GATE_DB = 45.0
@@ -140,7 +140,9 @@ def run(options: VaeCodesOptions) -> int:
     if options.clips:
         keep(clips=of_clips(vae, bf16, calibration, options))
     for row, found in report.get("clips", {}).items():
-        sys.stdout.write(f"{row:10} {found['psnr_db']:.1f} dB, worst frame {found['worst_frame_db']:.1f}, {found['clips']} clips\n")
+        sys.stdout.write(
+            f"{row:10} {found['psnr_db']:.1f} dB, worst frame {found['worst_frame_db']:.1f}, {found['clips']} clips\n"
+        )
     if options.seconds:
         for figures in of_stream(vae, bf16, calibration, options):
             keep(stream=figures)

@@ -1,7 +1,4 @@
-"""The networks that become engines: flat, positional modules around the models, one a name in training/models/network_spec.py.
-
-Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, E text length, W window length.
-"""
+"""A preset's models in PyTorch: read from a folder of checkpoints, or untrained."""
 
 from __future__ import annotations
 

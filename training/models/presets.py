@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from dataclasses import dataclass, field, replace
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from longtake.checked_yaml import read_yaml
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 from longtake.paths import REPOSITORY
 from longtake.record import record_from_json, record_from_mapping
 
 SHIPPED = REPOSITORY / "training" / "presets"
 SEE = "see training/presets and docs/add-a-recipe.md"
-TEXT_KINDS = ("words", "umt5")
+TEXT_KINDS = ("words", "umt5", "pretrained")
 
 
 def _at_least(owner: Any, least: int, *names: str) -> None:
@@ -91,9 +90,9 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Text encoder: `kind` picks the implementation ("words" or "umt5"), the rest its size. Output is [length, dim].
+    """Text encoder: `kind` picks the implementation (one of TEXT_KINDS), the rest its size. Output is [length, dim].
 
-    ffn_dim and vocabulary are read by "umt5" only.
+    ffn_dim and vocabulary are read by "umt5" only; of a "pretrained" one dim and length, the rest says its folder.
     """
 
     kind: str
@@ -246,9 +245,8 @@ def _values(path: Path, above: tuple[Path, ...] = ()) -> Any:
     beside = path.parent / base if base.endswith((".yaml", ".yml")) else SHIPPED / f"{base}.yaml"
     if beside.resolve() in (path.resolve(), *above) or not beside.is_file():
         names = sorted(PRESETS)
-        near = difflib.get_close_matches(base, names, n=1)
-        raise LongtakeError(f"preset {path}: bad base", got=base, expected=f"{' | '.join(names)} | another file beside it",
-                            fix=f"did you mean {near[0]!r}?" if near else SEE)  # fmt: skip
+        expected, fix = " | ".join([*names, "another file beside it"]), nearest(base, names, SEE)
+        raise LongtakeError(f"preset {path}: bad base", got=base, expected=expected, fix=fix)
     under = _values(beside, (*above, path.resolve()))
     if not isinstance(under, dict):
         return under

@@ -16,11 +16,12 @@ from torch import Tensor
 from longtake.files import require_disk
 from longtake.training.history import History
 from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.quantize import plain_state
 from longtake.training.models.side_file import SideFile
 from longtake.training.parallel.optimizer import ShardedAveraged
 from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.sharding import whole
-from longtake.training.resume import require_resume_point, set_aside, sweep
+from longtake.training.resume import leave_run_file, require_resume_point, set_aside, sweep
 from longtake.training.stages.base import Stage
 from longtake.training.trainer import SAVED, TrainConfig, Trainer
 
@@ -43,7 +44,8 @@ class ParallelTrainer(Trainer):
             require_disk(config.out, 60 * sum(param.numel() for param in self.optimizer.params) + 2**24)
             sweep(config.out)
             if not config.resume:
-                set_aside(config.out)
+                set_aside(config.out, self.stage.modules)
+            leave_run_file(config.out, config.told)
         self.ranks.wait()  # nobody reads the folder before it is swept
         if config.resume:
             self.load_resume_point()
@@ -72,9 +74,9 @@ class ParallelTrainer(Trainer):
     def save_module(self, name: str, facts: dict[str, Any]) -> None:
         """Save one module's present weights, gathered, as `<out>/<name>.safetensors`."""
         tensors: dict[str, Tensor] = {}
-        for key, value in self.stage.modules[name].state_dict().items():
+        for key, value in plain_state(self.stage.modules[name]).items():
             gathered = whole(value.detach())
-            if self.ranks.first and "_quantizer" not in key:
+            if self.ranks.first:
                 kept = gathered.to(SAVED[self.config.save_dtype]) if gathered.is_floating_point() else gathered
                 tensors[key] = kept.cpu().clone()
         if self.ranks.first:

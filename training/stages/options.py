@@ -9,12 +9,12 @@ from typing import Annotated
 import torch
 
 from longtake.errors import LongtakeError
-from longtake.options import FREE, Bounds, OneOf, check, option
+from longtake.options import FREE, Bounds, OneOf, Text, check, option
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.models.quantize import RULES, Rules
 from longtake.training.objective.error_recycling import RecyclingConfig
 from longtake.training.objective.noise import WEIGHTINGS
-from longtake.training.options import DIT, VAE, DataOptions, ModelOptions, Seeded
+from longtake.training.options import DIT, VAE, DataOptions, ModelOptions, Seeded, checkpoints_named
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class DiTOptions:
     """FlexAttention, or block by block; auto: the former on a GPU for 8,192 tokens or more"""
     freeze_text: bool = option(False)
     """don't train the text encoder (a released one never is)"""
+    text_encoder: Path | None = option(None, metavar="FOLDER")
+    """a preset of kind pretrained, from random weights: folder of a T5 or sentence encoder as transformers saves it, which
+    stays as it is (default: none)"""
     text_dropout: Annotated[float, Bounds(0, 1)] = option(0.1, metavar="SHARE", recorded=(DIT,))
     """share of samples trained without a prompt"""
 
@@ -69,8 +72,8 @@ class FolderOptions(DataOptions):
 class StageOptions(Seeded, VAEOptions, DiTOptions, FolderOptions, ModelOptions):
     """Model"""
 
-    init: Path | None = option(None, metavar="FOLDER", resume=FREE)
-    """folder of checkpoints to start from (default: random weights)"""
+    init: Annotated[Path, Text(checkpoints_named)] | None = option(None, metavar="FOLDER|NAME", resume=FREE)
+    """folder of checkpoints to start from, or a shipped model's name (default: random weights)"""
     cpu_bf16: bool = option(False)
     """compute in bf16 on the CPU, too (there it is fp32 otherwise)"""
 

@@ -1,6 +1,6 @@
 """Embeddings of prompts outside an engine: the preset's text encoder as a function of token ids, prompts seen last kept.
 
-A backend without a text-encoder engine (presets of kind "umt5", see `umt5_paged`) calls it from its `text`.
+A backend without a text-encoder engine (presets of kind "umt5", see `umt5_paged`, and "pretrained") calls it from its `text`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def text_runner_for(
     folder = Path(checkpoints) if checkpoints is not None else REPOSITORY / preset.checkpoints
     if preset.text.kind == "umt5":
         return TextRunner(_paged(preset, folder, device, storage, resident))
-    return TextRunner(_words(preset, folder, device))
+    return TextRunner(_whole(preset, folder, device))
 
 
 def _paged(
@@ -69,13 +69,13 @@ def _paged(
     return PagedUMT5(preset.text, source_from_state(state), device, storage, resident)
 
 
-def _words(preset: Preset, folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _whole(preset: Preset, folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     from longtake.training.models.checkpoint import load_into
     from longtake.training.models.load import read_side
     from longtake.training.models.text.words import text_encoder_for
 
     path = folder / "text_encoder.safetensors"
-    encoder = text_encoder_for(preset, read_side(path, "text_encoder", preset).vocabulary)
+    encoder = text_encoder_for(preset, read_side(path, "text_encoder", preset).vocabulary, folder)
     load_into(encoder, path, kind="text_encoder", preset=preset)
     encoder.to(device).eval()
 

@@ -105,7 +105,8 @@ def vae_spec(preset: Preset, name: str, vae_ops: str = "engine", vae_conv: str =
     )
     coded = coded_caches(preset.vae) if ops and vae_conv != "bf16" else ("",) * len(shapes)
     caches = tuple(
-        Binding(f"{prefix}_{i}", "int8" if conv else "bf16", shape) for i, (shape, conv) in enumerate(zip(shapes, coded))
+        Binding(f"{prefix}_{i}", "int8" if conv else "bf16", shape)
+        for i, (shape, conv) in enumerate(zip(shapes, coded))
     )
     pairs = tuple((f"{b.name}_out", b.name) for b in caches)
     source, result = (video, latent) if encoder else (latent, video)

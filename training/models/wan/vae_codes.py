@@ -26,7 +26,6 @@ from longtake.training.models.wan.vae_layers import CausalConv3d
 log = logging.getLogger(__name__)
 
 
-
 def codable(vae: CausalVAE) -> dict[str, nn.Conv3d]:
     """The decoder's convolutions that may run in codes, by name, in the order in which they run."""
     found = {}
@@ -105,7 +104,9 @@ def coded_convs(vae: CausalVAE, how: str, calibration: ConvCalibration | None) -
     layers = codable(vae)
     calibration.require(list(layers), "")
     chosen = chosen_codes(vae.config, how, calibration)
-    return {name: CodedConv(layers[name].weight, codes, calibration.inputs[name].peak) for name, codes in chosen.items()}
+    return {
+        name: CodedConv(layers[name].weight, codes, calibration.inputs[name].peak) for name, codes in chosen.items()
+    }
 
 
 class Watched:

@@ -1,12 +1,10 @@
-"""Gathers a run's timings chunk by chunk, shows them in a bar, and makes the report's figures of them."""
+"""A run's timings chunk by chunk, and the report's figures of them."""
 
 from __future__ import annotations
 
-import sys
 import time
+from collections import Counter
 from typing import Any
-
-from tqdm import tqdm
 
 from longtake.runtime.chunk import Chunk
 
@@ -20,7 +18,7 @@ class Meter:
         self._started = self._latest = time.perf_counter()
         self.first_chunk_s: float | None = None
         self.chunks = self.frames = 0
-        self._total_ms: dict[str, float] = {}
+        self._total_ms: Counter[str] = Counter()
 
     def add(self, chunk: Chunk) -> None:
         """Count a finished chunk; waits for its frames."""
@@ -29,14 +27,12 @@ class Meter:
         self._latest = chunk.finished_at  # not "now": frames may have waited for the next chunk's passes
         if self.first_chunk_s is None:
             self.first_chunk_s = self._latest - self._started
-        for stage, spent in chunk.timings.items():
-            self._total_ms[stage] = self._total_ms.get(stage, 0.0) + spent
+        self._total_ms.update(chunk.timings)
 
     def fps(self) -> dict[str, float | None]:
         """Frames a second: DiT alone, VAE alone, end to end."""
-        dit = sum(self._total_ms.get(stage, 0.0) for stage in DIT_STAGES) / 1e3
-        vae = self._total_ms.get("decode", 0.0) / 1e3
-        rates = {"dit": dit, "vae": vae, "end_to_end": self._latest - self._started}
+        dit = sum(self._total_ms[stage] for stage in DIT_STAGES) / 1e3
+        rates = {"dit": dit, "vae": self._total_ms["decode"] / 1e3, "end_to_end": self._latest - self._started}
         return {name: round(self.frames / spent, 3) if spent and self.frames else None for name, spent in rates.items()}
 
     def figures(self) -> dict[str, Any]:
@@ -49,26 +45,3 @@ class Meter:
             "first_chunk_s": None if first is None else round(first, 4),
             "stage_ms": {stage: round(total / self.chunks, 2) for stage, total in self._total_ms.items()},
         }
-
-
-class GenerateProgress:
-    """A tqdm bar over chunks, on stderr, so that output can be piped. `total` None is an endless run."""
-
-    def __init__(self, total: int | None) -> None:
-        self._bar = tqdm(total=total, unit="chunk", desc="generating", file=sys.stderr, dynamic_ncols=True)
-
-    def update(self, chunk: Chunk, meter: Meter) -> None:
-        """Show a finished chunk."""
-        rate = meter.fps()["end_to_end"] or 0.0
-        mark = "CUT " if chunk.cut else ""
-        self._bar.set_postfix_str(f"{rate:.1f} frames/s, {mark}{shortened(chunk.prompt, 50)}")
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def shortened(text: str, length: int) -> str:
-    """`text` on one line, cut to `length` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
