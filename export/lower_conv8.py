@@ -71,7 +71,9 @@ def lower_convs(model: onnx.ModelProto, codes: ConvCodes, first: bool) -> list[s
 
 def _factor(rewriter: Rewriter, codes: ConvCodes, name: str) -> str:
     value = np.array([factor_of(codes.peak(name), codes.chosen[name])], np.float32)
-    return rewriter.tensor(numpy_helper.from_array(value, f"{name}_factor".replace(".", "_")))  # a dot is in names of parameters only
+    return rewriter.tensor(
+        numpy_helper.from_array(value, f"{name}_factor".replace(".", "_"))
+    )  # a dot is in names of parameters only
 
 
 def _lower_steady(rewriter: Rewriter, codes: ConvCodes) -> list[str]:
@@ -133,7 +135,9 @@ def _encode_caches(rewriter: Rewriter, codes: ConvCodes) -> None:
 
 
 def _retype_caches(model: onnx.ModelProto, codes: ConvCodes) -> None:
-    coded = {f"vae_cache_{i}{end}" for i, name in enumerate(codes.caches) if name in codes.chosen for end in ("", "_out")}
+    coded = {
+        f"vae_cache_{i}{end}" for i, name in enumerate(codes.caches) if name in codes.chosen for end in ("", "_out")
+    }
     for value in (*model.graph.input, *model.graph.output):
         if value.name in coded:
             value.type.tensor_type.elem_type = TensorProto.INT8
@@ -141,9 +145,7 @@ def _retype_caches(model: onnx.ModelProto, codes: ConvCodes) -> None:
 
 def _op(rewriter: Rewriter, name: str, inputs: list[str], outputs: list[str]) -> None:
     rewriter.nodes.append(
-        onnx.helper.make_node(
-            name, inputs, outputs, name=f"{outputs[0]}/{name}", domain=DOMAIN, **PLUGIN_ATTRIBUTES
-        )
+        onnx.helper.make_node(name, inputs, outputs, name=f"{outputs[0]}/{name}", domain=DOMAIN, **PLUGIN_ATTRIBUTES)
     )
 
 

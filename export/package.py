@@ -135,7 +135,9 @@ def _export_network(
     lower_convs(model, codes, first=name == DECODER[0])
     attach_functions(model)
     if weights:
-        content = stored_tensors(model, weights.of(name), recipe.precision, lowered, weights.amax, weights.formats, codes)
+        content = stored_tensors(
+            model, weights.of(name), recipe.precision, lowered, weights.amax, weights.formats, codes
+        )
         write_onnx(model, path, content)
     else:
         write_skeleton(model, path)

@@ -76,7 +76,9 @@ def test_three_files_to_a_folder(
     assert "amax of 20 linears" in said
     again = load_models(known, out)
     assert again.convs is not None and again.convs.inputs.keys() == codable(again.vae).keys()
-    assert re.search(r"vae.json: convolutions of the VAE's decoder, \d+ in fp8, \d+ in int8, \d+ in bf16; frames at [\d.]+ dB", said)
+    assert re.search(
+        r"vae.json: convolutions of the VAE's decoder, \d+ in fp8, \d+ in int8, \d+ in bf16; frames at [\d.]+ dB", said
+    )
     assert set(again.amax) == set(quantized_linears(again.dit))
     assert all(sides["input"] > 0 for sides in again.amax.values())
     restore_quantizers(again.dit, again.amax)
