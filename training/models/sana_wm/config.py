@@ -5,6 +5,7 @@ A *dialect* is one of the public readings of the same weights: see docs/compatib
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from longtake.errors import LongtakeError
@@ -114,6 +115,19 @@ class LTX2Config:
                 expected=f"a width and layers for each level, each one of {', '.join(DOWN)}",
                 fix=SEE,
             )
+        before = (self.z_channels, *self.encoder_widths)
+        folds = [
+            *zip(before, self.encoder_widths, self.down),
+            *((w, w, kind) for w, kind in zip(self.decoder_widths[::-1], self.up)),
+        ]
+        for width, after, kind in folds:
+            if after % math.prod(DOWN[kind]) or width * math.prod(DOWN[kind]) % after or after % self.factor:
+                expected = (
+                    f"multiples of {math.prod(DOWN[kind])} that divide {math.prod(DOWN[kind])} times the width before"
+                )
+                raise LongtakeError(
+                    f"{kind} resampling does not fit the widths", got=f"{width}, {after}", expected=expected, fix=SEE
+                )
         for kinds in (self.down, self.up):
             made = [1, self.patch, self.patch]
             for kind in kinds:

@@ -38,3 +38,8 @@ def our_tensor(key: str, tensor: Tensor) -> Tensor:
     if key.endswith(("conv_k.weight", "conv_k_cam.weight")) and tensor.ndim == 3 and tensor.shape[1] == 1:
         return tensor.squeeze(1)
     return tensor
+
+
+def our_vae_key(key: str) -> str:
+    """The name here of a published weight of the VAE, by the publisher or by diffusers."""
+    return {"latents_mean": "latent_mean", "latents_std": "latent_std"}.get(key, key)
