@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
+from longtake.runtime.camera import CameraPosition, steer_from
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner
@@ -31,6 +32,7 @@ from longtake.runtime.state import Edit, Position, SessionState, with_edit
 from longtake.runtime.story import Segment, checked_chunks, checked_prompt
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Plan
+from longtake.training.models.sana_wm.actions import Walk
 
 
 class Session:
@@ -44,8 +46,10 @@ class Session:
         options: SessionOptions,
         first_latent: Tensor | None = None,
         inputs: SessionInputs = OWN,
+        camera: CameraPosition | None = None,
     ) -> None:
-        """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
+        """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None.
+        `camera`: of a model with cameras."""
         self.model, self.options, self.inputs = model, options, inputs
         negative = options.negative_prompt if options.guided else None
         embedding, noise = inputs.embedding_of(model, tokenize), inputs.noise_of(model.preset, options.seed)
@@ -53,7 +57,7 @@ class Session:
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled)
-        self._position = Position(script, model.family.start(model.preset))
+        self._position = Position(script, model.family.start(model.preset), camera=camera)
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
         self._decoding = self._new_queue() if options.decode else None
         if self._decoding:
@@ -149,7 +153,9 @@ class Session:
         first = self._first if here.chunk == 0 else None
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
-            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt)
+            *cameras, walk = here.camera.take(self.model.preset, here.chunk) if here.camera else (None,)
+            seen = (cameras[0], cameras[1]) if cameras else None
+            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, seen)
         with clock.stage("denoise"):
             sample = given_BCFHW
             if sample is None:
@@ -159,7 +165,7 @@ class Session:
         self._synchronize()  # a device fault must show before the commit, not after it
         latents = sample.transpose(1, 2).contiguous()
         frames = self._decoding.submit(here.chunk, latents) if self._decoding else None
-        self._commit(segment, plan, generated=given_BCFHW is None)
+        self._commit(segment, plan, generated=given_BCFHW is None, walk=walk)
         return Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, clock.milliseconds())
 
     def _begin(self) -> Segment | None:
@@ -168,10 +174,10 @@ class Session:
             self._busy, self._scripted = segment is not None, bool(self._position.script)
         return segment
 
-    def _commit(self, segment: Segment, plan: Plan, generated: bool) -> None:
+    def _commit(self, segment: Segment, plan: Plan, generated: bool, walk: Walk | None) -> None:
         with self._lock:
             # One assignment: an interrupt leaves either the old position or the new one.
-            self._position = self._position.after(segment, plan.after, generated, self._scripted)
+            self._position = self._position.after(segment, plan.after, generated, self._scripted, walk)
             self._busy = False
 
     def _synchronize(self) -> None:
@@ -205,7 +211,48 @@ class Session:
 
         Raises what `change_prompt` does.
         """
+        if "cut" not in self.model.family.can:
+            raise LongtakeError("this model has no cuts", got="a cut", expected="one shot", fix="start another video")
         return self._edit(None if prompt is None else checked_prompt(prompt, "the new shot's prompt"), cut=True)
+
+    def steer(
+        self,
+        action: str | None = None,
+        pose: object = None,
+        velocity: object = None,
+        from_chunk: int | None = None,
+    ) -> int:
+        """Steer the camera, in one of three ways. Returns the index of the first chunk it shapes.
+
+        Args:
+            action: keys held until this is called again, such as "w" or "wd"; "" lets go, and the camera coasts to rest.
+            pose: 4x4, seen from where the camera then is; reached in one chunk, where it stays.
+            velocity: held likewise: metres a second forward and to the right, degrees a second to the right and up.
+            from_chunk: not before that chunk; the next one if None.
+
+        Raises:
+            LongtakeError: the model has no camera, the session is closed, or what is asked for cannot be.
+        """
+        with self._lock:
+            self._require_open("a live change")
+            here, at = self._position, self._position.chunk + self._busy
+            if here.camera is None:
+                raise LongtakeError(
+                    "this model has no camera",
+                    got="a camera that is steered",
+                    expected="a prompt",
+                    fix="call change_prompt",
+                )
+            if from_chunk is not None and from_chunk < at:
+                raise LongtakeError(
+                    "that chunk is made already",
+                    got=f"chunk {from_chunk}",
+                    expected=f"{at} or later",
+                    fix="leave from_chunk out",
+                )
+            change = steer_from(at if from_chunk is None else from_chunk, here.camera.pace, action, pose, velocity)
+            self._position = replace(here, camera=here.camera.steered(change))
+        return change.at
 
     def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
         """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.image import LEAST_SIDE, image_from_file, image_from_pixels
+from longtake.image import LEAST_SIDE, image_from_file, image_from_pixels, pixels_from_file
+from longtake.image_cover import covering
 from longtake.runtime.clip import check_clip, latents_from_clip
 from longtake.runtime.session import Session
 from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
 from longtake.runtime.video_model import VideoModel
+from longtake.training.models.presets import Preset
 
 Picture = Path | str | np.ndarray  # a file, or uint8 [H, W, 3]
 Clip = Path | str | Tensor  # a video, a file of latents, or normalized latents fp32 [1, F, C, h, w]
@@ -45,6 +47,13 @@ class Start:
         if isinstance(self.clip, (str, Path)):
             check_clip(Path(self.clip))
 
+    def picture_hw(self, preset: Preset) -> tuple[int, int]:
+        """Height and width of the given picture, the video's if there is none."""
+        if self.image is None:
+            return preset.height, preset.width
+        pixels = self.image if isinstance(self.image, np.ndarray) else pixels_from_file(self.image)
+        return pixels.shape[0], pixels.shape[1]
+
     def encoded(self, model: VideoModel) -> tuple[Tensor | None, Tensor | None]:
         """The picture's latent, fp32 [1, C, h, w], and the clip's, fp32 [1, F, C, h, w]; None for what isn't given.
 
@@ -63,6 +72,9 @@ class Start:
             return None
         size = model.preset.height, model.preset.width
         given = self.image
+        if "camera" in model.family.can:
+            pixels, _ = covering(given if isinstance(given, np.ndarray) else pixels_from_file(given), *size)
+            return model.encoder().encode(pixels[:, None]).clone()
         pixels = image_from_pixels(given, *size) if isinstance(given, np.ndarray) else image_from_file(given, *size)
         return model.encoder().encode(pixels[:, None]).clone()
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# The parts of a video model, by their use. "dit" takes the latents first and gives the velocity first; "..._first" is for
+# The parts of a video model, by their use. "context" is run once a prompt, "camera" once a chunk. "dit" takes the latents first and gives the velocity first; "..._first" is for
 # the first call of a stream, "..._steady" for all later ones.
 NETWORKS = (
-    "text_encoder", "context", "dit", "vae_first", "vae_steady", "vae_encoder_first", "vae_encoder_steady",
+    "text_encoder", "context", "camera", "dit", "vae_first", "vae_steady", "vae_encoder_first", "vae_encoder_steady",
 )  # fmt: skip
 
 

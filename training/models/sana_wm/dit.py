@@ -165,6 +165,14 @@ class SanaWMDiT(nn.Module):
             block.attn.reset_parameters()  # type: ignore[union-attr, operator]
             nn.init.zeros_(block.mlp.t_conv.weight)  # type: ignore[union-attr, arg-type]
 
+    def fill_head(self) -> None:
+        """Give weights to what starts as zeros: an untrained model's outputs are not degenerate then."""
+        nn.init.xavier_uniform_(self.final_layer.linear.weight)
+        nn.init.xavier_uniform_(self.plucker_embedder.proj.weight)
+        for block in self.blocks:
+            for part in (block.plucker_proj, block.attn.out_proj_cam):  # type: ignore[union-attr]
+                nn.init.xavier_uniform_(part.weight)  # type: ignore[arg-type]
+
     @property
     def dtype(self) -> torch.dtype:
         return self.x_embedder.proj.weight.dtype
