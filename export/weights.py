@@ -26,7 +26,7 @@ SAME_PRESET = "use a checkpoint of the same preset"
 COPY_AGAIN = "copy the file again together with its .json, or make it again"
 CHECKPOINTS = {
     **dict.fromkeys(("vae_encoder_first", "vae_encoder_steady", "vae_first", "vae_steady"), "vae"),
-    **{"text_encoder": "text_encoder", "context": "dit", "dit": "dit"},
+    **{"text_encoder": "text_encoder", "context": "dit", "camera": "dit", "dit": "dit"},
 }
 
 

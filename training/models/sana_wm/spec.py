@@ -5,6 +5,7 @@ Legend: C latent channels, F latent frames of a chunk, P tokens of a frame, H he
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from longtake.errors import LongtakeError
@@ -64,6 +65,18 @@ def frames_profile(preset: WorldPreset) -> tuple[str, tuple[int, int, int]]:
     return "F", (preset.chunk_latents, preset.chunk_latents, preset.first_chunk_latents)
 
 
+def ops_of(preset: WorldPreset) -> tuple[tuple[str, int], ...]:
+    """How many nodes of each op the transformer has."""
+    counts: Counter[str] = Counter()
+    for layer in range(preset.dit.layers):
+        softmax, clip = preset.dit.softmax(layer), "_clip" * preset.dit.clips(layer)
+        counts += Counter({"ray_restore": 1, "gated_ffn": 1, "slot_write": len(list(state_bindings(preset, layer)))})
+        counts[f"ray_prepare_{'softmax' if softmax else 'gdn'}{clip}"] += 1
+        own = {"frame_attention": 2} if softmax else {"short_conv": 2, "gdn_scan": 1, "gdn_scan_camera": 1}
+        counts += Counter(own)
+    return tuple(counts.items())
+
+
 def dit_spec(preset: WorldPreset) -> NetworkSpec:
     """One pass over one chunk: velocity out, and what it leaves into slot `write_slot` unless that is -1."""
     dit, tokens = preset.dit, preset.frame_tokens
@@ -88,6 +101,7 @@ def dit_spec(preset: WorldPreset) -> NetworkSpec:
         aliases=tuple((f"{b.name}_out", b.name) for b in state),
         profile=(frames_profile(preset), ("W", (1, preset.window_chunks, preset.window_chunks))),
         slot="write_slot",
+        ops=ops_of(preset),
     )
 
 
