@@ -81,7 +81,8 @@ def compare_networks(
 
 
 def _rows(spec: NetworkSpec, recipe: Recipe, case: str, against: str, differences: Differences) -> Iterator[Row]:
-    gate = float(getattr(recipe.gate, "vae" if spec.name.startswith("vae") else spec.name))
+    named = {"camera": "context"}.get(spec.name, spec.name)  # a chunk's cameras are read as a prompt is
+    gate = float(getattr(recipe.gate, "vae" if spec.name.startswith("vae") else named))
     outputs = {binding.name for binding in spec.outputs}
     for output, (error, largest) in differences.items():
         cache = bool(spec.slot) and output.startswith("cache_")

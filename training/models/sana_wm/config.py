@@ -6,7 +6,7 @@ A *dialect* is one of the public readings of the same weights: see docs/compatib
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longtake.errors import LongtakeError
 from longtake.training.models.preset_parts import SEE, DiTConfig, SamplingConfig, at_least
@@ -42,7 +42,7 @@ CURRENT = Dialect()
 class SanaWMConfig(DiTConfig):
     """`softmax_every`: every so many blocks one is softmax attention, the others are gated delta networks; 0: none is."""
 
-    softmax_every: int = -1
+    softmax_every: int = field(kw_only=True)
     plucker_channels: int = 48
     patch: tuple[int, int, int] = (1, 1, 1)
     norm_eps: float = 1e-5  # of q, k and text; cross-attention and LayerNorm have `eps`
