@@ -72,6 +72,13 @@ class CameraPosition:
         if steer is not None and steer.pose is not None and steer.at == chunk:
             rest, walk = _way_to(self.walk, np.array(steer.pose).reshape(4, 4), moves)
         elif steer is None and self.poses:
+            if len(self.poses) < start + count:
+                raise LongtakeError(
+                    f"the camera's path ends before chunk {chunk}",
+                    got=f"{len(self.poses)} poses",
+                    expected=f"{start + count}: one a frame",
+                    fix="steer the session, or start it with a longer path",
+                )
             rest = [np.array(pose).reshape(4, 4) for pose in self.poses[start + len(first) : start + count]]
             walk = self.walk.at(rest[-1])
         else:

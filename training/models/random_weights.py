@@ -8,7 +8,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-NORM_NAMES = ("gamma", "norm.weight", "norm_q.weight", "norm_k.weight", "norm3.weight", "layer_norm.weight", "norm_cam.weight")
+NORM_NAMES = (
+    "gamma",
+    "norm.weight",
+    "norm_q.weight",
+    "norm_k.weight",
+    "norm3.weight",
+    "layer_norm.weight",
+    "norm_cam.weight",
+)
 FIXED = {"A_log": 0.0, "dt_bias": -3.0}  # of gates, which would forget everything at once otherwise
 INLINE_BYTES = 1024  # formats.onnx_file.INLINE_BYTES, of bf16 values
 

@@ -6,7 +6,6 @@ All of it is float64.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from longtake.errors import LongtakeError
 
 KEYS = "wsadikjl"
+ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 HELD, COASTING = 0.45, 1.0  # seconds in which a component comes near its target, and near rest
 MOST_PITCH = math.radians(60)
 MOST_FRAMES = 1_000_000
@@ -57,9 +57,7 @@ def checked_keys(keys: str, where: str = "the action") -> str:
         return ""
     for key in lower:
         if key not in KEYS:
-            row = "qwertyuiop asdfghjkl zxcvbnm"
-            near = min(KEYS, key=lambda known: abs(row.index(known) - row.index(key))) if key in row else "w"
-            near = next(iter(difflib.get_close_matches(key, KEYS, 1)), near)
+            near = min(KEYS, key=lambda known: _apart(key, known))
             raise LongtakeError(
                 f"unknown key in {where}",
                 got=repr(key),
@@ -67,6 +65,13 @@ def checked_keys(keys: str, where: str = "the action") -> str:
                 fix=f"did you mean {near!r}?",
             )
     return "".join(key for key in KEYS if key in lower)
+
+
+def _apart(one: str, other: str) -> float:
+    """How far apart two keys lie on a keyboard, squared."""
+    places = {key: (row, column + row / 3) for row, line in enumerate(ROWS) for column, key in enumerate(line)}
+    (row, column), (other_row, other_column) = places.get(one, (0, 0.0)), places[other]
+    return (row - other_row) ** 2 + (column - other_column) ** 2
 
 
 def keys_of_frames(action: str) -> tuple[str, ...]:

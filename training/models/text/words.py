@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from longtake.errors import LongtakeError
 from longtake.training.models.presets import Preset, TextEncoderConfig
+from longtake.training.models.text.gemma import GemmaText, GemmaTokenizer
 from longtake.training.models.text.sentencepiece import FOLDER, PieceTokenizer
 from longtake.training.models.text.umt5 import UMT5
 
@@ -125,7 +126,7 @@ class TextEncoder(nn.Module):
         return self.norm(x).float() * word[..., None].to(torch.float32)
 
 
-AnyTextEncoder = TextEncoder | UMT5
+AnyTextEncoder = TextEncoder | UMT5 | GemmaText
 
 
 def text_encoder_for(
@@ -139,11 +140,16 @@ def text_encoder_for(
     """
     if preset.text.kind == "umt5":
         return UMT5(preset.text, None if checkpoints is None else Path(checkpoints) / FOLDER)
+    if preset.text.kind == "gemma2":
+        return GemmaText(preset.text, checkpoints)
     _require_words(preset)
     return TextEncoder(preset.text, None if vocabulary is None else tuple(vocabulary))
 
 
-def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path | None) -> Tokenizer | PieceTokenizer:
+AnyTokenizer = Tokenizer | PieceTokenizer | GemmaTokenizer
+
+
+def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path | None) -> AnyTokenizer:
     """What turns texts into the token ids that `preset`'s text encoder reads: (texts, length) -> int32 [P, length].
 
     Args:
@@ -156,10 +162,12 @@ def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path
     """
     if preset.text.kind == "umt5":
         return PieceTokenizer.open(None if folder is None else Path(folder) / FOLDER, preset.text.vocabulary)
+    if preset.text.kind == "gemma2":
+        return GemmaTokenizer.open(folder)
     _require_words(preset)
     return _tokenizer(default_vocabulary() if vocabulary is None else tuple(vocabulary))
 
 
 def _require_words(preset: Preset) -> None:
     if preset.text.kind != "words":
-        raise LongtakeError("unknown kind of text encoder", got=preset.text.kind, expected="words or umt5")
+        raise LongtakeError("unknown kind of text encoder", got=preset.text.kind, expected="words, umt5 or gemma2")
