@@ -14,6 +14,10 @@ OUT ?= runs
 STEPS ?= 12
 # Processes that share the tests, a file at a time; one where there is a GPU, whose memory they would share
 JOBS ?= $(if $(shell command -v nvidia-smi),1,$(shell nproc))
+# A model, or MODEL@RECIPE; what is made of it lies in $(LONGTAKE_HOME)/models/MODEL/RECIPE
+MODEL ?= tiny-4step
+# Exports, engines and compiled kernels of this checkout stay in it; git ignores build/
+export LONGTAKE_HOME ?= $(CURDIR)/build
 LONGTAKE = PYTHONPATH=$(CURDIR) $(PY) -m longtake
 
 ifeq ($(PY),$(VENV)/bin/python)
@@ -32,16 +36,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 	@$(VENV)/bin/longtake doctor || true
 
-# The whole chain: train a little under NVFP4; then the shipped 4-step student: export, build, generate, check.
+# The whole chain: the shipped 4-step student first (export, build, generate, check); then a little training under NVFP4.
 demo: $(READY)
-	@set -e; recipe=$(RECIPE); shipped=training/checkpoints/tiny; student=training/checkpoints/tiny-4step; \
+	@set -e; recipe=$(RECIPE); shipped=training/checkpoints/tiny; model=$(MODEL)@$$recipe; \
+	echo "== export the shipped 4-step student to ONNX =="; $(LONGTAKE) export --model $$model; \
+	echo "== build the TensorRT engines =="; $(LONGTAKE) engines --model $$model; \
+	echo "== generate =="; $(LONGTAKE) generate $(STORY) --model $$model --out $(OUT)/demo/video.mp4; \
+	echo "== check accuracy =="; $(LONGTAKE) check --model $$model --report $(OUT)/demo/check.json; \
 	echo "== train under NVFP4, $(STEPS) steps of the model that the student was distilled from =="; rm -rf $(OUT)/demo/train; \
 	$(LONGTAKE) train --stage dit --init $$shipped --vae $$shipped --precision nvfp4 --context window --lr 2e-6 \
 	  --steps $(STEPS) --batch 1 --chunks 1,2 --stories 8 --evaluate-steps 0 --out $(OUT)/demo/train; \
-	echo "== export the shipped 4-step student to ONNX =="; $(LONGTAKE) export --recipe $$recipe --checkpoints $$student; \
-	echo "== build the TensorRT engines =="; $(LONGTAKE) engines --recipe $$recipe; \
-	echo "== generate =="; $(LONGTAKE) generate $(STORY) --engines $$recipe --out $(OUT)/demo/video.mp4; \
-	echo "== check accuracy =="; $(LONGTAKE) check --recipe $$recipe --checkpoints $$student --report $(OUT)/demo/check.json; \
 	echo; echo "video:  $(OUT)/demo/video.mp4"; echo "report: $(OUT)/demo/video.json"; \
 	echo "check:  $(OUT)/demo/check.json"
 
@@ -71,19 +75,19 @@ train: $(READY)
 	  --out $(OUT)/train
 
 export: $(READY)
-	$(LONGTAKE) export --recipe $(RECIPE)
+	$(LONGTAKE) export --model $(MODEL)@$(RECIPE)
 
 engines: $(READY)
-	$(LONGTAKE) engines --recipe $(RECIPE)
+	$(LONGTAKE) engines --model $(MODEL)@$(RECIPE)
 
 generate: $(READY)
-	$(LONGTAKE) generate $(STORY) --engines $(RECIPE) --out $(OUT)/generate/video.mp4
+	$(LONGTAKE) generate $(STORY) --model $(MODEL)@$(RECIPE) --out $(OUT)/generate/video.mp4
 
 check: $(READY)
-	$(LONGTAKE) check --recipe $(RECIPE)
+	$(LONGTAKE) check --model $(MODEL)@$(RECIPE)
 
 profile: $(READY)
-	$(LONGTAKE) profile --engines $(RECIPE)
+	$(LONGTAKE) profile --engines $(MODEL)@$(RECIPE)
 
 # Speed and memory on random weights: make bench ARGS='--recipe wan2.2-ti2v-5b_fp8_sm90 --against torch'
 bench: $(READY)
@@ -97,4 +101,4 @@ distill: $(READY)
 	$(LONGTAKE) distill --teacher training/checkpoints/tiny --student-steps 4 --precision nvfp4 --out $(OUT)/distill
 
 clean:
-	rm -rf export/build engines/build runs
+	rm -rf build runs

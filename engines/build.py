@@ -124,6 +124,7 @@ def _built(job: PlanJob, recipe: Recipe, out: Path, flavour: Flavour, show_progr
         plan.name, job.name, hashlib.sha256(content).hexdigest(), len(content), job.onnx_sha256,
         flavour.name, flavour.version, recipe.compute_capability, plugin_identities(list(job.plugins)), job.spec,
         recipe.name, recipe.preset, layers, round(time.monotonic() - start, 2), scratch_of_last_build(),
+        flavour.cuda,
     )  # fmt: skip
     manifest.write(plan)
     return PlanResult(plan, manifest, False)

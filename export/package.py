@@ -1,4 +1,4 @@
-"""The ONNX package of a recipe: export/build/<onnx_name>/ with every network, its view, and export.json.
+"""The ONNX package of a recipe: a folder with every network, its view, and export.json.
 
 export.json is removed before anything else is written and written last: a folder that has one is whole. A skeleton is
 a package of graphs without weights and views: enough to build segmented engines and to measure with random weights.
@@ -22,7 +22,7 @@ from longtake.export.rewriter import linear_name
 from longtake.export.structure import Expected, check_structure
 from longtake.export.weights import Weights, stored_tensors
 from longtake.files import atomic_path, require_disk, sha256
-from longtake.formats.exported import KIND, NAME, Export, ExportedFile, ExportedNetwork
+from longtake.formats.exported import KIND, NAME, UNFINISHED, Checked, Export, ExportedFile, ExportedNetwork
 from longtake.formats.onnx_file import data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import LINEARS, Recipe
 from longtake.plugins.spec import PLUGIN_VERSION
@@ -64,7 +64,13 @@ class PlainGraphs:
 
 
 def export_package(
-    graphs: PlainGraphs, recipe: Recipe, folder: Path, inputs: str, progress: Progress, weights: Weights | None
+    graphs: PlainGraphs,
+    recipe: Recipe,
+    folder: Path,
+    inputs: str,
+    progress: Progress,
+    weights: Weights | None,
+    checked: Checked = UNFINISHED,
 ) -> Export:
     """Export every network of `recipe` into `folder` and return its description (also written).
 
@@ -72,6 +78,7 @@ def export_package(
         inputs: digest of checkpoints and code, kept to recognise a package that is up to date.
         progress: called with a few words before each step; `steps_of` says how often.
         weights: what the graphs' references are filled with; None exports a skeleton.
+        checked: what is recorded of its comparison with PyTorch, which is yet to come.
 
     Raises:
         LongtakeError: not enough disk space, or a linear can't be lowered.
@@ -96,6 +103,7 @@ def export_package(
         amax=weights.amax if weights else {},
         versions=versions(PACKAGES),
         recipe=recipe.whole,
+        checked=checked,
     )
     export.write(folder)
     return export

@@ -15,6 +15,8 @@ from longtake.errors import IntegrityError
 from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP
 from longtake.export.rewriter import linear_name
 from longtake.formats.onnx_file import data_sizes, read_onnx, tensor_bytes
+from longtake.plugins.cache_format import cache_tensors
+from longtake.plugins.registry import all_ops, op_named
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
@@ -44,8 +46,9 @@ class Expected:
         if self.spec.ops:
             unpacked = Counter({WEIGHT_OP: len(self.linears)}) if self.precision == "w4a16" else Counter()
             return Counter(dict(self.spec.ops)) + unpacked
-        names = (f"kv_cache_write_{self.cache}", f"sink_attention_{self.cache}", "qk_norm_rope")
-        ops = Counter(dict.fromkeys(names, self.layers))
+        slots = set(cache_tensors(self.cache))
+        ops = Counter({op.name: self.layers for op in all_ops().values() if slots <= set(op.spec.inputs)})
+        ops["qk_norm_rope"] = self.layers
         if self.precision == "w4a16":
             ops[WEIGHT_OP] = len(self.linears)
         if self.library and self.layers:
@@ -54,22 +57,15 @@ class Expected:
 
     def _library_ops(self) -> Counter[str]:
         """The linears (q, k, v, o, cross-attention's q and o, the FFN's two) and what lies between them, of all layers."""
-        each = Counter({"gated_norm_affine": 1, "residual_norm_modulate": 1, "gated_norm_modulate": 1})
-        fp8 = self.precision == "fp8"
-        norms = Counter({name: n * self.layers for name, n in each.items()})
-        norms += Counter({"norm_modulate": 1})
-        norms["gated_norm_modulate"] -= 1  # the last block's end is the head's
-        linears = {"linear_bf16": 7, "linear_gelu_bf16": 1}
-        if fp8:
-            norms = Counter({f"{name}_fp8": n for name, n in norms.items()})
-            linears = {"linear_fp8": 4, "linear_rows_fp8": 4, "quantize_fp8": 2, "gelu_quantize_fp8": 1}
-        others = Counter(
-            {name: n * self.layers for name, n in (linears | {"rms_norm": 1, "cross_attention": 1}).items()}
-        )
+        layers, fp8 = self.layers, self.precision == "fp8"
+        norms = {"norm_modulate": 1, "gated_norm_affine": layers, "residual_norm_modulate": layers}
+        norms["gated_norm_modulate"] = layers - 1  # the last block's end is the head's
+        linears = {"linear_bf16": 7 * layers, "linear_gelu_bf16": layers}
         if fp8:  # what follows the last block is the engine's: it takes the whole output
-            others += Counter({"linear_rows_fp8": 1})
-            others["linear_fp8"] -= 1
-        return +(others + norms)
+            norms = {op_named(name).quantized: n for name, n in norms.items()}
+            linears = {"linear_fp8": 4 * layers - 1, "linear_rows_fp8": 4 * layers + 1}
+            linears |= {"quantize_fp8": 2 * layers, "gelu_quantize_fp8": layers}
+        return Counter({**norms, **linears, "rms_norm": layers, "cross_attention": layers})
 
     def bits_per_weight(self, columns: int) -> float:
         """Bits of one weight with its share of the scales: of a block of 16 in E4M3, or of a row in fp32."""

@@ -1,6 +1,6 @@
 """longtake: train, export, compile and stream long multi-shot video in 4 bits.
 
-`from longtake import Generator` is the door. Names are looked up when they are asked for: `import longtake` loads nothing.
+`longtake.generate("a prompt")` makes a video; `from longtake import Generator` is the door to more. Names are looked up when they are asked for: `import longtake` loads nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from longtake.version import __version__
 
 if TYPE_CHECKING:
     from longtake.errors import GateError, IntegrityError, LongtakeError, UnavailableError
+    from longtake.pretrained import Generator, Video, generate
     from longtake.runtime.chunk import Chunk
-    from longtake.runtime.generator import Generator
-    from longtake.runtime.sampling import CancelledError
+    from longtake.runtime.sampling import CancelledError, Step
     from longtake.runtime.session import Session
     from longtake.runtime.session_options import Sampling
     from longtake.runtime.story import Segment, Story, story_from_file
@@ -29,17 +29,20 @@ __all__ = [
     "Sampling",
     "Segment",
     "Session",
+    "Step",
     "Story",
     "UnavailableError",
+    "Video",
     "__version__",
+    "generate",
     "story_from_file",
 ]
 
 HOMES = {
     "errors": ("GateError", "IntegrityError", "LongtakeError", "UnavailableError"),
-    "runtime.generator": ("Generator",),
+    "pretrained": ("Generator", "Video", "generate"),
     "runtime.chunk": ("Chunk",),
-    "runtime.sampling": ("CancelledError",),
+    "runtime.sampling": ("CancelledError", "Step"),
     "runtime.session": ("Session",),
     "runtime.session_options": ("Sampling",),
     "runtime.story": ("Segment", "Story", "story_from_file"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class LongtakeError(Exception):
     """An error the user can act on. The command line prints it without a traceback and exits with `exit_code`.
@@ -22,6 +25,18 @@ class LongtakeError(Exception):
             if value is not None:
                 parts.append(f"  {label}: {value}")
         super().__init__("\n".join(parts))
+
+
+def some(names: Iterable[object], limit: int = 10) -> str:
+    """The first names of a list for an error, and how many more there are."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+
+
+def nearest(name: object, known: Iterable[str], otherwise: str) -> str:
+    """A fix for an unknown name: the nearest that is known, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 class UnavailableError(LongtakeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.leftovers import hold, release, sweep_once, temporary_name
 from longtake.outputs import is_special
 
-STEM = 40  # characters of a name that its temporary file keeps, so that no name is too long for one
+MOST_JSON = 64 << 20  # bytes of a JSON file, as objects some twenty times as many
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
     Any exception, Ctrl-C included, leaves whatever stood under `path` before untouched. A link is followed. The file's
     mode is that of the file it replaces, or what the umask leaves of 0666. What is no file (a pipe, a terminal, the
-    null device) is written to as it is, once all is there.
+    null device) is written to as it is, once all is there. What killed processes left in the folder is deleted first.
     """
     if is_special(Path(path)):
         with _through(Path(path)) as partial:
@@ -34,11 +34,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         return
     final = Path(os.path.realpath(path))
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(f".{final.stem[:STEM]}.{secrets.token_hex(4)}.tmp{final.suffix[:STEM]}")
+    sweep_once(final.parent)
+    partial = final.with_name(temporary_name(final))
     handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    mode = stat.S_IMODE((final if final.is_file() else partial).stat().st_mode)
-    os.close(handle)
     try:
+        hold(handle, partial)
+        mode = stat.S_IMODE((final if final.is_file() else partial).stat().st_mode)
         yield partial
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
@@ -46,6 +47,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+        release(handle, partial)
 
 
 @contextmanager
@@ -67,27 +69,46 @@ def write_json(path: Path | str, value: Any) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file.
+def read_json(path: Path | str, most: int = MOST_JSON, finite: bool = False) -> Any:
+    """Read a JSON file of up to `most` bytes, each key once in its object. finite: refuse NaN and Infinity, too.
 
     Raises:
         LongtakeError: the file is missing.
-        IntegrityError: it is not UTF-8 or not JSON.
+        IntegrityError: it is not UTF-8, not JSON, or too large.
     """
     source = Path(path)
     try:
-        return json.loads(source.read_text(encoding="utf-8"))
+        if (size := source.stat().st_size) > most:
+            what, got = f"is too large for a JSON file of this kind, {size} bytes", f"more than {most}"
+        else:
+            return json_value(source.read_text(encoding="utf-8"), finite)
     except FileNotFoundError:
         raise LongtakeError(f"{source} does not exist", fix="check the path") from None
     except UnicodeDecodeError as error:
         what, got = "is not UTF-8 text", str(error)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         what, got = "is not valid JSON", str(error)
-    except ValueError as error:  # a number of more digits than Python reads
-        what, got = "is not valid JSON", str(error)
-    except RecursionError:
-        what, got = "is not valid JSON", "thousands of nested brackets"
     raise IntegrityError(f"{source} {what}", got=got, expected="a JSON file", fix="make it again, or restore it")
+
+
+def json_value(text: str, finite: bool = True) -> Any:
+    """What JSON `text` holds. Raises ValueError for what is none, for a key that is there twice, and for NaN if `finite`."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number if finite else None)
+    except RecursionError:
+        raise ValueError("thousands of nested brackets") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:40]!r} is there twice")
+    return value
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
 
 
 def sha256(path: Path | str) -> str:

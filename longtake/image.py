@@ -49,30 +49,70 @@ def pixels_from_file(path: Path | str) -> np.ndarray:
 
 
 def image_from_pixels(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 [H, W, 3] pixels to fp32 [3, height, width] in [-1, 1], resized as `image_from_file` does.
+    """Pixels to fp32 [3, height, width] in [-1, 1], resized as `image_from_file` does.
+
+    pixels_HWC: uint8, or floats in 0..1; [H, W, 3], [H, W, 4] (laid over black) or grey [H, W].
 
     Raises:
-        LongtakeError: other dtype or shape, or smaller than LEAST_SIDE.
+        LongtakeError: other dtype, range or shape, or smaller than LEAST_SIDE.
     """
     from PIL import Image
 
+    pixels_HWC = _rgb(_bytes(pixels_HWC))
     shape = tuple(pixels_HWC.shape)
     if pixels_HWC.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
-        raise LongtakeError("this is not an image", got=f"{pixels_HWC.dtype} {shape}", expected="uint8 [H, W, 3]")
+        raise LongtakeError(
+            "this is not an image",
+            got=f"{pixels_HWC.dtype} {shape}",
+            expected="uint8 [H, W, 3], RGBA, grey or floats in 0..1",
+        )
     _check_size("the image", shape[1], shape[0])
     if shape[:2] != (height, width):
         pixels_HWC = np.asarray(Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
-def _opened(source: Path) -> Any:
+def image_from_picture(picture: Any, height: int, width: int) -> Tensor:
+    """A PIL image as `image_from_file` takes a file: upright, in sRGB, transparency over black."""
+    held = io.BytesIO()
+    tag = {key: value for key in ("exif", "icc_profile") if (value := picture.info.get(key))}
+    picture.save(held, "PNG" if picture.mode not in ("CMYK", "YCbCr", "HSV", "LAB", "F") else "TIFF", **tag)
+    return image_from_pixels(np.asarray(_opened(Path("the picture"), held)), height, width)
+
+
+def _bytes(pixels: np.ndarray) -> np.ndarray:
+    """Floats in 0..1 as uint8; anything else as it is."""
+    if pixels.dtype.kind != "f":
+        return pixels
+    least, most = (float(f(pixels)) if pixels.size else 0.0 for f in (np.min, np.max))
+    if not (least >= 0.0 and most <= 1.0):
+        raise LongtakeError(
+            "the image's numbers are of unknown range",
+            got=f"{pixels.dtype} from {least:g} to {most:g}",
+            expected="floats from 0 to 1, or uint8",
+            fix="scale it: pixels / 255",
+        )
+    return np.asarray(np.rint(pixels * 255), np.uint8)
+
+
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """uint8 grey or RGBA as RGB; anything else as it is."""
+    if pixels.dtype == np.uint8 and pixels.ndim == 2:
+        return np.repeat(pixels[..., None], 3, -1)
+    if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 4:
+        alpha = pixels[..., 3:].astype(np.float32) / 255
+        return np.asarray(np.rint(pixels[..., :3] * alpha), np.uint8)
+    return pixels
+
+
+def _opened(source: Path, held: io.BytesIO | None = None) -> Any:
     """The decoded picture, RGB in sRGB, upright."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is too large is refused below, by our own limit
-            with Image.open(source, formats=FORMATS) as opened:
+            with Image.open(held or source, formats=FORMATS) as opened:
                 _check_size(f"image {source}", *opened.size)
                 picture = _eight_bits(source, ImageOps.exif_transpose(opened), opened.format == "PNG")
                 if not picture.has_transparency_data:

@@ -11,7 +11,6 @@ line is made from this by `longtake.commands.options`.
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import math
 import textwrap
@@ -22,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 
 FREE, DECISIVE = "free", "decisive"  # on resuming: may differ unsaid; must not differ. Else a difference is warned of
 
@@ -154,8 +153,7 @@ def check_value(one: Option, value: Any) -> None:
     name, bounds, choice = one.names[-1], one.note(Bounds), one.note(OneOf)
     values = value if isinstance(value, tuple) else (value,)
     if choice and (bad := [each for each in values if each not in choice.words]):
-        near = difflib.get_close_matches(str(bad[0]), choice.words, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else f"{name} {choice.words[0]}"
+        fix = nearest(bad[0], choice.words, f"{name} {choice.words[0]}")
         raise LongtakeError(f"bad {name}", got=bad[0], expected=" | ".join(choice.words), fix=fix)
     if bounds and not all(bounds.least <= each <= bounds.most for each in values):
         usual = one.default if bounds.usual is None else bounds.usual

@@ -7,5 +7,3 @@ from pathlib import Path
 # The folder that holds training, export, plugins, engines and runtime: a checkout's root, to which the links in this
 # package lead, or the installed package itself.
 REPOSITORY = (Path(__file__).resolve().parent / "runtime").resolve().parent
-EXPORTS = REPOSITORY / "export" / "build"
-ENGINES = REPOSITORY / "engines" / "build"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from longtake.paths import REPOSITORY
 from longtake.settings import cores
@@ -30,6 +33,25 @@ def commit() -> str | None:
         return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "") if head else None
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def origin() -> dict[str, Any]:
+    """What every report says of where it comes from."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    told = {"command": command_line(), "rerun_with": rerun_with(), "commit": commit()}
+    return {**told, "date": date, "cpu": cpu_name(), "versions": versions()}
+
+
+def rerun_with() -> str:
+    """The command that is running, if it is one of ours; "" in a program of somebody else's."""
+    return command if (command := command_line()).startswith("longtake ") else ""
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    program = Path(sys.argv[0]).name
+    program = "longtake" if program in ("longtake", "__main__.py") else program
+    return shlex.join([program, *sys.argv[1:]])
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

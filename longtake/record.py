@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +16,10 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, write_json
 
 T = TypeVar("T")
+MOST = 1e300  # of a number
+SEAL = "digest"
+# What comes of values of other types, lengths and sizes than are expected.
+UNFIT = (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError)
 WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -21,7 +28,7 @@ class Kind:
     """A kind of file. what: it is, such as "an engine bundle". writer: what writes it. remake: what to do for a new one.
 
     format: the newest format that this version reads, and writes. oldest: the oldest it still reads; a file without a
-    number is of format 1.
+    number is of format 1. sealed: the file carries a digest of the rest of itself, which is compared when it is read.
     """
 
     what: str
@@ -29,6 +36,7 @@ class Kind:
     remake: str
     format: int = 1
     oldest: int = 1
+    sealed: bool = False
 
     def require_format(self, found: object, path: Path) -> None:
         """Raise IntegrityError, saying what to do, unless this version reads format `found`."""
@@ -51,19 +59,44 @@ class Kind:
             LongtakeError: there is no such file.
             IntegrityError: it is no JSON, of another format, or lacks what `cls` holds.
         """
-        return self.parse(cls, read_json(path), path)
+        return self.record(cls, self.content(path), path)
 
-    def parse(self, cls: type[T], given: object, path: Path) -> T:
-        """The record that JSON value `given`, read from `path`, holds; keys that `cls` doesn't know are left out."""
+    def content(self, path: Path) -> dict[str, Any]:
+        """What the JSON file holds, of a format that is read, its digest compared. Raises what `read` does."""
+        try:
+            given = read_json(path, finite=True)
+        except IntegrityError as error:
+            raise IntegrityError(error.what, got=error.got, expected=error.expected, fix=self.remake) from None
+        return self.checked(given, path)
+
+    def checked(self, given: object, path: Path) -> dict[str, Any]:
+        """JSON value `given`, read from `path`, if it is an object of a format that is read and of the right digest."""
         if not isinstance(given, dict):
             raise self.broken(path, type(given).__name__)
         self.require_format(given.get("format", 1), path)
+        if self.sealed and given.get(SEAL) != (digest := seal_of(given)):
+            raise IntegrityError(
+                f"{path} was altered after it was written, or is damaged",
+                got=f"{SEAL} {given.get(SEAL, 'missing')!s:.80}",
+                expected=f"{SEAL} {digest}",
+                fix=self.remake,
+            )
+        return given
+
+    def parse(self, cls: type[T], given: object, path: Path) -> T:
+        """The record that JSON value `given`, read from `path`, holds; keys that `cls` doesn't know are left out."""
+        return self.record(cls, self.checked(given, path), path)
+
+    def record(self, cls: type[T], given: dict[str, Any], path: Path) -> T:
+        """`parse` of what is checked already."""
         try:
             return record_from_json(cls, given)
-        except (TypeError, ValueError) as error:
-            raise self.broken(path, str(error)) from None
         except LongtakeError as error:
             raise self.broken(path, f"{error.what}: {error.got}") from None
+        except UNFIT as error:
+            raise self.broken(
+                path, f"{error!s:.300}" if isinstance(error, TypeError | ValueError) else repr(error)
+            ) from None
 
     def broken(self, path: Path, got: str) -> IntegrityError:
         """What is raised for a file that holds no such record."""
@@ -73,17 +106,25 @@ class Kind:
 
     def write(self, record: Any, path: Path) -> None:
         """Write a record, or what stands for it in JSON, atomically."""
-        write_json(path, {"format": self.format, **(record if isinstance(record, dict) else asdict(record))})
+        told = {**(record if isinstance(record, dict) else asdict(record)), "format": self.format}
+        told.pop(SEAL, None)
+        write_json(path, {"format": self.format, **told, **({SEAL: seal_of(told)} if self.sealed else {})})
+
+
+def seal_of(content: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object, however it is laid out and without its own seal."""
+    rest = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def record_from_json(cls: type[T], given: dict[str, Any]) -> T:
     """A dataclass from a JSON object; fields that have a default may be missing. Raises TypeError naming the key."""
     values, hints = {}, _hints(cls)  # type: ignore[arg-type]
-    for field in fields(cls):  # type: ignore[arg-type]
-        if field.name in given:
-            values[field.name] = _value(hints[field.name], given[field.name], field.name)
-        elif field.default is MISSING and field.default_factory is MISSING:
-            raise TypeError(f"no {field.name!r}")
+    for one in fields(cls):  # type: ignore[arg-type]
+        if one.name in given:
+            values[one.name] = _value(hints[one.name], given[one.name], one.name)
+        elif one.default is one.default_factory is MISSING:
+            raise TypeError(f"no {one.name!r}")
     return cls(**values)
 
 
@@ -101,9 +142,9 @@ def record_from_mapping(cls: type[T], given: Any, where: str, see: str, part: st
     if not isinstance(given, dict):
         kind = type(given).__name__
         raise LongtakeError(f"{named} is not a mapping", got=kind, expected="key: value lines", fix=see)
-    own = {field.name: field for field in fields(cls) if field.name not in more}  # type: ignore[arg-type]
+    own = {one.name: one for one in fields(cls) if one.name not in more}  # type: ignore[arg-type]
     reject_unknown_keys(given, list(own), named)
-    needed = [name for name, field in own.items() if field.default is field.default_factory is MISSING]
+    needed = [name for name, one in own.items() if one.default is one.default_factory is MISSING]
     if missing := [name for name in needed if name not in given]:
         raise LongtakeError(f"{named} lacks keys", got=sorted(given), expected=f"also {missing}", fix=see)
     values = {name: _written(_hints(cls)[name], value, name, where, see, part) for name, value in given.items()}  # type: ignore[arg-type]
@@ -151,7 +192,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return Path(value)
     plain = {float: (int, float), NoneType: NoneType}.get(hint, hint)
     if origin is None and isinstance(value, plain) and (hint is bool or not isinstance(value, bool)):  # type: ignore[arg-type]
-        return float(value) if hint is float else value
+        if hint is not float and not (hint is int and abs(value) >= 1 << 64):
+            return value
+        if hint is float and abs(value) <= MOST and math.isfinite(value):
+            return float(value)
     raise TypeError(f"{where}: {value!r:.60}")
 
 

@@ -2,11 +2,13 @@
 
 | variable            | meaning                                                           | default                       |
 |---------------------|-------------------------------------------------------------------|-------------------------------|
-| LONGTAKE_CACHE_DIR  | where compiled kernels and timing caches are kept                 | ~/.cache/longtake (no home: temporary files) |
+| LONGTAKE_HOME       | where exports, engines, compiled kernels and timing caches lie    | ~/.cache/longtake (no home: temporary files) |
 | LONGTAKE_LOG        | log level: debug, info, warning, error                            | warning                       |
 | LONGTAKE_THREADS    | CPU threads of the reference backend                              | all cores this process may use |
 | LONGTAKE_FLAVOUR    | TensorRT flavour: auto, tensorrt, tensorrt_rtx                    | auto                          |
 | LONGTAKE_TRTEXEC    | path of trtexec, if it is not on PATH                             | (searched on PATH)            |
+
+LONGTAKE_CACHE_DIR, which LONGTAKE_HOME replaces, is still read in this version where LONGTAKE_HOME isn't set.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ from pathlib import Path
 
 from longtake.errors import LongtakeError
 
+log = logging.getLogger(__name__)
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 FLAVOURS = ("auto", "tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of this process."""
+    """The settings of this process. home: where exports and engines lie; cache_dir: kernels and timing caches."""
 
+    home: Path
     cache_dir: Path
     log_level: str
     threads: int
@@ -83,12 +88,26 @@ def _private_folder(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="longtake-"))
 
 
+@cache
+def _say_old(value: str) -> None:
+    log.warning(
+        "LONGTAKE_CACHE_DIR is called LONGTAKE_HOME now (exports and engines lie there, too); the old name is "
+        "read in this version only: set LONGTAKE_HOME=%s",
+        value,
+    )
+
+
 def settings_from_environment(environ: Mapping[str, str] | None = None) -> Settings:
     """Read and check the settings. Raises LongtakeError naming the variable that is wrong."""
     environ = os.environ if environ is None else environ
     trtexec = environ.get("LONGTAKE_TRTEXEC")
+    home = environ.get("LONGTAKE_HOME")
+    if old := "" if home else environ.get("LONGTAKE_CACHE_DIR"):
+        _say_old(old)
+    folder = Path(home or old or _home_cache()).expanduser()
     return Settings(
-        cache_dir=Path(environ.get("LONGTAKE_CACHE_DIR") or _home_cache()),
+        home=folder,
+        cache_dir=folder,
         log_level=_choice(environ, "LONGTAKE_LOG", LOG_LEVELS, "warning"),
         threads=_threads(environ),
         flavour=_choice(environ, "LONGTAKE_FLAVOUR", FLAVOURS, "auto"),

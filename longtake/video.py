@@ -6,8 +6,10 @@ Legend: T frames, H, W sizes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,8 @@ from av.video.reformatter import Colorspace, Interpolation
 
 from longtake.errors import LongtakeError
 from longtake.files import atomic_path
+from longtake.out_of_memory import is_out_of_memory, out_of_memory
+from longtake.tar_files import opened_member
 from longtake.video_display import as_shown, display_matrix, sideways
 
 BT709 = 1  # the code of the colour matrix, primaries and transfer that the files are tagged with
@@ -42,6 +46,7 @@ class VideoWriter:
         self._container: Any = None
         self._stream: Any = None
         self._size = (0, 0)
+        self._broken = False
 
     def write(self, frames_THWC: np.ndarray) -> None:
         """Append frames, uint8 [T, H, W, 3].
@@ -50,6 +55,10 @@ class VideoWriter:
             LongtakeError: not such frames, of another size than the first, or not writable.
         """
         self._check(frames_THWC)
+        if self._broken:
+            raise LongtakeError(
+                f"{self.path} could not be written and is given up", fix="write it with a new VideoWriter"
+            )
         if self._container is None:
             self._open(*frames_THWC.shape[1:3])
         for pixels in frames_THWC:
@@ -63,12 +72,15 @@ class VideoWriter:
         """Finish the file and put it under its final name. Calling it twice is harmless."""
         if self._container is None:
             return
-        container, self._container = self._container, None
-        with self._stack, _as_error(self.path, "cannot write"):  # an error inside deletes the unfinished file
-            try:
-                container.mux(self._stream.encode(None))
-            finally:
-                container.close()
+        try:
+            with as_error(self.path, "cannot write"):
+                self._container.mux(self._stream.encode(None))
+                self._container.close()
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        self._container = None
+        self._stack.close()
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -79,9 +91,9 @@ class VideoWriter:
         self.close()
 
     def _open(self, height: int, width: int) -> None:
-        with _as_error(self.path, "cannot write"), contextlib.ExitStack() as stack:
-            partial = stack.enter_context(atomic_path(self.path))
-            container = av.open(_url(partial), "w", format="mp4", options={"movflags": "+faststart"})
+        with as_error(self.path, "cannot write"), contextlib.ExitStack() as stack:
+            self._partial = stack.enter_context(atomic_path(self.path))
+            container = av.open(_url(self._partial), "w", format="mp4", options={"movflags": "+faststart"})
             container.metadata["comment"] = "made with longtake"  # by which `outputs` knows our own files
             stream = container.add_stream("libx264", rate=self.fps, options=QUALITY)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -91,8 +103,24 @@ class VideoWriter:
         self._container, self._stream, self._size = container, stream, (height, width)
 
     def _mux(self, frame: av.VideoFrame) -> None:
-        with _as_error(self.path, "cannot write"):
-            self._container.mux(self._stream.encode(frame))
+        try:
+            with as_error(self.path, "cannot write"):
+                self._container.mux(self._stream.encode(frame))
+        except LongtakeError as error:
+            self._give_up(error)
+            raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Delete the unfinished file, of which the muxer has failed to write a part.
+
+        FFmpeg's muxer is not called again, not even by a finalizer: what it does with a header or a packet that is half
+        written is not defined, and crashes. It still has the file open, so the space is given back first.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._container))
+        self._container, self._broken = None, True
+        with contextlib.suppress(OSError):
+            os.truncate(self._partial, 0)
+        self._stack.pop_all().__exit__(type(error), error, error.__traceback__)
 
     def _check(self, frames: np.ndarray) -> None:
         shape = tuple(frames.shape)
@@ -123,8 +151,8 @@ def frames_from_video(
         LongtakeError: missing, not a video, without frames, or broken in the middle.
     """
     source = Path(path)
-    with _opened(source) as (_, stream):
-        rate = _rate(source, stream)
+    with opened(source) as (_, stream):
+        rate = rate_of(source, stream)
     return np.stack(list(frames_one_by_one(source, size_hw, fps))), fps or float(rate)
 
 
@@ -133,15 +161,15 @@ def frames_one_by_one(
 ) -> Iterator[np.ndarray]:
     """The frames of `frames_from_video`, uint8 [H, W, 3], as they are decoded. Raises what that does."""
     source, count = Path(path), 0
-    with _opened(source) as (container, stream):
-        for frame, shown in _shown(source, container, stream, fps):
-            if shown:
-                pixels = _pixels(frame, size_hw)
-                for _ in range(shown):
+    with opened(source) as (container, stream):
+        for frame, begin, end in shown(source, stream, container.decode(stream), fps):
+            if end > begin:
+                pixels = pixels_of(frame, size_hw)
+                for _ in range(begin, end):
                     yield pixels
             count += 1
     if not count:
-        raise _empty(source)
+        raise no_frames(source)
 
 
 def count_frames(path: Path | str, fps: float) -> int:
@@ -151,15 +179,22 @@ def count_frames(path: Path | str, fps: float) -> int:
         LongtakeError: missing, not a video, or without frames.
     """
     source = Path(path)
-    with _opened(source) as (container, stream):
-        rate = _rate(source, stream)
-        half, seconds = _half(stream, rate), stream.duration * stream.time_base if stream.duration else None
-        if not (stream.frames and stream.base_rate == rate and seconds == stream.frames / rate):  # not a constant rate
-            last = _last(container, stream, rate)
-            seconds = last and _end(stream, *last, half)
+    with opened(source) as (container, stream):
+        rate = rate_of(source, stream)
+        half = half_frame(stream, rate)
+        seconds = seconds_of(container, stream, rate, half)
     if not seconds:
-        raise _empty(source)
-    return _count(seconds - half, fps)
+        raise no_frames(source)
+    return moments_before(seconds - half, fps)
+
+
+def seconds_of(container: Any, stream: Any, rate: Fraction, half: Fraction) -> Fraction | None:
+    """How long a film is, found without decoding; None if it has no frames."""
+    seconds = stream.duration * stream.time_base if stream.duration else None
+    if not (stream.frames and stream.base_rate == rate and seconds == stream.frames / rate):  # not a constant rate
+        last = _last(container, stream, rate)
+        seconds = last and _end(stream, *last, half)
+    return seconds
 
 
 def probe_video(path: Path | str) -> tuple[int, float]:
@@ -169,10 +204,10 @@ def probe_video(path: Path | str) -> tuple[int, float]:
         LongtakeError: missing, not a video, or without frames.
     """
     source = Path(path)
-    with _opened(source) as (container, stream):
-        rate, frames = float(_rate(source, stream)), stream.frames
+    with opened(source) as (container, stream):
+        rate, frames = float(rate_of(source, stream)), stream.frames
         if next(container.decode(stream), None) is None:
-            raise _empty(source)
+            raise no_frames(source)
         if not frames:  # some formats don't say
             container.seek(0)
             frames = sum(packet.size > 0 for packet in container.demux(stream))
@@ -180,15 +215,16 @@ def probe_video(path: Path | str) -> tuple[int, float]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """An input container and its first video stream that is no cover picture."""
-    if not path.is_file():
+    member = opened_member(path)
+    if member is None and not path.is_file():
         raise LongtakeError(f"{path} does not exist" if not path.exists() else f"{path} is not a file",
                             got="a folder" if path.is_dir() else "nothing there", expected="a video file",
                             fix="check the path")  # fmt: skip
-    if not path.stat().st_size:
+    if member is None and not path.stat().st_size:
         raise LongtakeError(f"{path} is empty", got="0 bytes", expected="a video file", fix="write it again")
-    with _as_error(path, "cannot read"), av.open(_url(path)) as container:
+    with member or contextlib.nullcontext(), as_error(path, "cannot read"), av.open(member or _url(path)) as container:
         films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not films:
             kinds = " and ".join(sorted({_kind(stream) for stream in container.streams}))
@@ -201,11 +237,13 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 @contextlib.contextmanager
-def _as_error(path: Path, what: str) -> Iterator[None]:
+def as_error(path: Path, what: str) -> Iterator[None]:
     """Turn FFmpeg's and the system's errors into one a user can act on."""
     try:
         yield
     except DECODER_ERRORS as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, f"at {path}") from error
         reading = what == "cannot read"
         raise LongtakeError(
             f"{what} {path}", got=str(error) or repr(error), expected="a playable video" if reading else None,
@@ -222,7 +260,7 @@ def _kind(stream: Any) -> str:
     return "cover picture" if stream.type == "video" else str(stream.type)
 
 
-def _rate(path: Path, stream: Any) -> Fraction:
+def rate_of(path: Path, stream: Any) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise LongtakeError(f"{path} does not say its frame rate", expected="a video with a constant frame rate",
@@ -230,39 +268,52 @@ def _rate(path: Path, stream: Any) -> Fraction:
     return Fraction(rate)
 
 
-def _half(stream: Any, rate: Fraction) -> Fraction:
+def half_frame(stream: Any, rate: Fraction) -> Fraction:
     """Half the time between two frames where they come fastest: so much earlier than its time a frame is taken."""
     return 1 / (2 * max(rate, Fraction(stream.base_rate or 0)))
 
 
-def _count(seconds: Fraction, fps: float) -> int:
+def moments_before(seconds: Fraction, fps: float) -> int:
     """How many of the moments k / fps, k = 0, 1, ... lie before `seconds`; at least the first."""
     return max(1, math.ceil(seconds * Fraction(fps)))
 
 
-def _shown(path: Path, container: Any, stream: Any, fps: float | None) -> Iterator[tuple[av.VideoFrame, int]]:
-    """Each frame, and how many times it is shown at `fps`; once if that is None."""
+def shown(
+    path: Path, stream: Any, frames: Iterable[Any], fps: float | None, first: Fraction | None = None
+) -> Iterator[tuple[av.VideoFrame, int, int]]:
+    """Each frame, with the numbers at `fps` that it is shown from and up to; its own number and the next if that is None.
+
+    first: time of the film's first frame, where `frames` begin after it.
+    """
     if fps is None:
-        yield from ((frame, 1) for frame in container.decode(stream))
+        yield from ((frame, number, number + 1) for number, frame in enumerate(frames))
         return
-    rate = _rate(path, stream)
-    half, count = _half(stream, rate), 0
+    rate = rate_of(path, stream)
+    half, count = half_frame(stream, rate), 0
     last: av.VideoFrame | None = None
-    first = time = due = Fraction(0)  # due: when the next frame comes if it has no stamp
-    for frame in container.decode(stream):
+    time = due = Fraction(0)  # due: when the next frame comes if it has no stamp
+    origin = first or Fraction(0)
+    for frame in frames:
         stamp = None if frame.pts is None else frame.pts * frame.time_base
-        first = stamp or first if last is None else first
-        before, time = time, due if stamp is None else max(time, stamp - first)
+        if last is None and first is None:
+            origin = stamp or origin
+        before, time = time, due if stamp is None else max(time, stamp - origin)
+        if last is None and time:
+            before, count = time, moments_before(time - half, fps)
         if time - before > LONGEST_STILL:
-            raise LongtakeError(f"{path} stands still for too long", got=f"{float(time - before):.0f} s without a new frame",
-                                expected=f"at most {LONGEST_STILL} s", fix="cut the pause out, or convert it to mp4")  # fmt: skip
+            raise LongtakeError(
+                f"{path} stands still for too long",
+                got=f"{float(time - before):.0f} s without a new frame",
+                expected=f"at most {LONGEST_STILL} s",
+                fix="cut the pause out, or convert it to mp4",
+            )
         if last is not None:
-            until = max(count, _count(time - half, fps))
-            yield last, until - count
+            until = max(count, moments_before(time - half, fps))
+            yield last, count, until
             count = until
         last, due = frame, time + (frame.duration * frame.time_base if frame.duration else 1 / rate)
     if last is not None:
-        yield last, max(0, _count(_end(stream, time, due, half) - half, fps) - count)
+        yield last, count, max(count, moments_before(_end(stream, time, due, half) - half, fps))
 
 
 def _end(stream: Any, last: Fraction, end: Fraction, half: Fraction) -> Fraction:
@@ -286,7 +337,7 @@ def _last(container: Any, stream: Any, rate: Fraction) -> tuple[Fraction, Fracti
     return (max(begins) - min(begins), begins[max(begins)] - min(begins)) if begins else None
 
 
-def _pixels(frame: av.VideoFrame, size_hw: tuple[int, int] | None) -> np.ndarray:
+def pixels_of(frame: av.VideoFrame, size_hw: tuple[int, int] | None) -> np.ndarray:
     """One frame as uint8 [H, W, 3], upright; sizes are changed by averaging, which does not alias."""
     matrix = display_matrix(frame)
     height, width = (frame.height, frame.width) if size_hw is None else size_hw[:: -1 if sideways(matrix) else 1]
@@ -295,5 +346,5 @@ def _pixels(frame: av.VideoFrame, size_hw: tuple[int, int] | None) -> np.ndarray
     )
 
 
-def _empty(path: Path) -> LongtakeError:
+def no_frames(path: Path) -> LongtakeError:
     return LongtakeError(f"{path} has no frames", got="0 frames", expected="at least 1", fix="choose another file")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.formats.exported import Export
-from longtake.paths import EXPORTS
+from longtake.formats.model_name import home
 from longtake.runtime.session_inputs import Tokenize
 from longtake.training.models.checkpoint import side_file, weights_digests
 from longtake.training.models.presets import Preset
@@ -53,13 +53,13 @@ def tokenizer_of(preset: Preset, folder: Path) -> Tokenize:
 def export_of(preset: Preset, folder: Path) -> Path:
     """The export in bf16 that was made of the weights in `folder`. Raises UnavailableError if there is none."""
     wanted = weights_digests(folder)
-    for found in sorted(EXPORTS.glob(f"{preset.name}_bf16*")):
+    for found in sorted(home().glob(f"*/{preset.name}_bf16*/onnx")):
         try:
             export = Export.find(found)
         except IntegrityError:
             continue
         if export and export.weights == wanted:
             return found
-    raise UnavailableError(f"nothing was exported from the checkpoint in {folder}", got=f"no export of its weights in {EXPORTS}",
+    raise UnavailableError(f"nothing was exported from the checkpoint in {folder}", got=f"no export of its weights in {home()}",
                            expected="one in bf16, for ONNX Runtime to run",
                            fix=f"longtake export --recipe {preset.name}_bf16_sm90 --checkpoints {folder}")  # fmt: skip

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longtake.errors import IntegrityError, LongtakeError
+from longtake.errors import LongtakeError
+from longtake.image import image_from_pixels
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
 from longtake.runtime.video_model import VideoModel
+from longtake.tensor_file import tensors_in
 from longtake.training.models.presets import Preset
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,32 @@ def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
                             expected=f"at least {preset.frames_of(0)}", fix="convert it to mp4")  # fmt: skip
     log.info("%s: %d of %d frames, %d latents", source, count - skip, count, whole)
     return torch.stack(latents[:whole], dim=1)
+
+
+def latents_from_frames(frames_THWC: np.ndarray, model: VideoModel) -> Tensor:
+    """Frames uint8 [T, H, W, 3], at the preset's rate, as `latents_from_clip` gives a video's; the end is left out.
+
+    Raises:
+        LongtakeError: they are none, too few for a chunk, or the model cannot encode.
+    """
+    preset, shape = model.preset, frames_THWC.shape
+    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or shape[3] != 3:
+        raise LongtakeError(
+            "these are no frames",
+            got=f"{frames_THWC.dtype} {shape}",
+            expected="uint8 [T, H, W, 3]",
+            fix="pass RGB frames, 0 to 255",
+        )
+    whole = _whole(shape[0], preset)
+    if not whole:
+        raise LongtakeError("the clip is too short to encode", got=f"{shape[0]} frames at {preset.fps} a second",
+                            expected=f"at least {frame_count(preset, 1)}, one chunk", fix="pass a longer clip")  # fmt: skip
+    size = preset.height, preset.width
+    pixels = (image_from_pixels(frame, *size).permute(1, 2, 0) for frame in frames_THWC[:whole])
+    bytes_ = (pixel.add(1).mul(127.5).round().to(torch.uint8).numpy() for pixel in pixels)
+    encoder = model.encoder()
+    latents = [encoder.encode(group).to("cpu", copy=True) for group in _groups(bytes_, preset.vae.stride[0])]
+    return torch.stack(latents, dim=1)
 
 
 def check_clip(source: Path) -> None:
@@ -100,16 +127,12 @@ def _latents_in(source: Path) -> tuple[Tensor | None, list[str]]:
     if not source.is_file():
         raise LongtakeError(f"{source} does not exist" if not source.exists() else f"{source} is not a file",
                             got="a folder" if source.is_dir() else "nothing there", expected="a file of latents", fix="check the path")  # fmt: skip
-    try:
-        with safe_open(str(source), "pt") as opened:
-            if (opened.metadata() or {}).get("format") == SESSION_FORMAT:
-                raise LongtakeError(f"{source} is a saved session, not a clip", got="a file from --save-session",
-                                    expected="a video or a file of latents", fix=f"pass --load-session {source}")  # fmt: skip
-            names = list(opened.keys())
-            latents = opened.get_tensor(LATENTS) if LATENTS in names else None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError(f"{source} is no readable file of latents", got=str(error)[:200],
-                             expected="a whole safetensors file", fix="write it again") from None  # fmt: skip
+    with tensors_in(source, "is no readable file of latents", "write it again") as opened:
+        if (opened.metadata() or {}).get("format") == SESSION_FORMAT:
+            raise LongtakeError(f"{source} is a saved session, not a clip", got="a file from --save-session",
+                                expected="a video or a file of latents", fix=f"pass --load-session {source}")  # fmt: skip
+        names = list(opened.keys())
+        latents = opened.get_tensor(LATENTS) if LATENTS in names else None
     return latents, names
 
 
@@ -126,7 +149,8 @@ def _checked(source: Path, latents: Tensor | None, names: list[str], preset: Pre
     if not good or not _is_whole(frames.shape[1], preset) or not frames.is_floating_point():
         raise LongtakeError(f"the latents in {source} do not fit", got=f"{latents.dtype} {tuple(latents.shape)}",
                             expected=expected, fix="encode the clip with this preset's VAE, or pass the video")  # fmt: skip
+    frames = frames.float()  # first: torch cannot ask numbers of 8 bits
     if not bool(frames.isfinite().all()):
         raise LongtakeError(f"the latents in {source} are not all finite", got="inf or nan", expected="numbers",
                             fix="encode the clip again")  # fmt: skip
-    return frames.float().contiguous()
+    return frames.contiguous()

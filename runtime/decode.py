@@ -19,6 +19,7 @@ from torch import Tensor
 from longtake.cuda_streams import acquire_stream
 from longtake.errors import LongtakeError
 from longtake.runtime.frames import HostRing, Staging
+from longtake.runtime.rewind import past_of
 from longtake.runtime.video_model import Decoder
 from longtake.training.models.presets import Preset
 
@@ -32,9 +33,15 @@ class Frames:
 
     def __init__(self, index: int) -> None:
         self.index, self.milliseconds, self.finished_at = index, 0.0, 0.0
+        self.told = False  # whether its error was raised to somebody
         self._done = threading.Event()
         self._frames: np.ndarray | None = None
         self._error: BaseException | None = None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the decoder raised, once it has."""
+        return self._error
 
     @property
     def ready(self) -> bool:
@@ -48,8 +55,15 @@ class Frames:
         """Wait for the frames: uint8 [T, H, W, 3]. Raises what the decoder raised."""
         self.wait()
         if self._frames is None:
-            raise self._error or LongtakeError(f"chunk {self.index} was not decoded", fix="decode it again")
+            self.raise_error()
+            raise LongtakeError(f"chunk {self.index} was not decoded", fix="decode it again")
         return self._frames
+
+    def raise_error(self) -> None:
+        """Raise what the decoder raised, if it did."""
+        if self._error is not None:
+            self.told = True
+            raise self._error
 
     def settle(self, frames: np.ndarray | None, error: BaseException | None, milliseconds: float) -> None:
         """Called once by the decode thread."""
@@ -62,24 +76,36 @@ class DecodeQueue:
     """Decodes chunks in the order they come. `submit` blocks while the queue is full: that is the back-pressure.
 
     An error belongs to the chunk it hit, and to all later ones: the decoder's state no longer fits them. It is raised
-    in the caller's thread, by `Frames.result` or by the next `submit`; `load_state` makes the queue usable again.
+    in the caller's thread, by `Frames.result` or by the next `submit`; `rewind` and `load_state` make the queue usable
+    again. decoded: the chunks before this number are. failed: the first chunk that could not be.
 
     Three streams: the generator's writes the latents, one of our own decodes them, one more copies the frames out.
     The decoder may be on another GPU than the generator; the latents are then copied over first.
     """
 
     def __init__(
-        self, decoder: Decoder, preset: Preset, source: torch.device, device: torch.device | None = None
+        self,
+        decoder: Decoder,
+        preset: Preset,
+        source: torch.device,
+        device: torch.device | None = None,
+        past_latents: int | None = None,
     ) -> None:
-        """`source`: where the latents come from. `device`: the decoder's, the same if None."""
+        """`source`: where the latents come from. `device`: the decoder's, the same if None. `past_latents`: see
+        `rewind.past_of`."""
         self.decoder, self.source, self.device = decoder, source, device or source
         frames = preset.vae.stride[0]
         pixels = (preset.height, preset.width, 3)
         self._most = max(preset.frames_of(0), preset.chunk_latents)
         self._ring = HostRing((frames * self._most, *pixels), pinned=self.device.type == "cuda")
         self._staging = Staging(self.device, (frames, *pixels))
-        self._jobs: queue.Queue[tuple[Frames, Tensor, torch.cuda.Event | None] | None] = queue.Queue(QUEUE_LENGTH)
-        self._error: BaseException | None = None
+        self._jobs: queue.Queue[tuple[Frames, Tensor | None, torch.cuda.Event | None] | None] = queue.Queue(
+            QUEUE_LENGTH
+        )
+        self.failed: Frames | None = None
+        self.decoded = 0
+        self._past = past_of(decoder, past_latents)
+        self._rewind_to: int | None = None
         self._last: Frames | None = None
         self._stream = acquire_stream(self.device, self) if self.device.type == "cuda" else None
         self._hand_over = acquire_stream(source, self) if self._stream and self.device != source else None
@@ -90,28 +116,42 @@ class DecodeQueue:
         self._thread.start()
 
     def submit(self, index: int, latents_BFCHW: Tensor) -> Frames:
-        """Queue chunk `index`, fp32 [1, F, C, H, W]; asking again for the last one returns the same frames."""
-        if self._last is not None and self._last.index == index:
-            return self._last
+        """Queue chunk `index`, fp32 [1, F, C, H, W], in place of what was submitted for it and for later ones before."""
         self.raise_error()
+        self.rewind(index)
         ready = None
         if self._stream is not None:
             # The latents are written on the generator's stream: decoding must wait for this point of it.
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self.source))
-        frames = Frames(index)
+        return self._put(Frames(index), latents_BFCHW, ready)
+
+    def _put(self, frames: Frames, latents: Tensor | None, ready: torch.cuda.Event | None) -> Frames:
         with self._closing:
             if self._closed:
-                raise LongtakeError(f"chunk {index} cannot be decoded", got="a session that was closed meanwhile",
+                raise LongtakeError(f"chunk {frames.index} cannot be decoded", got="a session that was closed meanwhile",
                                     expected="an open one", fix="load the saved session, or start a new one")  # fmt: skip
-            self._jobs.put((frames, latents_BFCHW, ready))
-        self._last = frames
+            before, self._last = self._last, frames  # an interrupt may come once it is queued
+            try:
+                self._jobs.put((frames, latents, ready))
+            except BaseException:
+                if not any(job and job[0] is frames for job in list(self._jobs.queue)):
+                    self._last = before
+                raise
         return frames
+
+    def rewind(self, index: int) -> None:
+        """Forget what was submitted from chunk `index` on; what comes next is decoded as if that had never been."""
+        if self._last is None or (self._last.index < index and self.failed is None):
+            return
+        self._last.wait()
+        self._rewind_to = index if self._rewind_to is None else min(index, self._rewind_to)
+        self.decoded, self.failed, self._last = min(self.decoded, index), None, None
 
     def raise_error(self) -> None:
         """Raise the error that broke decoding, if one did."""
-        if self._error is not None:
-            raise self._error
+        if self.failed is not None:
+            self.failed.raise_error()
 
     def drain(self) -> None:
         """Wait until everything submitted is decoded; raises a decode error."""
@@ -121,6 +161,7 @@ class DecodeQueue:
     def state(self) -> list[Tensor]:
         """The decoder's feature caches, copied, after everything submitted."""
         self.drain()
+        self._settle()
         copies = [tensor.detach().clone() for tensor in self.decoder.state()]
         self._settle_second_gpu()
         return copies
@@ -131,8 +172,21 @@ class DecodeQueue:
             self._last.wait()
         # Copied on the caller's stream, after the decode thread's last use and before the event of the next `submit`.
         self.decoder.load_state(tensors)
+        self._past.begin(tensors)
         self._settle_second_gpu()
-        self._error = self._last = None
+        self.failed = self._last = self._rewind_to = None
+        self.decoded = 0
+
+    def _settle(self) -> None:
+        """Go back now to where the next chunk would."""
+        if self._rewind_to is None:
+            return
+        if self._closed:  # its thread has ended
+            self._go_back()
+            return
+        frames = self._put(Frames(self._rewind_to - 1), None, None)
+        frames.wait()
+        frames.raise_error()
 
     def _settle_second_gpu(self) -> None:
         """Wait for what the caller enqueued on the decoder's GPU: the event of `submit` is one of the generator's GPU."""
@@ -160,17 +214,48 @@ class DecodeQueue:
             frames, latents, ready = job
             start = time.perf_counter()
             result: np.ndarray | None = None
-            if self._error is None and self._discard:
-                self._error = LongtakeError(f"chunk {frames.index} was not decoded", got="a session that was closed",
-                                            fix="load the saved session and generate it again")  # fmt: skip
-            if self._error is None:
+            error = self._earlier_error(frames)
+            if error is None:
                 try:
-                    result = self._decode(latents, ready)
-                except BaseException as error:  # noqa: BLE001  (it is raised again in the caller's thread)
+                    self._go_back()
+                    if latents is not None:
+                        self._past.before(frames.index)
+                        result = self._decode(latents, ready)
+                        self._past.after(frames.index, latents)
+                        self.decoded = frames.index + 1
+                except BaseException as raised:  # noqa: BLE001  (it is raised again in the caller's thread)
                     log.debug("decoding chunk %d failed", frames.index, exc_info=True)
-                    self._error = error
-            frames.settle(result, self._error, 1e3 * (time.perf_counter() - start))
+                    error = raised
+            if error is not None and self.failed is None:
+                self.failed = frames
+            frames.settle(result, error, 1e3 * (time.perf_counter() - start))
             del job, latents
+
+    def _earlier_error(self, frames: Frames) -> BaseException | None:
+        if self.failed is None and self._discard:
+            return LongtakeError(
+                f"chunk {frames.index} was not decoded",
+                got="a session that was closed",
+                fix="load the saved session and generate it again",
+            )
+        return self.failed.error if self.failed is not None else None
+
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        """Do what `rewind` has asked for; if it fails, it is still to be done."""
+        if self._rewind_to is not None:
+            self._past.rewind(self._rewind_to, self._replay)
+            self._rewind_to = None
+
+    def _replay(self, latents_BFCHW: Tensor) -> None:
+        """Decode for the sake of the state alone."""
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self.source))
+        with self._on_own_stream(latents_BFCHW, ready) as latents:
+            for latent in latents.unbind(1):
+                self.decoder.decode(latent.contiguous())
 
     @torch.no_grad()
     def _decode(self, latents_BFCHW: Tensor, ready: torch.cuda.Event | None) -> np.ndarray:

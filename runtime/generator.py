@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.formats.memory import Budget
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.camera import CameraPosition
+from longtake.runtime.clip import latents_from_clip, latents_from_frames
+from longtake.runtime.sampling import OnStep
 from longtake.runtime.session import Session
 from longtake.runtime.session_inputs import Embeddings, Noise, SessionInputs, Tokenize
 from longtake.runtime.session_options import Sampling, SessionOptions
@@ -74,10 +78,13 @@ class Generator:
             LongtakeError: nothing is there, the name is unknown, or the GPU's memory does not suffice.
             UnavailableError: the backend asked for cannot run here.
             IntegrityError: a file is damaged or was swapped.
+            GateError: the export failed its comparison with PyTorch, and `opening.force` isn't given.
         """
         from longtake.training.models.text.words import tokenizer_for
 
         source = source_from_name(engines)
+        if line := source.checked.require(source.onnx, opening.force):
+            opening.say(line)
         if checkpoints is not None:
             source = replace(source, checkpoints=require_checkpoints(checkpoints))
         tokenizer = tokenizer_for(source.recipe.model, source.vocabulary, source.onnx)
@@ -89,6 +96,7 @@ class Generator:
 
         told = replace(opening, announce=announce)
         opened = backend_from_source(source, backend, device, decode_device, told)
+        opened.made_of = {"model": source.model, "export": vars(source.checked)}
         return cls(opened, tokenizer, announced[0] if announced else None, source.sampling)
 
     @classmethod
@@ -148,13 +156,15 @@ class Generator:
         image: Picture | None = None,
         continue_from: Clip | None = None,
         clip: Script | None = None,
+        on_step: OnStep | None = None,
         view: View = NO_VIEW,
     ) -> Session:
         """Start a video.
 
         Args:
-            script: a story, the path of one, segments, or a list of prompts, one a chunk; a prompt that begins with
-                CUT_PREFIX ("The scene transitions. ") is a cut.
+            script: a prompt, for `chunks` chunks; a list of prompts, one a chunk; a story, segments, the path of a story
+                (a string that ends in .yaml or .json) or the name of a shipped one. A prompt that begins with CUT_PREFIX
+                ("The scene transitions. ") is a cut.
             seed, steps, guidance, negative_prompt: override the story's, which override the preset's.
             sampling: steps and guidance, timesteps, shift and solver in one; takes the place of `steps` and `guidance`.
             noise: of chunks in place of the seed's: a function of a chunk's index that gives [1, F, C, H, W], or one tensor,
@@ -164,11 +174,14 @@ class Generator:
             chunks: total length; longer than the script continues its last prompt, shorter ends it early.
             decode: False yields latents only.
             endless: go on with the last prompt when the script ends.
-            image: a picture, file or uint8 [H, W, 3], that is the first frame; overrides the story's.
+            image: a picture that is the first frame, as a file, a PIL image or an array (uint8, or floats in 0..1; RGB, RGBA
+                or grey); overrides the story's.
             continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's.
                 Its chunks are taken in before this returns: the first chunk that comes is the first new one.
             clip: what is seen in that clip; cut short or continued to its length (default: the story's, else what the
                 first prompt of `script` says).
+            on_step: is called after every denoise step, in the thread that asked for the chunk, with a `Step`: its
+                `preview` are the latents as they seem by then, its `cancel` ends the chunk.
             view: where the camera goes, of a model with cameras; what it leaves open is the story's.
 
         Raises:
@@ -183,10 +196,12 @@ class Generator:
         options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
-        inputs.check(preset, segments, options.negative_prompt if options.guided else None)
+        negative = options.negative_prompt if options.guided else None
+        inputs.check(preset, segments, negative)
+        inputs.check_words(self._tokenize, segments, negative)
         camera = self._camera(view, start, segments, endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
-        session = Session(self.model, self._tokenize, segments, options, first, inputs, camera)
+        session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
         if clip_latents is not None:
             take_in(session, clip_latents, start.segments)
         return session
@@ -239,6 +254,30 @@ class Generator:
             timesteps=timesteps,
             **how,
         )
+
+    def __repr__(self) -> str:
+        preset, backend = self.backend.preset, self.backend
+        name = str(backend.made_of.get("model") or preset.name)
+        state = "closed" if self.model.closed else f"{backend.name} backend on {backend.device}"
+        return f"<Generator {name}@{backend.recipe.name}: {state}, {preset.width}x{preset.height} at {preset.fps} a second>"
+
+    @property
+    def fps(self) -> int:
+        """Video frames a second."""
+        return self.backend.preset.fps
+
+    def encode(self, video: Path | str | np.ndarray[Any, Any]) -> Tensor:
+        """Latents fp32 [1, F, C, h, w] of frames: uint8 [T, H, W, 3] at the model's rate, or a video file.
+
+        Frames are resized; of what is not a whole number of chunks the end is left out. `session(continue_from=...)`
+        and `feed` take the latents.
+
+        Raises:
+            LongtakeError: too short, not frames, or the model cannot encode.
+        """
+        if isinstance(video, np.ndarray):
+            return latents_from_frames(video, self.model)
+        return latents_from_clip(video, self.model)
 
     def load_session(
         self,

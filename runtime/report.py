@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import torch
 
 from longtake.files import write_json
 from longtake.formats.memory import Budget
-from longtake.provenance import commit, cpu_name, versions
+from longtake.provenance import origin
 from longtake.runtime.backends.base import Backend
 from longtake.training.models.presets import Preset
 
@@ -27,6 +24,8 @@ class Report:
     of the whole run, from the first chunk's start to the last frame on the host ("end_to_end"); warm-up included.
     first_chunk_s: from the start to the first frames on the host. stage_ms: mean milliseconds a chunk.
     peak_gb: peak memory in GB of 10^9 bytes; peak_of says which memory. against, ratio: for a comparison.
+    checkpoint: its name and the digests of its parts. export: its state, and why where it is not "passed".
+    prompts: of the video, each once. story: the file. rerun_with: a command that does the same.
     decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
     "apart"; see longtake/formats/memory.py), None on a CPU.
     """
@@ -57,6 +56,11 @@ class Report:
     peak_of: str
     decode_device: str = ""
     budget: dict[str, Any] | None = None
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    story: str | None = None
+    rerun_with: str = ""
     complete: bool = True
     output: str | None = None
     against: dict[str, Any] = field(default_factory=dict)
@@ -76,16 +80,14 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
     preset: Preset = backend.preset
     on_gpu = backend.device.type == "cuda"
     return {
-        "command": command_line(),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(),
+        "checkpoint": {"name": backend.made_of.get("model", ""), "digests": dict(backend.weights)},
+        "export": dict(backend.made_of.get("export", {})),
         "preset": preset.name,
         "recipe": backend.recipe.name,
         "backend": backend.name,
         "reason": backend.reason,
         "gpu": torch.cuda.get_device_name(backend.device) if on_gpu else None,
-        "cpu": cpu_name(),
-        "versions": versions(),
         "resolution": f"{preset.width}x{preset.height}",
         "chunk_latents": preset.chunk_latents,
         "window_latents": preset.chunk_latents * preset.window_chunks,
@@ -96,18 +98,12 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
     }
 
 
-def command_line() -> str:
-    """The command that is running, as one would type it."""
-    program = Path(sys.argv[0]).name
-    program = "longtake" if program in ("longtake", "__main__.py") else program
-    return shlex.join([program, *sys.argv[1:]])
-
-
 def table(report: Report) -> str:
     """The report as a few lines for people."""
     rows = [
         ("backend", f"{report.backend}: {report.reason}"),
         ("recipe", f"{report.recipe} (preset {report.preset})"),
+        ("model", _model(report)),
         ("machine", report.gpu or report.cpu),
         ("video", f"{report.frames} frames in {report.chunks} chunks at {report.resolution}"
                   + ("" if report.complete else "; interrupted")),
@@ -119,6 +115,14 @@ def table(report: Report) -> str:
                         + (f"; {report.budget['total_gb']:.2f} GB announced" if report.budget else "")),
     ]  # fmt: skip
     return "\n".join(f"  {name:16} {value}" for name, value in rows)
+
+
+def _model(report: Report) -> str:
+    name, digests = report.checkpoint.get("name", ""), report.checkpoint.get("digests", {})
+    told = " ".join(f"{kind} {digest[:12]}" for kind, digest in digests.items())
+    state, why = report.export.get("state", ""), report.export.get("why", "")
+    export = f"export {state}" + (f" ({why})" if why else "") if state else ""
+    return ", ".join(part for part in (name, told, export) if part) or "-"
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,8 @@ Legend: B = 1, F latent frames of a chunk, C latent channels, H, W sizes.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +29,28 @@ class CancelledError(Exception):
     """`Session.cancel` was called while a chunk was being generated; the session is as it was before the chunk."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """A denoise step that was just made. index: within the chunk, of `steps`. timestep: the one it started from.
+
+    preview: what the model takes the clean latents for by now, fp32 [1, F, C, H, W]; a tensor of its own.
+    """
+
+    chunk: int
+    index: int
+    steps: int
+    timestep: float
+    preview: Tensor = field(repr=False)
+    _stop: threading.Event = field(repr=False)
+
+    def cancel(self) -> None:
+        """End the chunk before the next pass: what asked for it gets CancelledError, the session is as it was before."""
+        self._stop.set()
+
+
+OnStep = Callable[[Step], object]
+
+
 class ChunkSampler:
     """Takes a session's chunks from noise to latents. `cancelled` is looked at before every pass, and cleared once seen."""
 
@@ -37,7 +61,9 @@ class ChunkSampler:
         state: SessionState,
         options: SessionOptions,
         cancelled: threading.Event,
+        on_step: OnStep | None = None,
     ) -> None:
+        self.on_step = on_step
         self.model, self.conditioner, self.state = model, conditioner, state
         self.options, self.cancelled = options, cancelled
 
@@ -45,11 +71,20 @@ class ChunkSampler:
         """Noise to latents, fp32 [1, C, F, H, W]. `first`, [1, C, H, W], stays latent 0, at timestep 0."""
         sample, solver = conditions.noise_BCFHW, self.options.new_solver()
         pin(sample, first)
-        for timestep in self.options.schedule.timesteps:
+        schedule = self.options.schedule
+        for index, timestep in enumerate(schedule.timesteps):
             times = self.conditioner.times(chunk, timestep, clean_frames=0 if first is None else 1)
             inputs = {**conditions.fixed, **times, **slots}
-            sample = solver.step(self._guided_velocity(chunk, sample, conditions, inputs), sample)
+            velocity = self._guided_velocity(chunk, sample, conditions, inputs)
+            preview = None if self.on_step is None else sample - float(schedule.sigmas[index]) * velocity
+            sample = solver.step(velocity, sample)
             pin(sample, first)
+            if self.on_step is not None and preview is not None:
+                pin(preview, first)
+                step = Step(
+                    chunk, index, len(schedule.timesteps), float(timestep), preview.transpose(1, 2), self.cancelled
+                )
+                self.on_step(step)
         return sample
 
     def commit(self, chunk: int, sample: Tensor, conditions: Conditions, slots: Tensors) -> None:

@@ -19,18 +19,20 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
+from longtake.out_of_memory import is_out_of_memory
 from longtake.runtime.camera import CameraPosition, steer_from
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner
 from longtake.runtime.decode import DecodeQueue
-from longtake.runtime.sampling import ChunkSampler
+from longtake.runtime.sampling import ChunkSampler, OnStep
 from longtake.runtime.session_inputs import OWN, SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
 from longtake.runtime.state import Edit, Position, SessionState, with_edit
 from longtake.runtime.story import Segment, checked_chunks, checked_prompt
-from longtake.runtime.video_model import VideoModel
+from longtake.runtime.undecoded import HandedOver, Undecoded
+from longtake.runtime.video_model import NetworkDecoder, VideoModel
 from longtake.training.models.family import Plan
 from longtake.training.models.sana_wm.actions import Walk
 
@@ -46,6 +48,7 @@ class Session:
         options: SessionOptions,
         first_latent: Tensor | None = None,
         inputs: SessionInputs = OWN,
+        on_step: OnStep | None = None,
         camera: CameraPosition | None = None,
     ) -> None:
         """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None.
@@ -56,20 +59,27 @@ class Session:
         self._conditioner = Conditioner(model, embedding, noise, negative, options.schedule.timesteps)
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
-        self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled)
+        self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
         self._position = Position(script, model.family.start(model.preset), camera=camera)
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
         self._decoding = self._new_queue() if options.decode else None
         if self._decoding:
             # A session that is dropped without `close` must not leave its thread (and the decoder's memory) behind.
             weakref.finalize(self, self._decoding.close)
+        self._undecoded = Undecoded()
         self._lock = threading.Lock()  # of the position, held for a moment
         self._using = threading.Lock()  # held while a chunk is made: its state has one user
         self._busy = self._scripted = self._closed = False
 
+    def __repr__(self) -> str:
+        here, state = self._position, "closed" if self._closed else "open"
+        return f"<Session {state}: chunk {here.chunk} is next, {self.remaining} left, prompt {here.prompt!r:.60}>"
+
     def _new_queue(self) -> DecodeQueue:
         model = self.model
-        return DecodeQueue(model.decoder(), model.preset, model.device, model.backend.decode_device)
+        decoder = model.decoder()
+        past = decoder.past_latents if isinstance(decoder, NetworkDecoder) else None
+        return DecodeQueue(decoder, model.preset, model.device, model.backend.decode_device, past)
 
     # ---- the chunk loop ------------------------------------------------------------------------------------------
 
@@ -90,7 +100,7 @@ class Session:
 
     @contextmanager
     def _turn(self, wanted: str, closed: bool = False, decoder_error: bool = True) -> Iterator[None]:
-        """Be the session's only user. `closed`: it may be closed. `decoder_error`: one of earlier chunks is raised."""
+        """Be the session's only user. `closed`: it may be closed. `decoder_error`: one that nobody was told is raised."""
         if not self._using.acquire(blocking=False):
             raise LongtakeError(f"the session is busy with chunk {self.next_index}", got=f"a call for {wanted}",
                                 expected="one caller at a time",
@@ -98,11 +108,31 @@ class Session:
         try:
             if not closed:
                 self._require_open(wanted)
-            if self._decoding and decoder_error:
-                self._decoding.raise_error()
+            if self._decoding:
+                self._settle(self._decoding, decoder_error)
             yield
         finally:
             self._using.release()
+
+    def _settle(self, decoding: DecodeQueue, tell: bool) -> None:
+        """Go back to before a chunk that could not be decoded, or that was handed over but not committed; then `tell`
+        the decoder's error, if nobody was told of it."""
+        if (failed := decoding.failed) is not None:
+            with self._lock:
+                self._position = self._undecoded.position_before(failed.index, self._position)
+        self._undecoded.settle(decoding.decoded, self._position)
+        decoding.rewind(self._position.chunk)
+        if failed is not None and tell and not failed.told:
+            failed.raise_error()
+
+    def _look_back(self) -> None:
+        """`_settle` if a decoder's error was told, unless the session is in use."""
+        failed = self._decoding.failed if self._decoding else None
+        if failed is not None and failed.told and self._using.acquire(blocking=False):
+            try:
+                self._settle(self._decoding, tell=False)  # type: ignore[arg-type]
+            finally:
+                self._using.release()
 
     def _require_open(self, wanted: str) -> None:
         if self._closed or self.model.closed:
@@ -125,6 +155,13 @@ class Session:
             raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted,
                                 fix=f"cut the video into chunks of {frames} latents")  # fmt: skip
         with self._turn("a chunk that is given"):
+            if self._position.chunk in self._undecoded.kept:
+                raise LongtakeError(
+                    f"chunk {self._position.chunk} has yet to be decoded",
+                    got="another one for its place",
+                    expected="a call for the next chunk",
+                    fix="call next(session) first",
+                )
             segment = Segment(checked_prompt(prompt, "the clip's prompt"), 1, cut and self._position.chunk > 0)
             with self._lock:
                 self._busy, self._scripted = True, False
@@ -134,10 +171,12 @@ class Session:
     def _attempt(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
         try:
             return self._generate(segment, given_BCFHW)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:  # ONNX Runtime's errors are RuntimeErrors, torch's are
+            if not is_out_of_memory(error):
+                raise
             raise LongtakeError(
                 f"out of memory in chunk {self._position.chunk}; the session is as it was",
-                got=str(error).splitlines()[0],
+                got=(str(error).splitlines() or [type(error).__name__])[0],
                 fix="free device memory and go on, or turn guidance off (--guidance 1), which halves the cache",
             ) from error
         finally:
@@ -151,22 +190,26 @@ class Session:
         slots = self.model.slots(plan)
         shot = here.shot + segment.cut
         first = self._first if here.chunk == 0 else None
+        kept = self._undecoded.kept.get(here.chunk)
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
             *cameras, walk = here.camera.take(self.model.preset, here.chunk) if here.camera else (None,)
-            seen = (cameras[0], cameras[1]) if cameras else None
-            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, seen)
+            seen = ((cameras[0], cameras[1]),) if cameras else ()
+            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *seen)
         with clock.stage("denoise"):
-            sample = given_BCFHW
+            sample = kept.transpose(1, 2) if kept is not None else given_BCFHW
             if sample is None:
                 sample = self._sampler.denoise(here.chunk, conditions, slots, first)
         with clock.stage("clean"):
-            self._sampler.commit(here.chunk, sample, conditions, slots)
+            if kept is None:  # else its K/V are written already
+                self._sampler.commit(here.chunk, sample, conditions, slots)
         self._synchronize()  # a device fault must show before the commit, not after it
         latents = sample.transpose(1, 2).contiguous()
         frames = self._decoding.submit(here.chunk, latents) if self._decoding else None
-        self._commit(segment, plan, generated=given_BCFHW is None, walk=walk)
-        return Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, clock.milliseconds())
+        times = clock.milliseconds()
+        chunk = Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, times)
+        self._commit(segment, plan, latents, generated=given_BCFHW is None, walk=walk)
+        return chunk
 
     def _begin(self) -> Segment | None:
         with self._lock:
@@ -174,10 +217,14 @@ class Session:
             self._busy, self._scripted = segment is not None, bool(self._position.script)
         return segment
 
-    def _commit(self, segment: Segment, plan: Plan, generated: bool, walk: Walk | None) -> None:
+    def _commit(self, segment: Segment, plan: Plan, latents: Tensor, generated: bool, walk: Walk | None) -> None:
+        """What was handed over counts from here on; until then, the next turn takes it back."""
         with self._lock:
+            after = self._position.after(segment, plan.after, generated, self._scripted, walk)
+            if self._decoding:
+                self._undecoded.add(HandedOver(self._position, after, latents))
             # One assignment: an interrupt leaves either the old position or the new one.
-            self._position = self._position.after(segment, plan.after, generated, self._scripted, walk)
+            self._position = after
             self._busy = False
 
     def _synchronize(self) -> None:
@@ -189,12 +236,14 @@ class Session:
     @property
     def next_index(self) -> int:
         """Index of the next chunk to be committed."""
+        self._look_back()
         return self._position.chunk
 
     @property
     def remaining(self) -> int:
         """Chunks the script still holds."""
-        return sum(segment.chunks for segment in self._position.script)
+        self._look_back()
+        return self._position.left
 
     def change_prompt(self, prompt: str) -> int:
         """Switch the prompt at the next chunk boundary, without a cut. Returns the index of the first chunk it shapes.
@@ -257,6 +306,7 @@ class Session:
     def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
         """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""
         chunks = checked_chunks(chunks)
+        self._look_back()
         with self._lock:
             self._require_open("more chunks")
             here = self._position
@@ -269,10 +319,12 @@ class Session:
         self._cancelled.set()
 
     def _edit(self, prompt: str | None, cut: bool) -> int:
+        self._look_back()
         with self._lock:
             self._require_open("a live change")
-            at = self._position.chunk + self._busy
-            if self.remaining == (self._busy and self._scripted) and not self.options.endless:
+            at = max(self._position.chunk + self._busy, self._undecoded.first_free)
+            before = at - self._position.chunk - (self._busy and not self._scripted)
+            if self._position.left <= before and not self.options.endless:
                 raise LongtakeError(f"the script ends before chunk {at}", got="a live change that nothing would show",
                                     expected="a chunk still to come",
                                     fix="call extend first, or start the session with endless=True")  # fmt: skip
@@ -303,6 +355,7 @@ class Session:
         decoder = self._decoding.state() if self._decoding else []
         tensors = {name: tensor.detach().clone() for name, tensor in self._state.tensors().items()}
         tensors |= {f"decoder.{i}": tensor for i, tensor in enumerate(decoder)}
+        tensors |= self._undecoded.tensors()
         if self._first is not None and self._position.chunk == 0:
             tensors[FIRST_LATENT] = self._first.clone()
         return Snapshot(self.identity, self._position, tensors)
@@ -324,6 +377,7 @@ class Session:
                 self._decoding.load_state(decoder)
             first = snapshot.tensors.get(FIRST_LATENT)
             self._first = None if first is None else first.to(self.model.device, torch.float32)
+            self._undecoded.load(snapshot.tensors)
             with self._lock:
                 self._position = snapshot.position
 

@@ -18,6 +18,7 @@ from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import Preset
+from longtake.training.models.text.words import Tokenizer
 from longtake.training.models.wan.prompts import CUT_PREFIX
 
 Tokenize = Callable[[list[str], int], Tensor]
@@ -45,6 +46,18 @@ class SessionInputs:
             texts += [segment.prompt for segment in script if segment.chunks > 1]
             for text in texts if negative is None else [*texts, negative]:
                 self._embedding(preset, text)
+
+    def check_words(self, tokenize: Tokenize, script: Sequence[Segment], negative: str | None) -> None:
+        """Say once how many words of `script` are unknown to a small text encoder.
+
+        Raises:
+            LongtakeError: most words of a prompt are.
+        """
+        if self.embeddings is None and isinstance(tokenize, Tokenizer):
+            texts = [*dict.fromkeys(segment.prompt for segment in script), *([negative] if negative else [])]
+            tokenize.check(texts)
+            for text in texts:
+                tokenize.check([text])
 
     def noise_of(self, preset: Preset, seed: int) -> Callable[[int], Tensor]:
         """Noise of a chunk, fp32 [1, F, C, H, W], on the CPU."""

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import atomic_path, require_disk
-from longtake.record import Kind, record_from_json
+from longtake.files import atomic_path, json_value, require_disk
+from longtake.record import UNFIT, Kind, record_from_json
 from longtake.runtime.state import Position, position_from_json
+from longtake.runtime.undecoded import KEPT
+from longtake.tensor_file import tensors_in
 from longtake.training.models.families import family_named
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ FORMAT = "longtake-session"
 KIND = Kind("a saved session", "--save-session", "start a new session", format=3, oldest=1)
 OLD_NAME = re.compile(r"(positive|negative)\.(\d+)\.(\d+)")  # of version 1: side, layer, number within the layer
 FIRST_LATENT = "first_latent"  # tensor of a session that has yet to generate the chunk that starts from a picture
+UNREADABLE, FIX = "is no readable saved session", "pass a file written by --save-session, or start a new session"
+MOST_STEPS = 1000
 NOISE = 1  # version of conditions.noise_for_chunk: another one would continue with other noise
 
 
@@ -57,7 +60,8 @@ class Identity:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session's state. Tensors are copies: "positive.NAME", "negative.NAME" (the model's state), "decoder.I", FIRST_LATENT."""
+    """A session's state. Tensors are copies: "positive.NAME", "negative.NAME" (the model's state), "decoder.I", FIRST_LATENT,
+    and latents "kept.CHUNK" (see undecoded.py)."""
 
     identity: Identity
     position: Position
@@ -99,7 +103,9 @@ def _check_same_weights(have: Mapping[str, str], want: Mapping[str, str]) -> Non
 def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
     """Copy the state's tensors of `snapshot` over `into`, in place; the dtype may differ between backends."""
     given = {
-        name: t for name, t in snapshot.tensors.items() if not name.startswith("decoder.") and name != FIRST_LATENT
+        name: t
+        for name, t in snapshot.tensors.items()
+        if not name.startswith(("decoder.", KEPT)) and name != FIRST_LATENT
     }
     if given and all(map(OLD_NAME.fullmatch, given)):
         given = _renamed(given, into)
@@ -152,21 +158,22 @@ def snapshot_from_file(path: Path | str) -> Snapshot:
     source = Path(path)
     if not source.is_file():
         raise LongtakeError(f"saved session {source} does not exist", fix="check the path")
-    try:
-        with safe_open(str(source), "pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise IntegrityError(
-            f"{source} is no readable saved session", got=str(error), expected="a file from --save-session"
-        ) from None
+    with tensors_in(source, UNREADABLE, FIX) as opened:
+        header = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if header.get("format") != FORMAT:
         raise IntegrityError(f"{source} is not a saved session", got=header.get("format", "another safetensors file"),
                              expected=FORMAT, fix="pass a file written by --save-session")  # fmt: skip
     if header.get("sha256") != _digest(header.get("session", ""), tensors):
         raise IntegrityError(f"{source} was altered after it was saved", got="a wrong digest",
                              expected="the digest in its header", fix="save the session again")  # fmt: skip
-    return _snapshot_from_json(source, json.loads(header["session"]), tensors)
+    try:
+        return _snapshot_from_json(source, json_value(header["session"]), tensors)
+    except UNFIT as error:
+        got = str(error) if isinstance(error, TypeError | ValueError) else repr(error)
+        raise IntegrityError(
+            f"{source} {UNREADABLE}", got=got[:300], expected="what --save-session writes", fix=FIX
+        ) from None
 
 
 def _snapshot_from_json(source: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
@@ -175,5 +182,9 @@ def _snapshot_from_json(source: Path, about: dict[str, Any], tensors: dict[str, 
         raise LongtakeError(f"{source} was saved by another version of longtake", got=f"noise {about.get('noise')}",
                             expected=f"noise {NOISE}", fix=KIND.remake)  # fmt: skip
     identity = record_from_json(Identity, about["identity"])
+    if not 1 <= identity.steps <= MOST_STEPS or identity.shift <= 0:
+        raise ValueError(f"steps {identity.steps}, shift {identity.shift}")
     position = position_from_json(about["position"], family_named(identity.family).marker)
-    return Snapshot(identity, position, tensors)
+    snapshot = Snapshot(identity, position, tensors)
+    snapshot.decoder_tensors()  # KeyError for one that is left out
+    return snapshot

@@ -6,17 +6,18 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.formats.bundle import Bundle
-from longtake.formats.exported import Export
+from longtake.formats.exported import UNRECORDED, Checked, Export
 from longtake.formats.memory import Budget, RecordedTerm, Use
-from longtake.formats.recipe import Recipe, recipe_named, recipe_names
+from longtake.formats.model_name import asked_for, folder_of, home, known_names, made_by, names_with
+from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
 from longtake.machine.capability import Choice, backend_for
 from longtake.machine.machine import machine_here
-from longtake.paths import ENGINES, EXPORTS
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.measured import record_arenas
@@ -25,7 +26,7 @@ from longtake.training.models.presets import SamplingConfig
 
 log = logging.getLogger(__name__)
 
-BUILD_FIX = "run `make export engines`, or pass a folder with --engines"
+BUILD_FIX = "longtake export --model tiny-4step, then longtake engines --model tiny-4step; or pass a folder of engines"
 ORACLE = "torch"  # PyTorch itself, for checks and tests; not among the backends a user is offered
 BACKEND_NAMES = ("auto", "fused", "segmented", "reference")
 
@@ -37,6 +38,7 @@ class Source:
     checkpoints: where a text or VAE encoder that was not exported is loaded from; None for the preset's own folder.
     sampling: how this checkpoint is sampled (a student in few steps, without guidance); None: as the preset says.
     weights: see `Backend.weights`. memory: what the engines take on a GPU, where their bundle records it.
+    checked: whether the export was compared with PyTorch. model: its name.
     """
 
     recipe: Recipe
@@ -47,13 +49,15 @@ class Source:
     sampling: SamplingConfig | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
     memory: tuple[RecordedTerm, ...] = ()
+    checked: Checked = UNRECORDED
+    model: str = ""
 
 
 def source_from_name(name: Path | str | None) -> Source:
-    """Find the files of `name`: a folder of engines, a folder of exported networks, or a recipe.
+    """Find the files of `name`: a folder of engines or of exported networks, a model, MODEL@RECIPE, or a recipe.
 
     Raises:
-        LongtakeError: there is no such thing; says what would make it.
+        LongtakeError: there is no such thing, or several; says what would make it.
     """
     if name is None:
         return _best_source()
@@ -62,27 +66,61 @@ def source_from_name(name: Path | str | None) -> Source:
         return source_from_bundle(folder)
     if Export.is_in(folder):
         return _source_from_export(folder)
-    if folder.is_dir():
+    if folder.is_dir() and not (folder / "dit.safetensors").is_file():
         raise LongtakeError(f"folder {folder} holds no engines", got="neither bundle.json nor export.json",
                             expected="a folder made by `longtake engines` or `longtake export`", fix=BUILD_FIX)  # fmt: skip
-    recipe = recipe_named(str(name))
-    found = source_of_recipe(recipe)
+    asked = asked_for(str(name))
+    if asked.model is None and asked.recipe is not None:
+        found = source_of_recipe(asked.recipe)
+        if found is None:
+            raise _nothing(asked.recipe.name, asked.recipe, _default_name(asked.recipe))
+        return found
+    assert asked.model is not None
+    recipe = asked.recipe or recipe_named(recipe_for(machine_here().compute_capability, asked.model.preset))
+    found = _source_in(folder_of(asked.model.name, recipe), recipe)
     if found is None:
-        raise LongtakeError(f"nothing is built for recipe {recipe.name}",
-                            got=f"neither {ENGINES / recipe.name} nor {EXPORTS / recipe.onnx_name}",
-                            fix=f"make export engines RECIPE={recipe.name}")  # fmt: skip
+        raise _nothing(f"model {asked.model.name} and recipe {recipe.name}", recipe, asked.model.name)
     return found
 
 
+def _default_name(recipe: Recipe) -> str:
+    return Path(recipe.model.checkpoints).name
+
+
+def _nothing(what: str, recipe: Recipe, model: str) -> LongtakeError:
+    each = f"--model {model} --recipe {recipe.name}"
+    return LongtakeError(
+        f"nothing is built for {what}",
+        got=f"no export and no engines in {folder_of(model, recipe)}",
+        expected="networks that were exported, or engines built from them",
+        fix=f"longtake export {each}, then longtake engines {each}",
+    )
+
+
 def source_of_recipe(recipe: Recipe) -> Source | None:
-    """What is built for a recipe, else what is exported for it, in the project's own folders; None if neither."""
-    if (ENGINES / recipe.name / "bundle.json").is_file():
-        source = source_from_bundle(ENGINES / recipe.name)
+    """What is built or exported for a recipe, of the only model that has it; None if none has.
+
+    Raises:
+        LongtakeError: several models have it.
+    """
+    names = [name for name in names_with(recipe.name) if name != "skeleton"]
+    if len(names) > 1:
+        raise LongtakeError(
+            f"several models are there for recipe {recipe.name}",
+            got=", ".join(names),
+            expected="one of them",
+            fix=f"name it: {names[0]}@{recipe.name}",
+        )
+    return _source_in(folder_of(names[0], recipe), recipe) if names else None
+
+
+def _source_in(folder: Path, recipe: Recipe) -> Source | None:
+    """Engines, else the export, in the folder of a model and recipe."""
+    if (folder / "engines" / "bundle.json").is_file():
+        source = source_from_bundle(folder / "engines")
         source.recipe.require_same(recipe, source.engines)
         return source
-    if Export.is_in(EXPORTS / recipe.onnx_name):
-        return _source_from_export(EXPORTS / recipe.onnx_name, recipe)
-    return None
+    return _source_from_export(folder / "onnx", recipe) if Export.is_in(folder / "onnx") else None
 
 
 def _best_source() -> Source:
@@ -90,15 +128,22 @@ def _best_source() -> Source:
     machine, fallback = machine_here(), None
     for name in recipe_names():
         recipe = recipe_named(name)
-        source = source_of_recipe(recipe)
-        if source and source.engines and backend_for(machine, recipe).backend == recipe.mode:
-            return source
-        # nvfp4 is what the models are trained with
-        if source and (fallback is None or recipe.precision == "nvfp4"):
-            fallback = source
+        models = [model for model in known_names() if made_by(folder_of(model, recipe))]
+        # of several models that of few steps: the quickest to a video
+        for model in sorted(models, key=lambda model: (model != "tiny-4step", model)):
+            source = _source_in(folder_of(model, recipe), recipe)
+            if source and source.engines and backend_for(machine, recipe).backend == recipe.mode:
+                return source
+            # nvfp4 is what the models are trained with
+            if source and (fallback is None or (recipe.precision == "nvfp4" != fallback.recipe.precision)):
+                fallback = source
     if fallback is None:
-        raise LongtakeError("no engines and no exported networks are there", got=f"nothing in {ENGINES} or {EXPORTS}",
-                            fix=BUILD_FIX)  # fmt: skip
+        raise LongtakeError(
+            "no engines and no exported networks are there",
+            got=f"nothing in {home()}",
+            expected="a model that was exported",
+            fix=BUILD_FIX,
+        )
     return fallback
 
 
@@ -121,6 +166,8 @@ def source_from_bundle(folder: Path) -> Source:
         export.sampled if export else None,
         bundle.weights or (export.weights_known if export else {}),
         bundle.memory,
+        export.checked if export else bundle.checked,
+        export.model if export else bundle.model,
     )
 
 
@@ -137,8 +184,17 @@ def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
             raise LongtakeError(f"no recipe fits the export in {folder}", got=export.onnx_name,
                                 expected=", ".join(recipe_names()))  # fmt: skip
         recipe = matching[0]
-    return Source(recipe, folder, None, export.vocabulary, export.checkpoint_folder, export.sampled,
-                  export.weights_known)  # fmt: skip
+    return Source(
+        recipe,
+        folder,
+        None,
+        export.vocabulary,
+        export.checkpoint_folder,
+        export.sampled,
+        export.weights_known,
+        checked=export.checked,
+        model=export.model,
+    )
 
 
 def require_checkpoints(folder: Path) -> Path:
@@ -155,6 +211,7 @@ class OpenOptions:
 
     guided: with classifier-free guidance (a second cache); None stands for the preset's own. encode: from a picture or
     clip. check: refuse what does not fit the memory that is free. runs: whether it will compute anything.
+    force: take an export that failed its comparison with PyTorch. say: is told what is taken unchecked.
     """
 
     guided: bool | None = None
@@ -162,6 +219,8 @@ class OpenOptions:
     check: bool = True
     runs: bool = True
     announce: Callable[[Budget], None] = lambda budget: None
+    force: bool = False
+    say: Callable[[str], None] = log.warning
 
 
 NOTHING_SPECIAL = OpenOptions()
@@ -201,10 +260,8 @@ def backend_from_source(
     _announce_memory(source, opening, generate, decode)
     from longtake.runtime.backends.trt.open import backend_from_engines
 
-    options: dict[str, object] = {} if decode is None else {"decode_device": decode}
-    if source.checkpoints is not None:
-        options["checkpoints"] = source.checkpoints
-    opened = backend_from_engines(choice.backend, source.engines, reason=choice.reason, device=generate, **options)
+    places: dict[str, Any] = {"device": generate, "decode_device": decode, "checkpoints": source.checkpoints}
+    opened = backend_from_engines(choice.backend, source.engines, reason=choice.reason, **places)
     opened.weights = source.weights
     record_arenas(source.engines, opened)
     return opened
@@ -243,7 +300,9 @@ def choose_backend(source: Source, asked: str) -> Choice:
     if choice.backend == "reference" or source.engines is not None:
         return choice
     if asked != "auto":
-        raise UnavailableError(f"backend {asked} has no plans for recipe {source.recipe.name}",
-                               got=f"only exported networks in {source.onnx}",
-                               fix=f"make engines RECIPE={source.recipe.name}")  # fmt: skip
+        raise UnavailableError(
+            f"backend {asked} has no plans for recipe {source.recipe.name}",
+            got=f"only exported networks in {source.onnx}",
+            fix=f"longtake engines --model {source.model or _default_name(source.recipe)} --recipe {source.recipe.name}",
+        )
     return Choice("reference", f"ONNX Runtime on the CPU, because no plans are built for {source.recipe.name}")

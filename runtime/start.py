@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.image import LEAST_SIDE, image_from_file, image_from_pixels, pixels_from_file
+from longtake.image import LEAST_SIDE, image_from_file, image_from_picture, image_from_pixels, pixels_from_file
 from longtake.image_cover import covering
 from longtake.runtime.clip import check_clip, latents_from_clip
 from longtake.runtime.session import Session
@@ -22,8 +23,13 @@ from longtake.runtime.story import Script, Segment, Story, fit_segments, story_f
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import Preset
 
-Picture = Path | str | np.ndarray  # a file, or uint8 [H, W, 3]
-Clip = Path | str | Tensor  # a video, a file of latents, or normalized latents fp32 [1, F, C, h, w]
+# A file; pixels, uint8 or floats in 0..1, [H, W, 3], [H, W, 4] or [H, W]; or a PIL image
+Picture: TypeAlias = "Path | str | np.ndarray[Any, Any] | Image.Image"
+# A video, a file of latents, or normalized latents fp32 [1, F, C, h, w], of torch or numpy
+Clip: TypeAlias = "Path | str | Tensor | np.ndarray[Any, Any]"
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,17 @@ class Start:
         if isinstance(self.clip, (str, Path)):
             check_clip(Path(self.clip))
 
+    def _pixels(self) -> np.ndarray:
+        """The given picture as it is, uint8 [H, W, 3]."""
+        if isinstance(self.image, (str, Path)):
+            return pixels_from_file(self.image)
+        return np.asarray(self.image if isinstance(self.image, np.ndarray) else self.image.convert("RGB"))  # type: ignore[union-attr]
+
     def picture_hw(self, preset: Preset) -> tuple[int, int]:
         """Height and width of the given picture, the video's if there is none."""
         if self.image is None:
             return preset.height, preset.width
-        pixels = self.image if isinstance(self.image, np.ndarray) else pixels_from_file(self.image)
+        pixels = self._pixels()
         return pixels.shape[0], pixels.shape[1]
 
     def encoded(self, model: VideoModel) -> tuple[Tensor | None, Tensor | None]:
@@ -61,7 +73,7 @@ class Start:
             LongtakeError: the picture or clip cannot be used, or `model` cannot encode.
         """
         try:
-            clip = latents_from_clip(self.clip, model) if isinstance(self.clip, (str, Path)) else self.clip
+            clip = latents_from_clip(self.clip, model) if isinstance(self.clip, (str, Path)) else _tensor(self.clip)
             return self._first_latent(model), clip
         finally:
             if model.device.type == "cuda":
@@ -73,10 +85,35 @@ class Start:
         size = model.preset.height, model.preset.width
         given = self.image
         if "camera" in model.family.can:
-            pixels, _ = covering(given if isinstance(given, np.ndarray) else pixels_from_file(given), *size)
+            pixels, _ = covering(self._pixels(), *size)
             return model.encoder().encode(pixels[:, None]).clone()
-        pixels = image_from_pixels(given, *size) if isinstance(given, np.ndarray) else image_from_file(given, *size)
+        if isinstance(given, np.ndarray):
+            pixels = image_from_pixels(given, *size)
+        elif isinstance(given, (str, Path)):
+            pixels = image_from_file(given, *size)
+        elif hasattr(given, "getexif"):
+            pixels = image_from_picture(given, *size)
+        else:
+            raise LongtakeError(
+                "this is not an image",
+                got=type(given).__name__,
+                expected="a path, a PIL image, or an array [H, W, 3]",
+                fix="pass one of these",
+            )
         return model.encoder().encode(pixels[:, None]).clone()
+
+
+def _tensor(clip: Any) -> Tensor | None:
+    if clip is None or isinstance(clip, Tensor):
+        return clip
+    if isinstance(clip, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(clip, np.float32))
+    raise LongtakeError(
+        "this is no clip",
+        got=type(clip).__name__,
+        expected="a path, or latents [1, F, C, h, w] of torch or numpy",
+        fix="pass one of these",
+    )
 
 
 def start_of(

@@ -12,12 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
+from longtake.record import record_from_json
 from longtake.runtime.backends.base import State
-from longtake.runtime.camera import CameraPosition, camera_from_json
+from longtake.runtime.camera import CameraPosition
 from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Marker
 from longtake.training.models.sana_wm.actions import Walk
+
+MOST = 1 << 40  # chunks
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Position:
     prompt: str = ""
     edits: tuple[Edit, ...] = ()
     camera: CameraPosition | None = None
+
+    @property
+    def left(self) -> int:
+        """Chunks the script still holds."""
+        return sum(segment.chunks for segment in self.script)
 
     def upcoming(self, endless: bool) -> Segment | None:
         """The next chunk as a segment of one chunk, live changes included; None at the end of the script."""
@@ -113,16 +121,31 @@ class Position:
 
 
 def position_from_json(given: Mapping[str, Any], marker: Callable[[Mapping[str, Any]], Marker]) -> Position:
-    """Read `Position.as_json` back; `marker` reads the slots of the model's family."""
-    return Position(
-        script=tuple(Segment(*entry) for entry in given["script"]),
-        chunk=given["chunk"],
-        shot=given["shot"],
-        prompt=given["prompt"],
-        edits=tuple(Edit(*entry) for entry in given["edits"]),
-        slots=marker(given["slots"]),
-        camera=camera_from_json(given["camera"]) if "camera" in given else None,
-    )
+    """Read `Position.as_json` back; `marker` reads the slots of the model's family.
+
+    Raises:
+        TypeError, ValueError, KeyError: it is no such description.
+    """
+    rows = {
+        "script": [dict(zip(("prompt", "chunks", "cut"), entry, strict=True)) for entry in given["script"]],
+        "edits": [dict(zip(("at", "prompt", "cut"), entry, strict=True)) for entry in given["edits"]],
+    }
+    told = record_from_json(_Told, {**given, **rows})
+    if not 0 <= told.shot <= told.chunk < MOST or any(not 0 < segment.chunks < MOST for segment in told.script):
+        raise ValueError(f"chunk {told.chunk}, shot {told.shot}, or a segment of a wrong length")
+    return Position(told.script, marker(given["slots"]), told.chunk, told.shot, told.prompt, told.edits, told.camera)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A position as JSON tells it, but for the slots."""
+
+    script: tuple[Segment, ...]
+    edits: tuple[Edit, ...]
+    chunk: int
+    shot: int
+    prompt: str
+    camera: CameraPosition | None = None
 
 
 class SessionState:

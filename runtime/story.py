@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.wan.prompts import CUT_PREFIX
 
 PATHS = ("image", "camera", "intrinsics", "continue_from")  # keys that name files
+STORIES = Path(__file__).parent / "stories"  # the shipped ones
 SCHEMA = Path(__file__).parent / "schema" / "story.json"
 MAX_PROMPT = 4096  # characters; the schema says the same, a test compares
 WHOLE = {"seed", "steps", "chunks", "height", "width", "fps"}  # what the schema wants whole; a test compares
@@ -112,9 +115,24 @@ def story_from_prompt(prompt: str, chunks: int) -> Story:
     return Story("prompt", (Segment(checked_prompt(prompt, "the prompt"), checked_chunks(chunks)),))
 
 
+def story_from_prompts(prompts: Sequence[str]) -> Story:
+    """A story of one chunk a prompt, as of a list that `story_from_script` takes."""
+    return replace(story_from_script(list(prompts)), name="prompts")
+
+
+def story_file(text: str) -> Path | None:
+    """The story that a string names: a path that ends in .yaml, .yml or .json, or one of the shipped stories."""
+    path = Path(text)
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        shipped = STORIES / path.name
+        return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
+    shipped = STORIES / f"{text}.yaml"
+    return shipped if re.fullmatch(r"[\w-]+", text) and shipped.is_file() else None
+
+
 def story_from_file(path: Path | str) -> Story:
-    """Read and check a story. Raises LongtakeError that says where in the file what is wrong."""
-    source = Path(path)
+    """Read and check a story, from a path or by the name of a shipped one. Raises LongtakeError that says where in the file what is wrong."""
+    source = (story_file(path) if isinstance(path, str) else None) or Path(path)
     given = _read(source)
     _validate(given, source.name)
     given = _whole_numbers(given)
@@ -158,11 +176,17 @@ def _starts(given: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def story_from_script(script: Script) -> Story:
-    """A story from whatever `Generator.session` takes. In a list, a prompt that begins with CUT_PREFIX is a cut."""
+    """A story from whatever `Generator.session` takes. In a list, a prompt that begins with CUT_PREFIX is a cut.
+
+    A string is a prompt, unless it ends in .yaml, .yml or .json or is the name of a shipped story.
+    """
     if isinstance(script, Story):
         return script
-    if isinstance(script, (str, Path)):
+    if isinstance(script, Path):
         return story_from_file(script)
+    if isinstance(script, str):
+        file = story_file(script)
+        return story_from_prompt(script, 1) if file is None else story_from_file(file)
     if not script:
         raise LongtakeError("the script is empty", got=repr(script), expected="at least one prompt")
     parts = [p if isinstance(p, Segment) else _segment(p, i == 0) for i, p in enumerate(script)]

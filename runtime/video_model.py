@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longtake.errors import LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.backends.torch_parts import TextRunner, TorchEncoder, text_runner, vae_from_checkpoints
 from longtake.training.models.families import family_of
@@ -140,10 +140,28 @@ class NetworkDecoder(_Stream):
     def state(self) -> list[Tensor]:
         return list(self.kept.tensors.values()) if self.started else []
 
+    @property
+    def past_latents(self) -> int | None:
+        """How many latents its state depends on at most, where going back by decoding them again is the way (see
+        rewind.py): on a GPU. A cache is some of the last frames that a layer read, of which a latent gives one or more."""
+        steady = self.backend.specs[self.steady]
+        shapes = [binding.shape for binding in steady.inputs if binding.name in steady.kept.values()]
+        if self.backend.decode_device.type != "cuda" or not {len(shape) for shape in shapes} <= {4, 5}:
+            return None
+        return sum(int(shape[-3] if len(shape) == 5 else shape[0]) for shape in shapes)
+
     def load_state(self, tensors: list[Tensor]) -> None:
+        own = list(self.kept.tensors.values())
+        if tensors and [tuple(t.shape) for t in tensors] != [tuple(t.shape) for t in own]:
+            raise IntegrityError(
+                "the decoder's state does not fit",
+                got=f"{len(tensors)} tensors",
+                expected=f"{len(own)}, of the preset's sizes",
+                fix="start a new session",
+            )
         self.started = bool(tensors)
         if self.started:
-            for kept, tensor in zip(self.kept.tensors.values(), tensors, strict=True):
+            for kept, tensor in zip(own, tensors, strict=True):
                 kept.copy_(tensor)
 
 

@@ -7,6 +7,11 @@ import torch
 from longtake.errors import LongtakeError, UnavailableError
 
 
+def name_of(device: torch.device) -> str:
+    """What a report calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def device_named(name: str) -> torch.device:
     """The torch device; "auto" takes a GPU where there is one.
 

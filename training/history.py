@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.files import atomic_path, read_json, write_json
+from longtake.record import UNFIT
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +26,13 @@ class History:
         self.train: list[dict[str, Any]] = []
         self.held_out: list[dict[str, Any]] = []
         if resume_step and (out / "loss.json").is_file():
-            saved = read_json(out / "loss.json")
-            self.train = [point for point in saved["train"] if point["step"] <= resume_step]
-            self.held_out = [point for point in saved["held_out"] if point["step"] <= resume_step]
+            try:
+                saved = read_json(out / "loss.json")
+                self.train = [point for point in saved["train"] if point["step"] <= resume_step]
+                self.held_out = [point for point in saved["held_out"] if point["step"] <= resume_step]
+            except (LongtakeError, *UNFIT) as error:
+                logger.warning("the curve begins anew: %s is damaged (%s)", out / "loss.json", error)
+                self.train, self.held_out = [], []
         self.writer = _summary_writer(out / "tensorboard", resume_step)
 
     def add(self, kind: str, step: int, values: dict[str, float]) -> None:
@@ -61,12 +67,10 @@ class History:
 
     def plot(self, title: str) -> None:
         """Write loss.png."""
-        import matplotlib
+        from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
         for label, points in (("training", self.train), ("held out", self.held_out)):
             if points and "loss" in points[-1]:
                 axes.plot([p["step"] for p in points], [p["loss"] for p in points], label=label)
@@ -75,7 +79,6 @@ class History:
         axes.legend()
         with atomic_path(self.out / "loss.png") as partial:
             figure.savefig(partial, dpi=110)
-        pyplot.close(figure)
 
 
 def moving_summary(tag: str, samples: Tensor) -> Any:

@@ -137,23 +137,12 @@ class Averaged:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the modules carry the EMA weights; afterwards all their tensors are as before."""
-        before = snapshot_modules(self.modules)
+        before = [{k: v.detach().clone() for k, v in m.state_dict().items()} for m in self.modules.values()]
         with torch.no_grad():
             torch._foreach_copy_(self.own(), self.ema)
         try:
             yield
         finally:
-            restore_modules(self.modules, before)
-
-
-def snapshot_modules(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Clones of every parameter and buffer, by owner/name."""
-    return {f"{o}/{n}": v.detach().clone() for o, m in modules.items() for n, v in m.state_dict().items()}
-
-
-@torch.no_grad()
-def restore_modules(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
-    """Copy a snapshot back, in place."""
-    for owner, module in modules.items():
-        for name, value in module.state_dict().items():
-            value.copy_(tensors[f"{owner}/{name}"])
+            for module, tensors in zip(self.modules.values(), before):
+                for name, value in module.state_dict().items():
+                    value.copy_(tensors[name])

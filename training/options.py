@@ -12,6 +12,7 @@ from longtake.options import DECISIVE, FREE, Bounds, OneOf, Text, option
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.quantize import RULES, Rules
+from longtake.video_span import FITS
 
 DIT, VAE = "dit", "vae"  # the stages that record what they were trained with
 
@@ -81,8 +82,12 @@ class DataOptions:
     """Data"""
 
     data: str = option("digits", metavar="NAME|FOLDER", resume=DECISIVE, recorded=(DIT, VAE))
-    """"digits" (needs no download), "returning-digits" (prompts leave the colours of known subjects to the past) or a
-    folder of clips"""
+    """"digits" (needs no download), "returning-digits" (prompts leave the colours of known subjects to the past) or clips
+    of your own: a folder, a table of files and captions, or a tar (docs/training.md)"""
+    fit: Annotated[str, OneOf(FITS)] = option("crop", recorded=(DIT, VAE))
+    """clips of another shape than the preset's: crop the middle, pad with black, or stretch"""
+    held_out: Annotated[int, Bounds(0, name="--held-out")] | None = option(None, metavar="N", recorded=(DIT, VAE))
+    """clips (or films of several shots) that are kept for evaluation (default: one in five)"""
     batch: Annotated[int, Bounds(1, 1 << 16, name="--batch: bad batch size")] = option(
         8, metavar="N", recorded=(DIT, VAE)
     )

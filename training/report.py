@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import resource
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longtake.provenance import commit, cpu_name, resident_bytes, versions
+from longtake.provenance import origin, resident_bytes
 from longtake.training.models.presets import PRESETS
 
 
@@ -41,12 +40,9 @@ def train_report(
     preset = PRESETS.get(side["preset"])
     return {
         "kind": "train",
+        **origin(),
         **side,
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu": cpu_name(),
-        "versions": versions(),
         "resolution": f"{preset.width}x{preset.height}" if preset else None,
         "steps_per_s": round(steps_per_s, 3),
         **peak_memory(device),

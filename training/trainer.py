@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, some
 from longtake.files import require_disk, require_folder, write_json
 from longtake.options import check
 from longtake.training.history import History
 from longtake.training.models.checkpoint import copy_checkpoint, save_checkpoint
+from longtake.training.models.quantize import plain_state
 from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.options import RunOptions
@@ -31,8 +32,8 @@ from longtake.training.stages.base import Metric, Stage
 
 logger = logging.getLogger(__name__)
 
-
 SAVED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BEFORE = "resume points in {} are from before; lower --lr and start again, or --resume with it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +141,10 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step; the host doesn't wait for the device."""
         self.stage.on_step(self.step - 1)
-        metrics = backward(self.parts())
+        metrics = backward(self.stage.losses(self.step - 1, self.generator))
         norm = self.optimizer.step(self.step - 1, self.config.steps)
         self.pending.append({**metrics, "grad_norm": norm})
         self.batches.append(self.stage.batch_name())
-
-    def parts(self) -> Iterable[tuple[Tensor, dict[str, Metric]]]:
-        """The step's loss and metrics, in parts where the stage accumulates gradients."""
-        return self.stage.losses(self.step - 1, self.generator)
 
     def housekeeping(self) -> None:
         """Log, evaluate and save when it is time."""
@@ -173,28 +170,27 @@ class Trainer:
         first = self.step - len(self.pending) + 1
         batches = self.batches[-len(self.pending) :]
         names = list(self.pending[-1])
-        table = torch.stack(
-            [torch.stack([_scalar(m[name], self.device) for name in names]) for m in self.pending]
-        ).cpu()
+        rows = [
+            [torch.as_tensor(m[name], dtype=torch.float32, device=self.device) for name in names] for m in self.pending
+        ]
+        table = torch.stack([torch.stack(row).detach() for row in rows]).cpu()
         self.pending.clear()
         self.batches.clear()
         finite = table[:, [names.index("loss"), names.index("grad_norm")]].isfinite().all(1)
         if not finite.all():
             bad = int(finite.logical_not().nonzero()[0])
-            raise self.divergence(first + bad, batches[bad])
+            of = batches[bad]
+            raise LongtakeError(
+                f"training diverged: the loss or gradient of step {first + bad} is not finite",
+                got=None if of is None else f"the batch of {of}, --seed {self.config.seed}",
+                expected="finite numbers",
+                fix=BEFORE.format(self.config.out),
+            )
         means = dict(zip(names, table.mean(0).tolist()))
         self.history.add(
             "train", self.step, {**means, "lr": self.config.optimizer.lr_at(self.step - 1, self.config.steps)}
         )
         self.bar.set_postfix(loss=f"{means['loss']:.4f}", memory=present_memory(self.device))
-
-    def divergence(self, step: int, batch: object) -> LongtakeError:
-        return LongtakeError(
-            f"training diverged: the loss or gradient of step {step} is not finite",
-            got=None if batch is None else f"the batch of {batch}, --seed {self.config.seed}",
-            expected="finite numbers",
-            fix=f"resume points in {self.config.out} are from before; lower --lr and start again, or --resume with it",
-        )
 
     def evaluate(self) -> dict[str, float]:
         """Held-out metrics of the EMA weights, recorded."""
@@ -215,13 +211,15 @@ class Trainer:
     def save_resume_point(self) -> None:
         """Everything for a bit-identical continuation; older ones are deleted once it is whole."""
         self.log()
-        path = self.config.out / f"resume-{self.step:07d}.safetensors"
         tensors = {**self.optimizer.state(), "generator": self.generator.get_state()}
         tensors |= {f"stage/{name}": tensor for name, tensor in self.stage.state().items()}
-        require_finite(tensors, path)
-        side = {**self.side(), "kind": f"resume-{self.stage.name}", "position": self.stage.position()}
-        save_checkpoint(path, tensors, SideFile.of({**side, "settings": self.config.settings}))
-        self.history.save()
+        facts = {
+            "kind": f"resume-{self.stage.name}",
+            "position": self.stage.position(),
+            "settings": self.config.settings,
+        }
+        self.history.save()  # first: a run that goes on from this point leaves out what is later, and lacks nothing
+        self.save(f"resume-{self.step:07d}", tensors, facts)
         delete_older(self.config.out)
         self.saved_at = time.monotonic()
 
@@ -235,6 +233,7 @@ class Trainer:
             logger.warning(
                 "resuming with --steps %d, saved with %d: the schedule changes", self.config.steps, saved.steps
             )
+        self.stage.require_position(saved.position or {})
         self.generator.set_state(tensors.pop("generator"))
         self.optimizer.load_state(tensors)
         self.stage.load_state({k.removeprefix("stage/"): v for k, v in tensors.items() if k.startswith("stage/")})
@@ -251,18 +250,21 @@ class Trainer:
                 self.save_module(name, {**facts, "metrics": metrics})
         for path in self.stage.companions:
             copy_checkpoint(path, self.config.out)
+        self.stage.leave(self.config.out)
         self.history.plot(f"longtake train --stage {self.stage.name}")
         write_json(self.config.out / "report.json", train_report(self.side(), steps_per_s, metrics, self.device))
         return metrics
 
     def save_module(self, name: str, facts: dict[str, Any]) -> None:
         """Save one module's present weights (without quantizer state) as `<out>/<name>.safetensors`."""
-        state = {k: v for k, v in self.stage.modules[name].state_dict().items() if "_quantizer" not in k}
-        dtype = SAVED[self.config.save_dtype]
-        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        require_finite(tensors, self.config.out / f"{name}.safetensors")
-        side = SideFile.of({**self.side(), "kind": name, **facts})
-        save_checkpoint(self.config.out / f"{name}.safetensors", tensors, side)
+        state, dtype = plain_state(self.stage.modules[name]), SAVED[self.config.save_dtype]
+        self.save(name, {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, facts)
+
+    def save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write `<out>/<name>.safetensors` and its side file."""
+        path = self.config.out / f"{name}.safetensors"
+        require_finite(tensors, path)
+        save_checkpoint(path, tensors, SideFile.of({**self.side(), "kind": name, **facts}))
 
     def side(self) -> dict[str, Any]:
         """The part of a side file that every checkpoint of a run shares."""
@@ -297,14 +299,10 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     if bad:
         raise LongtakeError(
             f"training diverged: {path.name} is not written, for its numbers are not finite",
-            got=", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else ""),
+            got=some(bad, 3),
             expected="finite numbers",
-            fix=f"resume points in {path.parent} are from before; lower --lr and start again, or --resume with it",
+            fix=BEFORE.format(path.parent),
         )
-
-
-def _scalar(value: Metric, device: torch.device) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=device).detach()
 
 
 @contextmanager

@@ -49,7 +49,9 @@ def cases(
     elif name == "dit":
         yield from _dit_cases(preset, spec, text, run, generator)
     elif name.endswith("first"):
-        yield "start of a clip", {spec.inputs[0].name: _random(spec, generator)}
+        yield "start of a clip", {spec.inputs[0].name: (value := _random(spec, generator))}
+        if spec.inputs[0].name != "frames":  # frames beyond [-1, 1] must be clamped
+            yield "far out", {spec.inputs[0].name: 4 * value}
     else:
         name = name.replace("steady", "first")
         first = family.spec(preset, recipe, name)
@@ -59,6 +61,8 @@ def cases(
             feeds = dict(zip(names, [_random(spec, generator), *list(outputs.values())[1:]]))
             yield step, feeds
             outputs = run(feeds)
+        if spec.inputs[0].name != "frames":
+            yield "far out", {**feeds, spec.inputs[0].name: 4 * feeds[spec.inputs[0].name]}
 
 
 def _random(spec: NetworkSpec, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtake.accuracy.cases import cases, random_text
 from longtake.accuracy.layers import BLOCK, layer_tensors, with_outputs
+from longtake.accuracy.parts import COMPUTED, SCALES, PartsRunner, channel_error, opened_view
 from longtake.accuracy.rows import Row
 from longtake.accuracy.runners import Feeds, Runner, TorchRunner, ViewRunner
 from longtake.formats.onnx_file import read_onnx
@@ -30,6 +31,9 @@ from longtake.training.models.quantize import apply_precision
 # data is 0.09, so two independent roundings differ by 0.13: a written 4-bit cache may differ by that, on top of what
 # the pass that computed it may.
 NVFP4_CACHE_GATE = 0.13
+# PyTorch and ONNX Runtime both compute in fp32 on the same numbers: 2e-5 apart where all is right, at most.
+EXACT_GATE = 3e-4
+OPENED = ("a prompt", "first chunk", "full window, writes")  # the cases that a network is also taken apart in
 TEXT = ("text_encoder", "context")  # networks whose outputs the ones after them are fed with
 Differences = dict[str, tuple[float, float]]
 
@@ -73,11 +77,49 @@ def compare_networks(
             others = [ViewRunner(view)]
         others += [backend(spec)] if chosen and backend else []
         run = TorchRunner(oracle, name, recipe, marked)
+        parts = _parts(folder, oracle, run, spec, recipe) if chosen and view.is_file() else None
+        exact = parts is not None or not _quantized(spec, name)
         for case, feeds in cases(oracle, recipe, name, text, run, generator):
             wanted = run(feeds)
             text = {b.name: wanted[b.name] for b in spec.outputs} if name in TEXT else text
             for other in others:
-                yield from _rows(spec, recipe, case, other.name, differences(spec, marked, wanted, other(feeds)))
+                rows = _rows(spec, recipe, case, other.name, differences(spec, marked, wanted, other(feeds)))
+                viewed = isinstance(other, ViewRunner) and exact
+                yield from (_viewed(row, informs=parts is not None) for row in rows) if viewed else rows
+            if parts and case in OPENED:
+                yield from _part_rows(parts, spec, case, feeds)
+
+
+def _quantized(spec: NetworkSpec, name: str) -> bool:
+    """Whether codes are chosen in a network: then its error as a whole says little (see `parts`)."""
+    return bool(spec.slot) or name == "context"
+
+
+def _parts(folder: Path, oracle: Models, run: TorchRunner, spec: NetworkSpec, recipe: Recipe) -> PartsRunner | None:
+    """What compares a network part by part; None if no codes are chosen in it, or its graph isn't known so well."""
+    if not _quantized(spec, spec.name):
+        return None
+    view = opened_view(folder, spec.name, family_of(oracle.preset).linears(oracle.dit))
+    return None if view is None else PartsRunner(run.module, run.outputs, *view)
+
+
+def _viewed(row: Row, informs: bool) -> Row:
+    """A row of the view, of which more is known than the recipe's gate: fp32 on both sides."""
+    return replace(row, informs=True) if informs else replace(row, gate=min(row.gate, EXACT_GATE))
+
+
+def _part_rows(parts: PartsRunner, spec: NetworkSpec, case: str, feeds: Feeds) -> Iterator[Row]:
+    """Every part of one case, in the three scales; each must agree but for fp32's rounding."""
+    for scale, factors in SCALES.items():
+        wanted, got = parts(feeds, *factors)
+        whole = {name: value for name, value in wanted.items() if not name.endswith(COMPUTED)}
+        errors = differences(spec, {}, whole, got)
+        for tensor in parts.points.tensors:
+            name = tensor + COMPUTED
+            errors[parts.points.label(tensor)] = channel_error(wanted[name], got[name])
+        for output, (error, largest) in errors.items():
+            row = Row(spec.name, case + scale, output, parts.name, error, largest, EXACT_GATE, part=True)
+            yield row
 
 
 def _rows(spec: NetworkSpec, recipe: Recipe, case: str, against: str, differences: Differences) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.out_of_memory import is_out_of_memory, out_of_memory
 from longtake.settings import settings_from_environment
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def _session(
             source, options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out
         )
     except Exception as error:  # ONNX Runtime raises its own types, without a common public base
+        if is_out_of_memory(error):
+            raise out_of_memory(error, f"opening {what}") from None
         got, fix = f"{type(error).__name__}: {str(error)[:300]}", "run `longtake export --force`"
         expected = "a file written by `longtake export`"
         raise IntegrityError(f"ONNX Runtime cannot open {what}", got=got, expected=expected, fix=fix) from None

@@ -36,7 +36,7 @@ class TorchRunner:
         family = family_of(models.preset)
         self.module = family.module(models, recipe, network)
         self.outputs = [binding.name for binding in family.spec(models.preset, recipe, network).outputs]
-        modules = {output: _submodule(self.module, key) for key, output in (layers or {}).items()}
+        modules = {output: submodule(self.module, key) for key, output in (layers or {}).items()}
         self.layers = {output: module for output, module in modules.items() if module is not None}
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class TorchRunner:
         return outputs | {name: values[0] for name, values in seen.items() if len(values) == 1}
 
 
-def _submodule(step: nn.Module, name: str) -> nn.Module | None:
+def submodule(step: nn.Module, name: str) -> nn.Module | None:
     """`name` is relative to the model inside a step module (its only child)."""
     for child in step.children():
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, write_json
+from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
 from longtake.formats.recipe import recipe_named
 from longtake.options import Command, option
@@ -95,15 +96,24 @@ def of_another_recipe(options: BenchOptions, name: str) -> BenchOptions:
 
 def prepare(options: BenchOptions) -> None:
     """Export (graphs without weights) and build what is not there yet; on a CPU only the export is needed."""
-    name = options.recipe
+    name, onnx, out = options.recipe, export_folder(options), engine_folder(options)
+    exports = ["--out", str(onnx.parent)] if options.onnx else []
     if device_from_name(options.device).type == "cpu":
-        if not Export.is_in(export_folder(options)):
-            _longtake("export", "--recipe", name, "--no-parity", "--out", str(export_folder(options).parent))
-    elif not (engine_folder(options) / "bundle.json").is_file():
-        if not Export.is_in(export_folder(options)):
-            _longtake("export", "--recipe", name, "--skeleton", "--out", str(export_folder(options).parent))
-        onnx, out = export_folder(options).parent, engine_folder(options).parent
-        _longtake("engines", "--recipe", name, "--onnx", str(onnx), "--out", str(out))
+        if not Export.is_in(onnx):
+            _longtake("export", "--recipe", name, "--no-parity", *exports)
+        checked = Export.read(onnx, digests=False).checked
+    else:
+        if not (out / "bundle.json").is_file():
+            if not Export.is_in(onnx):
+                _longtake("export", "--recipe", name, "--skeleton", *exports)
+            places = [
+                *(["--onnx", str(onnx.parent)] if options.onnx else []),
+                *(["--out", str(out.parent)] if options.engines else []),
+            ]
+            _longtake("engines", "--recipe", name, "--skeleton", *places, *(["--force"] if options.force else []))
+        checked = Bundle.read(out).checked
+    if line := checked.require(onnx, options.force):
+        print(line)
 
 
 def _longtake(*words: str) -> None:

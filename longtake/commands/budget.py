@@ -20,7 +20,7 @@ from longtake.training.models.presets import SamplingConfig
 EPILOG = """examples:
   longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90
   longtake budget --recipe wan2.2-ti2v-5b_bf16_sm90 --guidance 3 --decode-device cuda:1
-  longtake budget --engines engines/build/tiny_w4a16_sm90
+  longtake budget --engines build/models/tiny-4step/tiny_w4a16_sm90/engines
 
 Engines that are built make more of the figures exact. Guidance other than 1 takes a second K/V cache; the export of a
 distilled student records that it is sampled without. With a GPU at hand it is checked as well, and the command fails if

@@ -11,33 +11,34 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from longtake.accuracy.compare import compare_networks
-from longtake.accuracy.rows import Row, require_gate, table
+from longtake.accuracy.rows import LAYERS_FIX, Row, require_gate, table
 from longtake.errors import LongtakeError
 from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_outputs
-from longtake.paths import REPOSITORY
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.check.chunks import ChunkRow, check_chunks, chunk_table, require_chunks
 from longtake.runtime.check.report import write_report
 from longtake.runtime.check.runners import BackendRunner
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import BACKEND_NAMES, OpenOptions, Source, backend_from_source, source_from_name
-from longtake.runtime.story import story_from_script
+from longtake.runtime.story import STORIES, story_from_script
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import SamplingConfig
 
 OUT = Path("runs") / "check"
-STORY = REPOSITORY / "docs" / "stories" / "demo.yaml"
+STORY = STORIES / "demo.yaml"
 
 
 @dataclass(frozen=True)
 class CheckOptions:
     """What"""
 
+    model: str | None = option(None, metavar="NAME[@RECIPE]")
+    """a model by name (default: --engines)"""
     recipe: str | None = option(None, metavar="NAME")
-    """a shipped recipe or a .yaml file (default: that of --engines)"""
+    """a shipped recipe or a .yaml file (default: that of --model or --engines)"""
     engines: str | None = option(None, metavar="FOLDER")
     """engines or exported networks (default: the recipe's)"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
@@ -76,20 +77,32 @@ def run(options: CheckOptions) -> int:
         if chunks:
             print(f"sampled with {sampling.steps} steps, guidance {sampling.guidance:g}, shift {sampling.shift:g}")
             print("\n".join(chunk_table(chunks, (backend.name, against))))
+        backend.made_of = {"model": source.model, "export": vars(source.checked)}
         write_report(path, recipe, backend, rows, chunks, against, sampling)
     print(f"report {path}\nplot   {path.with_suffix('.png')}")
-    require_gate(rows, f"recipe {recipe.name}")
+    fix = (
+        "the first FAIL in the table above is where it begins; export again: longtake export --force"
+        if options.layers
+        else LAYERS_FIX
+    )
+    require_gate(rows, f"recipe {recipe.name}", fix)
     require_chunks(chunks, recipe)
     return 0
 
 
 def recipe_and_source(options: CheckOptions) -> tuple[Recipe, Source]:
     """The recipe that was named, or else that of the folder; and its files. Raises LongtakeError if neither was given."""
-    if options.recipe is None and options.engines is None:
-        raise LongtakeError("longtake check lacks --recipe", expected="--recipe NAME or --engines FOLDER",
-                            fix="pass --recipe")  # fmt: skip
+    named = options.model or options.engines or options.recipe
+    if named is None:
+        raise LongtakeError(
+            "longtake check lacks --model",
+            expected="--model NAME[@RECIPE], --recipe NAME or --engines FOLDER",
+            fix="pass --model tiny-4step",
+        )
     recipe = None if options.recipe is None else recipe_named(options.recipe)
-    source = source_from_name(options.engines or options.recipe)
+    if options.model and recipe is not None and "@" not in options.model:
+        named = f"{options.model}@{options.recipe}"
+    source = source_from_name(named)
     if recipe is not None:
         source.recipe.require_same(recipe, options.engines or source.onnx)
     return recipe or source.recipe, source

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.files import require_disk, require_folder
+from longtake.formats.model_name import checked_name, write_name
 from longtake.options import Command, OneOf, Text, option
 from longtake.outputs import claim_checkpoints
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
@@ -72,6 +73,8 @@ class ConvertOptions:
     """released configuration with the lines before every prompt, of a Gemma given with --text (default: none)"""
     out: Path = option(metavar="FOLDER")
     """checkpoint folder"""
+    name: str | None = option(None, metavar="NAME")
+    """what the model is called, for `--model NAME` (default: as the folder --out)"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class CalibrationOptions:
 def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     """Convert what was given, then calibrate if asked."""
     check_options(options, measure)
+    if options.name is not None:
+        checked_name(options.name)
     require_folder(options.out)
     _claim(options, measure)
     models = list(models_from(options))
@@ -106,6 +111,7 @@ def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
         carry_tokenizer(options.text if options.text.is_dir() else options.text.parent, options.out)
     for model in models:
         print(f"{options.out / model.kind}.safetensors: {len(model.tensors)} tensors, {model.nbytes / 1e9:.2f} GB")
+    write_name(options.out, options.name)
     if measure.calibrate:
         calibrate(options, measure)
     elif options.dit:

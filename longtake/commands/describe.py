@@ -9,12 +9,13 @@ from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats.describe_checkpoint import describe_safetensors, opened
+from longtake.formats.describe_checkpoint import describe_safetensors
 from longtake.formats.describe_onnx import describe_onnx
 from longtake.formats.exported import Export
 from longtake.formats.plan import PlanManifest, manifest_path
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.snapshot import snapshot_from_file
+from longtake.tensor_file import tensors_in
 from longtake.training.models.checkpoint import refuse_pickle
 
 KNOWN = ".plan, .onnx, .safetensors, or the .json of a manifest, export, bundle, checkpoint, profile or report"
@@ -102,7 +103,7 @@ def describe_exported(path: Path) -> dict[str, Any]:
 
 def describe_tensors(path: Path) -> dict[str, Any]:
     """Facts about a checkpoint, or about a saved session, which is a safetensors file as well."""
-    with opened(path) as file:
+    with tensors_in(path) as file:
         metadata = file.metadata() or {}
     if metadata.get("format") != SESSION_FORMAT:
         return describe_safetensors(path)

@@ -10,6 +10,7 @@ from longtake.options import Command
 from longtake.outputs import claim_checkpoints
 from longtake.training.devices import device_named
 from longtake.training.distill.options import DistillOptimizers, DistillOptions
+from longtake.training.models.quantize import modelopt
 from longtake.training.options import RunOptions
 from longtake.training.resume import require_resume_point
 from longtake.training.trainer import TrainConfig
@@ -47,13 +48,16 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
         require_resume_point(config.out)
     vae = options.vae and options.vae / "vae.safetensors"
     claim_checkpoints(config.out, {"--teacher": options.teacher, "--vae": vae}, ("dit",))
+    modelopt()  # measures amax at the end: what is missing is said now
     torch.manual_seed(how.seed)
     device = device_named(where.device)
     stage = DistillStage(options)
     student = f"{options.student_steps} steps"
     print(f"distilling {options.teacher} to {student} on {device} for {config.steps} steps, into {config.out}")
+    if stage.line:
+        print(stage.line)
     metrics = DistillTrainer(stage, config, optimizers.critic(options.preset), device).fit()
-    conclude([config.out / "dit.safetensors"], metrics, f", sampled with {student} and guidance 1")
+    conclude([config.out / "dit.safetensors"], metrics, f", sampled with {student} and guidance 1", where.name)
     return 0
 
 

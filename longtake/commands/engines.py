@@ -2,51 +2,96 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from longtake.engines.build import PlanResult, build_recipe, require_buildable
-from longtake.errors import UnavailableError
-from longtake.formats.bundle import Bundle
-from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
+from longtake.chain import HowToExport, build, export
+from longtake.commands.export import default_model
+from longtake.engines.build import PlanResult, require_buildable
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.formats.exported import Export
+from longtake.formats.model_name import Model, asked_for, claim, folder_of, names_with
+from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_for, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
 from longtake.options import Command, option
-from longtake.paths import ENGINES, EXPORTS
 from longtake.provenance import resident_bytes
-from longtake.runtime.budget.terms import terms_of
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """What"""
 
+    model: str | None = option(None, metavar="NAME[@RECIPE]")
+    """a model by name, or its folder of checkpoints (default: the one exported for the recipe, else the shipped one)"""
     recipe: tuple[str, ...] = option((), repeated=True, metavar="NAME")
-    """a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny that this machine can build)"""
-    onnx: Path = option(EXPORTS, metavar="FOLDER")
-    """where the folders of exported networks are"""
-    out: Path = option(ENGINES, metavar="FOLDER")
-    """where the folders of engines are made"""
+    """a shipped recipe or a .yaml file; may be repeated (default: that of --model, else all of preset tiny that this
+    machine can build)"""
+    onnx: Path | None = option(None, metavar="FOLDER")
+    """where the folders of exported networks are (default: LONGTAKE_HOME/models/NAME/RECIPE/onnx)"""
+    out: Path | None = option(None, metavar="FOLDER")
+    """where the folders of engines are made (default: LONGTAKE_HOME/models/NAME/RECIPE/engines)"""
     skeleton: bool = option(False)
     """build from graphs without weights, exported without checkpoints if need be (segmented recipes)"""
+    force: bool = option(False)
+    """build from an export that failed its comparison with PyTorch"""
 
 
 def run(options: EngineOptions) -> int:
     """Build each recipe and print what was built."""
     machine = gpu_compute_capability()
-    recipes = [recipe_named(name) for name in options.recipe] if options.recipe else _buildable(machine)
+    asked = asked_for(options.model) if options.model is not None else None
+    names: Sequence[str] = options.recipe
+    if asked is not None and not names:
+        preset = asked.model.preset if asked.model else DEFAULT_PRESET
+        names = [asked.recipe.name if asked.recipe else recipe_for(machine, preset)]
+    recipes = [recipe_named(name) for name in names] if names else _buildable(machine)
     for recipe in recipes:  # what cannot be built is said before the first one starts
         require_buildable(recipe, flavour_of(recipe, machine), machine)
     for recipe in recipes:
         flavour = flavour_of(recipe, machine)
         print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
         print(f"  {flavour.reason}")
-        onnx, out = options.onnx / recipe.onnx_name, options.out / recipe.name
-        results = build(recipe, onnx, out, flavour, machine, skeleton=options.skeleton)
+        onnx, out = prepared(options, recipe, asked.model if asked else None)
+        results = build(recipe, onnx, out, flavour, machine, options.force, print)
         print(format_results(results))
         print(f"  peak host memory {resident_bytes() / 1e9:.1f} GB")
     return 0
+
+
+def prepared(options: EngineOptions, recipe: Recipe, model: Model | None) -> tuple[Path, Path]:
+    """(the export, the folder of engines) of a recipe; exported first if it isn't."""
+    found = exported_model(recipe, model, options)
+    home = folder_of(found.name, recipe)
+    onnx = home / "onnx" if options.onnx is None else options.onnx / recipe.onnx_name
+    out = home / "engines" if options.out is None else options.out / recipe.name
+    if not Export.is_in(onnx):
+        print(f"  {onnx} is not exported yet; exporting {found.name} first")
+        if options.onnx is None and not options.skeleton:
+            claim(found)
+        how = HowToExport(parity=not options.skeleton, skeleton=options.skeleton, model=found.name, say=print)
+        export(recipe, None if options.skeleton else found.checkpoints, onnx, how)
+    return onnx, out
+
+
+def exported_model(recipe: Recipe, model: Model | None, options: EngineOptions) -> Model:
+    """The model that was asked for; else the one that was exported for the recipe; else the shipped one.
+
+    Raises:
+        LongtakeError: several were exported for it.
+    """
+    if model is not None or options.skeleton or options.onnx is not None:
+        return model or default_model(recipe, options.skeleton)
+    names = [name for name in names_with(recipe.name) if name != "skeleton"]
+    if len(names) > 1:
+        raise LongtakeError(
+            f"several models were exported for {recipe.name}",
+            got=", ".join(names),
+            expected="one of them",
+            fix=f"pass --model {names[0]}@{recipe.name}",
+        )
+    known = asked_for(names[0]).model if names else None
+    return known or default_model(recipe)
 
 
 def flavour_of(recipe: Recipe, machine: str | None) -> Flavour:
@@ -66,28 +111,6 @@ def _buildable(machine: str | None) -> list[Recipe]:
     if not recipes:
         raise UnavailableError("no shipped recipe can be built here", fix="longtake doctor says what is missing")
     return recipes
-
-
-def build(
-    recipe: Recipe, onnx: Path, out: Path, flavour: Flavour, machine: str | None, *, skeleton: bool = False
-) -> list[PlanResult]:
-    """Export if need be (skeleton: without weights will do), build, and describe the folder in bundle.json.
-
-    Raises:
-        IntegrityError: an exported file is not what was exported; no plan is built from it.
-    """
-    from longtake.formats.exported import Export
-
-    if not Export.is_in(onnx):
-        from longtake.commands.export import export
-
-        print(f"  {onnx} is not exported yet; exporting first")
-        export(recipe, None, onnx, force=False, parity=False, skeleton=skeleton)
-    Export.read(onnx).require_recipe(recipe, onnx, weights=recipe.mode == "fused")
-    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty())
-    bundle = Bundle.of(out, recipe, flavour, onnx, [result.path for result in results])
-    replace(bundle, memory=terms_of(recipe, out)).write()
-    return results
 
 
 def format_results(results: Sequence[PlanResult]) -> str:

@@ -1,161 +1,120 @@
-"""`longtake export`: checkpoints to ONNX, one folder a preset and precision."""
+"""`longtake export`: checkpoints to ONNX, one folder a model and recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from longtake.accuracy.compare import compare_networks
-from longtake.accuracy.rows import require_gate, table, worst_of_kinds
+from longtake.chain import Graphs, HowToExport, export
 from longtake.errors import LongtakeError
-from longtake.export.package import PlainGraphs, export_package, inputs_digest, steps_of
-from longtake.export.weights import weights_from_folder
 from longtake.formats.exported import Export
-from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_named, recipe_names
+from longtake.formats.model_name import Model, asked_for, claim, model_in
+from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_for, recipe_named, recipe_names
+from longtake.machine.machine import machine_here
 from longtake.options import Command, option
-from longtake.paths import EXPORTS, REPOSITORY
-from longtake.training.models.checkpoint import weights_digests
-from longtake.training.models.load import load_models, read_side
-from longtake.training.models.presets import Preset
-from longtake.training.models.text.sentencepiece import carry_tokenizer
-
-Graphs = dict[tuple[Preset, tuple[str, ...]], PlainGraphs]
+from longtake.paths import REPOSITORY
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """What"""
 
+    model: str | None = option(None, metavar="NAME[@RECIPE]")
+    """a model by name, or its folder (default: --checkpoints)"""
     recipe: tuple[str, ...] = option((), repeated=True, metavar="NAME")
-    """a shipped recipe or a .yaml file; may be repeated (default: all of preset tiny)"""
+    """a shipped recipe or a .yaml file; may be repeated (default: that of --model, else all of preset tiny)"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
     """what is exported (default: the preset's shipped checkpoints)"""
-    out: Path = option(EXPORTS, metavar="FOLDER")
-    """where the folders of networks are made"""
+    name: str | None = option(None, metavar="NAME")
+    """what the model is called (default: as it was named in training, else as its folder)"""
+    replace: bool = option(False)
+    """take the name from another checkpoint, and remove what was made of that one"""
+    out: Path | None = option(None, metavar="FOLDER")
+    """where the folders of networks are made (default: LONGTAKE_HOME/models/NAME/RECIPE/onnx)"""
     skeleton: bool = option(False)
     """graphs only, no checkpoints needed: for building segmented engines and measuring with random weights"""
     parity: bool = option(True)
-    """leave out the comparison with PyTorch"""
+    """leave out the comparison with PyTorch; the export is marked as unchecked"""
     force: bool = option(False)
     """export even if nothing has changed"""
 
+    def __post_init__(self) -> None:
+        if self.model is not None and self.checkpoints is not None:
+            raise LongtakeError(
+                "--model and --checkpoints both name what is exported",
+                got=f"{self.model} and {self.checkpoints}",
+                fix="leave one out",
+            )
+
 
 def run(options: ExportOptions) -> int:
-    """Export each distinct (preset, precision, cache) once."""
+    """Export each recipe of the model."""
     graphs: Graphs = {}
-    for recipe in distinct(options.recipe or recipe_names(DEFAULT_PRESET)):
-        folder = options.out / recipe.onnx_name
+    for recipe, model in exports_of(options):
+        onnx_name = recipe.onnx_name
+        folder = model.folder(recipe) / "onnx" if options.out is None else options.out / onnx_name
         parity = options.parity and not options.skeleton
-        how = {"force": options.force, "parity": parity, "skeleton": options.skeleton}
-        print_sizes(folder, export(recipe, options.checkpoints, folder, graphs=graphs, **how))
+        how = HowToExport(options.force, parity, options.skeleton, model.name, print, graphs)
+        if options.out is None and not options.skeleton:
+            claim(model, options.replace)
+        exported = export(recipe, None if options.skeleton else model.checkpoints, folder, how)
+        print_sizes(folder, exported)
     return 0
 
 
-def distinct(names: Sequence[str]) -> list[Recipe]:
+def exports_of(options: ExportOptions) -> list[tuple[Recipe, Model]]:
+    """(recipe, model) of everything that is asked for."""
+    asked = asked_for(options.model) if options.model is not None else None
+    model = asked.model if asked else None
+    if asked is not None and model is None:
+        raise LongtakeError(
+            "--model names a recipe",
+            got=options.model,
+            expected="a model, or MODEL@RECIPE",
+            fix=f"pass --recipe {options.model}",
+        )
+    if options.checkpoints is not None and not options.skeleton:
+        model = model_in(options.checkpoints, options.name)
+    names: Sequence[str] = options.recipe
+    if not names and asked is not None and asked.recipe is not None:
+        names = [asked.recipe.name]
+    if not names and options.model is not None and model is not None:
+        names = [recipe_for(machine_here().compute_capability, model.preset)]
+    recipes = list(map(recipe_named, names or recipe_names(DEFAULT_PRESET)))
+    if options.out is not None:
+        recipes = distinct(recipes)
+    return [(recipe, model or default_model(recipe, options.skeleton)) for recipe in recipes]
+
+
+def default_model(recipe: Recipe, skeleton: bool = False) -> Model:
+    """The preset's own checkpoints. Raises LongtakeError if they are not there."""
+    folder = REPOSITORY / recipe.model.checkpoints
+    if skeleton or not (folder / "dit.safetensors").is_file():
+        return Model("skeleton" if skeleton else folder.name, folder, recipe.preset)
+    return model_in(folder)
+
+
+def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
     """The recipes, without those that share another's ONNX files."""
-    recipes: dict[str, Recipe] = {}
-    for recipe in map(recipe_named, names):
-        kept = recipes.setdefault(recipe.onnx_name, recipe)
-        kept.require_same(recipe, recipe.onnx_name)
-        if kept.cache != recipe.cache:
+    kept: dict[str, Recipe] = {}
+    for recipe in recipes:
+        one = kept.setdefault(recipe.onnx_name, recipe)
+        one.require_same(recipe, recipe.onnx_name)
+        if one.cache != recipe.cache:
             raise LongtakeError(
-                f"recipes {kept.name} and {recipe.name} would share {recipe.onnx_name} with different caches",
-                got=f"{kept.cache}, {recipe.cache}",
+                f"recipes {one.name} and {recipe.name} would share {recipe.onnx_name} with different caches",
+                got=f"{one.cache}, {recipe.cache}",
                 expected="the same cache",
                 fix="give one of them another preset or precision",
             )
-    return list(recipes.values())
-
-
-def export(
-    recipe: Recipe,
-    checkpoints: Path | None,
-    folder: Path,
-    *,
-    force: bool,
-    parity: bool,
-    graphs: Graphs | None = None,
-    skeleton: bool = False,
-) -> Export:
-    """Export one recipe unless `folder` is up to date; returns what lies there.
-
-    Args:
-        graphs: by preset and vocabulary, lets several exports share what is the same for all recipes.
-        skeleton: graphs only; `checkpoints` are not looked at.
-    """
-    source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
-    if recipe.model.text.kind == "umt5" and not skeleton:
-        carry_tokenizer(source, folder)
-    inputs = inputs_digest(recipe, None if skeleton else source)
-    package = None if force else up_to_date(folder, inputs)
-    if package is not None and package.recipe != recipe.whole:
-        package = replace(package, recipe=recipe.whole)
-        package.write(folder)
-    if package is not None and (package.parity or not parity):
-        print(f"{recipe.onnx_name}: up to date (checkpoints and code unchanged; --force exports again)")
-        return package
-    if package is None:
-        weights = None if skeleton else weights_from_folder(recipe.model, source)
-        graphs, key = {} if graphs is None else graphs, (recipe.model, weights.vocabulary if weights else ())
-        if key not in graphs:
-            graphs[key] = PlainGraphs(recipe.model, key[1] or None)
-        with tqdm(total=steps_of(recipe.model), desc=recipe.onnx_name, unit="step", leave=False) as bar:
-
-            def advance(words: str) -> None:
-                bar.set_postfix_str(words)
-                bar.update()
-
-            package = export_package(graphs[key], recipe, folder, inputs, advance, weights)
-        if not skeleton:  # where what is not exported is found at run time
-            sampling = read_side(source / "dit.safetensors", "dit", recipe.model).sampling
-            held = weights_digests(source)
-            package = replace(package, checkpoints=str(source.resolve()), sampling=sampling, weights=held)
-            package.write(folder)
-    return check_parity(recipe, source, folder, package) if parity else package
-
-
-def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, export: Export) -> Export:
-    """The export with its parity table, printed and written; raises GateError if a row fails (then nothing is kept).
-
-    Networks too large for ONNX Runtime's one message have no view and are left out, which is said.
-    """
-    whole = [name for name, network in export.networks.items() if f"{name}.ort.onnx" in network.files]
-    if left := [name for name in export.networks if name not in whole]:
-        print(
-            f"{recipe.onnx_name}: no parity table for {', '.join(left)}: too large for ONNX Runtime on a CPU; "
-            "a preset of the same widths and fewer layers has one"
-        )
-    if not whole:
-        return export
-    bar = tqdm(
-        compare_networks(load_models(recipe.model, checkpoints), recipe, folder, networks=whole),
-        desc=f"{recipe.onnx_name}: parity",
-        unit="row",
-        leave=False,
-    )
-    rows = list(bar)
-    print("\n".join(["parity, PyTorch <-> ONNX Runtime:", *table(rows)]))
-    require_gate(rows, recipe.onnx_name)
-    export = replace(export, parity=tuple(row.as_json() for row in worst_of_kinds(rows)))
-    export.write(folder)
-    return export
-
-
-def up_to_date(folder: Path, inputs: str) -> Export | None:
-    """A whole package made from the same inputs, else None."""
-    try:
-        export = Export.read(folder)
-    except LongtakeError:
-        return None
-    return export if export.inputs == inputs else None
+    return list(kept.values())
 
 
 def print_sizes(folder: Path, export: Export) -> None:
-    """Sizes of what lies in `folder`."""
-    print(f"{folder}:")
+    """Sizes of what lies in `folder`, and whether it was compared with PyTorch."""
+    checked = export.checked
+    print(f"{folder}: {checked.state}" + (f" ({checked.why})" if checked.why else ""))
     for name, network in export.networks.items():
         sizes = {name: file.bytes / 1e6 for name, file in network.files.items()}
         view = sizes.pop(f"{name}.ort.onnx", None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
-import sys
 
 from longtake.errors import LongtakeError
+from longtake.out_of_memory import is_out_of_memory, out_of_memory
 
 WHOLE = "what was being written is not there under its final name; whatever was there before still is"
 CHOOSE = "or choose another place"
@@ -26,12 +26,8 @@ RUST_CODE = re.compile(r"\(os error (\d+)\)")  # safetensors passes the system's
 
 def explained(error: Exception) -> LongtakeError | None:
     """`error` in a user's terms, if it is one that files, memory or a terminal cause; None if it is a defect."""
-    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
-        return LongtakeError(
-            "out of memory",
-            got=_first_line(error),
-            fix="free memory, or ask for less: a smaller --batch, or --guidance 1",
-        )
+    if is_out_of_memory(error):
+        return out_of_memory(error)
     if isinstance(error, OSError):
         return _of_code(error.errno, _named(error), error)
     code = RUST_CODE.search(str(error))
@@ -41,13 +37,6 @@ def explained(error: Exception) -> LongtakeError | None:
 def _of_code(code: int | None, name: str, error: Exception) -> LongtakeError:
     what, expected, fix = next((rest for codes, *rest in MEANINGS if code in codes), OTHER)
     return LongtakeError(what.replace("{}", name), got=_first_line(error), expected=expected, fix=fix)
-
-
-def _is_torch_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # if it isn't imported, nothing of it can have been raised
-    if torch is None or not isinstance(error, RuntimeError):
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _named(error: OSError) -> str:

@@ -21,7 +21,15 @@ from longtake.runtime.session import Session
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import OpenOptions
 from longtake.runtime.start import start_of
-from longtake.runtime.story import Story, check_fits, checked_prompt, frame_count, story_from_file, story_from_prompt
+from longtake.runtime.story import (
+    Story,
+    check_fits,
+    checked_prompt,
+    frame_count,
+    story_from_file,
+    story_from_prompt,
+    story_from_prompts,
+)
 from longtake.signals import first_interrupt
 
 
@@ -32,7 +40,7 @@ def run(options: GenerateOptions) -> int:
     if story is not None:
         start_of(story, options.image, options.continue_from, _clip_words(options)).check()
     with Generator.from_engines(
-        options.engines,
+        options.model or options.engines,
         options.backend,
         options.device,
         options.decode_device,
@@ -52,6 +60,8 @@ def _open_options(options: GenerateOptions, story: Story | None) -> OpenOptions:
         guided=None if asked is None else asked != 1.0,
         encode=starts,
         announce=lambda budget: print(budget_table(budget), flush=True),
+        force=options.force,
+        say=lambda line: print(line, file=sys.stderr),
     )
 
 
@@ -68,7 +78,7 @@ def generate(generator: Generator, options: GenerateOptions, story: Story | None
         if options.save_session:
             session.save(options.save_session)
             print(f"session: {options.save_session}")
-        conclude(session, output, options.report, not interrupted, generator.budget)
+        conclude(session, output, options.report, not interrupted, generator.budget, options.story)
     return 130 if interrupted else 0
 
 
@@ -99,8 +109,10 @@ def _generate_all(session: Session, total: int, output: VideoOutput) -> bool:
 
 def _story(options: GenerateOptions) -> Story | None:
     """The story to tell; None to go on with a saved session's own."""
-    if options.prompt is not None:
-        return story_from_prompt(options.prompt, options.chunks or 1)
+    if len(options.prompt) == 1:
+        return story_from_prompt(options.prompt[0], options.chunks or 1)
+    if options.prompt:
+        return story_from_prompts(options.prompt)
     return story_from_file(options.story) if options.story else None
 
 

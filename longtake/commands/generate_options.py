@@ -32,7 +32,7 @@ what is seen in the clip may be told shot by shot; without that it is what the f
       - prompt: a red two circles over a forest background, light from above
 
 examples:
-  longtake generate docs/stories/demo.yaml --engines tiny_nvfp4_sm120 --out demo.mp4
+  longtake generate docs/stories/demo.yaml --model tiny-4step --out demo.mp4
   longtake generate --prompt "a white nine grows over a black background, soft light" --chunks 3
   longtake generate docs/stories/demo.yaml --chunks 2 --save-session half.safetensors
   longtake generate --load-session half.safetensors --out rest.mp4
@@ -51,8 +51,8 @@ class WhatOptions:
 
     story: str | None = option(None, positional=True, metavar="STORY.yaml")
     """such as docs/stories/demo.yaml (default: --prompt, or what a loaded session has left to do)"""
-    prompt: str | None = option(None, metavar="TEXT")
-    """one prompt instead of a story (default: none)"""
+    prompt: tuple[str, ...] = option((), repeated=True, metavar="TEXT")
+    """a prompt instead of a story; given several times, one chunk each, in their order (default: none)"""
     chunks: int | None = option(None, metavar="N")
     """stop after N chunks; beyond the story, its last prompt goes on (default: the whole story; 1 of a prompt)"""
     seed: int | None = option(None, metavar="N")
@@ -96,8 +96,12 @@ class ViewOptions:
 class HowOptions:
     """How to run it"""
 
+    model: str | None = option(None, metavar="NAME[@RECIPE]")
+    """a model by name, such as tiny-4step (default: --engines)"""
     engines: str | None = option(None, metavar="FOLDER|RECIPE")
     """engines, exported networks, or a recipe's name (default: the best there is)"""
+    force: bool = option(False)
+    """take an export that failed its comparison with PyTorch"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
     """where a text or VAE encoder that was not exported lies (default: where the export was made from)"""
     backend: str = option("auto", metavar="|".join(BACKEND_NAMES))
@@ -128,14 +132,20 @@ class GenerateOptions(OutOptions, HowOptions, ViewOptions, WhatOptions):
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be generated with."""
-        if self.story and self.prompt is not None:
+        if self.model is not None and self.engines is not None:
+            raise LongtakeError(
+                "--model and --engines both name what generates",
+                got=f"{self.model} and {self.engines}",
+                fix="leave one out",
+            )
+        if self.story and self.prompt:
             got = f"{self.story} and --prompt"
             raise LongtakeError("both a story and --prompt were given", got=got, fix="leave one out")
         if self.chunks is not None and self.chunks < 1:
             raise LongtakeError("bad number of chunks", got=self.chunks, expected="1 or more", fix="pass --chunks 2")
         if self.load_session:
             self._check_loading()
-        elif self.prompt is None and not self.story:
+        elif not self.prompt and not self.story:
             raise LongtakeError(
                 "nothing to generate",
                 expected="a story, --prompt or --load-session",

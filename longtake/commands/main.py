@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import io
 import os
@@ -14,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from longtake.commands.failures import explained
-from longtake.errors import LongtakeError
+from longtake.commands.streams import open_standard_streams
+from longtake.errors import LongtakeError, nearest
 from longtake.settings import configure_logging
 from longtake.signals import ended_by_signals
 from longtake.version import __version__
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(words: list[str]) -> int:
     try:
+        open_standard_streams()
         _print_any_text()
         configure_logging()
         with _interrupts_kept():
@@ -120,8 +121,7 @@ def split(words: list[str]) -> tuple[str, list[str]]:
         if (name := " ".join(words[:count])) in COMMANDS:
             return name, words[count:]
     asked = " ".join(word for word in words[:3] if not word.startswith("-"))
-    near = difflib.get_close_matches(asked, COMMANDS, n=1) or difflib.get_close_matches(words[0], COMMANDS, n=1)
-    fix = f"did you mean {near[0]!r}?" if near else "see longtake --help"
+    fix = nearest(asked, COMMANDS, nearest(words[0], COMMANDS, "see longtake --help"))
     raise LongtakeError("unknown command", got=asked or words[0], expected=", ".join(COMMANDS), fix=fix)
 
 
@@ -135,7 +135,7 @@ def parsed(name: str, words: list[str]) -> list[Any]:
         return instances(name, command, parser.values(words), {})
     from longtake.commands.run_files import add_config, values_of_config
 
-    add_config(parser, command)
+    add_config(parser, command.runs)
     given = parser.values(words)
     return instances(name, command, given, values_of_config(given, command))
 

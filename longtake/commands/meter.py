@@ -1,54 +1,13 @@
-"""Gathers a run's timings chunk by chunk, shows them in a bar, and makes the report's figures of them."""
+"""Shows a run's timings in a bar."""
 
 from __future__ import annotations
 
 import sys
-import time
-from typing import Any
 
 from tqdm import tqdm
 
 from longtake.runtime.chunk import Chunk
-
-DIT_STAGES = ("conditions", "denoise", "clean")
-
-
-class Meter:
-    """The clock runs from the start. Call `add` for every chunk once its frames are on the host, then `figures`."""
-
-    def __init__(self) -> None:
-        self._started = self._latest = time.perf_counter()
-        self.first_chunk_s: float | None = None
-        self.chunks = self.frames = 0
-        self._total_ms: dict[str, float] = {}
-
-    def add(self, chunk: Chunk) -> None:
-        """Count a finished chunk; waits for its frames."""
-        self.frames += len(chunk.frames)
-        self.chunks += 1
-        self._latest = chunk.finished_at  # not "now": frames may have waited for the next chunk's passes
-        if self.first_chunk_s is None:
-            self.first_chunk_s = self._latest - self._started
-        for stage, spent in chunk.timings.items():
-            self._total_ms[stage] = self._total_ms.get(stage, 0.0) + spent
-
-    def fps(self) -> dict[str, float | None]:
-        """Frames a second: DiT alone, VAE alone, end to end."""
-        dit = sum(self._total_ms.get(stage, 0.0) for stage in DIT_STAGES) / 1e3
-        vae = self._total_ms.get("decode", 0.0) / 1e3
-        rates = {"dit": dit, "vae": vae, "end_to_end": self._latest - self._started}
-        return {name: round(self.frames / spent, 3) if spent and self.frames else None for name, spent in rates.items()}
-
-    def figures(self) -> dict[str, Any]:
-        """The report's fields that are measured here."""
-        first = self.first_chunk_s
-        return {
-            "chunks": self.chunks,
-            "frames": self.frames,
-            "fps": self.fps(),
-            "first_chunk_s": None if first is None else round(first, 4),
-            "stage_ms": {stage: round(total / self.chunks, 2) for stage, total in self._total_ms.items()},
-        }
+from longtake.runtime.meter import Meter
 
 
 class GenerateProgress:

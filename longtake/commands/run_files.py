@@ -6,7 +6,6 @@ takes a list. `description` is free text.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from longtake.checked_yaml import read_yaml
 from longtake.commands.options import Parser, converted
 from longtake.config import reject_unknown_keys
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 from longtake.options import Command, Option, options_of
 from longtake.paths import REPOSITORY
 
@@ -33,13 +32,8 @@ def run_path(name: str, folder: Path) -> Path:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         names = run_names(folder)
-        near = difflib.get_close_matches(name, names, n=1)
-        raise LongtakeError(
-            "unknown run file",
-            got=name,
-            expected="a .yaml file, or one of " + ", ".join(names),
-            fix=f"did you mean {near[0]!r}?" if near else "check --config",
-        )
+        expected, fix = "a .yaml file, or one of " + ", ".join(names), nearest(name, names, "check --config")
+        raise LongtakeError("unknown run file", got=name, expected=expected, fix=fix)
     return path
 
 
@@ -71,14 +65,13 @@ def _mapping(path: Path) -> dict[Any, Any]:
     return given
 
 
-def add_config(parser: Parser, command: Command) -> None:
-    """Add `--config`."""
-    assert command.runs is not None
+def add_config(parser: Parser, runs: Path) -> None:
+    """Add `--config`; `runs`: the command's shipped run files."""
     parser.add_argument(
         "--config",
         metavar="FILE|NAME",
         help="run file: options from a YAML file; what is given here wins (default: none). Shipped: "
-        + (", ".join(run_names(command.runs)) or "none"),
+        + (", ".join(run_names(runs)) or "none"),
     )
     parser.renamed["--recipe"] = "--config"
 

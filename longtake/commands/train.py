@@ -14,6 +14,7 @@ from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_checkpoints
 from longtake.training.devices import device_named
 from longtake.training.dry_run import describe
+from longtake.training.models.quantize import modelopt
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.options import RunOptions
 from longtake.training.parallel.ranks import join_ranks, started_by_torchrun
@@ -73,14 +74,18 @@ def run(
     kinds = ("vae",) if what.stage == "vae" else ("dit", "text_encoder")
     vae = options.vae and options.vae / "vae.safetensors"
     claim_checkpoints(config.out, {"--init": options.init, "--vae": vae}, kinds)
+    if what.stage == "dit":
+        modelopt()  # measures amax at the end: what is missing is said now
     if ranks.sequence_parallel != 1 or started_by_torchrun():
         return run_parallel(what, config, options, ranks)
     torch.manual_seed(how.seed)
     stage = stage_named(what.stage, options)
     device = device_named(what.device)
     print(f"training {what.stage} of preset {config.preset} on {device} for {config.steps} steps, into {config.out}")
+    if stage.line:
+        print(stage.line)
     metrics = Trainer(stage, config, device).fit()
-    conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics)
+    conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics, name=what.name)
     return 0
 
 
@@ -118,7 +123,7 @@ def run_parallel(what: WhatOptions, config: TrainConfig, options: StageOptions, 
             f"{ranks.sequence}, {asked.sp_mode}), {ranks.device.type}, for {config.steps} steps, into {config.out}"
         )
         metrics = ParallelTrainer(stage, replace(config, settings={**config.settings, **shape}), ranks, scratch).fit()
-        conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics)
+        conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics, name=what.name)
     return 0
 
 

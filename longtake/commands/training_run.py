@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longtake.formats.model_name import checked_name, write_name
 from longtake.options import FREE, option, settings_of
 from longtake.training.models.presets import Preset
 from longtake.training.optimizer import OptimizerConfig
@@ -24,6 +25,13 @@ class WhereOptions:
     """auto, cpu, cuda or cuda:N"""
     dry_run: bool = option(False, resume=FREE)
     """print sizes, shapes, memory and cost, and stop"""
+    name: str | None = option(None, metavar="NAME", resume=FREE)
+    """what the model is called, for `--model NAME` (default: as the folder --out)"""
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for what a model cannot be called, before the first step."""
+        if self.name is not None:
+            checked_name(self.name)
 
 
 def train_config(how: RunOptions, preset: Preset, optimizer: OptimizerConfig, *more: Any) -> TrainConfig:
@@ -35,8 +43,9 @@ def train_config(how: RunOptions, preset: Preset, optimizer: OptimizerConfig, *m
     )  # fmt: skip
 
 
-def conclude(files: Iterable[Path], metrics: Mapping[str, float], note: str = "") -> None:
-    """Say what was written, and how good it is."""
+def conclude(files: Iterable[Path], metrics: Mapping[str, float], note: str = "", name: str | None = None) -> None:
+    """Record the model's name, and say what was written, and how good it is."""
     for path in files:
+        write_name(path.parent, name)
         print(f"wrote {path}{note}")
     print("held out: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))

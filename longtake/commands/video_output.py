@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from longtake.commands.meter import GenerateProgress, Meter
+from longtake.commands.meter import GenerateProgress
 from longtake.files import atomic_path
 from longtake.formats.memory import Budget
 from longtake.runtime.chunk import Chunk
+from longtake.runtime.meter import Meter
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
 from longtake.runtime.session import Session
 from longtake.video import VideoWriter
@@ -60,6 +61,7 @@ class VideoOutput:
         self.out, self.fps = out, fps
         self.meter, self.sheet, self._progress = Meter(), ContactSheet(), GenerateProgress(chunks)
         self._writer: VideoWriter | None = None
+        self.prompts: dict[str, None] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Write a chunk's frames; waits for the decoder."""
@@ -68,6 +70,7 @@ class VideoOutput:
             self._writer = VideoWriter(self.out, self.fps)
         self._writer.write(frames)
         self.meter.add(chunk)
+        self.prompts[chunk.prompt] = None
         self.sheet.add(chunk.index, chunk.prompt, chunk.cut, frames)
         self._progress.update(chunk, self.meter)
 
@@ -83,7 +86,12 @@ class VideoOutput:
 
 
 def conclude(
-    session: Session, output: VideoOutput, report_to: Path | None, complete: bool, budget: Budget | None
+    session: Session,
+    output: VideoOutput,
+    report_to: Path | None,
+    complete: bool,
+    budget: Budget | None,
+    story: str | None = None,
 ) -> None:
     """Write the report and the contact sheet, and say where everything is."""
     if not output.sheet.stills:
@@ -97,6 +105,8 @@ def conclude(
         seed=options.seed,
         complete=complete,
         output=str(output.out),
+        prompts=list(output.prompts),
+        story=story,
         **conditions_of_run(session.model.backend, budget),
         **output.meter.figures(),
     )

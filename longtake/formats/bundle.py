@@ -7,30 +7,40 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import read_json, sha256
-from longtake.formats.exported import Export
+from longtake.errors import IntegrityError, LongtakeError, UnavailableError
+from longtake.files import sha256
+from longtake.formats.exported import UNRECORDED, Checked, Export
 from longtake.formats.memory import RecordedTerm
+from longtake.formats.plan import manifest_path
 from longtake.formats.recipe import Recipe
 from longtake.machine.flavour import Flavour
+from longtake.provenance import versions
 from longtake.record import Kind
+from longtake.version import __version__
 
-# what earlier versions wrote beside the rest, and its only value that still works
-RETIRED = {"vae_fold_upsampling": False, "vae_latents_per_step": 1}
+PACKAGES = ("tensorrt", "tensorrt-rtx-cu13", "cuda-core", "onnx")
 NAME = "bundle.json"
-KIND = Kind("an engine bundle", "`longtake engines`", "build it again: longtake engines --recipe NAME")
+KIND = Kind(
+    "an engine bundle",
+    "`longtake engines`",
+    "build it again: longtake engines --recipe NAME",
+    format=2,
+    oldest=2,
+    sealed=True,
+)
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A folder of plans, opened.
 
-    onnx: the folder that the plans were built from. files: digests of the plans and segment
+    onnx: the folder that the plans were built from. files: digests of the plans, their manifests and segment
     descriptions. onnx_files: digests of the exported files. vocabulary: the text encoder's words, in token order
     (none where the folder of exported files carries a tokenizer).
     export_inputs: digest of the checkpoints and the code that the export was made from. weights: see
     `Export.weights_known`. folder: where the plans are.
-    memory: what they take on a GPU, in any use; () in bundles of earlier versions, of which it is computed.
+    checked, model: of that export. memory: what they take on a GPU, in any use; () where it is to be computed.
+    versions: of longtake and of the packages that the plans depend on.
     """
 
     recipe: Recipe
@@ -44,23 +54,30 @@ class Bundle:
     weights: dict[str, str] = field(default_factory=dict)
     folder: Path = Path()
     memory: tuple[RecordedTerm, ...] = ()
+    checked: Checked = UNRECORDED
+    model: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path, recipe: Recipe, flavour: Flavour, onnx: Path, plans: Sequence[Path]) -> Bundle:
         """Of the plans in `folder`, built from the export in `onnx`."""
         export = Export.find(onnx)
+        described = [manifest for plan in plans if (manifest := manifest_path(plan)).is_file()]
         sources = sorted(path for pattern in ("*.onnx", "*.onnx.data") for path in onnx.glob(pattern))
         return cls(
             recipe,
             flavour.name,
             flavour.version,
             onnx.resolve(),
-            {path.name: sha256(path) for path in sorted([*plans, *folder.glob("*.segments.json")])},
+            {path.name: sha256(path) for path in sorted([*plans, *described, *folder.glob("*.segments.json")])},
             {path.name: sha256(path) for path in sources},
             export.vocabulary if export else _shipped_vocabulary(),
             export.inputs if export else "",
             export.weights_known if export else {},
             folder,
+            checked=export.checked if export else UNRECORDED,
+            model=export.model if export else "",
+            versions=versions(PACKAGES),
         )
 
     def write(self) -> Path:
@@ -68,7 +85,7 @@ class Bundle:
         told = {key: value for key, value in vars(self).items() if key != "folder"}
         onnx = os.path.relpath(self.onnx, self.folder.resolve())
         told |= {"recipe": self.recipe.name, "recipe_fields": asdict(self.recipe.whole), "onnx": onnx}
-        told["memory"] = [asdict(term) for term in self.memory]
+        told |= {"memory": [asdict(term) for term in self.memory], "checked": asdict(self.checked)}
         KIND.write(told, self.folder / NAME)
         return self.folder / NAME
 
@@ -87,20 +104,44 @@ class Bundle:
                 f"{folder} holds no engines", got=f"no {NAME}", expected="a folder written by `longtake engines`",
                 fix="longtake engines --recipe NAME",
             )  # fmt: skip
-        told = read_json(path)
-        if isinstance(told, dict):  # "recipe" is its name, for people
-            fields = told.get("recipe_fields")
-            if isinstance(fields, dict) and (
-                gone := {k: fields[k] for k in RETIRED if fields.get(k, RETIRED[k]) != RETIRED[k]}
-            ):
-                raise KIND.broken(path, str(gone))
-            told = {**told, "recipe": fields, "folder": str(folder)}
-        bundle = KIND.parse(cls, told, path)
-        return replace(bundle, recipe=bundle.recipe.read, onnx=(folder / bundle.onnx).resolve())
+        told = KIND.content(path)
+        told = {**told, "recipe": told.get("recipe_fields"), "folder": str(folder)}  # "recipe" is its name, for people
+        bundle = KIND.record(cls, told, path)
+        try:
+            onnx = (folder / bundle.onnx).resolve()
+        except (RuntimeError, ValueError, OSError) as error:  # a link to itself, a name that can be none
+            raise KIND.broken(path, f"onnx: {error!s:.200}") from None
+        return replace(bundle, recipe=bundle.recipe.read, onnx=onnx)
 
     @property
     def fix(self) -> str:
         return f"build it again: longtake engines --recipe {self.recipe.name}"
+
+    def require_flavour(self, flavour: Flavour, folder: Path) -> None:
+        """Raise UnavailableError, with the command that builds them anew, for plans that this flavour or this version
+        of longtake does not run."""
+        for what, built, here in (
+            ("by another TensorRT", f"{self.flavour} {self.version}", flavour.label),
+            ("by another version of longtake", self.versions.get("longtake", "none recorded"), __version__),
+        ):
+            if built != here:
+                raise UnavailableError(
+                    f"the engines in {folder} were built {what}", got=built, expected=here, fix=self.fix
+                )
+
+    def check_plan(self, plan: Path, sha256_of_plan: str) -> None:
+        """Raise IntegrityError unless a plan that fits its manifest, and this manifest, are those of this build.
+
+        sha256_of_plan: as the manifest tells it.
+        """
+        if self.files.get(plan.name) != sha256_of_plan:
+            raise IntegrityError(
+                f"{plan} is of another build than the rest of its folder",
+                got=f"sha256 {sha256_of_plan}",
+                expected=f"sha256 {self.files.get(plan.name, 'none')}, as {NAME} says",
+                fix=self.fix,
+            )
+        self.check_file(manifest_path(plan))
 
     def check_file(self, path: Path) -> Path:
         """`path`, once its digest is the recorded one.

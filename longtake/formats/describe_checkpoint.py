@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from longtake.dtypes import BY_SAFETENSORS
 from longtake.errors import IntegrityError
 from longtake.files import read_json, sha256
 from longtake.formats.describe_onnx import weights_by_type
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file, of which nothing but its header is read.
-
-    Raises:
-        IntegrityError: the file is truncated, too long, or no safetensors file.
-    """
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except SafetensorError as error:
-        what, fix = f"{path} is not a whole safetensors file", "restore the file or train again"
-        raise IntegrityError(what, got=str(error), expected="a safetensors header", fix=fix) from None
+from longtake.tensor_file import tensors_in
 
 
 def describe_safetensors(path: Path) -> dict[str, Any]:
@@ -37,7 +19,7 @@ def describe_safetensors(path: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: the file is not whole, or its digest differs from the one in the JSON beside it.
     """
-    with opened(path) as file:
+    with tensors_in(path, framework="np") as file:
         metadata, names = file.metadata() or {}, file.keys()
         slices = ((tensor.get_dtype(), math.prod(tensor.get_shape())) for tensor in map(file.get_slice, names))
         by_type = weights_by_type((kind, count, BY_SAFETENSORS[kind].bytes(count)) for kind, count in slices)

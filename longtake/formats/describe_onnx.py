@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from longtake.formats.onnx_file import data_sizes, read_onnx, tensor_bytes, tensor_elements
+from longtake.formats.onnx_file import data_sizes, read_onnx, readable, tensor_bytes, tensor_elements
 from longtake.plugins.registry import all_ops
 from longtake.plugins.spec import DOMAIN
 
@@ -22,6 +22,11 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         IntegrityError: the file, or the external data it names, is missing or truncated.
     """
     model = read_onnx(path, "none")
+    with readable(path):
+        return _facts(model, path)
+
+
+def _facts(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
     graph = model.graph
     ops = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.node)
     bodies = {f"{body.domain}::{body.name}" for body in model.functions}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
-from longtake.errors import IntegrityError, LongtakeError
+from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.files import sha256
 from longtake.formats.recipe import LINEARS, Recipe
+from longtake.plugins.spec import PLUGIN_VERSION
 from longtake.record import Kind
 from longtake.training.models.families import family_of
 from longtake.training.models.presets import SamplingConfig
+from longtake.version import __version__
 
 NAME = "export.json"
-KIND = Kind("an export description", "`longtake export`", "run `longtake export --force`")
+KIND = Kind(
+    "an export description", "`longtake export`", "run `longtake export --force`", format=2, oldest=2, sealed=True
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,41 @@ class ExportedNetwork:
     linears: tuple[str, ...] = ()
 
 
+State = Literal["passed", "unchecked", "failed"]
+PASSED: Final = "passed"
+UNCHECKED: Final = "unchecked"
+FAILED: Final = "failed"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Whether exported networks were compared with PyTorch. why: in words, what is missing or wrong; "" if passed."""
+
+    state: State = FAILED
+    why: str = "no comparison with PyTorch is recorded"
+
+    def require(self, folder: Path, force: bool, fix: str = "") -> str | None:
+        """A line to say where the export in `folder` is taken without having passed; None where it has.
+
+        Raises:
+            GateError: it failed, and `force` isn't given.
+        """
+        if self.state == PASSED:
+            return None
+        if self.state == FAILED and not force:
+            raise GateError(
+                f"the export in {folder} is not known to compute what its checkpoint does",
+                got=f"failed: {self.why}",
+                expected="an export that passed its comparison with PyTorch",
+                fix=f"{fix or 'export it again: longtake export --force'}; --force (in Python force=True) takes it all the same",
+            )
+        return f"export {folder}: {self.state} ({self.why})" + (", taken by --force" if self.state == FAILED else "")
+
+
+UNRECORDED = Checked()
+UNFINISHED = Checked(FAILED, "the comparison with PyTorch did not end")
+
+
 @dataclass(frozen=True)
 class Export:
     """A folder of exported networks.
@@ -42,7 +81,7 @@ class Export:
     inputs: digest of the checkpoints and the code it was made from. skeleton: graphs without weights.
     amax, vocabulary, sampling: of the checkpoints; sampling is how a DiT is sampled, if that is recorded.
     checkpoints: the folder they were in. weights: digests of its DiT and VAE; earlier versions told none. parity: rows of
-    the comparison with PyTorch; empty where none was made. recipe: that it was exported for last, with its preset; others
+    the comparison with PyTorch; empty where none was made. checked: how that ended. model: its name. recipe: that it was exported for last, with its preset; others
     share its files; earlier versions told none.
     """
 
@@ -64,6 +103,8 @@ class Export:
     sampling: dict[str, Any] | None = None
     recipe: Recipe | None = None
     weights: dict[str, str] = field(default_factory=dict)
+    checked: Checked = UNRECORDED
+    model: str = ""
 
     def __post_init__(self) -> None:
         SamplingConfig.told(self.sampling)
@@ -141,6 +182,14 @@ class Export:
         if missing:
             raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),
                                  fix=f"{fix} --force")  # fmt: skip
+        for what, got, here in (
+            ("another version of our ops", self.plugin_version, PLUGIN_VERSION),
+            ("another version of longtake", self.versions.get("longtake", ""), __version__),
+        ):
+            if got and got != here:
+                raise IntegrityError(
+                    f"the networks in {folder} were exported with {what}", got=got, expected=here, fix=f"{fix} --force"
+                )
         if weights and self.skeleton:
             raise LongtakeError(f"the networks in {folder} have no weights", got="a skeleton",
                                 expected="networks exported from checkpoints", fix=f"{fix} --checkpoints FOLDER")  # fmt: skip

@@ -17,8 +17,11 @@ from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.registry import kernel_of
 from longtake.plugins.spec import PLUGIN_VERSION
 from longtake.record import Kind
+from longtake.version import __version__
 
-KIND = Kind("a plan manifest", "`longtake engines`", "build it again: longtake engines --recipe NAME")
+KIND = Kind(
+    "a plan manifest", "`longtake engines`", "build it again: longtake engines --recipe NAME", format=2, oldest=2
+)
 REBUILD = "build it again: longtake engines --recipe {recipe}"
 
 
@@ -30,6 +33,7 @@ class PlanManifest:
     plugins: op name -> {"version", "kernel" (source digest)} of the ops inside the plan. spec: its bindings.
     layers, seconds: what the build said, for people.
     scratch_bytes: device memory that a context wants while it runs, as the build said; None if it did not.
+    cuda: major version that the TensorRT which built it is for. longtake: the version of ours that did.
     """
 
     plan: str
@@ -47,6 +51,8 @@ class PlanManifest:
     layers: int = 0
     seconds: float = 0.0
     scratch_bytes: int | None = None
+    cuda: str = ""
+    longtake: str = __version__
 
     @classmethod
     def read(cls, plan: Path) -> PlanManifest:
@@ -140,9 +146,23 @@ def _first_difference(one: dict[str, Any], other: dict[str, Any]) -> str:
 def _require_machine(plan: Path, manifest: PlanManifest, flavour: Flavour, compute_capability: str, fix: str) -> None:
     built = f"{manifest.flavour} {manifest.version}"
     _require_same(UnavailableError, f"{plan} was built by another TensorRT", built, flavour.label, fix)
+    if flavour.cuda:
+        built, here = f"CUDA {manifest.cuda or 'not recorded'}", f"CUDA {flavour.cuda}"
+        _require_same(UnavailableError, f"{plan} was built for another CUDA", built, here, fix)
+    what = f"{plan} was built by another version of longtake"
+    _require_same(UnavailableError, what, manifest.longtake, __version__, fix)
     built, here = (f"compute capability {it}" for it in (manifest.compute_capability, compute_capability))
-    _require_same(UnavailableError, f"{plan} was built for another GPU", built, here, f"build a recipe for {here}")
-    current = plugin_identities(list(manifest.plugins))
+    other = f"build a recipe for {here}: longtake engines --recipe NAME (longtake doctor tells which)"
+    _require_same(UnavailableError, f"{plan} was built for another GPU", built, here, other)
     for op, identity in manifest.plugins.items():
         what = f"{plan} was built with another version of plugin {op}"
-        _require_same(UnavailableError, what, identity, current[op], fix)
+        try:
+            current = plugin_identities([op])[op]
+        except LongtakeError as error:
+            raise UnavailableError(
+                f"{plan} was built with a plugin that is not known here",
+                got=op,
+                expected=str(error.expected or "one of ours"),
+                fix=fix,
+            ) from None
+        _require_same(UnavailableError, what, identity, current, fix)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from longtake.checked_yaml import read_yaml
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 from longtake.paths import REPOSITORY
 from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.record import record_from_mapping
@@ -163,13 +162,9 @@ def recipe_named(name: str) -> Recipe:
     """A shipped recipe by name, or any recipe file by path."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        near = difflib.get_close_matches(name, recipe_names(), n=1)
-        raise LongtakeError(
-            "unknown recipe",
-            got=name,
-            expected="one of " + ", ".join(recipe_names()) + ", or a path to a .yaml file",
-            fix=f"did you mean {near[0]!r}?" if near else "pass one of these with --recipe",
-        )
+        expected = "one of " + ", ".join(recipe_names()) + ", or a path to a .yaml file"
+        fix = nearest(name, recipe_names(), "pass one of these with --recipe")
+        raise LongtakeError("unknown recipe", got=name, expected=expected, fix=fix)
     return recipe_from_file(path)
 
 

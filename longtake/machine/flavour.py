@@ -14,6 +14,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ HOPPER = "9.0"
 HOPPER_VERSION = "1.6.1.120"
 DEFAULT_VERSION = "1.7.1.116"
 DISTRIBUTIONS = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+CUDA_MAJORS = ("13", "12", "14")
 RTX_LIBRARIES = ("libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1")
 
 
@@ -52,12 +54,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Flavour:
-    """A loaded flavour: `module` is `tensorrt` or `tensorrt_rtx` (the API is the same)."""
+    """A loaded flavour: `module` is `tensorrt` or `tensorrt_rtx` (the API is the same). cuda: major version it is for."""
 
     name: str
     version: str
     module: Any
     reason: str
+    cuda: str = ""
 
     @property
     def label(self) -> str:
@@ -189,7 +192,16 @@ def load(choice: Choice) -> Flavour:
             got=str(error),
             fix=f"pip install --force-reinstall {DISTRIBUTIONS[choice.name]}=={choice.version}",
         ) from None
-    return Flavour(choice.name, choice.version, module, choice.reason)
+    return Flavour(choice.name, choice.version, module, choice.reason, _cuda_of(choice.name))
+
+
+def _cuda_of(name: str) -> str:
+    """The major version of CUDA that an installed flavour's wheel is for, such as "13"; "" if nothing tells."""
+    for major in CUDA_MAJORS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(f"{name.replace('_', '-')}-cu{major}")
+            return major
+    return ""
 
 
 @cache

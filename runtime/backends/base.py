@@ -39,6 +39,7 @@ class Backend(ABC):
     name: "reference", "segmented" or "fused" (tests add their own). reason: why this one was chosen, one clause.
     checkpoints: where what is no network here comes from, the preset's own folder if None.
     weights: digests of the weights that it runs, by what they are of ("dit", "vae"); those that are known.
+    made_of: where it was opened from an export: the model's name ("model") and the export's state ("export").
     networks, sizes, twice_bytes, memory_rows: of a backend on TensorRT plans, what the memory budget is compared with: the
     loaded networks by name, bytes by the name of the budget's term, bytes of caches kept twice, and `MemoryLog.rows`.
     """
@@ -50,6 +51,7 @@ class Backend(ABC):
     recipe: Recipe
     checkpoints: Path | None = None
     weights: Mapping[str, str] = {}
+    made_of: Mapping[str, Any] = {}
     networks: Mapping[str, Any] = {}
     sizes: Mapping[str, int] = {}
     twice_bytes: int = 0

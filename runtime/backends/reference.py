@@ -17,7 +17,7 @@ from longtake.training.models.presets import Preset
 
 
 class ReferenceBackend(HostBackend):
-    """Runs export/build/<name>/<network>.ort.onnx. Activations and an unquantized cache are fp32 there."""
+    """Runs the <network>.ort.onnx of an export. Activations and an unquantized cache are fp32 there."""
 
     name = "reference"
 

@@ -11,22 +11,29 @@ from typing import Any
 import torch
 
 from longtake.formats.bundle import Bundle
-from longtake.paths import ENGINES, EXPORTS
+from longtake.formats.model_name import folder_of
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.bench.gpu import device_from_name
 from longtake.runtime.bench.measure import Save, measure
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.random_weights import random_weights
 
+SKELETON = "skeleton"  # the model that has no weights
+
 
 def engine_folder(options: BenchOptions) -> Path:
     """Where the recipe's plans are, or will be."""
-    return (Path(options.engines) if options.engines else ENGINES) / options.the_recipe.name
+    recipe = options.the_recipe
+    return Path(options.engines) / recipe.name if options.engines else folder_of(SKELETON, recipe) / "engines"
 
 
 def export_folder(options: BenchOptions) -> Path:
     """Where the recipe's ONNX files are, or will be."""
-    return (Path(options.onnx) if options.onnx else EXPORTS) / options.the_recipe.onnx_name
+    recipe = options.the_recipe
+    if options.onnx:
+        return Path(options.onnx) / recipe.onnx_name
+    on_cpu = device_from_name(options.device).type == "cpu"  # ONNX Runtime takes the checkpoint's own weights
+    return folder_of(Path(recipe.model.checkpoints).name if on_cpu else SKELETON, recipe) / "onnx"
 
 
 def open_engines(options: BenchOptions) -> Backend:

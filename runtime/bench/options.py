@@ -15,7 +15,6 @@ NETWORKS = ("dit", "vae")
 AGAINST = ("torch",)
 # Parts in the order they run, each in a process of its own: its memory is its own, and its failure or delay as well.
 PARTS = ("engine", "torch", "torch_vae", "torch_compile", "torch_autotune")
-TORCH_PARTS = PARTS[1:]
 
 
 def networks_of(text: str) -> tuple[str, ...]:
@@ -42,9 +41,9 @@ class BenchOptions:
     against: str = option("", metavar="torch")
     """measure plain PyTorch in the same run, too (default: not)"""
     engines: str = option("", metavar="FOLDER")
-    """plans are in FOLDER/RECIPE, built if absent (default engines/build)"""
+    """plans are in FOLDER/RECIPE, built if absent (default: LONGTAKE_HOME/models/skeleton/RECIPE/engines)"""
     onnx: str = option("", metavar="FOLDER")
-    """graphs are in FOLDER/PRESET_PRECISION, exported if absent (default export/build)"""
+    """graphs are in FOLDER/PRESET_PRECISION, exported if absent (default: LONGTAKE_HOME/models/skeleton/RECIPE/onnx)"""
     device: str = option("", metavar="cuda:N")
     """where networks run (default: the first GPU, or the CPU without one)"""
     decode_device: str = option("", metavar="cuda:N")
@@ -53,6 +52,8 @@ class BenchOptions:
     """where reports are written (default: runs/bench/RECIPE)"""
     seconds: Annotated[int, Bounds(10)] = option(540, metavar="S")
     """time limit of the whole"""
+    force: bool = option(False)
+    """measure an export that failed its comparison with PyTorch"""
     autotune: bool = option(False)
     """also torch.compile with max-autotune (minutes)"""
     seed: int = 0

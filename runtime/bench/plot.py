@@ -11,12 +11,10 @@ OURS, THEIRS = "#2f6f4f", "#9a9a9a"
 
 def write_plot(report: dict[str, Any], path: Path) -> Path:
     """Bars of a chunk's stages for every side, and bars of ratios, as PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+    figure = Figure(figsize=(13, 5))
+    left, right = figure.subplots(1, 2)
     sides = {"longtake": report["engine"], **report["against"]}
     sides = {name: side for name, side in sides.items() if side.get("stage_ms")}
     for i, (name, side) in enumerate(sides.items()):
@@ -39,5 +37,4 @@ def write_plot(report: dict[str, Any], path: Path) -> Path:
     figure.suptitle(f"{sizes}, {where}, {report['weights']} weights")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return path

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from longtake.files import write_json
-from longtake.provenance import commit, versions
+from longtake.provenance import origin
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.roofline import roofline
-from longtake.runtime.report import command_line
 
 Figures = dict[str, Any]
 
@@ -34,9 +32,7 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
     machine: Figures = next((figures["machine"] for figures in parts.values() if "machine" in figures), {})
     return {
         "kind": "bench",
-        "command": command_line(),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(),
         "preset": preset.name,
         "recipe": recipe.name,
         "precision": recipe.precision,
@@ -48,7 +44,6 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
         "gpu": machine.get("gpu"),
         "machine": machine,
         "product_figures": bool(machine.get("gpu")),
-        "versions": versions(),
         "resolution": f"{preset.width}x{preset.height}",
         "steps": options.steps,
         "guidance": 1.0,

@@ -46,7 +46,7 @@ def random_vae(
 
 
 def measure_torch(part: str, options: BenchOptions, save: Save) -> dict[str, Any]:
-    """The figures of one of TORCH_PARTS. "torch_vae" is the decoder alone, contiguous and channels last."""
+    """The figures of one of PARTS, but for "engine". "torch_vae" is the decoder alone, contiguous and channels last."""
     device = device_from_name(options.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True

@@ -39,7 +39,7 @@ def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterabl
     dit, context = family.spec(preset, recipe, "dit"), family.spec(preset, recipe, "context")
     names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
     cached, prompt, kept = "K/V cache", "prompts' K/V and embeddings", total_bytes(context.outputs)
-    embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind == "umt5" else 0
+    embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind != "words" else 0
     cache = total_bytes(state_bindings(dit))
     return [
         *(weights_term(recipe, preset, name, engines) for name in names),

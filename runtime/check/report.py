@@ -56,12 +56,10 @@ def write_report(
 
 def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Error of every compared tensor on a logarithmic axis, a panel a network, with the gate as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     networks = list(dict.fromkeys(row.network for row in rows))
     figure = Figure(figsize=(10, 2.6 * len(networks) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(f"{title}: relative L2 error against the PyTorch model of the recipe")
     axes = figure.subplots(len(networks), 1, squeeze=False)[:, 0]
     for panel, network in zip(axes, networks):

@@ -23,7 +23,7 @@ def lines() -> Iterator[str]:
         options = options_of(*command.options)
         parser = parser_of(name, command)
         if command.runs:
-            add_config(parser, command)
+            add_config(parser, command.runs)
         for action in parser._actions[1:]:
             names = " ".join(action.option_strings) or action.dest
             takes = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"

@@ -24,6 +24,8 @@ from longtake.training.models.load import load_models, read_side
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import TINY
 
+pytestmark = pytest.mark.slow
+
 PAGE = (REPOSITORY / "docs" / "add-a-recipe.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`([\w.-]+\.yaml)`:.*?```yaml\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
 COMMANDS = [

@@ -41,7 +41,7 @@ def test_a_recipe_for_another_machine_stops_all_before_the_first_is_built(
 def test_by_default_everything_buildable_is_built_and_the_rest_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fake_build(recipe, onnx, out, flavour, machine, **options):  # noqa: ANN001, ANN003, ANN202
+    def fake_build(recipe, onnx, out, flavour, *rest):  # noqa: ANN001, ANN002, ANN202
         manifest = PlanManifest(
             "dit.plan", "dit", "", 12_340_000, "", flavour.name, flavour.version, "12.0",
             {"sink_attention_nvfp4": {}}, {}, recipe.name, "tiny", 321, 4.56,
@@ -49,6 +49,8 @@ def test_by_default_everything_buildable_is_built_and_the_rest_named(
         return [PlanResult(out / "dit.plan", manifest, recipe.name == "tiny_bf16_sm89")]
 
     monkeypatch.setattr(cli, "build", fake_build)
+    monkeypatch.setattr(cli, "export", lambda recipe, checkpoints, onnx, how: None)
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path / "home"))
     assert run("--out", str(tmp_path)) == 0
     text = capsys.readouterr().out
     for name in ("tiny_bf16_sm89", "tiny_w4a16_sm89", "tiny_nvfp4_sm120"):

@@ -24,11 +24,12 @@ from longtake.files import read_json, write_json
 from longtake.formats import bundle as bundle_module
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
-from longtake.formats.plan import manifest_path
+from longtake.formats.plan import PlanManifest, manifest_path
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.machine.flavour import Flavour, flavour_for
 from longtake.plugins.spec import DOMAIN
 from longtake.training.models.wan.family import Wan
+from longtake.version import __version__
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
 miniature = importlib.util.module_from_spec(_spec)
@@ -209,17 +210,36 @@ def test_a_bundle_finds_what_it_was_built_from_even_when_moved(bundle: Path, rec
     assert opened.check_file(moved / "engines" / "dit.segments.json").is_file()
 
 
-def test_a_bundle_of_an_earlier_version_opens_unless_it_needs_what_is_gone(bundle: Path, recipe: Recipe) -> None:
+def test_a_bundle_of_an_earlier_version_says_how_to_build_it_again(bundle: Path) -> None:
     path = bundle / bundle_module.NAME
-    content = read_json(path)
-    for value, opens in ((False, True), (True, False)):
-        fields = {**content["recipe_fields"], "vae_fold_upsampling": value}
-        write_json(path, {**content, "recipe_fields": fields})
-        if opens:
-            assert Bundle.read(bundle).recipe == recipe
-        else:
-            with pytest.raises(IntegrityError, match="not an engine bundle(.|\n)*vae_fold_upsampling"):
-                Bundle.read(bundle)
+    write_json(path, {key: value for key, value in read_json(path).items() if key not in ("format", "digest")})
+    with pytest.raises(IntegrityError, match="made by an older version(.|\n)*fix: build it again: longtake engines"):
+        Bundle.read(bundle)
+
+
+def test_a_bundle_names_manifests_and_versions(bundle: Path, flavour: Flavour) -> None:
+    opened = Bundle.read(bundle)
+    assert {f"{name}.json" for name in opened.files if name.endswith(".plan")} <= opened.files.keys()
+    assert opened.versions["longtake"] == __version__
+    manifest = PlanManifest.read(next(iter(bundle.glob("*.plan"))))
+    assert manifest.longtake == __version__ and manifest.cuda == flavour.cuda == "13"
+    opened.require_flavour(flavour, bundle)
+    for other, says in (
+        (replace(opened, version="1.6"), "by another TensorRT"),
+        (replace(opened, versions={}), "by another version of longtake"),
+    ):
+        with pytest.raises(
+            UnavailableError, match=f"were built {says}(.|\n)*fix: build it again: longtake engines --recipe"
+        ):
+            other.require_flavour(flavour, bundle)
+
+
+def test_a_link_to_itself_is_no_folder_of_exported_files(bundle: Path) -> None:
+    path = bundle / bundle_module.NAME
+    bundle_module.KIND.write({**read_json(path), "onnx": "loop"}, path)
+    (bundle / "loop").symlink_to("loop")
+    with pytest.raises(IntegrityError, match="not an engine bundle(.|\n)*onnx: "):
+        Bundle.read(bundle)
 
 
 def test_a_bundle_refuses_files_that_changed(bundle: Path) -> None:
@@ -239,7 +259,7 @@ def test_a_folder_without_a_bundle_says_what_makes_one(bundle: Path, tmp_path: P
     with pytest.raises(LongtakeError, match="holds no engines") as caught:
         Bundle.read(tmp_path)
     assert "longtake engines --recipe" in str(caught.value)
-    (bundle / bundle_module.NAME).write_text('{"format": 1}')
+    bundle_module.KIND.write({}, bundle / bundle_module.NAME)
     with pytest.raises(IntegrityError, match="not an engine bundle"):
         Bundle.read(bundle)
 

@@ -211,6 +211,7 @@ class AllOps(nn.Module):
         return product, *written, ops.kv_cache_write_bf16(k, v, cache, slot), *streamed
 
 
+@pytest.mark.slow
 def test_the_exporter_emits_nodes_that_tensorrt_takes_for_plugins() -> None:
     blocks = [torch.zeros(L, H, D, dtype=torch.bfloat16) for _ in range(3)]
     cache = random_cache("nvfp4"), random_cache("bf16")[0].to(torch.bfloat16)

@@ -24,6 +24,8 @@ from longtake.paths import REPOSITORY
 from longtake.runtime.backends.segments.arena import aliases_of, memory_layout, storage_bytes
 from longtake.training.models.wan.spec import dit_spec
 
+pytestmark = pytest.mark.slow  # two exports
+
 PRECISIONS = ("fp8", "bf16")
 Package = tuple[Recipe, Path]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import pytest
 import torch
 from held_weights import weights_from_models
 
+from longtake import chain
 from longtake.accuracy.cases import dit_feeds, empty_caches
 from longtake.accuracy.compare import compare_networks
 from longtake.accuracy.rows import Row, require_gate
-from longtake.commands import export as cli
 from longtake.commands import main as command
 from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.export import package as package_module
@@ -158,15 +159,16 @@ def test_export_command(
         made.append(arguments)
         return export_package(*arguments)
 
-    monkeypatch.setattr(cli, "load_models", lambda preset, folder: small_models)
-    monkeypatch.setattr(cli, "PlainGraphs", lambda preset, vocabulary: small_graphs)
-    monkeypatch.setattr(cli, "weights_from_folder", lambda preset, folder: weights_from_models(small_models))
-    monkeypatch.setattr(cli, "export_package", export)
+    monkeypatch.setattr(chain, "load_models", lambda preset, folder: small_models)
+    monkeypatch.setattr(chain, "PlainGraphs", lambda preset, vocabulary: small_graphs)
+    monkeypatch.setattr(chain, "weights_from_folder", lambda preset, folder: weights_from_models(small_models))
+    monkeypatch.setattr(chain, "export_package", export)
     side = SideFile("dit", "tiny", sampling={"steps": 4, "guidance": 1.0})
-    monkeypatch.setattr(cli, "read_side", lambda *given: side)
+    monkeypatch.setattr(chain, "read_side", lambda *given: side)
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / "dit.safetensors").write_bytes(b"one")
+    replace(side, sha256="1" * 64).write(checkpoints / "dit.json")
     arguments = ["export", "--recipe", "tiny_bf16_sm89", "--recipe", "tiny_bf16_sm90"]
     arguments += ["--checkpoints", str(checkpoints), "--out", str(tmp_path / "out")]
     assert command.main(arguments) == 0

@@ -14,6 +14,7 @@ from torch import nn
 from longtake.commands.main import main
 from longtake.errors import IntegrityError
 from longtake.files import read_json, write_json
+from longtake.formats import bundle, exported, plan
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import Export
 from longtake.formats.plan import PlanManifest, manifest_path
@@ -45,9 +46,9 @@ def a_bundle(folder: Path) -> tuple[Path, Callable[[], object]]:
 
 
 def a_plan(folder: Path) -> tuple[Path, Callable[[], object]]:
-    plan = folder / "dit.plan"
-    PlanManifest("dit.plan", "dit", "", 0, "", "tensorrt_rtx", "1.7", "12.0", {}, {}, RECIPE.name, "tiny").write(plan)
-    return manifest_path(plan), lambda: PlanManifest.read(plan)
+    path = folder / "dit.plan"
+    PlanManifest("dit.plan", "dit", "", 0, "", "tensorrt_rtx", "1.7", "12.0", {}, {}, RECIPE.name, "tiny").write(path)
+    return manifest_path(path), lambda: PlanManifest.read(path)
 
 
 def a_cut_network(folder: Path) -> tuple[Path, Callable[[], object]]:
@@ -63,19 +64,22 @@ FILES = {
     a_plan: "build it again: longtake engines --recipe NAME",
     a_cut_network: "build it again: longtake engines --recipe NAME",
 }
+KINDS = {an_export: exported.KIND, a_bundle: bundle.KIND, a_plan: plan.KIND}
+NUMBERS = {make: 2 for make in KINDS}  # those that are refused without a digest, or without versions
 every_file = pytest.mark.parametrize("make", FILES, ids=lambda make: make.__name__)
 
 
 @every_file
 def test_a_newer_file_is_refused_with_what_to_do(make: Callable, tmp_path: Path) -> None:
     path, read = make(tmp_path)
-    assert read_json(path)["format"] == 1
+    assert read_json(path)["format"] == NUMBERS.get(make, 1)
     read()
     write_json(path, {**read_json(path), "format": 7})
     with pytest.raises(IntegrityError) as caught:
         read()
-    assert f"{path.name} was made by a newer version of longtake\n  got: format 7\n  expected: format 1" in str(
-        caught.value
+    assert (
+        f"{path.name} was made by a newer version of longtake\n  got: format 7\n  expected: format {NUMBERS.get(make, 1)}"
+        in str(caught.value)
     )
     assert f"fix: update longtake, or {FILES[make]}" in str(caught.value)
 
@@ -90,10 +94,33 @@ def test_a_number_that_is_none_is_refused(make: Callable, tmp_path: Path) -> Non
 
 
 @every_file
-def test_a_file_from_before_there_were_numbers_is_read(make: Callable, tmp_path: Path) -> None:
+def test_a_file_from_before_there_were_numbers_is_read_or_made_anew(make: Callable, tmp_path: Path) -> None:
     path, read = make(tmp_path)
-    write_json(path, {key: value for key, value in read_json(path).items() if key != "format"})
-    read()
+    write_json(path, {key: value for key, value in read_json(path).items() if key not in ("format", "digest")})
+    if make not in NUMBERS:
+        read()
+        return
+    with pytest.raises(IntegrityError) as caught:
+        read()
+    assert f"{path.name} was made by an older version of longtake" in str(caught.value)
+    assert FILES[make] in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [an_export, a_bundle], ids=lambda make: make.__name__)
+def test_a_flipped_bit_anywhere_is_seen(make: Callable, tmp_path: Path) -> None:
+    path, read = make(tmp_path)
+    content, value = path.read_bytes(), read_json(path)
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 7
+        path.write_bytes(flipped)
+        try:
+            same = read_json(path) == value  # a space for a line's end
+        except IntegrityError:
+            same = False
+        if not same:
+            with pytest.raises(IntegrityError, match=f"fix: .*{'export' if make is an_export else 'engines'}"):
+                read()
 
 
 @every_file
@@ -101,7 +128,7 @@ def test_what_cannot_be_read_names_the_key(make: Callable, tmp_path: Path) -> No
     path, read = make(tmp_path)
     whole = read_json(path)
     for key in sorted({"vocabulary", "sha256", "files", "plugins", "steps"} & whole.keys())[:1]:
-        write_json(path, {**whole, key: 5})
+        KINDS[make].write({**whole, key: 5}, path) if make in KINDS else write_json(path, {**whole, key: 5})
         with pytest.raises(IntegrityError, match=rf"{path.name} is not a[\s\S]*got: {key}: 5[\s\S]*fix: "):
             read()
 

@@ -63,7 +63,8 @@ def swap(plan: Path) -> None:
     ("damage", "error", "says"),
     [
         (lambda plan: manifest_path(plan).unlink(), IntegrityError, "has no manifest"),
-        (lambda plan: manifest_path(plan).write_text("{}"), IntegrityError, "not a plan manifest"),
+        (lambda plan: manifest_path(plan).write_text("{}"), IntegrityError, "made by an older version"),
+        (lambda plan: manifest_path(plan).write_text('{"format": 2}'), IntegrityError, "not a plan manifest"),
         (lambda plan: manifest_path(plan).write_text("{"), IntegrityError, "not valid JSON"),
         (lambda plan: edit(plan, format=99), IntegrityError, "made by a newer version"),
         (lambda plan: plan.unlink(), LongtakeError, "does not exist"),

@@ -56,6 +56,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_adds_an_op(tree: Path) -> None:
     touched = set()
     for language, name, text in blocks():

@@ -67,7 +67,7 @@ def test_what_cannot_run_is_refused_by_name() -> None:
 
 
 def test_a_choice_is_remembered_and_a_damaged_file_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LONGTAKE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path))
     assert plans.remembered("a") == ""
     plans.remember("a", "eng1")
     plans.remember("b", "eng2")

@@ -23,7 +23,7 @@ SOURCE = 'extern "C" __global__ void fill(float* x) { x[threadIdx.x] = VALUE; }\
 
 @pytest.fixture()
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LONGTAKE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -79,7 +79,7 @@ def test_a_damaged_entry_is_compiled_again(
 
 def test_an_unwritable_cache_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("LONGTAKE_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path / "file"))
     assert compile_cubin(source_in(tmp_path), {"VALUE": 1}, "sm_90a")
 
 

@@ -24,6 +24,7 @@ import yaml
 
 from longtake import files
 from longtake.commands.main import main
+from longtake.formats.exported import KIND
 from longtake.formats.plan import PlanManifest
 from longtake.formats.recipe import recipe_named
 from longtake.training.models.network_spec import NETWORKS
@@ -83,9 +84,10 @@ def hand_made_export(folder: Path) -> Path:
         for file, content in contents.items():
             (folder / file).write_bytes(content)
         networks[name] = {"files": {file: {"sha256": digest(content)} for file, content in contents.items()}}
-    index = {"format": 1, "onnx_name": RECIPE.onnx_name, "preset": RECIPE.preset, "precision": RECIPE.precision,
-             "cache": RECIPE.cache, "networks": networks, "vocabulary": ["a"], "amax": {}, "inputs": ""}  # fmt: skip
-    (folder / "export.json").write_text(json.dumps(index))
+    index = {"onnx_name": RECIPE.onnx_name, "preset": RECIPE.preset, "precision": RECIPE.precision,
+             "cache": RECIPE.cache, "networks": networks, "vocabulary": ["a"], "amax": {}, "inputs": "",
+             "checked": {"state": "passed", "why": ""}}  # fmt: skip
+    KIND.write(index, folder / "export.json")
     return folder
 
 
@@ -96,7 +98,7 @@ def digest(content: bytes) -> str:
 def readers(exported: Path) -> list[list[object]]:
     """Every command that reads exported networks."""
     return [
-        ["generate", "--prompt", "x", "--engines", exported, "--backend", "reference", "--out", "v.mp4"],
+        ["generate", "--prompt", "a seven", "--engines", exported, "--backend", "reference", "--out", "v.mp4"],
         ["check", "--recipe", RECIPE.name, "--engines", exported, "--report", "r.json"],
         ["profile", "--engines", exported, "--backend", "reference", "--out", "p"],
     ]
@@ -148,11 +150,23 @@ def test_an_export_description_of_another_shape(exported: Path, refused: Callabl
     (exported / "export.json").write_text(json.dumps({**index, key: 5}))
     for words in readers(exported):
         assert "export.json" in refused(4, *words)
+    if key != "format":
+        KIND.write({**index, key: 5}, exported / "export.json")
+        for words in readers(exported):
+            assert f"is not an export description\n  got: {key}: 5" in refused(4, *words)
+
+
+def test_a_word_of_the_vocabulary_is_not_altered_unseen(exported: Path, refused: Callable[..., str]) -> None:
+    path = exported / "export.json"
+    path.write_text(path.read_text().replace('"a"', '"c"'))
+    for words in readers(exported):
+        said = refused(4, *words)
+        assert "was altered after it was written" in said and "fix: run `longtake export --force`" in said
 
 
 def test_an_export_of_another_recipe(exported: Path, refused: Callable[..., str]) -> None:
     index = json.loads((exported / "export.json").read_text())
-    (exported / "export.json").write_text(json.dumps({**index, "cache": "nvfp4", "precision": "nvfp4"}))
+    KIND.write({**index, "cache": "nvfp4", "precision": "nvfp4"}, exported / "export.json")
     assert "of another recipe" in refused(2, *readers(exported)[0])
 
 
@@ -235,7 +249,7 @@ def test_a_bad_recipe(tmp_path: Path, refused: Callable[..., str], case: str) ->
     (tmp_path / "mine.yaml").write_bytes(given)
     for words in (["export", "--out", "e"], ["engines", "--out", "e"], ["check", "--report", "r.json"]):
         assert says in refused(2, *words, "--recipe", "mine.yaml")
-    assert says in refused(2, "generate", "--prompt", "x", "--engines", "mine.yaml")
+    assert says in refused(2, "generate", "--prompt", "a seven", "--engines", "mine.yaml")
 
 
 BAD_STORIES: dict[str, tuple[bytes, str]] = {
@@ -267,14 +281,14 @@ def test_a_bad_story(tmp_path: Path, exported: Path, refused: Callable[..., str]
         (["--prompt", ""], 2, "the prompt is empty"),
         (["--prompt", "\udcff"], 2, "the prompt is not UTF-8 text"),
         (["--prompt", "x" * 5000], 2, "the prompt is too long"),
-        (["--prompt", "x", "--negative-prompt", "\udcff"], 2, "the negative prompt is not UTF-8 text"),
-        (["--prompt", "x", "--guidance", "nan"], 2, "bad guidance scale"),
-        (["--prompt", "x", "--seed", "-1"], 2, "bad seed"),
-        (["--prompt", "x", "--seed", str(2**70)], 2, "bad seed"),
-        (["--prompt", "x", "--chunks", str(10**12)], 2, "not enough disk space"),
-        (["--prompt", "x", "--out", "file/v.mp4"], 2, "file"),
+        (["--prompt", "a seven", "--negative-prompt", "\udcff"], 2, "the negative prompt is not UTF-8 text"),
+        (["--prompt", "a seven", "--guidance", "nan"], 2, "bad guidance scale"),
+        (["--prompt", "a seven", "--seed", "-1"], 2, "bad seed"),
+        (["--prompt", "a seven", "--seed", str(2**70)], 2, "bad seed"),
+        (["--prompt", "a seven", "--chunks", str(10**12)], 2, "not enough disk space"),
+        (["--prompt", "a seven", "--out", "file/v.mp4"], 2, "file"),
         (["x" * 5000], 2, "cannot be used as a path"),
-        (["--prompt", "x", "--out", "x" * 300 + ".mp4"], 2, "cannot be used as a path"),
+        (["--prompt", "a seven", "--out", "x" * 300 + ".mp4"], 2, "cannot be used as a path"),
     ],
 )
 def test_a_bad_wish(
@@ -321,7 +335,7 @@ def test_without_a_gpu(exported: Path, refused: Callable[..., str], backend: str
     for words in (generate, profile):
         words[words.index("--backend") + 1] = backend
         assert f"backend {backend} cannot run recipe" in refused(3, *words)
-    refused(3, "generate", "--prompt", "x", "--engines", exported, "--device", "cuda:0")
+    refused(3, "generate", "--prompt", "a seven", "--engines", exported, "--device", "cuda:0")
     refused(3, "train", "--stage", "vae", "--device", "cuda:0", "--out", "t", parts=("got:", "fix:"))
 
 
@@ -330,7 +344,7 @@ def test_a_full_disk_is_noticed_before_the_work(
 ) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
     words = ["--engines", exported, "--backend", "torch", "--steps", "1", "--out", "v.mp4"]
-    assert "not enough disk space" in refused(2, "generate", "--prompt", "x", *words)
+    assert "not enough disk space" in refused(2, "generate", "--prompt", "a seven", *words)
     assert "not enough disk space" in refused(2, "export", "--recipe", RECIPE.name, "--out", "e")
 
 

@@ -147,7 +147,7 @@ def test_a_file_of_latents_that_is_damaged_or_none(refused: Refused, tmp_path: P
         assert "no readable file of latents" in refused(4, "--continue-from", "c.safetensors")
     assert "does not exist" in refused(2, "--continue-from", "nowhere.safetensors")
     words = ["--out", "v.mp4", "--steps", "1", "--save-session", "s.safetensors"]
-    assert main(["generate", "--prompt", "x", *words]) == 0
+    assert main(["generate", "--prompt", "a seven", *words]) == 0
     capsys.readouterr()
     said = refused(2, "--continue-from", "s.safetensors")
     assert "is a saved session, not a clip" in said and "--load-session" in said

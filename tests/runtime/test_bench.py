@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.commands.main import main
+from longtake.formats.model_name import folder_of
 from longtake.formats.recipe import recipe_named
-from longtake.paths import EXPORTS
 from longtake.plugins.cross_attention.reference import dense_cross_attention
 from longtake.plugins.nvfp4.reference import Packed, dequantize
 from longtake.runtime.bench import random_weights as weights
@@ -95,7 +95,7 @@ def test_an_exported_file_is_fed_by_name_and_like_pytorch(recipe: str) -> None:
     from longtake.dtypes import BY_ONNX
     from longtake.formats.onnx_file import constants_of, read_onnx
 
-    path = EXPORTS / recipe_named(recipe).onnx_name / "dit.onnx"
+    path = folder_of("skeleton", recipe_named(recipe)) / "onnx" / "dit.onnx"
     if not path.is_file():
         pytest.skip(f"{path} is not exported")
     constants = constants_of(read_onnx(path, "small"))

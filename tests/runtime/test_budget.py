@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from longtake.commands import engines as engines_command
+from longtake import chain
 from longtake.commands.main import main
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256
-from longtake.formats.bundle import Bundle
+from longtake.formats.bundle import KIND, Bundle
 from longtake.formats.exported import Export
 from longtake.formats.memory import CUDA_CONTEXT_BYTES, Budget, Term, Use, budget_table
 from longtake.formats.plan import PlanManifest
@@ -228,10 +228,10 @@ def bundle(engines: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Recipe],
             PlanManifest(f"{plan}.plan", plan, "", 0, "", "", "", "", {}, {}, "", "", scratch_bytes=5 << 20).write(
                 engines / f"{plan}.plan"
             )
-        monkeypatch.setattr(engines_command, "build_recipe", lambda *words: [])
+        monkeypatch.setattr(chain, "build_recipe", lambda *words: [])
         monkeypatch.setattr(Export, "require_recipe", lambda *words, **more: None)
         flavour = Flavour("tensorrt_rtx", "1.6.1", None, "a test")
-        engines_command.build(recipe, exported, engines, flavour, None)
+        chain.build(recipe, exported, engines, flavour, None, force=True)
         return Bundle.read(engines)
 
     return make
@@ -284,7 +284,7 @@ def test_engines_of_an_earlier_version_are_budgeted_as_before(
     bundle(RECIPE)
     written = json.loads((engines / "bundle.json").read_text())
     assert written.pop("memory")
-    (engines / "bundle.json").write_text(json.dumps(written))
+    KIND.write(written, engines / "bundle.json")
     source = source_from_bundle(engines)
     assert source.memory == ()
     assert budget_of(RECIPE, Use(engines=engines)) == budget_of(RECIPE, Use(engines=engines, recorded=source.memory))
@@ -295,7 +295,7 @@ def test_a_damaged_record_is_refused(bundle: Callable[[Recipe], Bundle], engines
     bundle(RECIPE)
     written = json.loads((engines / "bundle.json").read_text())
     written["memory"][0] |= damage
-    (engines / "bundle.json").write_text(json.dumps(written))
+    KIND.write(written, engines / "bundle.json")
     with pytest.raises(IntegrityError, match="is not an engine bundle"):
         source_from_bundle(engines)
 
@@ -395,14 +395,19 @@ def test_without_a_record_guidance_is_the_preset_s(
 
 
 @pytest.mark.parametrize(
-    ("engines_at", "exports_at", "guidance"), [("engines", "-", 1.0), ("-", "exports", 1.0), ("-", "-", 3.0)]
+    ("has_engines", "has_export", "guidance"), [(True, False, 1.0), (False, True, 1.0), (False, False, 3.0)]
 )
 def test_a_recipe_s_budget_is_of_what_there_is_of_it(
     student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    engines_at: str, exports_at: str, guidance: float,
+    has_engines: bool, has_export: bool, guidance: float,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sources, "ENGINES", tmp_path / engines_at)
-    monkeypatch.setattr(sources, "EXPORTS", tmp_path / exports_at)
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path))
+    place = tmp_path / "models" / "student" / RECIPE.name
+    place.mkdir(parents=True)
+    if has_engines:
+        (place / "engines").symlink_to(student)
+    if has_export:
+        (place / "onnx").symlink_to(tmp_path / "exports" / RECIPE.onnx_name)
     assert budgeted(capsys, "--recipe", RECIPE.name)["guidance"] == guidance
 
 

@@ -75,7 +75,7 @@ def test_a_story_becomes_a_video_a_report_and_a_sheet(story: str, opened: Any, c
 
 def test_overrides_and_one_prompt(story: str, opened: Any) -> None:
     arguments = ["--steps", "3", "--guidance", "1", "--seed", "9", "--report", "r.json", "--out", "v.mp4"]
-    assert main(["generate", "--prompt", "hello", "--chunks", "2", *arguments]) == 0
+    assert main(["generate", "--prompt", "a seven", "--chunks", "2", *arguments]) == 0
     report = json.loads(Path("r.json").read_text())
     assert (report["steps"], report["guidance"], report["seed"], report["frames"]) == (3, 1.0, 9, 61)
     assert len(opened.calls) == 2 * 4
@@ -95,7 +95,7 @@ def test_save_and_go_on(story: str, opened: Any, capsys: Any) -> None:
     capsys.readouterr()
     assert main(["generate", "--load-session", "b.st"]) == 2
     assert "the saved session has nothing left to do" in capsys.readouterr().err
-    assert main(["generate", "--load-session", "b.st", "--prompt", "more", "--chunks", "2", "--out", "c.mp4"]) == 0
+    assert main(["generate", "--load-session", "b.st", "--prompt", "a two", "--chunks", "2", "--out", "c.mp4"]) == 0
     assert frames_in("c.mp4") == 64
 
 
@@ -186,7 +186,7 @@ def test_bad_input(story: str, opened: Any, capsys: Any, arguments: list[str], c
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
-        (["--engines", "tiny_nvfp5_sm120"], 2, ["unknown recipe", "did you mean 'tiny_nvfp4_sm120'?"]),
+        (["--engines", "tiny_nvfp5_sm120"], 2, ["no such model or recipe", "did you mean 'tiny_nvfp4_sm120'?"]),
         (["--engines", "."], 2, ["holds no engines"]),
     ],
 )

@@ -12,7 +12,6 @@ import pytest
 
 from longtake import provenance
 from longtake.commands.meter import Meter
-from longtake.runtime import report
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
 
 REQUIRED = {
@@ -61,14 +60,14 @@ def test_commit_is_that_of_the_checkout() -> None:
         ["git", "-C", str(provenance.REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True
     )
     head = done.stdout.strip() if done.returncode == 0 else ""
-    assert (report.commit() or "").removesuffix("-dirty") == head
+    assert (provenance.commit() or "").removesuffix("-dirty") == head
 
 
 def test_no_commit_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
-    assert report.commit() is None
+    assert provenance.commit() is None
 
 
 def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/x/longtake/__main__.py", "generate", "--prompt", "a red one"])
-    assert report.command_line() == "longtake generate --prompt 'a red one'"
+    assert provenance.command_line() == "longtake generate --prompt 'a red one'"

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from longtake import Generator, Sampling
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.formats.exported import Export, ExportedFile, ExportedNetwork
+from longtake.formats.exported import Checked, Export, ExportedFile, ExportedNetwork
 from longtake.paths import REPOSITORY
 from longtake.plugins.cross_attention.reference import dense_cross_attention
 from longtake.runtime import checkpoints
@@ -255,16 +255,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_reference_finds_the_export_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "EXPORTS", tmp_path)
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path))
+    folder = tmp_path / "models" / "mine" / "tiny_bf16_sm90" / "onnx"
     with pytest.raises(
         UnavailableError, match="(?s)nothing was exported.*fix: longtake export --recipe tiny_bf16_sm90 --ch"
     ):
         Generator.from_checkpoint(STUDENT, backend="reference")
-    (tmp_path / "tiny_bf16").mkdir()
+    folder.mkdir(parents=True)
     networks = {"dit": ExportedNetwork({"dit.onnx": ExportedFile("0")})}
     told = {"weights": weights_digests(STUDENT), "vocabulary": ()}
-    Export("tiny_bf16", "tiny", "bf16", "bf16", networks, **told).write(tmp_path / "tiny_bf16")
-    assert checkpoints.export_of(TINY, STUDENT) == tmp_path / "tiny_bf16"
+    Export("tiny_bf16", "tiny", "bf16", "bf16", networks, checked=Checked("passed", ""), **told).write(folder)
+    assert checkpoints.export_of(TINY, STUDENT) == folder
     with pytest.raises(IntegrityError, match="dit.onnx is not what was exported"):
         Generator.from_checkpoint(STUDENT, backend="reference")
 

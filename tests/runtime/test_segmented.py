@@ -201,12 +201,12 @@ def pair(request: pytest.FixtureRequest) -> Any:
     """(segmented backend, oracle) of one recipe, from engines/build; PyTorch where ONNX Runtime is missing."""
     from longtake.runtime.backends.reference import ReferenceBackend
     from longtake.runtime.backends.torch_oracle import TorchBackend
-    from longtake.runtime.backends.trt.segmented import open_backend
+    from longtake.runtime.backends.trt.open import backend_from_engines
 
     folder = REPOSITORY / "engines" / "build" / request.param
     if not (folder / "bundle.json").is_file():
         pytest.skip(f"no engines: run longtake engines --recipe {request.param}")
-    segmented = open_backend(folder, reason="test")
+    segmented = backend_from_engines("segmented", folder, reason="test")
     if importlib.util.find_spec("onnxruntime"):
         yield segmented, ReferenceBackend(segmented.bundle.onnx, segmented.recipe)
     else:
@@ -352,10 +352,10 @@ def test_steady_loop_allocates_nothing_and_keeps_one_set_of_vae_caches(pair: Any
 def test_decoder_on_a_second_gpu(pair: Any) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    from longtake.runtime.backends.trt.segmented import open_backend
+    from longtake.runtime.backends.trt.open import backend_from_engines
 
     one, _ = pair
-    two = open_backend(one.bundle.folder, reason="test", decode_device=torch.device("cuda:1"))
+    two = backend_from_engines("segmented", one.bundle.folder, reason="test", decode_device=torch.device("cuda:1"))
     latent = torch.randn(1, one.preset.vae.z_channels, *one.preset.latent_hw)
     decoders = VideoModel(one).decoder(), VideoModel(two).decoder()
     for _ in range(3):

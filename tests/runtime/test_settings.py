@@ -18,13 +18,23 @@ REPOSITORY = Path(__file__).parents[2]
 def test_defaults() -> None:
     found = settings_from_environment({})
     assert found.log_level == "warning" and found.flavour == "auto" and found.trtexec is None
-    assert found.threads >= 1 and found.cache_dir == Path.home() / ".cache" / "longtake"
+    assert found.threads >= 1 and found.cache_dir == found.home == Path.home() / ".cache" / "longtake"
 
 
 def test_values() -> None:
-    given = {"LONGTAKE_CACHE_DIR": "/c", "LONGTAKE_LOG": "DEBUG", "LONGTAKE_THREADS": "3", "LONGTAKE_TRTEXEC": "/t"}
+    given = {"LONGTAKE_HOME": "/c", "LONGTAKE_LOG": "DEBUG", "LONGTAKE_THREADS": "3", "LONGTAKE_TRTEXEC": "/t"}
     found = settings_from_environment(given)
     assert (found.cache_dir, found.log_level, found.threads, found.trtexec) == (Path("/c"), "debug", 3, Path("/t"))
+
+
+def test_the_old_name_is_read_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    settings._say_old.cache_clear()
+    found = settings_from_environment({"LONGTAKE_CACHE_DIR": "/old"})
+    assert found.home == found.cache_dir == Path("/old")
+    assert "LONGTAKE_CACHE_DIR is called LONGTAKE_HOME now" in caplog.text and "LONGTAKE_HOME=/old" in caplog.text
+    caplog.clear()
+    both = settings_from_environment({"LONGTAKE_CACHE_DIR": "/old", "LONGTAKE_HOME": "/new"})
+    assert both.home == both.cache_dir == Path("/new") and not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_a_bad_variable_stops_any_command(monkeypatch: pytest.MonkeyPatch, capsy
 def test_the_table_is_complete_and_nobody_else_reads_the_environment() -> None:
     table = set(re.findall(r"^\| (LONGTAKE_\w+)", settings.__doc__ or "", re.MULTILINE))
     source = Path(settings.__file__).read_text()
-    assert len(table) <= 5 and set(re.findall(r'"(LONGTAKE_\w+)"', source)) == table
+    assert len(table) <= 5 and set(re.findall(r'"(LONGTAKE_\w+)"', source)) == table | {"LONGTAKE_CACHE_DIR"}
     for folder in ("training", "export", "plugins", "engines", "runtime"):
         for path in (REPOSITORY / folder).rglob("*.py"):
             torchrun = "parallel" in path.parts  # reads what torchrun sets, and no setting of ours
@@ -73,7 +83,7 @@ def test_without_a_home_the_cache_is_a_private_folder(tmp_path: Path, monkeypatc
     settings._private_folder.cache_clear()
     found = settings_from_environment({}).cache_dir
     assert found.parent == tmp_path and found.stat().st_mode & 0o777 == 0o700
-    assert settings_from_environment({"LONGTAKE_CACHE_DIR": "/c"}).cache_dir == Path("/c")
+    assert settings_from_environment({"LONGTAKE_HOME": "/c"}).cache_dir == Path("/c")
     settings._private_folder.cache_clear()
     found.chmod(0o777)  # where anyone can write, anyone can leave compiled code to be run
     other = settings_from_environment({}).cache_dir

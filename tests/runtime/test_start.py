@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import recipe_named
-from longtake.image import image_from_file, image_from_pixels
+from longtake.image import image_from_file, image_from_picture, image_from_pixels
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.clip import latents_from_clip
 from longtake.runtime.generator import Generator
@@ -108,7 +108,24 @@ def test_what_is_clear_becomes_black(tmp_path: Path) -> None:
 
 def test_pixels_are_checked() -> None:
     with pytest.raises(LongtakeError, match="this is not an image"):
-        image_from_pixels(np.zeros((64, 64)), 16, 16)
+        image_from_pixels(np.zeros((64, 64, 2), np.uint8), 16, 16)
+    with pytest.raises(LongtakeError, match="(?s)of unknown range.*from 0 to 255.*pixels / 255"):
+        image_from_pixels(np.linspace(0, 255, 64 * 64).reshape(64, 64), 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["float", "grey", "rgba", "PIL", "PIL grey", "PIL rgba"])
+def test_pictures_of_any_kind_are_the_same_picture(kind: str) -> None:
+    grey = np.arange(32 * 32, dtype=np.uint32).reshape(32, 32) % 251
+    plain = np.repeat(grey[..., None], 3, -1).astype(np.uint8)
+    clear = np.concatenate([plain, np.full((32, 32, 1), 255, np.uint8)], -1)
+    wanted = image_from_pixels(plain, 32, 32)
+    pixels = {"float": plain / 255, "grey": grey.astype(np.uint8), "rgba": clear}
+    if kind in pixels:
+        got = image_from_pixels(pixels[kind], 32, 32)
+    else:
+        given = {"PIL": plain, "PIL grey": grey.astype(np.uint8), "PIL rgba": clear}[kind]
+        got = image_from_picture(Image.fromarray(given), 32, 32)
+    assert torch.equal(got, wanted)
 
 
 # ---- the first chunk -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256
-from longtake.formats.bundle import Bundle
+from longtake.formats.bundle import KIND, Bundle
 from longtake.formats.exported import Export, ExportedFile, ExportedNetwork
 from longtake.formats.recipe import recipe_named
 from longtake.machine.flavour import Flavour
@@ -148,7 +148,7 @@ def test_old_engines_are_told_by_the_export_s_inputs(engines: Path, tmp_path: Pa
     path = engines / "bundle.json"
     told = json.loads(path.read_text()) | {"onnx_files": {}}
     del told["weights"]
-    path.write_text(json.dumps(told))
+    KIND.write(told, path)
     assert source_from_name(engines).weights == STUDENT
     exported(onnx, b"student", 4, inputs="j" * 64)
     with pytest.raises(IntegrityError, match="built from another export(.|\n)*got: inputs jjjjjjjjjjjj"):

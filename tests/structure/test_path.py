@@ -19,7 +19,7 @@ import longtake.commands.generate  # noqa: F401  (what runs while it is imported
 from longtake.commands.main import main
 from longtake.files import sha256
 from longtake.formats.bundle import Bundle
-from longtake.formats.exported import Export, ExportedFile, ExportedNetwork
+from longtake.formats.exported import Checked, Export, ExportedFile, ExportedNetwork
 from longtake.formats.recipe import recipe_named
 from longtake.machine.flavour import Flavour
 from longtake.runtime.backends.reference import ReferenceBackend
@@ -30,7 +30,7 @@ from longtake.training.models.text.words import default_vocabulary
 RECIPE = recipe_named("tiny_bf16_sm90")
 KINDS = {"int32": TensorProto.INT32, "int8": TensorProto.INT8}  # all others are fp32 there
 
-MOST_FILES = 52  # in which a function is called before the first pass
+MOST_FILES = 53  # in which a function is called before the first pass
 MOST_LAYERS = 5  # files that are in the middle of a call when the first pass begins
 NEVER = (
     "runtime/budget/",
@@ -67,7 +67,9 @@ def engines(tmp_path: Path) -> Path:
         onnx.save(stand_in(family.spec(preset, RECIPE, name)), str(view))
         networks[name] = ExportedNetwork({view.name: ExportedFile(sha256(view))})
     words = default_vocabulary()
-    Export(RECIPE.onnx_name, RECIPE.preset, RECIPE.precision, RECIPE.cache, networks, words).write(exported)
+    Export(
+        RECIPE.onnx_name, RECIPE.preset, RECIPE.precision, RECIPE.cache, networks, words, checked=Checked("passed", "")
+    ).write(exported)
     Bundle.of(engines, RECIPE, Flavour("tensorrt_rtx", "1.6.1", None, "a test"), exported, []).write()
     return engines
 

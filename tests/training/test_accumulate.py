@@ -56,7 +56,7 @@ def gradients(chosen: StageOptions, device: torch.device = CPU) -> tuple[float, 
     stage.prepare(device)
     run = Trainer(stage, TrainConfig(out=Path("nowhere"), preset="small", steps=4, seed=5), device)
     run.step = 1
-    loss = backward(run.parts())["loss"]
+    loss = backward(run.stage.losses(run.step - 1, run.generator))["loss"]
     named = {f"{o}/{n}": p.grad for o, m in stage.modules.items() for n, p in m.named_parameters()}
     return float(loss), {name: grad.clone() for name, grad in named.items() if grad is not None}
 

@@ -22,7 +22,7 @@ from longtake.training.data.digits import Digits
 from longtake.training.data.folder import Folder
 from longtake.training.data.loader import Loader, read_in_order
 from longtake.training.data.named import dataset_from_name
-from longtake.training.data.order import Order, sampler_for
+from longtake.training.data.order import Order
 from longtake.training.data.shards import Shards, key_of
 from longtake.training.data.stored_stories import StoredStories, Takes, stored_from_dataset
 from longtake.training.models.presets import Preset
@@ -36,31 +36,14 @@ CPU = torch.device("cpu")
 
 
 def first(order: Order, count: int, position: int = 0) -> list[int]:
-    return list(itertools.islice(order.starting(position), count))
+    return [order.at(place) for place in range(position, position + count)]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_every_epoch_has_every_item_once_whatever_the_number_of_ranks(world: int) -> None:
-    ranks = [first(sampler_for(rank, world, 7, items=11), 22) for rank in range(world)]
-    shared = [item for step in zip(*ranks) for item in step]
-    epochs = [shared[start : start + 11] for start in range(0, 22 * world, 11)]
+def test_every_epoch_has_every_item_once() -> None:
+    taken = first(Order(11, 7), 66)
+    epochs = [taken[start : start + 11] for start in range(0, 66, 11)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert shared == first(Order(11, 7), 22 * world)  # and it is the same sequence
-
-
-def test_ranks_of_a_sequence_group_see_the_same_and_groups_do_not() -> None:
-    """Not so in the reference, where each rank seeds its own sampler."""
-    ranks = [first(sampler_for(rank, 6, 3, items=40, sequence_parallel=2), 10) for rank in range(6)]
-    assert ranks[0] == ranks[1] and ranks[2] == ranks[3] and ranks[4] == ranks[5]
-    assert len({*ranks[0], *ranks[2], *ranks[4]}) == 30
-    with pytest.raises(LongtakeError, match="sequence-parallel groups"):
-        sampler_for(0, 6, 3, items=40, sequence_parallel=4)
-
-
-def test_a_place_means_the_same_for_another_number_of_ranks() -> None:
-    taken = [first(sampler_for(rank, 4, 0, items=50), 3) for rank in range(4)]
-    rest = [first(sampler_for(rank, 2, 0, items=50), 19, position=12) for rank in range(2)]
-    assert sorted(sum(taken + rest, [])) == list(range(50))
+    assert first(Order(11, 7), 20, position=13) == taken[13:33]
 
 
 class Squares:

@@ -76,6 +76,7 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_all_of_it_together_resumes_bit_identically(
     tmp_path: Path, small_preset: Preset, vae_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

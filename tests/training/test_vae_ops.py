@@ -55,6 +55,7 @@ def test_a_decoder_of_ops_gives_the_same_frames_and_caches(count: int, in_place:
             torch.testing.assert_close(ours, channels_last(theirs), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_ops_leaves_an_engine_its_ends_and_attention(recipe: Recipe, tmp_path: Path) -> None:
     package._export_network(PlainGraphs(TINY), recipe, "vae_steady", tmp_path, lambda words: None, None)
     cut = segments_from_onnx(read_onnx(tmp_path / "vae_steady.onnx", "small"), "vae_steady")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError, some
 
 LEGACY = "longlive_generator_te_nvfp4"
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")  # anywhere in a key
@@ -45,7 +45,7 @@ def choose(container: Mapping[str, Any], use_ema: bool = False) -> Chosen:
             fix="use model_te.pt (merged bf16) or model_4o6.pt (packed) of a later release",
         )  # fmt: skip
     if use_ema and "generator_ema" not in container:
-        raise LongtakeError("the file has no EMA weights", got=f"keys {_some(container)}", expected='"generator_ema"',
+        raise LongtakeError("the file has no EMA weights", got=f"keys {some(container)}", expected='"generator_ema"',
                             fix="leave out --use-ema")  # fmt: skip
     entries = ["generator_ema"] if use_ema else ["generator", "model", "generator_ema"]
     for name in entries:
@@ -67,7 +67,7 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             names = {key: name.removeprefix(prefix) for key, name in names.items()}
     if len(set(names.values())) < len(names):
         twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
-        raise IntegrityError("keys are the same once wrappers' prefixes are removed", got=_some(twice), expected="each once",
+        raise IntegrityError("keys are the same once wrappers' prefixes are removed", got=some(twice), expected="each once",
                              fix="pass a file with one model")  # fmt: skip
     return {names[key]: value for key, value in state.items()}
 
@@ -81,12 +81,7 @@ def _plain(key: str) -> str:
 def _tensors(where: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     other = sorted(str(key) for key, value in entry.items() if not isinstance(value, Tensor))
     if other or not entry:
-        raise IntegrityError(f"{where} is not a state dict", got=f"{_some(other)} not tensors" if other else "no keys",
+        raise IntegrityError(f"{where} is not a state dict", got=f"{some(other)} not tensors" if other else "no keys",
                              expected='tensors by name, or "generator", "generator_ema", "model" or "generator_lora"',
                              fix="pass a checkpoint of the generator")  # fmt: skip
     return dict(entry)
-
-
-def _some(names: Any, limit: int = 10) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -8,24 +8,21 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-_ATTENTION = {"attn1": "self_attn", "attn2": "cross_attn"}
-_BLOCK = (
-    (re.compile(r"(attn[12])\.to_out\.0\."), lambda m: f"{_ATTENTION[m[1]]}.o."),
-    (re.compile(r"(attn[12])\.to_([qkv])\."), lambda m: f"{_ATTENTION[m[1]]}.{m[2]}."),
-    (re.compile(r"(attn[12])\."), lambda m: f"{_ATTENTION[m[1]]}."),
-    (re.compile(r"ffn\.net\.0\.proj\."), lambda m: "ffn.0."),
-    (re.compile(r"ffn\.net\.2\."), lambda m: "ffn.2."),
-    (re.compile(r"norm2\."), lambda m: "norm3."),  # Wan counts its one affine norm as the third
-    (re.compile(r"scale_shift_table$"), lambda m: "modulation"),
-)
-_OUTSIDE = {
-    "condition_embedder.text_embedder.linear_1.": "text_embedding.0.",
-    "condition_embedder.text_embedder.linear_2.": "text_embedding.2.",
-    "condition_embedder.time_embedder.linear_1.": "time_embedding.0.",
-    "condition_embedder.time_embedder.linear_2.": "time_embedding.2.",
-    "condition_embedder.time_proj.": "time_projection.1.",
-    "proj_out.": "head.head.",
-    "scale_shift_table": "head.modulation",
+# Applied in this order; Wan's own names match none of them.
+RULES = {
+    r"^(blocks\.\d+)\.attn1\.": r"\1.self_attn.",
+    r"^(blocks\.\d+)\.attn2\.": r"\1.cross_attn.",
+    r"_attn\.to_out\.0\.": "_attn.o.",
+    r"_attn\.to_([qkv])\.": r"_attn.\1.",
+    r"^(blocks\.\d+)\.ffn\.net\.0\.proj\.": r"\1.ffn.0.",
+    r"^(blocks\.\d+)\.ffn\.net\.2\.": r"\1.ffn.2.",
+    r"^(blocks\.\d+)\.norm2\.": r"\1.norm3.",  # Wan counts its one affine norm as the third
+    r"^(blocks\.\d+)\.scale_shift_table$": r"\1.modulation",
+    r"^condition_embedder\.(text|time)_embedder\.linear_1\.": r"\1_embedding.0.",
+    r"^condition_embedder\.(text|time)_embedder\.linear_2\.": r"\1_embedding.2.",
+    r"^condition_embedder\.time_proj\.": "time_projection.1.",
+    r"^proj_out\.": "head.head.",
+    r"^scale_shift_table": "head.modulation",
 }
 
 
@@ -41,13 +38,6 @@ def from_diffusers(state: Mapping[str, Value]) -> dict[str, Value]:
 
 def wan_name(key: str) -> str:
     """Wan's name of diffusers' `key`."""
-    if block := re.match(r"blocks\.\d+\.", key):
-        rest = key[block.end() :]
-        for pattern, named in _BLOCK:
-            if match := pattern.match(rest):
-                return block[0] + named(match) + rest[match.end() :]
-        return key
-    for prefix, name in _OUTSIDE.items():
-        if key.startswith(prefix):
-            return name + key[len(prefix) :]
+    for pattern, name in RULES.items():
+        key = re.sub(pattern, name, key)
     return key

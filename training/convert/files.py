@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json
+from longtake.tensor_file import read_tensors
 
 TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 AGAIN = "get the file again; compare its size with the published one"
@@ -54,11 +53,7 @@ def read_container(path: Path, kind: str = "dit") -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise IntegrityError(f"{path} is truncated or not safetensors",
-                             got=f"{path.stat().st_size} bytes: {error}", fix=AGAIN) from None  # fmt: skip
+    return read_tensors(path, f"is truncated or not safetensors, {path.stat().st_size} bytes", AGAIN)
 
 
 def _read_torch(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from longtake.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError, some
 from longtake.training.convert.pending import Pending
 from longtake.training.models.presets import DiTConfig, Preset
 
@@ -64,8 +64,3 @@ def check_fit(tensors: Mapping[str, Pending], expected: Shapes, what: str) -> No
             fix = "the file holds none of them, so another network: see which of --dit, --vae and --text it is for"
         raise IntegrityError(f"{what} doesn't fit", got="; ".join(found), expected=f"exactly {len(expected)} tensors",
                              fix=fix)  # fmt: skip
-
-
-def some(names: list[str], limit: int = 10) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

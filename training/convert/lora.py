@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longtake.errors import IntegrityError
+from longtake.errors import IntegrityError, some
 from longtake.training.convert.dit_keys import wan_name
-from longtake.training.convert.fit import some
 from longtake.training.convert.lora_scale import LoraScale, not_plain
 from longtake.training.convert.pending import Pending
 

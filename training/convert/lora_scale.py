@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import read_json
+from longtake.files import json_value, read_json
+from longtake.tensor_file import tensors_in
 
 Value = TypeVar("Value")
 
@@ -84,7 +82,7 @@ def _by_file(path: Path) -> LoraScale:
     header = _header(path)
     if HEADER in header:
         try:
-            given = json.loads(header[HEADER])
+            given = json_value(header[HEADER])
         except ValueError:
             raise _unclear(f"the header of {path}") from None
         if isinstance(given, dict):
@@ -157,9 +155,9 @@ def _header(path: Path) -> dict[str, str]:
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return {}
     try:
-        with safe_open(str(path), "pt") as opened:
+        with tensors_in(path) as opened:
             return dict(opened.metadata() or {})
-    except (SafetensorError, OSError, ValueError):
+    except IntegrityError:
         return {}  # reading its tensors says what is wrong
 
 

@@ -18,10 +18,8 @@ from longtake.training.convert.lora_scale import LoraScale
 from longtake.training.convert.packed import ORDER, rule_of, unpack
 from longtake.training.convert.pending import Converted, Pending, pending
 from longtake.training.convert.world import convert_world_dit, convert_world_vae
+from longtake.training.models.load import meta_models
 from longtake.training.models.presets import Preset
-from longtake.training.models.text.words import text_encoder_for
-from longtake.training.models.wan.dit import CausalDiT
-from longtake.training.models.wan.vae import CausalVAE
 
 UNSCALED = LoraScale()
 
@@ -74,7 +72,7 @@ def _dit(
     keys = "diffusers" if dit_keys.is_diffusers(state) else "wan"
     tensors, packed = unpack(dit_keys.from_diffusers(state) if keys == "diffusers" else state, rule)
     refuse_other_model(tensors, preset)
-    check_fit(tensors, dit_shapes(preset), f"the DiT of preset {preset.name}")
+    check_fit(tensors, shapes_of(preset, "dit"), f"the DiT of preset {preset.name}")
     result, factors = dict(tensors), set[float]()
     for lora, scale in loras:
         result, merged = merge(result, lora, scale)
@@ -109,7 +107,7 @@ def convert_vae(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype 
     vae_stock.refuse_wan21(None if first is None else tuple(first.shape))
     tensors = {name: pending(value) for name, value in vae_keys.from_diffusers(state).items()}
     tensors |= {name: pending(torch.tensor(values)) for name, values in statistics.items()}
-    check_fit(tensors, vae_shapes(preset), f"the VAE of preset {preset.name}")
+    check_fit(tensors, shapes_of(preset, "vae"), f"the VAE of preset {preset.name}")
     cast = {name: value if name in statistics else value.to(dtype or value.dtype) for name, value in tensors.items()}
     return Converted("vae", preset, cast, {"source": {"keys": "wan" if stock else "diffusers"}})
 
@@ -127,33 +125,16 @@ def convert_text(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype
     wan = "token_embedding.weight" in state
     lazy = {name: pending(value) for name, value in unwrapped(state).items()}
     tensors = text_keys.from_wan(lazy) if wan else text_keys.from_huggingface(lazy)
-    check_fit(tensors, text_shapes(preset), f"the text encoder of preset {preset.name}")
+    check_fit(tensors, shapes_of(preset, "text_encoder"), f"the text encoder of preset {preset.name}")
     meta = {"source": {"keys": "wan" if wan else "huggingface"}}
     return Converted("text_encoder", preset, _cast(tensors, tensors, dtype), meta)
 
 
 @cache
-def dit_shapes(preset: Preset) -> Shapes:
-    """Key -> shape of the preset's DiT."""
-    with torch.device("meta"):
-        return _shapes(CausalDiT(preset.dit))
-
-
-@cache
-def vae_shapes(preset: Preset) -> Shapes:
-    """Key -> shape of the preset's VAE."""
-    with torch.device("meta"):
-        return _shapes(CausalVAE(preset.vae))
-
-
-@cache
-def text_shapes(preset: Preset) -> Shapes:
-    """Key -> shape of the preset's text encoder."""
-    with torch.device("meta"):
-        return _shapes(text_encoder_for(preset))
-
-
-def _shapes(module: nn.Module) -> Shapes:
+def shapes_of(preset: Preset, kind: str) -> Shapes:
+    """Key -> shape of the preset's "dit", "vae" or "text_encoder"."""
+    models = meta_models(preset)
+    module: nn.Module = {"dit": models.dit, "vae": models.vae, "text_encoder": models.text}[kind]
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 

@@ -8,7 +8,6 @@ scales isn't in the tensors; released files are four-over-six by square error.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,26 +35,24 @@ def unpack(state: Mapping[str, Tensor], rule: str) -> tuple[dict[str, Pending], 
     tensors = {key: pending(value) for key, value in state.items() if key not in parts}
     amax = {}
     for name in names:
-        shape = _shape(name, state)
+
+        def weight(name: str = name) -> Tensor:  # q * S * amax / (M2 M3), in that order
+            return dequantize(packed_linear(name, state, rule), order=ORDER)
+
+        tensors[f"{name}.weight"] = Pending(_shape(name, state), torch.float32, weight)
         amax[name] = float(state[f"{name}.{AMAX}"].float().reshape(()))
-        tensors[f"{name}.weight"] = Pending(shape, torch.float32, partial(dequantize_linear, name, state, rule))
     return tensors, amax
 
 
 def packed_linear(name: str, state: Mapping[str, Tensor], rule: str) -> Packed:
     """The packed weight of linear `name`, its scales in row order and its padding cut off."""
     rows, columns = _shape(name, state)
-    padded_rows, padded_columns = _padded(name, state)
+    padded_rows, padded_columns = _metadata(name, state)[2:]
     scales = unswizzle_scales(state[f"{name}.{SCALES}"].reshape(-1), padded_rows, padded_columns // BLOCK)
     values = state[f"{name}.{VALUES}"].reshape(padded_rows, padded_columns // 2)
     amax = state[f"{name}.{AMAX}"].float().reshape(())
     scales = scales.view(torch.float8_e4m3fn)[:rows, : columns // BLOCK]
     return Packed(values[:rows, : columns // 2].contiguous(), scales.contiguous(), amax, rule)
-
-
-def dequantize_linear(name: str, state: Mapping[str, Tensor], rule: str) -> Tensor:
-    """fp32 weight [out, in]: q * S * amax / (M2 M3), in that order."""
-    return dequantize(packed_linear(name, state, rule), order=ORDER)
 
 
 def rule_of(about: Mapping[str, Any], asked: str | None) -> str:
@@ -80,8 +77,7 @@ def _shape(name: str, state: Mapping[str, Tensor]) -> tuple[int, int]:
         raise IntegrityError(f"packed linear {name} is not whole", got=f"no {', '.join(missing)}",
                              expected=f"{VALUES}, {SCALES}, {AMAX}", fix="get the file again")  # fmt: skip
     values, scales = state[f"{name}.{VALUES}"], state[f"{name}.{SCALES}"]
-    rows, columns = (int(n) for n in _metadata(name, state)[:2])
-    padded_rows, padded_columns = _padded(name, state)
+    rows, columns, padded_rows, padded_columns = _metadata(name, state)
     wanted = {"values": padded_rows * padded_columns // 2, "scales": padded_rows * padded_columns // BLOCK, "amax": 1}
     got = {"values": values.numel(), "scales": scales.numel(), "amax": state[f"{name}.{AMAX}"].numel()}
     fits = got == wanted and 0 < rows <= padded_rows and 0 < columns <= padded_columns and columns % BLOCK == 0
@@ -102,8 +98,3 @@ def _metadata(name: str, state: Mapping[str, Tensor]) -> list[int]:
     values = state[f"{name}.{VALUES}"]
     rows, columns = values.shape[0], 2 * values.numel() // max(1, values.shape[0])
     return [rows, columns, rows, columns]
-
-
-def _padded(name: str, state: Mapping[str, Tensor]) -> tuple[int, int]:
-    rows, columns = _metadata(name, state)[2:]
-    return rows, columns

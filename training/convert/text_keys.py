@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from longtake.errors import IntegrityError
+from longtake.errors import IntegrityError, some
 
 Value = TypeVar("Value")
 
@@ -65,8 +65,7 @@ def _renamed(state: Mapping[str, Value], rules: Mapping[str, str], kind: str) ->
         names[key] = next((match.expand(name) for match, name in found), None)
     unknown = sorted(key for key, name in names.items() if name is None)
     if unknown:
-        more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
-        raise IntegrityError(f"the weights aren't those of {kind} encoder", got=", ".join(unknown[:6]) + more,
+        raise IntegrityError(f"the weights aren't those of {kind} encoder", got=some(unknown, 6),
                              expected=", ".join(rules.values()).replace(r"\1", "N").replace(r"\2", "X"),
                              fix="pass the umT5 encoder's file")  # fmt: skip
     return {str(names[key]): value for key, value in state.items()}

@@ -10,16 +10,24 @@ from longtake.errors import LongtakeError
 
 Value = TypeVar("Value")
 
-_RESIDUAL = {
-    "residual.0": "norm1",
-    "residual.2": "conv1",
-    "residual.3": "norm2",
-    "residual.6": "conv2",
-    "shortcut": "conv_shortcut",
+# Applied in this order.
+RULES = {
+    r"^conv1\.": "quant_conv.",
+    r"^conv2\.": "post_quant_conv.",
+    r"^(encoder|decoder)\.conv1\.": r"\1.conv_in.",
+    r"^(encoder|decoder)\.head\.0\.": r"\1.norm_out.",
+    r"^(encoder|decoder)\.head\.2\.": r"\1.conv_out.",
+    r"\.middle\.0\.": ".mid_block.resnets.0.",
+    r"\.middle\.1\.": ".mid_block.attentions.0.",
+    r"\.middle\.2\.": ".mid_block.resnets.1.",
+    r"\.(down|up)samples\.(\d+)\.\1samples\.(\d+)\.(?=residual\.|shortcut\.)": r".\1_blocks.\2.resnets.\3.",
+    r"\.(down|up)samples\.(\d+)\.\1samples\.\d+\.": r".\1_blocks.\2.\1sampler.",
+    r"\.residual\.0\.": ".norm1.",
+    r"\.residual\.2\.": ".conv1.",
+    r"\.residual\.3\.": ".norm2.",
+    r"\.residual\.6\.": ".conv2.",
+    r"\.shortcut\.": ".conv_shortcut.",
 }
-_MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
-_ENDS = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
-_LEVEL = {"downsamples": ("down_blocks", "downsampler"), "upsamples": ("up_blocks", "upsampler")}
 
 
 def is_stock(state: Mapping[str, object]) -> bool:
@@ -34,27 +42,9 @@ def from_stock(state: Mapping[str, Value]) -> dict[str, Value]:
 
 def diffusers_name(key: str) -> str:
     """Diffusers' name of Wan's `key`."""
-    if key.startswith(("conv1.", "conv2.")):
-        return ("quant_conv." if key[4] == "1" else "post_quant_conv.") + key[6:]
-    part, _, rest = key.partition(".")
-    for ours, theirs in _ENDS.items():
-        if rest.startswith(f"{ours}."):
-            return f"{part}.{theirs}.{rest[len(ours) + 1 :]}"
-    if found := re.match(r"middle\.([012])\.", rest):
-        return f"{part}.mid_block.{_MIDDLE[found[1]]}.{_residual(rest[found.end() :])}"
-    if found := re.match(r"(downsamples|upsamples)\.(\d+)\.\1\.(\d+)\.", rest):
-        level, sampler = _LEVEL[found[1]]
-        layer = rest[found.end() :]
-        inner = f"resnets.{found[3]}" if layer.startswith(("residual.", "shortcut.")) else sampler
-        return f"{part}.{level}.{found[2]}.{inner}.{_residual(layer)}"
+    for pattern, name in RULES.items():
+        key = re.sub(pattern, name, key)
     return key
-
-
-def _residual(layer: str) -> str:
-    for theirs, name in _RESIDUAL.items():
-        if layer.startswith(f"{theirs}."):
-            return name + layer[len(theirs) :]
-    return layer
 
 
 def refuse_wan21(shape: tuple[int, ...] | None) -> None:

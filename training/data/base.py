@@ -48,6 +48,16 @@ class Take:
 class Dataset(Protocol):
     """A source of multi-shot videos. All randomness comes from the caller's CPU generator."""
 
+    @property
+    def line(self) -> str:
+        """What there is, in one line; "" where a name says it all."""
+        ...
+
+    @property
+    def captions(self) -> list[str]:
+        """Texts with every word that its prompts are made of."""
+        ...
+
     def sample(self, generator: torch.Generator, chunks: int, batch: int, device: torch.device) -> Batch:
         """Draw `batch` videos of `chunks` chunks."""
         ...

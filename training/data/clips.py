@@ -1,37 +1,41 @@
-"""Find the usable clips of a folder laid out as video/<sample>/<n>.mp4 and caption/<sample>/<n>.json.
-
-mp4 stands for any of `video.SUFFIXES`, and suffixes may be in any case.
-"""
+"""The usable clips of a data set (`found.py` says where it looks), and a reader that decodes only what is asked for."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from longtake.errors import LongtakeError
-from longtake.files import read_json
+from longtake.errors import LongtakeError, some
 from longtake.training.data.facts import Facts
+from longtake.training.data.found import Found, found_in
 from longtake.training.models.presets import Preset
-from longtake.video import SUFFIXES, count_frames, frames_from_video
+from longtake.video_span import frames_between, look_at
 
-LAYOUT = 'video/<sample>/<n>.mp4 beside caption/<sample>/<n>.json, which holds {"caption": "..."}'
+LAYOUT = (
+    "clip.mp4 beside clip.txt; or a table (metadata.csv, .jsonl, .parquet) of file_name and caption; or "
+    'video/<sample>/<n>.mp4 beside caption/<sample>/<n>.json, which holds {"caption": "..."}; or tars of the first'
+)
 REASONS_SHOWN = 5
 MEMORY = 1 << 30  # bytes of decoded clips kept
+SHORT = 16 << 20  # bytes; a clip that is more when decoded is never decoded or kept as a whole
 PROBES = 8  # clips looked at side by side: it is waiting for the disk, mostly
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A shot: its file, its caption, and its length in frames at the preset's rate."""
+    """A shot: its file, its caption, its length in frames at the preset's rate, its size (h, w) and its own rate."""
 
     path: Path
     caption: str
     frames: int
+    size: tuple[int, int] = field(default=(0, 0), compare=False)
+    rate: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -47,65 +51,46 @@ class Index:
 
 
 def clips_from_folder(root: Path, preset: Preset) -> Index:
-    """Look at every clip of a folder.
+    """Look at every clip of a folder, a table or a tar.
 
     Raises:
         LongtakeError: no clip is usable; says why.
     """
     samples: dict[str, list[Clip]] = {}
     skipped: dict[Path, str] = {}
-    paths, captions, ignored = _found(root)
+    finds = found_in(root)
     with ThreadPoolExecutor(PROBES) as pool:
-        looked = pool.map(lambda path: _clip_or_error(path, captions[_shot(path)], preset), paths)
-        bar = tqdm(looked, total=len(paths), unit="clip", desc=f"look at {root.name}", disable=None, leave=False)
-        for path, clip in zip(paths, bar):
+        looked = pool.map(lambda found: _clip_or_error(found, preset), finds.films)
+        bar = tqdm(looked, total=len(finds.films), unit="clip", desc=f"look at {root.name}", disable=None, leave=False)
+        for found, clip in zip(finds.films, bar):
             if isinstance(clip, LongtakeError):
-                skipped[path] = one_line(clip)
+                skipped[found.path] = one_line(clip)
             else:
-                samples.setdefault(path.parent.name, []).append(clip)
+                samples.setdefault(found.sample, []).append(clip)
     if not samples:
-        raise _nothing(root, skipped, ignored)
-    return Index(samples, skipped, ignored)
+        raise _nothing(root, skipped, finds.ignored)
+    return Index(samples, skipped, finds.ignored)
 
 
-Shot = tuple[str, str]  # sample, name without suffix
-
-
-def _shot(path: Path) -> Shot:
-    return path.parent.name, path.stem
-
-
-def _found(root: Path) -> tuple[list[Path], dict[Shot, Path], dict[Path, str]]:
-    """Clips in the order of their shots, each one's caption, and why everything else is ignored."""
-    films: dict[Shot, Path] = {}
-    captions: dict[Shot, Path] = {}
-    ignored: dict[Path, str] = {}
-    for kind, suffixes, taken in (("video", SUFFIXES, films), ("caption", (".json",), captions)):
-        inside = [path for path in root.glob(f"{kind}/*") if not path.is_dir()]
-        for path in sorted(
-            [*inside, *root.glob(f"{kind}/*/*")], key=lambda path: (path.suffix.lower() != suffixes[0], path)
-        ):
-            shot = _shot(path)
-            if path.name.startswith(".") or path.is_dir():
-                ignored[path] = "a folder" if path.is_dir() else "hidden"
-            elif path.suffix.lower() not in suffixes:
-                ignored[path] = f"not {', '.join(suffix[1:] for suffix in suffixes)}"
-            elif path.parent.parent != root / kind:
-                ignored[path] = f"not in {kind}/<sample>/"
-            elif shot in taken:
-                ignored[path] = f"beside {taken[shot].name}"
-            else:
-                taken[shot] = path
-    ignored |= {path: "no clip of this name" for shot, path in captions.items() if shot not in films}
-    paths = sorted(films.values(), key=lambda path: (path.parent.name, *_shot_number(path)))
-    nowhere = {shot: root / "caption" / shot[0] / f"{shot[1]}.json" for shot in films}
-    return paths, nowhere | captions, ignored
+def summary(clips: Sequence[Clip], preset: Preset, fit: str) -> str:
+    """How many clips, how long, and how large before they are brought to the preset's size."""
+    seconds = [clip.frames / preset.fps for clip in clips]
+    sizes = sorted({f"{clip.size[1]}x{clip.size[0]}" for clip in clips}, key=lambda size: int(size.split("x")[0]))
+    shown = ", ".join(sizes[:3]) + (f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else "")
+    own = f"{preset.width}x{preset.height}"
+    brought = "" if sizes == [own] else f" to {own} ({fit})"
+    span = (
+        f"{min(seconds):.1f}"
+        if f"{min(seconds):.1f}" == f"{max(seconds):.1f}"
+        else f"{min(seconds):.1f} to {max(seconds):.1f}"
+    )
+    return f"{len(clips)} clips, {sum(seconds):.0f} s ({span} s each), {shown}{brought}"
 
 
 def listed(ignored: dict[Path, str]) -> str:
     """The first of some ignored files, and why."""
-    shown = [f"{path.parent.name}/{path.name} ({why})" for path, why in list(ignored.items())[:REASONS_SHOWN]]
-    return ", ".join(shown) + (f" and {len(ignored) - REASONS_SHOWN} more" if len(ignored) > REASONS_SHOWN else "")
+    shown = [f"{path.parent.name}/{path.name} ({why})" for path, why in ignored.items()]
+    return some(shown, REASONS_SHOWN)
 
 
 def one_line(error: LongtakeError) -> str:
@@ -114,10 +99,13 @@ def one_line(error: LongtakeError) -> str:
 
 
 class ClipReader:
-    """Decodes clips at the preset's size and rate, and keeps the latest ones in memory."""
+    """Decodes parts of clips at the preset's size and rate, and keeps the latest short clips in memory as a whole.
 
-    def __init__(self, preset: Preset, memory: int = MEMORY) -> None:
-        self.preset, self.memory, self._bytes = preset, memory, 0
+    fit: what becomes of another shape of picture, see `video_span.frames_between`.
+    """
+
+    def __init__(self, preset: Preset, fit: str = "crop", memory: int = MEMORY) -> None:
+        self.preset, self.fit, self.memory, self._bytes = preset, fit, memory, 0
         self.facts = Facts()
         self._kept: OrderedDict[Path, np.ndarray] = OrderedDict()
 
@@ -128,12 +116,16 @@ class ClipReader:
             LongtakeError: the clip is broken, or ends before that.
         """
         self.facts.require(clip.path, start + frames)
-        whole = self._whole(clip)
-        if len(whole) < start + frames:
-            error = LongtakeError(f"{clip.path} ends early", got=f"{len(whole)} frames", expected=clip.frames)
-            self.facts.note_short(clip.path, len(whole), one_line(error))
+        if clip.frames * self.preset.height * self.preset.width * 3 > SHORT:
+            got = self._decoded(clip, start, frames)
+        else:
+            got = self._whole(clip)[start : start + frames]
+        if len(got) < frames:
+            usable = start + len(got)
+            error = LongtakeError(f"{clip.path} ends early", got=f"{usable} frames", expected=clip.frames)
+            self.facts.note_short(clip.path, usable, one_line(error))
             raise error
-        return whole[start : start + frames]
+        return got
 
     def forget(self) -> None:
         """Free the decoded clips."""
@@ -144,42 +136,32 @@ class ClipReader:
         if clip.path in self._kept:
             self._kept.move_to_end(clip.path)
             return self._kept[clip.path]
-        size = self.preset.height, self.preset.width
-        try:
-            frames, _ = frames_from_video(clip.path, size, self.preset.fps)
-        except LongtakeError as error:
-            self.facts.note_short(clip.path, 0, one_line(error))
-            raise
-        self._kept[clip.path] = frames
+        frames = self._kept[clip.path] = self._decoded(clip, 0, clip.frames)
         self._bytes += frames.nbytes
         while self._bytes > self.memory and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return frames
 
+    def _decoded(self, clip: Clip, start: int, frames: int) -> np.ndarray:
+        size = self.preset.height, self.preset.width
+        try:
+            return frames_between(clip.path, start, frames, size, self.preset.fps, self.fit)
+        except LongtakeError as error:
+            self.facts.note_short(clip.path, start, one_line(error))
+            raise
 
-def _shot_number(path: Path) -> tuple[float, str]:
-    """Numbers in numeric order, then other names."""
-    return (int(path.stem), "") if path.stem.isdecimal() else (float("inf"), path.stem)
 
-
-def _clip_or_error(path: Path, caption_path: Path, preset: Preset) -> Clip | LongtakeError:
+def _clip_or_error(found: Found, preset: Preset) -> Clip | LongtakeError:
     try:
-        return _clip(path, caption_path, preset)
+        look = look_at(found.path, preset.fps)
+        return Clip(found.path, found.caption(), look.frames, (look.height, look.width), look.rate)
     except LongtakeError as error:
         return error
 
 
-def _clip(path: Path, caption_path: Path, preset: Preset) -> Clip:
-    content = read_json(caption_path)
-    caption = content.get("caption") if isinstance(content, dict) else None
-    if not isinstance(caption, str) or not caption.strip():
-        raise LongtakeError(f"{caption_path} has no caption")
-    return Clip(path, " ".join(caption.split()), count_frames(path, preset.fps))
-
-
 def _nothing(root: Path, skipped: dict[Path, str], ignored: dict[Path, str]) -> LongtakeError:
     if not skipped:
-        got = "no video/<sample>/<n>.mp4" + (f"; ignored: {listed(ignored)}" if ignored else "")
+        got = "no film with a caption" + (f"; ignored: {listed(ignored)}" if ignored else "")
         return LongtakeError(f"no clips in {root}", got=got, expected=LAYOUT, fix="check --data")
     shown = [f"    {reason}" for reason in list(skipped.values())[:REASONS_SHOWN]]
     if len(skipped) > REASONS_SHOWN:

@@ -20,7 +20,7 @@ from longtake.training.data.digit_stories import Shot, Story, load_scans
 from longtake.training.data.facts import Facts
 from longtake.training.data.shards import key_of
 from longtake.training.models.presets import Preset
-from longtake.training.models.text.grammar import BACKGROUNDS, COLOURS, DIGITS, LIGHTS, MOTIONS
+from longtake.training.models.text.grammar import BACKGROUNDS, COLOURS, DIGITS, LIGHTS, MOTIONS, caption_words
 from longtake.training.models.wan.prompts import with_cut_prefix
 
 LEFT_OUT = 0.85  # how often `returning_story` leaves a known subject's colour out
@@ -141,6 +141,16 @@ class Digits:
 
     def __init__(self, preset: Preset, split: str = "train", draw: Callable[..., Story] = random_story) -> None:
         self.preset, self.split, self.draw = preset, split, draw
+
+    @property
+    def line(self) -> str:
+        """Nothing to say: it is endless."""
+        return ""
+
+    @property
+    def captions(self) -> list[str]:
+        """The words of the grammar."""
+        return [" ".join(caption_words())]
 
     def sample(self, generator: torch.Generator, chunks: int, batch: int, device: torch.device) -> Batch:
         """Draw `batch` stories of `chunks` chunks."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, sha256, write_json
+from longtake.tar_files import opened_member, tar_of
 
+MOST_BYTES = 1 << 30  # of a million clips
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns: another one means another file
 
 
@@ -22,7 +25,7 @@ class Facts:
         """SHA-256 of a clip's file."""
         stamp, known = stamp_of(path), self.digests.get(str(path))
         if known is None or known[0] != stamp:
-            known = self.digests[str(path)] = stamp, sha256(path)
+            known = self.digests[str(path)] = stamp, _digest(path)
         return known[1]
 
     def note_short(self, path: Path, frames: int, reason: str) -> None:
@@ -48,7 +51,7 @@ class Facts:
 def facts_from_file(path: Path) -> Facts:
     """Facts saved before; none if there is no such file, or a damaged one: they are only saved time."""
     try:
-        content = read_json(path)
+        content = read_json(path, most=MOST_BYTES)
         digests = {k: (_stamp(s), str(digest)) for k, (s, digest) in content["digests"].items()}
         short = {k: (_stamp(s), int(frames), str(why)) for k, (s, frames, why) in content["short"].items()}
     except (LongtakeError, KeyError, TypeError, ValueError, AttributeError):
@@ -56,10 +59,22 @@ def facts_from_file(path: Path) -> Facts:
     return Facts(digests, short)
 
 
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of one inside a tar."""
+    member = opened_member(path)
+    if member is None:
+        return sha256(path)
+    found = hashlib.sha256()
+    with member:
+        while part := member.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
 def stamp_of(path: Path) -> Stamp:
     """Size and time of the last change; zeros if the file is gone."""
     try:
-        status = path.stat()
+        status = (tar_of(path) or path).stat()
     except OSError:
         return 0, 0
     return status.st_size, status.st_mtime_ns

@@ -1,7 +1,7 @@
 """A folder of captioned clips as a data set: consecutive shots, cut into the segments that chunks are made of.
 
-The layout is LongLive's (its utils/dataset.py): video/<sample>/<n>.mp4 with caption/<sample>/<n>.json; the clips of
-one sample are the shots of one film, in numeric order. All frame numbers here count at the preset's rate.
+The clips of one sample are the shots of one film, in order; where nothing says that clips belong together, each is a
+sample of its own (see `found.py` for the layouts). All frame numbers here count at the preset's rate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.training.data.base import Batch, Take, chunk_frames, chunk_starts, item_generator
-from longtake.training.data.clips import MEMORY, Clip, ClipReader, clips_from_folder, listed, one_line
+from longtake.training.data.clips import MEMORY, Clip, ClipReader, clips_from_folder, listed, one_line, summary
 from longtake.training.data.facts import Facts
 from longtake.training.data.order import permutation
 from longtake.training.data.shards import key_of
@@ -27,7 +27,7 @@ from longtake.training.models.wan.prompts import with_cut_prefix
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_EVERY = 5  # every fifth sample is for evaluation, where there are that many
+HELD_OUT_EVERY = 5  # every fifth sample is for evaluation, unless a number of them is asked for
 TRIES = 100
 CUT_SHARE = 0.25  # of the VAE's clips have a cut inside
 
@@ -75,6 +75,7 @@ class Starts:
 class Folder:
     """The clips of a folder. See `data.base.Dataset`.
 
+    fit: of pictures of another shape, see `video_span.frames_between`. held_out: samples for evaluation, one in five if None.
     max_chunks_per_shot: after this many chunks of one clip one second is skipped and a cut is announced; 0 is never.
     max_bad_share: of all clips, how many may turn out unusable before it stops. skipped: why clips were left out.
     """
@@ -86,23 +87,33 @@ class Folder:
         split: str = "train",
         max_chunks_per_shot: int = 0,
         max_bad_share: float = 1.0,
+        fit: str = "crop",
+        held_out: int | None = None,
     ) -> None:
         self.root, self.preset, self.split, self.most = root, preset, split, max_chunks_per_shot
         self.max_bad_share = max_bad_share
         index = clips_from_folder(root, preset)
         self.skipped = index.skipped
         self.found = sum(map(len, index.samples.values()))
-        self.samples = self._of_split(list(index.samples.values()))
-        self._reader = ClipReader(preset)
+        samples = list(index.samples.values())
+        self.for_evaluation = self._held_out(len(samples), held_out)
+        self.samples = self._of_split(samples)
+        self._reader = ClipReader(preset, fit)
+        self.line = self._line([clip for clips in samples for clip in clips], index.ignored)
         self._starts: dict[tuple[int, ...], list[Starts]] = {}
         self._named: set[str] = set()
-        self._report(index.ignored)
+        self._report()
         self._check_share()
 
     @property
     def facts(self) -> Facts:
         """What decoding has shown about the clips so far."""
         return self._reader.facts
+
+    @property
+    def captions(self) -> list[str]:
+        """The caption of each clip."""
+        return [clip.caption for clips in self.samples for clip in clips]
 
     def share_memory(self, processes: int) -> None:
         """Keep only this process's share of decoded clips in memory, and for now none: a copy travels lighter."""
@@ -128,8 +139,7 @@ class Folder:
         turn, place = divmod(index, len(self._places(sizes)))
         first = int(permutation(len(self._places(sizes)), seed, turn)[place])
         before = set(self.facts.short)
-        segments, key = self._usable(generator, sizes, first, known)
-        frames = None if key in known else self._read(segments)
+        segments, key, frames = self._usable(generator, sizes, first, known)
         found = Facts(
             {str(s.clip.path): self.facts.digests[str(s.clip.path)] for s in segments},
             {path: why for path, why in self.facts.short.items() if path not in before},
@@ -139,8 +149,8 @@ class Folder:
 
     def _usable(
         self, generator: torch.Generator, sizes: tuple[int, ...], first: int, known: Container[str]
-    ) -> tuple[list[Segment], str]:
-        """A plan in sample `first`, or in one drawn after it, that can be decoded (or is known), and its key."""
+    ) -> tuple[list[Segment], str, np.ndarray | None]:
+        """A plan in sample `first`, or in one drawn after it, that can be decoded (or is known), its key and its frames."""
         error: LongtakeError | None = None
         for attempt in range(TRIES):
             segments = self._random_plan(generator, sizes, None if attempt else first)
@@ -148,16 +158,15 @@ class Folder:
                 for segment in segments:
                     self.facts.require(segment.clip.path, segment.start + segment.frames)
                 key = self._key(segments)
-                if key not in known:
-                    self._read(segments)
-                return segments, key
+                return segments, key, None if key in known else self._read(segments)
             except LongtakeError as broken:
                 error = broken
         raise self._hopeless(error)
 
     def _key(self, segments: list[Segment]) -> str:
         shown = [(self.facts.digest(s.clip.path), s.start, s.frames) for s in segments]
-        return key_of("folder by time", self.preset.height, self.preset.width, self.preset.fps, shown)
+        fit = self._reader.fit
+        return key_of(f"folder by time, {fit}", self.preset.height, self.preset.width, self.preset.fps, shown)
 
     def _read(self, segments: list[Segment]) -> np.ndarray:
         return np.concatenate([self._reader.read(s.clip, s.start, s.frames) for s in segments])
@@ -268,24 +277,40 @@ class Folder:
         count = bisect.bisect_left(range(room), True, key=lambda start: self._plan(clips, first, start, sizes) is None)
         return min(count, 1) if self.split == "eval" else count
 
-    def _of_split(self, samples: list[list[Clip]]) -> list[list[Clip]]:
-        if len(samples) < HELD_OUT_EVERY:
-            if self.split == "eval":
-                log.warning("%s: nothing is held out for evaluation (samples: %d, needed: %d)",
-                            self.root, len(samples), HELD_OUT_EVERY)  # fmt: skip
-            return samples
-        return [clips for i, clips in enumerate(samples) if (i % HELD_OUT_EVERY == 0) == (self.split == "eval")]
+    def _held_out(self, count: int, asked: int | None) -> int:
+        """How many of so many samples are for evaluation. Raises LongtakeError if none is left to train on."""
+        if asked is not None and asked >= count:
+            raise LongtakeError(
+                "nothing is left to train on",
+                got=f"{count} clips or films, --held-out {asked}",
+                expected=f"at most {count - 1}",
+                fix="--held-out 0",
+            )
+        return count // HELD_OUT_EVERY if asked is None else asked
 
-    def _report(self, ignored: dict[Path, str]) -> None:
-        """Log what is there, and once (for the training split) what is not."""
-        used = sum(map(len, self.samples))
-        log.info("%s: %d clips in %d samples for %s", self.root, used, len(self.samples), self.split)
-        if self.split == "train" and ignored:
-            log.warning("%s: %d files are ignored: %s", self.root, len(ignored), listed(ignored))
-        if self.split == "train" and self.skipped:
+    def _of_split(self, samples: list[list[Clip]]) -> list[list[Clip]]:
+        """The samples of this split: the held-out ones are spread evenly; without any, evaluation is on those of training."""
+        count = self.for_evaluation
+        if not count:
+            if self.split == "eval":
+                log.warning("%s: nothing is held out for evaluation, which is on training clips", self.root)
+            return samples
+        held = {(number + 1) * len(samples) // count - 1 for number in range(count)}
+        return [clips for i, clips in enumerate(samples) if (i in held) == (self.split == "eval")]
+
+    def _line(self, clips: list[Clip], ignored: dict[Path, str]) -> str:
+        """What there is, in one line."""
+        left = {**{path: why.removeprefix(f"{path} ") for path, why in self.skipped.items()}, **ignored}
+        parts = [f"{summary(clips, self.preset, self._reader.fit)}", f"{self.for_evaluation} held out"]
+        parts += [f"{len(left)} ignored: {listed(left)}"] if left else []
+        return f"{self.root}: " + ", ".join(parts)
+
+    def _report(self) -> None:
+        """Log what is there, once (for the training split)."""
+        if self.split == "train":
+            log.info("%s", self.line)
             for reason in self.skipped.values():
-                log.warning("skipped a clip: %s", reason)
-            log.warning("%s: %d clips skipped, %d used", self.root, len(self.skipped), used)
+                log.info("skipped a clip: %s", reason)
 
 
 def _video(stories: list[np.ndarray], device: torch.device) -> Tensor:

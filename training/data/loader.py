@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from longtake.errors import LongtakeError
 from longtake.training.data.order import Order
@@ -22,7 +23,7 @@ class Items(Protocol):
 class Loader:
     """Takes items of `order`, one after the other.
 
-    position: items that all groups of the order have taken together; with the order's seed it says where a run stands.
+    position: items taken so far; with the order's seed it says where a run stands.
     """
 
     def __init__(self, items: Items, order: Order, workers: int = 0) -> None:
@@ -37,9 +38,9 @@ class Loader:
             LongtakeError: reading one failed, as the worker says.
         """
         if self._iterator is None:
-            self._iterator = read_in_order(self.items, self.order.starting(self.position), self.workers)
+            self._iterator = read_in_order(self.items, map(self.order.at, itertools.count(self.position)), self.workers)
         taken = [next(self._iterator) for _ in range(count)]
-        self.position += count * self.order.groups
+        self.position += count
         return taken
 
     def seek(self, position: int) -> None:
@@ -55,7 +56,7 @@ def read_in_order(items: Items, indices: Iterable[int], workers: int) -> Iterato
     loader: DataLoader[Any] = DataLoader(
         _Guarded(items),
         batch_size=None,
-        sampler=_Indices(indices),
+        sampler=indices,
         num_workers=workers,
         prefetch_factor=AHEAD,
         collate_fn=_as_it_is,
@@ -65,14 +66,6 @@ def read_in_order(items: Items, indices: Iterable[int], workers: int) -> Iterato
         if isinstance(item, LongtakeError):
             raise item
         yield item
-
-
-class _Indices(Sampler[int]):
-    def __init__(self, indices: Iterable[int]) -> None:
-        self.indices = indices
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
 
 
 class _Guarded(Dataset[Any]):

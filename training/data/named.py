@@ -15,9 +15,11 @@ def dataset_from_name(
     split: str = "train",
     max_chunks_per_shot: int = 0,
     max_bad_share: float = 1.0,
+    fit: str = "crop",
+    held_out: int | None = None,
 ) -> Dataset:
-    """The data set called "digits" or "returning-digits" (see `digits.returning_story`), or the one in a folder of clips
-    (see `folder.Folder` for the rest).
+    """The data set called "digits" or "returning-digits" (see `digits.returning_story`), or clips of one's own in a folder, a
+    table or a tar (see `folder.Folder` for the rest).
 
     Raises:
         LongtakeError: neither a known name nor a folder, or a folder without a usable clip.
@@ -29,13 +31,7 @@ def dataset_from_name(
     drawn = {"digits": random_story, "returning-digits": returning_story}
     if str(name) in drawn:
         return Digits(preset, split, drawn[str(name)])
-    if not Path(name).is_dir():
-        raise LongtakeError(
-            "no such data set",
-            got=name,
-            expected='"digits", "returning-digits" or a folder with video/<sample>/<n>.mp4 and caption/<sample>/<n>.json',
-            fix="check --data",
-        )
     from longtake.training.data.folder import Folder
+    from longtake.training.data.found import require_data
 
-    return Folder(Path(name), preset, split, max_chunks_per_shot, max_bad_share)
+    return Folder(require_data(str(name)), preset, split, max_chunks_per_shot, max_bad_share, fit, held_out)

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from longtake.errors import IntegrityError
 from longtake.files import atomic_path
+from longtake.tensor_file import tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ class Shards:
         """Look at the folder again; files that cannot be read are named and left out, so their tensors are made anew."""
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                with safe_open(path, framework="pt") as file:
+                with tensors_in(path) as file:
                     self.places |= dict.fromkeys(file.keys(), path)
-            except (SafetensorError, OSError) as error:
-                logger.warning("%s cannot be read and is left out: %s", path, error)
+            except IntegrityError as error:
+                logger.warning("%s cannot be read and is left out: %s", path, error.got)
 
     def __contains__(self, key: str) -> bool:
         return key in self.places or key in self._gathered
@@ -71,11 +71,8 @@ class Shards:
             return self._gathered[key]
         path = self.places[key]
         again = "delete it and start again: it is made anew"
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor, sums = file.get_tensor(key), file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise IntegrityError(f"{path} can no longer be read", got=str(error), fix=again) from None
+        with tensors_in(path, "can no longer be read", again) as file:
+            tensor, sums = file.get_tensor(key), file.metadata() or {}
         if key in sums and sums[key] != checksum(tensor):
             raise IntegrityError(
                 f"{path} is damaged", got=f"checksum {checksum(tensor)} of {key}", expected=sums[key], fix=again

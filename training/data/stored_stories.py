@@ -25,7 +25,7 @@ from longtake.training.data.facts import facts_from_file
 from longtake.training.data.folder import Folder
 from longtake.training.data.latent_cache import EncodedStories, encode, histories
 from longtake.training.data.loader import Loader, read_in_order
-from longtake.training.data.order import sampler_for
+from longtake.training.data.order import Order
 from longtake.training.data.shards import Shards
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import AnyTextEncoder
@@ -133,7 +133,7 @@ def stored_from_dataset(
     cuts = [take.cuts for take in takes]
     history, offsets = histories(cuts, chunks, context, preset, device)
     stored = StoredLatents(shards, [take.key for take in takes])
-    loader = Loader(stored, sampler_for(0, 1, seed, items=stories), workers)
+    loader = Loader(stored, Order(stories, seed), workers)
     return StoredStories(preset, tokens, history, offsets, torch.tensor(cuts), stored, loader)
 
 

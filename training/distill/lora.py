@@ -5,13 +5,14 @@ PEFT's layers are put into the CausalDiT itself, with no model wrapped around it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
+from longtake.training.models.quantize import plain_state
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.linears import quantized_linears
 
@@ -29,12 +30,7 @@ def add_adapters(dit: CausalDiT, names: tuple[str, ...], rank: int, alpha: float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name in names:
-            config = LoraConfig(
-                r=rank,
-                lora_alpha=alpha,  # type: ignore[arg-type]
-                lora_dropout=0.0,
-                target_modules=targets,
-            )
+            config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)  # type: ignore[arg-type]
             inject_adapter_in_model(config, dit, adapter_name=name)
     dit.to(device)
     use_adapter(dit, names[0])
@@ -84,21 +80,11 @@ class Adapter(nn.Module):
         return {f"base_model.model.{key.replace('/', '.')}": value for key, value in self.state_dict().items()}
 
 
-def plain_state(dit: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base: no adapters, no quantizers, the plain model's names."""
-    return {
-        key.replace(".base_layer.", "."): value
-        for key, value in dit.state_dict().items()
-        if "_quantizer" not in key and ".lora_" not in key
-    }
-
-
 @torch.no_grad()
 def merged(dit: CausalDiT, name: str) -> CausalDiT:
     """A plain DiT with adapter `name` added to the base's weights, W + alpha / rank B A, in fp32 before any rounding."""
-    state: Mapping[str, Tensor] = plain_state(dit)
     plain = CausalDiT(dit.config).to(device=dit.patch_embedding.weight.device, dtype=dit.dtype)
-    plain.load_state_dict(state)
+    plain.load_state_dict(plain_state(dit))
     for linear, layer in lora_layers(dit):
         a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
         weight = plain.get_parameter(f"{linear}.weight")

@@ -14,7 +14,7 @@ from torch import nn
 
 from longtake.training.distill.lora import Adapter, add_adapters, merged, use_adapter
 from longtake.training.distill.options import DistillOptions
-from longtake.training.models.quantize import insert_quantizers, recalibrate
+from longtake.training.models.quantize import insert_quantizers, plain_state, recalibrate
 from longtake.training.models.wan.dit import CausalDiT
 
 GENERATOR, FAKE = "generator", "fake_score"
@@ -72,6 +72,5 @@ class Networks:
         if self.lora:
             return merged(self._real, GENERATOR)
         plain = CausalDiT(self._generator.config)
-        state = {key: value for key, value in self._generator.state_dict().items() if "_quantizer" not in key}
-        plain.load_state_dict(state)
+        plain.load_state_dict(plain_state(self._generator))
         return plain.to(next(self._generator.parameters()).device)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from longtake.training.data.base import Dataset
 from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
@@ -22,12 +24,13 @@ from longtake.training.distill.scores import GraphedScorer, Scorer, critic_loss,
 from longtake.training.models.checkpoint import load_into
 from longtake.training.models.load import read_side
 from longtake.training.models.quantize import insert_quantizers, read_amax
-from longtake.training.models.text.words import text_encoder_for
+from longtake.training.models.text.words import TextEncoder, text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.objective.accumulate import parts_of
 from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.objective.teacher_forcing import Noise
 from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.initial_models import leave_tokenizer
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
 from longtake.training.stages.validation import EVALUATION_SEED
 
@@ -45,6 +48,10 @@ class DistillStage(Stage):
         preset, folder = options.preset, options.teacher
         text_file = folder / "text_encoder.safetensors"
         self.text = text_encoder_for(preset, read_side(text_file, "text_encoder", preset).vocabulary, folder)
+        self.clips = self.dataset("train")
+        self.line = self.clips.line
+        if isinstance(self.text, TextEncoder):
+            self.text.tokenizer.check(self.clips.captions)
         self.teacher = CausalDiT(preset.dit)
         self.companions = [vae_checkpoint(preset, options.vae, folder), text_file]
         self.text_digest = load_into(self.text, text_file, kind="text_encoder", preset=preset).sha256
@@ -81,6 +88,10 @@ class DistillStage(Stage):
         if self.options.captures(device):
             self.capture()
 
+    def leave(self, out: Path) -> None:
+        """The tokenizer of a text encoder that has one in a file."""
+        leave_tokenizer(self.text, out)
+
     def capture(self) -> None:
         """Let CUDA graphs run the generator's passes and the scores."""
         dit, cache = self.networks.generator(), self.options.cache
@@ -89,11 +100,16 @@ class DistillStage(Stage):
         self.passes = GraphedChunkPass(dit, cache, dtype, self.autocast)
         self.scorer = GraphedScorer(self.preset, self.options.score_context, self.autocast)
 
+    def dataset(self, split: str) -> Dataset:
+        """A split of the data set."""
+        options = self.options
+        return dataset_from_name(options.data, self.preset, split, fit=options.fit, held_out=options.held_out)
+
     def stories(self, split: str, count: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
         options = self.options
         return stories_from_dataset(
-            dataset_from_name(options.data, self.preset, split), self.vae, self.vae_digest, self.text, self.preset,
+            self.clips if split == "train" else self.dataset(split), self.vae, self.vae_digest, self.text, self.preset,
             cache_dir=options.cache_dir, workers=options.workers, stories=count, chunks=max(options.chunks),
             context="window", seed=seed, what=f"{split} stories",
         )  # fmt: skip

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from longtake.training.distill.lora import Adapter
 from longtake.training.distill.stage import DistillStage
-from longtake.training.models.checkpoint import save_checkpoint
-from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.stages.base import Metric
-from longtake.training.trainer import SAVED, TrainConfig, Trainer, backward, require_finite
+from longtake.training.trainer import SAVED, TrainConfig, Trainer, backward
 
 CRITIC = "critic/"
 
@@ -78,13 +76,8 @@ class DistillTrainer(Trainer):
 
     def save_module(self, name: str, facts: dict[str, Any]) -> None:
         """The student as a plain DiT, adapters merged; beside it, the adapter alone."""
-        dtype, path = SAVED[self.config.save_dtype], self.config.out / f"{name}.safetensors"
-        state = self.distill.networks.student().state_dict()
-        self.save(path, {k: v.to(dtype) for k, v in state.items()}, {"kind": name, **facts})
+        dtype, state = SAVED[self.config.save_dtype], self.distill.networks.student().state_dict()
+        self.save(name, {k: v.to(dtype) for k, v in state.items()}, facts)
         adapter = self.distill.modules[name]
         if isinstance(adapter, Adapter):
-            self.save(path.with_name(f"{name}_lora.safetensors"), adapter.tensors(), {**facts, "kind": f"{name}_lora"})
-
-    def save(self, path: Any, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        require_finite(tensors, path)
-        save_checkpoint(path, tensors, SideFile.of({**self.side(), **facts}))
+            self.save(f"{name}_lora", adapter.tensors(), facts)

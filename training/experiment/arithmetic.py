@@ -27,10 +27,11 @@ from tqdm import tqdm
 from longtake.accuracy.ssim import frame_ssim
 from longtake.options import Command, OneOf, option
 from longtake.training.data.digit_stories import Story
+from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.arms import PRESET, shipped, vae_of
 from longtake.training.experiment.batched import Rollout, Sampling, decode
 from longtake.training.experiment.evaluate import Eyes, judge_from, prompted_share
-from longtake.training.experiment.figures import StoryOptions, device_found, figures_of, tell
+from longtake.training.experiment.figures import StoryOptions, figures_of, tell
 from longtake.training.experiment.stories import mixed_stories, scripts_of
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.quantize import apply_precision
@@ -143,7 +144,8 @@ def sampling_of(options: ArithmeticOptions) -> Sampling:
 
 def run(options: ArithmeticOptions) -> int:
     """Measure, print the table, write it."""
-    device, machine = device_found()
+    device = device_named("auto")
+    machine = name_of(device)
     eyes = Eyes(judge_from(options.judge, device), vae_of(options.checkpoints, device), device)
     stories = mixed_stories(options.stories, options.chunks, options.seed)
     sampling = sampling_of(options)

@@ -13,13 +13,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longtake.training.experiment.sinks import slot_plans
 from longtake.training.models.load import Models
 from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.sampler import UniPC, schedule_of
 from longtake.training.models.wan.positions import frame_positions
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.slots import Sinks, plans_of
 from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
+
+# The slot table with either sink left out; with both it is the runtime's.
+SINKS = {
+    "both": Sinks(),
+    "global": Sinks(shot=False),
+    "shot": Sinks(globally=False),
+    "none": Sinks(globally=False, shot=False),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Script:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How stories are generated. cache: "bf16" (not quantized) or "nvfp4". sinks: see `sinks.slot_plans`.
+    """How stories are generated. cache: "bf16" (not quantized) or "nvfp4". sinks: see `SINKS`.
 
     attention: "bf16", or "fp8" as our Hopper kernel computes it. compute: on a GPU, what passes run in, "bf16" (autocast,
     as in training) or "fp32".
@@ -100,7 +108,7 @@ class Rollout:
         else:
             self.passes = ChunkPass(models.dit, sampling.cache, dtype, sampling.attention)
         capacity = models.preset.window_chunks
-        self.plans = [slot_plans(script.cuts, sampling.sinks, capacity) for script in scripts]
+        self.plans = [plans_of(script.cuts, capacity, SINKS[sampling.sinks]) for script in scripts]
         self.shots = [[sum(script.cuts[1 : i + 1]) for i in range(len(script.cuts))] for script in scripts]
         timesteps = schedule_of(sampling.steps, sampling.shift).timesteps
         self.sinusoids = {t: self.sinusoid(t) for t in {0, *timesteps}}
@@ -112,8 +120,8 @@ class Rollout:
     @torch.no_grad()
     def generate(self, chunk: int) -> Tensor:
         """Denoise chunk `chunk` of every story, then write its K and V."""
-        table = self.repeat(torch.tensor([plans[chunk][0] for plans in self.plans], dtype=torch.long))
-        write = self.repeat(torch.tensor([plans[chunk][1] for plans in self.plans]))
+        table = self.repeat(torch.tensor([plans[chunk].table[:-1] for plans in self.plans], dtype=torch.long))
+        write = self.repeat(torch.tensor([plans[chunk].write_slot for plans in self.plans]))
         fixed = (*self.rope(chunk), *self.context(chunk), *self.slots.read(table))
         sample, solver = self.noise(chunk), UniPC(schedule_of(self.sampling.steps, self.sampling.shift))
         if chunk < len(self.given):

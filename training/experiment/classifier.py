@@ -55,18 +55,28 @@ class DigitClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class JudgeTraining:
-    """Length of its training. batch: clips a step; a clip gives one frame as rendered and one through the VAE."""
+    """Length of its training. batch: clips a step; a clip gives one frame as rendered and one through the VAE.
+
+    width: of the network. pool: so many clips are rendered once and drawn from, rolled by random distances (frames wrap
+    around); 0: every step renders its own. What `longtake evaluate` ships is `SMALL`, which two CPU cores can train.
+    """
 
     steps: int = 700
     batch: int = 96
     lr: float = 2e-3
     seed: int = 77
+    width: int = 32
+    pool: int = 0
+
+
+SMALL = JudgeTraining(steps=1200, batch=24, width=24, pool=2400)
+Labelled = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
 def labelled_frames(
     vae: CausalVAE, preset: Preset, split: str, batch: int, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Labelled:
     """Frames as rendered and through the VAE, each [batch, 3, H, W], and the digits, int64 [batch]."""
     stories = [random_story(generator, 1, split, changes=False) for _ in range(batch)]
     starts = torch.randint(LATEST, (batch,), generator=generator).tolist()
@@ -87,12 +97,17 @@ def trained_judge(vae: CausalVAE, preset: Preset, how: JudgeTraining, device: to
     """A judge trained from random weights; the same on every run on one kind of device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)
-        judge = DigitClassifier().to(device)
+        judge = DigitClassifier(how.width).to(device)
     generator = torch.Generator().manual_seed(how.seed)
+    pool = rendered_pool(vae, preset, how.pool, generator, device) if how.pool else None
     optimizer = torch.optim.AdamW(judge.parameters(), how.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.lr, total_steps=max(2, how.steps))
     for _ in range(how.steps):
-        rendered, through, digits = labelled_frames(vae, preset, "train", how.batch, generator, device)
+        rendered, through, digits = (
+            labelled_frames(vae, preset, "train", how.batch, generator, device)
+            if pool is None
+            else drawn(pool, how.batch, generator)
+        )
         frames = blurred(torch.cat((rendered, through)), generator)
         loss = functional.cross_entropy(judge(frames), digits.repeat(2), label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
@@ -100,6 +115,23 @@ def trained_judge(vae: CausalVAE, preset: Preset, how: JudgeTraining, device: to
         optimizer.step()
         schedule.step()
     return judge.eval().requires_grad_(False)
+
+
+def rendered_pool(
+    vae: CausalVAE, preset: Preset, clips: int, generator: torch.Generator, device: torch.device, part: int = 16
+) -> Labelled:
+    """`labelled_frames` of so many clips, rendered a few at a time."""
+    parts = [labelled_frames(vae, preset, "train", part, generator, device) for _ in range(-(-clips // part))]
+    rendered, through, digits = (torch.cat(each) for each in zip(*parts))
+    return rendered, through, digits
+
+
+def drawn(pool: Labelled, batch: int, generator: torch.Generator) -> Labelled:
+    """Random clips of a pool, all of them rolled by one random distance."""
+    rendered, through, digits = pool
+    index = torch.randint(len(digits), (batch,), generator=generator).to(digits.device)
+    shift = [int(torch.randint(size, (), generator=generator)) for size in rendered.shape[-2:]]
+    return rendered[index].roll(shift, (2, 3)), through[index].roll(shift, (2, 3)), digits[index]
 
 
 def blurred(frames: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from longtake.errors import LongtakeError
 from longtake.files import read_json, require_folder, write_json
 from longtake.options import Command, OneOf, option
-from longtake.training.devices import device_named
+from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.pack import bring, restore
 from longtake.training.experiment.report import write_report
 from longtake.training.experiment.scheduler import Scheduler, Slot
@@ -122,7 +122,7 @@ def run_units(options: ExperimentOptions) -> int:
         stopped = True
         print("stopped; what is done is kept: the same command with --resume goes on", file=sys.stderr)
     missing = scheduler.missing()
-    machine = f"{len(devices)} x {device_name(devices[0])}" if len(devices) > 1 else device_name(devices[0])
+    machine = f"{len(devices)} x " * (len(devices) > 1) + name_of(torch.device(devices[0]))
     machine, seconds = spent(options.out, machine, time.monotonic() - begun, scheduler.ran)
     print(write_report(scheduler.results, settings, options.out, machine, missing, options.docs, seconds))
     if options.bring:
@@ -150,10 +150,6 @@ def scheduler_of(
         toy=settings.quick,
         say=partial(print, flush=True),
     )
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else "CPU"
 
 
 def spent(out: Path, machine: str, seconds: float, ran: bool) -> tuple[str, float]:

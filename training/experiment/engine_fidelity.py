@@ -26,10 +26,11 @@ from longtake.accuracy.ssim import ssim
 from longtake.options import Command, option
 from longtake.runtime.generator import Generator
 from longtake.training.data.digit_stories import Story
+from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.batched import Script
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.evaluate import EVERY, judge_from
-from longtake.training.experiment.figures import Row, StoryOptions, device_found, figures_of, tell
+from longtake.training.experiment.figures import Row, StoryOptions, figures_of, tell
 from longtake.training.experiment.stories import mixed_stories, scripts_of, shots_by_chunk
 
 
@@ -106,7 +107,8 @@ def rows_of(options: FidelityOptions, device: torch.device) -> Iterator[tuple[st
 
 def run(options: FidelityOptions) -> int:
     """Measure, print the table, write it."""
-    device, machine = device_found()
+    device = device_named("auto")
+    machine = name_of(device)
     conditions = {"device": machine, "stories": options.stories, "chunks": options.chunks, "seed": options.seed}
     return tell(rows_of(options, device), options.json, conditions)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from longtake.files import write_json
 from longtake.options import option
@@ -46,13 +45,6 @@ def figures_of(fidelity: Sequence[float], likeness: Sequence[Sequence[float]]) -
             "ssim_stories": len(likeness),
         }
     return row
-
-
-def device_found() -> tuple[torch.device, str]:
-    """Where to measure, and its name."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.get_device_name()
-    return torch.device("cpu"), "CPU"
 
 
 def tell(found: Iterable[tuple[str, Row]], path: Path | None, conditions: dict[str, Any], head: str = "") -> int:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longtake.errors import LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path
 from longtake.record import record_from_json
 from longtake.training.experiment.arms import shipped
@@ -67,18 +68,50 @@ def restore(folder: Path, out: Path) -> None:
 
     Raises:
         LongtakeError: there is no state in `folder`, or `out` holds results already.
+        IntegrityError: an archive is damaged, cut short or leads out of its folder; then nothing is left in `out`.
     """
     if not (folder / "state.tar").is_file():
         raise LongtakeError(f"{folder} holds no experiment", expected="state.tar", fix="the folder given to --bring")
     if (out / "settings.json").is_file():
         raise LongtakeError(f"{out} holds an experiment already", fix="--resume without --restore, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    for path in [folder / "state.tar", *sorted(folder.glob("model-*.tar"))]:
-        with tarfile.open(path) as tar:
-            tar.extractall(out, filter="data")
-    for dit in [*out.glob("arms/*/dit.safetensors"), *out.glob("students/*/dit.safetensors")]:
-        for source in shipped().glob("vae.*"):
-            shutil.copyfile(source, dit.with_name(source.name))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.restore-", dir=out.parent) as place:
+        for path in [folder / "state.tar", *sorted(folder.glob("model-*.tar"))]:
+            _unpack(path, Path(place))
+        for dit in [*Path(place).glob("arms/*/dit.safetensors"), *Path(place).glob("students/*/dit.safetensors")]:
+            for source in shipped().glob("vae.*"):
+                shutil.copyfile(source, dit.with_name(source.name))
+        _merge(Path(place), out)
+
+
+def _unpack(path: Path, into: Path) -> None:
+    """Unpack a whole archive. Raises IntegrityError for one that is cut short, damaged, or leads out of its folder."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            tar.extractall(into, filter="data")
+            end = tar.offset  # where the two empty blocks begin that end an archive: one that was cut short has none
+        with open(path, "rb") as archive:
+            archive.seek(end)
+            if archive.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it was cut short: the end of the archive is missing")
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise IntegrityError(
+            f"{path} is not a whole archive of an experiment",
+            got=str(error).splitlines()[0][:300],
+            expected="what --bring wrote",
+            fix="copy it again from where --bring wrote it",
+        ) from None
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Move what lies in `source` into `target`, what says that there is an experiment last."""
+    files = sorted(
+        (path for path in source.rglob("*") if not path.is_dir()), key=lambda path: path.name == "settings.json"
+    )
+    for path in files:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
 
 
 def _tar(path: Path, out: Path, files: Sequence[Path]) -> Path:

@@ -12,28 +12,22 @@ PICTURES = ("arms.png", "sinks.png", "drift.png")
 
 def draw(results: dict[str, dict[str, Any]], found: dict[str, Any], out: Path) -> None:
     """Write each of PICTURES for which there are figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    _bars(
-        found["eval"], {"flow": "held-out flow loss (lower is better)", "fidelity": "prompt fidelity"}, out / "arms.png"
-    )
-    _bars(
-        found["sinks"],
-        {"colour": "returning subject has its colour", "iou": "shape IoU", "agreement": "same digit seen"},
-        out / "sinks.png",
-    )
+    arms = {"flow": "held-out flow loss (lower is better)", "fidelity": "prompt fidelity"}
+    sinks = {"colour": "returning subject has its colour", "iou": "shape IoU", "agreement": "same digit seen"}
+    _bars(found["eval"], arms, out / "arms.png")
+    _bars(found["sinks"], sinks, out / "sinks.png")
     _curves(results, out / "drift.png")
 
 
 def _bars(rows: dict[str, Any], metrics: dict[str, str], path: Path) -> None:
     """One panel a metric: mean, spread and each seed's value of every condition."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = [name for name, figures in rows.items() if set(metrics) <= set(figures)]
     if not names:
         return
-    figure, axes = pyplot.subplots(1, len(metrics), figsize=(5 * len(metrics), 3.4))
+    figure = Figure(figsize=(5 * len(metrics), 3.4))
+    axes = figure.subplots(1, len(metrics))
     for axis, (metric, title) in zip(axes, metrics.items()):
         figures = [rows[name][metric] for name in names]
         axis.bar(names, [f["mean"] for f in figures], yerr=[f["spread"] for f in figures], capsize=4, color="#9db8d9")
@@ -47,12 +41,11 @@ def _bars(rows: dict[str, Any], metrics: dict[str, str], path: Path) -> None:
     figure.tight_layout()
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)
 
 
 def _curves(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Fidelity and image statistics over the chunks of the long shots, the mean over seeds."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     metrics = ("fidelity", "contrast", "saturation", "detail")
     conditions: dict[str, list[dict[str, Any]]] = {}
@@ -61,7 +54,8 @@ def _curves(results: dict[str, dict[str, Any]], path: Path) -> None:
             conditions.setdefault(name[len("drift-") :].rpartition("-")[0], []).append(result)
     if not conditions:
         return
-    figure, axes = pyplot.subplots(1, len(metrics), figsize=(4 * len(metrics), 3.2))
+    figure = Figure(figsize=(4 * len(metrics), 3.2))
+    axes = figure.subplots(1, len(metrics))
     for axis, metric in zip(axes, metrics):
         for name, seeds in conditions.items():
             curves = [seed[f"{metric}_by_chunk"] for seed in seeds]
@@ -72,4 +66,3 @@ def _curves(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
-    pyplot.close(figure)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, some
 from longtake.files import atomic_path, write_json
 from longtake.training.experiment.plots import PICTURES, draw
 from longtake.training.experiment.settings import Settings
@@ -139,10 +139,7 @@ def _missing(missing: dict[str, str]) -> str:
     reasons: dict[str, list[str]] = {}
     for name, why in missing.items():
         reasons.setdefault(why, []).append(name)
-    return "; ".join(
-        f"{', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}: {why}"
-        for why, names in reasons.items()
-    )
+    return "; ".join(f"{some(names, 12)}: {why}" for why, names in reasons.items())
 
 
 def _table(title: str, rows: dict[str, Any], columns: dict[str, str]) -> str:

@@ -37,15 +37,11 @@ def _video(chunks: Iterable[Tensor]) -> np.ndarray:
 
 
 def _picture(videos: Mapping[str, np.ndarray], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     stories = len(next(iter(videos.values())))
-    figure, axes = pyplot.subplots(
-        len(videos) * stories, 1, figsize=(COLUMNS, 1.15 * len(videos) * stories), squeeze=False
-    )
+    figure = Figure(figsize=(COLUMNS, 1.15 * len(videos) * stories))
+    axes = figure.subplots(len(videos) * stories, 1, squeeze=False)
     for place in range(len(videos) * stories):
         name, story = list(videos)[place % len(videos)], place // len(videos)
         frames = videos[name][story]
@@ -58,4 +54,3 @@ def _picture(videos: Mapping[str, np.ndarray], path: Path) -> None:
     figure.tight_layout(pad=0.3)
     with atomic_path(path) as partial:
         figure.savefig(partial, format="png", dpi=90, bbox_inches="tight")
-    pyplot.close(figure)

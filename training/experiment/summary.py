@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from longtake.files import read_json
+from longtake.training.experiment.batched import SINKS
 from longtake.training.experiment.settings import Settings
-from longtake.training.experiment.sinks import SINKS
 
 Results = dict[str, dict[str, Any]]
 FEW_POINTS = 0.05  # how much prompt fidelity a 4-step student may lose
@@ -68,6 +68,20 @@ def summary(results: Results, settings: Settings) -> dict[str, Any]:
     return found
 
 
+NVFP4_AWARE = "NVFP4-aware has a {} than post-training NVFP4"
+SINKS_KEEP = "both sinks keep {} across cuts better than none"
+# Claim: kind of units, metric, what has the higher one, and the lower.
+CLAIMS = {
+    NVFP4_AWARE.format("lower held-out flow loss"): ("eval", "flow", "ptq", "nvfp4"),
+    NVFP4_AWARE.format("higher prompt fidelity"): ("eval", "fidelity", "nvfp4", "ptq"),
+    SINKS_KEEP.format("the subject's colour"): ("sinks", "colour", "both", "none"),
+    SINKS_KEEP.format("a given subject's colour"): ("sinks", "given_colour", "both", "none"),
+    SINKS_KEEP.format("the subject's shape"): ("sinks", "iou", "both", "none"),
+    SINKS_KEEP.format("a given subject's shape"): ("sinks", "given_iou", "both", "none"),
+    SINKS_KEEP.format("the subject's class"): ("sinks", "agreement", "both", "none"),
+}
+
+
 def claims(results: Results, settings: Settings) -> dict[str, dict[str, Any]]:
     """Each claim: true, false, or None where results are missing; with the numbers it rests on.
 
@@ -80,19 +94,7 @@ def claims(results: Results, settings: Settings) -> dict[str, dict[str, Any]]:
         by_story = [values_by_story(part, kind, c, m) for c in (a, b)]
         return _beats(values_of(part, kind, a, m), values_of(part, kind, b, m), by_story[0], by_story[1])
 
-    made = {
-        "NVFP4-aware has a lower held-out flow loss than post-training NVFP4": beats("eval", "flow", "ptq", "nvfp4"),
-        "NVFP4-aware has a higher prompt fidelity than post-training NVFP4": beats("eval", "fidelity", "nvfp4", "ptq"),
-        "both sinks keep the subject's colour across cuts better than none": beats("sinks", "colour", "both", "none"),
-        "both sinks keep a given subject's colour across cuts better than none": beats(
-            "sinks", "given_colour", "both", "none"
-        ),
-        "both sinks keep the subject's shape across cuts better than none": beats("sinks", "iou", "both", "none"),
-        "both sinks keep a given subject's shape across cuts better than none": beats(
-            "sinks", "given_iou", "both", "none"
-        ),
-        "both sinks keep the subject's class across cuts better than none": beats("sinks", "agreement", "both", "none"),
-    }
+    made = {text: beats(*how) for text, how in CLAIMS.items()}
     made["the 4-step student is within 5 points of its teacher's prompt fidelity"] = _student(results, settings)
     return made
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from longtake.training.experiment import jobs
 from longtake.training.experiment import settings as sizes
+from longtake.training.experiment.batched import SINKS
 from longtake.training.experiment.bench import CONDITIONS, Bench
 from longtake.training.experiment.settings import Settings
-from longtake.training.experiment.sinks import SINKS
 
 
 @dataclass(frozen=True)

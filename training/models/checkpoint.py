@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longtake.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError, some
 from longtake.files import atomic_path, sha256
 from longtake.provenance import versions
+from longtake.tensor_file import read_tensors
 from longtake.training.models.presets import Preset
 from longtake.training.models.safetensors_stream import Shaped, write_tensors
 from longtake.training.models.side_file import KIND, SideFile
@@ -138,10 +137,7 @@ def load_checkpoint(path: Path, *, kind: str, preset: str | Preset) -> tuple[dic
     path = Path(path)
     side = read_side_file(path, kind=kind, preset=preset)
     require_digest(path, side)
-    try:
-        return load_file(path), side
-    except (SafetensorError, ValueError) as error:
-        raise IntegrityError(f"checkpoint {path} is not safetensors", got=str(error), fix=RETRAIN) from None
+    return read_tensors(path, "is not safetensors", RETRAIN), side
 
 
 def copy_checkpoint(path: Path, folder: Path) -> None:
@@ -214,7 +210,7 @@ def check_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             if own[name].shape != tensors[name].shape
         ],
     }
-    found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+    found = "; ".join(f"{kind}: {some(names, 6)}" for kind, names in problems.items() if names)
     if found:
         raise IntegrityError(
             f"{where} doesn't fit the model",
@@ -222,11 +218,6 @@ def check_state(module: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             expected=f"the {len(own)} tensors of {type(module).__name__}",
             fix="use a checkpoint of the same preset and version",
         )
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def _train_fix(kind: str, preset: str | Preset, folder: Path) -> str:

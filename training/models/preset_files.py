@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 from longtake.training.models.families import family_of
 from longtake.training.models.presets import PRESETS, Preset, read_preset
 
@@ -34,7 +33,6 @@ def preset_named(name: str, folder: Path = Path()) -> Preset:
     if name.endswith((".yaml", ".yml")) and (folder / name).is_file():
         return preset_from_file(folder / name)
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise LongtakeError("unknown preset", got=name, expected=", ".join([*sorted(PRESETS), "or a .yaml file"]),
-                            fix=f"did you mean {near[0]!r}?" if near else "pass one of these")  # fmt: skip
+        expected, fix = [*sorted(PRESETS), "or a .yaml file"], nearest(name, PRESETS, "pass one of these")
+        raise LongtakeError("unknown preset", got=name, expected=", ".join(expected), fix=fix)
     return PRESETS[name]

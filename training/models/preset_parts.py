@@ -9,7 +9,7 @@ from longtake.errors import LongtakeError
 from longtake.record import record_from_json
 
 SEE = "see training/presets and docs/add-a-recipe.md"
-TEXT_KINDS = ("words", "umt5", "gemma2")
+TEXT_KINDS = ("words", "umt5", "pretrained", "gemma2")
 
 
 def at_least(owner: Any, least: int, *names: str) -> None:
@@ -84,9 +84,9 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Text encoder: `kind` picks the implementation ("words", "umt5" or "gemma2"), the rest its size. Output is [length, dim].
+    """Text encoder: `kind` picks the implementation (one of TEXT_KINDS), the rest its size. Output is [length, dim].
 
-    ffn_dim and vocabulary are read by "umt5" and "gemma2" only.
+    ffn_dim and vocabulary are read by "umt5" and "gemma2" only; of a "pretrained" one dim and length, the rest says its folder.
     """
 
     kind: str
@@ -101,7 +101,15 @@ class TextEncoderConfig:
         """Raise LongtakeError for an unknown kind, sizes below 1, and heads that do not divide the width."""
         if self.kind not in TEXT_KINDS:
             raise LongtakeError("bad kind", got=self.kind, expected=" | ".join(TEXT_KINDS), fix=SEE)
-        at_least(self, 1, "dim", "layers", "heads", "length", *(("ffn_dim", "vocabulary") * (self.kind != "words")))
+        at_least(
+            self,
+            1,
+            "dim",
+            "layers",
+            "heads",
+            "length",
+            *(("ffn_dim", "vocabulary") * (self.kind in ("umt5", "gemma2"))),
+        )
         if self.dim % self.heads:
             raise LongtakeError("heads do not fit the text encoder", got=f"dim {self.dim}, heads {self.heads}",
                                 expected="dim a multiple of heads", fix="change dim or heads in the preset")  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from dataclasses import dataclass, field, replace
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from longtake.checked_yaml import read_yaml
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 from longtake.paths import REPOSITORY
 from longtake.record import record_from_mapping
 from longtake.training.models.preset_parts import SEE as SEE
+from longtake.training.models.preset_parts import TEXT_KINDS as TEXT_KINDS
 from longtake.training.models.preset_parts import DiTConfig as DiTConfig
 from longtake.training.models.preset_parts import SamplingConfig as SamplingConfig
 from longtake.training.models.preset_parts import TextEncoderConfig as TextEncoderConfig
@@ -175,9 +175,8 @@ def _values(path: Path, above: tuple[Path, ...] = ()) -> Any:
     beside = path.parent / base if base.endswith((".yaml", ".yml")) else SHIPPED / f"{base}.yaml"
     if beside.resolve() in (path.resolve(), *above) or not beside.is_file():
         names = sorted(PRESETS)
-        near = difflib.get_close_matches(base, names, n=1)
-        raise LongtakeError(f"preset {path}: bad base", got=base, expected=f"{' | '.join(names)} | another file beside it",
-                            fix=f"did you mean {near[0]!r}?" if near else SEE)  # fmt: skip
+        expected, fix = " | ".join([*names, "another file beside it"]), nearest(base, names, SEE)
+        raise LongtakeError(f"preset {path}: bad base", got=base, expected=expected, fix=fix)
     under = _values(beside, (*above, path.resolve()))
     if not isinstance(under, dict):
         return under

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, UnavailableError
 from longtake.plugins.nvfp4.reference import fake_quantize
 from longtake.plugins.nvfp4.weight_format import STATIC_6, UNRECORDED, WeightFormat, WeightFormats
 from longtake.training.models.load import Models
@@ -76,8 +76,20 @@ RULES = {
 
 @cache
 def modelopt() -> Any:
-    """`modelopt.torch.quantization`, with our codec as its block quantizer where QUANT_IMPL says."""
-    import modelopt.torch.quantization as mtq
+    """`modelopt.torch.quantization`, with our codec as its block quantizer where QUANT_IMPL says.
+
+    Raises:
+        UnavailableError: it, or something that it imports, is not installed.
+    """
+    try:
+        import modelopt.torch.quantization as mtq
+    except ImportError as error:
+        raise UnavailableError(
+            "nvidia-modelopt cannot be imported",
+            got=str(error),
+            expected="it and what it imports (requests), for calibration and 4-bit arithmetic",
+            fix=f"pip install nvidia-modelopt==0.47.0 {error.name or 'requests'}",
+        ) from None
 
     library = torch.library.Library("tensorrt", "IMPL")
     with warnings.catch_warnings():
@@ -225,6 +237,12 @@ def check_quantizers(dit: nn.Module, names: list[str]) -> None:
             expected=f"{len(names)} linears",
             fix="install the pinned nvidia-modelopt",
         )
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict without quantizers and LoRA adapters, under the plain model's names."""
+    state = module.state_dict().items()
+    return {k.replace(".base_layer.", "."): v for k, v in state if "_quantizer" not in k and ".lora_" not in k}
 
 
 def read_amax(dit: nn.Module) -> Amax:

@@ -192,12 +192,3 @@ def solver_named(name: str) -> Callable[[Schedule], Solver]:
     if name not in SOLVERS:
         raise LongtakeError("unknown solver", got=repr(name), expected=", ".join(SOLVERS), fix="pass one of these")
     return SOLVERS[name]
-
-
-def sample_chunk(noise: Tensor, steps: int, velocity: Callable[[Tensor, float], Tensor], shift: float = 5.0) -> Tensor:
-    """Integrate from `noise` to x0. `velocity(x, timestep)` calls the model. For models outside a session."""
-    schedule = schedule_of(steps, shift)
-    solver, sample = UniPC(schedule), noise.to(torch.float32)
-    for timestep in schedule.timesteps:
-        sample = solver.step(velocity(sample, timestep), sample)
-    return sample

@@ -47,7 +47,7 @@ class SeenAttention(torch.autograd.Function):
         kept: list[Any] = []
         for position, keys in enumerate(seen):
             if keys:
-                own, saved = kernel.forward(
+                own, *saved = kernel.forward(
                     block(q, position, tokens), gather(k, keys, tokens), gather(v, keys, tokens)
                 )
                 block(out, position, tokens).copy_(own)
@@ -71,12 +71,12 @@ class SeenAttention(torch.autograd.Function):
         # A key is seen by up to 2N blocks: their gradients are added up in fp32
         dq, dk, dv = torch.zeros_like(q), *(torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
         for position, (keys, size) in enumerate(zip(ctx.seen, ctx.sizes)):
-            saved = tuple(next(flat) for _ in range(size))
+            saved = [next(flat) for _ in range(size)]
             if not keys:
                 continue
             pieces = ctx.kernel.backward(
                 block(grad, position, tokens), block(q, position, tokens), gather(k, keys, tokens),
-                gather(v, keys, tokens), block(out, position, tokens), saved,
+                gather(v, keys, tokens), block(out, position, tokens), *saved,
             )  # fmt: skip
             block(dq, position, tokens).copy_(pieces[0])
             for total, piece in ((dk, pieces[1]), (dv, pieces[2])):

@@ -71,20 +71,6 @@ class Layout:
         """Chunks whose noisy half `rank` holds."""
         return [place - self.chunks for place in self.local(rank) if place >= self.chunks]
 
-    def decode(self, index: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-        """(whether it is noisy, chunk) of token `index` of the gathered sequence, by arithmetic alone.
-
-        A mask for a compiled attention needs no table for it.
-        """
-        if self.mode != "balanced":
-            half = (self.chunks - (self.mode == NONE)) * chunk_tokens
-            noisy = index >= half
-            return noisy, (index - half * noisy) // chunk_tokens
-        share = self.chunks // self.ranks
-        half = share * chunk_tokens
-        within = index % (2 * half)
-        return within >= half, index // (2 * half) * share + within % half // chunk_tokens
-
     def mask(self, history: Tensor) -> Tensor:
         """`window.block_mask` of a history [..., N, N], rows and columns in this order: bool [..., S, S]."""
         order = torch.tensor(self.order, device=history.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from longtake.errors import LongtakeError
-from longtake.training.models.quantize import insert_quantizers, read_amax
+from longtake.training.models.quantize import insert_quantizers, plain_state, read_amax
 from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.objective.accumulate import rows_of
@@ -115,27 +115,20 @@ class ParallelDiTStage(DiTStage):
         self.dit, self.text = self.whole_models()  # type: ignore[assignment]
         self.sharded = False
         try:
-            calibrate, rules = self.calibration(0, CALIBRATION_BATCHES), self.options.rules
-            if self.options.precision != "nvfp4":
-                return read_amax(insert_quantizers(self.dit, calibrate))
-            return read_amax(insert_quantizers(self.dit, calibrate, rules=rules))
+            calibrate = self.calibration(0, CALIBRATION_BATCHES)
+            return read_amax(insert_quantizers(self.dit, calibrate, rules=self.options.rules))
         finally:
             self.dit, self.text, self.sharded = own
 
     def whole_models(self) -> tuple[CausalDiT, nn.Module]:
         """Unsharded copies of both models, on every rank. All must call."""
-        copies: list[nn.Module] = []
-        for module, make in ((self.dit, partial(CausalDiT, self.preset.dit)), (self.text, self.empty_text)):
-            gathered = {
-                name: whole(value.detach()) for name, value in module.state_dict().items() if "_quantizer" not in name
-            }
+        text, copies = partial(text_encoder_for, self.preset, self.text.vocabulary), list[nn.Module]()
+        for module, make in ((self.dit, partial(CausalDiT, self.preset.dit)), (self.text, text)):
+            gathered = {name: whole(value.detach()) for name, value in plain_state(module).items()}
             with torch.device("meta"):
                 copies.append(make())
             copies[-1].load_state_dict(gathered, assign=True)
         return copies[0], copies[1]  # type: ignore[return-value]
-
-    def empty_text(self) -> nn.Module:
-        return text_encoder_for(self.preset, self.text.vocabulary)
 
     def on_step(self, step: int) -> None:
         """As on one rank; amax is then the largest that any rank found."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from longtake.files import require_disk
 from longtake.training.history import History
 from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.quantize import plain_state
 from longtake.training.models.side_file import SideFile
 from longtake.training.parallel.optimizer import ShardedAveraged
 from longtake.training.parallel.ranks import Ranks
@@ -72,9 +73,9 @@ class ParallelTrainer(Trainer):
     def save_module(self, name: str, facts: dict[str, Any]) -> None:
         """Save one module's present weights, gathered, as `<out>/<name>.safetensors`."""
         tensors: dict[str, Tensor] = {}
-        for key, value in self.stage.modules[name].state_dict().items():
+        for key, value in plain_state(self.stage.modules[name]).items():
             gathered = whole(value.detach())
-            if self.ranks.first and "_quantizer" not in key:
+            if self.ranks.first:
                 kept = gathered.to(SAVED[self.config.save_dtype]) if gathered.is_floating_point() else gathered
                 tensors[key] = kept.cpu().clone()
         if self.ranks.first:

@@ -16,54 +16,34 @@ def gather_tokens(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[B, L, H, D] of this rank to [B, P L, H / P, D], the ranks' tokens in the order of ranks. Differentiable."""
     if group is None:
         return x
-    out: Tensor = _GatherTokens.apply(x, group)  # type: ignore[no-untyped-call]
-    return out
+    sent = x.unflatten(2, (dist.get_world_size(group), -1)).permute(2, 0, 1, 3, 4)
+    return exchanged(sent, group).transpose(0, 1).flatten(1, 2)
 
 
 def gather_heads(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Inverse of `gather_tokens`. Differentiable."""
     if group is None:
         return x
-    out: Tensor = _GatherHeads.apply(x, group)  # type: ignore[no-untyped-call]
-    return out
-
-
-def tokens_from_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    ranks = dist.get_world_size(group)
-    sent = x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()
-    return exchanged(sent, group).transpose(0, 1).flatten(1, 2)
-
-
-def heads_from_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    ranks = dist.get_world_size(group)
-    sent = x.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
+    sent = x.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1)
     return exchanged(sent, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def exchanged(sent: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Row i of `sent` [P, ...] goes to rank i; row i of the result came from rank i."""
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    received: Tensor = _Exchange.apply(sent, group)  # type: ignore[no-untyped-call]
     return received
 
 
-class _GatherTokens(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """Gradients go back the way their tensors came, which is the same exchange."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return tokens_from_heads(x, group)
+    def forward(ctx: Any, sent: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, sent = group, sent.contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        return received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return heads_from_tokens(grads[0], ctx.group), None
-
-
-class _GatherHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return heads_from_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return tokens_from_heads(grads[0], ctx.group), None
+        return _Exchange.forward(ctx, grads[0], ctx.group), None

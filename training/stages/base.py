@@ -16,13 +16,14 @@ Metric = float | Tensor
 class Stage(ABC):
     """A training stage. `modules` are trained, averaged (EMA) and saved, each under its name.
 
-    companions: frozen checkpoints copied beside its own at the end, so that --out is complete.
+    companions: frozen checkpoints copied beside its own at the end, so that --out is complete. line: what its data is.
     A stage module `training/stages/<name>.py` offers `stage_from_options(options: StageOptions) -> Stage`.
     """
 
     name: str
     modules: dict[str, nn.Module]
     companions: Sequence[Path] = ()
+    line: str = ""
 
     @abstractmethod
     def prepare(self, device: torch.device) -> None:
@@ -51,6 +52,9 @@ class Stage(ABC):
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What to save beside each module: module name -> JSON-ready facts (amax, vocabulary, settings)."""
 
+    def leave(self, out: Path) -> None:  # noqa: B027
+        """Write what else belongs to its checkpoints into `out`."""
+
     def on_step(self, step: int) -> None:  # noqa: B027
         """Called before the loss of `step` (0-based), for instance to calibrate quantizers again."""
 
@@ -68,6 +72,9 @@ class Stage(ABC):
     def position(self) -> dict[str, Any]:
         """Its place in the data, JSON-ready, for resume points."""
         return {}
+
+    def require_position(self, position: dict[str, Any]) -> None:  # noqa: B027
+        """Raise LongtakeError if a resume point with this position does not fit the stage. Called before it is loaded."""
 
     def seek(self, position: dict[str, Any]) -> None:  # noqa: B027
         """Go on from there."""

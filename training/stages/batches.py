@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from longtake.training.data.latent_cache import LatentCache
 from longtake.training.objective.teacher_forcing import Clips
@@ -14,22 +12,12 @@ from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories
 
 
-@dataclass(frozen=True)
-class StoryNames:
-    """What a batch is called, should it be asked for."""
-
-    index: Tensor
-
-    def __str__(self) -> str:
-        return f"stories {self.index.tolist()}"
-
-
 class BatchSampler:
     """Draws lengths and stories; all randomness comes from the generators given. `batch_name`: of the latest batch."""
 
     def __init__(self, stories: Stories, options: StageOptions, device: torch.device) -> None:
         self.stories, self.options, self.device = stories, options, device
-        self.batch_name: object = ""
+        self.batch_name = ""
 
     def shape(self, generator: torch.Generator) -> tuple[int, int]:
         """How many stories, all cut to how many chunks: a random length; the shorter, the more of them."""
@@ -41,7 +29,7 @@ class BatchSampler:
         """Random stories of one length, so many times as many."""
         size, chunks = self.shape(generator)
         index = torch.randint(len(self.stories), (parts * size,), generator=generator)
-        self.batch_name = StoryNames(index)
+        self.batch_name = f"stories {index.tolist()}"
         return self.stories.clips(index.to(self.device, non_blocking=True), chunks)
 
     def next(self, generator: torch.Generator) -> Clips:

@@ -6,12 +6,14 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longtake.errors import IntegrityError
+from longtake.errors import IntegrityError, LongtakeError
+from longtake.training.data.base import Dataset
 from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
@@ -27,7 +29,7 @@ from longtake.training.stages.base import Metric, Stage
 from longtake.training.stages.batches import BatchSampler
 from longtake.training.stages.conditioning import drop_text, give_pictures
 from longtake.training.stages.flat_batch import batch_of_tensors, extras_of, tensors_of
-from longtake.training.stages.initial_models import initial_models
+from longtake.training.stages.initial_models import initial_models, leave_tokenizer
 from longtake.training.stages.metadata import dit_metadata
 from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
@@ -46,9 +48,11 @@ class DiTStage(Stage):
 
     def __init__(self, options: StageOptions) -> None:
         self.options, self.preset = options, options.preset
+        self.clips = self.dataset("train")
+        self.line = self.clips.line
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.dit, self.text, self.text_digest = initial_models(options)
+            self.dit, self.text, self.text_digest = initial_models(options, self.clips.captions)
         self.text.requires_grad_(options.trains_text)
         self.cached_text: CachedText | None = None
         self.companions = [vae_checkpoint(self.preset, options.vae, options.init)]
@@ -100,12 +104,23 @@ class DiTStage(Stage):
         if other is not None:
             logger.warning("%s (%s); it is taken, for --vae asks for it", other.what, other.got)
 
+    def dataset(self, split: str) -> Dataset:
+        """A split of the data set."""
+        options = self.options
+        return dataset_from_name(
+            options.data,
+            self.preset,
+            split,
+            options.max_chunks_per_shot,
+            options.max_bad_share,
+            options.fit,
+            options.held_out,
+        )
+
     def cache(self, split: str, stories: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
         options = self.options
-        dataset = dataset_from_name(
-            options.data, self.preset, split, options.max_chunks_per_shot, options.max_bad_share
-        )
+        dataset = self.clips if split == "train" else self.dataset(split)
         digest = self.vae_digest if options.cache_dir else ""  # who only encodes into memory may have set `vae` alone
         return stories_from_dataset(
             dataset, self.vae, digest, self.text, self.preset,
@@ -170,8 +185,18 @@ class DiTStage(Stage):
 
     def position(self) -> dict[str, Any]:
         """The place in the data, for resume points; and which encoder cached embeddings are of."""
-        place = self.batches.position()
+        place = {**self.batches.position(), "words": len(self.text.vocabulary)}
         return {**place, "text_sha256": self.text_digest} if self.cached_text else place
+
+    def require_position(self, position: dict[str, Any]) -> None:
+        """Raise LongtakeError if the captions are no longer those whose words the run began with."""
+        if position.get("words", len(self.text.vocabulary)) != len(self.text.vocabulary):
+            raise LongtakeError(
+                "the run to resume had other captions",
+                got=f"{len(self.text.vocabulary)} words known now",
+                expected=f"{position['words']}",
+                fix="put the captions back, or start anew with --init and another --out",
+            )
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go on from there."""
@@ -230,6 +255,10 @@ class DiTStage(Stage):
         if self.device.type != "cuda":
             return None
         return one_step_video(self.velocity, self.vae, self.held_out, self.options, self.device)
+
+    def leave(self, out: Path) -> None:
+        """The tokenizer of a text encoder that has one in a file."""
+        leave_tokenizer(self.text, out)
 
     def metadata(self) -> dict[str, dict[str, Any]]:
         """Amax of the quantized linears (calibrated for the present weights), vocabulary, and what it was trained on."""

@@ -51,6 +51,9 @@ class DiTOptions:
     """FlexAttention, or block by block; auto: the former on a GPU for 8,192 tokens or more"""
     freeze_text: bool = option(False)
     """don't train the text encoder (a released one never is)"""
+    text_encoder: Path | None = option(None, metavar="FOLDER")
+    """a preset of kind pretrained, from random weights: folder of a T5 or sentence encoder as transformers saves it, which
+    stays as it is (default: none)"""
     text_dropout: Annotated[float, Bounds(0, 1)] = option(0.1, metavar="SHARE", recorded=(DIT,))
     """share of samples trained without a prompt"""
 

@@ -41,6 +41,11 @@ class VAEStage(Stage):
             load_into(self.vae, options.init / "vae.safetensors", kind="vae", preset=self.preset)
         self.vae.encoder.requires_grad_(not options.decoder_only)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        self.train, self.eval = (
+            dataset_from_name(options.data, self.preset, split, 0, options.max_bad_share, options.fit, options.held_out)
+            for split in ("train", "eval")
+        )
+        self.line = self.train.line
 
     def prepare(self, device: torch.device) -> None:
         """Data sets, and the VAE on `device` (channels last on a GPU)."""
@@ -50,10 +55,8 @@ class VAEStage(Stage):
             torch.backends.cudnn.benchmark = True  # two clip lengths only
             self.vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.device_generator = torch.Generator(device)
-        self.train = dataset_from_name(self.options.data, self.preset, "train")
-        held_out = dataset_from_name(self.options.data, self.preset, "eval")
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-        self.held_out = held_out.clips(generator, max(CLIP_FRAMES), HELD_OUT_CLIPS, device)
+        self.held_out = self.eval.clips(generator, max(CLIP_FRAMES), HELD_OUT_CLIPS, device)
 
     def autocast(self) -> torch.autocast:
         enabled = self.options.computes_in_bf16(self.device)

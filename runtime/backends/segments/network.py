@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
+from longtake.formats.bundle import Bundle
 from longtake.formats.onnx_file import WeightSource, weights_from_onnx
 from longtake.formats.segmented_graph import SegmentedGraph, Step, segment_spec
 from longtake.plugins.conv.reference import library_weight
@@ -67,7 +68,7 @@ class SegmentedNetwork:
     it after `run`, so networks that run one after another may share it, and `scratch` of whole plans with it.
     attention: what the recipe wants sink attention computed in, "bf16" or "fp8". shared: weights on the device by name,
     of networks that may have some in common (the two of a VAE decoder do); they are kept once. engines: the segments'
-    engines by name, where they are loaded already.
+    engines by name, where they are loaded already. bundle: what the plans must belong to.
     """
 
     def __init__(
@@ -79,10 +80,12 @@ class SegmentedNetwork:
         attention: str = "bf16",
         shared: dict[str, Tensor] | None = None,
         engines: Mapping[str, TrtEngine] | None = None,
+        bundle: Bundle | None = None,
     ) -> None:
         self.host, self.device, self.arena, self.exported = host, host.device, arena, graph
         self.contexts_per_step, self.attention = contexts_per_step, attention
-        self.engines = dict(engines or {s.name: host.load(s.name, segment_spec(s)) for s in graph.segments})
+        own = {} if engines else {s.name: host.load(s.name, segment_spec(s), bundle) for s in graph.segments}
+        self.engines = dict(engines or own)
         self._segment_scratch = {name: aligned(engine.scratch_bytes) for name, engine in self.engines.items()}
         self.plan = self._planned(graph)
         self.graph = self.plan.graph

@@ -18,10 +18,10 @@ from longtake.formats.segmented_graph import TensorType
 from longtake.machine.flavour import Flavour
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.backends.segments.arena import storage_bytes
-from longtake.runtime.backends.trt.engine import EngineHost, Scratch
+from longtake.runtime.backends.trt.engine import EngineHost, ReadPlan, Scratch, compute_capability_of
 from longtake.runtime.backends.trt.graphs import Passes
 from longtake.runtime.backends.trt.memory_log import MemoryLog
-from longtake.runtime.backends.trt.networks import Network, network_from_bundle, networks_in
+from longtake.runtime.backends.trt.networks import Network, network_from_bundle, networks_in, verified_plans
 from longtake.runtime.backends.trt.stream_lock import StreamLock
 from longtake.runtime.backends.trt.vae_stream import StreamState, caches_kept_twice
 from longtake.training.models.network_spec import Binding
@@ -31,7 +31,7 @@ ENCODER = ("vae_encoder_first", "vae_encoder_steady")  # loaded while one is in 
 
 
 class TrtBackend(Backend):
-    """Backend (see base.py) on TensorRT plans. Subclasses say which mode they are.
+    """Backend (see base.py) on TensorRT plans. Its name is the mode that they were built in.
 
     Args:
         weights: by network, where a cut network's weights come from; by default its ONNX file.
@@ -39,8 +39,6 @@ class TrtBackend(Backend):
         decode_device: the decoder's GPU, by default `device`.
         checkpoints: where a text or VAE encoder that is not among the plans comes from, by default the preset's.
     """
-
-    name = ""
 
     def __init__(
         self,
@@ -54,6 +52,7 @@ class TrtBackend(Backend):
         decode_device: torch.device | None = None,
         checkpoints: Path | None = None,
     ) -> None:
+        self.name = bundle.recipe.mode
         if not torch.cuda.is_available():
             raise UnavailableError(
                 f"backend {self.name} needs an NVIDIA GPU",
@@ -74,12 +73,16 @@ class TrtBackend(Backend):
         self.networks: dict[str, Network] = {}
         self.passes: Passes | None = None
         wanted = tuple(networks_in(bundle) if networks is None else networks)
+        decoders = [name for name in wanted if name.startswith("vae") and name not in ENCODER]
+        others = [name for name in wanted if not name.startswith("vae")]
+        self._plans = self._verified(decoders, self.decode_device) | self._verified(others, self.device)
         # The decoder first: finding out which caches can be in place needs two sets of them for a moment.
-        self._load([name for name in wanted if name.startswith("vae") and name not in ENCODER], self.decode_device)
+        self._load(decoders, self.decode_device)
         self.memory.add("loading the VAE", "weights, VAE decoder", "VAE working memory")
         self._twice = self._find_caches_kept_twice() if "vae_steady" in self.networks else frozenset[str]()
         self.memory.add("trying its caches in place")
-        self._load([name for name in wanted if not name.startswith("vae")], self.device)
+        self._load(others, self.device)
+        self._plans.clear()
         self.memory.add("loading the DiT", "weights, context", "weights, dit", "weights, text_encoder",
                         "DiT working memory")  # fmt: skip
         if "dit" in self.networks:
@@ -91,6 +94,9 @@ class TrtBackend(Backend):
         captured = partial(self.memory.add, "a pass and its CUDA graph", "prompts' K/V and embeddings", "solver")
         return Passes(self.networks["dit"], self.specs["dit"], self.allocate, self.device, cuda_graphs, captured)
 
+    def _verified(self, names: Sequence[str], device: torch.device) -> dict[str, ReadPlan]:
+        return verified_plans(self.bundle, names, self._flavour, compute_capability_of(device))
+
     def _load(self, names: Sequence[str], device: torch.device) -> None:
         """Networks that run one after another: they share scratch, which those on another stream may not."""
         with torch.cuda.device(device):
@@ -98,7 +104,7 @@ class TrtBackend(Backend):
             torch.cuda.synchronize(device)  # weights made there: another GPU's events say nothing about this one
 
     def _prepared(self, names: Sequence[str], device: torch.device) -> dict[str, Network]:
-        host, arena = EngineHost(self.bundle.folder, self._flavour, device), Scratch(device)
+        host, arena = EngineHost(self.bundle.folder, self._flavour, device, self._plans), Scratch(device)
         shared: dict[str, Tensor] = {}
         loaded: dict[str, Network] = {}
         # The steady decoder first: it can stand for the other one, or else its library says how both keep their weights.
@@ -141,9 +147,6 @@ class TrtBackend(Backend):
             fix=f"build it: longtake engines --recipe {self.recipe.name}",
         )  # fmt: skip
 
-    def _is_kept(self, network: str, binding: Binding) -> bool:
-        return binding.name in self.specs[network].kept.values()
-
     def allocate(self, binding: Binding, zero: bool = False, device: torch.device | None = None) -> Tensor:
         """A device tensor for a binding; a dynamic dimension gets its largest size."""
         largest = {name: sizes[2] for spec in self.specs.values() for name, sizes in spec.profile}
@@ -173,7 +176,8 @@ class TrtBackend(Backend):
             return self._decoder_state()
         if network in ENCODER:
             return self._encoder_state()
-        tensors = self._zeros_side_by_side([b for b in self.specs[network].inputs if self._is_kept(network, b)])
+        spec = self.specs[network]
+        tensors = self._zeros_side_by_side([b for b in spec.inputs if b.name in spec.kept.values()])
         self.sizes["K/V cache"] = sum(tensor.nbytes for tensor in tensors.values())
         self.memory.add("a K/V cache", "K/V cache")
         return State(tensors)
@@ -236,14 +240,3 @@ class TrtBackend(Backend):
                 torch.cuda.synchronize(device)
             self.networks.clear()
             self.passes = None  # its graphs and buffers
-
-
-def check_mode(bundle: Bundle, mode: str, folder: Path) -> None:
-    """Raise UnavailableError if the plans in `folder` were built for another mode."""
-    if bundle.recipe.mode != mode:
-        raise UnavailableError(
-            f"{folder} was not built for backend {mode}",
-            got=f"recipe {bundle.recipe.name}, built {bundle.recipe.mode}",
-            expected=f"a recipe with mode: {mode}",
-            fix=f"use --backend {bundle.recipe.mode}, or build another recipe",
-        )

@@ -18,7 +18,8 @@ from torch import Tensor
 from longtake.dtypes import BY_TRT
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.files import atomic_path, read_json, write_json
-from longtake.formats.plan import read_plan
+from longtake.formats.bundle import Bundle
+from longtake.formats.plan import PlanManifest, read_plan
 from longtake.machine.flavour import Flavour
 from longtake.machine.nvml import nvml
 from longtake.machine.trt_log import Messages
@@ -110,22 +111,49 @@ def device_bytes_used(device: torch.device) -> int:
     return total - free
 
 
-class EngineHost:
-    """Loads plans of one folder for one GPU."""
+ReadPlan = tuple[bytes, PlanManifest]
 
-    def __init__(self, folder: Path, flavour: Flavour, device: torch.device) -> None:
-        self.folder, self.flavour, self.device = folder, flavour, device
-        major, minor = torch.cuda.get_device_capability(device)
-        self.compute_capability = f"{major}.{minor}"
+
+def compute_capability_of(device: torch.device) -> str:
+    """Such as "9.0"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+def plan_of(
+    folder: Path,
+    name: str,
+    flavour: Flavour,
+    compute_capability: str,
+    spec: dict[str, Any] | None = None,
+    bundle: Bundle | None = None,
+) -> ReadPlan:
+    """The bytes of `<name>.plan`, which may be deserialised: see `read_plan` and `Bundle.check_plan`."""
+    plan = folder / f"{name}.plan"
+    content, manifest = read_plan(plan, flavour, compute_capability, network=name, spec=spec)
+    if bundle is not None:
+        bundle.check_plan(plan, manifest.sha256)
+    return content, manifest
+
+
+class EngineHost:
+    """Loads plans of one folder for one GPU. plans: by name, what `plan_of` has read already; each is used up once."""
+
+    def __init__(
+        self, folder: Path, flavour: Flavour, device: torch.device, plans: dict[str, ReadPlan] | None = None
+    ) -> None:
+        self.folder, self.flavour, self.device, self.plans = folder, flavour, device, {} if plans is None else plans
+        self.compute_capability = compute_capability_of(device)
         trt = flavour.module
         self.messages = Messages(trt)
         self.runtime = trt.Runtime(self.messages.logger)
         self.caches = RuntimeCaches(folder, flavour, device)
 
-    def load(self, name: str, spec: dict[str, Any] | None = None) -> TrtEngine:
-        """Verify and deserialise `<name>.plan`. Raises what `read_plan` does."""
+    def load(self, name: str, spec: dict[str, Any] | None = None, bundle: Bundle | None = None) -> TrtEngine:
+        """Verify and deserialise `<name>.plan`. Raises what `read_plan` does, and `Bundle.check_plan` where one is given."""
         plan = self.folder / f"{name}.plan"
-        content, manifest = read_plan(plan, self.flavour, self.compute_capability, network=name, spec=spec)
+        read = self.plans.pop(name, None)
+        content, manifest = read or plan_of(self.folder, name, self.flavour, self.compute_capability, spec, bundle)
         with torch.cuda.device(self.device):
             engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:

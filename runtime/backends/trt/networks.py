@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from longtake.errors import LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.formats.bundle import Bundle
 from longtake.formats.onnx_file import WeightSource
-from longtake.formats.segmented_graph import SegmentedGraph
+from longtake.formats.segmented_graph import SegmentedGraph, segment_spec
+from longtake.machine.flavour import Flavour
 from longtake.runtime.backends.segments.network import SegmentedNetwork
 from longtake.runtime.backends.segments.vae_first import FirstStep, first_steps
-from longtake.runtime.backends.trt.engine import EngineHost, Scratch, TrtEngine
+from longtake.runtime.backends.trt.engine import EngineHost, ReadPlan, Scratch, TrtEngine, plan_of
 from longtake.training.models.families import family_of
 from longtake.training.models.network_spec import NETWORKS
 
@@ -64,16 +65,48 @@ def network_from_bundle(
     if not cut.is_file():
         if weights is not None:
             raise LongtakeError(f"{name}.plan holds its own weights", got="other ones", fix="use a segmented recipe")
-        recipe = bundle.recipe
-        spec = family_of(recipe.model).spec(recipe.model, recipe, name).as_json()
-        return WholeNetwork(host.load(name, spec), arena)
+        return WholeNetwork(host.load(name, _spec(bundle, name), bundle), arena)
     bundle.check_file(cut)
     graph, attention = SegmentedGraph.read(cut), bundle.recipe.attention
-    network = SegmentedNetwork(host, graph, arena, attention=attention, shared=shared)
+    network = SegmentedNetwork(host, graph, arena, attention=attention, shared=shared, bundle=bundle)
     network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
 
 
+def verified_plans(
+    bundle: Bundle, networks: Sequence[str], flavour: Flavour, compute_capability: str
+) -> dict[str, ReadPlan]:
+    """The plans of networks by name, each read once and compared with its manifest, this machine and the bundle.
+
+    So a folder that was altered anywhere is refused before any plan of it is deserialised.
+    """
+    bundle.require_flavour(flavour, bundle.folder)
+    wanted: dict[str, dict[str, Any]] = {}
+    for name in networks:
+        cut = bundle.folder / f"{name}.segments.json"
+        if cut.is_file():
+            graph = SegmentedGraph.read(bundle.check_file(cut))
+            wanted |= {segment.name: segment_spec(segment) for segment in graph.segments}
+        else:
+            wanted[name] = _spec(bundle, name)
+    folder = bundle.folder
+    return {name: plan_of(folder, name, flavour, compute_capability, spec, bundle) for name, spec in wanted.items()}
+
+
+def _spec(bundle: Bundle, name: str) -> dict[str, Any]:
+    recipe = bundle.recipe
+    return family_of(recipe.model).spec(recipe.model, recipe, name).as_json()
+
+
 def networks_in(bundle: Bundle) -> tuple[str, ...]:
-    """The networks that a bundle has plans of."""
-    return tuple(n for n in NETWORKS if f"{n}.plan" in bundle.files or f"{n}.segments.json" in bundle.files)
+    """The networks that a bundle has plans of. Raises IntegrityError if those are missing that nothing can stand for."""
+    listed = tuple(n for n in NETWORKS if f"{n}.plan" in bundle.files or f"{n}.segments.json" in bundle.files)
+    wanted = ("context", "dit")
+    if missing := [name for name in wanted if name not in listed]:
+        raise IntegrityError(
+            f"the engines in {bundle.folder} lack networks",
+            got=f"no {', '.join(missing)}",
+            expected=", ".join(wanted),
+            fix=bundle.fix,
+        )
+    return listed

@@ -13,7 +13,7 @@ from torch import Tensor
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
 from longtake.training.convert.calibrate import measure
-from longtake.training.convert.models import convert_text, convert_vae, text_shapes, vae_shapes
+from longtake.training.convert.models import convert_text, convert_vae, shapes_of
 from longtake.training.convert.vae_stock import from_stock
 from longtake.training.models import presets
 from longtake.training.models.checkpoint import load_checkpoint
@@ -38,7 +38,7 @@ def stock_text(preset: Preset) -> dict[str, Tensor]:
         "gate.weight": "gate.0.weight", "up.weight": "fc1.weight", "down.weight": "fc2.weight",
     }  # fmt: skip
     state = {}
-    for key, shape in text_shapes(preset).items():
+    for key, shape in shapes_of(preset, "text_encoder").items():
         for ours, theirs in names.items():
             key = key.removesuffix(ours) + theirs if key.endswith(ours) else key
         state[key] = torch.randn(shape) * 0.2
@@ -155,7 +155,7 @@ def test_disk_is_checked_first(
 
 def test_stock_vae_has_our_shapes(preset: Preset, stock_vae: dict[str, Tensor]) -> None:
     state = convert_vae(stock_vae, preset).state_dict()
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == vae_shapes(preset)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes_of(preset, "vae")
 
 
 def test_stock_vae_is_diffusers_vae_under_other_names(preset: Preset, stock_vae: dict[str, Tensor]) -> None:

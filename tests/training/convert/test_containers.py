@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError
 from longtake.training.convert.files import read_container
-from longtake.training.convert.models import convert_dit, dit_shapes
+from longtake.training.convert.models import convert_dit, shapes_of
 from longtake.training.models.checkpoint import load_checkpoint, load_into
 from longtake.training.models.presets import WAN22_TI2V_5B, Preset
 from longtake.training.models.wan.dit import CausalDiT
@@ -144,7 +144,7 @@ def test_the_5b_has_every_key_and_shape_of_the_release() -> None:
                 add(f"blocks.{n}.{attention}.{x}", 3072, 3072)
         add(f"blocks.{n}.ffn.0", 14336, 3072)
         add(f"blocks.{n}.ffn.2", 3072, 14336)
-    assert dit_shapes(WAN22_TI2V_5B) == expected
+    assert shapes_of(WAN22_TI2V_5B, "dit") == expected
     state = {f"model.{key}": torch.empty(shape, dtype=torch.bfloat16, device="meta") for key, shape in expected.items()}
     model = convert_dit({"generator": state}, WAN22_TI2V_5B)
     assert {name: tensor.shape for name, tensor in model.tensors.items()} == expected

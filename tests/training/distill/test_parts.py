@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_distillation import RATE, stage_of
 from torch import Tensor
 
 from longtake.errors import LongtakeError
@@ -26,11 +27,9 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import TextEncoder
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.objective.chunk_pass import GraphedChunkPass
-from longtake.training.optimizer import OptimizerConfig
 from longtake.training.trainer import TrainConfig, backward
 
 CPU = torch.device("cpu")
-RATE = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), warmup=1, ema=0.0)
 EVERYTHING: dict[str, Any] = {
     "lora_rank": 4,
     "precision": "nvfp4",
@@ -38,19 +37,6 @@ EVERYTHING: dict[str, Any] = {
     "i2v": True,
     "accumulate": 2,
 }
-
-
-def stage_of(preset: Preset, teacher: Path, **options: Any) -> DistillStage:
-    given = {
-        "student_steps": 2,
-        "batch": 2,
-        "chunks": (2,),
-        "stories": 2,
-        "critic_updates": 2,
-        "recalibrate": 2,
-        **options,
-    }
-    return DistillStage(DistillOptions(preset, teacher=teacher, vae=teacher, **given))
 
 
 def gradients(stage: DistillStage, device: torch.device = CPU) -> dict[str, Tensor]:

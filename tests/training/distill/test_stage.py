@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_distillation import RATE, stage_of
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json
@@ -19,26 +20,14 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.window import full_history
 from longtake.training.objective.teacher_forcing import Clips, Noise, predict_velocity
-from longtake.training.optimizer import OptimizerConfig
 from longtake.training.trainer import TrainConfig
 
 CPU = torch.device("cpu")
-RATE = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), warmup=1, ema=0.0)
 
 
 def trainer(
     preset: Preset, teacher: Path, out: Path, steps: int, resume: bool = False, **options: object
 ) -> DistillTrainer:
-    given = {
-        "student_steps": 2,
-        "batch": 2,
-        "chunks": (2,),
-        "stories": 2,
-        "critic_updates": 2,
-        "recalibrate": 2,
-        **options,
-    }
-    stage = DistillStage(DistillOptions(preset, teacher=teacher, vae=teacher, **given))  # type: ignore[arg-type]
     config = TrainConfig(
         out=out,
         preset=preset.name,
@@ -49,7 +38,7 @@ def trainer(
         stop_at=steps,
         resume=resume,
     )
-    return DistillTrainer(stage, config, RATE, CPU)
+    return DistillTrainer(stage_of(preset, teacher, **options), config, RATE, CPU)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import gc
 import itertools
 import json
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +25,19 @@ from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.experiment import arithmetic
-from longtake.training.experiment.batched import Rollout, Sampling, Script
+from longtake.training.experiment.batched import SINKS, Rollout, Sampling, Script
 from longtake.training.experiment.classifier import DigitClassifier
-from longtake.training.experiment.sinks import slot_plans
 from longtake.training.models.load import random_models
-from longtake.training.models.wan.slots import SlotTable
+from longtake.training.models.wan.slots import SlotTable, plans_of
 from longtake.training.objective.chunk_pass import GraphedChunkPass, round_trip_kv
 
 SEVEN = "a green seven drifts left over a sea background, soft light"
 TWO = "a red two rises over a grey background, light from above"
+
+
+def slot_plans(cuts: Sequence[bool], sinks: str = "both") -> list[tuple[tuple[int, ...], int]]:
+    """For each block: the slots it reads, without its own, and the one it is written to."""
+    return [(plan.table[:-1], plan.write_slot) for plan in plans_of(cuts, 4, SINKS[sinks])]
 
 
 def test_both_sinks_are_the_runtime_s_table() -> None:
@@ -122,6 +127,7 @@ def test_fp8_attention_is_near_the_exact_one_and_not_it(small_preset: SimpleName
     assert 0 < (exact - rounded).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.slow
 def test_the_arithmetics_command_compares_with_the_first_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from longtake.training.models.wan.window import full_history, window_history
 from longtake.training.parallel.attention import attend_seen
-from longtake.training.parallel.kernels import KERNELS, CPUFlash, Gradients, Kernel
+from longtake.training.parallel.kernels import KERNELS, Kernel
 from longtake.training.parallel.layout import NONE, Layout
 
 TOKENS, HEADS, DIM = 6, 2, 16
@@ -53,23 +53,26 @@ def test_a_skipped_block_is_zero_and_gives_no_gradient() -> None:
         assert not grad[:, skipped].any()
 
 
-class Talkative(CPUFlash):
+def talkative() -> Kernel:
     """Keeps lengths and absent tensors too, as the kernels of a GPU do."""
+    plain = KERNELS["cpu"]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-        out, (lse,) = super().forward(q, k, v)
-        return out, (None, lse, k.shape[2], None)
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+        out, lse = plain.forward(q, k, v)
+        return out, None, lse, k.shape[2], None
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: tuple[Any, ...]) -> Gradients:
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *saved: Any) -> tuple[Tensor, ...]:
         assert saved[0] is None and saved[3] is None and saved[2] == k.shape[2]
-        return super().backward(grad, q, k, v, out, saved[1:2])
+        return plain.backward(grad, q, k, v, out, saved[1])
+
+    return Kernel(forward, backward)
 
 
 def test_what_a_kernel_keeps_comes_back_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = [Layout("balanced", 2, 2).seen(full_history(2))]
     q, k, v = (random("cpu", torch.float32, 1, 4 * TOKENS, HEADS, DIM) for _ in range(3))
     wanted = torch.autograd.grad(attend_seen(q, k, v, seen).square().sum(), (q, k, v))
-    monkeypatch.setattr("longtake.training.parallel.attention.kernel_for", lambda q: Talkative())
+    monkeypatch.setattr("longtake.training.parallel.attention.kernel_for", lambda q: talkative())
     for one, other in zip(torch.autograd.grad(attend_seen(q, k, v, seen).square().sum(), (q, k, v)), wanted):
         assert torch.equal(one, other)
 
@@ -91,15 +94,15 @@ def test_a_gpu_s_sequence_is_that_of_the_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["flash", "cudnn", "efficient"])
 def test_a_gpu_s_kernels_agree_with_plain_attention(name: str) -> None:
-    kernel: Kernel = KERNELS[name]()
+    kernel = KERNELS[name]
     dtype = torch.float32 if name == "efficient" else torch.bfloat16
     # equal queries and keys would look at themselves only: gradients that cancel, and an output's rounding to bf16 in them
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn((1, n, 2, 128), generator=generator) for n in (256, 512, 512)]
     views: list[Any] = [x.to("cuda", dtype).transpose(1, 2) for x in drawn]
-    out, saved = kernel.forward(*views)
+    out, *saved = kernel.forward(*views)
     grad = torch.randn_like(out)
-    ours = kernel.backward(grad, *views, out, saved)
+    ours = kernel.backward(grad, *views, out, *saved)
     wide = [x.double().requires_grad_() for x in views]
     wanted = functional.scaled_dot_product_attention(*wide)
     theirs = torch.autograd.grad(wanted, wide, grad.double())

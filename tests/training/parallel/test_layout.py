@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
@@ -38,14 +37,6 @@ def places_by_rank(layout: Layout) -> list[tuple[bool, int]]:
         ]
     clean = layout.chunks - (layout.mode == NONE)
     return [(False, i) for i in range(clean)] + [(True, i) for i in range(layout.chunks)]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=ids)
-def test_every_token_s_index_says_what_it_is(layout: Layout) -> None:
-    blocks = places_by_rank(layout)
-    noisy, chunk = layout.decode(torch.arange(len(blocks) * TOKENS), TOKENS)
-    assert noisy.tolist() == [place[0] for place in blocks for _ in range(TOKENS)]
-    assert chunk.tolist() == [place[1] for place in blocks for _ in range(TOKENS)]
 
 
 @pytest.mark.parametrize("context", CUTS)

@@ -27,6 +27,7 @@ _spec.loader.exec_module(workers)
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_two_ranks_leave_what_one_leaves(tmp_path: Path, vae_folder: Path) -> None:
     shutil.copytree(vae_folder, tmp_path / "vae")
     found = workers.started("training", 2, tmp_path)["resumed"]

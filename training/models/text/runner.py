@@ -1,6 +1,6 @@
 """Embeddings of prompts outside an engine: the preset's text encoder as a function of token ids, prompts seen last kept.
 
-A backend without a text-encoder engine (presets of kind "umt5", see `umt5_paged`) calls it from its `text`.
+A backend without a text-encoder engine (presets of kind "umt5", see `umt5_paged`, and "pretrained") calls it from its `text`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def text_runner_for(
         from longtake.training.models.text.gemma import gemma_runner
 
         return TextRunner(gemma_runner(preset.text, folder, device))
-    return TextRunner(_words(preset, folder, device))
+    return TextRunner(_whole(preset, folder, device))
 
 
 def _paged(
@@ -73,13 +73,13 @@ def _paged(
     return PagedUMT5(preset.text, source_from_state(state), device, storage, resident)
 
 
-def _words(preset: Preset, folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _whole(preset: Preset, folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     from longtake.training.models.checkpoint import load_into
     from longtake.training.models.load import read_side
     from longtake.training.models.text.words import text_encoder_for
 
     path = folder / "text_encoder.safetensors"
-    encoder = text_encoder_for(preset, read_side(path, "text_encoder", preset).vocabulary)
+    encoder = text_encoder_for(preset, read_side(path, "text_encoder", preset).vocabulary, folder)
     load_into(encoder, path, kind="text_encoder", preset=preset)
     encoder.to(device).eval()
 

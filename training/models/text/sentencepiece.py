@@ -112,11 +112,16 @@ def carry_tokenizer(source: Path, folder: Path) -> Path | None:
         if not target.is_file():
             logger.warning("%s", _missing(target))
         return None
-    if not target.is_file() or sha256(target) != sha256(found):
+    copy_changed(found, target)
+    return target
+
+
+def copy_changed(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all, unless its content lies there already."""
+    if not target.is_file() or sha256(target) != sha256(source):
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as partial:
-            shutil.copyfile(found, partial)
-    return target
+            shutil.copyfile(source, partial)
 
 
 def _missing(path: Path) -> LongtakeError:

@@ -117,11 +117,6 @@ class UMT5(nn.Module):
         self.norm = RMSNorm(config.dim)
 
     @property
-    def token_count(self) -> int:
-        """How many token ids there are."""
-        return self.config.vocabulary
-
-    @property
     def tokenizer(self) -> PieceTokenizer:
         """Texts to token ids.
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from longtake.errors import LongtakeError
-from longtake.training.models.presets import Preset, TextEncoderConfig
+from longtake.training.models.presets import TEXT_KINDS, Preset, TextEncoderConfig
 from longtake.training.models.text.gemma import GemmaText, GemmaTokenizer
+from longtake.training.models.text.pretrained import PretrainedText, PretrainedTokenizer, pretrained_tokenizer
 from longtake.training.models.text.sentencepiece import FOLDER, PieceTokenizer
 from longtake.training.models.text.umt5 import UMT5
 
@@ -25,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 PADDING, UNKNOWN = 0, 1
 RESERVED = ("<pad>", "<unk>")
+WORDS_NAMED = 6  # in a message
+INSIDE = "##"  # begins a piece that goes on a word
+# Scripts that are written without spaces: every character is a word.
+UNSPACED = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 
 
 @cache
@@ -35,27 +42,95 @@ def default_vocabulary() -> tuple[str, ...]:
     return tuple(sorted(set(caption_words())))
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text, lower case, without punctuation; a sign such as an emoji is a word."""
+    text = unicodedata.normalize("NFC", text).lower()
+    if text.isascii():
+        return re.findall(r"\w+", text)
+    return "".join(map(_spaced, text)).split()
+
+
+def _spaced(sign: str) -> str:
+    kind = unicodedata.category(sign)
+    if kind == "So" or any(first <= ord(sign) <= last for first, last in UNSPACED):
+        return f" {sign} "
+    return sign if sign.isalnum() or sign == "_" or kind[0] == "M" else " "
+
+
+def tokens_of(word: str, ids: Mapping[str, int]) -> list[int] | None:
+    """The tokens of one word: itself, else its longest pieces from the left; None if there are none."""
+    if word in ids:
+        return [ids[word]]
+    found: list[int] = []
+    start = 0
+    while start < len(word):
+        pieces = (((INSIDE if start else "") + word[start:end], end) for end in range(len(word), start, -1))
+        piece, start = next((pair for pair in pieces if pair[0] in ids), ("", 0))
+        if not piece:
+            return None
+        found.append(ids[piece])
+    return found
+
+
 class Tokenizer:
-    """Lower-case words (punctuation is dropped) to ids; a word outside the closed vocabulary becomes <unk>, logged once."""
+    """Texts to ids of words, or of pieces where the vocabulary has any; a word that it lacks reads as <unk>.
+
+    Unknown words are logged, once each, with their share; texts of which most is unknown are refused.
+    """
 
     def __init__(self, vocabulary: tuple[str, ...] | list[str]) -> None:
         self.vocabulary = tuple(vocabulary)
         self.ids = {word: i for i, word in enumerate((*RESERVED, *self.vocabulary))}
         self.reported: set[str] = set()
 
-    def __call__(self, texts: list[str], length: int) -> Tensor:
-        """Ids of `texts`, int32 [P, length], truncated or padded with 0."""
-        rows = torch.full((len(texts), length), PADDING, dtype=torch.int32)
+    def __call__(self, texts: Sequence[str], length: int) -> Tensor:
+        """Ids of `texts`, int32 [P, length], truncated or padded with 0.
+
+        Raises:
+            LongtakeError: most of their words are unknown.
+        """
+        self.check(texts)
+        rows, cut = torch.full((len(texts), length), PADDING, dtype=torch.int32), 0
         for row, text in zip(rows, texts):
-            ids = [self.token(word) for word in re.findall(r"\w+", text.lower())][:length]
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
+            ids = [token for word in words_of(text) for token in self.tokens(word) or [UNKNOWN]]
+            cut += len(ids) > length
+            row[: min(len(ids), length)] = torch.tensor(ids[:length], dtype=torch.int32)
+        if cut:
+            logger.warning(
+                "%d of %d prompts are cut to the %d tokens that the text encoder reads", cut, len(rows), length
+            )
         return rows
 
-    def token(self, word: str) -> int:
-        if word not in self.ids and word not in self.reported:
-            self.reported.add(word)
-            logger.warning("the text encoder doesn't know the word %r; it reads as <unk>", word)
-        return self.ids.get(word, UNKNOWN)
+    def tokens(self, word: str) -> list[int] | None:
+        """The tokens of a word; None if it is unknown."""
+        return tokens_of(word, self.ids)
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Say which words are unknown, if that was not said before. Raises LongtakeError if most are."""
+        words = [word for text in texts for word in words_of(text)]
+        unknown = Counter(word for word in words if word not in self.ids and self.tokens(word) is None)
+        count = sum(unknown.values())
+        named = [word for word, _ in unknown.most_common(WORDS_NAMED)]
+        told = ", ".join(map(repr, named)) + (
+            f" and {len(unknown) - len(named)} more" if len(unknown) > len(named) else ""
+        )
+        if 2 * count > len(words):
+            raise LongtakeError(
+                "the text encoder does not know most of these words",
+                got=f"{count} of {len(words)} unknown: {told}",
+                expected=f"words that it was trained with, such as {', '.join(self.vocabulary[:WORDS_NAMED]) or 'none'}",
+                fix="use those, or train it on captions with these words: longtake train --stage dit --data CLIPS "
+                "--init FOLDER",
+            )
+        if unknown.keys() - self.reported:
+            self.reported |= unknown.keys()
+            logger.warning(
+                "the text encoder doesn't know %d of %d words (%.0f %%), which read as <unk>: %s",
+                count,
+                len(words),
+                100 * count / len(words),
+                told,
+            )
 
 
 @cache
@@ -103,11 +178,6 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
 
     @property
-    def token_count(self) -> int:
-        """How many token ids there are."""
-        return self.embedding.num_embeddings
-
-    @property
     def tokenizer(self) -> Tokenizer:
         """Texts to token ids."""
         return _tokenizer(self.vocabulary)
@@ -126,7 +196,8 @@ class TextEncoder(nn.Module):
         return self.norm(x).float() * word[..., None].to(torch.float32)
 
 
-AnyTextEncoder = TextEncoder | UMT5 | GemmaText
+AnyTextEncoder = TextEncoder | UMT5 | PretrainedText | GemmaText
+AnyTokenizer = Tokenizer | PieceTokenizer | PretrainedTokenizer | GemmaTokenizer
 
 
 def text_encoder_for(
@@ -136,17 +207,16 @@ def text_encoder_for(
 
     Args:
         vocabulary: words of a "words" encoder; the shipped grammar's if None.
-        checkpoints: folder whose tokenizer/tokenizer.json an "umt5" encoder reads, once a text is tokenized.
+        checkpoints: folder whose tokenizer/tokenizer.json an "umt5" or "pretrained" encoder reads.
     """
     if preset.text.kind == "umt5":
         return UMT5(preset.text, None if checkpoints is None else Path(checkpoints) / FOLDER)
     if preset.text.kind == "gemma2":
         return GemmaText(preset.text, checkpoints)
+    if preset.text.kind == "pretrained":
+        return PretrainedText(preset.text, None if checkpoints is None else Path(checkpoints) / FOLDER)
     _require_words(preset)
     return TextEncoder(preset.text, None if vocabulary is None else tuple(vocabulary))
-
-
-AnyTokenizer = Tokenizer | PieceTokenizer | GemmaTokenizer
 
 
 def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path | None) -> AnyTokenizer:
@@ -154,7 +224,7 @@ def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path
 
     Args:
         vocabulary: words of a "words" encoder; the shipped grammar's if None.
-        folder: exported networks or checkpoints, whose tokenizer/tokenizer.json an "umt5" encoder's texts go through.
+        folder: exported networks or checkpoints, whose tokenizer/tokenizer.json an "umt5" or "pretrained" encoder's texts go through.
 
     Raises:
         LongtakeError: the tokenizer's file is missing; says where to put it.
@@ -164,10 +234,12 @@ def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path
         return PieceTokenizer.open(None if folder is None else Path(folder) / FOLDER, preset.text.vocabulary)
     if preset.text.kind == "gemma2":
         return GemmaTokenizer.open(folder)
+    if preset.text.kind == "pretrained":
+        return PretrainedText(preset.text).tokenizer if folder is None else pretrained_tokenizer(Path(folder) / FOLDER)
     _require_words(preset)
     return _tokenizer(default_vocabulary() if vocabulary is None else tuple(vocabulary))
 
 
 def _require_words(preset: Preset) -> None:
     if preset.text.kind != "words":
-        raise LongtakeError("unknown kind of text encoder", got=preset.text.kind, expected="words, umt5 or gemma2")
+        raise LongtakeError("unknown kind of text encoder", got=preset.text.kind, expected=" or ".join(TEXT_KINDS))

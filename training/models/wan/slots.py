@@ -21,6 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longtake.record import record_from_json
+
+MOST_SLOTS = 4096
 CURRENT = -1  # table entry: the current block's fresh K/V
 
 
@@ -102,8 +105,18 @@ class Plan:
 
 
 def slots_from_json(given: Mapping[str, Any]) -> SlotTable:
-    """Read `SlotTable.as_json` back."""
-    return SlotTable(given["capacity"], tuple(given["blocks"]), tuple(given["slots"]), given["shot"], given["count"])
+    """Read `SlotTable.as_json` back. Raises TypeError or ValueError for what is no slot table."""
+    table = record_from_json(SlotTable, dict(given))
+    blocks, used = list(table.blocks), len(table.blocks)
+    if not (
+        used <= table.capacity <= MOST_SLOTS
+        and sorted(table.slots) == list(range(used))
+        and blocks == sorted(set(blocks))
+        and all(0 <= block < table.count for block in blocks)
+        and (table.shot is None or 0 <= table.shot < max(1, table.count))
+    ):
+        raise ValueError(f"slots that are none: {dict(given)!s:.200}")
+    return table
 
 
 def plans_of(cuts: Sequence[bool], capacity: int, sinks: Sinks = BOTH) -> list[Plan]:

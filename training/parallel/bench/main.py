@@ -14,16 +14,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from longtake.files import write_json
 from longtake.options import Command
-from longtake.provenance import commit, cpu_name, versions
+from longtake.provenance import origin
 from longtake.training.parallel.bench.options import ParallelBenchOptions
 from longtake.training.parallel.bench.runs import Runs
 from longtake.training.parallel.bench.table import ratios, table
@@ -37,26 +35,22 @@ def run(options: ParallelBenchOptions) -> int:
     if started_by_torchrun() and os.environ["RANK"] != "0":
         return 0
     ranks = options.nproc or int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-    result = bench(options, ranks, shlex.join(["longtake", *sys.argv[1:]]))
+    result = bench(options, ranks)
     sys.stdout.write(json.dumps(result, indent=2) + "\n\n" + table(result) + "\n")
     return 0
 
 
-def bench(options: ParallelBenchOptions, ranks: int, command: str) -> dict[str, Any]:
+def bench(options: ParallelBenchOptions, ranks: int) -> dict[str, Any]:
     """The report."""
     preset = options.sized
     require_heads(preset, ranks)
     result: dict[str, Any] = {
         "kind": "bench",
-        "command": command,
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **origin(),
         "preset": preset.name,
         "layers": preset.dit.layers,
         "resolution": f"{preset.width}x{preset.height}",
         "gpu": torch.cuda.get_device_name() if options.on == "cuda" else None,
-        "cpu": cpu_name(),
-        "versions": versions(),
         "ranks": ranks,
         "precision": "fp32" if options.fp32 else "bf16",
         "halo": options.halo,

@@ -1,0 +1,230 @@
+"""Models have names, and one rule says where what is made of them lies.
+
+A model is a folder of checkpoints. Its name is the folder's, or what `--name` recorded in its dit.json; the shipped ones
+(`tiny`, `tiny-4step`) are reserved. `NAME@RECIPE` picks a recipe. Below LONGTAKE_HOME lie
+models/NAME/model.json (whose weights these are), and models/NAME/RECIPE/{onnx,engines}.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from longtake.errors import LongtakeError
+from longtake.formats.exported import Export
+from longtake.formats.recipe import Recipe, recipe_named, recipe_names
+from longtake.paths import REPOSITORY
+from longtake.record import Kind
+from longtake.settings import settings_from_environment
+from longtake.training.models.checkpoint import side_file, weights_digests
+from longtake.training.models.preset_files import preset_named
+from longtake.training.models.presets import Preset
+from longtake.training.models.side_file import SideFile
+
+KIND = Kind("a model's card", "`longtake export`", "run `longtake export` again")
+CARD = "model.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHIPPED = REPOSITORY / "training" / "checkpoints"
+RULE = "letters, digits, '.', '-' and '_', a letter or digit first"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder of checkpoints under a name. preset: its name. weights: digests of its DiT and VAE."""
+
+    name: str
+    checkpoints: Path
+    preset: str
+    weights: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shipped(self) -> bool:
+        return self.checkpoints == shipped().get(self.name)
+
+    def folder(self, recipe: Recipe | str) -> Path:
+        """Where what is made of it by a recipe lies: `onnx` and `engines` in it."""
+        return folder_of(self.name, recipe)
+
+
+def home() -> Path:
+    """Where models lie."""
+    return settings_from_environment().home / "models"
+
+
+def folder_of(name: str, recipe: Recipe | str) -> Path:
+    """LONGTAKE_HOME/models/NAME/RECIPE."""
+    return home() / name / (recipe if isinstance(recipe, str) else recipe.name)
+
+
+def shipped() -> dict[str, Path]:
+    """The shipped models' folders by name."""
+    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/dit.safetensors"))}
+
+
+def checked_name(name: str) -> str:
+    """`name`, if a model may be called so. Raises LongtakeError otherwise."""
+    if not NAME.fullmatch(name):
+        raise LongtakeError("bad model name", got=repr(name), expected=RULE, fix="pass --name my-model")
+    if name in shipped():
+        raise LongtakeError(
+            f"the name {name} is that of a shipped model",
+            got=repr(name),
+            expected="a name of your own",
+            fix=f"pass --name my-{name}",
+        )
+    return name
+
+
+def write_name(folder: Path, name: str | None) -> None:
+    """Record in the dit.json of a finished checkpoint what its model is called; None: nothing."""
+    path = side_file(folder / "dit.safetensors")
+    if name is not None and path.is_file():
+        side = SideFile.read(path)
+        replace(side, facts={**side.facts, "name": checked_name(name)}).write(path)
+
+
+def model_in(folder: Path, name: str | None = None) -> Model:
+    """The model in a folder of checkpoints. name: what it is called, if not as its dit.json or its folder is.
+
+    Raises:
+        LongtakeError: there is no DiT, or it cannot be called so.
+    """
+    path = side_file(folder / "dit.safetensors")
+    if not path.is_file():
+        raise LongtakeError(
+            f"{folder} holds no model",
+            got=f"no {path.name}",
+            expected="dit.safetensors and dit.json, as training and `longtake convert` write them",
+            fix="pass the folder that has them",
+        )
+    side, resolved = SideFile.read(path), folder.resolve()
+    called = name or str(side.facts.get("name") or resolved.name)
+    own = shipped().get(called)
+    if own is None or own.resolve() != resolved:
+        checked_name(called)
+    return Model(called, own or resolved, side.preset, weights_digests(folder))
+
+
+def card_of(name: str) -> Model | None:
+    """What is recorded of an own model, or the shipped one of that name."""
+    if name in shipped():
+        return model_in(shipped()[name])
+    path = home() / name / CARD
+    return KIND.read(Model, path) if NAME.fullmatch(name) and path.is_file() else None
+
+
+def claim(model: Model, replaced: bool = False) -> None:
+    """Record a model under its name. replaced: what another one of that name left is removed.
+
+    Raises:
+        LongtakeError: another checkpoint has that name.
+    """
+    path = home() / model.name / CARD
+    known = KIND.read(Model, path) if path.is_file() else None
+    if known is not None and known.weights != model.weights:
+        if not replaced:
+            raise LongtakeError(
+                f"two different checkpoints are called {model.name}",
+                got=f"{_digests(model.weights)} in {model.checkpoints}",
+                expected=f"{_digests(known.weights)}, exported before from {known.checkpoints}",
+                fix="pass --name for another name, or --replace, which removes what was made of the other one",
+            )
+        shutil.rmtree(path.parent)
+    told = {**vars(model), "checkpoints": str(model.checkpoints)}
+    if known != model:
+        KIND.write(told, path)
+
+
+def _digests(weights: Mapping[str, str]) -> str:
+    return ", ".join(f"{kind} {digest[:12]}" for kind, digest in weights.items())
+
+
+def names_with(recipe: str) -> list[str]:
+    """Models of which something was made by `recipe`."""
+    return [path.parent.name for path in sorted(home().glob(f"*/{recipe}")) if made_by(path)]
+
+
+def made_by(folder: Path) -> bool:
+    """Whether a folder of a model and recipe holds an export or engines."""
+    return Export.is_in(folder / "onnx") or (folder / "engines" / "bundle.json").is_file()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a name says. model: None where a recipe alone was named. recipe: None where the best is wanted."""
+
+    model: Model | None
+    recipe: Recipe | None
+
+
+def asked_for(text: str) -> Asked:
+    """What "MODEL", "MODEL@RECIPE", a recipe, or a folder of checkpoints (with or without @RECIPE) names.
+
+    Raises:
+        LongtakeError: it names nothing; says what is near, or how to download what has a hub's name.
+    """
+    name, at, wanted = text.partition("@")
+    recipe = recipe_named(wanted) if at else None
+    model = model_in(Path(name)) if (Path(name) / "dit.safetensors").is_file() else card_of(name)
+    if model is not None:
+        return Asked(model, _fitting(recipe, model))
+    if not at and (name in recipe_names() or name.endswith((".yaml", ".yml"))):
+        return Asked(None, recipe_named(name))
+    if HUB_ID.fullmatch(name) and not Path(name).exists():
+        raise hub_error(name)
+    raise _unknown(name)
+
+
+def _fitting(recipe: Recipe | None, model: Model) -> Recipe | None:
+    if recipe is not None and recipe.preset != model.preset:
+        raise LongtakeError(
+            f"recipe {recipe.name} is not for model {model.name}",
+            got=f"preset {recipe.preset}",
+            expected=f"a recipe of preset {model.preset}",
+            fix=", ".join(recipe_names(model.preset)) or "write one: docs/add-a-recipe.md",
+        )
+    return recipe
+
+
+def preset_of(model: Model, recipe: Recipe | None = None) -> Preset:
+    """The preset of a model."""
+    return recipe.model if recipe is not None else preset_named(model.preset)
+
+
+def known_names() -> list[str]:
+    """All models there are: shipped, and exported."""
+    own: list[str] = []
+    with suppress(OSError):
+        own = [path.parent.name for path in sorted(home().glob(f"*/{CARD}"))]
+    return list(dict.fromkeys([*shipped(), *own]))
+
+
+def hub_error(name: str) -> LongtakeError:
+    """What is said of a Hugging Face id."""
+    short = name.split("/")[1]
+    return LongtakeError(
+        f"{name} is a Hugging Face id, and longtake downloads nothing by itself",
+        got=f"no folder {name}, and no copy of it in the local Hugging Face cache",
+        expected="a folder of checkpoints, or a model's name: " + ", ".join(known_names()),
+        fix=f"hf download {name} --local-dir {short}, then longtake convert --dit {short} --vae {short} --text {short} "
+        f"--out checkpoints/{short.lower()}",
+    )
+
+
+def _unknown(name: str) -> LongtakeError:
+    models, recipes = known_names(), recipe_names()
+    near = difflib.get_close_matches(name, [*models, *recipes], n=1)
+    return LongtakeError(
+        "there is no such model or recipe",
+        got=repr(name),
+        expected=f"a model ({', '.join(models)}), MODEL@RECIPE, a recipe ({', '.join(recipes)}) or a folder",
+        fix=f"did you mean {near[0]!r}?"
+        if near
+        else "longtake doctor lists the recipes; a model of your own: longtake export --checkpoints FOLDER",
+    )

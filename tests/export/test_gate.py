@@ -1,0 +1,286 @@
+"""The gate of an export: deliberate faults in the graph fail it whatever the model has learnt, and right graphs pass."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from held_weights import weights_from_models
+from onnx import NodeProto, numpy_helper
+
+from longtake.accuracy.compare import compare_networks
+from longtake.accuracy.rows import Row, require_gate
+from longtake.errors import GateError
+from longtake.export import package
+from longtake.export.ort_view import ort_view
+from longtake.export.package import PlainGraphs
+from longtake.formats.onnx_file import read_onnx
+from longtake.formats.recipe import Recipe, recipe_named
+from longtake.training.models.load import Models, load_models, random_models
+from longtake.training.models.presets import TINY
+from longtake.training.models.quantize import insert_quantizers, read_amax
+from longtake.training.models.wan.rope import rope_tables
+
+RECIPES = ("tiny_nvfp4_sm120", "tiny_fp8_sm90", "tiny_w4a16_sm89", "tiny_bf16_sm89")
+MODELS = ("random", "hardly trained", "shipped")
+NETWORKS = ("context", "dit")
+Graph = onnx.GraphProto
+
+
+def initializer(graph: Graph, name: str) -> onnx.TensorProto:
+    return next(t for t in graph.initializer if t.name == name)
+
+
+def changed(graph: Graph, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    tensor = initializer(graph, name)
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()), name))
+
+
+def exchanged(graph: Graph, one: str, other: str) -> None:
+    a, b = initializer(graph, one), initializer(graph, other)
+    a.name, b.name = other, one
+
+
+def first(graph: Graph, op: str, at: int = 0) -> NodeProto:
+    return [node for node in graph.node if node.op_type == op][at]
+
+
+def swapped(node: NodeProto, one: int, other: int) -> None:
+    node.input[one], node.input[other] = node.input[other], node.input[one]
+
+
+def scale_off_by_one_code(graph: Graph) -> None:
+    tensor = initializer(graph, "blocks.1.ffn.0.weight.scales")
+    raw = bytearray(tensor.raw_data)
+    raw[5] += 1 if raw[5] & 127 < 126 else -1
+    tensor.raw_data = bytes(raw)
+
+
+def one_code_off(graph: Graph) -> None:
+    tensor = initializer(graph, "blocks.0.self_attn.v.weight.values")
+    raw = bytearray(tensor.raw_data)
+    raw[40] ^= 1
+    tensor.raw_data = bytes(raw)
+
+
+def activation_scale_off(graph: Graph) -> None:
+    quantizer = first(graph, "TRT_FP4DynamicQuantize", 4)
+    changed(graph, quantizer.input[1], lambda value: value * np.float32(1.125))
+
+
+def k_and_v_exchanged(graph: Graph) -> None:
+    swapped(first(graph, "kv_cache_write_nvfp4", 1), 0, 1)
+
+
+def k_and_v_exchanged_where_read(graph: Graph) -> None:
+    swapped(first(graph, "sink_attention_nvfp4"), 1, 2)
+
+
+def bias_lost(graph: Graph) -> None:
+    changed(graph, "blocks.1.cross_attn.o.bias", np.zeros_like)
+
+
+def gate_lost(graph: Graph) -> None:
+    """The last sum of a product and the residual: without the product's second factor."""
+    made = {name: node for node in graph.node for name in node.output}
+    reads = next(node for node in graph.node if "blocks.0.self_attn.o.bias" in node.input).output[0]
+    product = next(n for n in graph.node if n.op_type == "Mul" and reads in behind(made, n.input[0], 4))
+    lost = product.input[0]
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name == product.output[0]:
+                node.input[i] = lost
+
+
+def behind(made: dict[str, NodeProto], name: str, depth: int) -> set[str]:
+    """`name`, and what it is a cast or another shape of."""
+    node = made.get(name)
+    if depth == 0 or node is None or node.op_type not in ("Cast", "Reshape", "Squeeze", "Unsqueeze"):
+        return {name}
+    return {name} | behind(made, node.input[0], depth - 1)
+
+
+def other_eps(kind: str, at: int, model: onnx.ModelProto) -> None:
+    nodes = [n for g in (model.graph, *model.functions) for n in g.node if n.op_type == kind]
+    attribute = next(a for a in nodes[at].attribute if a.name == "epsilon")
+    attribute.f *= 10
+
+
+def weights_of_the_neighbour(graph: Graph) -> None:
+    for part in ("values", "scales", "scale"):
+        exchanged(graph, f"blocks.0.ffn.2.weight.{part}", f"blocks.1.ffn.2.weight.{part}")
+
+
+def modulation_rows_shifted(graph: Graph) -> None:
+    changed(graph, "blocks.1.modulation", lambda value: np.roll(value, 1, axis=-2))
+
+
+def cos_and_sin_exchanged(graph: Graph) -> None:
+    node = first(graph, "qk_norm_rope", 1)
+    swapped(node, 4, 5)
+
+
+def norms_exchanged(graph: Graph) -> None:
+    node = first(graph, "qk_norm_rope")
+    swapped(node, 2, 3)
+
+
+def other_gelu(graph: Graph) -> None:
+    attribute = next(a for a in first(graph, "Gelu").attribute if a.name == "approximate")
+    attribute.s = b"none"
+
+
+def missing_clamp(view: onnx.ModelProto) -> None:
+    """In the view, where the quantizer is plain arithmetic: codes beyond 6 in block 1's ffn.2."""
+    made = {name: node for node in view.graph.node for name in node.output}
+    seen, todo = [], [next(n for n in view.graph.node if "blocks.1.ffn.2.bias" in n.input).input[0]]
+    while len(seen) < 1:
+        node = made[todo.pop(0)]
+        if node.op_type == "Clip" and abs(bound(made, node)) == 6:
+            seen.append(node)
+        todo += [name for name in node.input if name in made]
+    node = seen[0]
+    del node.input[1:]
+    node.op_type = "Identity"
+
+
+def bound(made: dict[str, NodeProto], clip: NodeProto) -> float:
+    node = made[clip.input[2]]
+    return float(numpy_helper.to_array(node.attribute[0].t)) if node.op_type == "Constant" else 0.0
+
+
+def on_graph(fault: Callable[[Graph], None], model: onnx.ModelProto) -> None:
+    fault(model.graph)
+
+
+IN_GRAPH = [
+    scale_off_by_one_code, one_code_off, activation_scale_off, k_and_v_exchanged, k_and_v_exchanged_where_read,
+    bias_lost, gate_lost, weights_of_the_neighbour, modulation_rows_shifted, cos_and_sin_exchanged, norms_exchanged,
+    other_gelu,
+]  # fmt: skip
+FAULTS: dict[str, Callable[[onnx.ModelProto], None]] = {f.__name__: partial(on_graph, f) for f in IN_GRAPH} | {
+    "eps of a norm in the last block": partial(other_eps, "LayerNormalization", -2),
+    "eps of q's and k's norm": partial(other_eps, "RMSNormalization", 0),
+}
+IN_VIEW = {"missing_clamp": missing_clamp}
+
+
+def trained_a_little(models: Models, steps: int = 20) -> Models:
+    """`steps` of flow matching on noise, then calibrated: what one exports first."""
+    dit, preset = models.dit, models.preset
+    generator = torch.Generator().manual_seed(4)
+    frames, (height, width) = preset.chunk_latents, preset.latent_hw
+    rope = rope_tables(preset.dit, torch.arange(frames), preset.grid_hw)
+
+    def run(net: torch.nn.Module) -> torch.Tensor:
+        latents = torch.randn(1, preset.dit.channels, frames, height, width, generator=generator)
+        noise, text = (
+            torch.randn(latents.shape, generator=generator),
+            torch.randn(1, 8, preset.dit.text_dim, generator=generator),
+        )
+        sinusoid = torch.randn(1, frames, preset.dit.freq_dim, generator=generator)
+        context = [c[:, None] for c in net.context(text)]  # type: ignore[operator]
+        attend = lambda layer, q, k, v: torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ).transpose(1, 2)
+        velocity = net(0.5 * latents + 0.5 * noise, sinusoid, rope, context, attend)
+        return torch.nn.functional.mse_loss(velocity, noise - latents)
+
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-3)
+    for _ in range(steps):
+        loss = run(dit)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    dit.requires_grad_(False)
+    import copy
+
+    calibrated = insert_quantizers(copy.deepcopy(dit), run)
+    return replace(models, dit=dit, amax=read_amax(calibrated))
+
+
+def models_named(name: str) -> Models:
+    if name == "shipped":
+        return load_models(TINY)
+    preset = replace(TINY, dit=replace(TINY.dit, layers=2), height=64, width=64)
+    models = random_models(preset, seed=3)
+    if name == "hardly trained":
+        return trained_a_little(models)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in models.dit.parameters():  # biases and norms, too: a bias of zero cannot be lost
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return models
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def models(request: pytest.FixtureRequest) -> Models:
+    return models_named(request.param)
+
+
+@pytest.fixture(scope="module")
+def graphs(models: Models) -> PlainGraphs:
+    return PlainGraphs(models.preset)
+
+
+def exported(models: Models, graphs: PlainGraphs, recipe: Recipe, folder: Path) -> Path:
+    """The two networks in which codes are chosen; the others are the same in every recipe."""
+    folder.mkdir()
+    for name in NETWORKS:
+        package._export_network(graphs, recipe, name, folder, lambda words: None, weights_from_models(models))
+    return folder
+
+
+def rows_of(models: Models, recipe: Recipe, folder: Path, **which: object) -> list[Row]:
+    return list(compare_networks(models, recipe, folder, **which))  # type: ignore[arg-type]
+
+
+def with_fault(folder: Path, into: Path, name: str) -> Path:
+    """A folder whose DiT has the fault `name`."""
+    model = read_onnx(folder / "dit.onnx")
+    FAULTS.get(name, lambda model: None)(model)
+    into.mkdir()
+    shutil.copy(folder / "dit.onnx", into)
+    for file in folder.glob("context*"):
+        shutil.copy(file, into)
+    view = ort_view(model)
+    IN_VIEW.get(name, lambda view: None)(view)
+    onnx.save(view, into / "dit.ort.onnx")
+    return into
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_right_graphs_pass_in_every_recipe_and_wrong_ones_in_none(
+    models: Models, graphs: PlainGraphs, tmp_path: Path
+) -> None:
+    for recipe in map(recipe_named, RECIPES):
+        folder = exported(models, graphs, recipe, tmp_path / recipe.name)
+        rows = rows_of(models, recipe, folder, networks=NETWORKS)
+        worst = max((row for row in rows if row.part), key=lambda row: row.error)
+        print(recipe.name, worst)
+        require_gate(rows, recipe.name)
+        assert worst.error < 1e-4, worst
+        assert {"a prompt, far out", "first chunk, near nothing"} <= {row.case for row in rows}
+    folder = tmp_path / RECIPES[0]
+    passed = []
+    for name in (*FAULTS, *IN_VIEW):
+        wrong = with_fault(folder, tmp_path / "wrong", name)
+        rows = rows_of(models, recipe_named(RECIPES[0]), wrong, networks=("dit",))
+        bad = [row for row in rows if not row.passed]
+        print(name, len(bad), max(bad, key=lambda row: row.error) if bad else "PASSES")
+        if not bad:
+            passed.append(name)
+        else:
+            with pytest.raises(GateError, match="how well the model is trained plays no part"):
+                require_gate(rows, name)
+        shutil.rmtree(wrong)
+    assert not passed
