@@ -21,6 +21,7 @@ from longtake.errors import LongtakeError
 from longtake.training.models.presets import TEXT_KINDS, Preset, TextEncoderConfig
 from longtake.training.models.text.gemma import GemmaText, GemmaTokenizer
 from longtake.training.models.text.pretrained import PretrainedText, PretrainedTokenizer, pretrained_tokenizer
+from longtake.training.models.text.room_grammar import room_words
 from longtake.training.models.text.sentencepiece import FOLDER, PieceTokenizer
 from longtake.training.models.text.umt5 import UMT5
 
@@ -70,6 +71,11 @@ def tokens_of(word: str, ids: Mapping[str, int]) -> list[int] | None:
             return None
         found.append(ids[piece])
     return found
+
+
+def vocabulary_of(preset: Preset) -> tuple[str, ...]:
+    """The words of the captions of the shipped data set that a preset's videos are like."""
+    return room_words() if preset.family == "sana_wm" else default_vocabulary()
 
 
 class Tokenizer:
@@ -216,7 +222,7 @@ def text_encoder_for(
     if preset.text.kind == "pretrained":
         return PretrainedText(preset.text, None if checkpoints is None else Path(checkpoints) / FOLDER)
     _require_words(preset)
-    return TextEncoder(preset.text, None if vocabulary is None else tuple(vocabulary))
+    return TextEncoder(preset.text, vocabulary_of(preset) if vocabulary is None else tuple(vocabulary))
 
 
 def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path | None) -> AnyTokenizer:
@@ -237,7 +243,7 @@ def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path
     if preset.text.kind == "pretrained":
         return PretrainedText(preset.text).tokenizer if folder is None else pretrained_tokenizer(Path(folder) / FOLDER)
     _require_words(preset)
-    return _tokenizer(default_vocabulary() if vocabulary is None else tuple(vocabulary))
+    return _tokenizer(vocabulary_of(preset) if vocabulary is None else tuple(vocabulary))
 
 
 def _require_words(preset: Preset) -> None:
