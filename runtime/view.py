@@ -69,11 +69,9 @@ class View:
             LongtakeError: a path ends before the video, or something is no camera, no action or no intrinsics.
         """
         pace = Pace(
-            *(
-                value if value is not None else default
-                for value, default in ((self.speed, Pace.speed), (self.turn, Pace.turn))
-            ),
-            preset.fps,
+            Pace.speed if self.speed is None else self.speed,
+            Pace.turn if self.turn is None else self.turn,
+            float(preset.fps),
         )
         keys = () if self.action is None else keys_of_frames(self.action)
         poses = () if self.camera is None else _path(self.camera, frames)

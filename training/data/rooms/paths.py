@@ -33,7 +33,7 @@ def _at(draw: Draw, room: Room, middle: bool = False) -> np.ndarray:
     """A camera that stands somewhere and looks anywhere, level."""
     pose, heading = np.eye(4), draw.between(-math.pi, math.pi)
     c, s = math.cos(heading), math.sin(heading)
-    pose[:3, :3] = [[c, 0, s], [0, 1, 0], [-s, 0, c]]
+    pose[:3, :3] = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
     for _ in range(TRIES):
         x, z = draw.between(-room.width / 2, room.width / 2), draw.between(-room.depth / 2, room.depth / 2)
         if middle or room.free(x, z):

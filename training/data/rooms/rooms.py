@@ -22,6 +22,7 @@ from longtake.training.data.rooms.scene import Room, random_room
 from longtake.training.data.shards import key_of
 from longtake.training.models.camera_poses import relative_poses
 from longtake.training.models.presets import Preset
+from longtake.training.models.text.room_grammar import room_words
 
 FIELD = (55.0, 70.0)  # degrees across that cameras see
 OF_SPLIT = {"train": 0, "eval": 1}
@@ -46,6 +47,20 @@ class Rooms:
 
     def __init__(self, preset: Preset, split: str) -> None:
         self.preset, self.split = preset, split
+
+    @property
+    def line(self) -> str:
+        """Nothing to say: it is endless."""
+        return ""
+
+    @property
+    def captions(self) -> list[str]:
+        """The words of the captions."""
+        return [" ".join(room_words())]
+
+    def lacking(self, chunks: int = 0, frames: int = 0) -> str:
+        """Nothing is too short."""
+        return ""
 
     def walk(self, generator: torch.Generator, frames: int) -> Walkthrough:
         """Draw a room and a path through it."""

@@ -16,8 +16,7 @@ from torch.nn import functional
 def ray_directions(intrinsics: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     """Where each token looks in its camera's axes, of intrinsics [..., 4]: [..., h * w, 3], depth 1."""
     height, width = grid_hw
-    kind = {"dtype": intrinsics.dtype, "device": intrinsics.device}
-    rows, columns = torch.arange(height, **kind), torch.arange(width, **kind)
+    rows, columns = (torch.arange(n, dtype=intrinsics.dtype, device=intrinsics.device) for n in (height, width))
     fx, fy, cx, cy = intrinsics[..., None].unbind(-2)
     x = ((columns - cx) / fx)[..., None, :].expand(*intrinsics.shape[:-1], height, width)
     y = ((rows - cy) / fy)[..., :, None].expand_as(x)

@@ -170,8 +170,8 @@ class SanaWMDiT(nn.Module):
         nn.init.xavier_uniform_(self.final_layer.linear.weight)
         nn.init.xavier_uniform_(self.plucker_embedder.proj.weight)
         for block in self.blocks:
-            for part in (block.plucker_proj, block.attn.out_proj_cam):  # type: ignore[union-attr]
-                nn.init.xavier_uniform_(part.weight)  # type: ignore[arg-type]
+            nn.init.xavier_uniform_(block.plucker_proj.weight)  # type: ignore[union-attr, arg-type]
+            nn.init.xavier_uniform_(block.attn.out_proj_cam.weight)  # type: ignore[union-attr, arg-type]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,6 +5,8 @@ Legend: F latent frames of a chunk, P tokens of a frame, h, w its sizes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +22,10 @@ class _Wrapped(nn.Module):
         super().__init__()
         self.conv = conv
 
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
 
 class FeedForward(nn.Module):
     """2 x ffn_dim up, depthwise 3x3, gate, down, then a kernel of three frames of which the first may be the last chunk's."""
@@ -34,10 +40,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, tail: Tensor, grid: tuple[int, int], kit: Kit) -> tuple[Tensor, Tensor]:
         """x [..., F,P,dim], tail [..., P,dim] of the frame before; the result and the next chunk's tail."""
-        up = self.inverted_conv.conv(x).unflatten(-2, grid)
-        depth = self.depth_conv.conv
+        up = self.inverted_conv(x).unflatten(-2, grid)
+        depth: Any = self.depth_conv.conv
         y = kit.gated_ffn(up, depth.weight.flatten(1), depth.bias)
-        y = self.point_conv.conv(y.flatten(-3, -2))
+        y = self.point_conv(y.flatten(-3, -2))
         return self.along_time(y, tail.to(y.dtype)), y[..., -1, :, :]
 
     def along_time(self, y: Tensor, tail: Tensor) -> Tensor:
