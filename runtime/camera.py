@@ -172,3 +172,54 @@ def steer_from(at: int, pace: Pace, action: str | None, pose: Any, velocity: Any
         )
     forward, right, yaw, up = (numbers / pace.fps).tolist()
     return Steer(at, velocity=(forward, right, float(np.radians(yaw)), float(np.radians(up))))
+
+
+def steered(
+    camera: CameraPosition | None,
+    at: int,
+    from_chunk: int | None,
+    action: str | None,
+    pose: object,
+    velocity: object,
+) -> tuple[CameraPosition, int]:
+    """A camera with a live change from chunk `at` on, or from a later `from_chunk`; and that chunk.
+
+    Args:
+        action: keys held until the next change, such as "w" or "wd"; "" lets go, and the camera coasts to rest.
+        pose: 4x4, seen from where the camera then is; reached in one chunk, where it stays.
+        velocity: held likewise: metres a second forward and to the right, degrees a second to the right and up.
+
+    Raises:
+        LongtakeError: there is no camera, the chunk is made already, or see `steer_from`.
+    """
+    if camera is None:
+        raise LongtakeError(
+            "this model has no camera", got="a camera that is steered", expected="a prompt", fix="call change_prompt"
+        )
+    first = at if from_chunk is None else from_chunk
+    if first < at:
+        raise LongtakeError(
+            "that chunk is made already", got=f"chunk {first}", expected=f"{at} or later", fix="leave from_chunk out"
+        )
+    return camera.steered(steer_from(first, camera.pace, action, pose, velocity)), first
+
+
+def cameras_of(
+    camera: CameraPosition | None, preset: Preset, chunk: int
+) -> tuple[tuple[tuple[Tensor, Tensor], ...], Walk | None]:
+    """What a chunk's conditions are told of its cameras, nothing without one; and the walk after them."""
+    if camera is None:
+        return (), None
+    poses, intrinsics, walk = camera.take(preset, chunk)
+    return ((poses, intrinsics),), walk
+
+
+def require_cuts(can: frozenset[str], wanted: str) -> None:
+    """Raise LongtakeError if a model that `can` do these has no cuts."""
+    if "cut" not in can:
+        raise LongtakeError(
+            "this model has no cuts",
+            got=wanted,
+            expected="one shot",
+            fix="write the later prompts under `then`, or start another video",
+        )

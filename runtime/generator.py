@@ -14,7 +14,7 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.formats.memory import Budget
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.camera import CameraPosition
+from longtake.runtime.camera import CameraPosition, require_cuts
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
 from longtake.runtime.sampling import OnStep
 from longtake.runtime.session import Session
@@ -211,13 +211,8 @@ class Generator:
         preset, can = self.backend.preset, self.model.family.can
         view = view.over(View(story.action, story.camera, story.intrinsics, story.speed, story.turn))
         view.check(can, preset)
-        if "cut" not in can and any(segment.cut for segment in story.segments):
-            raise LongtakeError(
-                f"preset {preset.name} has no cuts",
-                got=f"story {story.name} with a cut",
-                expected="one shot",
-                fix="write the later prompts under `then`",
-            )
+        if any(segment.cut for segment in story.segments):
+            require_cuts(can, f"story {story.name} with a cut")
         if "camera" in can and start.image is None and start.clip is None:
             start = replace(start, image=own_picture(preset))
             log.warning("no picture was given: the video starts from %s", start.image)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.out_of_memory import is_out_of_memory
-from longtake.runtime.camera import CameraPosition, steer_from
+from longtake.runtime.camera import CameraPosition, cameras_of, require_cuts, steered
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner
@@ -193,9 +193,8 @@ class Session:
         kept = self._undecoded.kept.get(here.chunk)
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
-            *cameras, walk = here.camera.take(self.model.preset, here.chunk) if here.camera else (None,)
-            seen = ((cameras[0], cameras[1]),) if cameras else ()
-            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *seen)
+            cameras, walk = cameras_of(here.camera, self.model.preset, here.chunk)
+            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *cameras)
         with clock.stage("denoise"):
             sample = kept.transpose(1, 2) if kept is not None else given_BCFHW
             if sample is None:
@@ -260,48 +259,21 @@ class Session:
 
         Raises what `change_prompt` does.
         """
-        if "cut" not in self.model.family.can:
-            raise LongtakeError("this model has no cuts", got="a cut", expected="one shot", fix="start another video")
+        require_cuts(self.model.family.can, "a cut")
         return self._edit(None if prompt is None else checked_prompt(prompt, "the new shot's prompt"), cut=True)
 
     def steer(
-        self,
-        action: str | None = None,
-        pose: object = None,
-        velocity: object = None,
-        from_chunk: int | None = None,
+        self, action: str | None = None, pose: object = None, velocity: object = None, from_chunk: int | None = None
     ) -> int:
-        """Steer the camera, in one of three ways. Returns the index of the first chunk it shapes.
-
-        Args:
-            action: keys held until this is called again, such as "w" or "wd"; "" lets go, and the camera coasts to rest.
-            pose: 4x4, seen from where the camera then is; reached in one chunk, where it stays.
-            velocity: held likewise: metres a second forward and to the right, degrees a second to the right and up.
-            from_chunk: not before that chunk; the next one if None.
-
-        Raises:
-            LongtakeError: the model has no camera, the session is closed, or what is asked for cannot be.
-        """
+        """Steer the camera, in one of the ways of `camera.steered`. Returns the index of the first chunk it shapes: the next,
+        or `from_chunk`. Raises LongtakeError if the model has no camera, or what is asked for cannot be."""
+        self._look_back()
         with self._lock:
             self._require_open("a live change")
-            here, at = self._position, self._position.chunk + self._busy
-            if here.camera is None:
-                raise LongtakeError(
-                    "this model has no camera",
-                    got="a camera that is steered",
-                    expected="a prompt",
-                    fix="call change_prompt",
-                )
-            if from_chunk is not None and from_chunk < at:
-                raise LongtakeError(
-                    "that chunk is made already",
-                    got=f"chunk {from_chunk}",
-                    expected=f"{at} or later",
-                    fix="leave from_chunk out",
-                )
-            change = steer_from(at if from_chunk is None else from_chunk, here.camera.pace, action, pose, velocity)
-            self._position = replace(here, camera=here.camera.steered(change))
-        return change.at
+            at = max(self._position.chunk + self._busy, self._undecoded.first_free)
+            camera, first = steered(self._position.camera, at, from_chunk, action, pose, velocity)
+            self._position = replace(self._position, camera=camera)
+        return first
 
     def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
         """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""
