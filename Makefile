@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | lint | train | distill | export | engines | profile | generate | check | bench
+# make setup | demo | test | test-slow | lint | train | distill | export | engines | profile | generate | serve | check | bench
 # Another interpreter, with everything installed already (no network needed): make test PY=python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,7 +24,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup demo test test-slow lint format doctor train export engines profile generate check distill experiment bench clean
+.PHONY: setup demo test test-slow test-long lint format doctor train export engines profile generate serve check distill experiment bench clean
 
 setup: $(VENV)/.ready
 
@@ -32,7 +32,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 	$(VENV)/bin/python -m pip install -q -c constraints.txt $(TORCH)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev,$(EXTRA)]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev,serve,$(EXTRA)]'
 	@touch $@
 	@$(VENV)/bin/longtake doctor || true
 
@@ -49,13 +49,23 @@ demo: $(READY)
 	echo; echo "video:  $(OUT)/demo/video.mp4"; echo "report: $(OUT)/demo/video.json"; \
 	echo "check:  $(OUT)/demo/check.json"
 
-# All that takes seconds; what takes longer (training runs, whole exports, a disk that fills up) is in test-slow
-test: WHICH = not slow
-test-slow: WHICH = slow
-test test-slow: $(READY)
+# All that takes seconds; what takes longer (training runs, whole exports, a disk that fills up) is in test-slow, what
+# takes minutes (soaks, thousands of fuzzed requests) in test-long
+test: WHICH = not slow and not long
+test-slow: WHICH = slow and not long
+test-long: WHICH = long
+test-slow test-long: browser
+test test-slow test-long: $(READY)
 	@if [ $(JOBS) -gt 1 ] && $(PY) -c 'import xdist' 2>/dev/null; then \
 	  export OMP_NUM_THREADS=1 PARALLEL='-n $(JOBS) --dist loadfile'; fi; \
 	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest -m '$(WHICH)' $$PARALLEL $(ARGS)
+
+# What the page is tested in. Where it cannot be installed, those tests are skipped with the reason
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium || echo "Chromium could not be installed"; \
+	else echo "no Chromium: as root, apt-get install --no-install-recommends chromium"; fi
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -82,6 +92,10 @@ engines: $(READY)
 
 generate: $(READY)
 	$(LONGTAKE) generate $(STORY) --model $(MODEL)@$(RECIPE) --out $(OUT)/generate/video.mp4
+
+# A page on which one types and sees it: make serve ARGS='--port 8001'. What is not built yet is built first
+serve: $(READY)
+	$(LONGTAKE) serve $(ARGS)
 
 check: $(READY)
 	$(LONGTAKE) check --model $(MODEL)@$(RECIPE)

@@ -12,7 +12,8 @@ from pathlib import Path
 import onnx
 
 from longtake.engines.channels_last import inner_videos, with_channels_last
-from longtake.engines.compile import PlanJob, engine_from_onnx
+from longtake.engines.child import engine_from_onnx
+from longtake.engines.compile import PlanJob
 from longtake.engines.precheck import require_resources
 from longtake.engines.progress import Interrupts
 from longtake.engines.segment import segments_from_onnx

@@ -65,7 +65,9 @@ def engine_from_onnx(job: PlanJob, target: str, flavour: Flavour, show_progress:
         finally:
             progress.finish()
         if plan is not None:
-            _keep_timings(config, timings)
+            if timings is not None:
+                with atomic_path(timings) as partial:
+                    partial.write_bytes(bytes(config.get_timing_cache().serialize()))
             break
         log.info("%s: no plan for target %s: %s", job.name, named or "default", logger.last_errors())
     if plan is None:
@@ -119,12 +121,6 @@ def _timing_cache(config: Any, flavour: Flavour) -> Path | None:
     path = settings_from_environment().cache_dir / f"timing-{flavour.version}.cache"
     config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), False)
     return path
-
-
-def _keep_timings(config: Any, path: Path | None) -> None:
-    if path is not None:
-        with atomic_path(path) as partial:
-            partial.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
 def check_network(trt: Any, network: Any, job: PlanJob) -> None:

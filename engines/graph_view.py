@@ -31,7 +31,9 @@ class GraphView:
         self.ops = self._ops_and_views(nodes)
         self.between = {id(n) for n in self.ops}
         self.fixed: dict[str, NodeProto] = {}  # nodes (and unpack ops) whose inputs are all constants, by output
-        self._set_constant_nodes_apart(nodes)
+        for node in nodes:
+            if node.input and all(not i or i in self.constants or i in self.fixed for i in node.input):
+                self.fixed |= dict.fromkeys(node.output, node)
         self.unpacks = {n.output[0]: n for n in self.ops if n.output[0] in self.fixed}
         self.ops = [n for n in self.ops if n.output[0] not in self.fixed]
         self.nodes = [n for n in nodes if id(n) not in self.between and n.output[0] not in self.fixed]
@@ -59,11 +61,6 @@ class GraphView:
         """Whether the shape of its output is known."""
         kind = self.types.get(node.output[0])
         return kind is not None and all(isinstance(size, int) for size in kind.shape)
-
-    def _set_constant_nodes_apart(self, nodes: list[NodeProto]) -> None:
-        for node in nodes:
-            if node.input and all(not i or i in self.constants or i in self.fixed for i in node.input):
-                self.fixed |= {output: node for output in node.output}
 
     def _widening_casts(self) -> dict[str, NodeProto]:
         """Casts from bf16 to fp32 by output, where a library runs the linears: each segment that reads one casts anew.

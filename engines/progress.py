@@ -37,7 +37,7 @@ class Interrupts:
 
     def _note(self, *_: object) -> None:
         if not self.noted:
-            logger.warning("interrupted: stopping when the plan at hand is built; it is not kept")
+            logger.warning("interrupted: stopping; the plan at hand is not kept")
         self.noted = True
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from longtake.export.weights import weights_from_folder
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import FAILED, PASSED, UNCHECKED, UNFINISHED, Checked, Export
 from longtake.formats.recipe import Recipe
+from longtake.leftovers import locked
 from longtake.machine.flavour import Flavour
 from longtake.paths import REPOSITORY
 from longtake.runtime.budget.terms import terms_of
@@ -65,6 +67,11 @@ def export(recipe: Recipe, checkpoints: Path | None, folder: Path, how: HowToExp
     Raises:
         GateError: it was compared with PyTorch and differs; the files stay, marked as failed.
     """
+    with locked(folder):
+        return _export(recipe, checkpoints, folder, how)
+
+
+def _export(recipe: Recipe, checkpoints: Path | None, folder: Path, how: HowToExport) -> Export:
     source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
     if recipe.model.text.kind != "words" and not how.skeleton:
         carry_tokenizer(source, folder)
@@ -170,11 +177,12 @@ def build(
         IntegrityError: an exported file is not what was exported; no plan is built from it.
         GateError: the export failed its comparison with PyTorch, and `force` isn't given.
     """
-    export = Export.read(onnx)
-    export.require_recipe(recipe, onnx, weights=recipe.mode == "fused")
-    if line := export.checked.require(onnx, force):
-        say(f"  {line}")
-    results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty())
-    bundle = Bundle.of(out, recipe, flavour, onnx, [result.path for result in results])
-    replace(bundle, memory=terms_of(recipe, out)).write()
-    return results
+    with locked(out), nullcontext() if out.resolve() == onnx.resolve() else locked(onnx, reads=True):
+        export = Export.read(onnx)
+        if line := export.checked.require(onnx, force):
+            say(f"  {line}")
+        export.require_recipe(recipe, onnx, weights=recipe.mode == "fused")
+        results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty())
+        bundle = Bundle.of(out, recipe, flavour, onnx, [result.path for result in results])
+        replace(bundle, memory=terms_of(recipe, out)).write()
+        return results

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 STEM = 40  # characters of a name that its temporary file keeps, so that no name is too long for one
 NAME = re.compile(r"\..*\.(\d+)-[0-9a-f]{8}\.tmp(\..*)?", re.DOTALL)
@@ -41,6 +46,30 @@ def release(handle: int, path: Path) -> None:
     """Undo `hold`, and close `handle`."""
     os.close(handle)
     _own.discard(path.name)
+
+
+@contextmanager
+def locked(folder: Path, reads: bool = False) -> Iterator[None]:
+    """One process at a time makes what lies in `folder`, and nobody `reads` it meanwhile; the others wait.
+
+    A folder that cannot be written to is not locked: nobody makes anything there.
+    """
+    how = fcntl.LOCK_SH if reads else fcntl.LOCK_EX
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115
+    except OSError:
+        if not reads:
+            raise
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except OSError:
+            log.warning("another process is at work in %s; waiting for it", folder)
+            fcntl.flock(lock, how)
+        yield
 
 
 def sweep_once(folder: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,6 +21,7 @@ from longtake.files import read_json
 from longtake.formats.exported import Export
 from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
+from longtake.leftovers import locked
 from longtake.machine.flavour import flavour_for
 from longtake.machine.machine import machine_here
 from longtake.outputs import claim_outputs
@@ -57,7 +55,7 @@ class Generator(runtime.Generator):
         device: torch.device | str | None = None,
         *,
         force: bool = False,
-    ) -> Generator:
+    ) -> Self:
         """Open a model; what is missing of its export and engines is made first, and kept in LONGTAKE_HOME.
 
         Args:
@@ -76,9 +74,7 @@ class Generator(runtime.Generator):
         chosen = wanted or best_recipe(model, on_cpu)
         folder = prepared(model, chosen, on_cpu, force)
         backend = "reference" if on_cpu else "auto"
-        opened = cls.from_engines(folder, backend, device, opening=OpenOptions(force=force))
-        assert isinstance(opened, cls)
-        return opened
+        return cls.from_engines(folder, backend, device, opening=OpenOptions(force=force))
 
 
 def model_and_recipe(name_or_folder: str | Path, recipe: str | None = None) -> tuple[Model, Recipe | None]:
@@ -176,19 +172,6 @@ def _is_current(folder: Path, model: Model) -> bool:
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes what lies in `folder`; the others wait."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log.warning("another process is making %s; waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _in_hub_cache(name: str) -> Path:

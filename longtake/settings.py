@@ -9,6 +9,7 @@
 | LONGTAKE_TRTEXEC    | path of trtexec, if it is not on PATH                             | (searched on PATH)            |
 
 LONGTAKE_CACHE_DIR, which LONGTAKE_HOME replaces, is still read in this version where LONGTAKE_HOME isn't set.
+RAY_AUTH_MODE is Ray's own: `longtake serve --ray` asks whether a cluster of several machines has it.
 """
 
 from __future__ import annotations
@@ -119,3 +120,8 @@ def configure_logging() -> None:
     """Send the project's log to stderr at the level of LONGTAKE_LOG; libraries stay at warning."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("longtake").setLevel(settings_from_environment().log_level.upper())
+
+
+def ray_auth_mode(environ: Mapping[str, str] | None = None) -> str:
+    """How a Ray cluster lets people in; "" where that is not said."""
+    return (os.environ if environ is None else environ).get("RAY_AUTH_MODE", "").lower()

@@ -229,8 +229,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
         if not films:
             kinds = " and ".join(sorted({_kind(stream) for stream in container.streams}))
             got = f"{kinds} only" if kinds else "no streams"
-            raise LongtakeError(f"{path} has no picture", got=got, expected="a video stream",
-                                fix="choose another file")  # fmt: skip
+            raise LongtakeError(f"{path} has no picture", got=got, expected="a video stream", fix="choose another file")
         stream = films[0]
         stream.thread_type = "AUTO"
         yield container, stream

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.plugins.launch import Launcher
 from longtake.plugins.nvrtc import source_digest
 from longtake.plugins.registry import kernel_of, kernel_ops
-from longtake.plugins.shapes import dims_from_shapes
-from longtake.plugins.spec import PLUGIN_NAMESPACE, PLUGIN_VERSION, Op, OpSpec, TensorSpec
+from longtake.plugins.shapes import dims_from_shapes, infer_shape
+from longtake.plugins.spec import PLUGIN_NAMESPACE, PLUGIN_VERSION, Op, TensorSpec
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +83,14 @@ class OpPlugin:
         return [self._dtype(tensor, compute) for tensor in self.spec.outputs]
 
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-        known = _known_sizes(self.trt, self.spec, inputs, builder)
+        shapes = [
+            [_Size(self.trt, builder, exprs[axis]) for axis in range(len(tensor.shape))]
+            for tensor, exprs in zip(self.spec.inputs, inputs)
+        ]
+        outputs = (infer_shape(self.spec, output, shapes) for output in range(self.num_outputs))
         return [
-            self.trt.DimsExprs([known[e] if e in known else builder.constant(int(e)) for e in tensor.shape])
-            for tensor in self.spec.outputs
+            self.trt.DimsExprs([size.expr if isinstance(size, _Size) else builder.constant(size) for size in shape])
+            for shape in outputs
         ]
 
     def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
@@ -200,31 +205,23 @@ def _text(field: Any) -> str:
     return bytes(memoryview(field.data).cast("B")).rstrip(b"\0").decode("ascii", "replace")
 
 
-def _known_sizes(trt: Any, spec: OpSpec, inputs: Sequence[Any], builder: Any) -> dict[str, Any]:
-    """Every dimension expression that the inputs determine: as it stands there, its letter by multiplication, a sum,
-    a product with a number, a quotient."""
-    known: dict[str, Any] = {}
-    for tensor, exprs in zip(spec.inputs, inputs):
-        for axis, expression in enumerate(tensor.shape):
-            known.setdefault(expression, exprs[axis])
-    for expression, size in list(known.items()):
-        letter, _, divisor = expression.partition("/")
-        if divisor and letter.isalpha() and letter not in known:
-            known[letter] = builder.operation(trt.DimensionOperation.PROD, size, builder.constant(int(divisor)))
-    for expression in {e for tensor in spec.outputs for e in tensor.shape if "+" in e}:
-        first, second = (known[letter] for letter in expression.split("+"))
-        known[expression] = builder.operation(trt.DimensionOperation.SUM, first, second)
-    for expression in {e for tensor in spec.outputs for e in tensor.shape} - known.keys():
-        factor, times, letter = expression.partition("*")
-        if times and letter in known:
-            known[expression] = builder.operation(
-                trt.DimensionOperation.PROD, known[letter], builder.constant(int(factor))
-            )
-        letter, divided, divisor = expression.partition("/")
-        if divided and letter in known:
-            kind = trt.DimensionOperation.FLOOR_DIV
-            known[expression] = builder.operation(kind, known[letter], builder.constant(int(divisor)))
-    return known
+@dataclass(frozen=True)
+class _Size:
+    """A dimension in TensorRT's terms, with Python's operators: `infer_shape` works with it as with numbers."""
+
+    trt: Any
+    builder: Any
+    expr: Any
+
+    def _with(self, operation: str, other: Any) -> _Size:
+        second = other.expr if isinstance(other, _Size) else self.builder.constant(other)
+        kind = getattr(self.trt.DimensionOperation, operation)
+        return _Size(self.trt, self.builder, self.builder.operation(kind, self.expr, second))
+
+    __add__ = __radd__ = partialmethod(_with, "SUM")
+    __sub__ = partialmethod(_with, "SUB")
+    __mul__ = __rmul__ = partialmethod(_with, "PROD")
+    __floordiv__ = partialmethod(_with, "FLOOR_DIV")
 
 
 def _plugin_bases(trt: Any) -> tuple[Any, ...]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.plugins.nvrtc import arch_for
+
+TENSOR_MAP_BYTES = 128
 
 
 @lru_cache(maxsize=1)
@@ -85,13 +88,47 @@ def allow_shared(function: Any, shared_bytes: int) -> None:
     )
 
 
+def tensor_map(address: int, sizes: Sequence[int], box: Sequence[int]) -> bytes:
+    """What the copy engine knows of a dense tensor of bytes, the innermost size first, and the box that one copy takes of
+    it: rows of 128 bytes, swizzled, and zeros for what lies outside. `address` and every row are aligned to 16 bytes."""
+    driver = _driver()
+    strides = [math.prod(sizes[:i]) for i in range(1, len(sizes))]
+    made = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        len(sizes),
+        address,
+        [driver.cuuint64_t(size) for size in sizes],
+        [driver.cuuint64_t(stride) for stride in strides],
+        [driver.cuuint32_t(size) for size in box],
+        [driver.cuuint32_t(1) for _ in box],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return ctypes.string_at(_checked(made, "describe a tensor to the copy engine").getPtr(), TENSOR_MAP_BYTES)
+
+
+def multiprocessors(device: int) -> int:
+    """How many the device has: thread blocks that stay until all work is done are started once for each."""
+    which = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    return int(_checked(_driver().cuDeviceGetAttribute(which, device), "count the multiprocessors"))
+
+
 def launch(
     function: Any, grid: tuple[int, int], threads: int, stream: int, values: Sequence[int], shared_bytes: int = 0
 ) -> None:
     """Enqueue a kernel on a raw stream handle; each value is a device address or an int32."""
     boxes = (ctypes.c_int64 * len(values))(*values)  # the kernel reads an int32 from the low half
     first = ctypes.addressof(boxes)
-    parameters = (ctypes.c_void_p * len(values))(*(first + 8 * i for i in range(len(values))))
+    launch_boxes(function, grid, threads, stream, [first + 8 * i for i in range(len(values))], shared_bytes)
+
+
+def launch_boxes(
+    function: Any, grid: tuple[int, int], threads: int, stream: int, boxes: Sequence[int], shared_bytes: int = 0
+) -> None:
+    """The same for arguments of any size: `boxes` are the host's addresses of them, read before this returns."""
+    parameters = (ctypes.c_void_p * len(boxes))(*boxes)
     status = _driver().cuLaunchKernel(
         function, *grid, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(parameters), 0
     )

@@ -10,6 +10,7 @@ from functools import cache
 from longtake.errors import LongtakeError
 from longtake.plugins.block_norm import op as block_norm
 from longtake.plugins.conv import op as conv
+from longtake.plugins.conv8 import op as conv8
 from longtake.plugins.cross_attention import op as cross_attention
 from longtake.plugins.frame_attention import op as frame_attention
 from longtake.plugins.gated_ffn import op as gated_ffn
@@ -40,6 +41,7 @@ FOLDERS = (
     linear,
     cross_attention,
     conv,
+    conv8,
     gdn_scan,
     ray_transform,
     short_conv,

@@ -95,6 +95,7 @@ class Op:
     quantized: the op that gives the last output as E4M3 codes. first_frame: the op that stands for this one where a
         stream's first latent means one frame. repeats: frames made of each, by an op that only repeats.
     splits_by_frame: whether it may be run on some frames after others, each output frame from those at its place.
+    codes: the 8-bit codes (codes.py) that a convolution reads, or that an op before one writes.
     """
 
     spec: OpSpec
@@ -110,6 +111,7 @@ class Op:
     first_frame: str = ""
     repeats: int = 0
     splits_by_frame: bool = False
+    codes: str = ""
 
     @property
     def name(self) -> str:

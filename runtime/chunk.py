@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.runtime.decode import Frames
+from longtake.training.models.presets import Preset
 
 
-@dataclass
+@dataclass(repr=False)
 class Chunk:
     """latents: fp32 [1, F, C, H, W], normalized. cut: it begins a shot. visible: the chunks it saw, itself last."""
 
@@ -23,6 +25,9 @@ class Chunk:
     visible: tuple[int, ...]
     decoding: Frames | None
     stage_ms: dict[str, float]
+
+    def __repr__(self) -> str:
+        return f"<Chunk {self.index}: {self.prompt!r:.60}{', a cut' if self.cut else ''}, saw {self.visible}>"
 
     @property
     def frames(self) -> np.ndarray:
@@ -41,3 +46,17 @@ class Chunk:
         """Milliseconds by stage; "decode" (in parallel with the next chunk) is there once the frames are."""
         decoded = self.decoding is not None and self.decoding.ready
         return {**self.stage_ms, **({"decode": self.decoding.milliseconds} if decoded and self.decoding else {})}
+
+
+def given_chunk(latents_BFCHW: Tensor, preset: Preset, chunk: int) -> Tensor:
+    """Latents [1, F, C, H, W] of chunk `chunk` as the sampler has them, fp32 [1, C, F, H, W].
+
+    Raises:
+        LongtakeError: they are not one chunk of this preset.
+    """
+    frames = preset.frames_of(chunk)
+    wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
+    if tuple(latents_BFCHW.shape) != wanted:
+        raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted,
+                            fix=f"cut the video into chunks of {frames} latents")  # fmt: skip
+    return latents_BFCHW.to(torch.float32).transpose(1, 2).contiguous()

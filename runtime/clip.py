@@ -30,6 +30,7 @@ LATENTS = "latents"  # the tensor's name in a file of latents
 def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
     """A clip's normalized latents, fp32 [1, F, C, h, w] on the CPU, F a whole number of chunks.
 
+    A file of latents is a safetensors file with one tensor "latents", [F, C, h, w] or [1, F, C, h, w].
     A video is resampled to the preset's frame rate, by time stamps, and resized to its size, without cropping. Of what is not a whole
     number of chunks the *beginning* is left out: the new frames follow on the clip's last one. Only one group of frames
     is in memory at a time, so a clip may be of any length.
@@ -43,7 +44,7 @@ def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
 
     source, preset = Path(path), model.preset
     if source.suffix.lower() == ".safetensors":
-        return latents_from_file(source, preset)
+        return _checked(source, *_latents_in(source), preset)
     count = count_frames(source, preset.fps)
     skip = count - _whole(count, preset)
     if skip == count:
@@ -115,11 +116,6 @@ def _groups(frames: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
         pixels = torch.from_numpy(np.stack(group)).permute(3, 0, 1, 2)
         yield pixels.float().div_(127.5).sub_(1.0)
         wanted = size
-
-
-def latents_from_file(source: Path, preset: Preset) -> Tensor:
-    """Latents from a safetensors file with one tensor "latents", [F, C, h, w] or [1, F, C, h, w]. See above."""
-    return _checked(source, *_latents_in(source), preset)
 
 
 def _latents_in(source: Path) -> tuple[Tensor | None, list[str]]:

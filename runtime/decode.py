@@ -20,7 +20,7 @@ from longtake.cuda_streams import acquire_stream
 from longtake.errors import LongtakeError
 from longtake.runtime.frames import HostRing, Staging
 from longtake.runtime.rewind import past_of
-from longtake.runtime.video_model import Decoder
+from longtake.runtime.video_model import Decoder, NetworkDecoder, VideoModel
 from longtake.training.models.presets import Preset
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,13 @@ class Frames:
         self._frames, self._error, self.milliseconds = frames, error, milliseconds
         self.finished_at = time.perf_counter()
         self._done.set()
+
+
+def decode_queue(model: VideoModel) -> DecodeQueue:
+    """A queue at the start of a video. Raises LongtakeError if there is no VAE."""
+    decoder = model.decoder()
+    past = decoder.past_latents if isinstance(decoder, NetworkDecoder) else None
+    return DecodeQueue(decoder, model.preset, model.device, model.backend.decode_device, past)
 
 
 class DecodeQueue:
@@ -153,14 +160,10 @@ class DecodeQueue:
         if self.failed is not None:
             self.failed.raise_error()
 
-    def drain(self) -> None:
-        """Wait until everything submitted is decoded; raises a decode error."""
+    def state(self) -> list[Tensor]:
+        """The decoder's feature caches, copied, after everything submitted; raises a decode error."""
         if self._last is not None:
             self._last.result()
-
-    def state(self) -> list[Tensor]:
-        """The decoder's feature caches, copied, after everything submitted."""
-        self.drain()
         self._settle()
         copies = [tensor.detach().clone() for tensor in self.decoder.state()]
         self._settle_second_gpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Generator:
         decode_device: torch.device | str | None = None,
         opening: OpenOptions = NOTHING_SPECIAL,
         checkpoints: Path | None = None,
-    ) -> Generator:
+    ) -> Self:
         """Open a folder of engines or of exported networks, or a recipe by name; None takes the best one that is there.
 
         Args:
@@ -106,7 +106,7 @@ class Generator:
         backend: str = "torch",
         dtype: str | None = None,
         device: torch.device | str | None = None,
-    ) -> Generator:
+    ) -> Self:
         """Open a folder of checkpoints: dit.safetensors, and as far as they are there text_encoder and vae.
 
         With a DiT alone, sessions need `embeddings` and `decode=False`.
@@ -153,6 +153,7 @@ class Generator:
         chunks: int | None = None,
         decode: bool = True,
         endless: bool = False,
+        retakes: bool = False,
         image: Picture | None = None,
         continue_from: Clip | None = None,
         clip: Script | None = None,
@@ -174,31 +175,27 @@ class Generator:
             chunks: total length; longer than the script continues its last prompt, shorter ends it early.
             decode: False yields latents only.
             endless: go on with the last prompt when the script ends.
-            image: a picture that is the first frame, as a file, a PIL image or an array (uint8, or floats in 0..1; RGB, RGBA
-                or grey); overrides the story's.
+            image: a picture that is the first frame (a `Picture`); overrides the story's.
+            retakes: keep the latents of every chunk in the host's memory, so that `Session.retake` can go back.
             continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's.
                 Its chunks are taken in before this returns: the first chunk that comes is the first new one.
             clip: what is seen in that clip; cut short or continued to its length (default: the story's, else what the
                 first prompt of `script` says).
-            on_step: is called after every denoise step, in the thread that asked for the chunk, with a `Step`: its
-                `preview` are the latents as they seem by then, its `cancel` ends the chunk.
+            on_step: is called with a `Step` after every denoise step, in the thread that asked for the chunk.
             view: where the camera goes, of a model with cameras; what it leaves open is the story's.
 
         Raises:
             LongtakeError: the story is malformed or does not fit the preset, or what is given for it cannot be used.
         """
-        preset = self.backend.preset
         story = story_from_script(script)
         start = start_of(story, image, continue_from, clip)
-        check_fits(story, preset, continued=start.clip is not None)
+        check_fits(story, self.backend.preset, continued=start.clip is not None)
         start, view = self._world(story, start, view)
         asked = _sampling(sampling, steps, guidance)
-        options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless)
+        options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
-        negative = options.negative_prompt if options.guided else None
-        inputs.check(preset, segments, negative)
-        inputs.check_words(self._tokenize, segments, negative)
+        inputs.check(self.backend.preset, segments, options.negative, self._tokenize)
         camera = self._camera(view, start, segments, endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
@@ -310,7 +307,7 @@ class Generator:
         self.model.closed = True
         self.backend.close()
 
-    def __enter__(self) -> Generator:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

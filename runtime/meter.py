@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 from longtake.runtime.chunk import Chunk
@@ -17,7 +18,7 @@ class Meter:
         self._started = self._latest = time.perf_counter()
         self.first_chunk_s: float | None = None
         self.chunks = self.frames = 0
-        self._total_ms: dict[str, float] = {}
+        self._total_ms: Counter[str] = Counter()
 
     def add(self, chunk: Chunk) -> None:
         """Count a finished chunk; waits for its frames."""
@@ -26,14 +27,12 @@ class Meter:
         self._latest = chunk.finished_at  # not "now": frames may have waited for the next chunk's passes
         if self.first_chunk_s is None:
             self.first_chunk_s = self._latest - self._started
-        for stage, spent in chunk.timings.items():
-            self._total_ms[stage] = self._total_ms.get(stage, 0.0) + spent
+        self._total_ms.update(chunk.timings)
 
     def fps(self) -> dict[str, float | None]:
         """Frames a second: DiT alone, VAE alone, end to end."""
-        dit = sum(self._total_ms.get(stage, 0.0) for stage in DIT_STAGES) / 1e3
-        vae = self._total_ms.get("decode", 0.0) / 1e3
-        rates = {"dit": dit, "vae": vae, "end_to_end": self._latest - self._started}
+        dit = sum(self._total_ms[stage] for stage in DIT_STAGES) / 1e3
+        rates = {"dit": dit, "vae": self._total_ms["decode"] / 1e3, "end_to_end": self._latest - self._started}
         return {name: round(self.frames / spent, 3) if spent and self.frames else None for name, spent in rates.items()}
 
     def figures(self) -> dict[str, Any]:

@@ -20,24 +20,34 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.out_of_memory import is_out_of_memory
-from longtake.runtime.camera import CameraPosition, cameras_of, require_cuts, steered
-from longtake.runtime.chunk import Chunk
+from longtake.runtime.camera import CameraPosition, cameras_of
+from longtake.runtime.chunk import Chunk, given_chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner
-from longtake.runtime.decode import DecodeQueue
+from longtake.runtime.decode import DecodeQueue, decode_queue
+from longtake.runtime.live_changes import LiveChanges
+from longtake.runtime.retake import Take, retaken
 from longtake.runtime.sampling import ChunkSampler, OnStep
 from longtake.runtime.session_inputs import OWN, SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
-from longtake.runtime.snapshot import FIRST_LATENT, Identity, Snapshot, check_same, load_tensors, snapshot_to_file
-from longtake.runtime.state import Edit, Position, SessionState, with_edit
-from longtake.runtime.story import Segment, checked_chunks, checked_prompt
+from longtake.runtime.snapshot import (
+    FIRST_LATENT,
+    Identity,
+    Snapshot,
+    check_same,
+    identity_of,
+    load_tensors,
+    snapshot_to_file,
+)
+from longtake.runtime.state import Position, SessionState
+from longtake.runtime.story import Segment, checked_prompt
 from longtake.runtime.undecoded import HandedOver, Undecoded
-from longtake.runtime.video_model import NetworkDecoder, VideoModel
+from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Plan
 from longtake.training.models.sana_wm.actions import Walk
 
 
-class Session:
+class Session(LiveChanges):
     """An iterator over chunks. Live changes: `change_prompt`, `cut`, `extend`, `cancel` (from any thread)."""
 
     def __init__(
@@ -53,16 +63,15 @@ class Session:
     ) -> None:
         """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None.
         `camera`: of a model with cameras."""
-        self.model, self.options, self.inputs = model, options, inputs
-        negative = options.negative_prompt if options.guided else None
+        self.model, self.options, self.inputs, self.tokenize = model, options, inputs, tokenize
         embedding, noise = inputs.embedding_of(model, tokenize), inputs.noise_of(model.preset, options.seed)
-        self._conditioner = Conditioner(model, embedding, noise, negative, options.schedule.timesteps)
+        self._conditioner = Conditioner(model, embedding, noise, options.negative, options.schedule.timesteps)
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
         self._position = Position(script, model.family.start(model.preset), camera=camera)
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
-        self._decoding = self._new_queue() if options.decode else None
+        self._decoding = decode_queue(model) if options.decode else None
         if self._decoding:
             # A session that is dropped without `close` must not leave its thread (and the decoder's memory) behind.
             weakref.finalize(self, self._decoding.close)
@@ -70,16 +79,11 @@ class Session:
         self._lock = threading.Lock()  # of the position, held for a moment
         self._using = threading.Lock()  # held while a chunk is made: its state has one user
         self._busy = self._scripted = self._closed = False
+        self._takes: list[Take] | None = [] if options.retakes else None  # every chunk so far, for `retake`
 
     def __repr__(self) -> str:
         here, state = self._position, "closed" if self._closed else "open"
         return f"<Session {state}: chunk {here.chunk} is next, {self.remaining} left, prompt {here.prompt!r:.60}>"
-
-    def _new_queue(self) -> DecodeQueue:
-        model = self.model
-        decoder = model.decoder()
-        past = decoder.past_latents if isinstance(decoder, NetworkDecoder) else None
-        return DecodeQueue(decoder, model.preset, model.device, model.backend.decode_device, past)
 
     # ---- the chunk loop ------------------------------------------------------------------------------------------
 
@@ -148,12 +152,7 @@ class Session:
         Raises:
             LongtakeError: the latents are not one chunk of this preset, or the prompt is none.
         """
-        preset = self.model.preset
-        frames = preset.frames_of(self._position.chunk)
-        wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
-        if tuple(latents_BFCHW.shape) != wanted:
-            raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted,
-                                fix=f"cut the video into chunks of {frames} latents")  # fmt: skip
+        given = given_chunk(latents_BFCHW, self.model.preset, self._position.chunk).to(self.model.device)
         with self._turn("a chunk that is given"):
             if self._position.chunk in self._undecoded.kept:
                 raise LongtakeError(
@@ -163,14 +162,31 @@ class Session:
                     fix="call next(session) first",
                 )
             segment = Segment(checked_prompt(prompt, "the clip's prompt"), 1, cut and self._position.chunk > 0)
-            with self._lock:
-                self._busy, self._scripted = True, False
-            given = latents_BFCHW.to(self.model.device, torch.float32).transpose(1, 2).contiguous()
             return self._attempt(segment, given)
 
-    def _attempt(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
+    def replay(self, latents_BFCHW: Tensor, after: Position) -> Chunk:
+        """Take latents that a session made before as the next chunk, without sampling; the position is then `after`.
+
+        So a video that was kept chunk by chunk goes on as if nothing had happened. Whatever is raised, the session is as it was.
+
+        Raises:
+            LongtakeError: these are no latents of a chunk, or `after` is not where this session is after one more chunk.
+        """
+        given = given_chunk(latents_BFCHW, self.model.preset, self._position.chunk).to(self.model.device)
+        with self._turn("a chunk that is replayed"):
+            here = self._position
+            segment = Segment(after.prompt, 1, after.shot > here.shot)
+            if after.chunk != here.chunk + 1 or here.slots.plan(segment.cut).after != after.slots:
+                got, wanted = f"what leads to chunk {after.chunk}", f"chunk {here.chunk}"
+                raise LongtakeError("this chunk does not follow on the session", got=got, expected=wanted)
+            return self._attempt(segment, given, after)
+
+    def _attempt(self, segment: Segment, given_BCFHW: Tensor | None, after: Position | None = None) -> Chunk:
         try:
-            return self._generate(segment, given_BCFHW)
+            if given_BCFHW is not None:
+                with self._lock:
+                    self._busy, self._scripted = True, False
+            return self._generate(segment, given_BCFHW, after)
         except (RuntimeError, MemoryError) as error:  # ONNX Runtime's errors are RuntimeErrors, torch's are
             if not is_out_of_memory(error):
                 raise
@@ -183,8 +199,8 @@ class Session:
             self._busy = False
 
     @torch.no_grad()
-    def _generate(self, segment: Segment, given_BCFHW: Tensor | None) -> Chunk:
-        """The stages of one chunk, in order; latents that are given are not sampled."""
+    def _generate(self, segment: Segment, given_BCFHW: Tensor | None, after: Position | None) -> Chunk:
+        """The stages of one chunk, in order; latents that are given are not sampled. after: the position then, if known."""
         here, clock = self._position, StageClock(self.model.device)
         plan = here.slots.plan(segment.cut)
         slots = self.model.slots(plan)
@@ -207,7 +223,10 @@ class Session:
         frames = self._decoding.submit(here.chunk, latents) if self._decoding else None
         times = clock.milliseconds()
         chunk = Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, times)
-        self._commit(segment, plan, latents, generated=given_BCFHW is None, walk=walk)
+        if self._takes is not None:
+            take = Take(latents.to("cpu", copy=True), replace(segment, chunks=1), shot, plan.after)
+            self._takes[here.chunk :] = [take]
+        self._commit(segment, plan, latents, given_BCFHW is None, after, walk)
         return chunk
 
     def _begin(self) -> Segment | None:
@@ -216,10 +235,12 @@ class Session:
             self._busy, self._scripted = segment is not None, bool(self._position.script)
         return segment
 
-    def _commit(self, segment: Segment, plan: Plan, latents: Tensor, generated: bool, walk: Walk | None) -> None:
+    def _commit(
+        self, segment: Segment, plan: Plan, latents: Tensor, generated: bool, after: Position | None, walk: Walk | None
+    ) -> None:
         """What was handed over counts from here on; until then, the next turn takes it back."""
         with self._lock:
-            after = self._position.after(segment, plan.after, generated, self._scripted, walk)
+            after = after or self._position.after(segment, plan.after, generated, self._scripted, walk)
             if self._decoding:
                 self._undecoded.add(HandedOver(self._position, after, latents))
             # One assignment: an interrupt leaves either the old position or the new one.
@@ -230,93 +251,35 @@ class Session:
         if self.model.device.type == "cuda":
             torch.cuda.current_stream(self.model.device).synchronize()
 
-    # ---- live changes --------------------------------------------------------------------------------------------
-
-    @property
-    def next_index(self) -> int:
-        """Index of the next chunk to be committed."""
-        self._look_back()
-        return self._position.chunk
-
-    @property
-    def remaining(self) -> int:
-        """Chunks the script still holds."""
-        self._look_back()
-        return self._position.left
-
-    def change_prompt(self, prompt: str) -> int:
-        """Switch the prompt at the next chunk boundary, without a cut. Returns the index of the first chunk it shapes.
-
-        It replaces what is left of the script's current segment; later segments stay.
+    def adopt(self, position: Position) -> None:
+        """Take over script and live changes of `position`, which is where the session stands.
 
         Raises:
-            LongtakeError: the prompt is none, the session is closed, or its script ends before that chunk.
+            LongtakeError: it is another place.
         """
-        return self._edit(checked_prompt(prompt, "the new prompt"), cut=False)
+        with self._turn("another script"), self._lock:
+            if (position.chunk, position.slots) != (self._position.chunk, self._position.slots):
+                raise LongtakeError("this is another position", got=position.chunk, expected=self._position.chunk)
+            self._position = position
 
-    def cut(self, prompt: str | None = None) -> int:
-        """Cut to a new shot at the next chunk boundary, with `prompt` if given. Returns that chunk's index.
+    def retake(self, from_chunk: int, seed: int | None = None) -> Session:
+        """A session that shares this one's chunks before `from_chunk` and makes the rest again, with another seed if given.
 
-        Raises what `change_prompt` does.
+        Changes to what follows are live changes of the new session, before its first chunk: `change_prompt`, `cut`. Without
+        any, and with the same seed, it makes the same chunks. The shared ones are not sampled again, and not yielded.
+
+        Raises:
+            LongtakeError: the session was not made with `retakes=True`, or has no such chunk.
         """
-        require_cuts(self.model.family.can, "a cut")
-        return self._edit(None if prompt is None else checked_prompt(prompt, "the new shot's prompt"), cut=True)
-
-    def steer(
-        self, action: str | None = None, pose: object = None, velocity: object = None, from_chunk: int | None = None
-    ) -> int:
-        """Steer the camera, in one of the ways of `camera.steered`. Returns the index of the first chunk it shapes: the next,
-        or `from_chunk`. Raises LongtakeError if the model has no camera, or what is asked for cannot be."""
-        self._look_back()
-        with self._lock:
-            self._require_open("a live change")
-            at = max(self._position.chunk + self._busy, self._undecoded.first_free)
-            camera, first = steered(self._position.camera, at, from_chunk, action, pose, velocity)
-            self._position = replace(self._position, camera=camera)
-        return first
-
-    def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
-        """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""
-        chunks = checked_chunks(chunks)
-        self._look_back()
-        with self._lock:
-            self._require_open("more chunks")
-            here = self._position
-            last = here.script[-1].prompt if here.script else here.prompt
-            text = checked_prompt(prompt or last, "the prompt to go on with")
-            self._position = replace(here, script=(*here.script, Segment(text, chunks, cut)))
-
-    def cancel(self) -> None:
-        """Stop before the next pass: iteration raises CancelledError once, and nothing of that chunk is committed."""
-        self._cancelled.set()
-
-    def _edit(self, prompt: str | None, cut: bool) -> int:
-        self._look_back()
-        with self._lock:
-            self._require_open("a live change")
-            at = max(self._position.chunk + self._busy, self._undecoded.first_free)
-            before = at - self._position.chunk - (self._busy and not self._scripted)
-            if self._position.left <= before and not self.options.endless:
-                raise LongtakeError(f"the script ends before chunk {at}", got="a live change that nothing would show",
-                                    expected="a chunk still to come",
-                                    fix="call extend first, or start the session with endless=True")  # fmt: skip
-            self._position = replace(self._position, edits=with_edit(self._position.edits, Edit(at, prompt, cut)))
-        return at
+        return retaken(self, self._takes, self._first, from_chunk, seed)
 
     # ---- snapshots -----------------------------------------------------------------------------------------------
 
     @property
     def identity(self) -> Identity:
         """What a snapshot of this session fits."""
-        recipe, options = self.model.recipe, self.options
-        return Identity(
-            preset=self.model.preset.name, model=recipe.onnx_name, cache=recipe.cache, seed=options.seed,
-            steps=options.steps, guidance=options.guidance, negative_prompt=options.negative_prompt,
-            shift=options.shift, family=self.model.family.name, weights=dict(self.model.backend.weights),
-            solver=options.solver, timesteps=options.timesteps,
-            noise="seed" if self.inputs.noise is None else "given",
-            embeddings="prompts" if self.inputs.embeddings is None else "given",
-        )  # fmt: skip
+        inputs = self.inputs
+        return identity_of(self.model, self.options, noise=inputs.noise is None, embeddings=inputs.embeddings is None)
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state, after everything generated is decoded."""

@@ -33,8 +33,11 @@ class SessionInputs:
     noise: Noise | None = None
     embeddings: Embeddings | None = None
 
-    def check(self, preset: Preset, script: Sequence[Segment], negative: str | None) -> None:
-        """Raise LongtakeError where they don't suffice for `script`. negative: the prompt of a guided session."""
+    def check(self, preset: Preset, script: Sequence[Segment], negative: str | None, tokenize: Tokenize) -> None:
+        """Raise LongtakeError where they don't suffice for `script`, or a small text encoder knows few of its words.
+
+        negative: the prompt of a guided session.
+        """
         if isinstance(self.noise, Tensor):
             self._noise(preset, sum(segment.chunks for segment in script) - 1)
         if isinstance(self.embeddings, Tensor) and negative is not None:
@@ -46,14 +49,7 @@ class SessionInputs:
             texts += [segment.prompt for segment in script if segment.chunks > 1]
             for text in texts if negative is None else [*texts, negative]:
                 self._embedding(preset, text)
-
-    def check_words(self, tokenize: Tokenize, script: Sequence[Segment], negative: str | None) -> None:
-        """Say once how many words of `script` are unknown to a small text encoder.
-
-        Raises:
-            LongtakeError: most words of a prompt are.
-        """
-        if self.embeddings is None and isinstance(tokenize, Tokenizer):
+        elif isinstance(tokenize, Tokenizer):
             texts = [*dict.fromkeys(segment.prompt for segment in script), *([negative] if negative else [])]
             tokenize.check(texts)
             for text in texts:

@@ -41,7 +41,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """guidance 1 turns classifier-free guidance off. endless: go on when the script ends. The rest is as in Sampling."""
+    """guidance 1 turns classifier-free guidance off. endless: go on when the script ends. retakes: keep every chunk's latents.
+
+    The rest is as in Sampling.
+    """
 
     seed: int = 0
     steps: int = 16
@@ -50,6 +53,7 @@ class SessionOptions:
     shift: float = 5.0
     decode: bool = True
     endless: bool = False
+    retakes: bool = False
     solver: str = "unipc"
     timesteps: tuple[float, ...] = ()
 
@@ -72,6 +76,11 @@ class SessionOptions:
     def guided(self) -> bool:
         """Whether each pass runs twice, with a state and a prompt of its own."""
         return self.guidance != 1.0
+
+    @property
+    def negative(self) -> str | None:
+        """The prompt that guidance leads away from; None without guidance."""
+        return self.negative_prompt if self.guided else None
 
     @property
     def schedule(self) -> Schedule:

@@ -18,8 +18,10 @@ from torch import Tensor
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, json_value, require_disk
 from longtake.record import UNFIT, Kind, record_from_json
+from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.state import Position, position_from_json
 from longtake.runtime.undecoded import KEPT
+from longtake.runtime.video_model import VideoModel
 from longtake.tensor_file import tensors_in
 from longtake.training.models.families import family_named
 
@@ -72,6 +74,27 @@ class Snapshot:
         return [self.tensors[f"decoder.{i}"] for i in range(count)]
 
 
+def identity_of(model: VideoModel, options: SessionOptions, *, noise: bool, embeddings: bool) -> Identity:
+    """What a snapshot of a session with these fits. noise, embeddings: they come of seed and prompts, not from a caller."""
+    recipe = model.recipe
+    return Identity(
+        preset=model.preset.name,
+        model=recipe.onnx_name,
+        cache=recipe.cache,
+        seed=options.seed,
+        steps=options.steps,
+        guidance=options.guidance,
+        negative_prompt=options.negative_prompt,
+        shift=options.shift,
+        family=model.family.name,
+        weights=dict(model.backend.weights),
+        solver=options.solver,
+        timesteps=options.timesteps,
+        noise="seed" if noise else "given",
+        embeddings="prompts" if embeddings else "given",
+    )
+
+
 def check_same(given: Identity, wanted: Identity) -> None:
     """Raise LongtakeError naming the first thing in which a snapshot and a session differ."""
     for each in fields(Identity):
@@ -115,8 +138,9 @@ def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
         differing = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))[0]
         raise IntegrityError(
             f"the saved session's tensor {differing} does not fit",
-            got=shapes.get(differing, "nothing"), expected=wanted.get(differing, "nothing"),
-        )  # fmt: skip
+            got=shapes.get(differing, "nothing"),
+            expected=wanted.get(differing, "nothing"),
+        )
     for name, tensor in into.items():
         tensor.copy_(given[name])
 

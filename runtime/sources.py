@@ -16,8 +16,8 @@ from longtake.formats.exported import UNRECORDED, Checked, Export
 from longtake.formats.memory import Budget, RecordedTerm, Use
 from longtake.formats.model_name import asked_for, folder_of, home, known_names, made_by, names_with
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
-from longtake.machine.capability import Choice, backend_for
-from longtake.machine.machine import machine_here
+from longtake.machine.capability import Choice, Machine, backend_for
+from longtake.machine.machine import has_module, machine_here
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.measured import record_arenas
@@ -181,8 +181,9 @@ def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
     if recipe is None:  # an export of an earlier version
         matching = [r for r in map(recipe_named, recipe_names()) if r.onnx_name == export.onnx_name]
         if not matching:
-            raise LongtakeError(f"no recipe fits the export in {folder}", got=export.onnx_name,
-                                expected=", ".join(recipe_names()))  # fmt: skip
+            raise LongtakeError(
+                f"no recipe fits the export in {folder}", got=export.onnx_name, expected=", ".join(recipe_names())
+            )
         recipe = matching[0]
     return Source(
         recipe,
@@ -296,7 +297,8 @@ def _require_device(backend: str, device: torch.device | str | None, option: str
 
 def choose_backend(source: Source, asked: str) -> Choice:
     """The backend for `source` on this machine: the capability table's answer, and whether plans are there."""
-    choice = backend_for(machine_here(), source.recipe, None if asked == "auto" else asked)
+    machine = Machine(onnxruntime=has_module("onnxruntime")) if asked == "reference" else machine_here()
+    choice = backend_for(machine, source.recipe, None if asked == "auto" else asked)
     if choice.backend == "reference" or source.engines is not None:
         return choice
     if asked != "auto":

@@ -133,7 +133,11 @@ def story_file(text: str) -> Path | None:
 def story_from_file(path: Path | str) -> Story:
     """Read and check a story, from a path or by the name of a shipped one. Raises LongtakeError that says where in the file what is wrong."""
     source = (story_file(path) if isinstance(path, str) else None) or Path(path)
-    given = _read(source)
+    return story_from_mapping(_read(source), source)
+
+
+def story_from_mapping(given: Any, source: Path) -> Story:
+    """A story from what stands in its file. source: where paths in it are seen from, and what errors call it."""
     _validate(given, source.name)
     given = _whole_numbers(given)
     rest = {key: value for key, value in given.items() if key not in ("shots", "name", *PATHS)}

@@ -56,10 +56,6 @@ class OptimizerConfig(AdamWOptions):
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr * warm * (self.final_lr + (1 - self.final_lr) * cosine)
 
-    def ema_at(self, step: int) -> float:
-        """EMA decay of 0-based `step`: short memory at first, so that the average isn't of noise."""
-        return min(self.ema, (step + 1) / (step + 10))
-
 
 class Averaged:
     """AdamW over the parameters of several modules, with an fp32 EMA of each parameter."""
@@ -84,8 +80,11 @@ class Averaged:
             group["lr"] = self.config.lr_at(step, steps)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        decay = min(
+            self.config.ema, (step + 1) / (step + 10)
+        )  # short memory at first: the average isn't to be of noise
         with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self.own(), 1 - self.config.ema_at(step))
+            torch._foreach_lerp_(self.ema, self.own(), 1 - decay)
         return norm
 
     def clip(self) -> Tensor:

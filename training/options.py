@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from longtake.errors import LongtakeError
+from longtake.formats.model_name import shipped
 from longtake.options import DECISIVE, FREE, Bounds, OneOf, Text, option
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import TINY, Preset
@@ -37,6 +38,11 @@ def chunk_text(choices: tuple[int, ...]) -> str:
     return f"{choices[0]}..{choices[-1]}" if row else ",".join(map(str, choices))
 
 
+def checkpoints_named(text: str) -> Path:
+    """A folder of checkpoints, or that of a shipped model by its name."""
+    return Path(text) if Path(text).is_dir() else shipped().get(text, Path(text))
+
+
 Chunks = Annotated[tuple[int, ...], Text(chunk_choices, chunk_text), Bounds(1, 10_000, 6)]
 Stories = Annotated[int, Bounds(1, 10_000_000)]
 
@@ -55,7 +61,7 @@ class ModelOptions:
 
     preset: Annotated[Preset, Text(preset_named, lambda preset: preset.label)] = option(TINY, metavar="NAME")
     """sizes of the networks: a shipped preset, or a .yaml file"""
-    vae: Path | None = option(None, metavar="FOLDER")
+    vae: Annotated[Path, Text(checkpoints_named)] | None = option(None, metavar="FOLDER")
     """folder of the frozen VAE (default: the one beside --init or --teacher, else the shipped one)"""
     precision: Annotated[str, OneOf(("bf16", "nvfp4"))] = option("bf16", resume=DECISIVE)
     """nvfp4: W4A4 fake-quant in the loop (distill: of the student, with LoRA of the shared base)"""

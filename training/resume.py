@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.files import atomic_path
 from longtake.options import DECISIVE, Text, options_of
 from longtake.training.models.checkpoint import finish_save, load_checkpoint, side_file
 from longtake.training.models.side_file import SideFile
@@ -17,6 +19,8 @@ from longtake.training.options import DataOptions, ModelOptions
 
 logger = logging.getLogger(__name__)
 
+RUN_FILE = "run.yaml"
+RECORDS = ("loss.json", "loss.png", "report.json", "tensorboard", RUN_FILE)  # of a run, beside checkpoints
 KEPT = 2  # whole resume points on disk: the newest, and the one before it
 SHARED = options_of(ModelOptions, DataOptions)
 DECIDES = [key for key, one in SHARED.items() if one.facts.get("resume") == DECISIVE]
@@ -84,21 +88,32 @@ def _same(key: str, value: Any) -> Any:
     return text.read(value) if text and isinstance(value, str) else value
 
 
-def set_aside(out: Path) -> Path | None:
-    """Move the resume points of an earlier run to `<out>/earlier/<n>`, so that they are neither taken for the new
-    run's nor lost. Returns that folder, or None if there were none."""
+def set_aside(out: Path, modules: Iterable[str] = ()) -> Path | None:
+    """Move an earlier run to `<out>/earlier/<n>`: its resume points, curves, reports and the checkpoints of `modules`. So
+    they are neither taken for the new run's nor lost. Returns that folder, or None if there was no run."""
     points = resume_points(out)
-    if not points:
+    records = [out / name for name in RECORDS if (out / name).exists()]
+    if not points and not records:
         return None
+    saved = [out / f"{name}.safetensors" for name in modules]
     numbers = [int(path.name) for path in out.glob("earlier/*") if path.name.isdecimal()]
     folder = out / "earlier" / str(max(numbers, default=0) + 1)
     folder.mkdir(parents=True)
-    for path in points:
+    for path in (*points, *saved):
         for part in (side_file(path), path):
             if part.is_file():
                 part.rename(folder / part.name)
-    logger.warning("%s holds an earlier run: its %d resume points are now in %s", out, len(points), folder)
+    for record in records:
+        record.rename(folder / record.name)
+    logger.warning("%s holds an earlier run, which is now in %s", out, folder)
     return folder
+
+
+def leave_run_file(out: Path, told: Mapping[str, Any]) -> None:
+    """Write what a run is told into its folder, so that it can be resumed without being told again."""
+    if told:
+        with atomic_path(out / RUN_FILE) as partial:
+            partial.write_text(f"# longtake: what this run was told\n{yaml.safe_dump(dict(told), allow_unicode=True)}")
 
 
 def delete_older(out: Path) -> None:

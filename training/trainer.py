@@ -27,7 +27,15 @@ from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.options import RunOptions
 from longtake.training.report import present_memory, train_report
-from longtake.training.resume import check_same_run, delete_older, newest_whole, require_resume_point, set_aside, sweep
+from longtake.training.resume import (
+    check_same_run,
+    delete_older,
+    leave_run_file,
+    newest_whole,
+    require_resume_point,
+    set_aside,
+    sweep,
+)
 from longtake.training.stages.base import Metric, Stage
 
 logger = logging.getLogger(__name__)
@@ -41,6 +49,7 @@ class TrainConfig(RunOptions):
     """What the loop is told: how long to train, and what to leave on disk.
 
     settings: what makes this run the one it is (JSON-ready); resuming with others is refused or warned about.
+    told: what it was told, as a run file, which is left in its folder: --resume and --out are enough then.
     """
 
     preset: str
@@ -49,6 +58,7 @@ class TrainConfig(RunOptions):
     log_steps: int = 50
     command: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be trained by."""
@@ -106,7 +116,8 @@ class Trainer:
         if self.config.resume:
             self.load_resume_point()
         else:
-            set_aside(self.config.out)
+            set_aside(self.config.out, self.stage.modules)
+        leave_run_file(self.config.out, self.config.told)
         self.history = History(self.config.out, self.step)
 
     def new_optimizer(self) -> Averaged:
@@ -154,7 +165,8 @@ class Trainer:
         if config.evaluate_steps and step % config.evaluate_steps == 0 and step < config.steps:
             self.evaluate()
         if config.sample_steps and step % config.sample_steps == 0 and step < config.steps:
-            self.show_samples()
+            with self.optimizer.averaged_weights(), torch.no_grad():
+                self.history.add_samples(self.step, self.stage.samples())
         due = config.save_steps and step % config.save_steps == 0
         if due or self.past(self.saved_at, config.save_seconds):
             self.save_resume_point()
@@ -202,11 +214,6 @@ class Trainer:
         self.history.save()
         self.bar.write(f"step {self.step}: held out " + ", ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
         return metrics
-
-    def show_samples(self) -> None:
-        """Sample videos of the EMA weights to TensorBoard."""
-        with self.optimizer.averaged_weights(), torch.no_grad():
-            self.history.add_samples(self.step, self.stage.samples())
 
     def save_resume_point(self) -> None:
         """Everything for a bit-identical continuation; older ones are deleted once it is whole."""

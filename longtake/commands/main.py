@@ -10,12 +10,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from longtake.commands.failures import explained
 from longtake.commands.streams import open_standard_streams
 from longtake.errors import LongtakeError, nearest
-from longtake.settings import configure_logging
+from longtake.out_of_memory import require_address_space
+from longtake.settings import configure_logging, settings_from_environment
 from longtake.signals import ended_by_signals
 from longtake.version import __version__
 
@@ -24,11 +26,13 @@ COMMANDS = {
     "doctor": ("longtake.commands.doctor", "what runs on this machine, and what is missing"),
     "train": ("longtake.commands.train", "train the VAE or the DiT, in bf16 or under NVFP4"),
     "distill": ("longtake.commands.distill", "distil a trained DiT to 4 or 2 denoise steps"),
+    "evaluate": ("longtake.commands.evaluate", "PSNR, flow loss, and whether videos show what their prompts say"),
     "random-weights": ("longtake.commands.random_weights", "checkpoints of a preset with random content"),
     "convert": ("longtake.commands.convert", "released weights (Wan, LongLive, diffusers) to a checkpoint folder"),
     "export": ("longtake.commands.export", "PyTorch to ONNX, with a structural check and a parity table"),
     "engines": ("longtake.commands.engines", "ONNX to TensorRT plans"),
     "generate": ("longtake.commands.generate", "a story to an mp4, with a run report"),
+    "serve": ("longtake.commands.serve", "a page and two interfaces: video while it is made"),
     "check": (
         "longtake.commands.check",
         "accuracy: PyTorch fake-quant <-> ONNX Runtime <-> TensorRT, against the recipe's gate",
@@ -50,9 +54,14 @@ COMMANDS = {
         "what 4 bits cost: train, distil and measure (docs/experiment.md)",
     ),
     "experiment arithmetic": ("longtake.training.experiment.arithmetic", "what 8-bit and 4-bit arithmetic costs"),
+    "experiment vae-codes": ("longtake.training.experiment.vae_codes", "what 8-bit convolutions cost a VAE's frames"),
     "experiment engine-fidelity": ("longtake.training.experiment.engine_fidelity", "the same, of engines"),
     "sanitize": ("longtake.commands.sanitize", "every kernel once, against its reference (for compute-sanitizer)"),
 }
+# Commands that compute, and what torch, ONNX Runtime and a tiny model reserve of address space (measured: 1.19 GB with one
+# thread, 2.36 GB with eight); what models take beyond that is not known here.
+HEAVY = ("train", "distill", "export", "engines", "generate", "check", "profile", "bench", "convert")
+LIBRARIES_BYTES, THREAD_BYTES = 1_250_000_000, 170_000_000
 USAGE = """usage: longtake COMMAND [options]      (longtake COMMAND --help tells a command's options)
 
 Train, export, compile and stream long multi-shot video generation in 4 bits.
@@ -67,6 +76,7 @@ the usual way:
   longtake export --recipe tiny_nvfp4_sm120     PyTorch to ONNX
   longtake engines --recipe tiny_nvfp4_sm120    ONNX to TensorRT
   longtake generate docs/stories/demo.yaml      a story to an mp4
+  longtake serve                                a page on which one types and sees it
 """
 
 
@@ -79,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(words: list[str]) -> int:
     try:
         open_standard_streams()
-        _print_any_text()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks: printing must not fail
         configure_logging()
         with _interrupts_kept():
             return _run(words)
@@ -105,6 +116,9 @@ def _run(words: list[str]) -> int:
         print(overview())
         return 0 if words else 2
     name, rest = split(words)
+    if name in HEAVY and not {"-h", "--help"} & set(rest):
+        threads = settings_from_environment().threads
+        require_address_space(LIBRARIES_BYTES + (threads - 1) * THREAD_BYTES, f"longtake {name}")
     command = importlib.import_module(COMMANDS[name][0]).COMMAND
     return int(command.run(*parsed(name, rest)) or 0)
 
@@ -133,11 +147,12 @@ def parsed(name: str, words: list[str]) -> list[Any]:
     parser = parser_of(name, command)
     if not command.runs:
         return instances(name, command, parser.values(words), {})
-    from longtake.commands.run_files import add_config, values_of_config
+    from longtake.commands.run_files import add_config, told, values_of_config
 
     add_config(parser, command.runs)
     given = parser.values(words)
-    return instances(name, command, given, values_of_config(given, command))
+    options = instances(name, command, given, values_of_config(given, command))
+    return [replace(one, told=told(given, command)) if hasattr(one, "told") else one for one in options]
 
 
 @contextmanager
@@ -158,9 +173,3 @@ def _interrupts_kept() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-
-
-def _print_any_text() -> None:
-    """Show what the terminal's encoding lacks (in a path, in a prompt) as escapes: printing must not fail."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")

@@ -16,9 +16,11 @@ from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError, nearest
 from longtake.options import Command, Option, options_of
 from longtake.paths import REPOSITORY
+from longtake.training.resume import RUN_FILE
 
 RUNS = REPOSITORY / "training" / "run_files"  # a folder for each command
 DESCRIPTION = "description"
+PASSING = ("config", "resume", "out", "dry-run")  # said of one start of a run, not of the run
 SEE = "see training/run_files"
 
 
@@ -76,8 +78,26 @@ def add_config(parser: Parser, runs: Path) -> None:
     parser.renamed["--recipe"] = "--config"
 
 
+def run_of_folder(given: Mapping[str, Any]) -> Path | None:
+    """What the run that is resumed was told, in its folder, if that is there."""
+    path = Path(given["out"]) / RUN_FILE if given.get("resume") and "out" in given else None
+    return path if path is not None and path.is_file() else None
+
+
+def told(given: Mapping[str, Any], command: Command) -> dict[str, Any]:
+    """All that a run is told, by the keys of a run file: by the run that is resumed, by `--config`, and by the words given."""
+    config = [run_path(given["config"], command.runs)] if command.runs and "config" in given else []
+    kept = [path] if (path := run_of_folder(given)) else []
+    options = options_of(*command.options)
+    files = {str(key).replace("_", "-"): value for path in (*kept, *config) for key, value in _mapping(path).items()}
+    words = {options[key].names[-1].strip("-"): value for key, value in given.items() if key in options}
+    return {key: value for key, value in {**files, **words}.items() if key not in (*PASSING, DESCRIPTION)}
+
+
 def values_of_config(given: Mapping[str, Any], command: Command) -> dict[str, Any]:
-    """What the run file says that was given with `--config`; nothing without."""
-    if command.runs is None or "config" not in given:
-        return {}
-    return values_of_file(run_path(given["config"], command.runs), command)
+    """What the run file says that was given with `--config`, over what the run that is resumed was told."""
+    kept = run_of_folder(given)
+    values = values_of_file(kept, command) if kept else {}
+    if command.runs is not None and "config" in given:
+        values |= values_of_file(run_path(given["config"], command.runs), command)
+    return values

@@ -30,14 +30,15 @@ DESCRIPTION = """Train one stage and leave safetensors checkpoints (the averaged
                 --precision nvfp4 trains it with the 4-bit weights and activations it will run with
 
 Beside the checkpoints: loss.json and loss.png, TensorBoard scalars, and resume points. Ctrl-C saves a resume
-point; the same command with --resume goes on from there."""
+point; --resume --out FOLDER goes on from there."""
 
 EPILOG = """examples:
   longtake train --stage vae --data digits --steps 20000 --batch 8 --out runs/vae
   longtake train --stage dit --data digits --vae runs/vae --steps 30000 --batch 32 --out runs/dit
   longtake train --stage dit --init runs/dit --precision nvfp4 --lr 1e-4 --steps 3000 --batch 32 --out runs/dit4
+  longtake train --config tiny_own_vae --data my_clips          (my_clips/a.mp4 beside a.txt; docs/training.md)
   longtake train --stage dit --data my_clips --init runs/dit --steps 2000 --out runs/mine
-                                 (my_clips/video/<sample>/<n>.mp4, my_clips/caption/<sample>/<n>.json)
+  longtake train --resume --out runs/mine
   tensorboard --logdir runs
 """
 

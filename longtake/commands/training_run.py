@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,10 @@ from longtake.training.trainer import TrainConfig
 
 @dataclass(frozen=True)
 class WhereOptions:
-    """What"""
+    """What
+
+    told: what the run was told, by the keys of a run file.
+    """
 
     device: str = option("auto", resume=FREE)
     """auto, cpu, cuda or cuda:N"""
@@ -27,6 +30,7 @@ class WhereOptions:
     """print sizes, shapes, memory and cost, and stop"""
     name: str | None = option(None, metavar="NAME", resume=FREE)
     """what the model is called, for `--model NAME` (default: as the folder --out)"""
+    told: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what a model cannot be called, before the first step."""
@@ -34,12 +38,14 @@ class WhereOptions:
             checked_name(self.name)
 
 
-def train_config(how: RunOptions, preset: Preset, optimizer: OptimizerConfig, *more: Any) -> TrainConfig:
-    """The loop's settings; those of a run that is resumed are compared to those of `how` and `more`."""
-    command, settings = shlex.join(["longtake", *sys.argv[1:]]), settings_of(how, *more)
+def train_config(
+    how: RunOptions, preset: Preset, optimizer: OptimizerConfig, where: WhereOptions, *more: Any
+) -> TrainConfig:
+    """The loop's settings; those of a run that is resumed are compared to those of all that is given."""
+    command, settings = shlex.join(["longtake", *sys.argv[1:]]), settings_of(how, where, *more)
     return TrainConfig(
         **vars(how), preset=preset.name, preset_digests=preset.digests, optimizer=optimizer, command=command,
-        settings=settings,
+        settings=settings, told=where.told,
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from longtake.commands.meter import GenerateProgress
 from longtake.files import atomic_path
 from longtake.formats.memory import Budget
 from longtake.runtime.chunk import Chunk
@@ -59,7 +59,8 @@ class VideoOutput:
 
     def __init__(self, out: Path, fps: int, chunks: int) -> None:
         self.out, self.fps = out, fps
-        self.meter, self.sheet, self._progress = Meter(), ContactSheet(), GenerateProgress(chunks)
+        self.meter, self.sheet = Meter(), ContactSheet()
+        self._bar = tqdm(total=chunks, unit="chunk", desc="generating", file=sys.stderr, dynamic_ncols=True)
         self._writer: VideoWriter | None = None
         self.prompts: dict[str, None] = {}
 
@@ -72,11 +73,14 @@ class VideoOutput:
         self.meter.add(chunk)
         self.prompts[chunk.prompt] = None
         self.sheet.add(chunk.index, chunk.prompt, chunk.cut, frames)
-        self._progress.update(chunk, self.meter)
+        mark = "CUT " if chunk.cut else ""
+        prompt = textwrap.shorten(chunk.prompt, 50, placeholder="…")
+        self._bar.set_postfix_str(f"{self.meter.fps()['end_to_end'] or 0.0:.1f} frames/s, {mark}{prompt}")
+        self._bar.update()
 
     def close(self) -> None:
         """Put the video under its final name, however many frames it has; without any there is no file."""
-        self._progress.close()
+        self._bar.close()
         if self._writer is not None:
             self._writer.close()
 

@@ -101,15 +101,6 @@ class Budget:
             "apart": [{**asdict(term), "gb": gigabytes(term.bytes)} for term in self.apart],
         }
 
-    def against(self, measured: Mapping[str, int]) -> list[dict[str, Any]]:
-        """Term by term beside measured bytes by term name; "total" may be among them. off_by is measured / budget - 1."""
-        budgeted = {term.name: term.bytes for term in self.terms} | {"total": self.total()}
-        return [
-            {"term": name, "gb": gigabytes(budgeted[name]), "measured_gb": gigabytes(found),
-             "off_by": round(found / budgeted[name] - 1, 4) if budgeted[name] else None}
-            for name, found in measured.items() if name in budgeted
-        ]  # fmt: skip
-
 
 def gigabytes(size: int) -> float:
     """GB of 10^9 bytes, to the megabyte."""
@@ -148,8 +139,9 @@ def _refined(term: RecordedTerm, measured: Mapping[str, int]) -> RecordedTerm:
 
 def budget_table(budget: Budget) -> str:
     """The budget as a table for people."""
-    rows = [(term.name, term.bytes, term.known + ("" if budget.one_gpu else f", {term.place} GPU"))
-            for term in budget.terms]  # fmt: skip
+    rows = [
+        (term.name, term.bytes, term.known + ("" if budget.one_gpu else f", {term.place} GPU")) for term in budget.terms
+    ]
     lines = [f"memory on the GPU, {budget.recipe}:"]
     lines += [f"  {name:34} {size / 1e9:8.3f} GB  {known}" for name, size, known in rows]
     if budget.one_gpu:

@@ -21,6 +21,7 @@ ATTENTIONS = ("bf16", "fp8")
 LINEARS = ("engine", "library")
 MODES = ("fused", "segmented")
 VAE_OPS = ("engine", "library")
+VAE_CONVS = ("bf16", "fp8", "int8", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Gate:
     def __post_init__(self) -> None:
         for key, limit in vars(self).items():
             if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
-                raise LongtakeError(f"bad gate {key}", got=repr(limit), expected="a number from 0 to 1",
-                                    fix="see engines/recipes")  # fmt: skip
+                raise LongtakeError(
+                    f"bad gate {key}", got=repr(limit), expected="a number from 0 to 1", fix="see engines/recipes"
+                )
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Recipe:
     memory_gb: memory of the smallest card it is meant for, in GB of 10^9 bytes as sold; 0 for any card.
     vae_ops: what runs the steady VAE decoder, "engine" (TensorRT) or, in a segmented recipe, "library": cuDNN the
         convolutions, our kernels what lies between them and the caches, and the engine has attention and the head left.
+    vae_conv: what a library's VAE decoder computes its convolutions in: "bf16", or all but the first, the last and the 1x1x1
+        ones in 8-bit codes, "fp8", "int8" or for each whichever calibration found the finer, "calibrated".
     """
 
     name: str
@@ -65,6 +69,7 @@ class Recipe:
     linears: str = "engine"
     memory_gb: int = 0
     vae_ops: str = "engine"
+    vae_conv: str = "bf16"
     own_preset: WorldPreset | Preset | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +77,7 @@ class Recipe:
         for key, allowed in (
             ("precision", PRECISIONS), ("cache", CACHE_FORMATS), ("mode", MODES), ("preset", presets),
             ("attention", ATTENTIONS), ("linears", LINEARS), ("vae_ops", VAE_OPS),
+            ("vae_conv", VAE_CONVS),
         ):  # fmt: skip
             if getattr(self, key) not in allowed:
                 raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(getattr(self, key)),
@@ -86,6 +92,9 @@ class Recipe:
         if self.vae_ops == "library" and self.mode != "segmented":
             raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder", got=self.mode,
                                 expected="segmented", fix="set vae_ops: engine")  # fmt: skip
+        if self.vae_conv != "bf16" and self.vae_ops != "library":
+            raise LongtakeError(f"recipe {self.name}: an engine cannot run 8-bit convolutions", got=f"vae_conv: {self.vae_conv}",
+                                expected="vae_ops: library beside it", fix="set vae_conv: bf16")  # fmt: skip
         if self.memory_gb < 0:
             raise LongtakeError(f"recipe {self.name}: bad memory_gb", got=repr(self.memory_gb),
                                 expected="a whole number of at least 0", fix="set memory_gb: 0")  # fmt: skip
@@ -123,7 +132,10 @@ class Recipe:
     def onnx_name(self) -> str:
         """Export depends on preset, precision, cache and who runs what; targets share the ONNX files."""
         linears = "_library" if self.linears == "library" else ""
-        return f"{self.preset}_{self.precision}{linears}" + ("_vae_library" if self.vae_ops == "library" else "")
+        vae = "_vae_library" if self.vae_ops == "library" else ""
+        return f"{self.preset}_{self.precision}{linears}{vae}" + (
+            f"_conv_{self.vae_conv}" if self.vae_conv != "bf16" else ""
+        )
 
 
 def _differences(one: object, other: object) -> dict[str, object]:

@@ -242,7 +242,8 @@ ATTENTION_TABLE: tuple[AttentionRow, ...] = (
 
 @dataclass(frozen=True)
 class LinearRow:
-    """A library that runs the linear ops of `kind` ("bf16" or "fp8"), or the convolutions ("conv"), between segments."""
+    """A library that runs the linear ops of `kind` ("bf16" or "fp8"), or the convolutions ("conv", of 8-bit codes "conv8"), between
+    segments."""
 
     method: str
     kind: str
@@ -258,12 +259,20 @@ LINEAR_TABLE: tuple[LinearRow, ...] = (
     LinearRow("cublaslt", "bf16", DATA_CENTRE_TARGETS, "not run", _CUBLASLT),
     LinearRow("cudnn", "conv", DATA_CENTRE_TARGETS, "not run", "cuDNN's graphs, the fastest plan of several tried"),
     LinearRow("torch", "conv", DATA_CENTRE_TARGETS, "not run", "torch calls cuDNN, which benchmarks its algorithms"),
+    LinearRow("wgmma", "conv8", ("9.0",), "not run", "our kernel; a shift is another first row of the same memory"),
+    LinearRow("wgmma_rows", "conv8", ("9.0",), "not run", "our kernel; only shifts of whole rows are, the fallback"),
+    LinearRow("torch", "conv8", DATA_CENTRE_TARGETS, "not run", "codes widened to fp32, torch calls cuDNN: slow"),
 )
 
 
 def conv_methods(capability: str) -> list[str]:
     """The libraries to try for the VAE's convolutions on this GPU, in this order."""
     return [row.method for row in LINEAR_TABLE if row.kind == "conv" and capability in row.capabilities]
+
+
+def conv8_methods(capability: str) -> list[str]:
+    """What to try for the VAE's convolutions of 8-bit codes on this GPU, in this order."""
+    return [row.method for row in LINEAR_TABLE if row.kind == "conv8" and capability in row.capabilities]
 
 
 def linear_method(capability: str, kind: str) -> str | None:

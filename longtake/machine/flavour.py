@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -165,19 +166,36 @@ def _version(package: str) -> str:
 def _preload_rtx_parser() -> None:
     """Make TensorRT-RTX 1.7's ONNX parser find its library under the name it asks for, `libtensorrt_rtx.so`.
 
-    The wheel has only `.so.1`; without the other name the process aborts when a plugin node is parsed. The links
-    live as long as the process, because the parser looks for the name only then; site-packages stays untouched.
+    The wheel has only `.so.1`; without the other name the process aborts when a plugin node is parsed. The links lie
+    in the cache, one folder for each place of the libraries: a process that is killed leaves nothing; site-packages stays
+    untouched.
     """
     libraries = _package_folder("tensorrt_rtx_libs")
     if libraries is None or (libraries / "libtensorrt_rtx.so").exists():
         return
-    folder = Path(tempfile.mkdtemp(prefix="longtake-trt-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name in (*RTX_LIBRARIES, "libtensorrt_rtx.so"):
-        target = libraries / (name if name.endswith(".1") else f"{name}.1")
-        (folder / name).symlink_to(target)
+    links = {
+        name: libraries / (name if name.endswith(".1") else f"{name}.1")
+        for name in (*RTX_LIBRARIES, "libtensorrt_rtx.so")
+    }
+    place = settings_from_environment().cache_dir / "trt" / hashlib.sha256(str(libraries).encode()).hexdigest()[:16]
+    folder = _linked(place, links) or _linked(Path(tempfile.mkdtemp(prefix="longtake-trt-")), links, for_now=True)
+    assert folder is not None
     for name in ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so.1"):
         ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+
+
+def _linked(folder: Path, links: Mapping[str, Path], for_now: bool = False) -> Path | None:
+    """`folder`, with these links in it; None if they cannot be. for_now: until this process ends."""
+    if for_now:
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, target in links.items():
+            with suppress(FileExistsError):  # of an earlier process, or of one that does the same now
+                (folder / name).symlink_to(target)
+        return folder if all((folder / name).readlink() == target for name, target in links.items()) else None
+    except OSError:
+        return None
 
 
 def load(choice: Choice) -> Flavour:

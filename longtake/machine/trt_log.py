@@ -23,6 +23,11 @@ def forget_scratch() -> None:
     _scratch.clear()
 
 
+def note_scratch(size: int | None) -> None:
+    """What the builder said of a plan that another process built."""
+    _scratch[:] = [] if size is None else [size]
+
+
 class Messages:
     """`logger` goes into TensorRT's builder, parser or runtime. TensorRT's warnings are chatty: they become INFO."""
 

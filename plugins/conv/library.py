@@ -20,7 +20,7 @@ from longtake.plugins.conv.plans import choice_key, remember, remembered, timed_
 from longtake.plugins.conv.reference import library_weight
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.kernels import Dims
-from longtake.plugins.launch import LibraryLauncher, OpLauncher
+from longtake.plugins.launch import LibraryLauncher
 from longtake.plugins.linear.library import CublasLtLinear
 from longtake.plugins.linear.op import LINEAR_BF16
 from longtake.plugins.shapes import shape_of
@@ -112,9 +112,10 @@ def views(sizes: Geometry, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
     return view("x", sizes.x), view("weight", sizes.weight), view("out", sizes.out)
 
 
-def _product(op: Op, dims: Dims) -> OpLauncher:
-    """A 1x1x1 convolution is a product over all positions."""
-    return CublasLtLinear(LINEAR_BF16, {"T": dims["T"] * dims["Y"] * dims["X"], "N": dims["N"], "K": dims["C"]})
-
-
-LAUNCHERS: dict[str, Any] = {"cudnn": CudnnLibraryConv, "torch": TorchConv, "cublaslt": _product}
+LAUNCHERS: dict[str, Any] = {
+    "cudnn": CudnnLibraryConv,
+    "torch": TorchConv,
+    "cublaslt": lambda op, dims: CublasLtLinear(  # a 1x1x1 convolution is a product over all positions
+        LINEAR_BF16, {"T": dims["T"] * dims["Y"] * dims["X"], "N": dims["N"], "K": dims["C"]}
+    ),
+}

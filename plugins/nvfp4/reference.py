@@ -187,9 +187,8 @@ def _error(difference: Tensor, rule: str, block_2d: bool) -> Tensor:
     """The rule's error of each block [..., K/16], replicated over a tile's rows; the additions' order is fixed."""
     if rule == "abs_max":
         return _over_tile(difference.abs().amax(dim=-1), block_2d, torch.amax)
-    return _over_tile(
-        _halving_sum(difference * difference if rule == "mse" else difference.abs()), block_2d, _column_sum
-    )
+    errors = _halving_sum(difference * difference if rule == "mse" else difference.abs())
+    return _over_tile(errors, block_2d, lambda x, dim: _halving_sum(x.transpose(dim, -1)))
 
 
 def _halving_sum(x: Tensor) -> Tensor:
@@ -197,10 +196,6 @@ def _halving_sum(x: Tensor) -> Tensor:
     for half in (8, 4, 2, 1):
         x = x[..., :half] + x[..., half:]
     return x.squeeze(-1)
-
-
-def _column_sum(x: Tensor, dim: int) -> Tensor:
-    return _halving_sum(x.transpose(dim, -1))
 
 
 def _over_tile(per_row: Tensor, block_2d: bool, reduce: Callable[..., Tensor]) -> Tensor:

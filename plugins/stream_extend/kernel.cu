@@ -4,7 +4,30 @@
 // that several loads are under way. Who writes a place of the cache has read it before: no other thread touches it. x may
 // lie where y's frames begin that it becomes: each thread holds what it reads of x in registers before it writes anything,
 // and no other thread reads the same.
+// CODES: cache and y are 8-bit codes of the numbers times factor[0]; x is not, so it may lie nowhere in y.
 #include "memory.cuh"
+
+#ifndef CODES
+#define CODES 0
+#endif
+#if CODES
+#include "codes.cuh"
+typedef unsigned char stored_t;
+typedef uint2 Eight;  // eight elements as they are stored
+__device__ __forceinline__ Eight fetch8(const stored_t* p) { return *reinterpret_cast<const uint2*>(p); }
+__device__ __forceinline__ void put8(stored_t* p, const Eight& x) { *reinterpret_cast<uint2*>(p) = x; }
+#else
+typedef compute_t stored_t;
+struct Eight {
+  float x[8];
+};
+__device__ __forceinline__ Eight fetch8(const stored_t* p) {
+  Eight e;
+  load8(p, e.x);
+  return e;
+}
+__device__ __forceinline__ void put8(stored_t* p, const Eight& e) { store8(p, e.x); }
+#endif
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
@@ -13,7 +36,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_extend(
 #if NORM
     const compute_t* __restrict__ gamma,
 #endif
-    compute_t* cache, compute_t* y, int frames, int positions) {
+#if CODES
+    const float* __restrict__ factor,
+#endif
+    stored_t* cache, stored_t* y, int frames, int positions) {
   constexpr int GROUPS = THREADS / LANES;
   const int lane = (int)threadIdx.x % LANES, group = (int)threadIdx.x / LANES, frame = blockIdx.y;
   const size_t pane = (size_t)positions * CHANNELS;
@@ -66,24 +92,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) stream_extend(
 #pragma unroll
       for (int i = 0; i < 8; ++i) out[i] = silu(out[i] * scale[r] * weight[i]);
 #endif
+#if CODES
+      const Eight made = codes8(out, factor[0]);
+#else
+      Eight made;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) made.x[i] = out[i];
+#endif
       const size_t place = (size_t)position * CHANNELS + channel;
-      store8(y + (PAST + frame) * pane + place, out);
+      put8(y + (PAST + frame) * pane + place, made);
       const int kept = frame - (frames - PAST);  // the frame of the cache that this one becomes
       if (kept < 0) continue;
       if (frames >= PAST) {
-        float old[8];
-        load8(cache + kept * pane + place, old);
-        store8(y + kept * pane + place, old);
+        put8(y + kept * pane + place, fetch8(cache + kept * pane + place));
       } else {  // one frame only, so this thread moves the older ones up too
-        float old[8];
 #pragma unroll
         for (int f = 0; f < PAST; ++f) {
-          load8(cache + f * pane + place, old);
-          store8(y + f * pane + place, old);
-          if (f > 0) store8(cache + (f - 1) * pane + place, old);
+          const Eight old = fetch8(cache + f * pane + place);
+          put8(y + f * pane + place, old);
+          if (f > 0) put8(cache + (f - 1) * pane + place, old);
         }
       }
-      store8(cache + kept * pane + place, out);
+      put8(cache + kept * pane + place, made);
     }
   }
 }

@@ -1,15 +1,33 @@
 // Eight channels a thread, 16-byte loads and stores; gridDim.y: frames of x. `positions` are those of a frame of x, and
 // `width` is its row; each becomes 2 x 2 positions.
+// CODES: y is 8-bit codes of the numbers times factor[0]. SIDE 1: every position stays one.
 #include "memory.cuh"
 
+#ifndef CODES
+#define CODES 0
+#endif
+#ifndef SIDE
+#define SIDE 2
+#endif
+#if CODES
+#include "codes.cuh"
+typedef unsigned char stored_t;
+#else
+typedef compute_t stored_t;
+#endif
+
 __device__ __forceinline__ size_t place_of(int frame, int row, int column, int positions, int width, int channels) {
-  return (((size_t)frame * 4 * positions + (size_t)row * 2 * width) + column) * channels;
+  return (((size_t)frame * SIDE * SIDE * positions + (size_t)row * SIDE * width) + column) * channels;
 }
 
 #if UPSAMPLE
 // x [T,Y,X,CHANNELS * TIME] to y [T * TIME,2Y,2X,CHANNELS]: frame by frame a part of the channels, every position 4 times.
 extern "C" __global__ void __launch_bounds__(THREADS) upsample(
-    const compute_t* __restrict__ x, compute_t* __restrict__ y, int positions, int width) {
+    const compute_t* __restrict__ x,
+#if CODES
+    const float* __restrict__ factor,
+#endif
+    stored_t* __restrict__ y, int positions, int width) {
   constexpr int UNITS = CHANNELS / 8;
   const int index = blockIdx.x * THREADS + threadIdx.x;
   if (index >= positions * UNITS * TIME) return;
@@ -17,10 +35,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) upsample(
   const int part = unit / UNITS, channel = unit % UNITS * 8;
   float held[8];
   load8(x + ((size_t)blockIdx.y * positions + position) * (CHANNELS * TIME) + unit * 8, held);
+#if CODES
+  const uint2 made = codes8(held, factor[0]);
+#endif
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int row = 2 * (position / width) + k / 2, column = 2 * (position % width) + k % 2;
-    store8(y + place_of(blockIdx.y * TIME + part, row, column, positions, width, CHANNELS) + channel, held);
+  for (int k = 0; k < SIDE * SIDE; ++k) {
+    const int row = SIDE * (position / width) + k / SIDE, column = SIDE * (position % width) + k % SIDE;
+    stored_t* const to = y + place_of(blockIdx.y * TIME + part, row, column, positions, width, CHANNELS) + channel;
+#if CODES
+    *reinterpret_cast<uint2*>(to) = made;
+#else
+    store8(to, held);
+#endif
   }
 }
 #else

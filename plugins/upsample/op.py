@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from longtake.errors import LongtakeError
+from longtake.plugins.codes import CODES, LARGEST
 from longtake.plugins.kernels import Call, Dims, Kernel, Macros, blocks_of
 from longtake.plugins.spec import Op, OpSpec, TensorSpec
-from longtake.plugins.upsample.reference import duplicate_up, duplicate_up_time, upsample_space, upsample_time
+from longtake.plugins.upsample.reference import (
+    coded_upsample,
+    duplicate_up,
+    duplicate_up_time,
+    encode_frames,
+    upsample_space,
+    upsample_time,
+)
 
 THREADS, UNIT = 256, 8
 SOURCE = Path(__file__).with_name("kernel.cu")
@@ -23,6 +35,7 @@ DUPLICATE_SIZES: tuple[dict[str, int], ...] = (
     {"T": 3, "Y": 1, "X": 1, "C": 32, "N": 8},
 )
 FRAMES = TensorSpec("x", "compute", ("T", "Y", "X", "C"))
+FACTOR = TensorSpec("factor", "fp32", ("1",))
 
 
 def _call(function: str, channels: int, tensors: tuple[str, ...], dims: Dims) -> tuple[Call, ...]:
@@ -31,27 +44,55 @@ def _call(function: str, channels: int, tensors: tuple[str, ...], dims: Dims) ->
     return (Call(function, grid, THREADS, (*tensors, positions, dims["X"])),)
 
 
-def _upsample_macros(time: int, dims: Dims) -> Macros:
-    return {"UPSAMPLE": 1, "CHANNELS": dims["C"] // time, "TIME": time, "THREADS": THREADS}
+def _upsample_macros(time: int, codes: str, side: int, dims: Dims) -> Macros:
+    coded: Macros = {"CODES": 1 + CODES.index(codes), "SIDE": side} if codes else {}
+    return {"UPSAMPLE": 1, "CHANNELS": dims["C"] // time, "TIME": time, "THREADS": THREADS, **coded}
 
 
-def _upsample(time: int) -> Op:
-    """Repeat each position twice in both directions. `time` 2: the two halves of the channels are two frames."""
+def _upsample_kernel(time: int, codes: str = "", side: int = 2) -> Kernel:
+    tensors = ("x", *(("factor",) if codes else ()), "out")
+    return Kernel(
+        SOURCE, partial(_upsample_macros, time, codes, side), lambda dims: _call("upsample", dims["C"], tensors, dims)
+    )
+
+
+def _upsample(time: int, codes: str = "") -> Op:
+    """Repeat each position twice in both directions. `time` 2: the two halves of the channels are two frames. `codes`: what
+    comes out are codes of the numbers times `factor`."""
     shape = ("T", "2*Y", "2*X", "C") if time == 1 else ("2*T", "2*Y", "2*X", "C/2")
-    spec = OpSpec("upsample_space" if time == 1 else "upsample_time", (FRAMES,), (TensorSpec("out", "compute", shape),))
+    end = f"_{codes}" if codes else ""
+    name = ("upsample_space" if time == 1 else "upsample_time") + end
+    inputs, out = (FRAMES, *((FACTOR,) if codes else ())), TensorSpec("out", "int8" if codes else "compute", shape)
+    plain = upsample_space if time == 1 else upsample_time
     return Op(
-        spec,
-        upsample_space if time == 1 else upsample_time,
-        ways=(
-            Kernel(
-                SOURCE, partial(_upsample_macros, time), lambda dims: _call("upsample", dims["C"], ("x", "out"), dims)
-            ),
-        ),
+        OpSpec(name, inputs, (out,)),
+        partial(coded_upsample, time=time, codes=codes) if codes else plain,
+        ways=(_upsample_kernel(time, codes),),
         sizes=UP_SIZES,
-        first_frame="upsample_space",
+        inputs=partial(_beyond_range, codes) if codes else None,
+        first_frame="upsample_space" + end,
         repeats=time,
         splits_by_frame=True,
+        codes=codes,
     )
+
+
+def _encode(codes: str) -> Op:
+    """Frames as codes, every position once: how a stream's first step hands its histories to the later ones."""
+    inputs, out = (FRAMES, FACTOR), TensorSpec("out", "int8", ("T", "Y", "X", "C"))
+    return Op(
+        OpSpec(f"encode_{codes}", inputs, (out,)),
+        partial(encode_frames, codes=codes),
+        ways=(_upsample_kernel(1, codes, side=1),),
+        sizes=UP_SIZES,
+        inputs=partial(_beyond_range, codes),
+    )
+
+
+def _beyond_range(
+    codes: str, spec: OpSpec, dims: Dims, compute: torch.dtype, generator: torch.Generator
+) -> Mapping[str, Tensor]:
+    return {"factor": torch.tensor([LARGEST[codes] / 3])}
 
 
 def _duplicate_macros(time: int, dims: Dims) -> Macros:
@@ -83,4 +124,11 @@ def _duplicate(time: int) -> Op:
     )
 
 
-OPS = (_upsample(1), _upsample(2), _duplicate(1), _duplicate(2))
+OPS = (
+    _upsample(1),
+    _upsample(2),
+    _duplicate(1),
+    _duplicate(2),
+    *(_upsample(time, codes) for codes in CODES for time in (1, 2)),
+    *map(_encode, CODES),
+)

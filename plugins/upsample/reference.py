@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longtake.plugins.codes import encode
+
 
 def upsample_space(x: Tensor) -> Tensor:
     """x [T,Y,X,C] to [T,2Y,2X,C]: every position four times."""
@@ -21,6 +23,16 @@ def upsample_time(x: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     frames = torch.stack((x[..., :half], x[..., half : 2 * half]), 1)
     return upsample_space(frames.flatten(0, 1))
+
+
+def encode_frames(x: Tensor, factor: Tensor, *, codes: str) -> Tensor:
+    """x [T,Y,X,C] to int8 codes of x times factor fp32 [1], of the same shape."""
+    return encode(x.to(torch.float32) * factor, codes)
+
+
+def coded_upsample(x: Tensor, factor: Tensor, *, time: int, codes: str) -> Tensor:
+    """`upsample_space` or, `time` 2, `upsample_time` of such codes: int8."""
+    return (upsample_space if time == 1 else upsample_time)(encode_frames(x, factor, codes=codes))
 
 
 def _duplicate_up(x: Tensor, y: Tensor, time: int) -> Tensor:

@@ -18,7 +18,7 @@ from longtake.dtypes import BY_ONNX, DType
 from longtake.formats.onnx_file import constants_of, read_onnx, tensor_value
 from longtake.training.models.random_weights import random_weight
 
-PACKED = (".values", ".scales", ".scale")
+PACKED = (".values", ".scales", ".scale", ".codes")
 CHUNK = 1 << 22  # elements quantized at a time: the codec's fp32 and int32 intermediates take some 40 bytes each
 
 
@@ -73,7 +73,10 @@ def base_name(name: str) -> str | None:
 def packed_parts(
     base: str, tensors: dict[str, tuple[DType, tuple[int, ...]]], device: torch.device
 ) -> dict[str, Tensor]:
-    """The stored parts of one quantized weight, by initializer name; two a byte means NVFP4, one means FP8."""
+    """The stored parts of one quantized weight, by initializer name; two a byte means NVFP4, one means FP8; codes are those
+    of a convolution."""
+    if f"{base}.codes" in tensors:
+        return conv_parts(base, random_weight(base, tensors[f"{base}.codes"][1], device))
     rows, stored = tensors[f"{base}.values"][1]
     if f"{base}.scales" not in tensors:
         return fp8_parts(base, random_weight(base, (rows, stored), device))
@@ -104,3 +107,14 @@ def fp8_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
     scales = torch.cat([scale for _, scale in pieces]) / float(multiplier(torch.tensor(PLACEHOLDER_AMAX)))
     codes = torch.cat([code.view(torch.uint8) for code, _ in pieces])
     return {f"{base}.values": codes.view(torch.float8_e4m3fn), f"{base}.scale": scales}
+
+
+def conv_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
+    """A convolution's `weight` [N, C, t, y, x] as int8 codes and fp32 scale [N], for a graph without a calibration. Which codes
+    they are, the graph's op says; a benchmark runs on E4M3 where nothing was calibrated."""
+    from longtake.plugins.codes import coded_weight, factor_of
+    from longtake.training.models.conv_calibration import UNKNOWN_PEAK
+
+    pieces = [coded_weight(piece, "fp8") for piece in weight.split(max(1, CHUNK // weight[0].numel()))]
+    worth = torch.cat([scale for _, scale in pieces]) / factor_of(UNKNOWN_PEAK, "fp8")
+    return {f"{base}.codes": torch.cat([code for code, _ in pieces]), f"{base}.scale": worth}

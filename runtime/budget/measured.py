@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def measured_terms(backend: Backend, states: Iterable[State] = ()) -> dict[str, int]:
     """Bytes by the name of a budget's term, of a backend on TensorRT plans that has generated a chunk.
 
-    "total" is the peak as the driver counts it. `states` are the sessions' K/V caches. For `Budget.against`.
+    "total" is the peak as the driver counts it. `states` are the sessions' K/V caches.
     """
     weights = {name: network.weight_tensors for name, network in backend.networks.items() if network.weight_tensors}
     found = {f"weights, {name}": _nbytes(weights[name]) for name in weights if name in PLAIN}

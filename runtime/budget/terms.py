@@ -40,11 +40,13 @@ def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterabl
     names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
     cached, prompt, kept = "K/V cache", "prompts' K/V and embeddings", total_bytes(context.outputs)
     embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind != "words" else 0
-    cache = total_bytes(state_bindings(dit))
+    caches = state_bindings(dit)
+    cache = total_bytes(caches)
+    static = [*(binding for binding in dit.inputs if binding not in caches), dit.outputs[0]]  # and the velocity
     return [
         *(weights_term(recipe, preset, name, engines) for name in names),
         RecordedTerm(cached, cache, "exact"),
-        RecordedTerm("static buffers", total_bytes(static_bindings(dit), preset.window_chunks), "exact"),
+        RecordedTerm("static buffers", total_bytes(static, preset.window_chunks), "exact"),
         RecordedTerm(prompt, kept + embeddings, "exact"),
         RecordedTerm("solver", SOLVER_LATENTS * total_bytes(dit.outputs[:1]), "exact"),
         _working_term("denoise", recipe, preset, engines),
@@ -89,11 +91,6 @@ def total_bytes(bindings: Iterable[Binding], most: int = 0) -> int:
     return sum(DTYPES[b.dtype].bytes(prod(shape)) for shape, b in zip(sizes, list(bindings), strict=True))
 
 
-def static_bindings(dit: NetworkSpec) -> list[Binding]:
-    """What a backend keeps in place for the DiT: its inputs but for the caches, and its velocity."""
-    return [*(binding for binding in dit.inputs if binding not in state_bindings(dit)), dit.outputs[0]]
-
-
 def state_bindings(spec: NetworkSpec) -> list[Binding]:
     """What a backend keeps of a network from call to call."""
     return [binding for binding in spec.inputs if binding.name in spec.kept.values()]
@@ -130,7 +127,8 @@ def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None) -> Rec
 def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
     """Bytes of a network's weights as `recipe` stores them: its linears in its precision, the rest in bf16."""
     linears = _linear_parameters(preset, name) if name in ("dit", "context") else 0
-    return int(linears * stored_bytes(recipe.precision) + (_parameters(preset, name) - linears) * 2)
+    coded = _coded_parameters(preset) if name == DECODER[1] and recipe.vae_conv != "bf16" else 0
+    return int(linears * stored_bytes(recipe.precision) + coded + (_parameters(preset, name) - linears - coded) * 2)
 
 
 def graph_of(engines: Path | None, name: str) -> SegmentedGraph | None:
@@ -166,6 +164,13 @@ def _parameters(preset: Preset, name: str) -> int:
         part = "encoder." if name.startswith("vae_encoder") else "decoder."
         return sum(p.numel() for n, p in models["vae"].named_parameters() if n.startswith(part))
     return sum(p.numel() for n, p in models["dit"].named_parameters() if _of_context(n) == (name == "context"))
+
+
+def _coded_parameters(preset: Preset) -> int:
+    """Weights of the VAE decoder's convolutions that are kept as 8-bit codes."""
+    from longtake.training.models.wan.vae_codes import codable
+
+    return sum(layer.weight.numel() for layer in codable(_models(preset)["vae"]).values())  # type: ignore[arg-type]
 
 
 def _linear_parameters(preset: Preset, name: str) -> int:
@@ -266,19 +271,19 @@ def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
     level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive. Where a library
     runs all but a few layers the steps are known; what is not is the scratch of those few."""
     if recipe.vae_ops == "library":
-        return _library_estimate(preset)
+        return _library_estimate(preset, recipe.vae_conv)
     frames, width = preset.vae.stride[0], preset.vae.decoder_dim * preset.vae.dim_mult[1]
     largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
     return int(DECODER_TENSORS_ALIVE * largest)
 
 
 @lru_cache
-def _library_estimate(preset: Preset) -> int:
+def _library_estimate(preset: Preset, vae_conv: str) -> int:
     from longtake.runtime.backends.segments.planner import planned_steps
     from longtake.runtime.backends.segments.vae_first import first_steps
     from longtake.runtime.budget.recorded_steps import library_decoder_steps
 
-    graph = library_decoder_steps(preset)
+    graph = library_decoder_steps(preset, vae_conv)
     scratch = {segment.name: 0 for segment in graph.segments}
     first = first_steps(graph)
     return max(plan.layout(scratch)[2] for plan in (planned_steps(graph, scratch), *([first.plan] if first else [])))

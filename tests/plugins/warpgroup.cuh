@@ -5,7 +5,7 @@
 #include "minifloat.cuh"
 
 typedef unsigned long long barrier_t;
-typedef unsigned long long tile_t;  // the address; bit 63: rows of 128 bytes instead of 64
+typedef unsigned long long tile_t;  // the address; bit 63: rows of 128 bytes instead of 64; from bit 48: see products8.cuh
 
 static int same_in_warp(int x) { return x; }
 
@@ -84,12 +84,15 @@ template <int ROW_BYTES> static tile_t tile_at(const void* first) {
   return (tile_t)(uintptr_t)first | (tile_t)(ROW_BYTES == 128) << 63;
 }
 static tile_t tile_along(tile_t tile, int bytes) { return tile + bytes; }
-static double element(tile_t tile, int row, int column) {
+static unsigned char byte_of(tile_t tile, int row, int column) {
   const bool wide = tile >> 63;
-  uintptr_t address = (uintptr_t)(tile << 1 >> 1) + row * (wide ? 128 : 64) + column;
+  const int width = wide ? 128 : 64, groups = (int)(tile >> 48 & 0xff);  // 128 bytes from one group of eight rows to the next
+  uintptr_t address = (uintptr_t)(tile & 0xffffffffffffull) + column;
+  address += groups ? row / 8 * groups * 128 + row % 8 * width : row * width;
   address ^= (address >> 7 & (wide ? 7 : 3)) << 4;
-  return float_from_e4m3(*reinterpret_cast<const unsigned char*>(address));
+  return *reinterpret_cast<const unsigned char*>(address);
 }
+static double element(tile_t tile, int row, int column) { return float_from_e4m3(byte_of(tile, row, column)); }
 
 static float exp2_fast(float x) { return std::exp2(x); }
 
@@ -99,6 +102,7 @@ struct Product {
   bool add;
   tile_t a, b;
   const unsigned int* registers;  // a, if not null
+  int* whole;                     // d, if not null: products of whole numbers
 };
 static std::vector<std::vector<Product>> products(1024);
 static std::vector<int> committed(1024);
@@ -113,6 +117,13 @@ static void run_product(size_t index) {
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < product.columns / 2; ++i) {
     const int row = threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+    if (product.whole) {
+      int& sum = product.whole[i];
+      if (!product.add) sum = 0;
+      for (int k = 0; k < 32; ++k)
+        sum += (int)(signed char)byte_of(product.a, row, k) * (signed char)byte_of(product.b, column, k);
+      continue;
+    }
     double sum = product.add ? product.d[i] : 0.0;
     for (int k = 0; k < 32; ++k)
       sum += (product.registers ? element_in_registers(index, row, k) : element(product.a, row, k)) *
@@ -141,8 +152,8 @@ static void products_commit() {
 template <int PENDING> static void products_wait() { run_products(committed[threadIdx.x] - PENDING); }
 template <int COUNT> static void hold(float (&)[COUNT]) {}
 
-static void begin(float* d, int columns, bool add, tile_t a, tile_t b, const unsigned int* registers) {
-  products[threadIdx.x].push_back({d, columns, committed[threadIdx.x], add, a, b, registers});
+static void begin(float* d, int columns, bool add, tile_t a, tile_t b, const unsigned int* registers, int* whole = nullptr) {
+  products[threadIdx.x].push_back({d, columns, committed[threadIdx.x], add, a, b, registers, whole});
 }
 template <bool ADD> static void product(float (&d)[64], tile_t a, tile_t b) { begin(d, 128, ADD, a, b, nullptr); }
 template <bool ADD, int COUNT> static void product(float (&d)[COUNT], const unsigned int* a, tile_t b) {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import longtake
 from longtake.commands.main import COMMANDS, parsed, split
 from longtake.options import options_of
 from longtake.runtime.generator import Generator
@@ -87,7 +88,7 @@ def test_the_python_runs(
     toy: Any, make_generator: Callable[..., Generator], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (code,) = blocks("python")
-    monkeypatch.setattr(Generator, "from_engines", classmethod(lambda cls, engines: make_generator(toy)))
+    monkeypatch.setattr(longtake.Generator, "from_pretrained", classmethod(lambda cls, name: make_generator(toy)))
     monkeypatch.chdir(ROOT)
     scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)  # noqa: S102

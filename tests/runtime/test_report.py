@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from longtake import provenance
-from longtake.commands.meter import Meter
+from longtake.runtime.meter import Meter
 from longtake.runtime.report import Report, conditions_of_run, table, write_report
 
 REQUIRED = {

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from longtake.errors import LongtakeError
+from longtake.training.data.latent_cache import tokens_of
 from longtake.training.models.checkpoint import load_checkpoint, save_checkpoint
-from longtake.training.models.presets import Preset
+from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.grammar import caption_words
 from longtake.training.models.text.runner import text_runner_for
@@ -88,6 +89,20 @@ def test_mostly_unknown_words_are_refused() -> None:
         Tokenizer(default_vocabulary())(["a dog sleeps in a box"], 32)
     assert "4 of 6 unknown" in str(error.value)
     assert "--init" in str(error.value)
+
+
+def test_held_out_captions_may_have_words_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    text = text_encoder_for(TINY)
+
+    class Data:
+        split = "eval"
+
+    with caplog.at_level(logging.WARNING):
+        assert (tokens_of(text, ["a zebra yawns"], Data()) == 1).sum() == 2  # type: ignore[arg-type]
+    assert "2 of 3 words (67 %)" in caplog.text
+    Data.split = "train"
+    with pytest.raises(LongtakeError, match="does not know most"):
+        tokens_of(text, ["a zebra yawns"], Data())  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ from longtake.training.data.clips import SHORT, ClipReader, clips_from_folder
 from longtake.training.data.folder import Folder
 from longtake.training.data.named import dataset_from_name
 from longtake.training.models.presets import TINY
+from longtake.training.stages.dit import DiTStage
+from longtake.training.stages.options import StageOptions
+from longtake.training.stages.vae import VAEStage
 from longtake.video import write_video
 
 MINI = replace(TINY, height=32, width=32)
@@ -212,3 +215,54 @@ def test_fit_reaches_the_frames(tmp_path: Path, caplog: pytest.LogCaptureFixture
         white[fit] = float((video > 0.5).float().mean())
         assert f"96x32 to 32x32 ({fit})" in caplog.text
     assert white["crop"] < 0.02 and abs(white["pad"] - 1 / 9) < 0.04 and abs(white["stretch"] - 1 / 3) < 0.04
+
+
+def clips_of(root: Path, *told: tuple[int, str]) -> Path:
+    """Films of so many frames with these captions."""
+    for number, (frames, caption) in enumerate(told):
+        write_video(root / f"{number}.mp4", np.full((frames, 32, 32, 3), 90, np.uint8), 24)
+        if caption:
+            (root / f"{number}.txt").write_text(caption)
+    return root
+
+
+def said(root: Path, **options: Any) -> str:
+    """What training says of its data before the first step."""
+    preset = replace(MINI, name="mini")
+    return DiTStage(StageOptions(preset=preset, data=str(root), **options)).line
+
+
+def test_what_is_too_short_is_said_before_the_first_step(tmp_path: Path) -> None:
+    root = clips_of(tmp_path, (40, "a dog"), (20, "a cat"), (70, "a car"))
+    assert "1 of 3 for train are shorter than 1.2 s and are never used: 1.mp4 (0.8 s)" in said(root, chunks=(1,))
+    assert "2 of 3 for train are shorter than 2.5 s and are never used: 0.mp4 (1.7 s), 1.mp4" in said(
+        root, chunks=(1, 2)
+    )
+    with pytest.raises(LongtakeError, match="no sample in .* is long enough") as caught:
+        said(root, chunks=(3,))
+    assert "--chunks" in str(caught.value)
+    assert "1 of 3 for train are shorter than 1.2 s" in VAEStage(StageOptions(preset=MINI, data=str(root))).line
+
+
+def test_one_clip_and_captions_that_are_alike_are_said(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "alike").mkdir()
+    one = said(clips_of(tmp_path / "one", (40, "a dog")), chunks=(1,))
+    assert "1 clip, 2 s" in one and "makes that clip of every prompt" in one
+    alike = said(clips_of(tmp_path / "alike", (40, "a dog"), (40, "a dog")), chunks=(1,))
+    assert "all 2 captions are the same, so prompts will make no difference: 'a dog'" in alike
+
+
+def test_missing_captions_are_named_and_too_many_are_refused(tmp_path: Path) -> None:
+    root = clips_of(tmp_path, (40, "a dog"), (40, "a cat"), (40, ""), (40, ""), (40, ""))
+    assert "3 ignored: " in (line := said(root, chunks=(1,), max_bad_share=0.7)) and "2.txt does not exist" in line
+    with pytest.raises(LongtakeError, match="too many clips") as caught:
+        said(root, chunks=(1,))
+    assert "3 of 5" in str(caught.value) and "--max-bad-share" in str(caught.value)
+
+
+def test_mixed_sizes_are_said_with_what_becomes_of_them(tmp_path: Path) -> None:
+    for number, size in enumerate(((32, 32), (48, 32), (32, 64), (16, 96), (64, 64))):
+        write_video(tmp_path / f"{number}.mp4", np.full((40, *size, 3), 90, np.uint8), 24)
+        (tmp_path / f"{number}.txt").write_text(f"clip {number}")
+    assert "32x32, 32x48, 64x32 and 2 more to 32x32 (pad), 1 held out" in said(tmp_path, chunks=(1,), fit="pad")

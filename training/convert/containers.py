@@ -43,7 +43,7 @@ def choose(container: Mapping[str, Any], use_ema: bool = False) -> Chosen:
             f"the file is of the legacy format {LEGACY}, which cannot be read without Transformer Engine",
             expected="merged bf16 weights or packed four-over-six weights",
             fix="use model_te.pt (merged bf16) or model_4o6.pt (packed) of a later release",
-        )  # fmt: skip
+        )
     if use_ema and "generator_ema" not in container:
         raise LongtakeError("the file has no EMA weights", got=f"keys {some(container)}", expected='"generator_ema"',
                             fix="leave out --use-ema")  # fmt: skip

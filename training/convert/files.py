@@ -40,8 +40,9 @@ def read_container(path: Path, kind: str = "dit") -> dict[str, Any]:
     if path.is_dir():
         return _read_folder(path, kind)
     if not path.is_file():
-        raise LongtakeError(f"{path} does not exist", expected="a .safetensors, .pt or .pth file, or a folder",
-                            fix="check the path")  # fmt: skip
+        raise LongtakeError(
+            f"{path} does not exist", expected="a .safetensors, .pt or .pth file, or a folder", fix="check the path"
+        )
     if path.stat().st_size == 0:
         raise IntegrityError(f"{path} is empty", got="0 bytes", fix=AGAIN)
     if path.suffix.lower() == ".safetensors":
@@ -69,9 +70,10 @@ def _read_torch(path: Path) -> dict[str, Any]:
         objects = re.findall(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         raise IntegrityError(
             f"{path} holds more than tensors, which would run code when opened",
-            got=", ".join(objects[:3]) or str(error).splitlines()[0][:200], expected="tensors, dicts, lists and numbers",
+            got=", ".join(objects[:3]) or str(error).splitlines()[0][:200],
+            expected="tensors, dicts, lists and numbers",
             fix="where you trust it, save its state dict alone: safetensors.torch.save_file(state_dict, 'model.safetensors')",
-        ) from None  # fmt: skip
+        ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise IntegrityError(f"{path} is truncated or damaged",
                              got=f"{path.stat().st_size} bytes: {str(error).splitlines()[0][:200]}", fix=AGAIN) from None  # fmt: skip
@@ -93,8 +95,9 @@ def _read_folder(folder: Path, kind: str) -> dict[str, Any]:
         raise LongtakeError(
             f"cannot tell which file of {folder} is the model",
             got=", ".join(p.name for p in files[:6]) or "no weights file",
-            expected="one weights file, or one *.index.json with its shards", fix="pass the file itself",
-        )  # fmt: skip
+            expected="one weights file, or one *.index.json with its shards",
+            fix="pass the file itself",
+        )
     return read_container(files[0], kind)
 
 

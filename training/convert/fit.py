@@ -62,5 +62,6 @@ def check_fit(tensors: Mapping[str, Pending], expected: Shapes, what: str) -> No
         fix = "pass the checkpoint of this preset's model, whole"
         if not expected.keys() & shapes.keys():
             fix = "the file holds none of them, so another network: see which of --dit, --vae and --text it is for"
-        raise IntegrityError(f"{what} doesn't fit", got="; ".join(found), expected=f"exactly {len(expected)} tensors",
-                             fix=fix)  # fmt: skip
+        raise IntegrityError(
+            f"{what} doesn't fit", got="; ".join(found), expected=f"exactly {len(expected)} tensors", fix=fix
+        )

@@ -83,10 +83,11 @@ def _shape(name: str, state: Mapping[str, Tensor]) -> tuple[int, int]:
     fits = got == wanted and 0 < rows <= padded_rows and 0 < columns <= padded_columns and columns % BLOCK == 0
     if not fits or values.element_size() != 1 or scales.element_size() != 1:
         raise IntegrityError(
-            f"packed linear {name} doesn't fit itself", expected=f"uint8 and E4M3 of a {rows} x {columns} weight: {wanted}",
+            f"packed linear {name} doesn't fit itself",
+            expected=f"uint8 and E4M3 of a {rows} x {columns} weight: {wanted}",
             got=f"{got} of {values.dtype} and {scales.dtype}",
             fix="get the file again; scales in bf16 were rounded by a cast of the whole model and can't be used",
-        )  # fmt: skip
+        )
     return rows, columns
 
 

@@ -53,6 +53,14 @@ class Dataset(Protocol):
         """What there is, in one line; "" where a name says it all."""
         ...
 
+    def lacking(self, chunks: int = 0, frames: int = 0) -> str:
+        """What of it is too short for stories of so many chunks, or clips of so many frames, in a sentence; "" for nothing.
+
+        Raises:
+            LongtakeError: all of it is.
+        """
+        ...
+
     @property
     def captions(self) -> list[str]:
         """Texts with every word that its prompts are made of."""
@@ -69,6 +77,12 @@ class Dataset(Protocol):
     def take(self, index: int, seed: int, chunks: int, known: Container[str] = ()) -> Take:
         """Story `index` of the endless list that `seed` stands for, `chunks` chunks long; not rendered if known."""
         ...
+
+
+def told(train: Dataset, held_out: Dataset, chunks: int = 0, frames: int = 0) -> str:
+    """What there is to train on, and what of it is too short, a line each. Raises LongtakeError if all of it is."""
+    lacking = (data.lacking(chunks, frames) for data in (train, held_out))
+    return "\n".join(dict.fromkeys(filter(None, (train.line, *lacking))))
 
 
 def chunk_frames(preset: Preset, chunks: int) -> int:

@@ -75,8 +75,10 @@ def clips_from_folder(root: Path, preset: Preset) -> Index:
 def summary(clips: Sequence[Clip], preset: Preset, fit: str) -> str:
     """How many clips, how long, and how large before they are brought to the preset's size."""
     seconds = [clip.frames / preset.fps for clip in clips]
-    sizes = sorted({f"{clip.size[1]}x{clip.size[0]}" for clip in clips}, key=lambda size: int(size.split("x")[0]))
-    shown = ", ".join(sizes[:3]) + (f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else "")
+    sizes = sorted(
+        {f"{clip.size[1]}x{clip.size[0]}" for clip in clips}, key=lambda size: tuple(map(int, size.split("x")))
+    )
+    shown = ", ".join(sizes[:3]) + (f" and {len(sizes) - 3} more" if len(sizes) > 3 else "")
     own = f"{preset.width}x{preset.height}"
     brought = "" if sizes == [own] else f" to {own} ({fit})"
     span = (
@@ -84,7 +86,7 @@ def summary(clips: Sequence[Clip], preset: Preset, fit: str) -> str:
         if f"{min(seconds):.1f}" == f"{max(seconds):.1f}"
         else f"{min(seconds):.1f} to {max(seconds):.1f}"
     )
-    return f"{len(clips)} clips, {sum(seconds):.0f} s ({span} s each), {shown}{brought}"
+    return f"{len(clips)} clip{'s' * (len(clips) > 1)}, {sum(seconds):.0f} s ({span} s each), {shown}{brought}"
 
 
 def listed(ignored: dict[Path, str]) -> str:

@@ -147,6 +147,10 @@ class Digits:
         """Nothing to say: it is endless."""
         return ""
 
+    def lacking(self, chunks: int = 0, frames: int = 0) -> str:
+        """Nothing: stories are drawn as long as they are asked for."""
+        return ""
+
     @property
     def captions(self) -> list[str]:
         """The words of the grammar."""

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.training.data.base import Batch, Take, chunk_frames, chunk_starts, item_generator
-from longtake.training.data.clips import MEMORY, Clip, ClipReader, clips_from_folder, listed, one_line, summary
+from longtake.training.data.clips import (
+    MEMORY,
+    REASONS_SHOWN,
+    Clip,
+    ClipReader,
+    clips_from_folder,
+    listed,
+    one_line,
+    summary,
+)
 from longtake.training.data.facts import Facts
 from longtake.training.data.order import permutation
 from longtake.training.data.shards import key_of
@@ -109,6 +118,18 @@ class Folder:
     def facts(self) -> Facts:
         """What decoding has shown about the clips so far."""
         return self._reader.facts
+
+    def lacking(self, chunks: int = 0, frames: int = 0) -> str:
+        """What is too short for stories of so many chunks, or clips of so many frames. Raises LongtakeError if all is."""
+        sizes = self._sizes(chunks) if chunks else (frames,)
+        used = {id(place.clips) for place in self._places(sizes)}
+        short = [clips[0] for clips in self.samples if id(clips) not in used]
+        if not short:
+            return ""
+        named = ", ".join(f"{clip.path.name} ({clip.frames / self.preset.fps:.1f} s)" for clip in short[:REASONS_SHOWN])
+        more = f" and {len(short) - REASONS_SHOWN} more" if len(short) > REASONS_SHOWN else ""
+        needed = f"{sum(sizes) / self.preset.fps:.1f} s"
+        return f"{len(short)} of {len(self.samples)} for {self.split} are shorter than {needed} and are never used: {named}{more}"
 
     @property
     def captions(self) -> list[str]:
@@ -303,7 +324,14 @@ class Folder:
         left = {**{path: why.removeprefix(f"{path} ") for path, why in self.skipped.items()}, **ignored}
         parts = [f"{summary(clips, self.preset, self._reader.fit)}", f"{self.for_evaluation} held out"]
         parts += [f"{len(left)} ignored: {listed(left)}"] if left else []
-        return f"{self.root}: " + ", ".join(parts)
+        line = f"{self.root}: " + ", ".join(parts)
+        if len(clips) > 1 and len({clip.caption for clip in clips}) == 1:
+            line += (
+                f"\nall {len(clips)} captions are the same, so prompts will make no difference: {clips[0].caption!r}"
+            )
+        if len(clips) == 1:
+            line += "\na model that is trained on one clip makes that clip of every prompt"
+        return line
 
     def _report(self) -> None:
         """Log what is there, once (for the training split)."""

@@ -6,6 +6,7 @@ Legend: S stories, N chunks, F = N * chunk latents frames, E text length.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from longtake.paths import REPOSITORY
 from longtake.training.data.base import Batch, Dataset
 from longtake.training.models.checkpoint import load_into, side_file
 from longtake.training.models.presets import Preset
-from longtake.training.models.text.words import AnyTextEncoder
+from longtake.training.models.text.words import AnyTextEncoder, TextEncoder
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.models.wan.window import full_history, shot_offsets, window_history
 from longtake.training.objective.teacher_forcing import Clips
@@ -136,9 +137,20 @@ def cache_from_dataset(
         latents.append(encode(vae, batch.video))
         prompts += [prompt for story in batch.prompts for prompt in story]
         cuts += batch.cuts
-    tokens = text.tokenize(prompts).unflatten(0, (-1, chunks)).to(device)
+    tokens = tokens_of(text, prompts, dataset).unflatten(0, (-1, chunks)).to(device)
     history, offsets = histories(cuts, chunks, context, preset, device)
     return LatentCache(preset, tokens, history, offsets, torch.tensor(cuts), torch.cat(latents))
+
+
+def tokens_of(text: AnyTextEncoder, prompts: list[str], dataset: Dataset) -> Tensor:
+    """Token ids of a data set's prompts, int32 [P, E].
+
+    Raises:
+        LongtakeError: most of their words are unknown to a small text encoder, and they are not held out.
+    """
+    held_out = getattr(dataset, "split", "train") == "eval"
+    with text.tokenizer.taking_all() if held_out and isinstance(text, TextEncoder) else nullcontext():
+        return text.tokenize(prompts)
 
 
 def histories(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from longtake.training.data.base import Dataset, Take
 from longtake.training.data.facts import facts_from_file
 from longtake.training.data.folder import Folder
-from longtake.training.data.latent_cache import EncodedStories, encode, histories
+from longtake.training.data.latent_cache import EncodedStories, encode, histories, tokens_of
 from longtake.training.data.loader import Loader, read_in_order
 from longtake.training.data.order import Order
 from longtake.training.data.shards import Shards
@@ -129,7 +129,7 @@ def stored_from_dataset(
     if isinstance(dataset, Folder):
         dataset.facts.save(cache_dir / FACTS)
     prompts = [prompt for take in takes for prompt in take.prompts]
-    tokens = text.tokenize(prompts).unflatten(0, (-1, chunks)).to(device)
+    tokens = tokens_of(text, prompts, dataset).unflatten(0, (-1, chunks)).to(device)
     cuts = [take.cuts for take in takes]
     history, offsets = histories(cuts, chunks, context, preset, device)
     stored = StoredLatents(shards, [take.key for take in takes])

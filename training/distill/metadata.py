@@ -12,9 +12,12 @@ def student_metadata(
     options: DistillOptions, vae_digest: str, teacher_digest: str, amax: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """Facts of the student's DiT. amax: of its quantized linears, for the present weights."""
+    steps, shift = options.student_steps, options.preset.sampling.shift
+    lora = {"rank": options.lora_rank, "alpha": options.lora_alpha or options.lora_rank}
     numerics = {"nvfp4": {**options.rules.as_json(), "gradient": None}} if options.precision == "nvfp4" else {}
     return {
-        "sampling": sampling_facts(options.student_steps, options.preset.sampling.shift),
+        # what exports record, and `generate`, `check` and `budget` follow
+        "sampling": {"steps": steps, "guidance": 1.0, "shift": shift, "timesteps": list(model_timesteps(steps, shift))},
         "data": options.data,
         "chunks": list(options.chunks),
         "batch": options.batch,
@@ -31,18 +34,6 @@ def student_metadata(
             "critic_updates": options.critic_updates,
             "cache": options.cache,
             "score_context": options.score_context,
-            "lora": lora_facts(options),
+            "lora": lora if options.lora_rank else None,  # None: all weights were trained
         },
     }
-
-
-def lora_facts(options: DistillOptions) -> dict[str, float] | None:
-    """The adapters' rank and alpha; None where all weights were trained."""
-    if not options.lora_rank:
-        return None
-    return {"rank": options.lora_rank, "alpha": options.lora_alpha or options.lora_rank}
-
-
-def sampling_facts(steps: int, shift: float) -> dict[str, Any]:
-    """How a student is sampled, for its side file: what exports record and `generate`, `check` and `budget` follow."""
-    return {"steps": steps, "guidance": 1.0, "shift": shift, "timesteps": list(model_timesteps(steps, shift))}

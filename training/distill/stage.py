@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.training.data.base import Dataset
+from longtake.training.data.base import Dataset, told
 from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
@@ -49,7 +49,8 @@ class DistillStage(Stage):
         text_file = folder / "text_encoder.safetensors"
         self.text = text_encoder_for(preset, read_side(text_file, "text_encoder", preset).vocabulary, folder)
         self.clips = self.dataset("train")
-        self.line = self.clips.line
+        self.held_out_clips = self.dataset("eval")
+        self.line = told(self.clips, self.held_out_clips, chunks=max(options.chunks))
         if isinstance(self.text, TextEncoder):
             self.text.tokenizer.check(self.clips.captions)
         self.teacher = CausalDiT(preset.dit)
@@ -109,7 +110,7 @@ class DistillStage(Stage):
         """Encoded stories of a split of the data set."""
         options = self.options
         return stories_from_dataset(
-            self.clips if split == "train" else self.dataset(split), self.vae, self.vae_digest, self.text, self.preset,
+            self.clips if split == "train" else self.held_out_clips, self.vae, self.vae_digest, self.text, self.preset,
             cache_dir=options.cache_dir, workers=options.workers, stories=count, chunks=max(options.chunks),
             context="window", seed=seed, what=f"{split} stories",
         )  # fmt: skip

@@ -12,8 +12,6 @@ Linears are fake-quantized and attention computes as our Hopper kernel does (`at
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from tqdm import tqdm
 
 from longtake.accuracy.ssim import frame_ssim
 from longtake.options import Command, OneOf, option
+from longtake.provenance import command_line
 from longtake.training.data.digit_stories import Story
 from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.arms import PRESET, shipped, vae_of
@@ -55,11 +54,6 @@ ROWS = {
     "4-bit cache, fp8 linears": Arithmetic("fp8", "nvfp4", "bf16"),
     "4-bit cache, fp8 linears and attention": Arithmetic("fp8", "nvfp4", "fp8"),
 }
-
-
-def batches(stories: Sequence[Story], size: int) -> Iterator[tuple[int, Sequence[Story]]]:
-    """Where each part of the stories begins, and the part."""
-    return ((start, stories[start : start + size]) for start in range(0, len(stories), size))
 
 
 @torch.no_grad()
@@ -122,7 +116,8 @@ def measured(options: ArithmeticOptions, stories: Sequence[Story], eyes: Eyes, s
             module.to(eyes.device).requires_grad_(False)
         own = replace(sampling, cache=how.cache, attention=how.attention, compute=how.compute)
         right, alike, begun = [], [], time.monotonic()
-        for start, part in tqdm(list(batches(stories, options.batch)), name, unit="batch", disable=None):
+        for start in tqdm(range(0, len(stories), options.batch), name, unit="batch", disable=None):
+            part = stories[start : start + options.batch]
             made, share = told(models, eyes, part, own, start)
             right += share.tolist()
             if name == options.rows[0]:
@@ -150,7 +145,7 @@ def run(options: ArithmeticOptions) -> int:
     stories = mixed_stories(options.stories, options.chunks, options.seed)
     sampling = sampling_of(options)
     conditions = {
-        "command": shlex.join(["longtake", *sys.argv[1:]]),
+        "command": command_line(),
         "device": machine,
         "stories": options.stories,
         "chunks": options.chunks,

@@ -111,7 +111,15 @@ def run_units(options: ExperimentOptions) -> int:
     if options.restore:
         restore(options.restore, options.out)
     prepare(settings, options.out, options.resume or bool(options.restore))
-    scheduler = scheduler_of(options, settings, begun, devices, jobs)
+    scheduler = Scheduler(
+        every=list(units(settings)),
+        out=options.out,
+        slots=[Slot(device, number, jobs > 1) for device in devices for number in range(jobs)],
+        deadline=begun + options.budget_seconds,
+        reserve=5.0 if settings.quick else 20.0,
+        toy=settings.quick,
+        say=partial(print, flush=True),
+    )
     print_plan(scheduler, settings, devices, jobs, options)
     if options.plan:
         return 0
@@ -135,21 +143,6 @@ def run_units(options: ExperimentOptions) -> int:
     more = "to be continued: the same command with --resume" if scheduler.left else "complete"
     print(f"{more}; {options.out}/results.json")
     return 130 if stopped else 0 if not scheduler.left else 1 if scheduler.failures else 3
-
-
-def scheduler_of(
-    options: ExperimentOptions, settings: Settings, begun: float, devices: list[str], jobs: int
-) -> Scheduler:
-    """`jobs` places on each device, until the budget ends."""
-    return Scheduler(
-        every=list(units(settings)),
-        out=options.out,
-        slots=[Slot(device, number, jobs > 1) for device in devices for number in range(jobs)],
-        deadline=begun + options.budget_seconds,
-        reserve=5.0 if settings.quick else 20.0,
-        toy=settings.quick,
-        say=partial(print, flush=True),
-    )
 
 
 def spent(out: Path, machine: str, seconds: float, ran: bool) -> tuple[str, float]:

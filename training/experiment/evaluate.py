@@ -40,11 +40,12 @@ class Eyes:
 
 
 def judge_from(path: Path | None, device: torch.device) -> DigitClassifier:
-    """The judge of a file of the experiment, or a new one."""
+    """The judge of a file of the experiment, of any width, or a new one."""
     if path is None:
         return trained_judge(vae_of(shipped(), device), PRESET, JudgeTraining(), device)
-    judge = DigitClassifier()
-    judge.load_state_dict(load_file(path))
+    state = load_file(path)
+    judge = DigitClassifier(len(state["stages.0.0.weight"]))
+    judge.load_state_dict(state)
     return judge.to(device).eval().requires_grad_(False)
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.files import atomic_path
+from longtake.files import atomic_path, read_json
 from longtake.record import record_from_json
 from longtake.training.experiment.arms import shipped
 from longtake.training.experiment.plots import PICTURES
+from longtake.training.experiment.settings import Settings
+from longtake.training.experiment.summary import best_seed
 from longtake.training.experiment.units import Unit, wanted
 
 REPORT = ("results.json", "report.md", *PICTURES, "sheet.png", "sheet.mp4")
@@ -49,10 +51,6 @@ def bring(
 
 def models_in_order(out: Path, every: Sequence[Unit], results: dict[str, Any]) -> list[Path]:
     """Folders of models, the most useful first: those that units still need, then the students, then the best arm."""
-    from longtake.files import read_json
-    from longtake.training.experiment.settings import Settings
-    from longtake.training.experiment.summary import best_seed
-
     open_ = {name for unit in wanted(every, results, out) for name in unit.needs}
     needed = [unit for unit in every if unit.name in open_ and unit.name in results]
     settings = record_from_json(Settings, read_json(out / "settings.json"))

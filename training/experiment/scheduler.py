@@ -188,14 +188,11 @@ class Scheduler:
     def missing(self) -> dict[str, str]:
         """Units that have no result, and why."""
         return {
-            name: self.failures.get(name) or self.blocked(unit) or "the time was over"
+            name: self.failures.get(name)
+            or next((f"{need} failed" for need in unit.needs if need in self.failures), "the time was over")
             for name, unit in self.left.items()
             if name not in self.results
         }
-
-    def blocked(self, unit: Unit) -> str:
-        failed = [name for name in unit.needs if name in self.failures]
-        return f"{failed[0]} failed" if failed else ""
 
     def note(self, name: str, state: str, why: str) -> None:
         """A line of progress, on the screen and in progress.json."""

@@ -20,23 +20,18 @@ SIZE = 32  # of a shape
 LEAST = 20  # pixels of ink; with fewer there is no subject
 
 
-def ink(frames: Tensor, shot: Shot) -> Tensor:
-    """How much of each pixel is the digit's colour, [N, H, W] in 0..1, of frames [N, 3, H, W] in [-1, 1].
-
-    A pixel is light (ground + ink (colour - ground)); ground, colour and light are what the prompt says.
-    """
-    return _unmixed(frames, shot, (shot.colour,))[0][0]
-
-
 def ink_seen(frames: Tensor, shot: Shot) -> tuple[Tensor, Tensor]:
-    """The ink in the colour that explains each frame best, [N, H, W], and that colour's place in COLOURS, int64 [N]."""
-    inks, left = _unmixed(frames, shot, COLOURS)
+    """Of frames [N, 3, H, W] in [-1, 1] the ink in the colour that explains each best, [N, H, W], and that colour's place
+    in COLOURS, int64 [N]."""
+    inks, left = unmixed(frames, shot, COLOURS)
     best = left.argmin(0)
     return inks[best, torch.arange(len(frames), device=frames.device)], best
 
 
-def _unmixed(frames: Tensor, shot: Shot, colours: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """For each colour the ink [K, N, H, W], and how much of the frame it leaves unexplained, [K, N]."""
+def unmixed(frames: Tensor, shot: Shot, colours: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """For each colour the ink, how much of each pixel it is, [K, N, H, W] in 0..1, and how much of the frame it leaves
+    unexplained, [K, N]. A pixel is light (ground + ink (colour - ground)); ground and light are what the prompt says.
+    """
     height, width = frames.shape[-2:]
     device = frames.device
     y = (torch.arange(height, device=device) * 2 + 1).view(-1, 1) / height - 1

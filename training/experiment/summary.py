@@ -91,7 +91,7 @@ def claims(results: Results, settings: Settings) -> dict[str, dict[str, Any]]:
 
     def beats(kind: str, m: str, a: str, b: str) -> dict[str, Any]:
         part = of_common_seeds(results, kind, a, b)
-        by_story = [values_by_story(part, kind, c, m) for c in (a, b)]
+        by_story = [rows_of(part, kind, c, f"{m}_by_story") for c in (a, b)]  # [seeds][stories], the same for all
         return _beats(values_of(part, kind, a, m), values_of(part, kind, b, m), by_story[0], by_story[1])
 
     made = {text: beats(*how) for text, how in CLAIMS.items()}
@@ -107,11 +107,6 @@ def of_common_seeds(results: Results, kind: str, first: str, second: str) -> Res
     ]
     kept = [f"{kind}-{c}-{seed}" for c in (first, second) for seed in seeds[0] & seeds[1]]
     return {name: results[name] for name in kept}
-
-
-def values_by_story(results: Results, kind: str, condition: str, metric: str) -> list[list[float]]:
-    """[seeds][stories]; every condition and seed has the same stories and noise."""
-    return [list(map(float, row)) for row in rows_of(results, kind, condition, f"{metric}_by_story")]
 
 
 def paired_interval(higher: Sequence[Sequence[float]], lower: Sequence[Sequence[float]]) -> list[float] | None:

@@ -24,6 +24,8 @@ class Precision(Protocol):
     def linears(self) -> str: ...
     @property
     def vae_ops(self) -> str: ...
+    @property
+    def vae_conv(self) -> str: ...
 
 
 class ModelSet(Protocol):
@@ -33,6 +35,7 @@ class ModelSet(Protocol):
     dit: Any
     vae: Any
     text: Any
+    convs: Any
 
 
 class Plan(Protocol):

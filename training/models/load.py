@@ -1,7 +1,4 @@
-"""The networks that become engines: flat, positional modules around the models, one a name in training/models/network_spec.py.
-
-Legend: C latent channels, F latent frames of a chunk, T tokens of a chunk, E text length, W window length.
-"""
+"""A preset's models in PyTorch: read from a folder of checkpoints, or untrained."""
 
 from __future__ import annotations
 
@@ -17,11 +14,13 @@ from torch import nn
 from longtake.errors import IntegrityError
 from longtake.paths import REPOSITORY
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats
+from longtake.training.models.conv_calibration import ConvCalibration
 from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
 from longtake.training.models.wan.linears import Amax, weight_amax
+from longtake.training.models.wan.vae_codes import codable_names
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class Models:
 
     amax: linear name -> {"input": amax of its input, "weight": amax of its weight}; empty when never calibrated.
     precision: what `apply_precision` made of them; "bf16" means untouched weights.
-    formats: how each linear's weight becomes 4 bits.
+    formats: how each linear's weight becomes 4 bits. convs: what the VAE decoder's convolutions read; None if never calibrated.
     """
 
     preset: Preset
@@ -42,6 +41,7 @@ class Models:
     amax: Amax = field(default_factory=dict)
     precision: str = "bf16"
     formats: WeightFormats = UNRECORDED
+    convs: ConvCalibration | None = None
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -99,7 +99,15 @@ def load_models(
     for name, module in modules.items():
         sides[name] = map_into(module, folder / f"{name}.safetensors", kind=name, preset=preset)
         module.to(dtype=dtype).eval()
-    return Models(preset, dit, vae, text, sides["dit"].amax, formats=sides["dit"].formats)
+    convs = calibrated_convs(sides["vae"], preset) if "vae" in sides else None
+    return Models(preset, dit, vae, text, sides["dit"].amax, formats=sides["dit"].formats, convs=convs)
+
+
+def calibrated_convs(side: SideFile, preset: Preset) -> ConvCalibration | None:
+    """What a VAE's side file tells of its convolutions. Raises IntegrityError if that is of another VAE, or of no use."""
+    if side.convs is not None:
+        side.convs.require(codable_names(preset.vae), side.sha256)
+    return side.convs
 
 
 def weights_dtype(*modules: nn.Module) -> torch.dtype | None:

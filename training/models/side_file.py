@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from longtake.files import read_json, sha256
 from longtake.plugins.nvfp4.weight_format import WeightFormats, formats_from_meta
 from longtake.record import Kind, record_from_json
+from longtake.training.models.conv_calibration import ConvCalibration
 from longtake.training.models.presets import SamplingConfig
 
 KIND = Kind(
@@ -27,6 +28,7 @@ class SideFile:
     amax: of quantized linears. vocabulary: of a text encoder of words. sampling: how the DiT is sampled.
     preset_digests: `Preset.digests`.
     nvfp4, packed: see plugins/nvfp4/weight_format.py. settings, position: of a run to be resumed.
+    convs: of a VAE, what its decoder's convolutions read.
     facts: what else a stage tells of it, for people and for tests: command, data, metrics.
     """
 
@@ -44,6 +46,7 @@ class SideFile:
     position: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     preset_digests: dict[str, str] = field(default_factory=dict)
+    convs: ConvCalibration | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -67,7 +70,8 @@ class SideFile:
     def write(self, path: Path) -> None:
         """Write it, atomically; what is not told is left out."""
         told = {**vars(self), "facts": None, "amax": self.amax or None,
-                "preset_digests": self.preset_digests or None, **self.facts}  # fmt: skip
+                "preset_digests": self.preset_digests or None,
+                "convs": asdict(self.convs) if self.convs else None, **self.facts}  # fmt: skip
         KIND.write({key: value for key, value in told.items() if value is not None or key in self.facts}, path)
 
     def describes(self, tensors: Path) -> bool:

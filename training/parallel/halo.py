@@ -106,14 +106,11 @@ def encode_window(vae: CausalVAE, frames: Tensor, window: Window, at_once: int =
     found, histories = [], None
     for start in range(0, count, at_once):
         first, last = max(0, 1 + stride * (start - 1)), 1 + stride * (min(start + at_once, count) - 1)
-        latents, histories = vae.encode_chunk(as_float(frames[:, :, first:last]), histories)
+        part = frames[:, :, first:last]
+        part = part if part.is_floating_point() else part.float() / 127.5 - 1
+        latents, histories = vae.encode_chunk(part, histories)
         found.append(latents)
     return torch.cat(found, 1)[:, window.drop :]
-
-
-def as_float(frames: Tensor) -> Tensor:
-    """Pixels in [-1, 1] of uint8 ones; others as they are."""
-    return frames if frames.is_floating_point() else frames.float() / 127.5 - 1
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from longtake.training.models.side_file import SideFile
 from longtake.training.parallel.optimizer import ShardedAveraged
 from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.sharding import whole
-from longtake.training.resume import require_resume_point, set_aside, sweep
+from longtake.training.resume import leave_run_file, require_resume_point, set_aside, sweep
 from longtake.training.stages.base import Stage
 from longtake.training.trainer import SAVED, TrainConfig, Trainer
 
@@ -44,7 +44,8 @@ class ParallelTrainer(Trainer):
             require_disk(config.out, 60 * sum(param.numel() for param in self.optimizer.params) + 2**24)
             sweep(config.out)
             if not config.resume:
-                set_aside(config.out)
+                set_aside(config.out, self.stage.modules)
+            leave_run_file(config.out, config.told)
         self.ranks.wait()  # nobody reads the folder before it is swept
         if config.resume:
             self.load_resume_point()

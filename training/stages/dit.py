@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.training.data.base import Dataset
+from longtake.training.data.base import Dataset, told
 from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
@@ -33,9 +33,10 @@ from longtake.training.stages.initial_models import initial_models, leave_tokeni
 from longtake.training.stages.metadata import dit_metadata
 from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
-from longtake.training.stages.validation import EVALUATION_SEED, held_out_loss, one_step_video
+from longtake.training.stages.validation import EVALUATION_SEED, held_out_loss, sampled_video
 
 HELD_OUT = 32
+SAMPLED = 2  # chunks that are shown
 CALIBRATION_BATCHES = 4
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ class DiTStage(Stage):
 
     def __init__(self, options: StageOptions) -> None:
         self.options, self.preset = options, options.preset
-        self.clips = self.dataset("train")
-        self.line = self.clips.line
+        self.clips, self.held_out_clips = self.dataset("train"), self.dataset("eval")
+        self.line = told(self.clips, self.held_out_clips, chunks=max(options.chunks))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.dit, self.text, self.text_digest = initial_models(options, self.clips.captions)
@@ -120,7 +121,7 @@ class DiTStage(Stage):
     def cache(self, split: str, stories: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
         options = self.options
-        dataset = self.clips if split == "train" else self.dataset(split)
+        dataset = self.clips if split == "train" else self.held_out_clips
         digest = self.vae_digest if options.cache_dir else ""  # who only encodes into memory may have set `vae` alone
         return stories_from_dataset(
             dataset, self.vae, digest, self.text, self.preset,
@@ -251,10 +252,10 @@ class DiTStage(Stage):
         return held_out_loss(self.velocity, self.held_out, self.options, self.device)
 
     def samples(self) -> Tensor | None:
-        """A held-out story, and under it what the model makes of it in one step; GPU only."""
-        if self.device.type != "cuda":
-            return None
-        return one_step_video(self.velocity, self.vae, self.held_out, self.options, self.device)
+        """A held-out story, and under it what the model makes of its prompts, sampled as it will be; one chunk on a CPU."""
+        chunks = min(SAMPLED if self.device.type == "cuda" else 1, max(self.options.chunks))
+        with self.autocast():
+            return sampled_video(self.dit, self.embed, self.vae, self.held_out, chunks)
 
     def leave(self, out: Path) -> None:
         """The tokenizer of a text encoder that has one in a file."""

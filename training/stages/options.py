@@ -9,12 +9,12 @@ from typing import Annotated
 import torch
 
 from longtake.errors import LongtakeError
-from longtake.options import FREE, Bounds, OneOf, check, option
+from longtake.options import FREE, Bounds, OneOf, Text, check, option
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.models.quantize import RULES, Rules
 from longtake.training.objective.error_recycling import RecyclingConfig
 from longtake.training.objective.noise import WEIGHTINGS
-from longtake.training.options import DIT, VAE, DataOptions, ModelOptions, Seeded
+from longtake.training.options import DIT, VAE, DataOptions, ModelOptions, Seeded, checkpoints_named
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class FolderOptions(DataOptions):
 class StageOptions(Seeded, VAEOptions, DiTOptions, FolderOptions, ModelOptions):
     """Model"""
 
-    init: Path | None = option(None, metavar="FOLDER", resume=FREE)
-    """folder of checkpoints to start from (default: random weights)"""
+    init: Annotated[Path, Text(checkpoints_named)] | None = option(None, metavar="FOLDER|NAME", resume=FREE)
+    """folder of checkpoints to start from, or a shipped model's name (default: random weights)"""
     cpu_bf16: bool = option(False)
     """compute in bf16 on the CPU, too (there it is fp32 otherwise)"""
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.options import recorded
+from longtake.training.data.base import told
 from longtake.training.data.named import dataset_from_name
 from longtake.training.models.checkpoint import load_into
 from longtake.training.models.wan.vae import CausalVAE, Stream
@@ -45,7 +46,7 @@ class VAEStage(Stage):
             dataset_from_name(options.data, self.preset, split, 0, options.max_bad_share, options.fit, options.held_out)
             for split in ("train", "eval")
         )
-        self.line = self.train.line
+        self.line = told(self.train, self.eval, frames=max(CLIP_FRAMES))
 
     def prepare(self, device: torch.device) -> None:
         """Data sets, and the VAE on `device` (channels last on a GPU)."""
@@ -93,12 +94,11 @@ class VAEStage(Stage):
     def reconstruct(self) -> Tensor:
         """The held-out clips through encoder and decoder, fp32 [B,3,T,H,W] in [-1,1]."""
         with self.autocast():
-            return torch.cat([self.vae.decode(self.vae.encode(clip)) for clip in self.held_out.split(2)])
+            return reconstructed(self.vae, self.held_out)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean over frames of the held-out PSNR in dB, of pixels in [0, 1]."""
-        error = ((self.reconstruct() - self.held_out) / 2).square().mean((1, 3, 4)).clamp_min(1e-10)
-        return {"psnr_db": float((-10 * error.log10()).mean()), "worst_frame_psnr_db": float(-10 * error.max().log10())}
+        """PSNR of the held-out clips."""
+        return reconstruction_psnr(self.held_out, self.reconstruct())
 
     def samples(self) -> Tensor | None:
         """A held-out clip above its reconstruction."""
@@ -125,6 +125,17 @@ class VAEStage(Stage):
         table = torch.cat(latents).transpose(0, 1).flatten(1)
         self.vae.latent_mean.copy_(table.mean(1))
         self.vae.latent_std.copy_(table.std(1).clamp_min(1e-3))
+
+
+def reconstructed(vae: CausalVAE, clips: Tensor) -> Tensor:
+    """Clips [B,3,T,H,W] in [-1, 1] through encoder and decoder."""
+    return torch.cat([vae.decode(vae.encode(clip)) for clip in clips.split(2)])
+
+
+def reconstruction_psnr(clips: Tensor, again: Tensor) -> dict[str, float]:
+    """Mean over frames of the PSNR in dB, of pixels in [0, 1], and the worst frame's."""
+    error = ((again - clips) / 2).square().mean((1, 3, 4)).clamp_min(1e-10)
+    return {"psnr_db": float((-10 * error.log10()).mean()), "worst_frame_psnr_db": float(-10 * error.max().log10())}
 
 
 def edge_loss(a: Tensor, b: Tensor) -> Tensor:

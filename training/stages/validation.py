@@ -1,4 +1,7 @@
-"""Held-out stories: the flow loss on them at fixed noise, and what the model makes of one of them."""
+"""Held-out stories: the flow loss on them at fixed noise, and what the model makes of one of them.
+
+Legend: N chunks, T frames.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from longtake.training.distill.rollout import Rollout, Story
+from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.vae import CausalVAE
+from longtake.training.objective.chunk_pass import ChunkPass
 from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise, flow_loss
 from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories
@@ -29,6 +36,36 @@ def held_out_loss(
             totals += torch.stack(flow_loss(velocity(clips, noise), clips, noise)).cpu() * len(index)
     loss, flow = (totals / len(held_out)).tolist()
     return {"loss": loss, "flow": flow}
+
+
+class Guided(ChunkPass):
+    """Passes of stories in pairs, with a prompt and without, which are taken on by one guided velocity."""
+
+    guidance = 1.0
+
+    def look(self, *tensors: Tensor) -> Tensor:
+        """See ChunkPass."""
+        prompted, without = super().look(*tensors).chunk(2)
+        return (without + self.guidance * (prompted - without)).repeat(2, 1, 1, 1, 1)
+
+
+@torch.no_grad()
+def sampled_video(
+    dit: CausalDiT, embed: Callable[[Tensor], Tensor], vae: CausalVAE, held_out: Stories, chunks: int
+) -> Tensor:
+    """A held-out story, and under it what the model makes of its prompts as a session would: uint8 [2, T, 3, H, W]."""
+    preset, device = held_out.preset, held_out.tokens.device
+    clips = held_out.clips(torch.zeros(1, dtype=torch.long, device=device), chunks)
+    tokens = torch.cat((clips.tokens, torch.zeros_like(clips.tokens)))
+    embeddings = embed(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+    noise = torch.cat([noise_for_chunk(preset, 0, chunk) for chunk in range(chunks)], 1).to(device)
+    cuts = [held_out.cuts[0, :chunks].tolist()] * 2
+    rollout = Rollout(preset, preset.sampling.steps, "bf16")
+    passes = Guided(dit, "bf16", rollout.kept_dtype(dit, device))
+    passes.guidance = preset.sampling.guidance
+    made = rollout(dit, Story(embeddings, cuts, noise.repeat(2, 1, 1, 1, 1)), rollout.steps - 1, passes=passes)
+    video = vae.decode(torch.cat((clips.latents, made[:1].float())))
+    return ((video * 0.5 + 0.5) * 255).round().to(torch.uint8).transpose(1, 2)
 
 
 @torch.no_grad()

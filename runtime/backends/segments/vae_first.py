@@ -72,7 +72,8 @@ class _Shortening:
             return None
         caches = {out: source for step in self.steps for out, source in aliases_of(step).items()}
         known = {*self.steady.inputs, *self.steady.outputs}
-        pairs = tuple((out, source) for out, source in self._all_caches() if out in known)
+        ops = (step for step in self.steady.steps if step.kind == "op")
+        pairs = tuple((out, source) for op in ops for out, source in aliases_of(op).items() if out in known)
         kept = {name for step in self.steps for name in (*step.inputs, *step.outputs)}
         outputs = tuple(out for out in self.steady.outputs if out in caches)
         frames = next(name for name in self.steady.outputs if name not in dict(pairs))
@@ -84,9 +85,6 @@ class _Shortening:
             tensors={name: self.tensors[name] for name in sorted(names)},
         )  # fmt: skip
         return FirstSteps(shared(PlannedSteps(graph, self.inside)), frames, pairs, self.tail, head=len(self.steps) - 1)
-
-    def _all_caches(self) -> list[tuple[str, str]]:
-        return [pair for step in self.steady.steps if step.kind == "op" for pair in aliases_of(step).items()]
 
     def _op(self, step: Step) -> bool:
         """Add a custom op at one frame, unless it is left out; False if it is none that this file knows."""

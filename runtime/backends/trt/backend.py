@@ -83,8 +83,9 @@ class TrtBackend(Backend):
         self.memory.add("trying its caches in place")
         self._load(others, self.device)
         self._plans.clear()
-        self.memory.add("loading the DiT", "weights, context", "weights, dit", "weights, text_encoder",
-                        "DiT working memory")  # fmt: skip
+        self.memory.add(
+            "loading the DiT", "weights, context", "weights, dit", "weights, text_encoder", "DiT working memory"
+        )
         if "dit" in self.networks:
             self.passes = self._new_passes(cuda_graphs)
             self.sizes["static buffers"] = self.passes.static_bytes
@@ -143,9 +144,10 @@ class TrtBackend(Backend):
 
     def _not_loaded(self, name: str) -> LongtakeError:
         return LongtakeError(
-            f"network {name} is not loaded", got=", ".join(self.networks) or "none",
+            f"network {name} is not loaded",
+            got=", ".join(self.networks) or "none",
             fix=f"build it: longtake engines --recipe {self.recipe.name}",
-        )  # fmt: skip
+        )
 
     def allocate(self, binding: Binding, zero: bool = False, device: torch.device | None = None) -> Tensor:
         """A device tensor for a binding; a dynamic dimension gets its largest size."""

@@ -8,12 +8,17 @@ import torch
 
 from longtake.training.data.digit_stories import Shot, Story
 from longtake.training.data.digits import Digits, scans_of
-from longtake.training.experiment.shape import ink, ink_seen, iou, shapes
+from longtake.training.experiment.shape import ink_seen, iou, shapes, unmixed
 from longtake.training.experiment.stories import long_stories, returning_stories, scripts_of
 from longtake.training.models.presets import TINY
 from longtake.training.models.text.grammar import BACKGROUNDS, COLOURS, LIGHTS
 
 SHOT = Shot(3, scans_of(3, "eval")[0], "yellow", "drifts right", "sea", "light from above", 1)
+
+
+def ink(frames: torch.Tensor, shot: Shot) -> torch.Tensor:
+    """How much of each pixel is the digit's colour."""
+    return unmixed(frames, shot, (shot.colour,))[0][0]
 
 
 def frames_of(shot: Shot, start: int = 0) -> torch.Tensor:

@@ -65,12 +65,6 @@ class Attention(nn.Module):
         """[..., L, dim] to [..., L, H, D]."""
         return x.unflatten(-1, (self.heads, -1))
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self.split(self.norm_q(self.q(x)))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
-
 
 def plain_norm_rope(own: Attention, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """q, k [..., T, dim] as `own` projects them to [..., T, H, D]: RMSNorm over dim, then RoPE."""
@@ -114,11 +108,13 @@ class Block(nn.Module):
 
     def cross_attention(self, x: Tensor, context: Tensor, cross: CrossAttend) -> Tensor:
         normal = layer_norm(x, self.eps, self.norm3.weight, self.norm3.bias).to(x.dtype)
-        return self.cross_attn.o(cross(self.cross_attn.queries(normal), context).flatten(-2))
+        own = self.cross_attn
+        return own.o(cross(own.split(own.norm_q(own.q(normal))), context).flatten(-2))
 
     def context(self, text: Tensor) -> Tensor:
         """This layer's cross-attention K and V of `text` [..., E, dim]: [..., 2, E, H, D]."""
-        return torch.stack(self.cross_attn.keys_values(text), dim=-4)
+        own = self.cross_attn
+        return torch.stack([own.split(own.norm_k(own.k(text))), own.split(own.v(text))], dim=-4)
 
 
 class Head(nn.Module):

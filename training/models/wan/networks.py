@@ -18,7 +18,8 @@ from longtake.training.models.text.words import AnyTextEncoder
 from longtake.training.models.wan.dit import Attention, CausalDiT, Rope
 from longtake.training.models.wan.fused_block import fused_blocks
 from longtake.training.models.wan.vae import DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
-from longtake.training.models.wan.vae_library import LibrarySteady
+from longtake.training.models.wan.vae_codes import coded_convs
+from longtake.training.models.wan.vae_library import LibraryFirst, LibrarySteady
 
 
 class TextStep(nn.Module):
@@ -109,7 +110,8 @@ def network_module(models: ModelSet, recipe: Precision, name: str, exported: boo
     """The module of network `name`, in eval mode; it shares `models`' parameters. See `Family.module`.
 
     What depends on the recipe: the DiT's cache format; whether nearly all of the VAE decoder's later steps is
-    ops; and if `exported`, whether ops do all that lies between the blocks' linears.
+    ops, and which of its convolutions run in 8-bit codes (an export is lowered to them); and if `exported`, whether ops do
+    all that lies between the blocks' linears.
     """
     if name == "text_encoder":
         return TextStep(models.text).eval()
@@ -118,7 +120,11 @@ def network_module(models: ModelSet, recipe: Precision, name: str, exported: boo
     if name == "dit":
         return DiTStep(models.dit, recipe.cache, fused=exported and recipe.linears == "library").eval()
     if name in VAE_STEPS:
-        if recipe.vae_ops == "library" and name == "vae_steady":
-            return LibrarySteady(models.vae).eval()
-        return VAE_STEPS[name](models.vae, ops=recipe.vae_ops == "library" and "encoder" not in name).eval()
+        decoder = recipe.vae_ops == "library" and "encoder" not in name
+        coded = coded_convs(models.vae, recipe.vae_conv, models.convs) if decoder and not exported else {}
+        if decoder and name == "vae_steady":
+            return LibrarySteady(models.vae, coded=coded).eval()
+        if coded:
+            return LibraryFirst(models.vae, coded).eval()
+        return VAE_STEPS[name](models.vae, ops=decoder).eval()
     raise LongtakeError("unknown network", got=name, expected=", ".join(NETWORKS))

@@ -11,6 +11,7 @@ from longtake.training.models.family import Precision
 from longtake.training.models.network_spec import NETWORKS, Binding, NetworkSpec
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.vae_caches import decoder_cache_shapes, encoder_cache_shapes
+from longtake.training.models.wan.vae_codes import coded_caches
 
 
 def networks_of(preset: Preset) -> tuple[str, ...]:
@@ -86,12 +87,13 @@ def dit_spec(preset: Preset, cache: str) -> NetworkSpec:
     )
 
 
-def vae_spec(preset: Preset, name: str, vae_ops: str = "engine") -> NetworkSpec:
+def vae_spec(preset: Preset, name: str, vae_ops: str = "engine", vae_conv: str = "bf16") -> NetworkSpec:
     """One step of a VAE stream, in either direction.
 
     vae_first: one latent to one frame and fresh caches; vae_steady: one latent and caches to four frames.
     vae_encoder_first and vae_encoder_steady: the same from frames to latents, one group at a time.
-    With `vae_ops` "library" the decoder's caches are [T, H, W, C], and vae_steady writes them in place.
+    With `vae_ops` "library" the decoder's caches are [T, H, W, C], and vae_steady writes them in place; unless `vae_conv`
+    is "bf16" those of convolutions that run in 8-bit codes are codes.
     """
     encoder, first = name.startswith("vae_encoder"), name.endswith("first")
     ops = vae_ops == "library" and not encoder
@@ -103,7 +105,11 @@ def vae_spec(preset: Preset, name: str, vae_ops: str = "engine") -> NetworkSpec:
         if encoder
         else (decoder_cache_shapes(preset, ops), "vae_cache")
     )
-    caches = tuple(Binding(f"{prefix}_{i}", "bf16", shape) for i, shape in enumerate(shapes))
+    coded = coded_caches(preset.vae) if ops and vae_conv != "bf16" else ("",) * len(shapes)
+    caches = tuple(
+        Binding(f"{prefix}_{i}", "int8" if conv else "bf16", shape)
+        for i, (shape, conv) in enumerate(zip(shapes, coded))
+    )
     pairs = tuple((f"{b.name}_out", b.name) for b in caches)
     source, result = (video, latent) if encoder else (latent, video)
     return NetworkSpec(
@@ -124,5 +130,5 @@ def network_spec(preset: Preset, recipe: Precision, name: str) -> NetworkSpec:
     if name == "dit":
         return dit_spec(preset, recipe.cache)
     if name in NETWORKS and name != "camera":
-        return vae_spec(preset, name, recipe.vae_ops)
+        return vae_spec(preset, name, recipe.vae_ops, recipe.vae_conv)
     raise LongtakeError("unknown network", got=name, expected=", ".join(NETWORKS))

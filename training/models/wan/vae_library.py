@@ -9,13 +9,15 @@ Legend: T frames at a layer's own rate, H, W sizes, C channels. Tensors are [T,H
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longtake.training.models.wan.vae import CausalVAE, shuffle
+from longtake.plugins.stream_extend.op import op_name
+from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, shuffle
+from longtake.training.models.wan.vae_codes import CodedConv, coded_caches
 from longtake.training.models.wan.vae_layers import (
     CausalConv3d,
     Level,
@@ -31,17 +33,20 @@ from longtake.training.models.wan.vae_layers import (
 class LibrarySteady(nn.Module):
     """(latent fp32 [1,z,F,h,w], *caches) -> (frames fp32 [1,3,4F,H,W], *new caches), like `vae.DecoderSteady` with ops.
 
-    With `in_place` the new caches are the old ones, overwritten.
+    With `in_place` the new caches are the old ones, overwritten. coded: convolutions that run in 8-bit codes, by name; the
+    histories in front of them are codes as well.
     """
 
-    def __init__(self, vae: CausalVAE, in_place: bool = False) -> None:
+    def __init__(self, vae: CausalVAE, in_place: bool = False, coded: Mapping[str, CodedConv] | None = None) -> None:
         import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
 
         super().__init__()
         self.vae, self.in_place = vae, in_place
+        self.coded = nn.ModuleDict({name.replace(".", "/"): conv for name, conv in (coded or {}).items()})
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        vae, walk = self.vae, _Walk(caches, self.in_place)
+        coded = {id(self.vae.get_submodule(name.replace("/", "."))): conv for name, conv in self.coded.items()}
+        vae, walk = self.vae, _Walk(caches, self.in_place, coded)
         mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
         raw = (latent.float() * std + mean).to(vae.decoder.conv_in.conv.weight.dtype)
         x = walk.conv(channels_last(vae.post_quant(raw)).contiguous(), vae.decoder.conv_in)
@@ -55,16 +60,18 @@ class LibrarySteady(nn.Module):
 class _Walk:
     """The layers over ops, caches consumed and produced in the order in which they run."""
 
-    def __init__(self, caches: Sequence[Tensor], in_place: bool) -> None:
-        self._old, self.in_place = iter(caches), in_place
+    def __init__(self, caches: Sequence[Tensor], in_place: bool, coded: Mapping[int, Any]) -> None:
+        self._old, self.in_place, self._coded = iter(caches), in_place, coded
         self.new: list[Tensor] = []
         self.ops: Any = torch.ops.longtake
 
-    def extend(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """The history before x [T,H,W,C], which goes through `norm` and SiLU first if there is one."""
+    def extend(self, x: Tensor, norm: RMSNorm | None = None, coded: CodedConv | None = None) -> Tensor:
+        """The history before x [T,H,W,C], which goes through `norm` and SiLU first if there is one; codes for `coded`."""
         old = next(self._old)
         gamma = () if norm is None else (norm.gamma.to(x.dtype),)
-        longer, new = (self.ops.norm_silu_extend if gamma else self.ops.stream_extend)(x, *gamma, old)
+        factor = () if coded is None else (coded.factor,)
+        op = getattr(self.ops, op_name(norm is not None, "" if coded is None else coded.codes))
+        longer, new = op(x, *gamma, *factor, old)
         self.new.append(old.copy_(new) if self.in_place else new)
         return longer
 
@@ -72,9 +79,16 @@ class _Walk:
         self, x: Tensor, layer: CausalConv3d, norm: RMSNorm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """A causal convolution that sees the past."""
-        name = "conv_" + "x".join(map(str, layer.conv.kernel_size)) + ("" if residual is None else "_add")
+        return self.run(self.extend(x, norm, self._coded.get(id(layer.conv))), layer.conv, residual)
+
+    def run(self, x: Tensor, layer: nn.Conv3d, residual: Tensor | None = None) -> Tensor:
+        """A convolution of frames that are there already, as codes if it runs in them."""
+        coded = self._coded.get(id(layer))
+        name = "conv_" + "x".join(map(str, layer.kernel_size)) + ("" if residual is None else "_add")
         given = () if residual is None else (residual,)
-        return getattr(self.ops, name)(self.extend(x, norm), layer.conv.weight, layer.conv.bias, *given)
+        if coded is None:
+            return getattr(self.ops, name)(x, layer.weight, layer.bias, *given)
+        return getattr(self.ops, f"{name}_{coded.codes}")(x, coded.weight, coded.scale, layer.bias, *given)
 
     def block(self, x: Tensor, block: ResBlock) -> Tensor:
         y = self.conv(x, block.conv1, block.norm1)
@@ -97,9 +111,49 @@ class _Walk:
     def up(self, x: Tensor, y: Tensor, up: nn.Module) -> Tensor:
         """y upsampled and convolved, plus the level's input x with its channels unfolded."""
         assert isinstance(up, Up)
-        wide = self.ops.upsample_space(y) if up.time is None else self.ops.upsample_time(self.conv(y, up.time))
-        main = self.ops.conv_1x3x3(wide, up.space.weight, up.space.bias)
+        coded = self._coded.get(id(up.space))
+        end, factor = ("", ()) if coded is None else (f"_{coded.codes}", (coded.factor,))
+        if up.time is None:
+            wide = getattr(self.ops, f"upsample_space{end}")(y, *factor)
+        else:
+            wide = getattr(self.ops, f"upsample_time{end}")(self.conv(y, up.time), *factor)
+        main = self.run(wide, up.space)
         return (self.ops.duplicate_up if up.time is None else self.ops.duplicate_up_time)(x, main)
+
+
+class LibraryFirst(DecoderFirst):
+    """`vae.DecoderFirst` whose caches are as `LibrarySteady` wants them: [T,H,W,C], and codes for what runs in codes."""
+
+    def __init__(self, vae: CausalVAE, coded: Mapping[str, CodedConv]) -> None:
+        import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
+
+        super().__init__(vae, ops=True)
+        self.coded = nn.ModuleDict({name.replace(".", "/"): conv for name, conv in coded.items()})
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
+        frames, *caches = super().forward(latent)
+        for i, name in enumerate(coded_caches(self.vae.config)):
+            if name and name.replace(".", "/") in self.coded:
+                conv: Any = self.coded[name.replace(".", "/")]
+                caches[i] = getattr(torch.ops.longtake, f"encode_{conv.codes}")(caches[i], conv.factor)
+        return frames, *caches
+
+
+def coded_ops(vae: CausalVAE, chosen: Mapping[str, str]) -> Counter[str]:
+    """`library_ops` where convolutions run in codes: by name, which."""
+    ops = library_ops(vae)
+    for name, codes in chosen.items():
+        layer, owner = vae.get_submodule(name), vae.get_submodule(name.rpartition(".")[0])
+        assert isinstance(layer, nn.Conv3d)
+        conv = "conv_" + "x".join(map(str, layer.kernel_size)) + ("_add" if name.endswith("conv2.conv") else "")
+        if isinstance(owner, Up):
+            before = "upsample_space" if owner.time is None else "upsample_time"
+        else:
+            before = op_name(norm=layer.kernel_size[1] > 1)  # a 3x1x1 one reads what no norm has changed
+        for plain in (conv, before):
+            ops[plain] -= 1
+            ops[f"{plain}_{codes}"] += 1
+    return +ops
 
 
 def library_ops(vae: CausalVAE) -> Counter[str]:

@@ -1,0 +1,1 @@
+"""The live door: sessions over HTTP and WebSocket, kept in a journal."""

@@ -1,0 +1,63 @@
+"""A live change to a session in this worker: in the journal first, then taken, then acknowledged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longtake.errors import LongtakeError
+from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError
+from longtake.runtime.serve.live import Live
+from longtake.runtime.session import Session
+
+
+def taken(live: Live, change: Change) -> Ack:
+    """Take a change, or repeat the answer to one that was taken.
+
+    Raises:
+        ChangeRefusedError: the session cannot show it, or it cannot be kept.
+    """
+    with live.lock:
+        known = {event["event_id"]: event for event in live.journal.events() if event.get("event_id")}
+        if change.event_id in known:
+            return _repeated(known[change.event_id], change)
+        session = live.session
+        if session is None or live.over or live.ending:
+            raise ChangeRefusedError("not_active", "the session has ended")
+        try:
+            return _changed(live, session, change)
+        except LongtakeError as error:
+            raise ChangeRefusedError("interaction_failed", error.what, error) from None
+        except OSError as error:
+            raise ChangeRefusedError("store_full", f"the change cannot be kept: {error.strerror}") from None
+
+
+def _changed(live: Live, session: Session, change: Change) -> Ack:
+    if change.extend:
+        return _extended(live, session, change)
+
+    def record(at: int) -> None:
+        live.journal.append_event({"type": "change", "at_chunk": at, **change.as_json()})
+
+    if change.cut:
+        return Ack(session.cut(change.prompt, record))
+    if change.prompt is None:
+        raise ChangeRefusedError("interaction_failed", "there is nothing to change")
+    return Ack(session.change_prompt(change.prompt, record))
+
+
+def _extended(live: Live, session: Session, change: Change) -> Ack:
+    if session.options.endless:
+        raise ChangeRefusedError("interaction_failed", "an endless session cannot be made longer")
+    if not session.remaining:
+        raise ChangeRefusedError("too_late", "the last chunk is there")
+    total = session.next_index + session.remaining + change.extend
+    live.journal.append_event({"type": "extend", "total": total, **change.as_json()})
+    session.extend(change.extend)
+    return Ack(total)
+
+
+def _repeated(event: dict[str, Any], change: Change) -> Ack:
+    """The same answer to the same change. Raises ChangeRefusedError for another one under its name."""
+    if any(event.get(key) != value for key, value in change.as_json().items()):
+        raise ChangeRefusedError("event_id_conflict", "this event_id was another change")
+    return Ack(int(event.get("at_chunk", event.get("total", 0))))

@@ -1,0 +1,69 @@
+"""Jobs: sessions that nobody watches. They are in the store before they are answered, and survive a restart of everything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any
+
+from longtake.runtime.serve.desk import asked, drive
+from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.journal import Journal
+
+log = logging.getLogger(__name__)
+
+
+class Jobs:
+    """Drives every job of the store that has not ended."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._leaving = False
+
+    async def begin(self) -> None:
+        """Take up what an earlier process left."""
+        left = [one for one in self.front.store.all() if one.meta.kind == "video" and one.end() is None]
+        for journal in sorted(left, key=lambda one: one.meta.created):
+            await self.add(journal, again=True)
+
+    async def add(self, journal: Journal, again: bool = False) -> None:
+        """Drive a job; `again`: it waited or ran before, so that quotas do not count. Raises QuotaError."""
+        number = await asked(self.front.desk, journal, again)
+        task = asyncio.create_task(self._run(journal, number))
+        self._tasks[journal.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(journal.id, None))
+
+    async def _run(self, journal: Journal, number: int) -> None:
+        front, begun = self.front, time.monotonic()
+        async for event in drive(front.desk, front.workers, journal, number, None, front.meters):
+            if event.kind == "end":
+                state, reason, code = (str(event.facts.get(key) or "") for key in ("state", "reason", "code"))
+                if state == "failed" and journal.end() is None:
+                    with contextlib.suppress(OSError):
+                        journal.finish("failed", reason, code)
+                log.info(
+                    "job ended", extra={"session": journal.id, "state": state, "s": round(time.monotonic() - begun, 3)}
+                )
+
+    def cancel(self, session: str) -> None:
+        """Stop driving a job."""
+        if task := self._tasks.get(session):
+            task.cancel()
+
+    def end(self) -> None:
+        """Stop all; what they are is in the store."""
+        self._leaving = True
+
+
+class JobsElsewhere:
+    """What a front does with a job where the registry is another process, which drives it."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+
+    async def add(self, journal: Journal) -> None:
+        """Raises QuotaError."""
+        await self.desk.add_job(journal.id)

@@ -1,0 +1,70 @@
+"""From a chunk to the journal: wait for its frames, encode them, keep all of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from longtake.runtime.chunk import Chunk
+from longtake.runtime.serve.fragments import Codec, fragment
+from longtake.runtime.serve.journal import Journal
+from longtake.runtime.story import frame_count
+from longtake.training.models.presets import Preset
+
+
+@dataclass(frozen=True)
+class Kept:
+    """ms: milliseconds by stage. bytes: on disk."""
+
+    frames: int
+    bytes: int
+    ms: dict[str, float]
+
+
+def keep_chunk(journal: Journal, preset: Preset, chunk: Chunk, position: dict[str, Any]) -> Kept:
+    """Encode a chunk and put it into the journal. position: where the session stands after it.
+
+    Raises:
+        LeaseLostError, OSError: see `Journal.commit`.
+    """
+    frames, meta = chunk.frames, journal.meta
+    shown_from = int(meta.about.get("first_media", 0))
+    first = frame_count(preset, chunk.index) if chunk.index else 0
+    first -= frame_count(preset, shown_from) if shown_from else 0
+    events = journal.events()
+    limit = None if any(event["type"] == "extend" for event in events) else meta.frames
+    count = len(frames) if limit is None else min(len(frames), limit - first)
+    began = time.perf_counter()
+    codec = Codec(meta.codec, meta.encoder, meta.width, meta.height, meta.fps)
+    made = fragment(frames[:count], first, chunk.index - shown_from, codec)
+    ms = {**chunk.timings, "encode": 1e3 * (time.perf_counter() - began)}
+    ms = {name: round(value, 1) for name, value in ms.items()}
+    about = {
+        "position": position,
+        "prompt": chunk.prompt,
+        "cut": chunk.cut,
+        "shot": chunk.shot,
+        "first_frame": first,
+        "frames": count,
+        "whole_frames": len(frames),
+        "visible": list(chunk.visible),
+        "ms": ms,
+        "encoder": made.encoder,
+        "mime": made.mime,
+        **_event_ids(events, chunk.index),
+    }
+    return Kept(count, journal.commit(chunk.index, about, chunk.latents, made.init, made.media), ms)
+
+
+def _event_ids(events: list[dict[str, Any]], chunk: int) -> dict[str, list[str]]:
+    """Which changes begin with a chunk, which shape it, which those replaced."""
+    changes = [event for event in events if event["type"] == "change" and event["at_chunk"] <= chunk]
+    started = [str(event["event_id"]) for event in changes if event["at_chunk"] == chunk]
+    before = [event["at_chunk"] for event in changes if event["at_chunk"] < chunk]
+    earlier = [str(event["event_id"]) for event in changes if before and event["at_chunk"] == max(before)]
+    return {
+        "started_event_ids": started,
+        "active_event_ids": started or earlier,
+        "completed_event_ids": earlier if started else [],
+    }

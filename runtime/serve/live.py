@@ -1,0 +1,70 @@
+"""One session in a worker: what it may do next."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from longtake.runtime.serve.grants import Event, Grant
+from longtake.runtime.serve.journal import Journal
+from longtake.runtime.session import Session
+
+AHEAD = 2  # chunks made but not yet in the journal: one being decoded, one being encoded
+
+
+@dataclass
+class Live:
+    """One session in this worker. window: chunks ahead of `shown`; None: no limit."""
+
+    grant: Grant
+    journal: Journal
+    events: asyncio.Queue[Event]
+    loop: asyncio.AbstractEventLoop
+    window: int | None
+    shown: int = -1
+    session: Session | None = None
+    committed: int = 0
+    paused_at: float | None = None
+    ending: str = ""  # "stop", "park": at the next boundary
+    why: str = ""
+    attempts: int = 0
+    touched: float = field(default_factory=time.monotonic)
+    served: int = 0
+    opened: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of live changes
+    over: bool = False
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """Send an event to whoever streams it, from any thread."""
+        event = Event(kind, facts)
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    @property
+    def index(self) -> int:
+        return self.session.next_index if self.session else self.committed
+
+    @property
+    def exhausted(self) -> bool:
+        return bool(self.session) and not self.session.remaining and not self.session.options.endless  # type: ignore[union-attr]
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything that was made is in the journal."""
+        return self.session is None or self.index == self.committed
+
+    def may_begin(self) -> bool:
+        """Whether its next chunk may be begun now."""
+        if self.session is None or self.over or self.ending or self.paused_at is not None or self.exhausted:
+            return False
+        within = self.window is None or self.index - self.window <= self.shown
+        return within and self.index - self.committed < AHEAD
+
+    def wants_the_device(self) -> bool:
+        """Whether the device thread has something to do for it."""
+        if self.over:
+            return False
+        return self.session is None or self.may_begin() or (self.settled and bool(self.ending or self.exhausted))

@@ -1,0 +1,275 @@
+"""The same over many machines: fronts and workers as deployments of Ray Serve, the registry as one named actor.
+
+The only file that imports ray. Everything that counts is in the store, which all machines must see: whoever dies, the others
+go on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, HTTPOptions, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.util import metrics
+
+from longtake.errors import LongtakeError
+from longtake.runtime.serve.app import app_from
+from longtake.runtime.serve.desk import Desk
+from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.grants import Ack, Change, ElsewhereError, Event, Grant, WorkerLostError
+from longtake.runtime.serve.jobs import Jobs, JobsElsewhere
+from longtake.runtime.serve.local import LocalWorkers
+from longtake.runtime.serve.meters import Meters, ray_meters, silent
+from longtake.runtime.serve.server import Open, Say, Settings, Size, free_port, slots_of
+from longtake.runtime.serve.store import Store
+from longtake.runtime.serve.worker import Worker
+from longtake.settings import ray_auth_mode
+
+log = logging.getLogger(__name__)
+
+APP, DESK, NAMESPACE = "longtake", "longtake-desk", "longtake"
+HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 10.0, 10
+GONE = (RayActorError, RayServeException, ConnectionError)
+
+
+class DeskProxy:
+    """The registry's actor, by the methods of `Desk`. While it restarts it is asked again for ten seconds."""
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        async def call(*words: Any) -> Any:
+            until = time.monotonic() + PATIENCE_S
+            while True:
+                try:
+                    return await getattr(ray.get_actor(DESK, NAMESPACE), name).remote(*words)
+                except RayTaskError as error:
+                    raise error.cause from None
+                except (RayActorError, ValueError):
+                    if time.monotonic() > until:
+                        raise
+                    await asyncio.sleep(0.2)
+
+        return call
+
+
+@contextlib.contextmanager
+def _lost_if_gone() -> Iterator[None]:
+    """What a worker raised as it was; that it is gone as WorkerLostError."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause from None
+    except GONE as error:
+        raise WorkerLostError(type(error).__name__) from None
+
+
+def _front(settings: Settings, desk: Any, meters: Meters) -> Front:
+    assert settings.store is not None
+    store = Store(settings.store)
+    return Front(store, desk, RayWorkers(), settings.limits, meters, settings.door(store), settings.codec)
+
+
+class RayWorkers:
+    """Workers as replicas of a deployment; a call goes to the one that the grant names."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def _worker(self, grant: Grant, **how: Any) -> Any:
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle("Maker", app_name=APP)
+        return self._handle.options(session_id=grant.worker, **how)
+
+    async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:
+        for _ in range(PATIENT_CALLS):
+            try:
+                with _lost_if_gone():
+                    async for event in self._worker(grant, stream=True).stream.remote(grant, window):
+                        yield event
+                return
+            except ElsewhereError:  # the router has not heard of that replica yet, or no more
+                await asyncio.sleep(0.5)
+        raise WorkerLostError(grant.worker)
+
+    async def _call(self, grant: Grant, method: str, *words: Any) -> Any:
+        with _lost_if_gone():
+            return await getattr(self._worker(grant), method).remote(grant, *words)
+
+    async def interact(self, grant: Grant, change: Change) -> Ack:
+        answer: Ack = await self._call(grant, "interact", change)
+        return answer
+
+    async def control(self, grant: Grant, what: str) -> dict[str, Any]:
+        answer: dict[str, Any] = await self._call(grant, "control", what)
+        return answer
+
+    async def advance(self, grant: Grant, shown: int) -> None:
+        await self._call(grant, "advance", shown)
+
+
+class PinnedRouter(FIFOMixin, RequestRouter):
+    """A request goes to the replica that it names; one that is gone is answered by any, which says so."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        named = pending_request.metadata.session_id if pending_request else ""
+        pinned = [replica for replica in candidate_replicas if replica.replica_id.unique_id == named]
+        return [pinned or candidate_replicas]
+
+
+class Maker(LocalWorkers):
+    """A worker as a replica. It tells the registry that it lives, and what it makes."""
+
+    worker: Worker
+
+    def __init__(self, settings: Settings, open_model: Open, generation: int) -> None:
+        assert settings.store is not None
+        self.name, self.generation = serve.get_replica_context().replica_tag, generation
+        generator, limits = open_model(lambda words: None), settings.limits
+        how = {"idle_s": limits.idle_s, "paused_s": limits.paused_s}
+        self.worker = Worker(generator, Store(settings.store), self.name, ray_meters(metrics), **how)
+        self.slots, self.about = slots_of(generator, settings.slots), self.worker.describe()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            with contextlib.suppress(RayError, ValueError):
+                desk = ray.get_actor(DESK, NAMESPACE)
+                facts = (self.name, self.slots, self.generation, self.about, self.worker.running())
+                if not ray.get(desk.register.remote(*facts), timeout=PATIENCE_S):
+                    self.worker.drain()
+            time.sleep(HEARTBEAT_S)
+
+    async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:  # type: ignore[override]
+        async for event in super().stream(grant, window):
+            yield event
+
+
+class DeskActor(Desk):
+    """The registry; jobs are driven from here, too. It restarts for ever, and fills itself from the store and the workers."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.limits, ray_meters(metrics))
+        front = _front(settings, self, silent())
+        self.jobs = front.jobs = Jobs(front)
+        self._begun = False
+
+    async def register(self, *facts: Any) -> bool:  # type: ignore[override]
+        current = await super().register(*facts)
+        if not self._begun:
+            self._begun = True
+            await self.jobs.begin()
+        return current
+
+    async def add_job(self, session: str) -> None:
+        """Drive a job that is in the store. Raises QuotaError."""
+        await self.jobs.add(self.jobs.front.store.journal(session))
+
+
+@serve.ingress()
+class Entrance:
+    """A front as a replica: no model, no GPU."""
+
+    def __init__(self, settings: Settings, generation: int, _: Any) -> None:
+        self.front = _front(settings, DeskProxy(), ray_meters(metrics))
+        self.front.jobs = JobsElsewhere(self.front.desk)
+        self.generation = generation
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return app_from(self.front)
+
+    async def check_health(self) -> None:
+        """Called by Serve now and then: sockets move once a newer deployment has begun."""
+        if not self.front.leaving and await self.front.desk.generation() > self.generation:
+            self.front.leaving = True
+            for connection in list(self.front.connections):
+                await connection.close(1001)
+
+
+def wanted_workers(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """As many workers as running and waiting sessions ask for."""
+    try:
+        load: Any = ray.get(ray.get_actor(DESK, NAMESPACE).load.remote(), timeout=2)
+    except (RayError, ValueError):
+        return context.current_num_replicas, {}
+    return max(1, -(-int(load * 100 * context.current_num_replicas) // 100)), {}
+
+
+def deployed(settings: Settings, open_model: Open, size: Size, generation: int) -> Any:
+    """The application for `serve.run`."""
+    policy = AutoscalingPolicy(policy_function=wanted_workers)
+    scaling: Any = AutoscalingConfig(min_replicas=size.least, max_replicas=size.most, policy=policy)
+    router: Any = RequestRouterConfig(request_router_class=PinnedRouter)  # type: ignore[arg-type]
+    making: Any = serve.deployment(
+        name="Maker",
+        max_ongoing_requests=settings.slots * 4 + 16,
+        graceful_shutdown_timeout_s=20,
+        ray_actor_options={"num_cpus": 0.1, "num_gpus": size.gpus},
+        request_router_config=router,
+        **({"autoscaling_config": scaling} if size.most > size.least else {"num_replicas": size.least}),
+    )
+    entering: Any = serve.deployment(
+        name="Entrance",
+        max_ongoing_requests=1000 + settings.limits.queue,
+        num_replicas=size.fronts,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=5,
+        health_check_period_s=1,
+    )
+    return entering(Entrance).bind(settings, generation, making(Maker).bind(settings, open_model, generation))
+
+
+def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -> int:
+    """Serve over Ray until a signal comes, or a newer deployment; returns the exit code.
+
+    Raises:
+        LongtakeError: without a store, or on a cluster that anybody may run code on.
+    """
+    if settings.store is None:
+        fix = "pass --store FOLDER, seen by all machines"
+        raise LongtakeError("several processes need one store", got="no --store", fix=fix)
+    settings.door(Store(settings.store))
+    try:
+        ray.init("auto", namespace=NAMESPACE, log_to_driver=False)
+    except ConnectionError:
+        ray.init(namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
+    if len(ray.nodes()) > 1 and ray_auth_mode() != "token":
+        fix = "set RAY_AUTH_MODE=token on every machine"
+        raise LongtakeError("whoever reaches this cluster runs code on it", got="no RAY_AUTH_MODE", fix=fix)
+    settings = replace(settings, port=settings.port or free_port(settings.host, 8000))
+    kept = {"name": DESK, "get_if_exists": True, "max_restarts": -1, "lifetime": "detached", "num_cpus": 0}
+    desk: Any = ray.remote(DeskActor).options(**kept, max_concurrency=1000).remote(settings)  # type: ignore[arg-type]
+    generation = ray.get(desk.begin_generation.remote())
+    serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+    serve.run(deployed(settings, open_model, size, generation), name=APP, route_prefix="/")
+    announce(f"http://{settings.host}:{settings.port}/")
+    return _until_ended(desk, generation)
+
+
+def _until_ended(desk: Any, generation: int) -> int:
+    ending = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ending.set())
+    while not ending.wait(HEARTBEAT_S):
+        with contextlib.suppress(RayError):
+            if ray.get(desk.generation.remote(), timeout=PATIENCE_S) > generation:
+                return 0  # a newer deployment has taken over
+    with contextlib.suppress(RayError):
+        ray.get(desk.begin_generation.remote(), timeout=PATIENCE_S)  # so that every session is parked
+        time.sleep(3 * HEARTBEAT_S)
+    serve.shutdown()
+    ray.kill(desk)
+    ray.shutdown()
+    return 0

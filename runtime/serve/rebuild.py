@@ -1,0 +1,156 @@
+"""A session from its journal: the newest whole state that verifies, the chunks after it fed again, what was asked for since."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+from longtake.errors import LongtakeError
+from longtake.record import record_from_json
+from longtake.runtime.clip import latents_from_clip
+from longtake.runtime.generator import Generator
+from longtake.runtime.retake import merged
+from longtake.runtime.serve.journal import Journal
+from longtake.runtime.session import Session
+from longtake.runtime.session_options import Sampling
+from longtake.runtime.snapshot import Identity, check_same, snapshot_from_file
+from longtake.runtime.start import one_a_chunk
+from longtake.runtime.state import Edit, Position, position_from_json, with_edit
+from longtake.runtime.story import Segment, fit_segments
+
+log = logging.getLogger(__name__)
+
+
+class OtherEnginesError(LongtakeError):
+    """The session was made with engines or options that these are not."""
+
+
+def segments_of(script: Iterable[Iterable[Any]]) -> tuple[Segment, ...]:
+    return tuple(Segment(str(prompt), int(chunks), bool(cut)) for prompt, chunks, cut in script)
+
+
+def begun(generator: Generator, journal: Journal) -> Session:
+    """The session before its first chunk.
+
+    Raises:
+        OtherEnginesError: it was begun with others.
+    """
+    meta = journal.meta
+    sampling = Sampling(meta.steps, None, meta.shift, meta.guidance, meta.solver)
+    if meta.timesteps:
+        sampling = Sampling(None, meta.timesteps, meta.shift, meta.guidance, meta.solver)
+    image = journal.folder / meta.image if meta.image and not journal.count() else None
+    how = {"seed": meta.seed, "sampling": sampling, "negative_prompt": meta.negative_prompt, "endless": meta.endless}
+    session = generator.session(segments_of(meta.script), image=image, **how)  # type: ignore[arg-type]
+    if meta.identity:
+        try:
+            check_same(record_from_json(Identity, meta.identity), session.identity)
+        except LongtakeError as error:
+            session.close(discard=True)
+            raise OtherEnginesError(error.what, got=error.got, expected=error.expected, fix=error.fix) from None
+    else:
+        journal.amend(identity=asdict(session.identity))
+    return session
+
+
+def position_in(session: Session, about: dict[str, Any]) -> Position:
+    """The position that a chunk was kept with: where the session stood after it."""
+    return position_from_json(about["position"], session.model.family.marker)
+
+
+def asked_since(journal: Journal, position: Position) -> Position:
+    """`position` with what was asked for live and is still to come: kept before it was acknowledged, so it counts."""
+    edits: tuple[Edit, ...] = tuple(
+        edit for edit in position.edits if journal.meta.parent and edit.at >= position.chunk
+    )
+    for event in journal.events():
+        if event["type"] == "change" and event["at_chunk"] >= position.chunk:
+            edits = with_edit(edits, Edit(event["at_chunk"], event["prompt"], event["cut"]))
+        if event["type"] == "extend":
+            position = lengthened(position, event["total"])
+    return replace(position, edits=edits)
+
+
+def lengthened(position: Position, total: int) -> Position:
+    """`position` with a script that ends after `total` chunks of the video, if it ended before."""
+    missing = total - position.chunk - sum(segment.chunks for segment in position.script)
+    if missing <= 0:
+        return position
+    prompt = position.script[-1].prompt if position.script else position.prompt
+    return replace(position, script=(*position.script, Segment(prompt, missing)))
+
+
+def rebuild(
+    generator: Generator, journal: Journal, replayed: Callable[[int, int], None] = lambda done, of: None
+) -> Session:
+    """The session as its journal has it. replayed: is told how many chunks were fed, and of how many.
+
+    Raises:
+        OtherEnginesError: it was made with other engines.
+        IntegrityError: its description is damaged. Damaged chunks are put aside with those after them, and made again.
+    """
+    count = journal.intact()
+    if count < journal.count():
+        log.warning("session %s: chunk %d is damaged; it is made again from there", journal.id, count)
+        journal.cut_back(count)
+    session = begun(generator, journal)
+    try:
+        _restore(session, journal, count)
+        start = session.next_index
+        for index in range(start, count):
+            session.replay(journal.latents(index), position_in(session, journal.chunk(index)))
+            replayed(index + 1 - start, count - start)
+        if count and session.next_index == count:
+            session.adopt(asked_since(journal, position_in(session, journal.chunk(count - 1))))
+        else:
+            session.adopt(asked_since(journal, _first_position(session, journal)))
+    except BaseException:
+        session.close(discard=True)
+        raise
+    return session
+
+
+def _first_position(session: Session, journal: Journal) -> Position:
+    """Before the first chunk: the description's script, and of a retake the changes it began with."""
+    edits = tuple(Edit(*entry) for entry in journal.meta.about.get("edits", ()))
+    return replace(session.position, edits=edits)
+
+
+def _restore(session: Session, journal: Journal, count: int) -> None:
+    """Take over the newest whole state that is not ahead of the chunks; one that is damaged is passed over."""
+    for chunk, path in journal.snapshots():
+        if chunk > count:
+            continue
+        try:
+            snapshot = snapshot_from_file(path)
+            if journal.meta.parent and chunk <= journal.meta.from_chunk:  # a retake may have another seed from there on
+                snapshot = replace(snapshot, identity=replace(snapshot.identity, seed=journal.meta.seed))
+            session.restore(snapshot)
+            return
+        except LongtakeError as error:
+            log.warning("session %s: the state before chunk %d is left out: %s", journal.id, chunk, error.what)
+
+
+def take_in_clip(session: Session, journal: Journal) -> int:
+    """Feed the uploaded clip that a session starts from, and keep its chunks; returns how many there are."""
+    meta = journal.meta
+    latents = latents_from_clip(journal.folder / str(meta.clip), session.model)
+    preset = session.model.preset
+    first, rest = latents.tensor_split([preset.frames_of(0)], dim=1)
+    chunks = [first, *(rest.split(preset.chunk_latents, dim=1) if rest.shape[1] else ())]
+    told = (Segment(meta.clip_prompt or meta.script[0][0]),)
+    for index, (chunk, segment) in enumerate(zip(chunks, one_a_chunk(fit_segments(told, len(chunks))), strict=True)):
+        session.feed(chunk, segment.prompt)
+        journal.commit(
+            index, {"position": session.position.as_json(), "prompt": segment.prompt, "cut": False}, chunk, b"", None
+        )
+    journal.amend(about={**meta.about, "first_media": len(chunks)})
+    return len(chunks)
+
+
+def script_from(journal: Journal, start: int, position: Position) -> tuple[Segment, ...]:
+    """What a video shows from chunk `start` on: the chunks that were made, then what is left of its script."""
+    made = (Segment(about["prompt"], 1, about["cut"]) for about in journal.chunks()[start:])
+    return merged((*made, *position.script))

@@ -1,0 +1,260 @@
+"""One process that serves: a socket, the application, a worker once its model is open, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from longtake.errors import LongtakeError
+from longtake.runtime.generator import Generator
+from longtake.runtime.serve.app import app_from
+from longtake.runtime.serve.auth import Door, tokens_from_file
+from longtake.runtime.serve.describe import session_gb
+from longtake.runtime.serve.desk import Desk
+from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.jobs import Jobs
+from longtake.runtime.serve.limits import FRAME_BYTES, Limits
+from longtake.runtime.serve.local import LocalWorkers
+from longtake.runtime.serve.meters import prometheus
+from longtake.runtime.serve.store import Store
+from longtake.runtime.serve.worker import Worker
+from longtake.version import __version__
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PARK_S = 13.0  # in which everything is parked; the rest of the 15 s is for sockets and threads
+EXPIRE_EVERY = 600.0
+
+Say = Callable[[str], None]
+Open = Callable[[Say], Generator]  # opens the model, saying meanwhile what it does
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one process serves. store: None for a temporary folder, whose sessions end with the process."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    store: Path | None = None
+    token_file: Path | None = None
+    origins: tuple[str, ...] = ()
+    slots: int = 1
+    codec: str = "h264"
+    limits: Limits = field(default_factory=Limits)
+
+    def door(self, store: Store) -> Door:
+        """Who comes in. Raises LongtakeError for an address that others reach without tokens."""
+        if self.token_file is None and self.host not in LOOPBACK:
+            fix = "pass --token-file FILE, with a line user:token each, or leave --host out"
+            got = f"--host {self.host} without tokens"
+            raise LongtakeError("whoever reaches this address could use the GPU", got=got, expected="tokens", fix=fix)
+        tokens = None if self.token_file is None else tokens_from_file(self.token_file)
+        return Door(store.secret(), tokens, (self.host,), self.origins)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a cluster: workers at least and at most, fronts, and the GPUs of each worker."""
+
+    least: int = 1
+    most: int = 1
+    fronts: int = 1
+    gpus: int = 0
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises LongtakeError naming the next free port if `port` is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind((host, port))
+        opened.listen(512)
+    except OSError as error:
+        opened.close()
+        if error.errno != errno.EADDRINUSE:
+            fix = "check --host and --port"
+            raise LongtakeError(f"cannot listen on {host}:{port}", got=error.strerror, fix=fix) from None
+        fix = f"pass --port {free_port(host, port + 1)}"
+        raise LongtakeError(
+            f"port {port} is taken", got=f"{host}:{port} in use", expected="a free port", fix=fix
+        ) from None
+    opened.setblocking(False)
+    return opened
+
+
+def free_port(host: str, start: int) -> int:
+    """The first port from `start` on that nobody uses; 0 if there is none near."""
+    for port in range(start, min(start + 100, 65536)):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
+            tried.bind((host, port))
+            return port
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def http_server(app: FastAPI) -> uvicorn.Server:
+    """uvicorn as the design wants it: video does not compress, and without deflate a slow reader is felt soon."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            ws="websockets-sansio",
+            ws_per_message_deflate=False,
+            ws_max_size=FRAME_BYTES,
+            ws_ping_interval=20.0,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=2,
+        )
+    )
+
+
+def slots_of(generator: Generator, asked: int) -> int:
+    """Sessions at a time: as many as asked for, on a GPU no more than fit beside the weights."""
+    need = session_gb(generator)
+    if need is None or generator.backend.device.type != "cuda":
+        return asked
+    free, _ = torch.cuda.mem_get_info(generator.backend.device)
+    return max(1, min(asked, int(free / 1e9 / max(need, 1e-3))))
+
+
+def serve(settings: Settings, open_model: Open, announce: Say) -> int:
+    """Serve until a signal comes; returns the exit code.
+
+    Raises:
+        LongtakeError: the port is taken, the store cannot be used, or the model cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        root = settings.store
+        if root is None:
+            root = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="longtake-serve-", ignore_cleanup_errors=True))
+            )
+            log.warning("no --store: sessions end with this process")
+        store = Store(root)
+        door = settings.door(store)
+        opened = stack.enter_context(contextlib.closing(listening(settings.host, settings.port)))
+        return asyncio.run(served(settings, store, door, opened, open_model, announce, None))
+
+
+async def served(
+    settings: Settings,
+    store: Store,
+    door: Door,
+    opened: socket.socket,
+    open_model: Open,
+    announce: Say,
+    ending: asyncio.Event | None,
+) -> int:
+    """See `serve`. ending: set by whoever wants it to end; by signals if None."""
+    meters = prometheus()
+    desk, workers = Desk(settings.limits, meters), LocalWorkers()
+    front = Front(store, desk, workers, settings.limits, meters, door, settings.codec, "the model is being opened")
+    jobs = front.jobs = Jobs(front)
+    server = http_server(app_from(front))
+    if ending is None:
+        _on_signals(ending := asyncio.Event())
+    serving = asyncio.create_task(server.serve([opened]))
+    opening = asyncio.create_task(_open(settings, front, workers, open_model))
+    failure: BaseException | None = None
+    try:
+        stop = asyncio.create_task(ending.wait())
+        await asyncio.wait({opening, stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if opening.done() and not (failure := opening.exception()):
+            host, port = opened.getsockname()[:2]
+            announce(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
+            await jobs.begin()
+            cleaning = asyncio.create_task(_expire(front))
+            await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+            cleaning.cancel()
+    finally:
+        await _end(front, workers, jobs)
+        server.should_exit = True
+        await serving
+        if not opening.done():  # a thread that builds cannot be ended: nothing that it makes is under a final name yet
+            os._exit(0)
+    if failure is not None:
+        raise failure
+    return 0
+
+
+async def _open(settings: Settings, front: Front, workers: LocalWorkers, open_model: Open) -> None:
+    def say(words: str) -> None:
+        front.status = words
+
+    generator = await asyncio.to_thread(open_model, say)
+    limits = settings.limits
+    name = f"local-{os.getpid()}"
+    worker = Worker(generator, front.store, name, front.meters, idle_s=limits.idle_s, paused_s=limits.paused_s)
+    workers.worker = worker
+    about = await asyncio.to_thread(worker.describe)
+    gpu = str(about["gpu"] or "none")
+    facts = {"recipe": about["model"], "backend": about["backend"], "gpu": gpu, "version": __version__}
+    front.meters.set("worker_info", 1, **facts)
+    front.meters.set("gpu_memory_bytes", float(about["budget_bytes"] or 0), kind="budget")
+    front.meters.set("gpu_memory_bytes", float(generator.backend.peak_bytes()), kind="used")
+    await front.desk.register(name, slots_of(generator, settings.slots), 0, about)
+    front.status = ""
+
+
+async def _expire(front: Front) -> None:
+    while True:
+        for session in await asyncio.to_thread(front.store.expire, front.limits.parked_s):
+            log.info("expired", extra={"session": session})
+        await asyncio.sleep(EXPIRE_EVERY)
+
+
+async def _end(front: Front, workers: LocalWorkers, jobs: Jobs) -> None:
+    """No new sessions; the running chunk ends, everything is parked, sockets are told to come back later."""
+    front.leaving = True
+    jobs.end()
+    if workers.worker is not None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(workers.worker.close), PARK_S)
+    for connection in list(front.connections):
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(connection.close(1001), 1)
+    await front.settle(1.0)
+    if workers.worker is not None:
+        workers.worker.generator.close()
+
+
+def _on_signals(ending: asyncio.Event) -> None:
+    """The first signal ends in order, the second at once: what was acknowledged is on disk."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    loop = asyncio.get_running_loop()
+
+    def on(number: int) -> None:
+        if ending.is_set():
+            os._exit(128 + number)
+        ending.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, on, number)

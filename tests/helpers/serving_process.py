@@ -1,0 +1,56 @@
+"""Serve the student, or with "toy" a toy, from a store until a signal comes: python serving_process.py STORE [toy] [slots=N] [user_sessions=N] [port=N]"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from serving import tiny
+
+from longtake.runtime.generator import Generator
+from longtake.runtime.serve.limits import Limits
+from longtake.runtime.serve.server import Settings, Size, serve
+
+
+def toy(pause_s: float = 0.0) -> Generator:
+    """The toy of the session tests. pause_s: how long each pass takes beside its arithmetic."""
+    path = Path(__file__).resolve().parents[1] / "runtime" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("toy_backend", path)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    backend = module.ToyBackend()
+    backend.hook = lambda call: time.sleep(pause_s)
+    return Generator(backend, module.toy_tokenize)
+
+
+def opened_toy(say: Any) -> Generator:
+    return toy(0.03)
+
+
+def opened_tiny(say: Any) -> Generator:
+    return tiny()
+
+
+def announce(address: str) -> None:
+    print(address, flush=True)
+
+
+if __name__ == "__main__":
+    store, *words = sys.argv[1:]
+    slots = next((int(word[6:]) for word in words if word.startswith("slots=")), 1)
+    given = dict(word.split("=") for word in words if "=" in word)
+    limits = Limits(user_sessions=int(given.get("user_sessions", 8)), user_jobs=16)
+    settings = Settings(port=int(given.get("port", 0)), store=Path(store), slots=slots, limits=limits)
+    if "ray" in words:
+        from serving_process import opened_tiny, opened_toy  # by their module's name, which other processes import
+
+        from longtake.runtime.serve.ray_app import serve_ray
+
+        opening = opened_toy if "toy" in words else opened_tiny
+        workers = next((int(word[8:]) for word in words if word.startswith("workers=")), 1)
+        raise SystemExit(serve_ray(settings, opening, announce, Size(workers, workers)))
+    raise SystemExit(serve(settings, opened_toy if "toy" in words else opened_tiny, announce))

@@ -1,0 +1,180 @@
+"""Models by name: what a name says, where what is made of a model lies, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from longtake.chain import HowToExport
+from longtake.commands import export as export_cli
+from longtake.commands.main import main
+from longtake.errors import GateError, LongtakeError
+from longtake.formats import model_name
+from longtake.formats.exported import UNRECORDED, Checked, Export
+from longtake.formats.model_name import asked_for, card_of, checked_name, claim, model_in, write_name
+from longtake.formats.recipe import recipe_named
+from longtake.pretrained import model_and_recipe
+from longtake.runtime.generator import Generator
+from longtake.runtime.sources import source_from_name
+from longtake.training.models.checkpoint import side_file
+from longtake.training.models.side_file import SideFile
+
+RECIPE = recipe_named("tiny_nvfp4_sm120")
+STUDENT = model_name.shipped()["tiny-4step"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A checkpoint folder called mine, of a DiT alone; its digest is of no file."""
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "dit.safetensors").write_bytes(b"weights")
+    SideFile("dit", "tiny", sha256="a" * 64).write(side_file(folder / "dit.safetensors"))
+    return folder
+
+
+def made(model: str, recipe: str = RECIPE.name, **told: object) -> Path:
+    """An export without files, where one of a model and recipe lies."""
+    folder = model_name.folder_of(model, recipe) / "onnx"
+    of = recipe_named(recipe)
+    checked = told.pop("checked", Checked("passed", ""))
+    export = Export(of.onnx_name, "tiny", of.precision, of.cache, {}, ("a",), model=model, checked=checked, **told)  # type: ignore[arg-type]
+    export.write(folder)
+    return folder
+
+
+def test_shipped_and_own_models_have_names(own: Path, home: Path) -> None:
+    assert asked_for("tiny-4step").model == model_in(STUDENT) and asked_for("tiny-4step").recipe is None
+    assert asked_for(f"tiny@{RECIPE.name}").recipe == RECIPE
+    model = model_in(own)
+    assert (model.name, model.preset, model.weights) == ("mine", "tiny", {"dit": "a" * 64})
+    assert asked_for(str(own)).model == model  # a folder wherever a name is
+    with pytest.raises(LongtakeError, match="there is no such model or recipe"):
+        asked_for("mine")
+    claim(model)
+    assert asked_for("mine").model == card_of("mine") == model
+    assert model.folder(RECIPE) == home / "models" / "mine" / RECIPE.name
+    write_name(own, "other-name")
+    assert model_in(own).name == "other-name" and SideFile.read(side_file(own / "dit.safetensors")).sha256 == "a" * 64
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-4step"])
+def test_shipped_names_are_reserved(name: str, own: Path) -> None:
+    with pytest.raises(LongtakeError, match=f"(?s)the name {name} is that of a shipped model.*--name my-{name}"):
+        model_in(shutil.copytree(own, own.parent / name))
+    with pytest.raises(LongtakeError, match="is that of a shipped model"):
+        checked_name(name)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "-x", ".x", "a/b", "ä"])
+def test_bad_names(name: str) -> None:
+    with pytest.raises(LongtakeError, match="(?s)bad model name.*expected: letters, digits"):
+        checked_name(name)
+
+
+def test_two_checkpoints_under_one_name(own: Path, home: Path) -> None:
+    claim(model_in(own))
+    claim(model_in(own))  # again is no conflict
+    kept = made("mine")
+    SideFile("dit", "tiny", sha256="b" * 64).write(side_file(own / "dit.safetensors"))
+    with pytest.raises(LongtakeError) as caught:
+        claim(model_in(own))
+    said = str(caught.value)
+    assert "two different checkpoints are called mine" in said and "--replace" in said
+    assert "dit aaaaaaaaaaaa" in said and "dit bbbbbbbbbbbb" in said
+    assert kept.is_dir()
+    claim(model_in(own), replaced=True)
+    assert card_of("mine") == model_in(own) and not kept.exists()
+
+
+def test_own_and_shipped_models_stand_side_by_side(own: Path) -> None:
+    claim(model_in(own))
+    folders = made("mine"), made("tiny-4step")
+    assert source_from_name(f"mine@{RECIPE.name}").onnx == folders[0]
+    assert source_from_name(f"tiny-4step@{RECIPE.name}").onnx == folders[1]
+    assert source_from_name("mine").model == "mine"  # without one, doctor's pick
+    with pytest.raises(LongtakeError, match=f"(?s)several models are there.*mine, tiny-4step.*mine@{RECIPE.name}"):
+        source_from_name(RECIPE.name)  # a recipe alone opens nobody's export by chance
+    shutil.rmtree(folders[1])
+    assert source_from_name(RECIPE.name).model == "mine"
+    with pytest.raises(
+        LongtakeError, match="(?s)nothing is built for model tiny-4step.*longtake export --model tiny-4step"
+    ):
+        source_from_name("tiny-4step")
+
+
+def test_a_recipe_of_another_preset(own: Path) -> None:
+    with pytest.raises(LongtakeError, match="(?s)wan2.2-ti2v-5b_bf16_sm90 is not for model tiny.*tiny_nvfp4_sm120"):
+        asked_for("tiny@wan2.2-ti2v-5b_bf16_sm90")
+
+
+def test_a_hub_id_is_answered_with_how_to_download_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for ask in (asked_for, model_and_recipe):
+        with pytest.raises(LongtakeError) as caught:
+            ask("Wan-AI/Wan2.2-TI2V-5B")
+        said = str(caught.value)
+        assert "hf download Wan-AI/Wan2.2-TI2V-5B --local-dir" in said and "longtake convert --dit" in said
+
+
+def test_names_that_are_near() -> None:
+    with pytest.raises(LongtakeError, match="did you mean 'tiny-4step'"):
+        asked_for("tiny-4steps")
+
+
+# ---- states of an export ---------------------------------------------------------------------------------------------
+
+
+def test_a_failed_export_is_refused_without_force(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made("tiny-4step", checked=Checked("failed", "dit, first chunk: 0.2, at most 0.0001"))
+    with pytest.raises(
+        GateError, match="(?s)is not known to compute.*got: failed: dit, first chunk: 0.2.*--force"
+    ) as caught:
+        Generator.from_engines(folder)
+    assert caught.value.exit_code == 5
+    words = ["--model", f"tiny-4step@{RECIPE.name}"]
+    assert main(["generate", "--prompt", "a green seven", *words]) == 5
+    assert main(["engines", *words]) in (5, 3)  # 3: no TensorRT here
+    assert "longtake export --force" in capsys.readouterr().err
+    line = Checked("failed", "x").require(folder, force=True)
+    assert line is not None and "taken by --force" in line
+
+
+def test_no_state_is_a_failed_one(tmp_path: Path) -> None:
+    made("tiny", checked=UNRECORDED)
+    path = model_name.folder_of("tiny", RECIPE) / "onnx" / "export.json"
+    path.write_text(path.read_text().replace('"checked"', '"was_checked"'))
+    with pytest.raises(GateError, match="no comparison with PyTorch is recorded"):
+        Generator.from_engines(path.parent)
+
+
+def test_an_unchecked_export_is_taken_with_a_line() -> None:
+    line = Checked("unchecked", "--no-parity").require(Path("x"), force=False)
+    assert line == "export x: unchecked (--no-parity)"
+    assert Checked("passed", "").require(Path("x"), force=False) is None
+
+
+def test_what_is_recorded_before_a_comparison() -> None:
+    assert HowToExport(skeleton=True).unchecked.state == "unchecked"
+    assert HowToExport(parity=False).unchecked == Checked("unchecked", "--no-parity")
+    assert HowToExport().unchecked.state == "failed"  # a crash in the middle leaves it so
+
+
+def test_export_options_that_contradict(own: Path) -> None:
+    with pytest.raises(LongtakeError, match="both name what is exported"):
+        export_cli.ExportOptions(model="tiny", checkpoints=own)
+    with pytest.raises(LongtakeError, match="(?s)--model names a recipe.*--recipe"):
+        export_cli.exports_of(export_cli.ExportOptions(model=RECIPE.name))
+    pairs = export_cli.exports_of(export_cli.ExportOptions(model="tiny-4step"))
+    assert [(recipe.name, model.name) for recipe, model in pairs] == [(RECIPE.name, "tiny-4step")]
+    named = replace(export_cli.ExportOptions(checkpoints=own, recipe=(RECIPE.name,)), name="called-so")
+    assert export_cli.exports_of(named)[0][1].name == "called-so"

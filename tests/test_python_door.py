@@ -1,0 +1,122 @@
+"""The door for programs: types, strings as prompts, a callback a step, words that tell what a thing is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import longtake
+from longtake import CancelledError, LongtakeError, Step, Video
+from longtake.paths import REPOSITORY
+from longtake.runtime.chunk import Chunk
+from longtake.runtime.generator import Generator
+
+sys.path.append(str(Path(__file__).parent / "runtime"))
+from conftest import ToyBackend, toy_tokenize  # noqa: E402
+
+
+@pytest.fixture
+def generator() -> Generator:
+    return Generator(ToyBackend(), toy_tokenize)
+
+
+@pytest.mark.slow
+def test_a_user_s_script_passes_mypy_strict(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "user" / "script.py"
+    words = [sys.executable, "-m", "mypy", "--strict", "--config-file", "/dev/null", "--follow-imports", "silent"]
+    done = subprocess.run([*words, str(script)], capture_output=True, text=True, cwd=REPOSITORY, timeout=500)
+    assert done.returncode == 0, done.stdout
+    assert len(script.read_text().splitlines()) >= 60
+
+
+def test_every_public_name_is_there() -> None:
+    for name in longtake.__all__:
+        assert getattr(longtake, name) is not None
+    assert longtake.Generator.__mro__[1] is Generator
+
+
+def test_a_string_is_a_prompt_or_a_story(generator: Generator, tmp_path: Path) -> None:
+    assert [chunk.prompt for chunk in generator.session("a green seven rises")] == ["a green seven rises"]
+    assert len(list(generator.session("a green seven rises", chunks=3))) == 3
+    with pytest.raises(LongtakeError, match="story nothing.yaml does not exist"):
+        generator.session("nothing.yaml")
+    (tmp_path / "own.yaml").write_text("shots:\n  - prompt: a red two\n    chunks: 2\n")
+    assert generator.session(str(tmp_path / "own.yaml")).remaining == 2
+    assert generator.session("demo").remaining == generator.session("demo.yaml").remaining > 2
+
+
+def test_a_callback_sees_each_step(generator: Generator) -> None:
+    seen: list[Step] = []
+    with generator.session("a seven", steps=3, chunks=2, on_step=seen.append) as session:
+        chunks = list(session)
+    with generator.session("a seven", steps=3, chunks=2) as plain:
+        without = [chunk.latents for chunk in plain]
+    assert [(step.chunk, step.index, step.steps) for step in seen] == [(c, i, 3) for c in (0, 1) for i in range(3)]
+    assert seen[0].preview.shape == chunks[0].latents.shape
+    assert [step.timestep for step in seen[:3]] == sorted((step.timestep for step in seen[:3]), reverse=True)
+    assert all(torch.equal(chunk.latents, other) for chunk, other in zip(chunks, without))
+
+
+def test_a_callback_can_cancel_and_the_session_goes_on(generator: Generator) -> None:
+    calls: list[int] = []
+
+    def stop(step: Step) -> None:
+        calls.append(step.index)
+        if len(calls) == 2:
+            step.cancel()
+
+    with generator.session("a seven", steps=4, on_step=stop) as session:
+        with pytest.raises(CancelledError):
+            next(session)
+        assert calls == [0, 1]
+        chunk: Chunk = next(session)
+    assert chunk.index == 0
+
+
+def test_what_a_callback_raises_comes_out_and_nothing_is_lost(generator: Generator) -> None:
+    def broken(step: Step) -> None:
+        raise ValueError("mine")
+
+    with generator.session("a seven", steps=2, on_step=broken) as session:
+        with pytest.raises(ValueError, match="mine"):
+            next(session)
+        assert session.next_index == 0
+
+
+def test_things_tell_what_they_are(generator: Generator, tmp_path: Path) -> None:
+    assert "tiny_bf16_sm90: toy backend on cpu, 128x128" in repr(generator)
+    session = generator.session("a green seven", chunks=2)
+    assert "chunk 0 is next, 2 left" in repr(session)
+    chunk = next(session)
+    assert "tensor(" not in repr(chunk) and "a green seven" in repr(chunk)
+    session.close()
+    assert "closed" in repr(session)
+    video = Video(np.zeros((29, 16, 16, 3), np.uint8), 24, {})
+    assert repr(video) == "<Video: 29 frames 16x16, 1.2 s at 24 a second>"
+    with pytest.raises(LongtakeError, match=r"(?s)must be an mp4.*video.save\('.*x.mp4'\)"):
+        video.save(tmp_path / "x.avi")
+    assert video.save(tmp_path / "x.mp4").stat().st_size > 500
+    (tmp_path / "theirs.mp4").write_bytes(b"not a video of ours")
+    with pytest.raises(LongtakeError):
+        video.save(tmp_path / "theirs.mp4")
+
+
+@pytest.mark.parametrize("image", [object(), 7, [[0]]])
+def test_what_is_no_picture_is_refused(generator: Generator, image: Any) -> None:
+    generator.backend.new_encoder = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises(LongtakeError, match="(?s)this is not an image.*a PIL image"):
+        generator.session("a seven", image=image)
+
+
+def test_latents_of_numpy_are_a_clip(generator: Generator) -> None:
+    latents = np.zeros((1, 8, 16, 8, 8), np.float32)
+    with generator.session("a seven", continue_from=latents) as session:
+        assert session.next_index == 1
+    with pytest.raises(LongtakeError, match="(?s)this is no clip.*torch or numpy"):
+        generator.session("a seven", continue_from=3.0)  # type: ignore[arg-type]
