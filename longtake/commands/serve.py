@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,6 +38,8 @@ class ModelOptions:
 
     model: str | None = option(None, metavar="NAME[@RECIPE]")
     """a model by name; what is missing of it is exported and built first (default: tiny-4step, unless --engines)"""
+    force: bool = option(False)
+    """take an export that failed its comparison with PyTorch"""
     engines: str | None = option(None, metavar="FOLDER|RECIPE")
     """a folder of engines or of exported networks, or a recipe's name (default: those of --model)"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
@@ -142,9 +144,10 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         raise UnavailableError("--ray needs Ray Serve", got="no ray", fix="pip install 'longtake[serve,scale]'")
     from longtake.runtime.serve.ray_app import serve_ray
 
-    if model.engines is None:  # built once, here, before the workers open it
-        folder = ready(model.model or STUDENT, model.backend, lambda words: None)
-        opening = partial(opened, replace(model, model=None, engines=str(folder)))
+    if (
+        model.engines is None
+    ):  # built once, here, before the workers look for it; on another machine they build their own
+        ready(model.model or STUDENT, model.backend, lambda words: None)
     return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, ray.gpus))
 
 
@@ -156,11 +159,17 @@ def announced(address: str) -> None:
 def opened(model: ModelOptions, say: Say) -> Generator:
     """The model, exported and built before if need be. The one place that knows where a model is found."""
     from longtake.runtime.generator import Generator
+    from longtake.runtime.sources import OpenOptions
 
     engines = model.engines or ready(model.model or STUDENT, model.backend, say)
     say("the model is being opened")
     return Generator.from_engines(
-        engines, model.backend, model.device, model.decode_device, checkpoints=model.checkpoints
+        engines,
+        model.backend,
+        model.device,
+        model.decode_device,
+        OpenOptions(force=model.force, say=say),
+        checkpoints=model.checkpoints,
     )
 
 

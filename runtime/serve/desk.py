@@ -149,6 +149,9 @@ class Desk:
     async def someone_waits(self) -> bool:
         return self.registry.waits() > 0
 
+    async def people_wait(self) -> bool:
+        return self.registry.people_wait()
+
     async def has_worker(self) -> bool:
         return bool(self.registry.workers)
 
@@ -225,6 +228,7 @@ async def drive(
                 )
                 return
             meters.add("session_moves", reason=reason)
+            await asyncio.sleep(0.5 * fails)
             gone = held.worker if reason == "worker_lost" else ""
             number = await desk.again(meta.user, meta.kind, journal.id, number, held.epoch, gone)
             if not number:

@@ -82,7 +82,10 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
     shared = _shared(source, start, wish)
     if shared < start:  # its last chunk was cut short: it is made again, whole, with the same result
         script, edits = _ahead(source, count, shared, wish)
-    meta = _described(source.meta, ident, user, wish, shared, script, edits)
+    longer = any(event["type"] == "extend" for event in source.events())  # then its length in frames holds no more
+    meta = _described(
+        replace(source.meta, frames=None) if longer else source.meta, ident, user, wish, shared, script, edits
+    )
     folder = store.folder(ident)
     folder.mkdir(parents=True)
     for index in range(shared):

@@ -81,6 +81,10 @@ class WorkerLostError(Exception):
     """The worker that made a session is gone."""
 
 
+class ElsewhereError(WorkerLostError):
+    """A call came to another worker than the one that it names."""
+
+
 class Workers(Protocol):
     """How a front reaches workers, in this process or elsewhere."""
 

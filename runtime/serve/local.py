@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from longtake.runtime.serve.grants import Ack, Change, Event, Grant, WorkerLostError
+from longtake.runtime.serve.grants import Ack, Change, ElsewhereError, Event, Grant
 from longtake.runtime.serve.worker import Worker
 
 
@@ -17,7 +17,7 @@ class LocalWorkers:
 
     def _worker(self, grant: Grant) -> Worker:
         if self.worker is None or self.worker.name != grant.worker:
-            raise WorkerLostError(grant.worker)
+            raise ElsewhereError(grant.worker)
         return self.worker
 
     def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:

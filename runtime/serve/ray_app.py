@@ -28,7 +28,7 @@ from longtake.errors import LongtakeError
 from longtake.runtime.serve.app import app_from
 from longtake.runtime.serve.desk import Desk
 from longtake.runtime.serve.front import Front
-from longtake.runtime.serve.grants import Ack, Change, Event, Grant, WorkerLostError
+from longtake.runtime.serve.grants import Ack, Change, ElsewhereError, Event, Grant, WorkerLostError
 from longtake.runtime.serve.jobs import Jobs, JobsElsewhere
 from longtake.runtime.serve.local import LocalWorkers
 from longtake.runtime.serve.meters import Meters, ray_meters, silent
@@ -40,7 +40,7 @@ from longtake.settings import ray_auth_mode
 log = logging.getLogger(__name__)
 
 APP, DESK, NAMESPACE = "longtake", "longtake-desk", "longtake"
-HEARTBEAT_S, PATIENCE_S = 1.0, 10.0
+HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 10.0, 10
 GONE = (RayActorError, RayServeException, ConnectionError)
 
 
@@ -92,9 +92,15 @@ class RayWorkers:
         return self._handle.options(session_id=grant.worker, **how)
 
     async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:
-        with _lost_if_gone():
-            async for event in self._worker(grant, stream=True).stream.remote(grant, window):
-                yield event
+        for _ in range(PATIENT_CALLS):
+            try:
+                with _lost_if_gone():
+                    async for event in self._worker(grant, stream=True).stream.remote(grant, window):
+                        yield event
+                return
+            except ElsewhereError:  # the router has not heard of that replica yet, or no more
+                await asyncio.sleep(0.5)
+        raise WorkerLostError(grant.worker)
 
     async def _call(self, grant: Grant, method: str, *words: Any) -> Any:
         with _lost_if_gone():

@@ -66,7 +66,7 @@ class Viewer(threading.Thread):
 
     def run(self) -> None:
         until = time.monotonic() + 400
-        while not self.done and time.monotonic() < until:
+        while not self.done and time.monotonic() < until and "worker_lost" not in self.failure:
             try:
                 self._watch()
             except (ConnectionClosed, OSError, TimeoutError, EOFError) as error:
@@ -93,6 +93,7 @@ class Viewer(threading.Thread):
                 self.asked[message["event_id"]] = message["at_chunk"]
             elif message["type"] == "error" and message["code"] not in ("bad_ack",):
                 self.failure = str(message)
+                time.sleep(1)
                 return
             self.done = message["type"] == "session.done"
 

@@ -1,0 +1,142 @@
+"""Slow viewers, long runs: what is held stays bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import PROMPT, Live, Served
+from websockets.exceptions import ConnectionClosed
+
+from longtake.runtime.serve.limits import Limits
+
+
+def resident() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_a_viewer_who_does_not_read_costs_nothing(start: Any) -> None:
+    """In free mode everything is made, and waits on disk: what is held for one who reads nothing is what a socket holds."""
+    server: Served = start(limits=Limits(user_sessions=4))
+    live = server.live(prompt=PROMPT, chunks=40)
+    session = live.until("video.start")["session_id"]
+    live.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    held = resident()
+    until = time.monotonic() + 60
+    while server.store.journal(session).count() < 40 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert resident() - held < 60e6
+    live.until("session.done")
+    assert len(live.media) == 40
+
+
+def test_a_slow_viewer_is_waited_for_and_changes_come_soon(start: Any) -> None:
+    server: Served = start()
+    live = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack", "window": 2})
+    session = live.until("video.start")["session_id"]
+    live.chunk(1)
+    for shown in range(3):
+        time.sleep(0.4)
+        assert server.store.journal(session).count() == shown + 2
+        live.send("session.ack", chunk=shown)
+        live.chunk(shown + 2)
+    at = live.interact("e", prompt="snow")["at_chunk"]
+    assert at - 2 <= 3  # window + 1 after what is shown
+    live.send("session.stop")
+    live.until("session.done", ack=True)
+
+
+class Aimless(threading.Thread):
+    """Watches, changes, cuts, goes away, comes back, stops, begins anew, all at random."""
+
+    def __init__(self, server: Served, seed: int, until: float) -> None:
+        super().__init__(daemon=True)
+        self.server, self.chance, self.until, self.chunks = server, random.Random(seed), until, 0
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        session = None
+        try:
+            while time.monotonic() < self.until:
+                with contextlib.suppress(ConnectionClosed, TimeoutError, OSError, EOFError):
+                    session = self._watch(session)
+        except BaseException as error:
+            self.failure = error
+
+    def _watch(self, session: str | None) -> str | None:
+        flow = {"mode": "ack", "window": 2}
+        first: dict[str, Any] = {"prompt": PROMPT, "endless": True, "flow": flow}
+        if session:
+            first = {"type": "session.resume", "session_id": session, "next_chunk": 0, "flow": flow}
+        live = Live(self.server.host, **first)
+        while time.monotonic() < self.until:
+            message = live.next(30)
+            kind = message["type"]
+            if kind == "video.start":
+                session = message["session_id"]
+            elif kind == "video.chunk_metadata":
+                self.chunks += 1
+                live.media.clear()
+                live.messages.clear()
+                live.send("session.ack", chunk=message["generation_chunk_index"])
+                what = self.chance.randrange(30)
+                if what < 3:
+                    event = {"prompt": f"snow {what}", "cut": what == 0}
+                    live.send("session.interaction", interaction={"event": event})
+                elif what == 3:
+                    live.drop()
+                    return session
+                elif what == 4 or message["generation_chunk_index"] > 60:
+                    live.send("session.stop")
+            elif kind == "session.done":
+                live.close()
+                return None
+            elif kind == "error":
+                live.close()
+                return None
+        live.close()
+        return None
+
+
+def soak(start: Any, seconds: float) -> None:
+    server: Served = start(slots=3, limits=Limits(user_sessions=9, grace_s=0.5, parked_s=30))
+    warm = [Aimless(server, seed, time.monotonic() + seconds / 5) for seed in range(3)]
+    for one in warm:
+        one.start()
+    for one in warm:
+        one.join()
+    time.sleep(2)
+    held, threads, files = resident(), threading.active_count(), len(os.listdir("/proc/self/fd"))
+    viewers = [Aimless(server, seed, time.monotonic() + seconds * 4 / 5) for seed in range(10, 13)]
+    for viewer in viewers:
+        viewer.start()
+    for viewer in viewers:
+        viewer.join()
+        assert viewer.failure is None and viewer.chunks > seconds / 10
+    until = time.monotonic() + 10
+    while time.monotonic() < until and threading.active_count() > threads:
+        time.sleep(0.1)
+    assert resident() - held < 100e6
+    assert threading.active_count() <= threads and len(os.listdir("/proc/self/fd")) <= files + 2
+    last = server.live(prompt=PROMPT, chunks=2)
+    last.until("session.done")
+
+
+@pytest.mark.slow
+def test_90_seconds(start: Any) -> None:
+    soak(start, 90)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_20_minutes(start: Any) -> None:
+    soak(start, 1200)
