@@ -7,7 +7,9 @@ a package of graphs without weights and views: enough to build segmented engines
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -16,6 +18,7 @@ from longtake import paths
 from longtake.export.files import is_reference, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
+from longtake.export.lower_conv8 import ConvCodes, lower_convs
 from longtake.export.onnx_from_model import OPSET, onnx_from_model
 from longtake.export.ort_view import ort_view
 from longtake.export.rewriter import linear_name
@@ -27,10 +30,12 @@ from longtake.formats.onnx_file import data_path, read_onnx, tensor_bytes
 from longtake.formats.recipe import LINEARS, Recipe
 from longtake.plugins.spec import PLUGIN_VERSION
 from longtake.provenance import versions
+from longtake.training.models.conv_calibration import ConvCalibration
 from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, meta_models
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.vae_library import library_ops
+from longtake.training.models.wan.vae_codes import chosen_codes, codable_names, coded_caches
+from longtake.training.models.wan.vae_library import coded_ops
 
 LIBRARY_NETWORKS = ("dit",)  # a prompt's K and V (network "context") are made once, in the engine
 DECODER = ("vae_first", "vae_steady")
@@ -55,9 +60,9 @@ class PlainGraphs:
         linears = recipe.linears if name in LIBRARY_NETWORKS else LINEARS[0]
         key = name, recipe.cache if name == "dit" else "", ops, linears
         if key not in self._graphs:
-            family = family_of(self.preset)
-            module = family.module(self.models, recipe, name, exported=True)
-            self._graphs[key] = onnx_from_model(module, family.spec(self.preset, recipe, name))
+            family, plain = family_of(self.preset), replace(recipe, vae_conv="bf16")  # which is lowered from the other
+            module = family.module(self.models, plain, name, exported=True)
+            self._graphs[key] = onnx_from_model(module, family.spec(self.preset, plain, name))
         model = onnx.ModelProto()
         model.CopyFrom(self._graphs[key])
         return model
@@ -101,6 +106,7 @@ def export_package(
         inputs=inputs,
         skeleton=weights is None,
         amax=weights.amax if weights else {},
+        vae_conv=dict(conv_codes(graphs.preset, recipe, weights).chosen),
         versions=versions(PACKAGES),
         recipe=recipe.whole,
         checked=checked,
@@ -125,15 +131,19 @@ def _export_network(
     shapes = linears_of(graphs.models, model)
     library = recipe.linears == "library" and name in LIBRARY_NETWORKS
     lowered = lower(model, recipe.precision, shapes, weights.amax if weights else None, library)
+    codes = conv_codes(graphs.preset, recipe, weights) if name in DECODER else ConvCodes()
+    lower_convs(model, codes, first=name == DECODER[0])
     attach_functions(model)
     if weights:
-        content = stored_tensors(model, weights.of(name), recipe.precision, lowered, weights.amax, weights.formats)
+        content = stored_tensors(
+            model, weights.of(name), recipe.precision, lowered, weights.amax, weights.formats, codes
+        )
         write_onnx(model, path, content)
     else:
         write_skeleton(model, path)
     progress(f"{name}: structure")
     layers = graphs.preset.dit.layers if name == "dit" else 0
-    streams = library_ops(graphs.models.vae) if recipe.vae_ops == "library" and name == "vae_steady" else {}
+    streams = _decoder_ops(graphs.models, codes, name) if recipe.vae_ops == "library" else {}
     lowered_shapes = {n: shapes[n] for n in lowered}
     expected = Expected(spec, recipe.precision, recipe.cache, layers, lowered_shapes, library, streams)
     check_structure(path, expected, skeleton=weights is None)
@@ -141,6 +151,29 @@ def _export_network(
     files = [path] if weights is None else [path, data_path(path), *_view(path)]
     described = {f.name: ExportedFile(sha256(f), f.stat().st_size) for f in files}
     return ExportedNetwork(described, spec.as_json(), tuple(lowered))
+
+
+def conv_codes(preset: Preset, recipe: Recipe, weights: Weights | None) -> ConvCodes:
+    """Which of the decoder's convolutions `recipe` runs in which codes, and with what scales.
+
+    Raises:
+        IntegrityError: the VAE is not calibrated, or its calibration is of another one, or of no use.
+    """
+    if recipe.vae_conv == "bf16":
+        return ConvCodes()
+    calibration = weights.convs or ConvCalibration() if weights else None
+    if calibration is not None:
+        calibration.require(codable_names(preset.vae), "")
+    chosen = chosen_codes(preset.vae, recipe.vae_conv, calibration)
+    return ConvCodes(chosen, calibration, coded_caches(preset.vae))
+
+
+def _decoder_ops(models: Models, codes: ConvCodes, name: str) -> Counter[str]:
+    """How many nodes of each op one of the decoder's networks must hold."""
+    if name == "vae_steady":
+        return coded_ops(models.vae, codes.chosen)
+    kept = [codes.chosen[conv] for conv in codes.caches if conv in codes.chosen] if name == "vae_first" else []
+    return Counter(f"encode_{each}" for each in kept)
 
 
 def _view(path: Path) -> list[Path]:
@@ -192,7 +225,7 @@ def code_digest() -> str:
 
 def inputs_digest(recipe: Recipe, checkpoints: Path | None) -> str:
     """Digest of everything an export reads: recipe fields, checkpoint files (None: a skeleton), code and versions."""
-    how = recipe.precision, recipe.cache, recipe.linears, recipe.vae_ops
+    how = recipe.precision, recipe.cache, recipe.linears, recipe.vae_ops, recipe.vae_conv
     fields = KIND.format, recipe.model, *how, versions(PACKAGES)
     digest = hashlib.sha256(repr(fields).encode())
     digest.update(code_digest().encode())

@@ -15,10 +15,12 @@ from longtake.dtypes import BY_ONNX
 from longtake.errors import IntegrityError
 from longtake.export.files import is_reference
 from longtake.export.lower import packed_weight
+from longtake.export.lower_conv8 import ConvCodes
 from longtake.plugins.nvfp4.weight_format import UNRECORDED, WeightFormats
 from longtake.training.models.checkpoint import require_digest
+from longtake.training.models.conv_calibration import ConvCalibration
 from longtake.training.models.families import family_of
-from longtake.training.models.load import read_side
+from longtake.training.models.load import calibrated_convs, read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
 
@@ -60,6 +62,7 @@ class Weights:
     amax: Amax = field(default_factory=dict)
     vocabulary: tuple[str, ...] = ()
     formats: WeightFormats = UNRECORDED
+    convs: ConvCalibration | None = None
 
     def of(self, network: str) -> Mapping[str, Tensor]:
         """The state dict that network `network` takes its weights from."""
@@ -79,7 +82,8 @@ def weights_from_folder(preset: Preset, folder: Path) -> Weights:
         require_digest(folder / f"{kind}.safetensors", side, COPY_AGAIN)
     tensors = {kind: LazyTensors(folder / f"{kind}.safetensors") for kind in kinds}
     words = sides["text_encoder"].vocabulary or () if "text_encoder" in sides else ()
-    return Weights(preset, tensors, sides["dit"].amax, words, sides["dit"].formats)
+    convs = calibrated_convs(sides["vae"], preset) if "vae" in sides else None
+    return Weights(preset, tensors, sides["dit"].amax, words, sides["dit"].formats, convs)
 
 
 def stored_tensors(
@@ -89,8 +93,10 @@ def stored_tensors(
     linears: Collection[str],
     amax: Amax,
     formats: WeightFormats = UNRECORDED,
+    convs: ConvCodes = ConvCodes(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """(initializer, content) for every reference of `model`: the weights of `linears` packed, the rest as they are.
+    """(initializer, content) for every reference of `model`: the weights of `linears` packed, those of `convs` as codes, the
+    rest as they are.
 
     Raises:
         IntegrityError: a weight is missing or of another shape.
@@ -99,12 +105,16 @@ def stored_tensors(
     references = [
         tensor for tensor in model.graph.initializer if is_reference(tensor)
     ]  # now: writing gives them places
-    plain = [tensor for tensor in references if tensor.name.rpartition(".")[0] not in packed]
+    coded = [name for name in convs.chosen if any(t.name == f"{name}.weight.codes" for t in references)]
+    made = packed | {f"{name}.weight" for name in coded}
+    plain = [tensor for tensor in references if tensor.name.rpartition(".")[0] not in made]
 
     def content() -> Iterator[tuple[str, Tensor]]:
         for name in linears:
             weight = _checked(weights, f"{name}.weight")
             yield from packed_weight(precision, name, weight, amax, formats.of(name)).items()
+        for name in coded:
+            yield from convs.content(name, _checked(weights, f"{name}.weight")).items()
         for tensor in plain:
             yield tensor.name, _plain(weights, tensor)
 

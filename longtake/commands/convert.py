@@ -19,12 +19,14 @@ from longtake.options import Command, OneOf, Text, option
 from longtake.outputs import claim_checkpoints
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.convert.calibrate import calibrate_folder
+from longtake.training.convert.calibrate_vae import calibrate_vae_folder
 from longtake.training.convert.files import PLACES, read_container
 from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
 from longtake.training.models.preset_files import preset_named
-from longtake.training.models.presets import WAN22_TI2V_5B, Preset
+from longtake.training.models.presets import PRESETS, WAN22_TI2V_5B, Preset
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -76,10 +78,10 @@ class ConvertOptions:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Calibration: activation amax, which native W4A4 and fp8 recipes need"""
+    """Calibration: activation amax, which native W4A4, fp8 recipes and 8-bit convolutions need"""
 
     calibrate: bool = option(False)
-    """measure it; alone: of the DiT already in --out"""
+    """measure it, and what the VAE's convolutions read; alone: of the models already in --out"""
     latents: Path | None = option(None, metavar="FILE")
     """tensor `latents` [B, F, C, H, W] (default: noise)"""
     chunks: int = option(2, metavar="N")
@@ -93,6 +95,7 @@ class CalibrationOptions:
 def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     """Convert what was given, then calibrate if asked."""
     check_options(options, measure)
+    options = of_the_checkpoint(options, measure)
     if options.name is not None:
         checked_name(options.name)
     require_folder(options.out)
@@ -110,6 +113,16 @@ def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     elif options.dit:
         report_amax(models[0])
     return 0
+
+
+def of_the_checkpoint(options: ConvertOptions, measure: CalibrationOptions) -> ConvertOptions:
+    """With the preset that the DiT in --out is of, where it is calibrated alone and no other preset was asked for."""
+    side = options.out / "dit.json"
+    alone = measure.calibrate and not (options.dit or options.vae or options.text)
+    if not alone or options.preset != WAN22_TI2V_5B or not side.is_file():
+        return options
+    name = SideFile.read(side).preset
+    return replace(options, preset=preset_named(name)) if name in PRESETS else options
 
 
 def check_options(options: ConvertOptions, measure: CalibrationOptions) -> None:
@@ -134,6 +147,7 @@ def _claim(options: ConvertOptions, measure: CalibrationOptions) -> None:
     """Refuse to write over what is read, or over files that are not ours."""
     kinds = [k for k, given in (("dit", options.dit), ("vae", options.vae), ("text_encoder", options.text)) if given]
     kinds += ["dit"] if measure.calibrate and not options.dit else []
+    kinds += ["vae"] if measure.calibrate and not options.vae and (options.out / "vae.safetensors").is_file() else []
     read = {f"--{name}": getattr(options, name) for name in ("dit", "vae", "text", "base", "lora")}
     read["--latents"] = measure.latents
     places = [place for group in PLACES.values() for place in group]
@@ -176,6 +190,34 @@ def write(models: list[Converted], out: Path) -> None:
 
 
 def calibrate(options: ConvertOptions, measure: CalibrationOptions) -> None:
+    """Measure and store amax of the DiT, and of the VAE's convolutions, of those that are there."""
+    vae = (options.out / "vae.safetensors").is_file()
+    if not vae or (options.out / "dit.safetensors").is_file():
+        calibrate_dit(options, measure)
+    if vae:
+        calibrate_vae(options, measure)
+
+
+def calibrate_vae(options: ConvertOptions, measure: CalibrationOptions) -> None:
+    """Measure and store what the VAE's convolutions read; print what 8-bit codes cost its frames."""
+    with tqdm(unit="clip", desc="calibrate the VAE", leave=False, dynamic_ncols=True) as bar:
+        found = calibrate_vae_folder(
+            options.preset,
+            options.out,
+            device=torch.device(measure.device),
+            chunks=measure.chunks,
+            passes=measure.passes,
+            latents=measure.latents,
+            progress=bar.update,
+        )
+    counts = ", ".join(f"{count} in {codes}" for codes, count in found.counts.items())
+    cost = "" if found.psnr_db is None else (
+        f"; frames at {found.psnr_db:.1f} dB against bf16, the worst at {found.worst_frame_db:.1f}"
+    )  # fmt: skip
+    print(f"{options.out / 'vae.json'}: convolutions of the VAE's decoder, {counts}{cost} (recipes with vae_conv)")
+
+
+def calibrate_dit(options: ConvertOptions, measure: CalibrationOptions) -> None:
     """Measure and store amax."""
     with tqdm(total=measure.passes, unit="clip", desc="calibrate", leave=False, dynamic_ncols=True) as bar:
         amax = calibrate_folder(

@@ -23,16 +23,21 @@ NETWORK = "vae_steady"
 
 
 @lru_cache
-def library_decoder_steps(preset: Preset) -> SegmentedGraph:
-    """`vae_steady` with `vae_ops: library`, run without data."""
+def library_decoder_steps(preset: Preset, vae_conv: str = "bf16") -> SegmentedGraph:
+    """`vae_steady` with `vae_ops: library`, run without data; `vae_conv`: as in a recipe (the two kinds of codes take the same)."""
     from longtake.training.models.wan.vae import CausalVAE
+    from longtake.training.models.wan.vae_codes import CodedConv, chosen_codes, codable
     from longtake.training.models.wan.vae_library import LibrarySteady
 
-    spec = vae_spec(preset, NETWORK, "library")
+    spec = vae_spec(preset, NETWORK, "library", vae_conv)
     with torch.device("meta"):
-        module = LibrarySteady(CausalVAE(preset.vae)).eval().to(torch.bfloat16)
+        vae = CausalVAE(preset.vae)
+        chosen, layers = chosen_codes(preset.vae, vae_conv, None), codable(vae)
+        coded = {name: CodedConv(layers[name].weight, codes, 1.0) for name, codes in chosen.items()}
+        module = LibrarySteady(vae, coded=coded).eval().to(torch.bfloat16)
         given = {b.name: torch.empty([int(n) for n in b.shape], dtype=DTYPES[b.dtype].torch) for b in spec.inputs}
-    weights = {name.removeprefix("vae."): tensor for name, tensor in module.named_parameters()}
+    weights: dict[str, Tensor] = {n.removeprefix("vae."): parameter for n, parameter in module.named_parameters()}
+    weights |= {name: tensor for name, tensor in module.named_buffers() if name.startswith("coded.")}
     recorder = Recorder(given | weights)
     with torch.no_grad(), recorder:
         outputs = module(*given.values())

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -127,7 +128,8 @@ def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None) -> Rec
 def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
     """Bytes of a network's weights as `recipe` stores them: its linears in its precision, the rest in bf16."""
     linears = _linear_parameters(preset, name) if name in ("dit", "context") else 0
-    return int(linears * stored_bytes(recipe.precision) + (_parameters(preset, name) - linears) * 2)
+    coded = _coded_parameters(preset) if name == DECODER[1] and recipe.vae_conv != "bf16" else 0
+    return int(linears * stored_bytes(recipe.precision) + coded + (_parameters(preset, name) - linears - coded) * 2)
 
 
 def graph_of(engines: Path | None, name: str) -> SegmentedGraph | None:
@@ -163,6 +165,14 @@ def _parameters(preset: Preset, name: str) -> int:
         part = "encoder." if name.startswith("vae_encoder") else "decoder."
         return sum(p.numel() for n, p in models["vae"].named_parameters() if n.startswith(part))
     return sum(p.numel() for n, p in models["dit"].named_parameters() if _of_context(n) == (name == "context"))
+
+
+def _coded_parameters(preset: Preset) -> int:
+    """Weights of the VAE decoder's convolutions that are kept as 8-bit codes."""
+    from longtake.training.models.wan.vae_codes import codable
+
+    vae: Any = _models(preset)["vae"]
+    return sum(layer.weight.numel() for layer in codable(vae).values())
 
 
 def _linear_parameters(preset: Preset, name: str) -> int:
@@ -263,19 +273,19 @@ def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
     level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive. Where a library
     runs all but a few layers the steps are known; what is not is the scratch of those few."""
     if recipe.vae_ops == "library":
-        return _library_estimate(preset)
+        return _library_estimate(preset, recipe.vae_conv)
     frames, width = preset.vae.stride[0], preset.vae.decoder_dim * preset.vae.dim_mult[1]
     largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
     return int(DECODER_TENSORS_ALIVE * largest)
 
 
 @lru_cache
-def _library_estimate(preset: Preset) -> int:
+def _library_estimate(preset: Preset, vae_conv: str) -> int:
     from longtake.runtime.backends.segments.planner import planned_steps
     from longtake.runtime.backends.segments.vae_first import first_steps
     from longtake.runtime.budget.recorded_steps import library_decoder_steps
 
-    graph = library_decoder_steps(preset)
+    graph = library_decoder_steps(preset, vae_conv)
     scratch = {segment.name: 0 for segment in graph.segments}
     first = first_steps(graph)
     return max(plan.layout(scratch)[2] for plan in (planned_steps(graph, scratch), *([first.plan] if first else [])))

@@ -31,7 +31,7 @@ def steady_graph(recipe: Recipe, engines: Path | None) -> SegmentedGraph:
     if recipe.vae_ops != "library":
         raise LongtakeError(f"recipe {recipe.name}: its VAE is not known step by step", got=f"vae_ops: {recipe.vae_ops}",
                             expected="vae_ops: library", fix="name built engines: --engines FOLDER")  # fmt: skip
-    return library_decoder_steps(recipe.model)
+    return library_decoder_steps(recipe.model, recipe.vae_conv)
 
 
 def fullest_steps(plan: PlannedSteps, scratch: dict[str, int]) -> Iterator[tuple[int, int, list[Piece]]]:

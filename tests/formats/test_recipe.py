@@ -78,6 +78,8 @@ def test_the_recipe_for_a_gpu_is_looked_for_within_the_preset(capability: str, r
         ({"linears": "library", "mode": "fused"}, r"a library cannot run these linears[\s\S]*fp8 or bf16, segmented"),
         ({"linears": "cublas"}, r"bad linears[\s\S]*engine \| library"),
         ({"vae_ops": "kernel"}, r"bad vae_ops[\s\S]*engine \| library"),
+        ({"vae_conv": "int4"}, r"bad vae_conv[\s\S]*bf16 \| fp8 \| int8 \| calibrated"),
+        ({"vae_conv": "fp8"}, r"an engine cannot run 8-bit convolutions[\s\S]*vae_ops: library beside it"),
         ({"precision": "fp6"}, r"bad precision[\s\S]*nvfp4 \| w4a16 \| fp8 \| bf16"),
         ({"atention": "bf16"}, r"did you mean 'attention'"),
     ],

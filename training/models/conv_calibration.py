@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from longtake.errors import IntegrityError
 
 PEAK_OVER_RMS = 11.0
+UNKNOWN_PEAK = 8.0  # of a convolution's input in a graph without weights
 FIX = "measure it: longtake convert --calibrate --out FOLDER"
 
 

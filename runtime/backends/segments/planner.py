@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from longtake.dtypes import DTYPES
 from longtake.formats.segmented_graph import SegmentedGraph, Step, TensorType
 from longtake.plugins.registry import op_named
 from longtake.runtime.backends.segments.arena import (
@@ -144,12 +145,20 @@ def shared(plan: PlannedSteps) -> PlannedSteps:
 
 def _exact(kind: TensorType) -> bool:
     """Whether a tensor ends where its memory does."""
-    return _bytes(kind.shape) % ALIGNMENT == 0
+    return _bytes(kind.dtype, kind.shape) % ALIGNMENT == 0
 
 
-def _bytes(shape: Iterable[int | str]) -> int:
-    """Bytes of a bf16 tensor, which all streams are."""
-    return 2 * prod(int(n) for n in shape)
+def _bytes(dtype: str, shape: Iterable[int | str]) -> int:
+    """Bytes of a stream's tensor, or of a part of it."""
+    return DTYPES[dtype].bytes(prod(int(n) for n in shape))
+
+
+def _pane(kind: TensorType) -> int:
+    """Bytes of a frame."""
+    return _bytes(kind.dtype, kind.shape[1:])
+
+
+STREAMS = ("bf16", "int8")  # what a stream's frames are, numbers or codes
 
 
 # ---- steps in parts ----------------------------------------------------------------------------------------------
@@ -162,16 +171,16 @@ def _splits(graph: SegmentedGraph, i: int) -> bool:
     if step.kind != "op" or not op_named(step.name).splits_by_frame or {step.inputs[0], step.outputs[0]} & given:
         return False
     x, out = (graph.tensors[n] for n in (step.inputs[0], step.outputs[0]))
-    if x.dtype != "bf16" or out.dtype != "bf16" or any(_bytes(t.shape[1:]) % ALIGNMENT for t in (x, out)):
+    if x.dtype not in STREAMS or out.dtype not in STREAMS or any(_pane(t) % ALIGNMENT for t in (x, out)):
         return False
     readers = [j for j, s in enumerate(graph.steps) if step.outputs[0] in s.inputs]
     if op_named(step.name).repeats:
         follows = readers == [i + 1] and _kernel_size(graph.steps[i + 1]) == (1, 3, 3)
         made = graph.tensors[graph.steps[i + 1].outputs[0]] if follows else out
-        return follows and int(x.shape[0]) > 1 and _bytes(made.shape[1:]) % ALIGNMENT == 0 and (
+        return follows and int(x.shape[0]) > 1 and _pane(made) % ALIGNMENT == 0 and (
             graph.steps[i + 1].outputs[0] not in given
         )  # fmt: skip
-    narrower = _bytes(out.shape[1:]) <= _bytes(x.shape[1:])
+    narrower = _pane(out) <= _pane(x)
     return int(out.shape[0]) > 1 and narrower and _last_use(graph)[step.inputs[0]] == i
 
 
@@ -197,9 +206,9 @@ def split(plan: PlannedSteps, indices: Iterable[int], parts: int) -> PlannedStep
 
 def _stretch(tensors: dict[str, TensorType], inside: dict[str, Inside], name: str, first: int, count: int) -> str:
     """The name of frames `first` to `first + count` of a tensor, as a tensor."""
-    part, pane = f"{name}[{first}:{first + count}]", tensors[name].shape[1:]
-    tensors[part] = replace(tensors[name], shape=(count, *pane))
-    inside[part] = Inside(name, first * _bytes(pane), part=True)
+    part, kind = f"{name}[{first}:{first + count}]", tensors[name]
+    tensors[part] = replace(kind, shape=(count, *kind.shape[1:]))
+    inside[part] = Inside(name, first * _pane(kind), part=True)
     return part
 
 
@@ -222,7 +231,7 @@ def _convolved_in_parts(
 ) -> list[Step]:
     """`frames` of the output at a time; it begins so far before x that each part ends where its own x begins, or sooner."""
     x, out = conv.inputs[0], conv.outputs[0]
-    inside[out] = Inside(x, -frames * _bytes(tensors[out].shape[1:]))
+    inside[out] = Inside(x, -frames * _pane(tensors[out]))
     past, steps = int(tensors[x].shape[0]) - int(tensors[out].shape[0]), []
     for first in range(0, int(tensors[out].shape[0]), frames):
         read = _stretch(tensors, inside, x, first, frames + past)

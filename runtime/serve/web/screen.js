@@ -86,10 +86,14 @@ function drawState() {
   const [name, words] = stateNow();
   if ($("state").textContent !== words) $("state").textContent = words;
   $("state").dataset.state = name;
-  $("making").hidden = !["connecting", "starting", "queued", "opening"].includes(name) || document.body.dataset.mode === "idle";
+  $("making").hidden = player.film.length > 0 || !["connecting", "starting", "queued"].includes(name);
   $("time").textContent = player.film.length ? `${clock(now())} / ${clock(player.end)}` : "";
   const stands = state.paused || state.phase === "parked" || (state.phase === "ended" && $("video").paused);
-  $("pause-text").textContent = stands ? (live() ? TEXT.page.resume : TEXT.page.play) : TEXT.page.pause;
+  const verb = stands ? (live() ? TEXT.page.resume : TEXT.page.play) : TEXT.page.pause;
+  if ($("pause-text").textContent !== verb) {
+    $("pause-text").textContent = verb;
+    $("pause").setAttribute("aria-label", verb); // the word itself is not shown on a phone
+  }
   $("pause-icon").setAttribute("href", stands ? "#i-play" : "#i-pause");
   $("newest").hidden = !player.film.length || player.end - now() < ((WINDOW + 2) * films.later) / films.fps;
   drawHint();
@@ -97,7 +101,7 @@ function drawState() {
 
 function drawHint() {
   const open = take()?.events.filter((event) => event.landed === null) || [], last = open[open.length - 1];
-  let words = live() ? (state.model?.can.cut ? TEXT.hint.live : TEXT.hint.liveWithoutCut) : { ended: TEXT.hint.over, parked: TEXT.hint.parked }[state.phase] || TEXT.hint.idle;
+  let words = live() ? (state.model?.can.cut ? TEXT.hint.live : TEXT.hint.liveWithoutCut) : { ended: TEXT.hint.over, parked: TEXT.hint.parked, connecting: TEXT.hint.pending, queued: TEXT.hint.pending }[state.phase] || TEXT.hint.idle;
   const arriving = take()?.events.filter((event) => event.chunk !== null && event.landed !== null && event.landed > now()).pop();
   if (live() && last) words = last.chunk === null ? TEXT.hint.asked : TEXT.hint.lands(last.chunk, films.frames(last.chunk).first_frame / films.fps - now());
   else if (live() && arriving) words = TEXT.hint.lands(arriving.chunk, arriving.landed - now());
@@ -110,17 +114,19 @@ export function draw() {
   const mode = take() || !["idle", "unsupported"].includes(state.phase) ? (running ? "live" : "film") : "idle";
   document.body.dataset.mode = mode;
   $("welcome").hidden = mode !== "idle";
-  $("start").hidden = running || (mode === "film" && state.phase !== "ended");
+  const pending = ["connecting", "queued"].includes(state.phase); // a film, or another take of it, is on its way
+  $("start").hidden = running || pending || (mode === "film" && state.phase !== "ended");
   $("start").disabled = Boolean(state.reason) || state.phase === "unsupported";
-  $("change").hidden = !running;
-  $("cut").hidden = !running || !state.model?.can.cut;
-  $("options").hidden = running;
+  $("change").hidden = !running && !pending;
+  $("cut").hidden = $("change").hidden || !state.model?.can.cut;
+  $("change").disabled = $("cut").disabled = pending;
+  $("options").hidden = running || pending;
   $("fresh").hidden = mode === "idle";
   $("camera").hidden = !running || !state.model?.can.camera;
   $("pause").disabled = !film.length;
   $("stop").disabled = !running && state.phase !== "queued";
   $("download").disabled = $("share").disabled = !film.length;
-  $("prompt-label").textContent = running ? TEXT.ask.live : TEXT.ask.idle;
+  $("prompt-label").textContent = running || pending ? TEXT.ask.live : TEXT.ask.idle;
   $("film-empty").hidden = Boolean(take());
   const shown = film[player.at(now())];
   if (shown && state.resumeAt === null && !typed && $("prompt").value === "" && document.activeElement !== $("prompt")) (($("prompt").value = shown.prompt), (typed = true));
@@ -164,7 +170,7 @@ function blocksOf(each, inFilm, shown) {
 
 // What is being made, and what is to come: by the rule that no block is begun before the one WINDOW ahead of it is shown.
 function outlines(film) {
-  if (!live() && state.phase !== "connecting") return [];
+  if (!live() && !["connecting", "queued"].includes(state.phase)) return [];
   const until = take().endless ? film.length + WINDOW : Math.min(take().total ?? 0, film.length + 40);
   const blocks = [];
   for (let index = film.length; index < until; index += 1) {

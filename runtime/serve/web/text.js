@@ -51,6 +51,7 @@ export const TEXT = {
     idle: "Enter starts.",
     live: "Enter changes it, Shift+Enter cuts to a new shot.",
     liveWithoutCut: "Enter changes it.",
+    pending: "A moment, then you can change it.",
     asked: "Sent.",
     lands: (chunk, wait) => `Lands with block ${chunk + 1}${wait > 0.05 ? `, in ${seconds(wait)} of film` : ""}.`,
     parked: "Press play to go on.",
@@ -103,6 +104,7 @@ export const TEXT = {
       internal_error: "The server made a mistake. The film is kept; reload this page to go on.",
       stopping: "The server is stopping. The film is kept and goes on when it is back.",
     },
+    lost: "This film is not on the server any more. What you have seen is still here: download it before you close the page.",
     told: (error) => {
       const { got, expected, fix } = error.longtake || {};
       const facts = [got && `got ${got}`, expected && `expected ${expected}`].filter(Boolean).join("; ");

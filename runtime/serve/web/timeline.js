@@ -3,6 +3,7 @@
 import { TEXT } from "./text.js";
 
 const SHOTS = 6; // colours, in turn
+const KEPT = "longtake-picture-";
 const THUMB = { width: 144, height: 92 };
 
 export const clock = (second) => `${Math.floor(second / 60)}:${String(Math.floor(second % 60)).padStart(2, "0")}`;
@@ -25,7 +26,7 @@ const place = (node, left, width) => {
 export class Timeline {
   // on: {select(take, index), open(take)}
   constructor(root, on) {
-    Object.assign(this, { root, on, blocks: new Map(), rows: new Map(), thumbs: new Map(), model: null, marks: "", words: "" });
+    Object.assign(this, { root, on, blocks: new Map(), rows: new Map(), thumbs: new Map(), asked: new Set(), model: null, marks: "", words: "" });
     this.canvas = made("div", "tl-canvas", root);
     this.lane = made("div", "tl-prompts", this.canvas);
     this.lane.setAttribute("aria-hidden", "true");
@@ -126,6 +127,7 @@ export class Timeline {
       ? TEXT.chunk(block, at, (block.shot ?? 0) + 1)
       : `Block ${block.index + 1}: ${TEXT.outline[block.state] || block.state}`);
     if (real && block.prompt) set(node, "title", block.prompt);
+    if (real) this.recall(block.key);
     const picture = this.thumbs.get(block.key);
     if (picture && node.picture !== picture) {
       if (node.picture) node.picture.remove();
@@ -201,7 +203,26 @@ export class Timeline {
     const [width, height] = [video.videoWidth * fit, video.videoHeight * fit];
     canvas.getContext("2d").drawImage(video, (THUMB.width - width) / 2, (THUMB.height - height) / 2, width, height);
     this.thumbs.set(key, canvas);
+    try {
+      sessionStorage.setItem(KEPT + key, canvas.toDataURL("image/jpeg", 0.6));
+    } catch { /* full: this block has no picture after a reload until it is shown again */ }
     return true;
+  }
+
+  // The picture that a block had before the page was loaded anew.
+  recall(key) {
+    const kept = !this.thumbs.has(key) && !this.asked.has(key) && sessionStorage.getItem(KEPT + key);
+    if (!kept) return;
+    this.asked.add(key);
+    const image = new Image();
+    image.onload = () => {
+      if (this.thumbs.has(key)) return;
+      const canvas = Object.assign(document.createElement("canvas"), THUMB);
+      canvas.getContext("2d").drawImage(image, 0, 0);
+      this.thumbs.set(key, canvas);
+      if (this.model) this.draw(this.model);
+    };
+    image.src = kept;
   }
 
   // The play-head, at a second of the film.

@@ -30,7 +30,7 @@ BUFFERED = "Array.from({length: video.buffered.length}, (_, i) => [video.buffere
 Open = Callable[..., Any]
 
 
-def until(page: Any, what: str, seconds: float = 60) -> Any:
+def until(page: Any, what: str, seconds: float = 120) -> Any:
     """Wait until an expression is true in the page. (The page's own policy forbids playwright's way.)"""
     end = time.monotonic() + seconds
     while not (found := page.evaluate(what)):
@@ -208,8 +208,8 @@ def test_a_server_that_comes_back_is_found(visit: Open, tmp_path: Path) -> None:
     second = Process(tmp_path / "store", f"port={first.url.rsplit(':', 1)[1]}")
     try:
         count = len(blocks(page))
-        until(page, f"document.querySelectorAll('#timeline [data-chunk][data-real]').length > {count}", 90)
-        until(page, shown(count + 1), 90)
+        until(page, f"document.querySelectorAll('#timeline [data-chunk][data-real]').length > {count}")
+        until(page, shown(count + 1))
         assert page.evaluate("video.error") is None
     finally:
         page.context.close()
@@ -353,7 +353,7 @@ def test_errors_are_sentences_with_what_to_do(visit: Open, film: str) -> None:
     assert "whole number" in page.inner_text(".notice")
     page.fill("#seed", "")
     page.evaluate("location.hash = '#session=live_0000000000000000'")
-    until(page, "document.querySelector('.notice')?.textContent.includes('not on the server any more')")
+    until(page, "document.querySelector('#notices').textContent.includes('not on the server any more')")
     assert page.url.endswith("/")
 
 
@@ -370,5 +370,5 @@ def test_the_camera_is_there_where_the_model_has_one(visit: Open, server: Proces
     until(page, "!document.querySelector('#camera').hidden")
     assert page.is_hidden("#cut") and page.locator("#pad button").count() == 6
     page.locator("#pad button").first.click()  # this model has none after all: it says so, and the film goes on
-    until(page, "document.querySelector('.notice')?.textContent.includes('no camera')")
+    until(page, "document.querySelector('#notices').textContent.includes('no camera')")
     assert page.evaluate("video.error") is None and os.path.exists(str(CHROMIUM))

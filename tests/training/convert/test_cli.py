@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.quantize import restore_quantizers
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.linears import quantized_linears
+from longtake.training.models.wan.vae_codes import codable
 
 
 @pytest.fixture
@@ -70,8 +72,13 @@ def test_three_files_to_a_folder(
     assert not models.amax and torch.allclose(models.vae.latent_mean[:2], torch.tensor([-0.2289, -0.0052]))
 
     assert main(["convert", "--preset", "small", "--out", str(out), "--calibrate", "--passes", "2"]) == 0
-    assert "amax of 20 linears" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "amax of 20 linears" in said
     again = load_models(known, out)
+    assert again.convs is not None and again.convs.inputs.keys() == codable(again.vae).keys()
+    assert re.search(
+        r"vae.json: convolutions of the VAE's decoder, \d+ in fp8, \d+ in int8, \d+ in bf16; frames at [\d.]+ dB", said
+    )
     assert set(again.amax) == set(quantized_linears(again.dit))
     assert all(sides["input"] > 0 for sides in again.amax.values())
     restore_quantizers(again.dit, again.amax)
