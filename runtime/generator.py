@@ -201,7 +201,7 @@ class Generator:
         return SessionOptions(
             seed=_first(seed, story.seed),
             steps=len(timesteps) or _first(asked.steps, story.steps, self.sampling.steps),
-            guidance=float(_first(asked.guidance, story.guidance, self.sampling.guidance)),
+            guidance=_scale(_first(asked.guidance, story.guidance, self.sampling.guidance)),
             negative_prompt=_first(negative_prompt, story.negative_prompt, self.backend.preset.negative_prompt),
             shift=_first(asked.shift, 1.0 if timesteps else self.sampling.shift),
             solver=_first(asked.solver, self.model.family.solver),
@@ -283,6 +283,14 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
         raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two",
                             fix="pass sampling=Sampling(steps=4, guidance=1)")  # fmt: skip
     return given
+
+
+def _scale(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LongtakeError(
+            "bad guidance scale", got=repr(value), expected="a number", fix="pass guidance=3 (--guidance 3)"
+        )
+    return float(value)
 
 
 def _first(*values: Any) -> Any:

@@ -113,7 +113,7 @@ def start_of(
         image, continue_from = story.image, story.clip
     if clip is not None and continue_from is None:
         raise LongtakeError("a clip's prompt was given, but no clip", got="no clip", expected="a clip to go on from",
-                            fix="pass --continue-from FILE")  # fmt: skip
+                            fix="pass continue_from=FILE (--continue-from FILE), too")  # fmt: skip
     told = story_from_script(clip).segments if clip is not None else story.clip_segments
     return Start(image, continue_from, told or (Segment(story.segments[0].prompt),))
 
