@@ -122,7 +122,9 @@ def _session(generator: Generator, options: GenerateOptions, story: Story | None
         given = {
             key: getattr(options, key) for key in ("steps", "guidance", "negative_prompt", "image", "continue_from")
         }
-        session = generator.session(story or (), seed=options.seed, clip=_clip_words(options), **given)
+        session = generator.session(
+            story or (), seed=options.seed, clip=_clip_words(options), view=options.view, **given
+        )
         if session.next_index:
             print(f"clip: {session.next_index} chunks taken in; the video written is what comes after them", flush=True)
         return session
@@ -184,6 +186,8 @@ def _claim(options: GenerateOptions, story: Story | None, out: Path) -> None:
         "--image": options.image,
         "--continue-from": options.continue_from,
         "--load-session": options.load_session,
+        "--camera": options.camera,
+        "--intrinsics": options.intrinsics,
         "the engines": engines / "bundle.json",
         "the export": engines / "export.json",
     }
