@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError, some
 from longtake.files import atomic_path, sha256
+from longtake.paths import REPOSITORY
 from longtake.provenance import versions
 from longtake.tensor_file import read_tensors
 from longtake.training.models.presets import PRESETS, Preset
@@ -236,4 +237,7 @@ def _train_fix(kind: str, preset: str | Preset, folder: Path) -> str:
         return (f"convert it: longtake convert --preset {name} {option} RELEASED --out {folder}; or name another folder "
                 "with --checkpoints")  # fmt: skip
     stage = "vae" if kind == "vae" else "dit"
-    return f"train it: longtake train --stage {stage} --data digits --out runs/{stage}"
+    shipped = REPOSITORY / "training" / "checkpoints" / "tiny"
+    if not folder.is_dir():
+        return f"check the path; the shipped checkpoints are {shipped}"
+    return f"name the folder that has it (shipped: {shipped}), or train it: longtake train --stage {stage} --data digits --out runs/{stage}"
