@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.image import LEAST_SIDE, image_from_file, image_from_picture, image_from_pixels
+from longtake.image import LEAST_SIDE, image_from_file, image_from_picture, image_from_pixels, pixels_from_file
+from longtake.image_cover import covering
 from longtake.runtime.clip import check_clip, latents_from_clip
 from longtake.runtime.session import Session
 from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
 from longtake.runtime.video_model import VideoModel
+from longtake.training.models.presets import Preset
 
 # A file; pixels, uint8 or floats in 0..1, [H, W, 3], [H, W, 4] or [H, W]; or a PIL image
 Picture: TypeAlias = "Path | str | np.ndarray[Any, Any] | Image.Image"
@@ -51,6 +53,19 @@ class Start:
         if isinstance(self.clip, (str, Path)):
             check_clip(Path(self.clip))
 
+    def _pixels(self) -> np.ndarray:
+        """The given picture as it is, uint8 [H, W, 3]."""
+        if isinstance(self.image, (str, Path)):
+            return pixels_from_file(self.image)
+        return np.asarray(self.image if isinstance(self.image, np.ndarray) else self.image.convert("RGB"))  # type: ignore[union-attr]
+
+    def picture_hw(self, preset: Preset) -> tuple[int, int]:
+        """Height and width of the given picture, the video's if there is none."""
+        if self.image is None:
+            return preset.height, preset.width
+        pixels = self._pixels()
+        return pixels.shape[0], pixels.shape[1]
+
     def encoded(self, model: VideoModel) -> tuple[Tensor | None, Tensor | None]:
         """The picture's latent, fp32 [1, C, h, w], and the clip's, fp32 [1, F, C, h, w]; None for what isn't given.
 
@@ -69,6 +84,9 @@ class Start:
             return None
         size = model.preset.height, model.preset.width
         given = self.image
+        if "camera" in model.family.can:
+            pixels, _ = covering(self._pixels(), *size)
+            return model.encoder().encode(pixels[:, None]).clone()
         if isinstance(given, np.ndarray):
             pixels = image_from_pixels(given, *size)
         elif isinstance(given, (str, Path)):
@@ -118,12 +136,14 @@ def start_of(
     return Start(image, continue_from, told or (Segment(story.segments[0].prompt),))
 
 
-def take_in(session: Session, latents_BFCHW: Tensor, segments: tuple[Segment, ...]) -> None:
-    """Feed a clip to a new session, chunk by chunk, each with its own prompt; on an error the session is closed.
+def take_in(session: Session, latents_BFCHW: Tensor | None, segments: tuple[Segment, ...]) -> Session:
+    """Feed a clip, if there is one, to a new session, chunk by chunk, each with its own prompt; on an error it is closed.
 
     Raises:
         LongtakeError: the latents are not whole chunks of the session's preset.
     """
+    if latents_BFCHW is None:
+        return session
     try:
         preset = session.model.preset
         first, rest = latents_BFCHW.tensor_split([preset.frames_of(0)], dim=1)
@@ -133,6 +153,7 @@ def take_in(session: Session, latents_BFCHW: Tensor, segments: tuple[Segment, ..
     except BaseException:
         session.close(discard=True)
         raise
+    return session
 
 
 def one_a_chunk(segments: tuple[Segment, ...]) -> Iterator[Segment]:
