@@ -149,9 +149,10 @@ def dims_from_graph(graph: GraphProto) -> dict[str, int]:
 
 def _sizes(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int]]:
     """(dimension formula, size) of a node's inputs where known; 0 stands for an unknown size."""
-    for tensor, name in zip(_op(node.op_type).spec.inputs, node.input):
+    spec = _op(node.op_type).spec
+    for tensor, name in zip(spec.inputs, node.input):
         for formula, size in zip(tensor.shape, shapes.get(name, ())):
-            if size and formula[0].isalpha() and formula[0] not in _DYNAMIC and "*" not in formula:
+            if size and formula[0].isalpha() and formula[0] not in (*_DYNAMIC, *spec.free) and "*" not in formula:
                 yield formula, size
 
 
@@ -216,7 +217,7 @@ def _exported_reference(op: Op, dims: Mapping[str, int], opset: int) -> GraphPro
     """The reference as a graph, its inputs in the order of the spec."""
     spec = op.spec
     letters = {letter for t in spec.inputs for formula in t.shape for letter in formula if letter.isalpha()}
-    unknown = sorted(letters - {*dims, *_DYNAMIC})
+    unknown = sorted(letters - {*dims, *_DYNAMIC, *spec.free})
     if unknown:
         raise LongtakeError(
             f"the sizes of {spec.name} are not known",
@@ -227,7 +228,7 @@ def _exported_reference(op: Op, dims: Mapping[str, int], opset: int) -> GraphPro
     with torch.no_grad(), quiet_exporter():
         program: Any = torch.onnx.export(
             Variadic(op.reference).eval(),
-            tuple(_example(t, dims) for t in spec.inputs),
+            tuple(_example(t, spec, dims) for t in spec.inputs),
             dynamo=True,
             opset_version=opset,
             dynamic_shapes=(tuple(_dynamic_dims(t, spec) for t in spec.inputs),),
@@ -236,8 +237,9 @@ def _exported_reference(op: Op, dims: Mapping[str, int], opset: int) -> GraphPro
     return program.model_proto.graph
 
 
-def _example(tensor: TensorSpec, dims: Mapping[str, int]) -> Tensor:
-    sizes = {"W": 3, "N": 48, "K": 96, "T": 24, "Y": 5, "X": 6, "C": 32, **dims}
+def _example(tensor: TensorSpec, spec: OpSpec, dims: Mapping[str, int]) -> Tensor:
+    sizes = {"W": 3, "N": 48, "K": 96, "T": 24, "Y": 5, "X": 6, "C": 32, **dims, **dict.fromkeys(spec.free, 5)}
+    sizes |= {letter: min(sizes[letter], most - 1) for letter, most in spec.most}
     return torch.zeros(shape_of(tensor, sizes), dtype=torch_dtype(tensor, "fp32"))
 
 
@@ -246,8 +248,11 @@ def _dynamic_dims(tensor: TensorSpec, spec: OpSpec) -> dict[int, Any]:
     frames = 3 if any("T-2" in t.shape for t in spec.outputs) else 1
     blocks = torch.export.Dim("K_16", min=1, max=1 << 20)
     known = {"K/16": blocks, "K/2": 8 * blocks}
-    known |= {letter: torch.export.Dim(letter, min=1, max=1 << 20) for letter in _DYNAMIC}
-    known["T"] = torch.export.Dim("T", min=frames, max=1 << 20)
+    most = dict(spec.most)
+    known |= {
+        letter: torch.export.Dim(letter, min=1, max=most.get(letter, 1 << 20)) for letter in (*_DYNAMIC, *spec.free)
+    }
+    known["T"] = torch.export.Dim("T", min=frames, max=most.get("T", 1 << 20))
     known |= {"T-2": torch.export.Dim.AUTO, **{f"2*{letter}": 2 * known[letter] for letter in "TYX"}}
     return {i: known[formula] for i, formula in enumerate(tensor.shape) if formula in known}
 

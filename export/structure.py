@@ -43,6 +43,9 @@ class Expected:
     @property
     def custom_ops(self) -> Counter[str]:
         """How many nodes of each op of the `longtake` domain there must be."""
+        if self.spec.ops:
+            unpacked = Counter({WEIGHT_OP: len(self.linears)}) if self.precision == "w4a16" else Counter()
+            return Counter(dict(self.spec.ops)) + unpacked
         slots = set(cache_tensors(self.cache))
         ops = Counter({op.name: self.layers for op in all_ops().values() if slots <= set(op.spec.inputs)})
         ops["qk_norm_rope"] = self.layers

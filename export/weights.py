@@ -24,11 +24,12 @@ from longtake.training.models.load import calibrated_convs, read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
 
+NO_CODES = ConvCodes()  # every convolution in bf16
 SAME_PRESET = "use a checkpoint of the same preset"
 COPY_AGAIN = "copy the file again together with its .json, or make it again"
 CHECKPOINTS = {
     **dict.fromkeys(("vae_encoder_first", "vae_encoder_steady", "vae_first", "vae_steady"), "vae"),
-    **{"text_encoder": "text_encoder", "context": "dit", "dit": "dit"},
+    **{"text_encoder": "text_encoder", "context": "dit", "camera": "dit", "dit": "dit"},
 }
 
 
@@ -93,7 +94,7 @@ def stored_tensors(
     linears: Collection[str],
     amax: Amax,
     formats: WeightFormats = UNRECORDED,
-    convs: ConvCodes = ConvCodes(),
+    convs: ConvCodes = NO_CODES,
 ) -> Iterator[tuple[str, Tensor]]:
     """(initializer, content) for every reference of `model`: the weights of `linears` packed, those of `convs` as codes, the
     rest as they are.

@@ -35,13 +35,17 @@ def image_from_file(path: Path | str, height: int, width: int) -> Tensor:
     Raises:
         LongtakeError: missing, a folder, not a picture, damaged, too small or too large, or of numbers of unknown range.
     """
+    return image_from_pixels(pixels_from_file(path), height, width)
+
+
+def pixels_from_file(path: Path | str) -> np.ndarray:
+    """A picture as it is, uint8 [H, W, 3]; see `image_from_file` for its colours, and for what is raised."""
     source = Path(path)
     if not source.is_file():
         raise LongtakeError(f"image {source} does not exist" if not source.exists() else f"image {source} is not a file",
                             got="a folder" if source.is_dir() else "nothing there", expected="a picture file",
                             fix="check the path")  # fmt: skip
-    picture = _opened(source)
-    return image_from_pixels(np.asarray(picture), height, width)
+    return np.asarray(_opened(source))
 
 
 def image_from_pixels(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor:

@@ -15,19 +15,18 @@ from tqdm import tqdm
 
 from longtake.chain import HowToExport, build, export
 from longtake.engines.build import require_buildable
-from longtake.errors import LongtakeError, UnavailableError
+from longtake.errors import GateError, LongtakeError, UnavailableError
 from longtake.export.lower import CALIBRATED
 from longtake.files import read_json
-from longtake.formats.exported import Export
+from longtake.formats.exported import FAILED, Export
 from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
 from longtake.leftovers import locked
 from longtake.machine.flavour import flavour_for
 from longtake.machine.machine import machine_here
-from longtake.outputs import claim_outputs
+from longtake.outputs import claim_outputs, require_mp4
 from longtake.runtime import generator as runtime
 from longtake.runtime.meter import Meter
-from longtake.runtime.report import Report, conditions_of_run
 from longtake.runtime.session import Session
 from longtake.runtime.sources import OpenOptions
 from longtake.runtime.story import Script
@@ -37,7 +36,7 @@ from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import PRESETS, Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.sentencepiece import carry_tokenizer
-from longtake.video import VideoWriter
+from longtake.video import write_video
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +141,12 @@ def prepared(model: Model, recipe: Recipe, on_cpu: bool = False, force: bool = F
         say = _say if sys.stderr.isatty() else log.info
         say(f"preparing {model.name} for {recipe.name} in {folder}: once, then it is found there")
         if not _is_current(folder / "onnx", model):
-            export(recipe, model.checkpoints, folder / "onnx", HowToExport(model=model.name, say=log.info))
+            try:
+                export(recipe, model.checkpoints, folder / "onnx", HowToExport(model=model.name, say=log.info))
+            except GateError as error:
+                if not force:
+                    raise
+                log.warning("%s", error)
         if flavour is not None:
             build(recipe, folder / "onnx", folder / "engines", flavour, machine_here().compute_capability, force)
     return target
@@ -167,7 +171,7 @@ def _is_current(folder: Path, model: Model) -> bool:
     if folder.name == "engines":
         return (folder / "bundle.json").is_file() and _is_current(folder.parent / "onnx", model)
     export = Export.find(folder)
-    return export is not None and export.weights == model.weights
+    return export is not None and export.weights == model.weights and export.checked.state != FAILED
 
 
 def _say(line: str) -> None:
@@ -244,19 +248,9 @@ class Video:
             LongtakeError: no .mp4, or a file there that longtake did not write.
         """
         path = Path(path)
-        if path.suffix.lower() != ".mp4":
-            raise LongtakeError(
-                "the video must be an mp4",
-                got=path,
-                expected="a path ending in .mp4",
-                fix=f"video.save({str(path.with_suffix('.mp4'))!r})",
-            )
+        require_mp4(path, f"video.save({str(path.with_suffix('.mp4'))!r})")
         claim_outputs({"the video": path}, {})
-        writer = VideoWriter(path, self.fps)
-        try:
-            writer.write(self.frames)
-        finally:
-            writer.close()
+        write_video(path, self.frames, self.fps)
         return path
 
 
@@ -286,21 +280,10 @@ def video_of(generator: runtime.Generator, session: Session) -> Video:
     """All chunks of a session."""
     meter = Meter()
     frames: list[np.ndarray[Any, Any]] = []
-    prompts: dict[str, None] = {}
     with tqdm(total=session.remaining, unit="chunk", desc="generating", disable=None, leave=False) as bar:
         for chunk in session:
             frames.append(chunk.frames)
             meter.add(chunk)
-            prompts[chunk.prompt] = None
             bar.update()
-    options = session.options
-    report = Report(
-        kind="generate",
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
-        prompts=list(prompts),
-        **conditions_of_run(generator.backend, generator.budget),
-        **meter.figures(),
-    )
+    report = meter.report(session, generator.budget)
     return Video(np.concatenate(frames), generator.fps, asdict(report))

@@ -12,13 +12,19 @@ from longtake.plugins.block_norm import op as block_norm
 from longtake.plugins.conv import op as conv
 from longtake.plugins.conv8 import op as conv8
 from longtake.plugins.cross_attention import op as cross_attention
+from longtake.plugins.frame_attention import op as frame_attention
+from longtake.plugins.gated_ffn import op as gated_ffn
+from longtake.plugins.gdn_scan import op as gdn_scan
 from longtake.plugins.kernels import Kernel
 from longtake.plugins.kv_cache_write import op as kv_cache_write
 from longtake.plugins.linear import op as linear
 from longtake.plugins.nvfp4_dequantize import op as nvfp4_dequantize
 from longtake.plugins.qk_norm_rope import op as qk_norm_rope
 from longtake.plugins.quantize_fp8 import op as quantize_fp8
+from longtake.plugins.ray_transform import op as ray_transform
+from longtake.plugins.short_conv import op as short_conv
 from longtake.plugins.sink_attention import op as sink_attention
+from longtake.plugins.slot_write import op as slot_write
 from longtake.plugins.spec import Op
 from longtake.plugins.stream_extend import op as stream_extend
 from longtake.plugins.upsample import op as upsample
@@ -36,6 +42,12 @@ FOLDERS = (
     cross_attention,
     conv,
     conv8,
+    gdn_scan,
+    ray_transform,
+    short_conv,
+    gated_ffn,
+    frame_attention,
+    slot_write,
 )
 
 

@@ -103,10 +103,10 @@ def _check_dims(spec: OpSpec, dims: Dims) -> None:
     if spec.check:
         spec.check(dims)
     inner = next(letter for letter in "DCK" if letter in dims)
-    if dims[inner] % 16 or dims.get("D", 16) > MAX_HEAD_DIM:
+    if dims[inner] % spec.multiple or dims.get("D", 16) > MAX_HEAD_DIM:
         raise LongtakeError(
             f"{spec.name}: the kernels do not take {inner}={dims[inner]}",
-            expected="a multiple of 16" + (f", at most {MAX_HEAD_DIM}" if inner == "D" else ""),
+            expected=f"a multiple of {spec.multiple}" + (f", at most {MAX_HEAD_DIM}" if inner == "D" else ""),
         )
 
 

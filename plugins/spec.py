@@ -2,7 +2,7 @@
 
 Legend: S slots, L tokens of a block, H heads, D head_dim, W window length, N out features, K in features, T tokens; of a
 video stream T frames of a step, F frames of history, Y, X sizes of a frame, C channels, N channels that come out; of the
-DiT's blocks C features, F latent frames of a chunk, E text length.
+DiT's blocks C features, F latent frames of a chunk, E text length; P tokens of a frame, where T are a chunk's.
 Packed bytes are typed INT8 everywhere: the runtimes that must carry them have no common 4-bit or FP8 type.
 """
 
@@ -44,6 +44,9 @@ class OpSpec:
     may_share: output index -> input index that may lie in the output's last bytes: whoever writes an element there has
         read the input's element of that place, and nobody else reads it.
     check: raises LongtakeError for dims that contradict each other, beyond what the shapes say.
+    multiple: what its features must be a multiple of.
+    most: the largest sizes of dims that vary in an exported body, where there is a bound.
+    free: dims that vary in its exported body although they do not in those of other ops.
     """
 
     name: str
@@ -52,6 +55,9 @@ class OpSpec:
     aliases: tuple[tuple[int, int], ...] = ()
     may_share: tuple[tuple[int, int], ...] = ()
     check: Callable[[Dims], None] | None = None
+    multiple: int = 16
+    most: tuple[tuple[str, int], ...] = ()
+    free: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

@@ -13,6 +13,7 @@ from longtake.runtime.session_inputs import Tokenize
 from longtake.training.models.checkpoint import side_file, weights_digests
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
+from longtake.training.models.text.gemma import NAME
 from longtake.training.models.text.words import tokenizer_for
 
 
@@ -37,6 +38,9 @@ def tokenizer_of(preset: Preset, folder: Path) -> Tokenize:
     path = folder / "text_encoder.safetensors"
     if path.is_file() and side_file(path).is_file():
         return tokenizer_for(preset, SideFile.read(side_file(path)).vocabulary, folder)
+
+    if preset.text.kind == "gemma2" and (folder / NAME).is_file():
+        return tokenizer_for(preset, None, folder)
 
     def refuse(prompts: list[str], length: int) -> Tensor:
         raise LongtakeError("there is no text encoder for this prompt", got=f"no {path.name} in {folder}",

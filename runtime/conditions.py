@@ -55,13 +55,23 @@ class Conditioner:
         self._kept: dict[str, Tensors] = {}
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
-    def for_chunk(self, chunk: int, shot: int, prompt: str) -> Conditions:
-        """Conditions of chunk `chunk` in shot `shot`; `prompt` is the text to encode."""
+    def for_chunk(self, chunk: int, shot: int, prompt: str, cameras: tuple[Tensor, Tensor] | None = None) -> Conditions:
+        """Conditions of chunk `chunk` in shot `shot`; `prompt` is the text to encode. cameras: poses and intrinsics of the
+        chunk's frames, of a model that has such."""
         model = self.model
         context, negative = self._contexts(prompt)
         fixed = self._moved(model.family.chunk_inputs(model.preset, chunk, shot))
+        if cameras is not None:
+            fixed = {**fixed, **self._cameras(chunk, *cameras)}
         noise = self.noise(chunk).transpose(1, 2).contiguous()
         return Conditions(fixed, context, negative, noise.to(model.device))
+
+    def _cameras(self, chunk: int, poses: Tensor, intrinsics: Tensor) -> Tensors:
+        """What the chunk's cameras give: as it is, and through network "camera", once for all passes."""
+        model = self.model
+        inputs = dict(model.family.camera_inputs(model.preset, chunk, poses, intrinsics))  # type: ignore[attr-defined]
+        maps = {binding.name: inputs.pop(binding.name) for binding in model.backend.specs["camera"].inputs}
+        return {**self._moved(inputs), **model.camera({name: maps[name].to(model.device) for name in maps})}
 
     def times(self, chunk: int, timestep: float, clean_frames: int = 0) -> Tensors:
         """The inputs of a pass at `timestep`, the first `clean_frames` (0 or 1) of whose latents are clean."""

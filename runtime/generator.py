@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.formats.memory import Budget
 from longtake.runtime.backends.base import Backend
+from longtake.runtime.camera import CameraPosition, require_cuts
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
 from longtake.runtime.sampling import OnStep
 from longtake.runtime.session import Session
@@ -26,11 +28,15 @@ from longtake.runtime.sources import (
     require_checkpoints,
     source_from_name,
 )
-from longtake.runtime.start import Clip, Picture, start_of, take_in
-from longtake.runtime.story import Script, Story, check_fits, fit_segments, story_from_script
+from longtake.runtime.start import Clip, Picture, Start, start_of, take_in
+from longtake.runtime.story import Script, Segment, Story, check_fits, fit_segments, frame_count, story_from_script
 from longtake.runtime.video_model import VideoModel
+from longtake.runtime.view import View, own_picture
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import SamplingConfig
+
+log = logging.getLogger(__name__)
+NO_VIEW = View()
 
 
 class Generator:
@@ -152,6 +158,7 @@ class Generator:
         continue_from: Clip | None = None,
         clip: Script | None = None,
         on_step: OnStep | None = None,
+        view: View = NO_VIEW,
     ) -> Session:
         """Start a video.
 
@@ -175,6 +182,7 @@ class Generator:
             clip: what is seen in that clip; cut short or continued to its length (default: the story's, else what the
                 first prompt of `script` says).
             on_step: is called with a `Step` after every denoise step, in the thread that asked for the chunk.
+            view: where the camera goes, of a model with cameras; what it leaves open is the story's.
 
         Raises:
             LongtakeError: the story is malformed or does not fit the preset, or what is given for it cannot be used.
@@ -182,26 +190,56 @@ class Generator:
         story = story_from_script(script)
         start = start_of(story, image, continue_from, clip)
         check_fits(story, self.backend.preset, continued=start.clip is not None)
+        start, view = self._world(story, start, view)
         asked = _sampling(sampling, steps, guidance)
         options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         inputs = SessionInputs(noise, embeddings)
         inputs.check(self.backend.preset, segments, options.negative, self._tokenize)
+        camera = self._camera(view, start, segments, endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
-        session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step)
+        session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
         if clip_latents is not None:
             take_in(session, clip_latents, start.segments)
         return session
+
+    def _world(self, story: Story, start: Start, view: View) -> tuple[Start, View]:
+        """What a model with cameras starts from: a picture always, and a view. Raises LongtakeError for what it cannot do."""
+        preset, can = self.backend.preset, self.model.family.can
+        view = view.over(View(story.action, story.camera, story.intrinsics, story.speed, story.turn))
+        view.check(can, preset)
+        if any(segment.cut for segment in story.segments):
+            require_cuts(can, f"story {story.name} with a cut")
+        if "camera" in can and start.image is None and start.clip is None:
+            start = replace(start, image=own_picture(preset))
+            log.warning("no picture was given: the video starts from %s", start.image)
+        return start, view
+
+    def _camera(self, view: View, start: Start, segments: tuple[Segment, ...], endless: bool) -> CameraPosition | None:
+        if "camera" not in self.model.family.can:
+            return None
+        if endless and view.camera is not None:
+            raise LongtakeError(
+                "a camera's path ends, an endless session does not",
+                got="both",
+                expected="one of the two",
+                fix="pass an action, or steer the session",
+            )
+        frames = frame_count(self.backend.preset, sum(segment.chunks for segment in segments))
+        return view.position(self.backend.preset, start.picture_hw(self.backend.preset), frames)
 
     def _options(
         self, story: Story, asked: Sampling, seed: int | None, negative_prompt: str | None, **how: bool
     ) -> SessionOptions:
         """What is asked for, else the story's, else the checkpoint's."""
-        timesteps = asked.timesteps or ()
+        own = self.backend.preset.sampling.listed
+        told = asked.steps or story.steps or self.sampling.steps
+        listed = own if asked.shift is None and told == len(own) else ()
+        timesteps = asked.timesteps or listed
         return SessionOptions(
             seed=_first(seed, story.seed),
             steps=len(timesteps) or _first(asked.steps, story.steps, self.sampling.steps),
-            guidance=float(_first(asked.guidance, story.guidance, self.sampling.guidance)),
+            guidance=_scale(_first(asked.guidance, story.guidance, self.sampling.guidance)),
             negative_prompt=_first(negative_prompt, story.negative_prompt, self.backend.preset.negative_prompt),
             shift=_first(asked.shift, 1.0 if timesteps else self.sampling.shift),
             solver=_first(asked.solver, self.model.family.solver),
@@ -283,6 +321,14 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
         raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two",
                             fix="pass sampling=Sampling(steps=4, guidance=1)")  # fmt: skip
     return given
+
+
+def _scale(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LongtakeError(
+            "bad guidance scale", got=repr(value), expected="a number", fix="pass guidance=3 (--guidance 3)"
+        )
+    return float(value)
 
 
 def _first(*values: Any) -> Any:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from longtake.errors import LongtakeError
+from longtake.runtime.camera import require_cuts, steered
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.state import Edit, Position, with_edit
 from longtake.runtime.story import Segment, checked_chunks, checked_prompt
 from longtake.runtime.undecoded import Undecoded
+from longtake.runtime.video_model import VideoModel
 
 Record = Callable[[int], None]  # of the index of the first chunk that a live change shapes
 
@@ -21,6 +23,7 @@ class LiveChanges:
     _lock: of the position, held for a moment. _busy: a chunk is being made; _scripted: it is one of the script's.
     """
 
+    model: VideoModel
     options: SessionOptions
     _position: Position
     _undecoded: Undecoded
@@ -70,7 +73,21 @@ class LiveChanges:
 
         record, and what is raised: as in `change_prompt`.
         """
+        require_cuts(self.model.family.can, "a cut")
         return self._edit(None if prompt is None else checked_prompt(prompt, "the new shot's prompt"), True, record)
+
+    def steer(
+        self, action: str | None = None, pose: object = None, velocity: object = None, from_chunk: int | None = None
+    ) -> int:
+        """Steer the camera, in one of the ways of `camera.steered`. Returns the index of the first chunk it shapes: the next,
+        or `from_chunk`. Raises LongtakeError if the model has no camera, or what is asked for cannot be."""
+        self._look_back()
+        with self._lock:
+            self._require_open("a live change")
+            at = max(self._position.chunk + self._busy, self._undecoded.first_free)
+            camera, first = steered(self._position.camera, at, from_chunk, action, pose, velocity)
+            self._position = replace(self._position, camera=camera)
+        return first
 
     def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
         """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""

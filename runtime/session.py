@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.out_of_memory import is_out_of_memory
+from longtake.runtime.camera import CameraPosition, cameras_of
 from longtake.runtime.chunk import Chunk, given_chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import Conditioner
@@ -43,6 +44,7 @@ from longtake.runtime.story import Segment, checked_prompt
 from longtake.runtime.undecoded import HandedOver, Undecoded
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Plan
+from longtake.training.models.sana_wm.actions import Walk
 
 
 class Session(LiveChanges):
@@ -57,15 +59,17 @@ class Session(LiveChanges):
         first_latent: Tensor | None = None,
         inputs: SessionInputs = OWN,
         on_step: OnStep | None = None,
+        camera: CameraPosition | None = None,
     ) -> None:
-        """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None."""
+        """`first_latent`: normalized latent of the picture that the video starts from, fp32 [1, C, H, W], or None.
+        `camera`: of a model with cameras."""
         self.model, self.options, self.inputs, self.tokenize = model, options, inputs, tokenize
         embedding, noise = inputs.embedding_of(model, tokenize), inputs.noise_of(model.preset, options.seed)
         self._conditioner = Conditioner(model, embedding, noise, options.negative, options.schedule.timesteps)
         self._state = SessionState(model, negative=options.guided)
         self._cancelled = threading.Event()
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
-        self._position = Position(script, model.family.start(model.preset))
+        self._position = Position(script, model.family.start(model.preset), camera=camera)
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
         self._decoding = decode_queue(model) if options.decode else None
         if self._decoding:
@@ -189,7 +193,7 @@ class Session(LiveChanges):
             raise LongtakeError(
                 f"out of memory in chunk {self._position.chunk}; the session is as it was",
                 got=(str(error).splitlines() or [type(error).__name__])[0],
-                fix="free device memory and go on, or turn guidance off (--guidance 1), which halves the cache",
+                fix="free device memory and go on, or turn guidance off (guidance=1, --guidance 1), which halves the cache",
             ) from error
         finally:
             self._busy = False
@@ -205,7 +209,8 @@ class Session(LiveChanges):
         kept = self._undecoded.kept.get(here.chunk)
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
-            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt)
+            cameras, walk = cameras_of(here.camera, self.model.preset, here.chunk)
+            conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *cameras)
         with clock.stage("denoise"):
             sample = kept.transpose(1, 2) if kept is not None else given_BCFHW
             if sample is None:
@@ -221,7 +226,7 @@ class Session(LiveChanges):
         if self._takes is not None:
             take = Take(latents.to("cpu", copy=True), replace(segment, chunks=1), shot, plan.after)
             self._takes[here.chunk :] = [take]
-        self._commit(segment, plan, latents, given_BCFHW is None, after)
+        self._commit(segment, plan, latents, given_BCFHW is None, after, walk)
         return chunk
 
     def _begin(self) -> Segment | None:
@@ -230,10 +235,12 @@ class Session(LiveChanges):
             self._busy, self._scripted = segment is not None, bool(self._position.script)
         return segment
 
-    def _commit(self, segment: Segment, plan: Plan, latents: Tensor, generated: bool, after: Position | None) -> None:
+    def _commit(
+        self, segment: Segment, plan: Plan, latents: Tensor, generated: bool, after: Position | None, walk: Walk | None
+    ) -> None:
         """What was handed over counts from here on; until then, the next turn takes it back."""
         with self._lock:
-            after = after or self._position.after(segment, plan.after, generated, self._scripted)
+            after = after or self._position.after(segment, plan.after, generated, self._scripted, walk)
             if self._decoding:
                 self._undecoded.add(HandedOver(self._position, after, latents))
             # One assignment: an interrupt leaves either the old position or the new one.

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.image import LEAST_SIDE, image_from_file, image_from_picture, image_from_pixels
+from longtake.image import LEAST_SIDE, image_from_file, image_from_picture, image_from_pixels, pixels_from_file
+from longtake.image_cover import covering
 from longtake.runtime.clip import check_clip, latents_from_clip
 from longtake.runtime.session import Session
 from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
 from longtake.runtime.video_model import VideoModel
+from longtake.training.models.presets import Preset
 
 # A file; pixels, uint8 or floats in 0..1, [H, W, 3], [H, W, 4] or [H, W]; or a PIL image
 Picture: TypeAlias = "Path | str | np.ndarray[Any, Any] | Image.Image"
@@ -51,6 +53,19 @@ class Start:
         if isinstance(self.clip, (str, Path)):
             check_clip(Path(self.clip))
 
+    def _pixels(self) -> np.ndarray:
+        """The given picture as it is, uint8 [H, W, 3]."""
+        if isinstance(self.image, (str, Path)):
+            return pixels_from_file(self.image)
+        return np.asarray(self.image if isinstance(self.image, np.ndarray) else self.image.convert("RGB"))  # type: ignore[union-attr]
+
+    def picture_hw(self, preset: Preset) -> tuple[int, int]:
+        """Height and width of the given picture, the video's if there is none."""
+        if self.image is None:
+            return preset.height, preset.width
+        pixels = self._pixels()
+        return pixels.shape[0], pixels.shape[1]
+
     def encoded(self, model: VideoModel) -> tuple[Tensor | None, Tensor | None]:
         """The picture's latent, fp32 [1, C, h, w], and the clip's, fp32 [1, F, C, h, w]; None for what isn't given.
 
@@ -69,6 +84,9 @@ class Start:
             return None
         size = model.preset.height, model.preset.width
         given = self.image
+        if "camera" in model.family.can:
+            pixels, _ = covering(self._pixels(), *size)
+            return model.encoder().encode(pixels[:, None]).clone()
         if isinstance(given, np.ndarray):
             pixels = image_from_pixels(given, *size)
         elif isinstance(given, (str, Path)):
@@ -113,7 +131,7 @@ def start_of(
         image, continue_from = story.image, story.clip
     if clip is not None and continue_from is None:
         raise LongtakeError("a clip's prompt was given, but no clip", got="no clip", expected="a clip to go on from",
-                            fix="pass --continue-from FILE")  # fmt: skip
+                            fix="pass continue_from=FILE (--continue-from FILE), too")  # fmt: skip
     told = story_from_script(clip).segments if clip is not None else story.clip_segments
     return Start(image, continue_from, told or (Segment(story.segments[0].prompt),))
 

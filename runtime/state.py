@@ -14,9 +14,11 @@ from torch import Tensor
 
 from longtake.record import record_from_json
 from longtake.runtime.backends.base import State
+from longtake.runtime.camera import CameraPosition
 from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Marker
+from longtake.training.models.sana_wm.actions import Walk
 
 MOST = 1 << 40  # chunks
 
@@ -44,7 +46,7 @@ class Position:
 
     chunk: index of the next chunk. shot: shots begun before it, minus one. prompt: the last chunk's prompt.
     script: what is still to come. edits: live changes not yet taken up. slots: which slots of the state
-    hold what.
+    hold what. camera: of a model with cameras.
     """
 
     script: tuple[Segment, ...]
@@ -53,6 +55,7 @@ class Position:
     shot: int = 0
     prompt: str = ""
     edits: tuple[Edit, ...] = ()
+    camera: CameraPosition | None = None
 
     @property
     def left(self) -> int:
@@ -72,13 +75,21 @@ class Position:
                 segment = Segment(edit.prompt or segment.prompt, 1, segment.cut or edit.cut)
         return replace(segment, cut=segment.cut and self.chunk > 0)
 
-    def after(self, segment: Segment, slots: Marker, generated: bool = True, scripted: bool = True) -> Position:
+    def after(
+        self,
+        segment: Segment,
+        slots: Marker,
+        generated: bool = True,
+        scripted: bool = True,
+        walk: Walk | None = None,
+    ) -> Position:
         """The position once the chunk of `segment` is whole.
 
         Args:
             generated: not given, as a clip's are: it takes up the live changes.
             scripted: it was the script's; what comes of an endless session after the script's end is not, whatever has
                 been appended since it began.
+            walk: how the chunk's cameras ended.
         """
         script = self.script
         if script and scripted:
@@ -92,11 +103,14 @@ class Position:
             prompt=segment.prompt,
             edits=tuple(edit for edit in self.edits if edit.at > self.chunk or not generated),
             slots=slots,
+            camera=self.camera.after(walk, self.chunk) if self.camera and walk else self.camera,
         )
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready description, read back by `position_from_json`."""
+        camera = {} if self.camera is None else {"camera": self.camera.as_json()}
         return {
+            **camera,
             "chunk": self.chunk,
             "shot": self.shot,
             "prompt": self.prompt,
@@ -119,7 +133,7 @@ def position_from_json(given: Mapping[str, Any], marker: Callable[[Mapping[str, 
     told = record_from_json(_Told, {**given, **rows})
     if not 0 <= told.shot <= told.chunk < MOST or any(not 0 < segment.chunks < MOST for segment in told.script):
         raise ValueError(f"chunk {told.chunk}, shot {told.shot}, or a segment of a wrong length")
-    return Position(told.script, marker(given["slots"]), told.chunk, told.shot, told.prompt, told.edits)
+    return Position(told.script, marker(given["slots"]), told.chunk, told.shot, told.prompt, told.edits, told.camera)
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,7 @@ class _Told:
     chunk: int
     shot: int
     prompt: str
+    camera: CameraPosition | None = None
 
 
 class SessionState:

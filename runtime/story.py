@@ -16,6 +16,7 @@ from longtake.errors import LongtakeError
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.prompts import CUT_PREFIX
 
+PATHS = ("image", "camera", "intrinsics", "continue_from")  # keys that name files
 STORIES = Path(__file__).parent / "stories"  # the shipped ones
 SCHEMA = Path(__file__).parent / "schema" / "story.json"
 MAX_PROMPT = 4096  # characters; the schema says the same, a test compares
@@ -41,6 +42,7 @@ class Story:
 
     image: a picture that is the first frame. clip: a video or file of latents to go on from; clip_segments says what is
     seen in it, and is cut short or continued to its length; without any, it is what the first shot's prompt says.
+    action, camera, intrinsics, speed, turn: see runtime/view.py, of a model with cameras.
     """
 
     name: str
@@ -57,6 +59,11 @@ class Story:
     image: Path | None = None
     clip: Path | None = None
     clip_segments: tuple[Segment, ...] = ()
+    action: str | None = None
+    camera: Path | None = None
+    intrinsics: Path | None = None
+    speed: float | None = None
+    turn: float | None = None
 
     def __post_init__(self) -> None:
         """Raise LongtakeError where the story contradicts itself."""
@@ -133,7 +140,7 @@ def story_from_mapping(given: Any, source: Path) -> Story:
     """A story from what stands in its file. source: where paths in it are seen from, and what errors call it."""
     _validate(given, source.name)
     given = _whole_numbers(given)
-    rest = {key: value for key, value in given.items() if key not in ("shots", "name", "image", "continue_from")}
+    rest = {key: value for key, value in given.items() if key not in ("shots", "name", *PATHS)}
     starts = _starts(given, source)
     return Story(given.get("name", source.stem), _segments(given["shots"], f"{source.name}: "), **starts, **rest)
 
@@ -163,8 +170,7 @@ def _segments(shots: list[dict[str, Any]], where: str) -> tuple[Segment, ...]:
 def _starts(given: dict[str, Any], source: Path) -> dict[str, Any]:
     """What the video starts from, as fields of Story; paths in a story are seen from where it lies."""
     fields: dict[str, Any] = {}
-    if "image" in given:
-        fields["image"] = source.parent / given["image"]
+    fields |= {key: source.parent / given[key] for key in ("image", "camera", "intrinsics") if key in given}
     start = given.get("continue_from")
     if start is not None:
         about: dict[str, Any] = {"clip": start} if isinstance(start, str) else start
@@ -206,7 +212,7 @@ def checked_chunks(chunks: int) -> int:
     """`chunks` as a whole number of at least 1."""
     chunks = whole_number(chunks, "number of chunks", "pass 2")
     if chunks < 1:
-        raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass --chunks 2")
+        raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass chunks=2 (--chunks 2)")
     return chunks
 
 

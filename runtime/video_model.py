@@ -75,6 +75,10 @@ class VideoModel:
         """Embeddings to what the transformer reads of a prompt, by its inputs' names. The caller keeps them."""
         return self.backend.run("context", {self.backend.specs["context"].inputs[0].name: embeddings})
 
+    def camera(self, maps: Tensors) -> Tensors:
+        """A chunk's cameras to what the transformer reads of them, by its inputs' names. The caller keeps them."""
+        return self.backend.run("camera", maps)
+
     def new_state(self) -> State:
         """The transformer's state of one video: the slots that chunks read and write."""
         return self.backend.new_state("dit")

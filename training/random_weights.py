@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from longtake.files import require_disk
 from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.families import family_of
 from longtake.training.models.load import weights_dtype
 from longtake.training.models.presets import Preset
 from longtake.training.models.random_weights import bound, random_weight
 from longtake.training.models.side_file import SideFile
-from longtake.training.models.wan.linears import quantized_linears
 
 KINDS = ("dit", "vae", "text_encoder")
 INPUT_AMAX = 6.0  # of activations: a LayerNorm's output of some thousand values seldom exceeds it
@@ -45,7 +45,7 @@ def write_random_checkpoints(
         kind: SideFile(kind, preset.name, preset_digests=preset.digests, facts={"random_seed": seed}) for kind in kinds
     }
     if "dit" in sides:
-        weights = {name: models.dit.get_parameter(f"{name}.weight") for name in quantized_linears(models.dit)}
+        weights = {name: models.dit.get_parameter(f"{name}.weight") for name in family_of(preset).linears(models.dit)}
         amax = {
             name: {"input": INPUT_AMAX, "weight": bound(f"{name}.weight", tuple(weight.shape))}
             for name, weight in weights.items()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longtake.accuracy.runners import Feeds, Runner, TorchRunner
+from longtake.accuracy.world_cases import camera_cases, world_cases
 from longtake.dtypes import DTYPES
 from longtake.formats.recipe import Recipe
 from longtake.training.models.families import family_of
@@ -41,6 +42,10 @@ def cases(
         yield "a prompt", {"tokens": tokens}
     elif name == "context":
         yield "a prompt", {"embeddings": text["embeddings"]}
+    elif name == "camera":
+        yield from camera_cases(spec, generator)
+    elif name == "dit" and "camera" in family.can:
+        yield from world_cases(preset, spec, text, empty_caches(spec), run, generator)
     elif name == "dit":
         yield from _dit_cases(preset, spec, text, run, generator)
     elif name.endswith("first"):

@@ -123,7 +123,8 @@ def _part_rows(parts: PartsRunner, spec: NetworkSpec, case: str, feeds: Feeds) -
 
 
 def _rows(spec: NetworkSpec, recipe: Recipe, case: str, against: str, differences: Differences) -> Iterator[Row]:
-    gate = float(getattr(recipe.gate, "vae" if spec.name.startswith("vae") else spec.name))
+    named = {"camera": "context"}.get(spec.name, spec.name)  # a chunk's cameras are read as a prompt is
+    gate = float(getattr(recipe.gate, "vae" if spec.name.startswith("vae") else named))
     outputs = {binding.name for binding in spec.outputs}
     for output, (error, largest) in differences.items():
         cache = bool(spec.slot) and output.startswith("cache_")
@@ -163,9 +164,9 @@ def difference(wanted: Tensor, got: Tensor) -> tuple[float, float]:
 
 
 def cache_format(spec: NetworkSpec) -> str:
-    """The format of the K/V cache that a network writes in place."""
+    """The format of the K/V cache that a network writes in place; of other state "bf16": plain numbers."""
     first = spec.aliases[0][1].rpartition("_")[0] if spec.aliases else ""
-    return next((fmt for fmt in CACHE_FORMATS if cache_tensors(fmt)[0].name == first), CACHE_FORMATS[0])
+    return next((fmt for fmt in CACHE_FORMATS if cache_tensors(fmt)[0].name == first), "bf16")
 
 
 def decoded(fmt: str, tensors: list[Tensor]) -> Tensor:

@@ -25,7 +25,9 @@ from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
 from longtake.training.models.preset_files import preset_named
-from longtake.training.models.presets import WAN22_TI2V_5B, Preset
+from longtake.training.models.presets import PRESETS, WAN22_TI2V_5B, Preset
+from longtake.training.models.side_file import SideFile
+from longtake.training.models.text.gemma import KIND, NAME, GemmaSource, instruction_from_config
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class ConvertOptions:
     """block scales of a packed --dit (default: mse)"""
     dtype: Annotated[str, OneOf(("bf16", "fp32"))] = option("bf16")
     """of the weights written"""
+    instruction: Path | None = option(None, metavar="CONFIG.yaml")
+    """released configuration with the lines before every prompt, of a Gemma given with --text (default: none)"""
     out: Path = option(metavar="FOLDER")
     """checkpoint folder"""
     name: str | None = option(None, metavar="NAME")
@@ -94,6 +98,7 @@ class CalibrationOptions:
 def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     """Convert what was given, then calibrate if asked."""
     check_options(options, measure)
+    options = of_the_checkpoint(options, measure)
     if options.name is not None:
         checked_name(options.name)
     require_folder(options.out)
@@ -101,7 +106,11 @@ def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     models = list(models_from(options))
     if models:
         write(models, options.out)
-    if options.text:
+    if options.text and options.preset.text.kind == "gemma2":
+        lines = instruction_from_config(options.instruction) if options.instruction else ()
+        KIND.write(GemmaSource(str(options.text.resolve()), lines), options.out / NAME)
+        GemmaSource.find(options.out)
+    elif options.text:
         carry_tokenizer(options.text if options.text.is_dir() else options.text.parent, options.out)
     for model in models:
         print(f"{options.out / model.kind}.safetensors: {len(model.tensors)} tensors, {model.nbytes / 1e9:.2f} GB")
@@ -111,6 +120,16 @@ def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     elif options.dit:
         report_amax(models[0])
     return 0
+
+
+def of_the_checkpoint(options: ConvertOptions, measure: CalibrationOptions) -> ConvertOptions:
+    """With the preset that the DiT in --out is of, where it is calibrated alone and no other preset was asked for."""
+    side = options.out / "dit.json"
+    alone = measure.calibrate and not (options.dit or options.vae or options.text)
+    if not alone or options.preset != WAN22_TI2V_5B or not side.is_file():
+        return options
+    name = SideFile.read(side).preset
+    return replace(options, preset=preset_named(name)) if name in PRESETS else options
 
 
 def check_options(options: ConvertOptions, measure: CalibrationOptions) -> None:
@@ -163,7 +182,7 @@ def models_from(options: ConvertOptions) -> Iterator[Converted]:
     if options.vae:
         weights = read_container(options.vae, "vae")
         yield _from(convert_vae(weights, options.preset, dtype=dtype), options.vae, {})
-    if options.text:
+    if options.text and options.preset.text.kind != "gemma2":
         weights = read_container(options.text, "text_encoder")
         yield _from(convert_text(weights, options.preset, dtype=dtype), options.text, {})
 

@@ -13,7 +13,7 @@ from longtake.errors import LongtakeError
 from longtake.files import require_disk
 from longtake.formats.memory import budget_table
 from longtake.options import Command
-from longtake.outputs import claim_outputs
+from longtake.outputs import claim_outputs, require_mp4
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
 from longtake.runtime.sampling import CancelledError
@@ -122,7 +122,9 @@ def _session(generator: Generator, options: GenerateOptions, story: Story | None
         given = {
             key: getattr(options, key) for key in ("steps", "guidance", "negative_prompt", "image", "continue_from")
         }
-        session = generator.session(story or (), seed=options.seed, clip=_clip_words(options), **given)
+        session = generator.session(
+            story or (), seed=options.seed, clip=_clip_words(options), view=options.view, **given
+        )
         if session.next_index:
             print(f"clip: {session.next_index} chunks taken in; the video written is what comes after them", flush=True)
         return session
@@ -163,13 +165,7 @@ def _total(session: Session, asked: int | None) -> int:
 def _output(options: GenerateOptions, story: Story | None) -> Path:
     name = story.name if story else Path(options.load_session or "").stem
     out = options.out or Path("runs") / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}.mp4"
-    if out.suffix.lower() != ".mp4":
-        raise LongtakeError(
-            "the video must be an mp4",
-            got=out,
-            expected="a path ending in .mp4",
-            fix=f"--out {out.with_suffix('.mp4')}",
-        )
+    require_mp4(out, f"--out {out.with_suffix('.mp4')}")
     _claim(options, story, out)
     return out
 
@@ -190,6 +186,8 @@ def _claim(options: GenerateOptions, story: Story | None, out: Path) -> None:
         "--image": options.image,
         "--continue-from": options.continue_from,
         "--load-session": options.load_session,
+        "--camera": options.camera,
+        "--intrinsics": options.intrinsics,
         "the engines": engines / "bundle.json",
         "the export": engines / "export.json",
     }

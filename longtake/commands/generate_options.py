@@ -8,6 +8,7 @@ from pathlib import Path
 from longtake.errors import LongtakeError
 from longtake.options import option
 from longtake.runtime.sources import BACKEND_NAMES, ORACLE
+from longtake.runtime.view import View
 
 EPILOG = """a story is a YAML file; a chunk is 8 latent frames (29 video frames for the first, 32 for each later one):
 
@@ -37,6 +38,7 @@ examples:
   longtake generate --load-session half.safetensors --out rest.mp4
   longtake generate --prompt "a green seven drifts left" --image first.png --chunks 3
   longtake generate --prompt "a green seven rises" --continue-from demo.mp4 --clip-prompt "a green seven drifts left"
+  longtake generate --prompt "a room" --engines world-tiny_bf16_sm90 --action "w-24, d-24" --chunks 2
 
 Ctrl-C stops at the next pass and keeps the frames finished so far as a playable file (exit code 130); SIGTERM and
 SIGHUP do the same (143, 129).
@@ -67,6 +69,27 @@ class WhatOptions:
     """go on from a video, or a .safetensors file of latents (default: the story's, if any)"""
     clip_prompt: str | None = option(None, metavar="TEXT")
     """what is seen in that clip (default: the first prompt)"""
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """Where the camera goes, of a model with cameras"""
+
+    action: str | None = option(None, metavar="KEYS-FRAMES,...")
+    """keys held: w s forward and back, j l left and right, a d turn, i k up and down (default: the story's, else at rest)"""
+    camera: Path | None = option(None, metavar="FILE.npy")
+    """camera-to-world poses in place of an action, (frames, 4, 4), OpenCV axes (default: the story's, if any)"""
+    intrinsics: Path | None = option(None, metavar="FILE.npy")
+    """fx, fy, cx, cy in pixels of the picture (default: the story's, else 60 degrees across)"""
+    speed: float | None = option(None, metavar="METRES")
+    """that a key moves the camera in a frame (default: the story's, else 0.025)"""
+    turn: float | None = option(None, metavar="DEGREES")
+    """that a key turns the camera in a frame (default: the story's, else 0.6)"""
+
+    @property
+    def view(self) -> View:
+        """The same as a session takes it."""
+        return View(self.action, self.camera, self.intrinsics, self.speed, self.turn)
 
 
 @dataclass(frozen=True)
@@ -104,7 +127,7 @@ class OutOptions:
 
 
 @dataclass(frozen=True)
-class GenerateOptions(OutOptions, HowOptions, WhatOptions):
+class GenerateOptions(OutOptions, HowOptions, ViewOptions, WhatOptions):
     """All that `longtake generate` is told."""
 
     def __post_init__(self) -> None:
@@ -142,6 +165,9 @@ class GenerateOptions(OutOptions, HowOptions, WhatOptions):
         if fixed:
             got = ", ".join(fixed) + " with --load-session"
             raise LongtakeError("a saved session fixes how it is sampled", got=got, fix=f"leave out {fixed[0]}")
+        if self.view.given:
+            got = ", ".join(f"--{name}" for name in self.view.given)
+            raise LongtakeError("a saved session has a camera already", got=got, fix="leave it out")
         if self.image or self.continue_from or self.clip_prompt:
             raise LongtakeError(
                 "a saved session has begun already",

@@ -81,8 +81,9 @@ class Export:
     inputs: digest of the checkpoints and the code it was made from. skeleton: graphs without weights.
     amax, vocabulary, sampling: of the checkpoints; sampling is how a DiT is sampled, if that is recorded.
     checkpoints: the folder they were in. weights: digests of its DiT and VAE; earlier versions told none. parity: rows of
-    the comparison with PyTorch; empty where none was made. checked: how that ended. model: its name. recipe: that it was exported for last, with its preset; others
-    share its files; earlier versions told none. vae_conv: the codes of the VAE decoder's convolutions that run in 8 bits.
+    the comparison with PyTorch; empty where none was made. checked: how that ended. model: its name. recipe: that it was
+    exported for last, with its preset; others share its files; earlier versions told none. vae_conv: the codes of the VAE
+    decoder's convolutions that run in 8 bits.
     """
 
     onnx_name: str

@@ -12,7 +12,7 @@ from longtake.paths import REPOSITORY
 from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.record import record_from_mapping
 from longtake.training.models.preset_files import preset_named
-from longtake.training.models.presets import PRESETS, Preset
+from longtake.training.models.presets import PRESETS, Preset, WorldPreset
 
 RECIPES = REPOSITORY / "engines" / "recipes"
 DEFAULT_PRESET = "tiny"  # its checkpoints are shipped: what commands take all recipes of when none is named
@@ -70,7 +70,7 @@ class Recipe:
     memory_gb: int = 0
     vae_ops: str = "engine"
     vae_conv: str = "bf16"
-    own_preset: Preset | None = None
+    own_preset: WorldPreset | Preset | None = None
 
     def __post_init__(self) -> None:
         presets = tuple(PRESETS) if self.own_preset is None else (self.own_preset.name,)

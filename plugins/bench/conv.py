@@ -52,7 +52,7 @@ CASES = (
     ("conv_3x3x3", 6, 352, 640, 256, 256, 2),
     ("conv_3x3x3_add", 6, 352, 640, 256, 256, 3),
 )
-CODED = {  # of codes: the launcher, and how it differs from what runs in a network
+CODED: dict[str, tuple[type[HopperConv], dict[str, Any]]] = {  # of codes: the launcher, and how it differs from what runs in a network
     "fp8": (HopperConv, {}), "int8": (HopperConv, {}), "fp8_fast": (HopperConv, {"promote": 0}),
     "fp8_rows": (HopperRowsConv, {}), "int8_rows": (HopperRowsConv, {}), "fp8_late": (HopperConv, {"ahead": False}),
     "int8_late": (HopperConv, {"ahead": False}),

@@ -173,7 +173,8 @@ class HopperConv(OpLauncher):
     def try_out(self) -> None:
         """Convolve something of odd sizes with a known answer, once for each kernel that is compiled: what fails must fail
         before the run. Raises UnavailableError."""
-        error = _trial_error(type(self), self.op, tuple(sorted(self.macros().items())), self.tile)
+        kind: Any = type(self)
+        error = _trial_error(kind, self.op, tuple(sorted(self.macros().items())), self.tile)
         if not error <= TRIAL_ERROR:  # a NaN is refused, too
             raise UnavailableError(f"{self.op.name} through {self.method} is wrong", got=f"relative error {error:.3g}",
                                    expected=f"at most {TRIAL_ERROR}")  # fmt: skip
@@ -207,7 +208,7 @@ def _trial_error(kind: type[HopperConv], op: Op, macros: tuple[tuple[str, Any], 
     x, weight = (encode(30 * torch.randn(s, generator=generator, device="cuda"), op.codes) for s in shapes)
     got, wanted = run(x, weight, 1 / (900 * weight[0].numel() ** 0.5))
     ones = [encode(torch.ones(s, device="cuda"), op.codes) for s in shapes]
-    counted, count = run(*ones, 1.0)
+    counted, count = run(ones[0], ones[1], 1.0)
     if not torch.equal(counted, count):
         return float("inf")
     return float((got - wanted).norm() / wanted.norm())

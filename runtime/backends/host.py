@@ -70,7 +70,9 @@ class HostBackend(Backend):
             slot = slice(None) if not spec.slot else int(inputs[spec.slot])
             for output, name in kept.items():
                 # The network returns state as a whole; only the slot it wrote differs, and only that one may change here.
-                state.tensors[name][slot].copy_(outputs[output][slot])
+                held = state.tensors[name]
+                place = slot if isinstance(slot, slice) else slot % len(held)  # a state of fewer slots: they take turns
+                held[place].copy_(outputs[output][place])
         return {name: outputs[name] for name in results}
 
     def peak_bytes(self) -> int:

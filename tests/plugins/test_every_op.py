@@ -162,7 +162,11 @@ def test_properties_follow_from_the_spec() -> None:
     assert [name for name, op in ops.items() if op.extends_stream] == ["norm_silu_extend", "stream_extend"]
     assert [name for name, op in ops.items() if op.kernel_size] == [n for n in ops if n.startswith("conv_")]
     assert ops["conv_3x1x1"].kernel_size == (3, 1, 1) and not ops["linear_bf16"].kernel_size
-    assert [name for name, op in ops.items() if op.reads_table] == ["sink_attention_nvfp4", "sink_attention_bf16"]
+    assert [name for name, op in ops.items() if op.reads_table] == [
+        "sink_attention_nvfp4",
+        "sink_attention_bf16",
+        "frame_attention",
+    ]
     assert [name for name, op in ops.items() if op.unpacks_weight] == ["nvfp4_dequantize"]
     assert {op.runs_in for name, op in ops.items() if name.startswith(("linear", "conv", "cross"))} == {"library"}
     assert all(op.first_frame in ops for op in ops.values() if op.first_frame)

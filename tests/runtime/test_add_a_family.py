@@ -151,5 +151,5 @@ def test_conditions_that_are_not_the_spec_s(
 
 
 def test_an_unknown_family() -> None:
-    with pytest.raises(LongtakeError, match=r"(?s)unknown family.*got: gan.*expected: wan"):
+    with pytest.raises(LongtakeError, match=r"(?s)unknown family.*got: gan.*expected: sana_wm, wan"):
         family_named("gan")

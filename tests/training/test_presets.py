@@ -22,7 +22,8 @@ def written(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 
 
 def test_the_shipped_ones() -> None:
-    assert set(PRESETS) == {"tiny", "wan2.2-ti2v-5b", "wan2.2-ti2v-5b-check"}
+    worlds = {"sana-wm", "sana-wm-release", "world-tiny"}
+    assert set(PRESETS) == {"tiny", "wan2.2-ti2v-5b", "wan2.2-ti2v-5b-check", *worlds}
     check = PRESETS["wan2.2-ti2v-5b-check"]
     assert (check.dit.dim, check.dit.layers, check.vae.decoder_dim, check.height) == (3072, 2, 32, 128)
     assert check.text.length == WAN22_TI2V_5B.text.length and check.family == "wan"
@@ -47,7 +48,7 @@ BAD: dict[str, tuple[str, str]] = {
                           r"(?s)mine.yaml: bad dit layers.*'six'.*expected: a whole number"),
     "a number for a list": (WHOLE.replace("[1, 2, 2, 4]", "4"), r"(?s)bad vae dim_mult.*expected: a list, of each a whole number"),
     "a list for a mapping": (WHOLE.replace("{steps: 16, guidance: 3.0}", "[16]"), r"sampling of preset .*is not a mapping"),
-    "unknown family": (WHOLE.replace("family: wan", "family: gan"), r"(?s)unknown family.*got: gan.*expected: wan"),
+    "unknown family": (WHOLE.replace("family: wan", "family: gan"), r"(?s)unknown family.*got: gan.*expected: sana_wm, wan"),
     "no family": (WHOLE.replace("family: wan", ""), r"(?s)preset .*mine.yaml lacks keys.*family"),
     "missing inner key": (WHOLE.replace("heads: 4, channels", "channels"), r"(?s)dit of preset .*lacks keys.*'heads'"),
     "heads": (WHOLE.replace("heads: 4, channels", "heads: 3, channels"), "dit of preset .*mine.yaml: heads do not fit the DiT"),
@@ -78,7 +79,7 @@ def test_a_name_that_is_taken_or_none(tmp_path: Path) -> None:
     with pytest.raises(LongtakeError, match=r"a preset cannot be called '.*mine'"):
         preset_from_file(written(tmp_path, WHOLE, "my mine.yaml"))
     for name in ("tinny", "tiny.yaml/none.yaml"):
-        with pytest.raises(LongtakeError, match=r"(?s)unknown preset.*expected: tiny, wan2.2"):
+        with pytest.raises(LongtakeError, match=r"(?s)unknown preset.*expected: sana-wm, .*tiny, wan2.2"):
             preset_named(name, tmp_path)
 
 

@@ -150,7 +150,9 @@ def test_networks_have_the_shapes_of_the_engine_spec(models: Models) -> None:
         assert [tuple(cache.shape) for cache in caches] == decoder_cache_shapes(TINY)
 
 
-@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+@pytest.mark.parametrize(
+    "preset", [preset for preset in PRESETS.values() if preset.family == "wan"], ids=lambda preset: preset.name
+)
 def test_the_caches_of_every_preset_are_those_that_its_modules_return(preset: Preset) -> None:
     with torch.device("meta"):
         vae = CausalVAE(preset.vae)

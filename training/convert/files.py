@@ -21,7 +21,7 @@ TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
 AGAIN = "get the file again; compare its size with the published one"
 # Where a model lies in the published folders: diffusers' subfolder, then Wan's own file.
 PLACES = {
-    "dit": ("transformer",),
+    "dit": ("transformer", "sana_dit", "dit"),
     "vae": ("vae", "Wan2.2_VAE.pth"),
     "text_encoder": ("text_encoder", "models_t5_umt5-xxl-enc-bf16.pth"),
 }

@@ -17,6 +17,7 @@ from longtake.training.convert.lora import merge
 from longtake.training.convert.lora_scale import LoraScale
 from longtake.training.convert.packed import ORDER, rule_of, unpack
 from longtake.training.convert.pending import Converted, Pending, pending
+from longtake.training.convert.world import convert_world_dit, convert_world_vae
 from longtake.training.models.load import meta_models
 from longtake.training.models.presets import Preset
 
@@ -42,6 +43,12 @@ def convert_dit(
         LongtakeError: another model's checkpoint (named), a base missing, EMA asked for but not there.
         IntegrityError: keys missing, extra or of another shape; LoRA or packed parts that don't fit.
     """
+    if preset.family == "sana_wm":
+        if base is not None or lora is not None:
+            raise LongtakeError(
+                "SANA-WM's LoRAs are not known", got="--base or --lora", expected="full weights", fix="leave it out"
+            )
+        return convert_world_dit(container, preset, dtype, use_ema)
     chosen = choose(container, use_ema)
     loras = [(chosen.lora, own_scale)] if chosen.lora else []
     entry, about = chosen.name, chosen.about
@@ -86,6 +93,8 @@ def convert_vae(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype 
         LongtakeError: it is the Wan 2.1 VAE, or the preset's latents have other channels than the released VAE's.
         IntegrityError: keys missing, extra or of another shape.
     """
+    if preset.family == "sana_wm":
+        return convert_world_vae(state, preset, dtype)
     statistics = {"latent_mean": vae_keys.WAN22_LATENT_MEAN, "latent_std": vae_keys.WAN22_LATENT_STD}
     channels = preset.vae.z_channels
     if channels != len(vae_keys.WAN22_LATENT_MEAN) or not preset.vae.quant_convs:

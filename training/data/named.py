@@ -18,7 +18,7 @@ def dataset_from_name(
     fit: str = "crop",
     held_out: int | None = None,
 ) -> Dataset:
-    """The data set called "digits" or "returning-digits" (see `digits.returning_story`), or clips of one's own in a folder, a
+    """The data set called "digits", "returning-digits" (see `digits.returning_story`) or "rooms", or clips of one's own in a folder, a
     table or a tar (see `folder.Folder` for the rest).
 
     Raises:
@@ -31,6 +31,10 @@ def dataset_from_name(
     drawn = {"digits": random_story, "returning-digits": returning_story}
     if str(name) in drawn:
         return Digits(preset, split, drawn[str(name)])
+    if str(name) == "rooms":
+        from longtake.training.data.rooms.rooms import Rooms
+
+        return Rooms(preset, split)
     from longtake.training.data.folder import Folder
     from longtake.training.data.found import require_data
 

@@ -69,7 +69,7 @@ class JudgeTraining:
     pool: int = 0
 
 
-SMALL = JudgeTraining(steps=1200, batch=24, width=24, pool=2400)
+SMALL = JudgeTraining(steps=500, batch=24, width=24, pool=2400)
 Labelled = tuple[Tensor, Tensor, Tensor]
 
 

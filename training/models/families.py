@@ -5,10 +5,12 @@ from __future__ import annotations
 from longtake.errors import LongtakeError
 from longtake.training.models.family import Family
 from longtake.training.models.presets import Preset
+from longtake.training.models.sana_wm.family import SanaWM
 from longtake.training.models.wan.family import Wan
 
 FAMILIES: dict[str, Family] = {
     "wan": Wan(),
+    "sana_wm": SanaWM(),
 }
 
 

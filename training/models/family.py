@@ -74,11 +74,14 @@ class Family(Protocol):
 
     solver: what its chunks are sampled with unless a session says otherwise, a name in `sampler.SOLVERS`.
     keys: the layouts of released checkpoints that `longtake convert` knows, by the name of their publisher's code.
+    can: what videos of it may have: "cut", scene cuts; "camera", a camera for every frame, which the network follows. A
+        family with cameras has `camera_inputs` (see sana_wm/family.py) and a network "camera".
     """
 
     name: str
     solver: str
     keys: tuple[str, ...]
+    can: frozenset[str]
 
     def networks(self, preset: Preset) -> tuple[str, ...]:
         """The networks of `preset` that are exported and built; PyTorch stands in for the others."""

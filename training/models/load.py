@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,9 +19,7 @@ from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
-from longtake.training.models.wan.dit import CausalDiT
-from longtake.training.models.wan.linears import Amax, quantized_linears, weight_amax
-from longtake.training.models.wan.vae import CausalVAE
+from longtake.training.models.wan.linears import Amax, weight_amax
 from longtake.training.models.wan.vae_codes import codable_names
 
 logger = logging.getLogger(__name__)
@@ -36,8 +35,8 @@ class Models:
     """
 
     preset: Preset
-    dit: CausalDiT
-    vae: CausalVAE
+    dit: Any
+    vae: Any
     text: AnyTextEncoder
     amax: Amax = field(default_factory=dict)
     precision: str = "bf16"
@@ -54,10 +53,11 @@ def random_models(preset: Preset, seed: int = 0) -> Models:
     """Untrained models whose outputs are not degenerate, with plausible amax: for tests and dry runs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dit = CausalDiT(preset.dit)
-        nn.init.xavier_uniform_(dit.head.head.weight)
-        models = Models(preset, dit.eval(), CausalVAE(preset.vae).eval(), text_encoder_for(preset).eval())
-    models.amax = {n: {"input": 5.0, "weight": weight_amax(dit, n)} for n in quantized_linears(dit)}
+        family = family_of(preset)
+        dit = family.dit(preset)
+        dit.fill_head()
+        models = Models(preset, dit.eval(), family.vae(preset).eval(), text_encoder_for(preset).eval())
+    models.amax = {n: {"input": 5.0, "weight": weight_amax(dit, n)} for n in family.linears(dit)}
     return models
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# The parts of a video model, by their use. "dit" takes the latents first and gives the velocity first; "..._first" is for
+# The parts of a video model, by their use. "context" is run once a prompt, "camera" once a chunk. "dit" takes the latents first and gives the velocity first; "..._first" is for
 # the first call of a stream, "..._steady" for all later ones.
 NETWORKS = (
-    "text_encoder", "context", "dit", "vae_first", "vae_steady", "vae_encoder_first", "vae_encoder_steady",
+    "text_encoder", "context", "camera", "dit", "vae_first", "vae_steady", "vae_encoder_first", "vae_encoder_steady",
 )  # fmt: skip
 
 
@@ -30,7 +30,8 @@ class NetworkSpec:
 
     `profile` gives (min, opt, max) for each dynamic dimension. `carried` maps an output of this call to the input
     of the next one that it becomes (VAE caches), without being in place. `slot` names the int32 input that says which slot (index of the first axis) of
-    what is written in place a pass writes, -1 for none; "" where all of it is written.
+    what is written in place a pass writes, -1 for none; "" where all of it is written. A state of fewer slots takes it modulo
+    their number. `ops`: how many nodes of each op of ours the exported network has, where the family says so.
     """
 
     name: str
@@ -40,6 +41,7 @@ class NetworkSpec:
     carried: tuple[tuple[str, str], ...] = ()
     profile: tuple[tuple[str, tuple[int, int, int]], ...] = ()
     slot: str = ""
+    ops: tuple[tuple[str, int], ...] = ()
 
     @property
     def kept(self) -> dict[str, str]:

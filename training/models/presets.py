@@ -11,123 +11,17 @@ from typing import Any
 from longtake.checked_yaml import read_yaml
 from longtake.errors import LongtakeError, nearest
 from longtake.paths import REPOSITORY
-from longtake.record import record_from_json, record_from_mapping
+from longtake.record import record_from_mapping
+from longtake.training.models.preset_parts import SEE as SEE
+from longtake.training.models.preset_parts import TEXT_KINDS as TEXT_KINDS
+from longtake.training.models.preset_parts import DiTConfig as DiTConfig
+from longtake.training.models.preset_parts import SamplingConfig as SamplingConfig
+from longtake.training.models.preset_parts import TextEncoderConfig as TextEncoderConfig
+from longtake.training.models.preset_parts import VAEConfig as VAEConfig
+from longtake.training.models.preset_parts import at_least
+from longtake.training.models.sana_wm.config import ListedSampling, LTX2Config, SanaWMConfig
 
 SHIPPED = REPOSITORY / "training" / "presets"
-SEE = "see training/presets and docs/add-a-recipe.md"
-TEXT_KINDS = ("words", "umt5", "pretrained")
-
-
-def _at_least(owner: Any, least: int, *names: str) -> None:
-    """Raise LongtakeError for the first of some fields with a number below `least`."""
-    for name in names:
-        value = getattr(owner, name)
-        if any(each < least for each in (value if isinstance(value, tuple) else (value,))):
-            raise LongtakeError(f"bad {name}", got=value, expected=f"{least} or more", fix=SEE)
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """Causal video DiT. `head_dim` is dim / heads and must be a multiple of 16 (one NVFP4 block)."""
-
-    dim: int
-    ffn_dim: int
-    layers: int
-    heads: int
-    channels: int
-    text_dim: int
-    text_len: int
-    freq_dim: int = 256
-    eps: float = 1e-6
-    patch: tuple[int, int, int] = (1, 2, 2)
-    rope_theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, *(name for name in vars(self) if name not in ("eps", "rope_theta")))
-        if self.dim % self.heads or (self.dim // self.heads) % 16:
-            raise LongtakeError(
-                "heads do not fit the DiT",
-                got=f"dim {self.dim}, heads {self.heads}",
-                expected="dim / heads a multiple of 16",
-                fix="change dim or heads in the preset",
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Causal video VAE of the Wan 2.2 kind: pixel unshuffle 2, then `len(dim_mult) - 1` spatial halvings.
-
-    quant_convs: 1x1x1 convolutions after the encoder and before the decoder. last_shortcut: the encoder's last level,
-    which doesn't resample, has its shortcut too. The released Wan 2.2 VAE has both.
-    """
-
-    z_channels: int
-    encoder_dim: int
-    decoder_dim: int
-    dim_mult: tuple[int, ...]
-    res_blocks: int
-    temporal_down: tuple[bool, ...]
-    stride: tuple[int, int, int] = (4, 16, 16)
-    quant_convs: bool = True
-    last_shortcut: bool = True
-
-    def __post_init__(self) -> None:
-        """Raise LongtakeError for sizes below 1, and for a stride that the levels do not make."""
-        _at_least(self, 1, "z_channels", "encoder_dim", "decoder_dim", "dim_mult", "res_blocks", "stride")
-        space, time = 2 ** len(self.dim_mult), 2 ** sum(self.temporal_down)
-        if len(self.temporal_down) != len(self.dim_mult) - 1 or self.stride != (time, space, space):
-            raise LongtakeError(
-                "the levels do not fit the VAE",
-                got=f"{len(self.dim_mult)} in dim_mult, {len(self.temporal_down)} in temporal_down, stride {self.stride}",
-                expected=f"a temporal_down for each level but the last, stride ({time}, {space}, {space})",
-                fix="change stride, or the levels",
-            )
-
-
-@dataclass(frozen=True)
-class TextEncoderConfig:
-    """Text encoder: `kind` picks the implementation (one of TEXT_KINDS), the rest its size. Output is [length, dim].
-
-    ffn_dim and vocabulary are read by "umt5" only; of a "pretrained" one dim and length, the rest says its folder.
-    """
-
-    kind: str
-    dim: int
-    layers: int
-    heads: int
-    length: int
-    ffn_dim: int = 0
-    vocabulary: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise LongtakeError for an unknown kind, sizes below 1, and heads that do not divide the width."""
-        if self.kind not in TEXT_KINDS:
-            raise LongtakeError("bad kind", got=self.kind, expected=" | ".join(TEXT_KINDS), fix=SEE)
-        _at_least(self, 1, "dim", "layers", "heads", "length", *(("ffn_dim", "vocabulary") * (self.kind == "umt5")))
-        if self.dim % self.heads:
-            raise LongtakeError("heads do not fit the text encoder", got=f"dim {self.dim}, heads {self.heads}",
-                                expected="dim a multiple of heads", fix="change dim or heads in the preset")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """What the preset's checkpoints are sampled with unless a story says otherwise."""
-
-    steps: int
-    guidance: float
-    shift: float = 5.0
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "steps")
-
-    @classmethod
-    def told(cls, record: dict[str, Any] | None) -> SamplingConfig | None:
-        """What a checkpoint or an export tells of how it is sampled; TypeError for what tells nothing of it."""
-        return None if record is None else record_from_json(cls, record)
 
 
 LEAST_WINDOW = 3  # chunks: two sinks and the one that is generated
@@ -164,8 +58,8 @@ class Preset:
             raise LongtakeError(f"preset {self.name}: the window is too small", got=f"{self.window_chunks} chunks",
                                 expected=f"{LEAST_WINDOW} or more: two sinks and the chunk itself",
                                 fix=f"set window_chunks: {LEAST_WINDOW}")  # fmt: skip
-        _at_least(self, 1, "height", "width", "fps", "chunk_latents")
-        _at_least(self, 0, "shot_rope_offset", "first_chunk_latents")
+        at_least(self, 1, "height", "width", "fps", "chunk_latents")
+        at_least(self, 0, "shot_rope_offset", "first_chunk_latents")
         down, across = (self.vae.stride[i] * self.dit.patch[i] for i in (1, 2))
         for got, wanted, what in (
             ({"height": self.height % down, "width": self.width % across}, {"height": 0, "width": 0},
@@ -182,8 +76,12 @@ class Preset:
         """Of what each network is, by kind of checkpoint, where the preset is not a shipped one: its name alone tells little."""
         if self.name in PRESETS:
             return {}
-        parts = {"dit": self.dit, "vae": self.vae, "text_encoder": self.text}
-        return {kind: hashlib.sha256(f"{self.family} {part}".encode()).hexdigest() for kind, part in parts.items()}
+        return {kind: self.digest_of(kind) for kind in ("dit", "vae", "text_encoder")}
+
+    def digest_of(self, kind: str) -> str:
+        """Of what one network is, by its kind of checkpoint."""
+        part = {"dit": self.dit, "vae": self.vae, "text_encoder": self.text}[kind]
+        return hashlib.sha256(f"{self.family} {part}".encode()).hexdigest()
 
     @property
     def label(self) -> str:
@@ -225,13 +123,49 @@ class Preset:
         return self.frame_tokens * self.chunk_latents
 
 
+@dataclass(frozen=True)
+class WorldPreset(Preset):
+    """A preset of the family sana_wm, whose DiT and VAE are described otherwise."""
+
+    dit: SanaWMConfig
+    vae: LTX2Config  # type: ignore[assignment]
+    sampling: ListedSampling
+    fps: int = 16
+    chunk_latents: int = 3
+    window_chunks: int = 3
+    first_chunk_latents: int = 4
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for what `Preset` refuses, and for chunks that the short convolutions cannot be cut into."""
+        super().__post_init__()
+        if self.chunk_latents < 3 or self.first_chunk_latents < self.chunk_latents:
+            got = f"{self.first_chunk_latents} latents, then {self.chunk_latents}"
+            raise LongtakeError(f"preset {self.name}: the chunks are too short", got=got, expected="4, then 3", fix=SEE)
+        if self.window_chunks % 2 == 0:
+            raise LongtakeError(
+                f"preset {self.name}: bad window", got=self.window_chunks, expected="an odd number", fix=SEE
+            )
+        if self.dit.plucker_channels != 6 * self.vae.stride[0]:
+            raise LongtakeError(
+                f"preset {self.name}: the camera maps do not fit the VAE",
+                got=f"plucker_channels {self.dit.plucker_channels}",
+                expected=6 * self.vae.stride[0],
+                fix=SEE,
+            )
+
+
+PRESET_TYPES: dict[str, type[Preset]] = {"sana_wm": WorldPreset}  # of families whose parts are described otherwise
+
+
 def read_preset(path: Path, folder: Path) -> Preset:
     """The preset in a file. `folder`: what the path of its checkpoints starts from, by default checkpoints/NAME there."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.stem):
         raise LongtakeError(f"a preset cannot be called {path.stem!r}", expected="letters, digits, dots and dashes",
                             fix="give the file another name")  # fmt: skip
     values = _values(path)
-    preset: Preset = record_from_mapping(Preset, values, f"preset {path}", SEE, name=path.stem)
+    family = values.get("family") if isinstance(values, dict) else None
+    kind = PRESET_TYPES.get(family, Preset) if isinstance(family, str) else Preset
+    preset: Preset = record_from_mapping(kind, values, f"preset {path}", SEE, name=path.stem)
     place = preset.checkpoints or f"checkpoints/{preset.name}"
     return replace(preset, checkpoints=place if folder == REPOSITORY else str(folder / place))
 

@@ -8,7 +8,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-NORM_NAMES = ("gamma", "norm.weight", "norm_q.weight", "norm_k.weight", "norm3.weight", "layer_norm.weight")
+NORM_NAMES = (
+    "gamma",
+    "norm.weight",
+    "norm_q.weight",
+    "norm_k.weight",
+    "norm3.weight",
+    "layer_norm.weight",
+    "norm_cam.weight",
+)
+FIXED = {"A_log": 0.0, "dt_bias": -3.0}  # of gates, which would forget everything at once otherwise
 INLINE_BYTES = 1024  # formats.onnx_file.INLINE_BYTES, of bf16 values
 
 
@@ -21,6 +30,8 @@ def random_weight(
     name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     """The weight called `name` (a state-dict key), rounded to bf16, in `dtype`. The same on every call on one device."""
+    if (last := name.rpartition(".")[2]) in FIXED:
+        return torch.full(shape, FIXED[last], device=device, dtype=dtype)
     if 2 * math.prod(shape) <= INLINE_BYTES or name.endswith(NORM_NAMES):
         return torch.ones(shape, device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed_of(name))

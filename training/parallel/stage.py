@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from longtake.errors import LongtakeError
 from longtake.training.models.quantize import insert_quantizers, plain_state, read_amax
+from longtake.training.models.text.pretrained import PretrainedText
 from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.objective.accumulate import rows_of
@@ -123,7 +124,10 @@ class ParallelDiTStage(DiTStage):
 
     def whole_models(self) -> tuple[CausalDiT, nn.Module]:
         """Unsharded copies of both models, on every rank. All must call."""
-        text, copies = partial(text_encoder_for, self.preset, self.text.vocabulary), list[nn.Module]()
+        text: Callable[[], nn.Module] = partial(text_encoder_for, self.preset, self.text.vocabulary)
+        if isinstance(self.text, PretrainedText):
+            text = partial(PretrainedText, self.preset.text, self.text.tokenizer_folder)
+        copies = list[nn.Module]()
         for module, make in ((self.dit, partial(CausalDiT, self.preset.dit)), (self.text, text)):
             gathered = {name: whole(value.detach()) for name, value in plain_state(module).items()}
             with torch.device("meta"):

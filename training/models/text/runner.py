@@ -56,6 +56,10 @@ def text_runner_for(
     folder = Path(checkpoints) if checkpoints is not None else REPOSITORY / preset.checkpoints
     if preset.text.kind == "umt5":
         return TextRunner(_paged(preset, folder, device, storage, resident))
+    if preset.text.kind == "gemma2":
+        from longtake.training.models.text.gemma import gemma_runner
+
+        return TextRunner(gemma_runner(preset.text, folder, device))
     return TextRunner(_whole(preset, folder, device))
 
 

@@ -20,7 +20,9 @@ from torch.nn import functional
 
 from longtake.errors import LongtakeError
 from longtake.training.models.presets import TEXT_KINDS, Preset, TextEncoderConfig
+from longtake.training.models.text.gemma import GemmaText, GemmaTokenizer
 from longtake.training.models.text.pretrained import PretrainedText, PretrainedTokenizer, pretrained_tokenizer
+from longtake.training.models.text.room_grammar import room_words
 from longtake.training.models.text.sentencepiece import FOLDER, PieceTokenizer
 from longtake.training.models.text.umt5 import UMT5
 
@@ -70,6 +72,11 @@ def tokens_of(word: str, ids: Mapping[str, int]) -> list[int] | None:
             return None
         found.append(ids[piece])
     return found
+
+
+def vocabulary_of(preset: Preset) -> tuple[str, ...]:
+    """The words of the captions of the shipped data set that a preset's videos are like."""
+    return room_words() if preset.family == "sana_wm" else default_vocabulary()
 
 
 class Tokenizer:
@@ -206,8 +213,8 @@ class TextEncoder(nn.Module):
         return self.norm(x).float() * word[..., None].to(torch.float32)
 
 
-AnyTextEncoder = TextEncoder | UMT5 | PretrainedText
-AnyTokenizer = Tokenizer | PieceTokenizer | PretrainedTokenizer
+AnyTextEncoder = TextEncoder | UMT5 | PretrainedText | GemmaText
+AnyTokenizer = Tokenizer | PieceTokenizer | PretrainedTokenizer | GemmaTokenizer
 
 
 def text_encoder_for(
@@ -221,10 +228,12 @@ def text_encoder_for(
     """
     if preset.text.kind == "umt5":
         return UMT5(preset.text, None if checkpoints is None else Path(checkpoints) / FOLDER)
+    if preset.text.kind == "gemma2":
+        return GemmaText(preset.text, checkpoints)
     if preset.text.kind == "pretrained":
         return PretrainedText(preset.text, None if checkpoints is None else Path(checkpoints) / FOLDER)
     _require_words(preset)
-    return TextEncoder(preset.text, None if vocabulary is None else tuple(vocabulary))
+    return TextEncoder(preset.text, vocabulary_of(preset) if vocabulary is None else tuple(vocabulary))
 
 
 def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path | None) -> AnyTokenizer:
@@ -240,10 +249,12 @@ def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path
     """
     if preset.text.kind == "umt5":
         return PieceTokenizer.open(None if folder is None else Path(folder) / FOLDER, preset.text.vocabulary)
+    if preset.text.kind == "gemma2":
+        return GemmaTokenizer.open(folder)
     if preset.text.kind == "pretrained":
         return PretrainedText(preset.text).tokenizer if folder is None else pretrained_tokenizer(Path(folder) / FOLDER)
     _require_words(preset)
-    return _tokenizer(default_vocabulary() if vocabulary is None else tuple(vocabulary))
+    return _tokenizer(vocabulary_of(preset) if vocabulary is None else tuple(vocabulary))
 
 
 def _require_words(preset: Preset) -> None:

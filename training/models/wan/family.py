@@ -26,6 +26,7 @@ class Wan:
 
     name = "wan"
     solver = "unipc"
+    can = frozenset({"cut"})
     keys: tuple[str, ...] = ("wan", "diffusers")  # training/convert/dit_keys.py, vae_keys.py, text_keys.py
 
     def networks(self, preset: Preset) -> tuple[str, ...]:

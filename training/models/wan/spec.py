@@ -17,7 +17,9 @@ from longtake.training.models.wan.vae_codes import coded_caches
 def networks_of(preset: Preset) -> tuple[str, ...]:
     """The networks of `preset` that are exported and built. A umT5 text encoder is not: it runs in PyTorch, once a
     prompt, and would be 11 GB of engine."""
-    return tuple(name for name in NETWORKS if name != "text_encoder" or preset.text.kind == "words")
+    return tuple(
+        name for name in NETWORKS if name != "camera" and (name != "text_encoder" or preset.text.kind == "words")
+    )
 
 
 def cache_bindings(preset: Preset, cache: str, layer: int) -> tuple[Binding, ...]:
@@ -127,6 +129,6 @@ def network_spec(preset: Preset, recipe: Precision, name: str) -> NetworkSpec:
         return context_spec(preset)
     if name == "dit":
         return dit_spec(preset, recipe.cache)
-    if name in NETWORKS:
+    if name in NETWORKS and name != "camera":
         return vae_spec(preset, name, recipe.vae_ops, recipe.vae_conv)
     raise LongtakeError("unknown network", got=name, expected=", ".join(NETWORKS))

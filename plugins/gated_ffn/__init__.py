@@ -1,0 +1,1 @@
+"""The gated depthwise convolution of the feed-forward network."""

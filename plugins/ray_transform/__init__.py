@@ -1,0 +1,1 @@
+"""The camera branch's way into and out of ray coordinates."""

@@ -1,0 +1,1 @@
+"""The write of what a chunk leaves into a slot of the state."""

@@ -1,0 +1,116 @@
+"""What a video of a model with cameras starts from: a picture, and where its camera goes.
+
+Legend: N frames.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longtake.errors import LongtakeError
+from longtake.image_cover import cover_of
+from longtake.runtime.camera import CameraPosition
+from longtake.runtime.camera_files import Numbers, default_intrinsics, intrinsics_from, of_frames, poses_from
+from longtake.training.models.camera_poses import relative_poses
+from longtake.training.models.presets import SHIPPED, Preset
+from longtake.training.models.sana_wm.actions import Pace, keys_of_frames
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a camera goes; what is None is as the story says.
+
+    action: keys and frames, such as "w-24, wd-12". camera: poses of every frame, [N, 4, 4], camera to world, OpenCV axes, or a
+    .npy file of them. intrinsics: fx, fy, cx, cy of the given picture's pixels, one or one a frame, or a .npy file. speed,
+    turn: metres and degrees that keys move the camera in a frame.
+    """
+
+    action: str | None = None
+    camera: Numbers | None = None
+    intrinsics: Numbers | None = None
+    speed: float | None = None
+    turn: float | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """The names of what is given."""
+        return [each.name for each in fields(self) if getattr(self, each.name) is not None]
+
+    def over(self, story: View) -> View:
+        """This, and what it leaves open as `story` says; a path of one takes the place of either path of the other."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        paths = ("action", "camera") if self.action is not None or self.camera is not None else ()
+        rest = {name: getattr(story, name) for name in story.given if own[name] is None and name not in paths}
+        return View(**{**own, **rest})
+
+    def check(self, can: frozenset[str], preset: Preset) -> None:
+        """Raise LongtakeError where it is given to a model without cameras, or twice, or cannot be read."""
+        if self.given and "camera" not in can:
+            raise LongtakeError(
+                f"preset {preset.name} has no camera", got=", ".join(self.given), expected="a prompt",
+                fix="leave it out, or take a preset of family sana_wm",
+            )  # fmt: skip
+        if self.action is not None and self.camera is not None:
+            raise LongtakeError(
+                "a camera has one path", got="action and camera", expected="one of the two", fix="leave one out"
+            )
+
+    def position(self, preset: Preset, picture_hw: tuple[int, int], frames: int) -> CameraPosition:
+        """The camera of a video of `frames` frames that starts from a picture of that size.
+
+        Raises:
+            LongtakeError: a path ends before the video, or something is no camera, no action or no intrinsics.
+        """
+        pace = Pace(
+            Pace.speed if self.speed is None else self.speed,
+            Pace.turn if self.turn is None else self.turn,
+            float(preset.fps),
+        )
+        keys = () if self.action is None else keys_of_frames(self.action)
+        poses = () if self.camera is None else _path(self.camera, frames)
+        return CameraPosition(self._intrinsics(preset, picture_hw, frames), pace, keys=keys, poses=poses)
+
+    def _intrinsics(self, preset: Preset, picture_hw: tuple[int, int], frames: int) -> Any:
+        size = preset.height, preset.width
+        if self.intrinsics is None:
+            log.warning("no intrinsics: a camera is assumed that sees 60 degrees across")
+            values = default_intrinsics(*size)
+        else:
+            cover, _ = cover_of(picture_hw, *size)
+            values = cover.intrinsics(intrinsics_from(self.intrinsics, *picture_hw))
+        grid = preset.latent_hw
+        values = values * np.array([grid[1] / size[1], grid[0] / size[0]] * 2)
+        rows = values[None] if values.ndim == 1 else of_frames(values, frames)
+        return tuple(tuple(row) for row in rows.tolist())
+
+
+def _path(camera: Numbers, frames: int) -> tuple[tuple[float, ...], ...]:
+    poses = poses_from(camera)
+    if len(poses) < frames:
+        raise LongtakeError(
+            "the camera's path ends before the video", got=f"{len(poses)} poses", expected=f"{frames}: one a frame",
+            fix="generate fewer chunks, or pass a longer path",
+        )  # fmt: skip
+    return tuple(tuple(pose) for pose in relative_poses(poses).reshape(len(poses), 16).tolist())
+
+
+def own_picture(preset: Preset) -> Path:
+    """The picture that is shipped with a preset, for videos that are given none.
+
+    Raises:
+        LongtakeError: there is none.
+    """
+    path = SHIPPED / f"{preset.name}.png"
+    if not path.is_file():
+        raise LongtakeError(
+            f"a video of preset {preset.name} starts from a picture", got="none", expected="a picture file",
+            fix="pass --image FILE",
+        )  # fmt: skip
+    return path
