@@ -128,6 +128,7 @@ def run(options: VaeCodesOptions) -> int:
     report: dict[str, Any] = {
         "kind": "evaluate",
         "command": shlex.join(["longtake", *sys.argv[1:]]),
+        "rerun_with": shlex.join(["longtake", *sys.argv[1:]]),
         "commit": commit(),
         "date": date.today().isoformat(),
         "preset": PRESET.name,
