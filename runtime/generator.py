@@ -179,8 +179,7 @@ class Generator:
             retakes: keep the latents of every chunk in the host's memory, so that `Session.retake` can go back.
             continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's.
                 Its chunks are taken in before this returns: the first chunk that comes is the first new one.
-            clip: what is seen in that clip; cut short or continued to its length (default: the story's, else what the
-                first prompt of `script` says).
+            clip: what is seen in that clip, made as long as it (default: the story's, else the first prompt).
             on_step: is called with a `Step` after every denoise step, in the thread that asked for the chunk.
             view: where the camera goes, of a model with cameras; what it leaves open is the story's.
 
@@ -190,18 +189,27 @@ class Generator:
         story = story_from_script(script)
         start = start_of(story, image, continue_from, clip)
         check_fits(story, self.backend.preset, continued=start.clip is not None)
-        start, view = self._world(story, start, view)
         asked = _sampling(sampling, steps, guidance)
         options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
-        inputs = SessionInputs(noise, embeddings)
+        start, view = self._world(story, start, view)
+        return self._started(start, options, segments, SessionInputs(noise, embeddings), view, on_step)
+
+    def _started(
+        self,
+        start: Start,
+        options: SessionOptions,
+        segments: tuple[Segment, ...],
+        inputs: SessionInputs,
+        view: View,
+        on_step: OnStep | None,
+    ) -> Session:
+        """A session once everything is known; what can be refused is refused before anything is allocated."""
         inputs.check(self.backend.preset, segments, options.negative, self._tokenize)
-        camera = self._camera(view, start, segments, endless)
+        camera = self._camera(view, start, segments, options.endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
-        if clip_latents is not None:
-            take_in(session, clip_latents, start.segments)
-        return session
+        return take_in(session, clip_latents, start.segments)
 
     def _world(self, story: Story, start: Start, view: View) -> tuple[Start, View]:
         """What a model with cameras starts from: a picture always, and a view. Raises LongtakeError for what it cannot do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from longtake.commands import export as export_cli
 from longtake.commands.main import main
 from longtake.errors import GateError, LongtakeError
 from longtake.formats import model_name
-from longtake.formats.exported import UNRECORDED, Checked, Export
+from longtake.formats.exported import KIND, UNRECORDED, Checked, Export
 from longtake.formats.model_name import asked_for, card_of, checked_name, claim, model_in, write_name
 from longtake.formats.recipe import recipe_named
 from longtake.pretrained import model_and_recipe
@@ -150,11 +150,12 @@ def test_a_failed_export_is_refused_without_force(capsys: pytest.CaptureFixture[
 
 
 def test_no_state_is_a_failed_one(tmp_path: Path) -> None:
-    made("tiny", checked=UNRECORDED)
-    path = model_name.folder_of("tiny", RECIPE) / "onnx" / "export.json"
-    path.write_text(path.read_text().replace('"checked"', '"was_checked"'))
+    folder = made("tiny", checked=UNRECORDED)
+    told = asdict(Export.read(folder))
+    del told["checked"]
+    KIND.write(told, folder / "export.json")
     with pytest.raises(GateError, match="no comparison with PyTorch is recorded"):
-        Generator.from_engines(path.parent)
+        Generator.from_engines(folder)
 
 
 def test_an_unchecked_export_is_taken_with_a_line() -> None:
