@@ -128,7 +128,7 @@ def network_of(
     graph: SegmentedGraph, vae: CausalVAE, scratch: int = 1000, kind: type = Steady, device: torch.device = CPU
 ) -> Any:
     functions = segment_functions(vae)
-    host = SimpleNamespace(device=device, load=lambda name, spec: Engine(name, functions[name], scratch))
+    host = SimpleNamespace(device=device, load=lambda name, spec, bundle: Engine(name, functions[name], scratch))
     network = kind(host, graph, Scratch(device))
     weights = vae.state_dict()
     network.load_weights((name, weights[name]) for name in graph.weights)
