@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | lint | train | distill | export | engines | profile | generate | serve | check | bench
+# make setup | demo | test | test-slow | test-long | fuzz | soak | lint | train | distill | export | engines | profile | generate | serve | check | bench
 # Another interpreter, with everything installed already (no network needed): make test PY=python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,7 +24,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup demo test test-slow test-long lint format doctor train export engines profile generate serve check distill experiment bench clean
+.PHONY: setup demo test test-slow test-long browser fuzz soak lint format doctor train export engines profile generate serve check distill experiment bench clean
 
 setup: $(VENV)/.ready
 
@@ -59,6 +59,10 @@ test test-slow test-long: $(READY)
 	@if [ $(JOBS) -gt 1 ] && $(PY) -c 'import xdist' 2>/dev/null; then \
 	  export OMP_NUM_THREADS=1 PARALLEL='-n $(JOBS) --dist loadfile'; fi; \
 	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest -m '$(WHICH)' $$PARALLEL $(ARGS)
+
+# The figures of docs/faults.md, in minutes: make fuzz ARGS='--share 0.1'. What they must show is what they fail below.
+fuzz soak: $(READY)
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(PY) -W ignore tests/faults/figures.py $@ $(ARGS)
 
 # What the page is tested in. Where it cannot be installed, those tests are skipped with the reason
 browser:

@@ -24,6 +24,7 @@ from longtake.training.models.load import calibrated_convs, read_side
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import Amax
 
+NO_CODES = ConvCodes()  # every convolution in bf16
 SAME_PRESET = "use a checkpoint of the same preset"
 COPY_AGAIN = "copy the file again together with its .json, or make it again"
 CHECKPOINTS = {
@@ -93,7 +94,7 @@ def stored_tensors(
     linears: Collection[str],
     amax: Amax,
     formats: WeightFormats = UNRECORDED,
-    convs: ConvCodes = ConvCodes(),
+    convs: ConvCodes = NO_CODES,
 ) -> Iterator[tuple[str, Tensor]]:
     """(initializer, content) for every reference of `model`: the weights of `linears` packed, those of `convs` as codes, the
     rest as they are.

@@ -17,6 +17,12 @@ HEAD, TAIL = 1 << 20, 1 << 16  # bytes that are searched for it
 UNWRITABLE = {stat.S_IFBLK: "a block device", stat.S_IFSOCK: "a socket"}
 
 
+def require_mp4(path: Path, fix: str) -> None:
+    """Raise LongtakeError for a path that is no mp4's."""
+    if path.suffix.lower() != ".mp4":
+        raise LongtakeError("the video must be an mp4", got=path, expected="a path ending in .mp4", fix=fix)
+
+
 def claim_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None] | None = None) -> None:
     """Refuse outputs that are one file, an input, a folder, a disk or socket, or a file that we did not write.
 

@@ -126,7 +126,7 @@ def _latents_in(source: Path) -> tuple[Tensor | None, list[str]]:
     with tensors_in(source, "is no readable file of latents", "write it again") as opened:
         if (opened.metadata() or {}).get("format") == SESSION_FORMAT:
             raise LongtakeError(f"{source} is a saved session, not a clip", got="a file from --save-session",
-                                expected="a video or a file of latents", fix=f"pass --load-session {source}")  # fmt: skip
+                                expected="a video or a file of latents", fix=f"load_session({str(source)!r}), or --load-session {source}")  # fmt: skip
         names = list(opened.keys())
         latents = opened.get_tensor(LATENTS) if LATENTS in names else None
     return latents, names

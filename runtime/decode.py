@@ -190,6 +190,7 @@ class DecodeQueue:
         frames = self._put(Frames(self._rewind_to - 1), None, None)
         frames.wait()
         frames.raise_error()
+        self._last = None  # it was no chunk
 
     def _settle_second_gpu(self) -> None:
         """Wait for what the caller enqueued on the decoder's GPU: the event of `submit` is one of the generator's GPU."""

@@ -179,8 +179,7 @@ class Generator:
             retakes: keep the latents of every chunk in the host's memory, so that `Session.retake` can go back.
             continue_from: a video, or a file or tensor [1, F, C, h, w] of latents, to go on from; overrides the story's.
                 Its chunks are taken in before this returns: the first chunk that comes is the first new one.
-            clip: what is seen in that clip; cut short or continued to its length (default: the story's, else what the
-                first prompt of `script` says).
+            clip: what is seen in that clip, made as long as it (default: the story's, else the first prompt).
             on_step: is called with a `Step` after every denoise step, in the thread that asked for the chunk.
             view: where the camera goes, of a model with cameras; what it leaves open is the story's.
 
@@ -210,9 +209,7 @@ class Generator:
         camera = self._camera(view, start, segments, options.endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
-        if clip_latents is not None:
-            take_in(session, clip_latents, start.segments)
-        return session
+        return take_in(session, clip_latents, start.segments)
 
     def _world(self, story: Story, start: Start, view: View) -> tuple[Start, View]:
         """What a model with cameras starts from: a picture always, and a view. Raises LongtakeError for what it cannot do."""
@@ -250,7 +247,7 @@ class Generator:
         return SessionOptions(
             seed=_first(seed, story.seed),
             steps=len(timesteps) or _first(asked.steps, story.steps, self.sampling.steps),
-            guidance=float(_first(asked.guidance, story.guidance, self.sampling.guidance)),
+            guidance=_scale(_first(asked.guidance, story.guidance, self.sampling.guidance)),
             negative_prompt=_first(negative_prompt, story.negative_prompt, self.backend.preset.negative_prompt),
             shift=_first(asked.shift, 1.0 if timesteps else self.sampling.shift),
             solver=_first(asked.solver, self.model.family.solver),
@@ -332,6 +329,14 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
         raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two",
                             fix="pass sampling=Sampling(steps=4, guidance=1)")  # fmt: skip
     return given
+
+
+def _scale(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise LongtakeError(
+            "bad guidance scale", got=repr(value), expected="a number", fix="pass guidance=3 (--guidance 3)"
+        )
+    return float(value)
 
 
 def _first(*values: Any) -> Any:

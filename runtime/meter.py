@@ -6,7 +6,10 @@ import time
 from collections import Counter
 from typing import Any
 
+from longtake.formats.memory import Budget
 from longtake.runtime.chunk import Chunk
+from longtake.runtime.report import Report, conditions_of_run
+from longtake.runtime.session import Session
 
 DIT_STAGES = ("conditions", "denoise", "clean")
 
@@ -18,12 +21,14 @@ class Meter:
         self._started = self._latest = time.perf_counter()
         self.first_chunk_s: float | None = None
         self.chunks = self.frames = 0
+        self.prompts: dict[str, None] = {}
         self._total_ms: Counter[str] = Counter()
 
     def add(self, chunk: Chunk) -> None:
         """Count a finished chunk; waits for its frames."""
         self.frames += len(chunk.frames)
         self.chunks += 1
+        self.prompts[chunk.prompt] = None
         self._latest = chunk.finished_at  # not "now": frames may have waited for the next chunk's passes
         if self.first_chunk_s is None:
             self.first_chunk_s = self._latest - self._started
@@ -41,7 +46,14 @@ class Meter:
         return {
             "chunks": self.chunks,
             "frames": self.frames,
+            "prompts": list(self.prompts),
             "fps": self.fps(),
             "first_chunk_s": None if first is None else round(first, 4),
             "stage_ms": {stage: round(total / self.chunks, 2) for stage, total in self._total_ms.items()},
         }
+
+    def report(self, session: Session, budget: Budget | None, **more: Any) -> Report:
+        """Of what `session` generated; `budget`: what was announced before, if anything was."""
+        options, conditions = session.options, conditions_of_run(session.model.backend, budget)
+        how: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
+        return Report(kind="generate", **how, **more, **conditions, **self.figures())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from longtake.files import write_json
 from longtake.formats.memory import Budget
+from longtake.plugins.registry import op_named
 from longtake.provenance import origin
 from longtake.runtime.backends.base import Backend
 from longtake.training.models.presets import Preset
@@ -27,7 +29,8 @@ class Report:
     checkpoint: its name and the digests of its parts. export: its state, and why where it is not "passed".
     prompts: of the video, each once. story: the file. rerun_with: a command that does the same.
     decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
-    "apart"; see longtake/formats/memory.py), None on a CPU.
+    "apart"; see longtake/formats/memory.py), None on a CPU. vae_conv: how many of the VAE decoder's convolutions, those that are
+    ops, ran in which codes.
     """
 
     kind: str
@@ -65,11 +68,19 @@ class Report:
     output: str | None = None
     against: dict[str, Any] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
+    vae_conv: dict[str, int] = field(default_factory=dict)
 
 
 def write_report(report: Report, path: Path | str) -> None:
     """Write a report as JSON, atomically."""
     write_json(path, asdict(report))
+
+
+def conv_counts(backend: Any) -> dict[str, int]:
+    """Convolutions of the VAE's later steps by what they run in; {} where they are no ops."""
+    graph = getattr(getattr(backend, "networks", {}).get("vae_steady"), "exported", None)
+    ops = [op_named(step.name) for step in graph.steps if step.kind == "op"] if graph is not None else []
+    return dict(sorted(Counter(op.codes or "bf16" for op in ops if op.kernel_size).items()))
 
 
 def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[str, Any]:
@@ -94,6 +105,7 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
         "peak_gb": round(backend.peak_bytes() / 1e9, 3),
         "decode_device": str(backend.decode_device),
         "budget": budget.as_json() if budget else None,
+        "vae_conv": conv_counts(backend),
         "peak_of": "GPU memory" if on_gpu else "resident memory of the process (CPU)",
     }
 

@@ -193,7 +193,7 @@ class Session(LiveChanges):
             raise LongtakeError(
                 f"out of memory in chunk {self._position.chunk}; the session is as it was",
                 got=(str(error).splitlines() or [type(error).__name__])[0],
-                fix="free device memory and go on, or turn guidance off (--guidance 1), which halves the cache",
+                fix="free device memory and go on, or turn guidance off (guidance=1, --guidance 1), which halves the cache",
             ) from error
         finally:
             self._busy = False

@@ -59,13 +59,15 @@ class SessionOptions:
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what cannot be sampled. Seed and steps become ints: the noise is drawn from a seed's text."""
-        object.__setattr__(self, "seed", whole_number(self.seed, "seed", "pass --seed 7"))
-        object.__setattr__(self, "steps", whole_number(self.steps, "number of denoise steps", "pass --steps 16"))
+        object.__setattr__(self, "seed", whole_number(self.seed, "seed", "pass seed=7 (--seed 7)"))
+        object.__setattr__(
+            self, "steps", whole_number(self.steps, "number of denoise steps", "pass steps=16 (--steps 16)")
+        )
         if not 0 <= self.seed < 2**63:
-            raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass --seed 7")
+            raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass seed=7 (--seed 7)")
         if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
             raise LongtakeError("bad guidance scale", got=self.guidance, expected=f"at most {MOST_GUIDANCE}, 1 for none",
-                                fix="pass --guidance 3")  # fmt: skip
+                                fix="pass guidance=3 (--guidance 3)")  # fmt: skip
         if not 0 < _number(self.shift, "shift") <= 1000:
             raise LongtakeError("bad shift", got=self.shift, expected="above 0, 1 for none", fix="pass shift=5")
         if self.negative_prompt:

@@ -187,7 +187,7 @@ def snapshot_from_file(path: Path | str) -> Snapshot:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if header.get("format") != FORMAT:
         raise IntegrityError(f"{source} is not a saved session", got=header.get("format", "another safetensors file"),
-                             expected=FORMAT, fix="pass a file written by --save-session")  # fmt: skip
+                             expected=FORMAT, fix="pass a file written by session.save or --save-session")  # fmt: skip
     if header.get("sha256") != _digest(header.get("session", ""), tensors):
         raise IntegrityError(f"{source} was altered after it was saved", got="a wrong digest",
                              expected="the digest in its header", fix="save the session again")  # fmt: skip

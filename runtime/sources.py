@@ -14,7 +14,7 @@ from longtake.errors import LongtakeError, UnavailableError
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import UNRECORDED, Checked, Export
 from longtake.formats.memory import Budget, RecordedTerm, Use
-from longtake.formats.model_name import asked_for, folder_of, home, known_names, made_by, names_with
+from longtake.formats.model_name import asked_for, folder_of, home, known_names, made_by, only_name_with
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
 from longtake.machine.capability import Choice, Machine, backend_for
 from longtake.machine.machine import has_module, machine_here
@@ -103,15 +103,8 @@ def source_of_recipe(recipe: Recipe) -> Source | None:
     Raises:
         LongtakeError: several models have it.
     """
-    names = [name for name in names_with(recipe.name) if name != "skeleton"]
-    if len(names) > 1:
-        raise LongtakeError(
-            f"several models are there for recipe {recipe.name}",
-            got=", ".join(names),
-            expected="one of them",
-            fix=f"name it: {names[0]}@{recipe.name}",
-        )
-    return _source_in(folder_of(names[0], recipe), recipe) if names else None
+    name = only_name_with(recipe.name, "name it:")
+    return _source_in(folder_of(name, recipe), recipe) if name else None
 
 
 def _source_in(folder: Path, recipe: Recipe) -> Source | None:

@@ -131,17 +131,19 @@ def start_of(
         image, continue_from = story.image, story.clip
     if clip is not None and continue_from is None:
         raise LongtakeError("a clip's prompt was given, but no clip", got="no clip", expected="a clip to go on from",
-                            fix="pass --continue-from FILE")  # fmt: skip
+                            fix="pass continue_from=FILE (--continue-from FILE), too")  # fmt: skip
     told = story_from_script(clip).segments if clip is not None else story.clip_segments
     return Start(image, continue_from, told or (Segment(story.segments[0].prompt),))
 
 
-def take_in(session: Session, latents_BFCHW: Tensor, segments: tuple[Segment, ...]) -> None:
-    """Feed a clip to a new session, chunk by chunk, each with its own prompt; on an error the session is closed.
+def take_in(session: Session, latents_BFCHW: Tensor | None, segments: tuple[Segment, ...]) -> Session:
+    """Feed a clip, if there is one, to a new session, chunk by chunk, each with its own prompt; on an error it is closed.
 
     Raises:
         LongtakeError: the latents are not whole chunks of the session's preset.
     """
+    if latents_BFCHW is None:
+        return session
     try:
         preset = session.model.preset
         first, rest = latents_BFCHW.tensor_split([preset.frames_of(0)], dim=1)
@@ -151,6 +153,7 @@ def take_in(session: Session, latents_BFCHW: Tensor, segments: tuple[Segment, ..
     except BaseException:
         session.close(discard=True)
         raise
+    return session
 
 
 def one_a_chunk(segments: tuple[Segment, ...]) -> Iterator[Segment]:

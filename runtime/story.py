@@ -212,7 +212,7 @@ def checked_chunks(chunks: int) -> int:
     """`chunks` as a whole number of at least 1."""
     chunks = whole_number(chunks, "number of chunks", "pass 2")
     if chunks < 1:
-        raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass --chunks 2")
+        raise LongtakeError("bad number of chunks", got=chunks, expected="1 or more", fix="pass chunks=2 (--chunks 2)")
     return chunks
 
 

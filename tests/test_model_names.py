@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from longtake.commands import export as export_cli
 from longtake.commands.main import main
 from longtake.errors import GateError, LongtakeError
 from longtake.formats import model_name
-from longtake.formats.exported import UNRECORDED, Checked, Export
+from longtake.formats.exported import KIND, UNRECORDED, Checked, Export
 from longtake.formats.model_name import asked_for, card_of, checked_name, claim, model_in, write_name
 from longtake.formats.recipe import recipe_named
 from longtake.pretrained import model_and_recipe
@@ -150,11 +150,12 @@ def test_a_failed_export_is_refused_without_force(capsys: pytest.CaptureFixture[
 
 
 def test_no_state_is_a_failed_one(tmp_path: Path) -> None:
-    made("tiny", checked=UNRECORDED)
-    path = model_name.folder_of("tiny", RECIPE) / "onnx" / "export.json"
-    path.write_text(path.read_text().replace('"checked"', '"was_checked"'))
+    folder = made("tiny", checked=UNRECORDED)
+    told = asdict(Export.read(folder))
+    del told["checked"]
+    KIND.write(told, folder / "export.json")
     with pytest.raises(GateError, match="no comparison with PyTorch is recorded"):
-        Generator.from_engines(path.parent)
+        Generator.from_engines(folder)
 
 
 def test_an_unchecked_export_is_taken_with_a_line() -> None:
@@ -178,3 +179,53 @@ def test_export_options_that_contradict(own: Path) -> None:
     assert [(recipe.name, model.name) for recipe, model in pairs] == [(RECIPE.name, "tiny-4step")]
     named = replace(export_cli.ExportOptions(checkpoints=own, recipe=(RECIPE.name,)), name="called-so")
     assert export_cli.exports_of(named)[0][1].name == "called-so"
+
+
+# ---- the short way ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_opened_and_what_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longtake import pretrained
+
+    calls: list[Path] = []
+
+    def failing(recipe: object, checkpoints: Path, folder: Path, how: HowToExport) -> None:
+        calls.append(folder)
+        raise GateError("it differs")
+
+    monkeypatch.setattr(pretrained, "export", failing)
+    model = model_in(STUDENT)
+    folder = made("tiny-4step", weights=model.weights)
+    assert pretrained.prepared(model, RECIPE, on_cpu=True) == folder and not calls
+    made("tiny-4step", weights=model.weights, checked=Checked("failed", "the comparison did not end"))
+    with pytest.raises(GateError, match="it differs"):
+        pretrained.prepared(model, RECIPE, on_cpu=True)
+    assert pretrained.prepared(model, RECIPE, on_cpu=True, force=True) == folder and len(calls) == 2
+    made("tiny-4step", weights={"dit": "0" * 64})  # of other weights
+    with pytest.raises(GateError):
+        pretrained.prepared(model, RECIPE, on_cpu=True)
+
+
+def test_a_model_without_calibration_gets_a_recipe_that_needs_none(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from longtake.pretrained import best_recipe
+
+    assert best_recipe(model_in(STUDENT), on_cpu=True) == RECIPE
+    found = best_recipe(model_in(own), on_cpu=True)
+    assert found.precision in ("bf16", "w4a16") and "mine is not calibrated for tiny_nvfp4_sm120" in caplog.text
+
+
+def test_a_diffusers_folder_is_told_by_its_sizes(tmp_path: Path) -> None:
+    import json
+
+    from longtake.pretrained import _preset_of
+
+    (tmp_path / "transformer").mkdir()
+    config = tmp_path / "transformer" / "config.json"
+    sizes = {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48}
+    config.write_text(json.dumps(sizes))
+    assert _preset_of(tmp_path).name == "wan2.2-ti2v-5b"
+    config.write_text(json.dumps(sizes | {"num_layers": 31}))
+    with pytest.raises(
+        LongtakeError, match="(?s)no preset fits the transformer.*'layers': 31.*longtake convert --preset"
+    ):
+        _preset_of(tmp_path)

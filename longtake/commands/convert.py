@@ -25,7 +25,8 @@ from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
 from longtake.training.models.preset_files import preset_named
-from longtake.training.models.presets import WAN22_TI2V_5B, Preset
+from longtake.training.models.presets import PRESETS, WAN22_TI2V_5B, Preset
+from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.gemma import KIND, NAME, GemmaSource, instruction_from_config
 from longtake.training.models.text.sentencepiece import carry_tokenizer
 
@@ -97,6 +98,7 @@ class CalibrationOptions:
 def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     """Convert what was given, then calibrate if asked."""
     check_options(options, measure)
+    options = of_the_checkpoint(options, measure)
     if options.name is not None:
         checked_name(options.name)
     require_folder(options.out)
@@ -118,6 +120,16 @@ def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
     elif options.dit:
         report_amax(models[0])
     return 0
+
+
+def of_the_checkpoint(options: ConvertOptions, measure: CalibrationOptions) -> ConvertOptions:
+    """With the preset that the DiT in --out is of, where it is calibrated alone and no other preset was asked for."""
+    side = options.out / "dit.json"
+    alone = measure.calibrate and not (options.dit or options.vae or options.text)
+    if not alone or options.preset != WAN22_TI2V_5B or not side.is_file():
+        return options
+    name = SideFile.read(side).preset
+    return replace(options, preset=preset_named(name)) if name in PRESETS else options
 
 
 def check_options(options: ConvertOptions, measure: CalibrationOptions) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from longtake.chain import HowToExport, build, export
 from longtake.commands.export import default_model
 from longtake.engines.build import PlanResult, require_buildable
-from longtake.errors import LongtakeError, UnavailableError
+from longtake.errors import UnavailableError
 from longtake.formats.exported import Export
-from longtake.formats.model_name import Model, asked_for, claim, folder_of, names_with
+from longtake.formats.model_name import Model, asked_for, claim, folder_of, only_name_with
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_for, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
 from longtake.options import Command, option
@@ -82,15 +82,8 @@ def exported_model(recipe: Recipe, model: Model | None, options: EngineOptions) 
     """
     if model is not None or options.skeleton or options.onnx is not None:
         return model or default_model(recipe, options.skeleton)
-    names = [name for name in names_with(recipe.name) if name != "skeleton"]
-    if len(names) > 1:
-        raise LongtakeError(
-            f"several models were exported for {recipe.name}",
-            got=", ".join(names),
-            expected="one of them",
-            fix=f"pass --model {names[0]}@{recipe.name}",
-        )
-    known = asked_for(names[0]).model if names else None
+    name = only_name_with(recipe.name, "pass --model")
+    known = asked_for(name).model if name else None
     return known or default_model(recipe)
 
 

@@ -13,7 +13,7 @@ from longtake.errors import LongtakeError
 from longtake.files import require_disk
 from longtake.formats.memory import budget_table
 from longtake.options import Command
-from longtake.outputs import claim_outputs
+from longtake.outputs import claim_outputs, require_mp4
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
 from longtake.runtime.sampling import CancelledError
@@ -165,13 +165,7 @@ def _total(session: Session, asked: int | None) -> int:
 def _output(options: GenerateOptions, story: Story | None) -> Path:
     name = story.name if story else Path(options.load_session or "").stem
     out = options.out or Path("runs") / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}.mp4"
-    if out.suffix.lower() != ".mp4":
-        raise LongtakeError(
-            "the video must be an mp4",
-            got=out,
-            expected="a path ending in .mp4",
-            fix=f"--out {out.with_suffix('.mp4')}",
-        )
+    require_mp4(out, f"--out {out.with_suffix('.mp4')}")
     _claim(options, story, out)
     return out
 

@@ -3,6 +3,7 @@
   compute-sanitizer --tool memcheck --report-api-errors no longtake sanitize
                                     (also: racecheck, initcheck, synccheck)
   longtake sanitize wgmma           only those with this in their name
+  longtake sanitize conv8           only the convolutions of 8-bit codes
   longtake sanitize --time          microseconds a launch, tiny preset
 
 Without --report-api-errors no, memcheck also lists the driver entry points that cuda-bindings looks up and an older
@@ -19,6 +20,9 @@ import torch
 from longtake.options import Command, option
 from longtake.plugins.bench.harness import milliseconds, relative_error, require_gpu
 from longtake.plugins.cases import op_inputs
+from longtake.plugins.conv.reference import library_weight
+from longtake.plugins.conv8.hopper import LARGE, SMALL, TRIAL_ERROR, WIDE, HopperConv, HopperRowsConv
+from longtake.plugins.conv8.op import OPS as CONVS
 from longtake.plugins.kernels import Dims
 from longtake.plugins.registry import kernel_ops
 from longtake.plugins.run import run_kernel
@@ -62,6 +66,28 @@ def run_hopper() -> bool:
     return good
 
 
+def conv_error(launcher: HopperConv) -> float:
+    """The same of a convolution of codes by our kernel for Hopper."""
+    op, dims = launcher.op, launcher.dims
+    inputs = op_inputs(op.name, dims, "bf16")
+    wanted = op.reference(*inputs)
+    on_gpu = [(library_weight(t) if t.dim() == 5 else t).cuda() for t in inputs]
+    out = torch.full(tuple(wanted.shape), float("nan"), dtype=torch.bfloat16, device="cuda")
+    launcher.launch([t.data_ptr() for t in (*on_gpu, out)], torch.cuda.current_stream().cuda_stream)
+    return relative_error(out.cpu(), wanted)
+
+
+def run_convs() -> bool:
+    """Convolutions of codes at sizes that no tile divides, in every form. True if they agree with their references."""
+    good = True
+    for op, kind, tile in product(CONVS, (HopperConv, HopperRowsConv), (LARGE, SMALL, WIDE)):
+        if tile != WIDE or op.codes == "int8":
+            launcher = kind(op, {"T": 4, "Y": 11, "X": 35, "C": 144, "N": 136}, tile=tile)
+            error = conv_error(launcher)
+            good &= _told(f"{op.name} {kind.method} {tile} {launcher.dims}", error, TRIAL_ERROR)
+    return good
+
+
 def _told(what: str, error: float, limit: float) -> bool:
     print(f"{'ok ' if error <= limit else 'BAD'} {what}: {error:.2e}")
     return error <= limit
@@ -70,6 +96,8 @@ def _told(what: str, error: float, limit: float) -> bool:
 def run_all(wanted: str = "") -> bool:
     """Every op with `wanted` in its name, both dtypes, small sizes. True if all agree with their references."""
     good = torch.cuda.get_device_capability() != (9, 0) or wanted not in HopperSinkAttention.method or run_hopper()
+    if torch.cuda.get_device_capability() == (9, 0) and (wanted in HopperConv.method or wanted in "conv8"):
+        good &= run_convs()
     for op in (op for name, op in kernel_ops().items() if wanted in name):
         for dims, dtype, indices in product(op.sizes[1:], op.compute_dtypes, op.indices):
             error = worst_error(op, dims, dtype, indices)

@@ -38,6 +38,8 @@ class ModelOptions:
 
     model: str | None = option(None, metavar="NAME[@RECIPE]")
     """a model by name; what is missing of it is exported and built first (default: tiny-4step, unless --engines)"""
+    force: bool = option(False)
+    """take an export that failed its comparison with PyTorch"""
     engines: str | None = option(None, metavar="FOLDER|RECIPE")
     """a folder of engines or of exported networks, or a recipe's name (default: those of --model)"""
     checkpoints: Path | None = option(None, metavar="FOLDER")
@@ -157,17 +159,23 @@ def announced(address: str) -> None:
 def opened(model: ModelOptions, say: Say) -> Generator:
     """The model, exported and built before if need be. The one place that knows where a model is found."""
     from longtake.runtime.generator import Generator
+    from longtake.runtime.sources import OpenOptions
 
     engines = model.engines or ready(model.model or STUDENT, model.backend, say)
     say("the model is being opened")
     return Generator.from_engines(
-        engines, model.backend, model.device, model.decode_device, checkpoints=model.checkpoints
+        engines,
+        model.backend,
+        model.device,
+        model.decode_device,
+        OpenOptions(force=model.force, say=say),
+        checkpoints=model.checkpoints,
     )
 
 
 def ready(name: str, backend: str, say: Say) -> Path:
     """The folder of a model's engines where they run here, else of its export."""
-    from longtake.pretrained import best_recipe, model_and_recipe, prepared
+    from longtake.preparation import best_recipe, model_and_recipe, prepared
 
     model, recipe = model_and_recipe(name)
     recipe = recipe or best_recipe(model)

@@ -123,6 +123,8 @@ def run_parallel(what: WhatOptions, config: TrainConfig, options: StageOptions, 
             f"training {what.stage} of preset {options.preset.name} on {ranks.world} ranks ({ranks.groups} groups of "
             f"{ranks.sequence}, {asked.sp_mode}), {ranks.device.type}, for {config.steps} steps, into {config.out}"
         )
+        if stage.line:
+            print(stage.line)
         metrics = ParallelTrainer(stage, replace(config, settings={**config.settings, **shape}), ranks, scratch).fit()
         conclude((config.out / f"{name}.safetensors" for name in stage.modules), metrics, name=what.name)
     return 0

@@ -15,7 +15,7 @@ from longtake.files import atomic_path
 from longtake.formats.memory import Budget
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.meter import Meter
-from longtake.runtime.report import Report, conditions_of_run, table, write_report
+from longtake.runtime.report import table, write_report
 from longtake.runtime.session import Session
 from longtake.video import VideoWriter
 
@@ -62,7 +62,6 @@ class VideoOutput:
         self.meter, self.sheet = Meter(), ContactSheet()
         self._bar = tqdm(total=chunks, unit="chunk", desc="generating", file=sys.stderr, dynamic_ncols=True)
         self._writer: VideoWriter | None = None
-        self.prompts: dict[str, None] = {}
 
     def add(self, chunk: Chunk) -> None:
         """Write a chunk's frames; waits for the decoder."""
@@ -71,7 +70,6 @@ class VideoOutput:
             self._writer = VideoWriter(self.out, self.fps)
         self._writer.write(frames)
         self.meter.add(chunk)
-        self.prompts[chunk.prompt] = None
         self.sheet.add(chunk.index, chunk.prompt, chunk.cut, frames)
         mark = "CUT " if chunk.cut else ""
         prompt = textwrap.shorten(chunk.prompt, 50, placeholder="…")
@@ -101,19 +99,7 @@ def conclude(
     if not output.sheet.stills:
         print("interrupted before the first chunk was whole: there is nothing to keep", file=sys.stderr)
         return
-    options = session.options
-    report = Report(
-        kind="generate",
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
-        complete=complete,
-        output=str(output.out),
-        prompts=list(output.prompts),
-        story=story,
-        **conditions_of_run(session.model.backend, budget),
-        **output.meter.figures(),
-    )
+    report = output.meter.report(session, budget, complete=complete, output=str(output.out), story=story)
     report_path = report_to or output.out.with_suffix(".json")
     write_report(report, report_path)
     write_contact_sheet(output.sheet.stills, output.sheet_path)

@@ -145,9 +145,18 @@ def _digests(weights: Mapping[str, str]) -> str:
     return ", ".join(f"{kind} {digest[:12]}" for kind, digest in weights.items())
 
 
-def names_with(recipe: str) -> list[str]:
-    """Models of which something was made by `recipe`."""
-    return [path.parent.name for path in sorted(home().glob(f"*/{recipe}")) if made_by(path)]
+def only_name_with(recipe: str, fix: str) -> str | None:
+    """The model of which something was made by `recipe`, skeletons aside; None if there is none.
+
+    Raises:
+        LongtakeError: there are several; `fix` comes before the name of one.
+    """
+    names = [path.parent.name for path in sorted(home().glob(f"*/{recipe}")) if made_by(path)]
+    names = [name for name in names if name != "skeleton"]
+    if len(names) > 1:
+        what, fix = f"several models are there for recipe {recipe}", f"{fix} {names[0]}@{recipe}"
+        raise LongtakeError(what, got=", ".join(names), expected="one of them", fix=fix)
+    return names[0] if names else None
 
 
 def made_by(folder: Path) -> bool:

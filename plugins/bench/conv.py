@@ -2,8 +2,10 @@
 
 A row a shape and method, and what a latent takes. Methods: cudnn, our launcher's graph with bias and residual, the best of
 its plans; cudnn_plain, the product alone; torch, torch.nn.functional's convolution with cudnn.benchmark, channels last, with
-bias and without the residual; torch_out, our second launcher; cublaslt, 1x1x1 only. `error`: relative L2, against fp32 over
-some rows of one frame. The best plan of `cudnn` is remembered for later starts.
+bias and without the residual; torch_out, our second launcher; cublaslt, 1x1x1 only; fp8 and int8, our kernel on 8-bit codes
+(all but the first shape and 1x1x1), fp8_fast without promoting sums, fp8_rows and int8_rows its fallback, fp8_late and
+int8_late without fetching the residual ahead. `error`: relative L2, against fp32 over some rows of one frame, of the same
+codes where codes are read. The best plan of `cudnn` is remembered for later starts.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from torch.nn import functional
 
 from longtake.options import Command, OneOf, check, option
 from longtake.plugins.bench.harness import Row, TableOptions, exit_code, milliseconds, note_of, relative_error
+from longtake.plugins.codes import coded_weight, encode, factor_of
 from longtake.plugins.conv.cudnn_conv import CudnnConv, geometry, handle_of
 from longtake.plugins.conv.library import trial_tensors, views
 from longtake.plugins.conv.plans import choice_key, remember, timed_plans
+from longtake.plugins.conv.reference import library_weight
+from longtake.plugins.conv8.hopper import HopperConv, HopperRowsConv
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_by
 from longtake.plugins.spec import Op
@@ -47,7 +52,12 @@ CASES = (
     ("conv_3x3x3", 6, 352, 640, 256, 256, 2),
     ("conv_3x3x3_add", 6, 352, 640, 256, 256, 3),
 )
-METHODS = ("cudnn", "cudnn_plain", "torch", "torch_out", "cublaslt")
+CODED: dict[str, tuple[type[HopperConv], dict[str, Any]]] = {  # of codes: the launcher, and how it differs from what runs in a network
+    "fp8": (HopperConv, {}), "int8": (HopperConv, {}), "fp8_fast": (HopperConv, {"promote": 0}),
+    "fp8_rows": (HopperRowsConv, {}), "int8_rows": (HopperRowsConv, {}), "fp8_late": (HopperConv, {"ahead": False}),
+    "int8_late": (HopperConv, {"ahead": False}),
+}  # fmt: skip
+METHODS = ("cudnn", "cudnn_plain", "torch", "torch_out", "cublaslt", *CODED)
 LAUNCHED = {"cudnn": "cudnn", "torch_out": "torch", "cublaslt": "cublaslt"}  # in a network: everything included
 COLUMNS = ("op", "shape", "N", "count", "method", "ms", "tflops", "error", "note")
 ROWS = 16  # of a frame, that the check compares
@@ -77,7 +87,8 @@ def reference_error(op: Op, tensors: dict[str, Tensor]) -> float:
     time = tensors["x"].shape[0] - tensors["out"].shape[0] + 1
     weight = tensors["weight"].permute(0, 4, 1, 2, 3)
     residual = [tensors["residual"][-1:, : ROWS + 1]] if "residual" in tensors else []
-    wanted = op.reference(tensors["x"][-time:, : ROWS + 1], weight, tensors["bias"], *residual)
+    scale = [tensors["scale"]] if "scale" in tensors else []
+    wanted = op.reference(tensors["x"][-time:, : ROWS + 1], weight, *scale, tensors["bias"], *residual)
     height = min(ROWS, tensors["x"].shape[1])  # the row below these is padding to the reference
     return relative_error(tensors["out"][-1:, :height], wanted[:, :height])
 
@@ -106,6 +117,27 @@ def measure(method: str, op: Op, dims: dict[str, int], options: ConvOptions) -> 
         options.repeats,
     )
     return {"ms": ms, "error": reference_error(op, tensors)}
+
+
+def measure_codes(method: str, name: str, dims: dict[str, int], options: ConvOptions) -> Row:
+    """The same of a convolution of codes: of SiLU of normal numbers, and of normal weights."""
+    codes, (kind, changed) = method.split("_")[0], CODED[method]
+    op = op_named(f"{name}_{codes}")
+    plain = trial_tensors(op_named(name), dims)
+    x, weight = functional.silu(plain["x"].float()), plain["weight"].permute(0, 4, 1, 2, 3)
+    factor = factor_of(float(x.abs().max()), codes)
+    stored, worth = coded_weight(weight, codes)
+    tensors = {**plain, "x": encode(x * factor, codes), "weight": library_weight(stored), "scale": worth / factor}
+    tensors = {tensor.name: tensors[tensor.name] for tensor in op.spec.tensors}
+    del plain, x, weight, stored
+    tensors["out"].fill_(float("nan"))
+    launcher = kind(op, dims, **changed)
+    launcher.prepare()
+    launcher.try_out()
+    pointers = [tensor.data_ptr() for tensor in tensors.values()]
+    ms = milliseconds(lambda: launcher.launch(pointers, torch.cuda.current_stream().cuda_stream), options.repeats)
+    tile = launcher.tile
+    return {"ms": ms, "error": reference_error(op, tensors), "note": f"tile {tile.x}x{tile.y}x{tile.n}"}
 
 
 def _measure_plans(op: Op, dims: dict[str, int], tensors: dict[str, Tensor], fused: bool, options: ConvOptions) -> Row:
@@ -138,10 +170,16 @@ def rows(options: ConvOptions) -> Iterator[Row]:
         for method in options.methods:
             if method == "cublaslt" and method not in {way.method for way in op.ways}:
                 continue
+            if method in CODED and (channels < 128 or op.kernel_size == (1, 1, 1)):
+                continue
             shape = "x".join(str(dims[letter]) for letter in "TYXC")
             row: Row = {"op": name, "shape": shape, "N": out, "count": count, "method": method}
             try:
-                row |= measure(method, op, dims, options)
+                row |= (
+                    measure_codes(method, name, dims, options)
+                    if method in CODED
+                    else measure(method, op, dims, options)
+                )
                 row["tflops"] = geometry(op, dims).flops / row["ms"] / 1e9
             except Exception as error:  # a method that fails must not end the run
                 row["note"] = note_of(error)
@@ -150,7 +188,8 @@ def rows(options: ConvOptions) -> Iterator[Row]:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Milliseconds a latent: by method, of the shapes that it runs, and with the fastest launcher for each shape."""
+    """Milliseconds a latent: by method, of the shapes that it runs; with the fastest launcher in 16 bits for each shape; and
+    with codes wherever they run, the others in 16 bits."""
     total: dict[str, float] = {}
     best: dict[tuple[Any, ...], float] = {}
     for row in rows:
@@ -161,6 +200,9 @@ def summary(rows: list[Row]) -> list[str]:
             key = row["op"], row["shape"], row["N"]
             best[key] = min(best.get(key, float("inf")), ms)
     total["fastest of " + ", ".join(LAUNCHED)] = sum(best.values())
+    for method in {row["method"] for row in rows if row["method"] in CODED}:
+        own = {(r["op"], r["shape"], r["N"]): r["count"] * r["ms"] for r in rows if r["method"] == method and "ms" in r}
+        total[f"{method}, the rest in 16 bits"] = sum({**best, **own}.values())
     return [f"a latent, {name}: {ms:.2f} ms" for name, ms in total.items()]
 
 

@@ -20,6 +20,7 @@ from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.timed_backend import TimedBackend
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
+from longtake.runtime.report import conv_counts
 from longtake.runtime.session import Session
 from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
@@ -38,6 +39,7 @@ def measure(backend: Backend, options: BenchOptions, save: Save) -> dict[str, An
     """Every figure of one side. `save` is called with what is known after each stage."""
     timed = TimedBackend(backend)
     figures: dict[str, Any] = {"backend": backend.name, "reason": backend.reason, "fps": {}, "stage_ms": {}}
+    figures |= {"vae_conv": counts} if (counts := conv_counts(backend)) else {}
     with torch.no_grad():
         if "dit" in options.networks:
             _measure_session(timed, options, figures, save)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from longtake.dtypes import BY_ONNX, DType
 from longtake.formats.onnx_file import constants_of, read_onnx, tensor_value
+from longtake.plugins.registry import op_named
+from longtake.plugins.spec import DOMAIN
 from longtake.training.models.random_weights import random_weight
 
 PACKED = (".values", ".scales", ".scale", ".codes")
@@ -24,7 +26,10 @@ CHUNK = 1 << 22  # elements quantized at a time: the codec's fp32 and int32 inte
 
 def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]], Iterator[tuple[str, Tensor]]]:
     """A WeightSource (longtake/formats/onnx_file.py) that makes an exported file's weights up: its data file may be absent."""
-    constants = constants_of(read_onnx(onnx_path, "none"))
+    model = read_onnx(onnx_path, "none")
+    constants = constants_of(model)
+    ops = ((node, op_named(node.op_type)) for node in model.graph.node if node.domain == DOMAIN)
+    coded = {node.input[1].removesuffix(".codes"): op.codes for node, op in ops if op.kernel_size and op.codes}
     tensors = {name: (BY_ONNX[t.data_type], tuple(t.dims)) for name, t in constants.items()}
 
     def weights(names: set[str]) -> Iterator[tuple[str, Tensor]]:
@@ -39,7 +44,8 @@ def random_weights(onnx_path: Path, device: torch.device) -> Callable[[set[str]]
                 yield name, random_weight(name, shape, device, dtype.torch)
                 continue
             if packed[0] != base:  # sorted: the parts of one weight come one after the other
-                packed = base, in_own_memory(partial(packed_parts, base, tensors, device), base, tensors, device)
+                make = partial(packed_parts, base, tensors, device, coded.get(base, ""))
+                packed = base, in_own_memory(make, base, tensors, device)
             yield name, packed[1][name]
         del packed
         if device.type == "cuda":  # what quantizing took must not show in a peak of memory
@@ -71,12 +77,12 @@ def base_name(name: str) -> str | None:
 
 
 def packed_parts(
-    base: str, tensors: dict[str, tuple[DType, tuple[int, ...]]], device: torch.device
+    base: str, tensors: dict[str, tuple[DType, tuple[int, ...]]], device: torch.device, codes: str = ""
 ) -> dict[str, Tensor]:
-    """The stored parts of one quantized weight, by initializer name; two a byte means NVFP4, one means FP8; codes are those
-    of a convolution."""
-    if f"{base}.codes" in tensors:
-        return conv_parts(base, random_weight(base, tensors[f"{base}.codes"][1], device))
+    """The stored parts of one quantized weight, by initializer name; two a byte means NVFP4, one means FP8. `codes`: those of
+    a convolution."""
+    if codes:
+        return conv_parts(base, random_weight(base, tensors[f"{base}.codes"][1], device), codes)
     rows, stored = tensors[f"{base}.values"][1]
     if f"{base}.scales" not in tensors:
         return fp8_parts(base, random_weight(base, (rows, stored), device))
@@ -109,12 +115,11 @@ def fp8_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{base}.values": codes.view(torch.float8_e4m3fn), f"{base}.scale": scales}
 
 
-def conv_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
-    """A convolution's `weight` [N, C, t, y, x] as int8 codes and fp32 scale [N], for a graph without a calibration. Which codes
-    they are, the graph's op says; a benchmark runs on E4M3 where nothing was calibrated."""
+def conv_parts(base: str, weight: Tensor, codes: str) -> dict[str, Tensor]:
+    """A convolution's `weight` [N, C, t, y, x] as int8 codes and fp32 scale [N], for a graph without a calibration."""
     from longtake.plugins.codes import coded_weight, factor_of
     from longtake.training.models.conv_calibration import UNKNOWN_PEAK
 
-    pieces = [coded_weight(piece, "fp8") for piece in weight.split(max(1, CHUNK // weight[0].numel()))]
-    worth = torch.cat([scale for _, scale in pieces]) / factor_of(UNKNOWN_PEAK, "fp8")
+    pieces = [coded_weight(piece, codes) for piece in weight.split(max(1, CHUNK // weight[0].numel()))]
+    worth = torch.cat([scale for _, scale in pieces]) / factor_of(UNKNOWN_PEAK, codes)
     return {f"{base}.codes": torch.cat([code for code, _ in pieces]), f"{base}.scale": worth}

@@ -36,7 +36,7 @@ def library_decoder_steps(preset: Preset, vae_conv: str = "bf16") -> SegmentedGr
         coded = {name: CodedConv(layers[name].weight, codes, 1.0) for name, codes in chosen.items()}
         module = LibrarySteady(vae, coded=coded).eval().to(torch.bfloat16)
         given = {b.name: torch.empty([int(n) for n in b.shape], dtype=DTYPES[b.dtype].torch) for b in spec.inputs}
-    weights = {name.removeprefix("vae."): tensor for name, tensor in module.named_parameters()}
+    weights: dict[str, Tensor] = {n.removeprefix("vae."): parameter for n, parameter in module.named_parameters()}
     weights |= {name: tensor for name, tensor in module.named_buffers() if name.startswith("coded.")}
     recorder = Recorder(given | weights)
     with torch.no_grad(), recorder:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -170,7 +171,8 @@ def _coded_parameters(preset: Preset) -> int:
     """Weights of the VAE decoder's convolutions that are kept as 8-bit codes."""
     from longtake.training.models.wan.vae_codes import codable
 
-    return sum(layer.weight.numel() for layer in codable(_models(preset)["vae"]).values())  # type: ignore[arg-type]
+    vae: Any = _models(preset)["vae"]
+    return sum(layer.weight.numel() for layer in codable(vae).values())
 
 
 def _linear_parameters(preset: Preset, name: str) -> int:

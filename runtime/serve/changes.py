@@ -34,6 +34,8 @@ def taken(live: Live, change: Change) -> Ack:
 def _changed(live: Live, session: Session, change: Change) -> Ack:
     if change.extend:
         return _extended(live, session, change)
+    if change.prompt is not None:  # one that the text encoder refuses would fail when its chunk is made
+        session.tokenize([change.prompt], session.model.preset.text.length)
 
     def record(at: int) -> None:
         live.journal.append_event({"type": "change", "at_chunk": at, **change.as_json()})

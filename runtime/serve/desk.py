@@ -149,6 +149,9 @@ class Desk:
     async def someone_waits(self) -> bool:
         return self.registry.waits() > 0
 
+    async def people_wait(self) -> bool:
+        return self.registry.people_wait()
+
     async def has_worker(self) -> bool:
         return bool(self.registry.workers)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from longtake.runtime.serve.desk import asked, drive
 from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.grants import ChangeRefusedError, Grant, WorkerLostError
 from longtake.runtime.serve.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ class Jobs:
 
     def __init__(self, front: Front) -> None:
         self.front = front
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._leaving = False
 
     async def begin(self) -> None:
@@ -33,12 +34,19 @@ class Jobs:
         """Drive a job; `again`: it waited or ran before, so that quotas do not count. Raises QuotaError."""
         number = await asked(self.front.desk, journal, again)
         task = asyncio.create_task(self._run(journal, number))
-        self._tasks[journal.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(journal.id, None))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _run(self, journal: Journal, number: int) -> None:
+        """Drive it to its end; while people wait for a place, it makes room and waits, too."""
         front, begun = self.front, time.monotonic()
+        grant: Grant | None = None
         async for event in drive(front.desk, front.workers, journal, number, None, front.meters):
+            if event.kind == "granted":
+                grant = event.facts["grant"]
+            if event.kind == "chunk" and grant and await front.desk.people_wait():
+                with contextlib.suppress(ChangeRefusedError, WorkerLostError):
+                    await front.workers.control(grant, "park")
             if event.kind == "end":
                 state, reason, code = (str(event.facts.get(key) or "") for key in ("state", "reason", "code"))
                 if state == "failed" and journal.end() is None:
@@ -47,11 +55,9 @@ class Jobs:
                 log.info(
                     "job ended", extra={"session": journal.id, "state": state, "s": round(time.monotonic() - begun, 3)}
                 )
-
-    def cancel(self, session: str) -> None:
-        """Stop driving a job."""
-        if task := self._tasks.get(session):
-            task.cancel()
+                if state == "parked" and not self._leaving:
+                    await asyncio.sleep(1.0 if code else 0.0)  # a full disk is asked again, not hammered
+                    front.keep(asyncio.create_task(self.add(journal, again=True)))
 
     def end(self) -> None:
         """Stop all; what they are is in the store."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.serve.fragments import Codec, fragment
 from longtake.runtime.serve.journal import Journal
+from longtake.runtime.serve.live import Live
 from longtake.runtime.story import frame_count
 from longtake.training.models.presets import Preset
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,19 @@ class Kept:
     frames: int
     bytes: int
     ms: dict[str, float]
+
+
+def is_decoded(live: Live, chunk: Chunk) -> bool:
+    """Whether a chunk's frames are there. The session goes back to before one that could not be decoded, and tries again."""
+    try:
+        return bool(len(chunk.frames))
+    except Exception as error:
+        if live.failed_at is None:
+            log.warning("session %s: chunk %d is made again: %s", live.grant.session, chunk.index, error)
+            live.failed_at = chunk.index
+        elif chunk.index <= live.failed_at:
+            raise
+        return False  # those after it share its fate
 
 
 def keep_chunk(journal: Journal, preset: Preset, chunk: Chunk, position: dict[str, Any]) -> Kept:

@@ -31,6 +31,7 @@ class Live:
     ending: str = ""  # "stop", "park": at the next boundary
     why: str = ""
     attempts: int = 0
+    failed_at: int | None = None
     touched: float = field(default_factory=time.monotonic)
     served: int = 0
     opened: threading.Event = field(default_factory=threading.Event)

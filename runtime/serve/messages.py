@@ -12,6 +12,11 @@ from longtake.runtime.serve.contract import MESSAGES, Body, ServeError, parsed
 from longtake.runtime.serve.flow import Flow
 from longtake.runtime.serve.journal import Journal
 
+LAST_WORDS_S = (
+    0.5  # in which a client may acknowledge the last chunk: what it sends to a closed socket is an error to it
+)
+IDLE_CLOSE, TAKEN_OVER, UNFIT, QUOTA, BUSY = 4408, 4409, 4410, 4429, 4503
+END_CODES = {"cannot_open": 4400, "engines_differ": UNFIT, "taken_over": TAKEN_OVER, "lease_lost": TAKEN_OVER}
 OF_A_CHUNK = ("mime", "encoder", "first_frame", "prompt", "shot", "cut", "ms", "visible")
 EVENT_IDS = ("started_event_ids", "active_event_ids", "completed_event_ids")
 

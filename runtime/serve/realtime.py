@@ -17,7 +17,6 @@ from typing import Any
 from fastapi import WebSocket
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from longtake.errors import LongtakeError
 from longtake.runtime.serve.contract import FIRST, ServeError, refused
 from longtake.runtime.serve.controls import Controls
 from longtake.runtime.serve.desk import asked, drive
@@ -25,14 +24,22 @@ from longtake.runtime.serve.flow import Flow, MediaClock, Rate
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.grants import Event, Grant
 from longtake.runtime.serve.journal import Journal
-from longtake.runtime.serve.messages import chunk_facts, message_of, start_facts, text_of
+from longtake.runtime.serve.lingering import linger
+from longtake.runtime.serve.messages import (
+    BUSY,
+    END_CODES,
+    IDLE_CLOSE,
+    LAST_WORDS_S,
+    QUOTA,
+    chunk_facts,
+    message_of,
+    start_facts,
+    text_of,
+)
 from longtake.runtime.serve.openings import Opening, opened
-from longtake.runtime.serve.registry import PARKED, QuotaError
+from longtake.runtime.serve.registry import QuotaError
 
 log = logging.getLogger(__name__)
-
-IDLE_CLOSE, TAKEN_OVER, UNFIT, QUOTA, BUSY = 4408, 4409, 4410, 4429, 4503
-END_CODES = {"engines_differ": UNFIT, "taken_over": TAKEN_OVER, "lease_lost": TAKEN_OVER}
 
 
 class Connection:
@@ -115,7 +122,7 @@ class Connection:
                 task.cancel()
             await asyncio.gather(reading, *others, return_exceptions=True)
             if not driving.done():
-                self.front.keep(asyncio.create_task(self._linger(driving)))
+                self.front.keep(asyncio.create_task(linger(self, driving)))
 
     async def _first(self) -> Opening | None:
         """What the first message opens; None if the socket is closed for it."""
@@ -247,9 +254,13 @@ class Connection:
         facts, data = await asyncio.to_thread(chunk_facts, journal, index, with_init)
         await self.send("video.chunk_metadata", data, **facts)
         meters, now = self.front.meters, time.monotonic()
-        if not self.placed:
+        ms = facts["ms"]
+        making = ms.get("conditions", 0) + ms.get("denoise", 0) + ms.get("clean", 0)
+        first = None if self.placed else now - self.born
+        self.front.measured(first, max(making, ms.get("decode", 0), ms.get("encode", 0)) / 1e3)
+        if first is not None:
             self.placed = True
-            meters.observe("first_chunk_seconds", now - self.born)
+            meters.observe("first_chunk_seconds", first)
         for ident in facts["started_event_ids"]:
             if (asked := self.asked.pop(ident, None)) is not None:
                 meters.observe("interaction_seconds", now - asked)
@@ -271,6 +282,7 @@ class Connection:
                 reason=reason or state,
                 report=self.front.report(self.journal),
             )
+            await asyncio.sleep(LAST_WORDS_S)
             await self.close(1000)
         elif state == "parked" and reason in ("idle", "paused"):
             await self.fail(ServeError("idle", f"parked: {reason} for too long; resume it", close=IDLE_CLOSE))
@@ -298,29 +310,6 @@ class Connection:
                 if shown != self.shown:
                     self.shown = shown
                 await self.front.workers_call(self.front.workers.advance(self.grant, self.shown))
-
-    async def _linger(self, driving: asyncio.Task[None]) -> None:
-        """The socket is gone. The session keeps its place for a while, so that a reload is quick, unless somebody waits."""
-        assert self.journal is not None
-        desk, until = self.front.desk, time.monotonic() + self.front.limits.grace_s
-        try:
-            if self.grant and not self.ended:
-                with contextlib.suppress(LongtakeError, ConnectionError, ServeError, Exception):
-                    await self.front.workers.control(self.grant, "pause")
-                    await desk.set_state(self.journal.id, self.grant.epoch, PARKED)
-                while time.monotonic() < until and not self.ended and not driving.done():
-                    if self.front.leaving or await desk.someone_waits():
-                        break
-                    await asyncio.sleep(0.1)
-                with contextlib.suppress(Exception):
-                    await self.front.workers.control(self.grant, "park")
-                for _ in range(600):
-                    if self.ended or driving.done():
-                        break
-                    await asyncio.sleep(0.05)
-        finally:
-            driving.cancel()
-            await asyncio.gather(driving, return_exceptions=True)
 
 
 def _gone(error: BaseException) -> bool:

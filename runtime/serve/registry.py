@@ -241,6 +241,10 @@ class Registry:
     def waits(self) -> int:
         return sum(one.state == QUEUED for one in self.entries.values())
 
+    def people_wait(self) -> bool:
+        """Whether a live session waits: then jobs make room at their next chunk."""
+        return any(one.state == QUEUED and one.kind == "live" for one in self.entries.values())
+
     def load(self) -> float:
         """(running + waiting) / places: what an autoscaler looks at."""
         slots = sum(place.slots for place in self.workers.values() if place.generation >= self.generation)

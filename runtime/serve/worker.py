@@ -22,7 +22,7 @@ from longtake.runtime.serve.changes import taken
 from longtake.runtime.serve.describe import description
 from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant, Running
 from longtake.runtime.serve.journal import Journal, LeaseLostError
-from longtake.runtime.serve.keeping import keep_chunk
+from longtake.runtime.serve.keeping import is_decoded, keep_chunk
 from longtake.runtime.serve.live import Live
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.rebuild import rebuild, take_in_clip
@@ -307,7 +307,7 @@ class Worker:
         while (job := self._encoding.get()) is not None:
             live, chunk, facts, state = job
             try:
-                if not live.over:
+                if not live.over and is_decoded(live, chunk):
                     self._keep(live, chunk, facts, state)
             except LeaseLostError as error:
                 self._over(live, "lost", error.what, "lease_lost")
@@ -324,7 +324,7 @@ class Worker:
         journal = live.journal
         kept = keep_chunk(journal, self.generator.backend.preset, chunk, facts["position"])
         with self._wake:
-            live.committed = chunk.index + 1
+            live.committed, live.failed_at = chunk.index + 1, None
             self._wake.notify_all()
         live.tell("chunk", index=chunk.index)
         self.meters.chunk(kept.ms, kept.frames, time.monotonic() - facts["began"], journal.meta.fps, kept.bytes)

@@ -41,7 +41,7 @@ class Served:
 
     def __init__(self, make: Callable[[], Generator], store: Path, settings: Settings | None = None) -> None:
         self.settings = settings or Settings(store=store)
-        self.store = Store(store)
+        self.store, self.backends = Store(store), list[Any]()
         self.socket = listening("127.0.0.1", 0)
         self.host = f"127.0.0.1:{self.socket.getsockname()[1]}"
         self.url = f"http://{self.host}"

@@ -190,7 +190,9 @@ def test_a_pretrained_encoder_gives_what_transformers_gives(tmp_path: Path, kind
     assert not text(torch.zeros_like(tokens)).any()
 
 
-def test_a_pretrained_encoder_that_does_not_fit_says_the_presets_lines(tmp_path: Path, small_preset: Preset) -> None:
+def test_a_pretrained_encoder_that_does_not_fit_says_the_presets_lines(
+    tmp_path: Path, small_preset: Preset, init: Path
+) -> None:
     pretrained_folder(tmp_path / "encoder", "bert", 48)
     preset = replace(small_preset, name="own", text=replace(small_preset.text, kind="pretrained"))
     with pytest.raises(LongtakeError, match="text_dim: 48"):
@@ -199,6 +201,8 @@ def test_a_pretrained_encoder_that_does_not_fit_says_the_presets_lines(tmp_path:
         initial_models(StageOptions(preset=preset), CAPTIONS)
     with pytest.raises(LongtakeError, match="kind: pretrained"):
         initial_models(StageOptions(preset=small_preset, text_encoder=tmp_path / "encoder"), CAPTIONS)
+    with pytest.raises(LongtakeError, match="brings its own text encoder"):
+        initial_models(StageOptions(preset=small_preset, init=init, text_encoder=tmp_path / "encoder"), CAPTIONS)
     told = json.loads((tmp_path / "encoder" / "config.json").read_text())
     (tmp_path / "encoder" / "config.json").write_text(json.dumps({**told, "model_type": "nonesuch"}))
     with pytest.raises(LongtakeError, match="does not know"):

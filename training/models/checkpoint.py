@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError, some
 from longtake.files import atomic_path, sha256
+from longtake.paths import REPOSITORY
 from longtake.provenance import versions
 from longtake.tensor_file import read_tensors
-from longtake.training.models.presets import Preset
+from longtake.training.models.presets import PRESETS, Preset
 from longtake.training.models.safetensors_stream import Shaped, write_tensors
 from longtake.training.models.side_file import KIND, SideFile
 
@@ -104,7 +105,7 @@ def read_side_file(path: Path, *, kind: str, preset: str | Preset) -> SideFile:
         raise LongtakeError(f"checkpoint {path} has no side file", got=got, expected=str(side), fix=RETRAIN)
     told = SideFile.read(side)
     for key, got, wanted in (("kind", told.kind, kind), ("preset", told.preset, name)):
-        if got != wanted:
+        if got != wanted and not (key == "preset" and kind == "vae" and _same_vae(told, preset)):
             fix = f"pass a folder whose {path.name} was trained for {key} {wanted!r}"
             raise IntegrityError(f"checkpoint {path} is of another {key}", got=got, expected=wanted, fix=fix)
     own = {} if isinstance(preset, str) else preset.digests
@@ -113,6 +114,15 @@ def read_side_file(path: Path, *, kind: str, preset: str | Preset) -> SideFile:
                              got=f"sha256 {told.preset_digests[kind]}", expected=f"sha256 {own[kind]}",
                              fix="give one of the preset files another name")  # fmt: skip
     return told
+
+
+def _same_vae(told: SideFile, preset: str | Preset) -> bool:
+    """Whether the VAE of another preset is this one's: presets that share it differ in DiT, text encoder or size only."""
+    if isinstance(preset, str):
+        return False
+    shipped = PRESETS.get(told.preset)
+    other = shipped.digest_of("vae") if shipped else told.preset_digests.get("vae")
+    return other == preset.digest_of("vae")
 
 
 def require_digest(path: Path, side: SideFile, fix: str = RETRAIN) -> None:
@@ -227,4 +237,7 @@ def _train_fix(kind: str, preset: str | Preset, folder: Path) -> str:
         return (f"convert it: longtake convert --preset {name} {option} RELEASED --out {folder}; or name another folder "
                 "with --checkpoints")  # fmt: skip
     stage = "vae" if kind == "vae" else "dit"
-    return f"train it: longtake train --stage {stage} --data digits --out runs/{stage}"
+    shipped = REPOSITORY / "training" / "checkpoints" / "tiny"
+    if not folder.is_dir():
+        return f"check the path; the shipped checkpoints are {shipped}"
+    return f"name the folder that has it (shipped: {shipped}), or train it: longtake train --stage {stage} --data digits --out runs/{stage}"

@@ -76,8 +76,12 @@ class Preset:
         """Of what each network is, by kind of checkpoint, where the preset is not a shipped one: its name alone tells little."""
         if self.name in PRESETS:
             return {}
-        parts = {"dit": self.dit, "vae": self.vae, "text_encoder": self.text}
-        return {kind: hashlib.sha256(f"{self.family} {part}".encode()).hexdigest() for kind, part in parts.items()}
+        return {kind: self.digest_of(kind) for kind in ("dit", "vae", "text_encoder")}
+
+    def digest_of(self, kind: str) -> str:
+        """Of what one network is, by its kind of checkpoint."""
+        part = {"dit": self.dit, "vae": self.vae, "text_encoder": self.text}[kind]
+        return hashlib.sha256(f"{self.family} {part}".encode()).hexdigest()
 
     @property
     def label(self) -> str:

@@ -47,17 +47,16 @@ def initial_models(options: StageOptions, captions: Sequence[str]) -> tuple[Caus
 def new_text_encoder(options: StageOptions, captions: Sequence[str]) -> AnyTextEncoder:
     """A text encoder from random weights, or the pretrained one of --text-encoder."""
     preset = options.preset
+    if options.text_encoder is not None and preset.text.kind != "pretrained":
+        raise LongtakeError(
+            f"preset {preset.name} has a text encoder of its own",
+            got=f"--text-encoder {options.text_encoder}",
+            expected="a preset of kind pretrained",
+            fix=f"write a preset file with these lines, and pass it with --preset:\n{preset_lines(options.text_encoder)}",
+        )
     if preset.text.kind == "words":
-        if options.text_encoder is not None:
-            raise LongtakeError(
-                f"preset {preset.name} has a small text encoder of its own",
-                got=f"--text-encoder {options.text_encoder}",
-                expected="a preset of kind pretrained",
-                fix="write a preset file with these lines, and pass it with --preset:\n"
-                + preset_lines(options.text_encoder),
-            )
         return text_encoder_for(preset, vocabulary_from_texts(captions))
-    if preset.text.kind == "pretrained" and options.text_encoder is not None:
+    if options.text_encoder is not None:
         return pretrained_text(preset.text, options.text_encoder)
     if preset.text.kind == "pretrained":
         raise LongtakeError(
@@ -72,6 +71,13 @@ def new_text_encoder(options: StageOptions, captions: Sequence[str]) -> AnyTextE
 def text_encoder_from(options: StageOptions, folder: Path, captions: Sequence[str]) -> tuple[AnyTextEncoder, str]:
     """The text encoder of --init and its digest; one that learns gets a new row for each new word."""
     preset, path = options.preset, folder / "text_encoder.safetensors"
+    if options.text_encoder is not None:
+        raise LongtakeError(
+            "--init brings its own text encoder",
+            got=f"--text-encoder {options.text_encoder}",
+            expected="one of the two",
+            fix="leave --text-encoder out, or --init",
+        )
     words = read_side(path, "text_encoder", preset).vocabulary
     text = text_encoder_for(preset, words, folder)
     if not (options.trains_text and isinstance(text, TextEncoder)):

@@ -39,6 +39,7 @@ export class Link {
     this.on = on;
     this.socket = null;
     this.announced = null;
+    this.left = -Infinity; // when a socket was given up here
   }
 
   get open() {
@@ -86,6 +87,8 @@ export class Link {
   end() {
     const socket = this.socket;
     this.socket = null;
-    if (socket) socket.close(1000);
+    if (!socket) return;
+    this.left = performance.now();
+    socket.close(1000);
   }
 }

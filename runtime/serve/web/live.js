@@ -9,7 +9,7 @@ import { $, announce, dismiss, notice, save, told } from "./view.js";
 
 export const WINDOW = 2; // chunks ahead of the picture: more of them, and a change would land later
 const FLOW = { mode: "ack", window: WINDOW };
-const PATIENCE = 20; // half seconds that the server has to put this page's film before this one aside
+const PATIENCE = 20, MINE_MS = 15_000; // half seconds, and since when, that the server has to put this page's film before this one aside
 const ENDED = ["done", "stopped", "failed"];
 
 export const hooks = { draw() {}, frame() {}, moved() {} }; // of the screen: something is new, a frame was shown, the play-head leapt
@@ -184,8 +184,9 @@ export function onError(error) {
   const words = told(error);
   if (error.event_id && take()) films.forget(take(), error.event_id);
   if (error.status === 401 || error.code === "unauthorized") return askToken();
+  if (error.code === "not_found" && player.film.length) return (finish("stopped"), notice("session", TEXT.errors.lost), draw());
   if (error.code === "not_found") reset();
-  if (error.code === "quota" && take() && state.again < PATIENCE) return void (state.waits = true);
+  if (error.code === "quota" && performance.now() - link.left < MINE_MS && state.again < PATIENCE) return void (state.waits = true);
   if (["engines_differ", "chunk_failed", "failed", "worker_lost", "internal_error"].includes(error.code) && take()) finish("failed");
   const back = take() && { taken_over: TEXT.actions.takeBack, idle: TEXT.actions.resume, quota: TEXT.actions.resume, no_capacity: TEXT.actions.resume }[error.code];
   notice("session", words, back ? { name: back, run: () => resume(take().id, films.film(take()).length) } : null);

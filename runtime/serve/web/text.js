@@ -104,6 +104,7 @@ export const TEXT = {
       internal_error: "The server made a mistake. The film is kept; reload this page to go on.",
       stopping: "The server is stopping. The film is kept and goes on when it is back.",
     },
+    lost: "This film is not on the server any more. What you have seen is still here: download it before you close the page.",
     told: (error) => {
       const { got, expected, fix } = error.longtake || {};
       const facts = [got && `got ${got}`, expected && `expected ${expected}`].filter(Boolean).join("; ");

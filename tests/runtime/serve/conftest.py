@@ -22,8 +22,11 @@ def start(make_toy: Any, make_generator: Any, tmp_path: Path) -> Iterator[Start]
     running: list[Served] = []
 
     def begin(pause_s: float = 0.0, store: Path | None = None, **settings: Any) -> Served:
+        backends: list[Any] = []
+
         def make() -> Any:
             backend = make_toy()
+            backends.append(backend)
             if pause_s:
                 backend.hook = lambda call: time.sleep(pause_s)
             return make_generator(backend)
@@ -31,6 +34,7 @@ def start(make_toy: Any, make_generator: Any, tmp_path: Path) -> Iterator[Start]
         settings.setdefault("limits", Limits(user_sessions=8, user_jobs=8, grace_s=1.0))
         folder = store or tmp_path / "store"
         running.append(Served(make, folder, Settings(store=folder, **settings)))
+        running[-1].backends = backends
         return running[-1]
 
     yield begin

@@ -227,3 +227,36 @@ def test_ending_parks_what_runs(start: Any) -> None:
     again = Live(other.host, type="session.resume", session_id=session, next_chunk=2, flow={"mode": "ack"})
     again.chunk(2)
     again.close()
+
+
+@pytest.mark.parametrize("where", ["denoise", "decode"])
+def test_a_chunk_that_fails_is_tried_once_more(start: Any, where: str) -> None:
+    server = start(pause_s=0.01)
+    whole = server.live(prompt=PROMPT, chunks=4, seed=3)
+    whole.until("session.done")
+    for times in (1, 9):
+        live = server.live(prompt=PROMPT, chunks=4, seed=3, flow={"mode": "ack", "window": 2})
+        live.chunk(0)
+        fail(server.backends[-1], where, times)
+        live.send("session.ack", chunk=0)
+        if times == 1:
+            live.until("session.done", ack=True)
+            assert live.fragments() == whole.fragments()
+        else:
+            assert live.until("error", ack=True)["code"] == "chunk_failed" and live.closed() == 1011
+            assert server.get("/ready").status_code == 200
+
+
+def fail(backend: Any, where: str, times: int) -> None:
+    """Make the next `times` passes, or decoded latents, fail."""
+    left = [times]
+
+    def broken(*_: Any) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise RuntimeError("broken")
+
+    if where == "denoise":
+        backend.hook = broken
+    else:
+        backend.on_decode = broken

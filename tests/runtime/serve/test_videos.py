@@ -235,3 +235,15 @@ def test_jobs_survive_a_restart(start: Any) -> None:
     other = start()
     first, second = (other.get(f"/v1/videos/{other.wait_for(job)['id']}/content").content for job in jobs)
     assert first == second and frames(first) == 96
+
+
+def test_jobs_make_room_for_people(start: Any) -> None:
+    server = start(pause_s=0.02)
+    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "20", "seed": 3}).json()["id"]
+    live = server.live(prompt=PROMPT, chunks=2)
+    live.until("session.done")
+    assert server.get(f"/v1/videos/{job}").json()["status"] in ("queued", "in_progress")
+    server.wait_for(job)
+    again = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "20", "seed": 3}).json()["id"]
+    server.wait_for(again)
+    assert server.get(f"/v1/videos/{job}/content").content == server.get(f"/v1/videos/{again}/content").content

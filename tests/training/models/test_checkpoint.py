@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.training.models.checkpoint import load_into, save_checkpoint
+from longtake.paths import REPOSITORY
+from longtake.training.models.checkpoint import load_into, read_side_file, save_checkpoint
+from longtake.training.models.presets import TINY
 from longtake.training.models.side_file import SideFile
 
 META = {"kind": "dit", "preset": "tiny", "step": 3}
@@ -126,3 +129,13 @@ def test_integrity_errors_exit_with_their_own_code(saved: Path) -> None:
     with pytest.raises(IntegrityError) as caught:
         load_into(nn.Linear(4, 3), saved, kind="dit", preset="tiny")
     assert caught.value.exit_code == 4
+
+
+def test_a_vae_fits_every_preset_that_has_it(tmp_path: Path) -> None:
+    """A preset of one's own with another text encoder takes the shipped VAE; one with another VAE does not."""
+    own = replace(TINY, name="own", dit=replace(TINY.dit, text_dim=64), text=replace(TINY.text, dim=64))
+    vae = REPOSITORY / TINY.checkpoints / "vae.safetensors"
+    assert read_side_file(vae, kind="vae", preset=own).preset == "tiny"
+    for kind, preset in (("vae", replace(own, vae=replace(own.vae, encoder_dim=8))), ("dit", own)):
+        with pytest.raises(IntegrityError, match="is of another preset"):
+            read_side_file(vae.with_name(f"{kind}.safetensors"), kind=kind, preset=preset)

@@ -1,0 +1,37 @@
+"""An hour of chunks on a GPU, in calls of ten minutes (gpu_soak.py). Not run yet: no GPU was at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from longtake.files import read_json
+from longtake.paths import REPOSITORY
+
+_spec = importlib.util.spec_from_file_location("gpu_soak", Path(__file__).with_name("gpu_soak.py"))
+assert _spec and _spec.loader
+gpu_soak = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu_soak)
+
+
+@pytest.mark.gpu
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("calls", [pytest.param((0.5, 0.5), id="a minute"), pytest.param((9.0,) * 7, id="an hour")])
+def test_an_hour_goes_on_over_saved_sessions(calls: tuple[float, ...], tmp_path: Path) -> None:
+    engines = next(iter(sorted((REPOSITORY / "build").rglob("*_sm90/**/bundle.json"))), None)
+    if engines is None:
+        pytest.skip("no segmented engines for this GPU: longtake engines")
+    for minutes in calls:
+        assert gpu_soak.held(gpu_soak.soak(engines.parent, tmp_path, minutes))
+    rows = read_json(tmp_path / "soak.json")
+    assert [row["first"] for row in rows[1:]] == [row["first"] + row["chunks"] for row in rows[:-1]]
+
+
+def test_what_does_not_hold(tmp_path: Path) -> None:
+    good = {"nan": False, "moved": False, "device_growth_mb": 3.0, "host_growth_mb": 99.0}
+    assert gpu_soak.held(good)
+    for wrong in ({"nan": True}, {"moved": True}, {"device_growth_mb": 101.0}, {"host_growth_mb": 200.0}):
+        assert not gpu_soak.held({**good, **wrong})

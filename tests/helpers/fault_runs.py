@@ -1,0 +1,317 @@
+"""Whole commands that are killed, ended, starved or raced, on the tiny model; and the soak, in this process."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from faults import Row, resident_mb
+
+from longtake.errors import LongtakeError
+from longtake.formats.exported import Export
+from longtake.formats.recipe import recipe_named
+from longtake.paths import REPOSITORY
+from longtake.runtime.generator import Generator
+from longtake.training.models.checkpoint import load_checkpoint
+
+RECIPE = "tiny_nvfp4_sm120"
+STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"
+CODE = """
+import os, resource, signal, sys
+sys.path[:] = {path!r}
+{before}
+from longtake.commands.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+MEMORY_GB = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0)
+
+
+def longtake(words: Sequence[object], before: str = "", **more: object) -> subprocess.Popen[str]:
+    """A command, begun; `before` is run in its process first."""
+    code = CODE.format(path=[str(REPOSITORY), *sys.path], before=before)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGTAKE_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, words)], text=True, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)  # type: ignore[call-overload,no-any-return]  # fmt: skip
+
+
+def done(words: Sequence[object], before: str = "") -> tuple[int, str]:
+    """A command's exit code and what it said."""
+    process = longtake(words, before)
+    said, _ = process.communicate(timeout=600)
+    return process.returncode, said
+
+
+def export_of(given: Path | None, place: Path) -> Path:
+    """The folder of an exported tiny-4step."""
+    folder = place if given is None else given
+    name = recipe_named(RECIPE).onnx_name
+    if not Export.is_in(folder / name):
+        code, said = done(["export", "--recipe", RECIPE, "--checkpoints", STUDENT, "--no-parity", "--out", folder])
+        assert code == 0, said
+    return folder / name
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob(".*") if ".tmp" in path.name or "pending" in path.name
+    )
+
+
+# ---- the soak --------------------------------------------------------------------------------------------------------
+
+
+def soak(export: Path, chunks: int, seed: int, again: int = 20) -> Row:
+    """One session with live changes and cuts; memory, times, and its first chunks once more in another session."""
+    row = Row(
+        "soak: tiny-4step, 2 steps, ONNX Runtime", chunks, "growth <= 20 MB, p99/p50 <= 1.5, first 20 the same again"
+    )
+    first = list(_chunks(export, min(again, chunks), seed))
+    times, digests, sizes = [], [], []
+    for digest, spent in _chunks(export, chunks, seed):
+        times.append(spent)
+        digests.append(digest)
+        gc.collect()
+        sizes.append(resident_mb())
+    settled = sizes[min(20, len(sizes) // 3) :]
+    steady = sorted(times[min(5, len(times) // 3) :])
+    tail = steady[min(len(steady) - 1, round(0.99 * len(steady)))] / statistics.median(steady)
+    growth = max(settled) - settled[0]
+    row.facts |= {"growth_mb": round(growth, 1), "p50_s": round(statistics.median(steady), 3), "p99_to_p50": round(tail, 2),
+                  "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+    row.check([digest for digest, _ in first] == digests[: len(first)], "the first chunks are others the second time")
+    row.check(growth <= 20, f"grew by {growth:.1f} MB")
+    quiet = os.getloadavg()[0] < (os.cpu_count() or 1)
+    row.check(tail <= 1.5 or not quiet, f"p99/p50 is {tail:.2f}")
+    return row
+
+
+def _chunks(export: Path, count: int, seed: int):  # type: ignore[no-untyped-def]
+    chance = random.Random(seed)
+    prompts = ["a green seven drifts left over a dark blue background, soft light", "a red two circles over a sea background",
+               "a yellow six over a dark blue background"]  # fmt: skip
+    with Generator.from_engines(export, backend="reference") as generator:
+        with generator.session(prompts[0], seed=seed, steps=2, guidance=1.0, endless=True) as session:
+            for number in range(count):
+                if number % 5 == 4:
+                    session.cut(chance.choice(prompts)) if number % 10 == 9 else session.change_prompt(
+                        chance.choice(prompts)
+                    )
+                begun = time.perf_counter()
+                chunk = next(session)
+                frames = chunk.frames
+                state = hashlib.sha256(chunk.latents.numpy().tobytes() + frames.tobytes()).hexdigest()
+                yield state, time.perf_counter() - begun
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """place: an empty folder."""
+
+    def __init__(self, export: Path, place: Path, seed: int) -> None:
+        self.export, self.place, self.chance = export, place, random.Random(seed)
+        (place / "checkpoints").symlink_to(STUDENT)
+
+    def words(self, command: str, out: Path) -> list[object]:
+        """A short run of a command into folder `out`."""
+        if command == "generate":
+            return ["generate", "--prompt", "a green seven", "--chunks", 4, "--steps", 1, "--engines", self.export, "--out",
+                    out / "v.mp4"]  # fmt: skip
+        if command == "train":
+            return ["train", "--stage", "vae", "--steps", 200, "--batch", 1, "--evaluate-steps", 0, "--save-steps", 1, "--device", "cpu",
+                    "--out", out]  # fmt: skip
+        if command == "export":
+            return ["export", "--recipe", RECIPE, "--skeleton", "--out", out]
+        return ["engines", "--recipe", RECIPE, "--onnx", self.export.parent, "--out", out]
+
+    def kills(self, counts: dict[str, int], share: float) -> Row:
+        """kill -9 at a random moment of each command; then what is left is whole, and the next run sweeps and succeeds."""
+        wanted = {name: max(1, round(count * share)) for name, count in counts.items()}
+        row = Row("kill -9", sum(wanted.values()), "nothing lost, nothing left after the next run")
+        for command, count in wanted.items():
+            out, hit = self.place / f"kill-{command}", 0
+            for number in range(count):
+                process = longtake(self.words(command, out))
+                began = self._wait_for(process, out, 60)
+                time.sleep(self.chance.random() * (1.5 if command == "train" else 4))
+                hit += process.poll() is None
+                process.kill()
+                process.communicate()
+                if began:
+                    self._check_whole(row, command, out, f"{command} {number}")
+            code, said = done([*self.words(command, out), *self._again(command, out)])
+            row.check(code == 0, f"{command}: the next run fails: {said[-200:]}")
+            row.check(not leftovers(out), f"{command}: left over: {leftovers(out)[:3]}")
+            if command == "train":
+                curve = [point["step"] for point in json.loads((out / "loss.json").read_text())["train"]]
+                row.check(
+                    curve == list(range(1, curve[-1] + 1)), f"loss curve lacks steps: {len(curve)} of {curve[-1]}"
+                )
+                row.facts["steps in the curve"] = len(curve)
+            row.facts[command] = f"{hit} of {count} hit"
+        return row
+
+    def _again(self, command: str, out: Path) -> list[object]:
+        if command == "train":
+            points = sorted(out.glob("resume-*.safetensors"))
+            step = int(points[-1].stem.split("-")[1]) if points else 0
+            return ["--resume", *(["--stop-at", step + 2] if step + 2 < 200 else [])] if points else ["--stop-at", 2]
+        return []
+
+    @staticmethod
+    def _wait_for(process: subprocess.Popen[str], out: Path, seconds: float) -> bool:
+        """Until it writes its first file, or ends."""
+        known, until = (
+            {path.name: path.stat().st_mtime_ns for path in out.rglob("*")} if out.exists() else {},
+            time.monotonic() + seconds,
+        )
+        while time.monotonic() < until and process.poll() is None:
+            try:
+                now = {path.name: path.stat().st_mtime_ns for path in out.rglob("*")} if out.exists() else {}
+            except FileNotFoundError:
+                continue
+            if now != known:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _check_whole(self, row: Row, command: str, out: Path, what: str) -> None:
+        """Whatever has a final name is whole."""
+        try:
+            if command == "train":
+                points = sorted(out.glob("resume-*.safetensors"))
+                if points:
+                    kind = json.loads(points[-1].with_suffix(".json").read_text())["kind"]
+                    load_checkpoint(points[-1], kind=kind, preset="tiny")
+            elif command == "generate" and (out / "v.mp4").exists():
+                from longtake.video import frames_from_video
+
+                frames_from_video(out / "v.mp4")
+            elif command == "export" and Export.is_in(out / recipe_named(RECIPE).onnx_name):
+                Export.read(out / recipe_named(RECIPE).onnx_name)
+            elif command == "engines" and (out / RECIPE / "bundle.json").exists():
+                from longtake.formats.bundle import Bundle
+
+                bundle = Bundle.read(out / RECIPE)
+                [bundle.check_file(out / RECIPE / name) for name in bundle.files]
+        except (LongtakeError, OSError, KeyError) as error:
+            row.check(False, f"{what}: {error}")
+
+    def endings(self) -> Row:
+        """SIGTERM and SIGHUP in each command: what was finished is kept, and the exit code says what ended it."""
+        kinds = [
+            (command, sign)
+            for command in ("generate", "train", "export", "engines")
+            for sign in (signal.SIGTERM, signal.SIGHUP)
+        ]
+        row = Row("SIGTERM, SIGHUP", len(kinds), "finished work kept, exit code 128 + signal, nothing half-written")
+        for command, sign in kinds:
+            out = self.place / f"end-{command}-{sign.name}"
+            words = self.words(command, out)
+            process = longtake([*words[:-4], "--chunks", 40, *words[-4:]] if command == "generate" else words)
+            self._wait_for(process, out, 60)
+            time.sleep(3 if command == "generate" else 1)
+            process.send_signal(sign)
+            said = process.communicate(timeout=120)[0]
+            row.check(
+                process.returncode == 128 + sign,
+                f"{command} {sign.name}: exit code {process.returncode}: {said[-150:]}",
+            )
+            row.check(not leftovers(out), f"{command} {sign.name}: left over {leftovers(out)[:3]}")
+            self._check_whole(row, command, out, f"{command} {sign.name}")
+            kept = {"generate": "v.mp4", "train": "resume-*.safetensors"}.get(command)
+            row.check(kept is None or bool(list(out.glob(kept))), f"{command} {sign.name}: no {kept}")
+        return row
+
+    def address_space(self, count: int) -> Row:
+        """`longtake generate` under limits: success, or the right reason."""
+        limits = [MEMORY_GB[round(i * (len(MEMORY_GB) - 1) / (count - 1))] for i in range(count)]
+        row = Row("address-space limits", count, '"out of memory" with exit code 2, or success')
+        good = 0
+        for gigabytes in limits:
+            size = int(gigabytes * 1e9)
+            words = [*self.words("generate", self.place / "memory"), "--chunks", 1]
+            code, said = done(words, f"resource.setrlimit(resource.RLIMIT_AS, ({size}, {size}))")
+            right = code == 0 or (code == 2 and "out of memory" in said and "Traceback" not in said)
+            row.check(right, f"{gigabytes} GB: exit code {code}: {said[-200:]}")
+            good += code == 0
+        row.facts["succeeded"] = good
+        return row
+
+    def full_disk(self, count: int) -> Row:
+        """No file may grow beyond a size: a clear error, what was there before stays, and nothing is left half-written."""
+        commands = ("generate", "export", "engines", "train")
+        row = Row("no space left at a write", count * len(commands), "a clear error, earlier files whole, no crash")
+        for command in commands:
+            out = self.place / f"disk-{command}"
+            sizes = [int(10 ** (2 + 5 * i / max(1, count - 1))) for i in range(count)]
+            failed = 0
+            for size in sizes:
+                before = {
+                    path: path.read_bytes()
+                    for path in sorted(out.rglob("*"))
+                    if path.is_file() and path.name != ".lock"
+                }
+                limit = f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+                words = self.words(command, out) if command != "train" else [*self.words(command, out), "--stop-at", 2]
+                code, said = done(words, limit)
+                failed += code != 0
+                row.check(code in (0, 2), f"{command}, {size} bytes: exit code {code}: {said[-200:]}")
+                row.check("Traceback" not in said, f"{command}, {size} bytes: {said[-300:]}")
+                row.check(not leftovers(out), f"{command}, {size} bytes: left over {leftovers(out)[:3]}")
+                if command in ("generate", "train") and code:
+                    lost = [path.name for path, content in before.items() if not path.exists()]
+                    row.check(not lost, f"{command}, {size} bytes: {lost[:3]} is gone")
+            row.facts[command] = f"{failed} of {count} refused"
+        return row
+
+    def races(self, count: int) -> Row:
+        """Two processes that make the same folder, and a reader meanwhile: both end well, and what is there is whole."""
+        row = Row(
+            "two processes in one folder, and a reader", 2 * count, "both succeed, the reader reads all or is refused"
+        )
+        for number in range(count):
+            for command in ("export", "engines"):
+                out = self.place / f"race-{command}-{number}"
+                pair = [longtake(self.words(command, out)) for _ in range(2)]
+                reads = 0
+                while any(process.poll() is None for process in pair):
+                    self._read(row, command, out, number)
+                    reads += 1
+                    time.sleep(0.05)
+                for process in pair:
+                    said = process.communicate()[0]
+                    row.check(
+                        process.returncode == 0, f"{command} {number}: exit code {process.returncode}: {said[-200:]}"
+                    )
+                self._check_whole(row, command, out, f"{command} {number}")
+                row.check(not leftovers(out), f"{command} {number}: left over {leftovers(out)[:3]}")
+                row.facts[f"reads of {command}"] = reads
+        return row
+
+    @staticmethod
+    def _read(row: Row, command: str, out: Path, number: int) -> None:
+        read: Callable[[], object]
+        if command == "export":
+            read = lambda: Export.read(out / recipe_named(RECIPE).onnx_name)  # noqa: E731
+        else:
+            from longtake.formats.bundle import Bundle
+
+            read = lambda: Bundle.read(out / RECIPE)  # noqa: E731
+        try:
+            read()
+        except LongtakeError:
+            pass
+        except Exception as error:
+            row.check(False, f"{command} {number}: a reader meanwhile: {type(error).__name__}: {error}")
