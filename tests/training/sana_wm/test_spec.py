@@ -22,7 +22,9 @@ def state_bytes(preset: WorldPreset) -> tuple[float, float]:
         allocated += size
         slot = size / int(binding.shape[0])
         held = slot_tokens(preset)
-        carried += slot * (held[0] + held[1]) / max(held) if "keys" in binding.name or "values" in binding.name else slot
+        carried += (
+            slot * (held[0] + held[1]) / max(held) if "keys" in binding.name or "values" in binding.name else slot
+        )
     return allocated, carried
 
 
