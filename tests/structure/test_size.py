@@ -7,7 +7,7 @@ import tree
 MOST_LINES = 55_200
 MOST_FILES_OVER_350_LINES = 0
 MOST_FUNCTIONS_OVER_60_LINES = 0
-MOST_HAND_LAID_LINES = 209
+MOST_HAND_LAID_LINES = 182
 
 
 def test_the_library_does_not_grow() -> None:
