@@ -128,7 +128,10 @@ def _is_current(folder: Path, model: Model) -> bool:
     """Whether a folder holds an export, or engines, of these weights."""
     if folder.name == "engines":
         return (folder / "bundle.json").is_file() and _is_current(folder.parent / "onnx", model)
-    export = Export.find(folder)
+    try:
+        export = Export.find(folder)
+    except LongtakeError:  # damaged, or of a version before: made anew
+        return False
     return export is not None and export.weights == model.weights and export.checked.state != FAILED
 
 

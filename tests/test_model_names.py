@@ -201,6 +201,9 @@ def test_what_is_there_is_opened_and_what_failed_is_made_again(monkeypatch: pyte
     with pytest.raises(GateError, match="it differs"):
         pretrained.prepared(model, RECIPE, on_cpu=True)
     assert pretrained.prepared(model, RECIPE, on_cpu=True, force=True) == folder and len(calls) == 2
+    (folder / "export.json").write_text("{")  # damaged, or of another version
+    with pytest.raises(GateError):
+        pretrained.prepared(model, RECIPE, on_cpu=True)
     made("tiny-4step", weights={"dit": "0" * 64})  # of other weights
     with pytest.raises(GateError):
         pretrained.prepared(model, RECIPE, on_cpu=True)

@@ -29,7 +29,11 @@ from longtake.training.models.quantize import insert_quantizers, read_amax
 from longtake.training.models.wan.rope import rope_tables
 
 RECIPES = ("tiny_nvfp4_sm120", "tiny_fp8_sm90", "tiny_w4a16_sm89", "tiny_bf16_sm89")
-MODELS = ("random", "hardly trained", "shipped")
+MODELS = [
+    pytest.param("random", marks=pytest.mark.slow),
+    pytest.param("hardly trained", marks=pytest.mark.long),
+    pytest.param("shipped", marks=pytest.mark.long),
+]
 NETWORKS = ("context", "dit")
 Graph = onnx.GraphProto
 
@@ -257,8 +261,7 @@ def with_fault(folder: Path, into: Path, name: str) -> Path:
     return into
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_right_graphs_pass_in_every_recipe_and_wrong_ones_in_none(
     models: Models, graphs: PlainGraphs, tmp_path: Path
 ) -> None:
