@@ -24,7 +24,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup demo test test-slow test-long fuzz soak lint format doctor train export engines profile generate serve check distill experiment bench clean
+.PHONY: setup demo test test-slow test-long browser fuzz soak lint format doctor train export engines profile generate serve check distill experiment bench clean
 
 setup: $(VENV)/.ready
 

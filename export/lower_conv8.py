@@ -80,8 +80,12 @@ def _lower_steady(rewriter: Rewriter, codes: ConvCodes) -> list[str]:
     convs = {node.input[0]: node for node in rewriter.graph.node if _name(node) in codes.chosen}
     names = {_name(node) for node in convs.values()}
     if missing := sorted(codes.chosen.keys() - names):
-        raise LongtakeError("convolutions to be run in codes are not ops of the graph", got=missing[:4],
-                            expected="vae_ops: library", fix="set vae_conv: bf16")  # fmt: skip
+        raise LongtakeError(
+            "convolutions to be run in codes are not ops of the graph",
+            got=missing[:4],
+            expected="vae_ops: library",
+            fix="set vae_conv: bf16",
+        )
     types = {value.name: value for value in rewriter.graph.value_info}
     for node in rewriter.graph.node:
         conv = convs.get(node.output[0]) if node.domain == DOMAIN else None
@@ -113,8 +117,12 @@ def _require_alone(rewriter: Rewriter, convs: Mapping[str, NodeProto]) -> None:
         op = op_named(node.op_type) if node.domain == DOMAIN else None
         for name in set(node.input) & convs.keys():
             if op is None or not (op.kernel_size and op.codes):
-                raise LongtakeError("a convolution's input is read elsewhere, too", got=node.name, expected=name,
-                                    fix="set vae_conv: bf16")  # fmt: skip
+                raise LongtakeError(
+                    "a convolution's input is read elsewhere, too",
+                    got=node.name,
+                    expected=name,
+                    fix="set vae_conv: bf16",
+                )
 
 
 def _encode_caches(rewriter: Rewriter, codes: ConvCodes) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -13,34 +10,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from longtake.chain import HowToExport, build, export
-from longtake.engines.build import require_buildable
-from longtake.errors import GateError, LongtakeError, UnavailableError
-from longtake.export.lower import CALIBRATED
-from longtake.files import read_json
-from longtake.formats.exported import FAILED, Export
-from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in
-from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
-from longtake.leftovers import locked
-from longtake.machine.flavour import flavour_for
-from longtake.machine.machine import machine_here
 from longtake.outputs import claim_outputs, require_mp4
 from longtake.runtime import generator as runtime
 from longtake.runtime.meter import Meter
 from longtake.runtime.session import Session
 from longtake.runtime.sources import OpenOptions
 from longtake.runtime.story import Script
-from longtake.training.convert.files import read_container
-from longtake.training.convert.models import convert_dit, convert_text, convert_vae
-from longtake.training.models.preset_files import preset_named
-from longtake.training.models.presets import PRESETS, Preset
-from longtake.training.models.side_file import SideFile
-from longtake.training.models.text.sentencepiece import carry_tokenizer
-from longtake.video import write_video
-
-log = logging.getLogger(__name__)
-
-DIFFUSERS = "model_index.json"
 
 
 class Generator(runtime.Generator):
@@ -68,168 +43,14 @@ class Generator(runtime.Generator):
             LongtakeError: there is no such model, or its checkpoint cannot be exported.
             GateError: the export does not compute what the checkpoint does.
         """
+        from longtake.preparation import best_recipe, model_and_recipe, prepared  # the exporter: as late
+
         model, wanted = model_and_recipe(name_or_folder, recipe)
         on_cpu = device is not None and torch.device(device).type == "cpu"
         chosen = wanted or best_recipe(model, on_cpu)
         folder = prepared(model, chosen, on_cpu, force)
         backend = "reference" if on_cpu else "auto"
         return cls.from_engines(folder, backend, device, opening=OpenOptions(force=force))
-
-
-def model_and_recipe(name_or_folder: str | Path, recipe: str | None = None) -> tuple[Model, Recipe | None]:
-    """The model, its checkpoints in our form, and the recipe if one was named."""
-    text = str(name_or_folder)
-    name, at, of_name = text.partition("@")
-    if at and recipe is not None and recipe != of_name:
-        raise LongtakeError("two recipes are named", got=f"{of_name} and {recipe}", expected="one", fix="leave one out")
-    chosen = recipe or of_name or None
-    folder = Path(name)
-    if not folder.is_dir() and HUB_ID.fullmatch(name):
-        folder = _in_hub_cache(name)
-    if (folder / DIFFUSERS).is_file() or (folder / "transformer").is_dir():
-        short = name.split("/")[-1] if HUB_ID.fullmatch(name) else folder.resolve().name
-        return _converted(folder, short), recipe_named(chosen) if chosen else None
-    if folder.is_dir() and not (folder / "dit.safetensors").is_file() and name not in ("tiny", "tiny-4step"):
-        raise LongtakeError(
-            f"{folder} holds no model",
-            got="neither dit.safetensors nor model_index.json",
-            expected="a checkpoint folder of longtake's, or of diffusers' save_pretrained",
-            fix="pass the folder that has one of them",
-        )
-    asked = asked_for(f"{name}@{chosen}" if chosen else name)
-    if asked.model is None:
-        raise LongtakeError(
-            "this names a recipe, not a model",
-            got=repr(text),
-            expected="a model's name or folder",
-            fix=f"pass 'tiny-4step@{text}'",
-        )
-    return asked.model, asked.recipe
-
-
-def best_recipe(model: Model, on_cpu: bool = False) -> Recipe:
-    """The recipe for this machine, of those that the model is calibrated for; says it where that isn't the first choice."""
-    machine = None if on_cpu else machine_here().compute_capability
-    first = recipe_named(recipe_for(machine, model.preset))
-    side = SideFile.read(model.checkpoints / "dit.json")
-    if not CALIBRATED.get(first.precision) or side.amax:
-        return first
-    others = [r for r in map(recipe_named, recipe_names(model.preset)) if not CALIBRATED.get(r.precision)]
-    fitting = [r for r in others if r.compute_capability == machine] or others
-    if not fitting:
-        return first
-    log.warning(
-        "%s is not calibrated for %s; taking %s (longtake convert --calibrate measures what is missing)",
-        model.name,
-        first.name,
-        fitting[0].name,
-    )
-    return fitting[0]
-
-
-def prepared(model: Model, recipe: Recipe, on_cpu: bool = False, force: bool = False) -> Path:
-    """The folder to open: engines where this machine runs them, else the export. Made under a lock if missing."""
-    folder = model.folder(recipe)
-    flavour = None if on_cpu else _native(recipe)
-    target = folder / ("onnx" if flavour is None else "engines")
-    if _is_current(target, model):
-        return target
-    with locked(folder):
-        if _is_current(target, model):  # another process made it meanwhile
-            return target
-        claim(model)
-        say = _say if sys.stderr.isatty() else log.info
-        say(f"preparing {model.name} for {recipe.name} in {folder}: once, then it is found there")
-        if not _is_current(folder / "onnx", model):
-            try:
-                export(recipe, model.checkpoints, folder / "onnx", HowToExport(model=model.name, say=log.info))
-            except GateError as error:
-                if not force:
-                    raise
-                log.warning("%s", error)
-        if flavour is not None:
-            build(recipe, folder / "onnx", folder / "engines", flavour, machine_here().compute_capability, force)
-    return target
-
-
-def _native(recipe: Recipe) -> Any:
-    """The TensorRT flavour that builds and runs `recipe` here, or None."""
-    machine = machine_here()
-    if machine.compute_capability != recipe.compute_capability:
-        return None
-    flavour = flavour_for(machine.compute_capability)
-    try:
-        require_buildable(recipe, flavour, machine.compute_capability)
-    except UnavailableError as error:
-        log.warning("no engines for %s here: %s", recipe.name, error.what)
-        return None
-    return flavour
-
-
-def _is_current(folder: Path, model: Model) -> bool:
-    """Whether a folder holds an export, or engines, of these weights."""
-    if folder.name == "engines":
-        return (folder / "bundle.json").is_file() and _is_current(folder.parent / "onnx", model)
-    try:
-        export = Export.find(folder)
-    except LongtakeError:  # damaged, or of a version before: made anew
-        return False
-    return export is not None and export.weights == model.weights and export.checked.state != FAILED
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
-def _in_hub_cache(name: str) -> Path:
-    """The newest snapshot of a hub's model in the local cache. Raises LongtakeError, with how to download, if there is none."""
-    root = Path(os.path.expanduser("~")) / ".cache" / "huggingface" / "hub" / f"models--{name.replace('/', '--')}"
-    snapshots = sorted((root / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
-    if not snapshots:
-        raise hub_error(name)
-    return snapshots[-1]
-
-
-def _converted(folder: Path, name: str) -> Model:
-    """A folder of diffusers' as a checkpoint folder of ours, made once below LONGTAKE_HOME."""
-    out = home() / name / "checkpoints"
-    if not (out / "dit.safetensors").is_file():
-        preset = _preset_of(folder)
-        with locked(out):
-            log.warning("converting %s into %s", folder, out)
-            dtype = torch.bfloat16
-            makers = {"vae": convert_vae, "text_encoder": convert_text}
-            for kind, place in (("vae", "vae"), ("text_encoder", "text_encoder")):
-                if (folder / place).is_dir():
-                    made = makers[kind](read_container(folder, kind), preset, dtype=dtype)
-                    made.write(out / f"{kind}.safetensors", lambda done: None)
-            if preset.text.kind == "umt5":
-                carry_tokenizer(folder, out)
-            convert_dit(read_container(folder, "dit"), preset, dtype=dtype).write(
-                out / "dit.safetensors", lambda done: None
-            )
-    return model_in(out, name)
-
-
-def _preset_of(folder: Path) -> Preset:
-    """The preset whose sizes a diffusers transformer has."""
-    told = read_json(folder / "transformer" / "config.json")
-    sizes = {
-        "layers": told.get("num_layers"),
-        "heads": told.get("num_attention_heads"),
-        "ffn_dim": told.get("ffn_dim"),
-        "channels": told.get("in_channels"),
-    }
-    for name in PRESETS:
-        dit = preset_named(name).dit
-        if all(getattr(dit, key) == value for key, value in sizes.items()):
-            return preset_named(name)
-    raise LongtakeError(
-        f"no preset fits the transformer in {folder}",
-        got=str(sizes),
-        expected=" | ".join(PRESETS),
-        fix="write a preset (docs/add-a-recipe.md) and convert it: longtake convert --preset FILE",
-    )
 
 
 @dataclass
@@ -250,6 +71,8 @@ class Video:
         Raises:
             LongtakeError: no .mp4, or a file there that longtake did not write.
         """
+        from longtake.video import write_video  # PyAV: not before it is needed
+
         path = Path(path)
         require_mp4(path, f"video.save({str(path.with_suffix('.mp4'))!r})")
         claim_outputs({"the video": path}, {})

@@ -189,13 +189,24 @@ class Generator:
         story = story_from_script(script)
         start = start_of(story, image, continue_from, clip)
         check_fits(story, self.backend.preset, continued=start.clip is not None)
-        start, view = self._world(story, start, view)
         asked = _sampling(sampling, steps, guidance)
         options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
-        inputs = SessionInputs(noise, embeddings)
+        start, view = self._world(story, start, view)
+        return self._started(start, options, segments, SessionInputs(noise, embeddings), view, on_step)
+
+    def _started(
+        self,
+        start: Start,
+        options: SessionOptions,
+        segments: tuple[Segment, ...],
+        inputs: SessionInputs,
+        view: View,
+        on_step: OnStep | None,
+    ) -> Session:
+        """A session once everything is known; what can be refused is refused before anything is allocated."""
         inputs.check(self.backend.preset, segments, options.negative, self._tokenize)
-        camera = self._camera(view, start, segments, endless)
+        camera = self._camera(view, start, segments, options.endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
         return take_in(session, clip_latents, start.segments)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longtake.config import whole_number
 from longtake.errors import LongtakeError
+from longtake.runtime.camera import CameraPosition
 from longtake.runtime.state import Position
 from longtake.runtime.story import Segment
 from longtake.training.models.family import Marker
@@ -17,12 +18,14 @@ from longtake.training.models.family import Marker
 
 @dataclass(frozen=True)
 class Take:
-    """A chunk that was made. latents: fp32 [1, F, C, H, W] on the host. segment: its prompt, and whether it began a shot."""
+    """A chunk that was made. latents: fp32 [1, F, C, H, W] on the host. segment: its prompt, and whether it began a shot.
+    camera: where it stood before the chunk."""
 
     latents: Tensor
     segment: Segment
     shot: int
     slots: Marker
+    camera: CameraPosition | None = None
 
 
 def merged(segments: Iterable[Segment]) -> tuple[Segment, ...]:
@@ -63,10 +66,11 @@ def retaken(session: Any, takes: Sequence[Take] | None, first: Tensor | None, fr
     start = checked_start(from_chunk, len(takes))
     script = merged((*(take.segment for take in takes[start:]), *position.script))
     options = session.options if seed is None else replace(session.options, seed=seed)
-    again = type(session)(session.model, session.tokenize, script, options, first, session.inputs)
+    cameras = [*(take.camera for take in takes), position.camera]
+    again = type(session)(session.model, session.tokenize, script, options, first, session.inputs, camera=cameras[0])
     try:
         for index, take in enumerate(takes[:start]):
-            ahead = Position(script, take.slots, index + 1, take.shot, take.segment.prompt)
+            ahead = Position(script, take.slots, index + 1, take.shot, take.segment.prompt, camera=cameras[index + 1])
             again.replay(take.latents, ahead)
         again.adopt(replace(again.position, edits=position.edits))
     except BaseException:

@@ -224,7 +224,7 @@ class Session(LiveChanges):
         times = clock.milliseconds()
         chunk = Chunk(here.chunk, segment.prompt, segment.cut, shot, latents, plan.visible, frames, times)
         if self._takes is not None:
-            take = Take(latents.to("cpu", copy=True), replace(segment, chunks=1), shot, plan.after)
+            take = Take(latents.to("cpu", copy=True), replace(segment, chunks=1), shot, plan.after, here.camera)
             self._takes[here.chunk :] = [take]
         self._commit(segment, plan, latents, given_BCFHW is None, after, walk)
         return chunk

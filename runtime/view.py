@@ -54,9 +54,11 @@ class View:
         """Raise LongtakeError where it is given to a model without cameras, or twice, or cannot be read."""
         if self.given and "camera" not in can:
             raise LongtakeError(
-                f"preset {preset.name} has no camera", got=", ".join(self.given), expected="a prompt",
+                f"preset {preset.name} has no camera",
+                got=", ".join(self.given),
+                expected="a prompt",
                 fix="leave it out, or take a preset of family sana_wm",
-            )  # fmt: skip
+            )
         if self.action is not None and self.camera is not None:
             raise LongtakeError(
                 "a camera has one path", got="action and camera", expected="one of the two", fix="leave one out"
@@ -95,9 +97,11 @@ def _path(camera: Numbers, frames: int) -> tuple[tuple[float, ...], ...]:
     poses = poses_from(camera)
     if len(poses) < frames:
         raise LongtakeError(
-            "the camera's path ends before the video", got=f"{len(poses)} poses", expected=f"{frames}: one a frame",
+            "the camera's path ends before the video",
+            got=f"{len(poses)} poses",
+            expected=f"{frames}: one a frame",
             fix="generate fewer chunks, or pass a longer path",
-        )  # fmt: skip
+        )
     return tuple(tuple(pose) for pose in relative_poses(poses).reshape(len(poses), 16).tolist())
 
 
@@ -110,7 +114,9 @@ def own_picture(preset: Preset) -> Path:
     path = SHIPPED / f"{preset.name}.png"
     if not path.is_file():
         raise LongtakeError(
-            f"a video of preset {preset.name} starts from a picture", got="none", expected="a picture file",
+            f"a video of preset {preset.name} starts from a picture",
+            got="none",
+            expected="a picture file",
             fix="pass --image FILE",
-        )  # fmt: skip
+        )
     return path

@@ -175,7 +175,7 @@ def opened(model: ModelOptions, say: Say) -> Generator:
 
 def ready(name: str, backend: str, say: Say) -> Path:
     """The folder of a model's engines where they run here, else of its export."""
-    from longtake.pretrained import best_recipe, model_and_recipe, prepared
+    from longtake.preparation import best_recipe, model_and_recipe, prepared
 
     model, recipe = model_and_recipe(name)
     recipe = recipe or best_recipe(model)

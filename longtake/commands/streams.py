@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # nobody reads the pipe, the terminal is gone, it was closed
@@ -29,8 +29,10 @@ def open_standard_streams() -> None:
         if stream is None:
             setattr(sys, name, _Kept(os.fdopen(os.dup(number), "wb", 0), errors="backslashreplace", write_through=True))
         elif type(stream) is io.TextIOWrapper and _number_of(stream) == number:  # not what a test captures it with
-            stream.flush()
-            kept = _Kept(stream.buffer, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+            with suppress(OSError):
+                stream.flush()
+            binary = open(number, "wb", closefd=False)  # noqa: SIM115  (as long as the process)
+            kept = _Kept(binary, stream.encoding, stream.errors, line_buffering=number == 2 or stream.line_buffering)
             setattr(sys, name, kept)
 
 

@@ -84,13 +84,22 @@ class HopperConv(OpLauncher):
     halo = True
 
     def __init__(
-        self, op: Op, dims: Dims, arch: str | None = None, tile: Tile | None = None, promote: int = 1, ahead: bool = True,
+        self,
+        op: Op,
+        dims: Dims,
+        arch: str | None = None,
+        tile: Tile | None = None,
+        promote: int = 1,
+        ahead: bool = True,
         multiprocessors: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(op, dims)
         if dims["C"] % 16 or dims["N"] % 8:
-            raise UnavailableError(f"{op.name}: the kernel does not take these channels", got=f"{dims['C']} to {dims['N']}",
-                                   expected="a multiple of 16 to a multiple of 8")  # fmt: skip
+            raise UnavailableError(
+                f"{op.name}: the kernel does not take these channels",
+                got=f"{dims['C']} to {dims['N']}",
+                expected="a multiple of 16 to a multiple of 8",
+            )
         self._time, self._side, _ = op.kernel_size
         self._frames, self._whole = dims["T"] - self._time + 1, op.codes == "int8"
         self._arch, self._wanted_tile, self._multiprocessors = arch, tile, multiprocessors
@@ -117,11 +126,18 @@ class HopperConv(OpLauncher):
         each = self._side == 1  # a copy of positions for every one of weights
         a_stages = limit // (a_stage + b_stage) if each else 2
         return {
-            "BX": self.tile.x, "BY": self.tile.y, "BN": self.tile.n, "SIDE": self._side, "HALO": int(self.halo),
-            "PROMOTE": self._promote, "WHOLE": int(self._whole), "CUT": int(self.dims["N"] % self.tile.n != 0),
-            "AHEAD": int(self._ahead), "A_STAGES": a_stages,
+            "BX": self.tile.x,
+            "BY": self.tile.y,
+            "BN": self.tile.n,
+            "SIDE": self._side,
+            "HALO": int(self.halo),
+            "PROMOTE": self._promote,
+            "WHOLE": int(self._whole),
+            "CUT": int(self.dims["N"] % self.tile.n != 0),
+            "AHEAD": int(self._ahead),
+            "A_STAGES": a_stages,
             "B_STAGES": a_stages if each else (limit - a_stages * a_stage) // b_stage,
-        }  # fmt: skip
+        }
 
     @property
     def shared_bytes(self) -> int:
@@ -152,9 +168,20 @@ class HopperConv(OpLauncher):
         known = dict(zip(self.spec.names, pointers))
         across, channels, tiles = tiles_of(self.tile, self.dims, self._frames)
         sizes = _Sizes(
-            known["bias"], known["scale"], known.get("residual", 0), known["out"], self._frames, self.dims["Y"],
-            self.dims["X"], self.dims["C"], self.dims["N"], self._time, across, channels, tiles,
-        )  # fmt: skip
+            known["bias"],
+            known["scale"],
+            known.get("residual", 0),
+            known["out"],
+            self._frames,
+            self.dims["Y"],
+            self.dims["X"],
+            self.dims["C"],
+            self.dims["N"],
+            self._time,
+            across,
+            channels,
+            tiles,
+        )
         map_x, map_w = (ctypes.create_string_buffer(m, len(m)) for m in self._maps_of(known["x"], known["weight"]))
         boxes = [ctypes.addressof(argument) for argument in (map_x, map_w, sizes)]
         grid = min(tiles, self._multiprocessors or MULTIPROCESSORS), 1
@@ -176,8 +203,11 @@ class HopperConv(OpLauncher):
         kind: Any = type(self)
         error = _trial_error(kind, self.op, tuple(sorted(self.macros().items())), self.tile)
         if not error <= TRIAL_ERROR:  # a NaN is refused, too
-            raise UnavailableError(f"{self.op.name} through {self.method} is wrong", got=f"relative error {error:.3g}",
-                                   expected=f"at most {TRIAL_ERROR}")  # fmt: skip
+            raise UnavailableError(
+                f"{self.op.name} through {self.method} is wrong",
+                got=f"relative error {error:.3g}",
+                expected=f"at most {TRIAL_ERROR}",
+            )
 
 
 @cache

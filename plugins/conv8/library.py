@@ -31,9 +31,12 @@ class WidenedConv(LibraryLauncher):
     def run(self, pointers: Sequence[int], stream: int, workspace: int) -> None:
         """See LibraryLauncher."""
         with on_stream(stream):
-            self.convolve({
-                t.name: tensor_at(p, shape_of(t, self.dims), torch_dtype(t)) for t, p in zip(self.spec.tensors, pointers)
-            })  # fmt: skip
+            self.convolve(
+                {
+                    t.name: tensor_at(p, shape_of(t, self.dims), torch_dtype(t))
+                    for t, p in zip(self.spec.tensors, pointers)
+                }
+            )
 
     def convolve(self, tensors: dict[str, Tensor]) -> None:
         """Write `out` from x, weight (its channels last in memory), scale, bias and perhaps residual."""

@@ -19,9 +19,17 @@ SMALLEST, CLIP_EPS = 1e-12, 1e-6
 
 
 def ray_prepare_gdn(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, rays: Tensor, inverse: Tensor,
-    rope_cos: Tensor, rope_sin: Tensor, clip: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rays: Tensor,
+    inverse: Tensor,
+    rope_cos: Tensor,
+    rope_sin: Tensor,
+    clip: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For gated delta networks: q and k are normalised, cut at zero, and keys scaled by 1/sqrt(D P) before they turn.
 
     q, k, v [..., T,P,H,D] as projected; weights [H*D]; rays and their inverses fp32 [..., T,P,4,4]; rope fp32 [T,P,D/4].
@@ -36,9 +44,17 @@ def ray_prepare_gdn(
 
 
 def ray_prepare_softmax(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, rays: Tensor, inverse: Tensor,
-    rope_cos: Tensor, rope_sin: Tensor, clip: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rays: Tensor,
+    inverse: Tensor,
+    rope_cos: Tensor,
+    rope_sin: Tensor,
+    clip: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """For softmax attention: q and k are normalised, nothing else. Arguments as in ray_prepare_gdn."""
     turned = _turned(_normed(q, q_weight), _normed(k, k_weight), v.float(), rays, inverse, rope_cos, rope_sin, clip)
     return turned[0].to(q.dtype), turned[1].to(q.dtype), turned[2].to(q.dtype)

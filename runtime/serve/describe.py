@@ -66,7 +66,7 @@ def session_gb(generator: Generator) -> float | None:
 
 def can_cut(generator: Generator) -> bool:
     """Whether the family knows shots: a cut that changes nothing of what a chunk reads is none."""
-    return bool(getattr(generator.model.family, "cuts", True))
+    return "cut" in generator.model.family.can
 
 
 def can_encode(generator: Generator) -> bool:

@@ -22,7 +22,7 @@ from longtake.formats.plan import PlanManifest
 from longtake.formats.recipe import RECIPES, recipe_from_file, recipe_named
 from longtake.formats.segmented_graph import Segment as Cut
 from longtake.formats.segmented_graph import SegmentedGraph, Step, TensorType
-from longtake.runtime.clip import latents_from_file
+from longtake.runtime import clip
 from longtake.runtime.snapshot import Identity, Snapshot, snapshot_from_file, snapshot_to_file
 from longtake.runtime.state import Edit, Position
 from longtake.runtime.story import Segment, story_from_file
@@ -146,10 +146,15 @@ def _session(folder: Path) -> tuple[Path, Load]:
     return folder / "s.safetensors", load
 
 
+def latents_from_file(path: Path) -> torch.Tensor:
+    """As `--continue-from` reads a file of latents."""
+    return clip._checked(path, *clip._latents_in(path), TINY)
+
+
 def _latents(folder: Path) -> tuple[Path, Load]:
     shape = (1, 8, TINY.vae.z_channels, *TINY.latent_hw)
     save_file({"latents": torch.zeros(shape, dtype=torch.bfloat16)}, folder / "latents.safetensors")
-    return folder / "latents.safetensors", lambda path: latents_from_file(path, TINY)
+    return folder / "latents.safetensors", latents_from_file
 
 
 def _checkpoint(folder: Path) -> dict[str, tuple[Path, Load]]:

@@ -19,7 +19,7 @@ def test_the_examples_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec", dont_inherit=True), scope)  # noqa: S102
-    assert len(blocks) == 8 and "there is no VAE to decode with" in capsys.readouterr().out
+    assert len(blocks) == 9 and "there is no VAE to decode with" in capsys.readouterr().out
 
 
 def test_the_shapes_of_the_large_preset() -> None:

@@ -39,9 +39,16 @@ class CodedVAE:
 
 
 def calibrate_vae_folder(
-    preset: Preset, folder: Path, *, device: torch.device, chunks: int = 2, passes: int = 4, latents: Path | None = None,
-    seed: int = 0, progress: Callable[[], object] = lambda: None,
-) -> CodedVAE:  # fmt: skip
+    preset: Preset,
+    folder: Path,
+    *,
+    device: torch.device,
+    chunks: int = 2,
+    passes: int = 4,
+    latents: Path | None = None,
+    seed: int = 0,
+    progress: Callable[[], object] = lambda: None,
+) -> CodedVAE:
     """Calibrate the decoder of `folder`'s VAE and store it in vae.json, where export reads it. See `calibrate_folder`.
 
     Raises:

@@ -126,11 +126,18 @@ def run(options: VaeCodesOptions) -> int:
     stored = calibrated_convs(read_side(path, "vae", PRESET), PRESET)
     calibration, bf16 = calibration_of(vae, stored), in_bf16(vae)
     report: dict[str, Any] = {
-        "kind": "evaluate", "command": shlex.join(["longtake", *sys.argv[1:]]), "commit": commit(), "date": date.today().isoformat(),
-        "preset": PRESET.name, "device": cpu_name(), "versions": versions(("torch",)), "gate_db": GATE_DB,
+        "kind": "evaluate",
+        "command": shlex.join(["longtake", *sys.argv[1:]]),
+        "rerun_with": shlex.join(["longtake", *sys.argv[1:]]),
+        "commit": commit(),
+        "date": date.today().isoformat(),
+        "preset": PRESET.name,
+        "device": cpu_name(),
+        "versions": versions(("torch",)),
+        "gate_db": GATE_DB,
         "calibration": "the checkpoint's" if stored else f"{CALIBRATION_CLIPS} clips of the training split",
         "codes": {name: seen.codes for name, seen in calibration.inputs.items()},
-    }  # fmt: skip
+    }
 
     def keep(**more: Any) -> None:
         report.update(more, seconds=round(time.monotonic() - begun, 1))
@@ -146,8 +153,10 @@ def run(options: VaeCodesOptions) -> int:
     if options.seconds:
         for figures in of_stream(vae, bf16, calibration, options):
             keep(stream=figures)
-        sys.stdout.write(f"stream     {figures['psnr_db']:.1f} dB, worst frame {figures['worst_frame_db']:.1f}, "
-                         f"{figures['seconds']:g} s of {figures['conv']}\n")  # fmt: skip
+        sys.stdout.write(
+            f"stream     {figures['psnr_db']:.1f} dB, worst frame {figures['worst_frame_db']:.1f}, "
+            f"{figures['seconds']:g} s of {figures['conv']}\n"
+        )
     every = [*report.get("clips", {}).values(), *([report["stream"]] if options.seconds else [])]
     return 0 if all(figures["psnr_db"] >= GATE_DB for figures in every) else 2
 

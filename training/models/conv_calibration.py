@@ -40,13 +40,25 @@ class ConvCalibration:
     def require(self, names: Sequence[str], weights: str) -> None:
         """Raise IntegrityError unless this is of the VAE with that digest, and has a usable scale for each of `names`."""
         if weights and self.weights != weights:
-            raise IntegrityError("the calibration of the VAE's convolutions is of another VAE",
-                                 got=f"sha256 {self.weights[:16] or 'none'}", expected=f"sha256 {weights[:16]}", fix=FIX)  # fmt: skip
+            raise IntegrityError(
+                "the calibration of the VAE's convolutions is of another VAE",
+                got=f"sha256 {self.weights[:16] or 'none'}",
+                expected=f"sha256 {weights[:16]}",
+                fix=FIX,
+            )
         if missing := [name for name in names if name not in self.inputs]:
-            raise IntegrityError("the VAE's convolutions are not calibrated", got=f"nothing of {missing[0]} and {len(missing) - 1} more",
-                                 expected=f"a peak of each of {len(names)}", fix=FIX)  # fmt: skip
+            raise IntegrityError(
+                "the VAE's convolutions are not calibrated",
+                got=f"nothing of {missing[0]} and {len(missing) - 1} more",
+                expected=f"a peak of each of {len(names)}",
+                fix=FIX,
+            )
         for name in names:
             found = self.inputs[name]
             if not all(0.0 < value < math.inf for value in (found.peak, found.rms)):
-                raise IntegrityError(f"the calibration gives no usable scale for {name}", got=f"peak {found.peak}, rms {found.rms}",
-                                     expected="positive and finite", fix=FIX)  # fmt: skip
+                raise IntegrityError(
+                    f"the calibration gives no usable scale for {name}",
+                    got=f"peak {found.peak}, rms {found.rms}",
+                    expected="positive and finite",
+                    fix=FIX,
+                )

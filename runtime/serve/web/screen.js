@@ -33,7 +33,8 @@ export function onFrame(second, at) {
   meters.frame(at);
   const chunk = player.film[player.at(second)];
   if (!chunk || !take()) return;
-  if (timeline.picture(chunk.key, $("video"))) draw();
+  const well = second - chunk.start > 0.4 * (chunk.end - chunk.start); // into it: its first frames may still be the shot before
+  if (well && timeline.picture(chunk.key, $("video"))) draw();
   const delay = meters.landed(take(), second, at, films.fps);
   if (delay) announce(TEXT.landed(delay.prompt, delay.cut, delay.value));
 }

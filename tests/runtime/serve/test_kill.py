@@ -75,8 +75,8 @@ def test_a_killed_server_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_server_loses_nothing_of_the_real_model(tmp_path: Path) -> None:
-    whole = undisturbed(tmp_path / "a", (), 6)
-    assert killed(tmp_path / "b", (), 6, 2) == whole
+    whole = undisturbed(tmp_path / "a", (), 4)
+    assert killed(tmp_path / "b", (), 4, 1) == whole
 
 
 @pytest.mark.slow

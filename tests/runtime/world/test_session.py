@@ -131,6 +131,14 @@ def test_a_saved_session_goes_on_bit_for_bit(generator: Generator, tmp_path: Pat
         assert len(got) == 2 and all(torch.equal(a, b) for a, b in zip(got, wanted))
 
 
+def test_a_retake_goes_back_with_its_camera(generator: Generator) -> None:
+    session = generator.session(["a room"] * 4, image=picture(), view=WALK, decode=False, retakes=True)
+    wanted = [chunk.latents for chunk in session]
+    for start in (0, 2):
+        again = session.retake(start)
+        assert all(torch.equal(chunk.latents, one) for chunk, one in zip(again, wanted[start:], strict=True))
+
+
 def test_slots_take_turns() -> None:
     turns, rows = Turns(3), []
     for _ in range(6):

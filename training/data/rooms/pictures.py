@@ -46,9 +46,15 @@ PHOTOGRAPHS = (
 )
 PLACES = {"skimage": "data", "sklearn": "datasets/images"}
 COLOURS = {
-    "red": (0.72, 0.22, 0.20), "green": (0.28, 0.55, 0.30), "blue": (0.25, 0.38, 0.70), "yellow": (0.85, 0.72, 0.30),
-    "white": (0.88, 0.87, 0.84), "grey": (0.50, 0.50, 0.52), "brown": (0.48, 0.33, 0.22), "violet": (0.50, 0.32, 0.60),
-}  # fmt: skip
+    "red": (0.72, 0.22, 0.20),
+    "green": (0.28, 0.55, 0.30),
+    "blue": (0.25, 0.38, 0.70),
+    "yellow": (0.85, 0.72, 0.30),
+    "white": (0.88, 0.87, 0.84),
+    "grey": (0.50, 0.50, 0.52),
+    "brown": (0.48, 0.33, 0.22),
+    "violet": (0.50, 0.32, 0.60),
+}
 
 
 def photographs_of(split: str) -> list[Photograph]:

@@ -47,9 +47,13 @@ def _walls(room: Room, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
     names = ("left", "right", "far", "near", "floor", "ceiling")
     positive = torch.gather(rays, -1, axis[..., None])[..., 0] > 0
     hit = {
-        "left": (axis == 0) & ~positive, "right": (axis == 0) & positive, "far": (axis == 2) & positive,
-        "near": (axis == 2) & ~positive, "floor": (axis == 1) & positive, "ceiling": (axis == 1) & ~positive,
-    }  # fmt: skip
+        "left": (axis == 0) & ~positive,
+        "right": (axis == 0) & positive,
+        "far": (axis == 2) & positive,
+        "near": (axis == 2) & ~positive,
+        "floor": (axis == 1) & positive,
+        "ceiling": (axis == 1) & ~positive,
+    }
     colour = torch.zeros(*rays.shape)
     for name, wall in zip(names, room.walls):
         along, up = {"left": (z, -y), "right": (z, -y), "far": (x, -y), "near": (x, -y)}.get(name, (x, z))

@@ -123,9 +123,16 @@ class SelfAttention(nn.Module):
             k = kit.short_conv(k, tail, self.conv_k_cam.weight)
         prepare = kit.ray_prepare_softmax if self.softmax else kit.ray_prepare_gdn
         out: tuple[Tensor, ...] = prepare(
-            self.split(self.q_proj_cam(u)), self.split(k), self.split(self.v_proj_cam(u)),
-            self.q_norm_cam.weight, self.k_norm_cam.weight, camera.rays, camera.inverse, *camera.rope, self.clip,
-        )  # fmt: skip
+            self.split(self.q_proj_cam(u)),
+            self.split(k),
+            self.split(self.v_proj_cam(u)),
+            self.q_norm_cam.weight,
+            self.k_norm_cam.weight,
+            camera.rays,
+            camera.inverse,
+            *camera.rope,
+            self.clip,
+        )
         return out, raw
 
     def _softmax(

@@ -59,9 +59,14 @@ class Memory:
     """
 
     def __init__(
-        self, config: SanaWMConfig, tokens: int, window: int = 2, sink: bool = True, batch: tuple[int, ...] = (),
+        self,
+        config: SanaWMConfig,
+        tokens: int,
+        window: int = 2,
+        sink: bool = True,
+        batch: tuple[int, ...] = (),
         like: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.window, self.sink = config, window, sink
         self.carried = nothing_carried(config, tokens, batch, like)
         self.chunks = 0

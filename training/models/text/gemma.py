@@ -129,9 +129,13 @@ class GemmaTokenizer:
         if self.instruction:
             most = len(self.tokenizer.encode(self.instruction)) + length - 2
         encoded = self.tokenizer(
-            [self.instruction + text for text in texts], max_length=most, padding="max_length", padding_side="right",
-            truncation=True, return_tensors="pt",
-        )  # fmt: skip
+            [self.instruction + text for text in texts],
+            max_length=most,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            return_tensors="pt",
+        )
         tokens = torch.where(encoded.attention_mask > 0, encoded.input_ids, PADDING)
         return tokens.to(torch.int32)
 

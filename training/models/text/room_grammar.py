@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 PICTURES = (
-    "astronaut", "brick", "clock", "coffee", "coins", "flower", "galaxies", "grass", "gravel", "photographer", "rocket",
+    "astronaut",
+    "brick",
+    "clock",
+    "coffee",
+    "coins",
+    "flower",
+    "galaxies",
+    "grass",
+    "gravel",
+    "photographer",
+    "rocket",
     "temple",
-)  # fmt: skip
+)
 PATTERNS = ("plain", "striped", "checked", "bricked", "mottled")
 WALL_COLOURS = ("red", "green", "blue", "yellow", "white", "grey", "brown", "violet")
 

@@ -33,8 +33,12 @@ def codable(vae: CausalVAE) -> dict[str, nn.Conv3d]:
         ends = name.startswith(("decoder.conv_in", "decoder.conv_out"))
         if isinstance(layer, nn.Conv3d) and not ends and layer.kernel_size != (1, 1, 1):
             if layer.in_channels % 16 or layer.out_channels % 8:
-                log.warning("%s stays in bf16: the kernel takes a multiple of 16 channels to a multiple of 8, not %d to %d",
-                            name, layer.in_channels, layer.out_channels)  # fmt: skip
+                log.warning(
+                    "%s stays in bf16: the kernel takes a multiple of 16 channels to a multiple of 8, not %d to %d",
+                    name,
+                    layer.in_channels,
+                    layer.out_channels,
+                )
                 continue
             found[name] = layer
     return found
@@ -137,8 +141,10 @@ class Watched:
 
     def calibration(self, weights: str = "") -> ConvCalibration:
         """What was seen. Raises IntegrityError for a convolution whose input was nothing but zeros, or not finite."""
-        inputs = {name: ConvInput(self._peak[name], math.sqrt(self._squares[name] / max(1, self._count[name])))
-                  for name in self.layers}  # fmt: skip
+        inputs = {
+            name: ConvInput(self._peak[name], math.sqrt(self._squares[name] / max(1, self._count[name])))
+            for name in self.layers
+        }
         found = ConvCalibration(weights, inputs)
         found.require(list(self.layers), "")
         return found
