@@ -23,6 +23,7 @@ from longtake.out_of_memory import is_out_of_memory
 from longtake.paths import REPOSITORY
 from longtake.runtime.snapshot import FORMAT, KIND, NOISE, _digest, snapshot_from_file
 from longtake.training.experiment.pack import restore
+from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import TINY
 
 FULL = """
@@ -219,3 +220,12 @@ def test_want_of_memory_by_any_name() -> None:
         assert is_out_of_memory(error), error
     for other in (ValueError("3"), OSError(28, "No space left on device"), RuntimeError("shapes differ")):
         assert not is_out_of_memory(other)
+
+
+@pytest.mark.parametrize("base", ["x" * 5000, "a\0b", "../" * 40 + "etc/passwd", "x" * 5000 + ".yaml"])
+def test_a_preset_of_a_base_that_is_no_name(tmp_path: Path, base: str) -> None:
+    (tmp_path / "mine.yaml").write_text(f"base: {json.dumps(base)}\n")
+    with pytest.raises(LongtakeError, match="mine.yaml"):
+        preset_named("mine.yaml", tmp_path)
+    with pytest.raises(LongtakeError, match="unknown preset"):
+        preset_named(base + ".yaml", tmp_path)

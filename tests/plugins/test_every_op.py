@@ -19,6 +19,7 @@ from longtake.dtypes import of_torch
 from longtake.errors import LongtakeError
 from longtake.plugins import registry
 from longtake.plugins.cases import op_inputs
+from longtake.plugins.codes import CODES
 from longtake.plugins.kernels import TABLE_LENGTH, WORKSPACE
 from longtake.plugins.nvrtc import INCLUDE
 from longtake.plugins.ops import torch_op, torch_schema
@@ -159,7 +160,11 @@ def test_an_unknown_op_names_the_known_ones() -> None:
 
 def test_properties_follow_from_the_spec() -> None:
     ops = all_ops()
-    assert [name for name, op in ops.items() if op.extends_stream] == ["norm_silu_extend", "stream_extend"]
+    ends = ("", *(f"_{codes}" for codes in CODES))
+    assert [name for name, op in ops.items() if op.extends_stream] == [
+        f"{name}{end}" for end in ends for name in ("norm_silu_extend", "stream_extend")
+    ]
+    assert all(op.name.endswith(f"_{op.codes}") for op in ops.values() if op.codes)
     assert [name for name, op in ops.items() if op.kernel_size] == [n for n in ops if n.startswith("conv_")]
     assert ops["conv_3x1x1"].kernel_size == (3, 1, 1) and not ops["linear_bf16"].kernel_size
     assert [name for name, op in ops.items() if op.reads_table] == [

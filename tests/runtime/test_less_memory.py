@@ -13,6 +13,7 @@ from segment_steps import run_steps
 from torch import Tensor
 
 from longtake.formats.segmented_graph import SegmentedGraph, Step
+from longtake.plugins.codes import encode
 from longtake.plugins.registry import op_named
 from longtake.runtime.backends.segments import planner as less_memory
 from longtake.runtime.backends.segments import vae_first as first_step
@@ -22,9 +23,12 @@ from longtake.runtime.backends.segments.planner import PlannedSteps, planned_ste
 from longtake.runtime.backends.segments.vae_first import FirstStep, first_steps
 from longtake.runtime.backends.trt.engine import Scratch
 from longtake.runtime.budget.recorded_steps import library_decoder_steps
+from longtake.training.models.conv_calibration import ConvCalibration, ConvInput
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B, Preset
 from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, shuffle
+from longtake.training.models.wan.vae_codes import codable_names, coded_convs
 from longtake.training.models.wan.vae_layers import channels_first, channels_last
+from longtake.training.models.wan.vae_library import LibrarySteady
 
 CPU, POISON = torch.device("cpu"), 0xFF  # NaN, in bf16 and in fp32
 
@@ -125,12 +129,17 @@ def alive_after(network: SegmentedNetwork, index: int) -> list[tuple[int, int]]:
 
 
 def network_of(
-    graph: SegmentedGraph, vae: CausalVAE, scratch: int = 1000, kind: type = Steady, device: torch.device = CPU
+    graph: SegmentedGraph,
+    vae: CausalVAE,
+    scratch: int = 1000,
+    kind: type = Steady,
+    device: torch.device = CPU,
+    coded: Mapping[str, Tensor] | None = None,
 ) -> Any:
     functions = segment_functions(vae)
-    host = SimpleNamespace(device=device, load=lambda name, spec: Engine(name, functions[name], scratch))
+    host = SimpleNamespace(device=device, load=lambda name, spec, bundle: Engine(name, functions[name], scratch))
     network = kind(host, graph, Scratch(device))
-    weights = vae.state_dict()
+    weights = vae.state_dict() | dict(coded or {})
     network.load_weights((name, weights[name]) for name in graph.weights)
     return network
 
@@ -166,6 +175,27 @@ def test_a_later_step_is_the_same_in_little_memory(graph: SegmentedGraph, vae: C
         network.run(tensors)
         for name, value in wanted.items():
             torch.testing.assert_close(tensors[name], value, rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def test_codes_lie_in_little_memory_as_well(vae: CausalVAE) -> None:
+    graph = library_decoder_steps(TINY, "int8")
+    peaks = ConvCalibration("", {name: ConvInput(8.0, 1.0) for name in codable_names(TINY.vae)})
+    module = LibrarySteady(vae, coded=coded_convs(vae, "int8", peaks))
+    coded = {name: tensor for name, tensor in module.named_buffers() if name.startswith("coded.")}
+    network = network_of(graph, vae, coded=coded)
+    network.prepare()
+    generator = torch.Generator().manual_seed(3)
+    given = {n: torch.randn(graph.tensors[n].shape, generator=generator) for n in graph.inputs}
+    kinds = {"int8": lambda x: encode(40 * x, "int8"), "bf16": lambda x: x.to(torch.bfloat16), "fp32": lambda x: x}
+    given = {name: kinds[graph.tensors[name].dtype](x) for name, x in given.items()}
+    caches = {name: x for name, x in given.items() if name != "latent"}
+    frames, *after = module(given["latent"], *(x.clone() for x in caches.values()))
+    tensors = bindings(graph, caches) | {"latent": given["latent"], "frames": torch.zeros_like(frames)}
+    network.run(tensors)
+    torch.testing.assert_close(tensors["frames"], frames, rtol=2e-2, atol=2e-2)
+    for name, made in zip(caches, after, strict=True):
+        assert (tensors[name].float() - made.float()).abs().max() <= 2e-2 or torch.equal(tensors[name], made), name
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longtake.errors import LongtakeError, nearest
 from longtake.training.models.families import family_of
-from longtake.training.models.presets import PRESETS, Preset, read_preset
+from longtake.training.models.presets import PRESETS, Preset, is_file, read_preset
 
 
 def preset_from_file(path: Path) -> Preset:
@@ -30,7 +30,7 @@ def preset_named(name: str, folder: Path = Path()) -> Preset:
     Raises:
         LongtakeError: there is no such preset, which lists the shipped ones; or see `preset_from_file`.
     """
-    if name.endswith((".yaml", ".yml")) and (folder / name).is_file():
+    if name.endswith((".yaml", ".yml")) and is_file(folder / name):
         return preset_from_file(folder / name)
     if name not in PRESETS:
         expected, fix = [*sorted(PRESETS), "or a .yaml file"], nearest(name, PRESETS, "pass one of these")

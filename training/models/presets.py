@@ -157,6 +157,14 @@ class WorldPreset(Preset):
 PRESET_TYPES: dict[str, type[Preset]] = {"sana_wm": WorldPreset}  # of families whose parts are described otherwise
 
 
+def is_file(path: Path) -> bool:
+    """`Path.is_file`, also for what no path can be: too long, or with a zero byte."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_preset(path: Path, folder: Path) -> Preset:
     """The preset in a file. `folder`: what the path of its checkpoints starts from, by default checkpoints/NAME there."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.stem):
@@ -177,7 +185,7 @@ def _values(path: Path, above: tuple[Path, ...] = ()) -> Any:
         return values
     base, own = str(values["base"]), {key: value for key, value in values.items() if key != "base"}
     beside = path.parent / base if base.endswith((".yaml", ".yml")) else SHIPPED / f"{base}.yaml"
-    if beside.resolve() in (path.resolve(), *above) or not beside.is_file():
+    if not is_file(beside) or beside.resolve() in (path.resolve(), *above):
         names = sorted(PRESETS)
         expected, fix = " | ".join([*names, "another file beside it"]), nearest(base, names, SEE)
         raise LongtakeError(f"preset {path}: bad base", got=base, expected=expected, fix=fix)

@@ -13,12 +13,13 @@ from longtake.options import recorded
 from longtake.training.data.base import told
 from longtake.training.data.named import dataset_from_name
 from longtake.training.models.checkpoint import load_into
-from longtake.training.models.wan.vae import CausalVAE, Stream
+from longtake.training.models.families import family_of
+from longtake.training.models.presets import Preset
 from longtake.training.options import VAE
 from longtake.training.stages.base import Metric, Stage
 from longtake.training.stages.options import StageOptions
 
-CLIP_FRAMES = (17, 29)
+CLIP_FRAMES = (17, 29)  # of a VAE of stride 4
 HELD_OUT_SEED = 10_000_019
 HELD_OUT_CLIPS = 8
 STATISTICS_CLIPS = 32
@@ -37,7 +38,7 @@ class VAEStage(Stage):
         self.options, self.preset = options, options.preset
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.vae = CausalVAE(self.preset.vae)
+            self.vae = family_of(self.preset).vae(self.preset)
         if options.init is not None:
             load_into(self.vae, options.init / "vae.safetensors", kind="vae", preset=self.preset)
         self.vae.encoder.requires_grad_(not options.decoder_only)
@@ -46,7 +47,7 @@ class VAEStage(Stage):
             dataset_from_name(options.data, self.preset, split, 0, options.max_bad_share, options.fit, options.held_out)
             for split in ("train", "eval")
         )
-        self.line = told(self.train, self.eval, frames=max(CLIP_FRAMES))
+        self.line = told(self.train, self.eval, frames=max(clip_frames(self.preset)))
 
     def prepare(self, device: torch.device) -> None:
         """Data sets, and the VAE on `device` (channels last on a GPU)."""
@@ -57,7 +58,7 @@ class VAEStage(Stage):
             self.vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.device_generator = torch.Generator(device)
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-        self.held_out = self.eval.clips(generator, max(CLIP_FRAMES), HELD_OUT_CLIPS, device)
+        self.held_out = self.eval.clips(generator, max(clip_frames(self.preset)), HELD_OUT_CLIPS, device)
 
     def autocast(self) -> torch.autocast:
         enabled = self.options.computes_in_bf16(self.device)
@@ -76,16 +77,16 @@ class VAEStage(Stage):
 
     def frames(self, generator: torch.Generator) -> int:
         """A random length."""
-        return CLIP_FRAMES[int(torch.randint(len(CLIP_FRAMES), (), generator=generator))]
+        return clip_frames(self.preset)[int(torch.randint(len(CLIP_FRAMES), (), generator=generator))]
 
     def clip_loss(self, frames: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
         """`loss` of clips of so many frames."""
         video = self.train.clips(generator, frames, self.options.batch, self.device)
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         with self.autocast():
-            raw = self.vae.encode_raw(video, Stream()).float()
+            raw = self.vae.encode_raw(video, self.vae.stream()).float()
             noise = torch.randn(raw.shape, generator=self.device_generator, device=self.device)
-            again = self.vae.decode_raw(raw + LATENT_NOISE * noise, Stream()).float()
+            again = self.vae.decode_raw(raw + LATENT_NOISE * noise, self.vae.stream()).float()
         l1, mse, edge = (again - video).abs().mean(), F.mse_loss(again, video), edge_loss(again, video)
         total = l1 + MSE_WEIGHT * mse + EDGE_WEIGHT * edge + SCALE_WEIGHT * raw.square().mean()
         return total, {"l1": l1.detach(), "mse": mse.detach(), "latent_std": raw.detach().std()}
@@ -110,7 +111,7 @@ class VAEStage(Stage):
         options = self.options
         if not options.decoder_only:
             self.measure_latents()
-        return {"vae": {**recorded(options, VAE), "clip_frames": list(CLIP_FRAMES)}}
+        return {"vae": {**recorded(options, VAE), "clip_frames": list(clip_frames(self.preset))}}
 
     @torch.no_grad()
     def measure_latents(self) -> None:
@@ -119,15 +120,21 @@ class VAEStage(Stage):
         count = STATISTICS_CLIPS if self.device.type == "cuda" else 4
         latents = []
         for _ in range(count):
-            clip = self.train.clips(generator, max(CLIP_FRAMES), 4, self.device)
+            clip = self.train.clips(generator, max(clip_frames(self.preset)), 4, self.device)
             with self.autocast():
-                latents.append(self.vae.encode_raw(clip, Stream()).float())
+                latents.append(self.vae.encode_raw(clip, self.vae.stream()).float())
         table = torch.cat(latents).transpose(0, 1).flatten(1)
         self.vae.latent_mean.copy_(table.mean(1))
         self.vae.latent_std.copy_(table.std(1).clamp_min(1e-3))
 
 
-def reconstructed(vae: CausalVAE, clips: Tensor) -> Tensor:
+def clip_frames(preset: Preset) -> tuple[int, ...]:
+    """Lengths of the clips that a VAE is trained on: a first frame, and whole groups after it, about as many."""
+    stride = preset.vae.stride[0]
+    return tuple(1 + (frames - 1) // stride * stride for frames in CLIP_FRAMES)
+
+
+def reconstructed(vae: Any, clips: Tensor) -> Tensor:
     """Clips [B,3,T,H,W] in [-1, 1] through encoder and decoder."""
     return torch.cat([vae.decode(vae.encode(clip)) for clip in clips.split(2)])
 

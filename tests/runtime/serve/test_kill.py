@@ -19,17 +19,18 @@ def film(process: Process, video: str) -> bytes:
     return httpx.get(f"{process.url}/v1/videos/{video}/content", timeout=30).content
 
 
-def watched(process: Process, session: str | None, live: Live, chunks: int) -> None:
-    """Acknowledge until `chunks` chunks are there."""
-    while not live.media or max(live.media) < chunks - 1:
-        live.until("video.chunk_metadata", ack=True)
+def changed(live: Live) -> None:
+    """Cut at chunk 2, always: it is not begun before chunk 1 was acknowledged."""
+    live.chunk(0)
+    live.send("session.ack", chunk=0)
+    live.chunk(1)
+    assert live.interact("e1", prompt="a red two circles", cut=True)["at_chunk"] == 2
 
 
 def undisturbed(store: Path, model: tuple[str, ...], chunks: int) -> tuple[dict[int, bytes], bytes]:
     process = Process(store, *model)
     live = Live(process.host, prompt=PROMPT, chunks=chunks, seed=3, flow={"mode": "ack", "window": 1})
-    watched(process, None, live, 2)
-    live.interact("e1", prompt="a red two circles", cut=True)
+    changed(live)
     live.until("session.done", ack=True)
     job = httpx.post(f"{process.url}/v1/videos", json={"prompt": PROMPT, "seed": 9, "seconds": "6"}, timeout=30).json()
     content = film(process, job["id"])
@@ -43,14 +44,14 @@ def killed(store: Path, model: tuple[str, ...], chunks: int, kills: int) -> tupl
     process = Process(store, *model)
     live = Live(process.host, prompt=PROMPT, chunks=chunks, seed=3, flow={"mode": "ack", "window": 1})
     session = live.until("video.start")["session_id"]
-    watched(process, session, live, 2)
-    live.interact("e1", prompt="a red two circles", cut=True)
+    changed(live)
     seen = live.fragments()
     for turn in range(kills):
         process.kill()
         process = Process(store, *model)
         flow = {"mode": "ack", "window": 1}
         live = Live(process.host, type="session.resume", session_id=session, next_chunk=len(seen), flow=flow)
+        live.send("session.ack", chunk=len(seen) - 1)
         if turn == kills - 1:
             live.until("session.done", ack=True)
         else:

@@ -21,7 +21,7 @@ from longtake.training.models.load import Models
 from longtake.training.models.presets import WorldPreset
 from longtake.training.models.text.words import tokenize
 
-pytestmark = pytest.mark.slow  # one export, PyTorch to ONNX
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # one export, PyTorch to ONNX
 
 
 @pytest.fixture(scope="module")

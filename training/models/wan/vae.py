@@ -99,6 +99,11 @@ class CausalVAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(config.z_channels))
         self.register_buffer("latent_std", torch.ones(config.z_channels))
 
+    @staticmethod
+    def stream(histories: Sequence[Tensor] | None = None) -> Stream:
+        """A clip's start, or its continuation."""
+        return Stream(histories)
+
     def encode(self, video_BCTHW: Tensor) -> Tensor:
         """Video fp32 [B,3,T,H,W] in [-1,1], T = 1 + 4n, to normalized latents fp32 [B,F,C,H/16,W/16]: the mean.
 
