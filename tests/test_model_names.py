@@ -16,7 +16,7 @@ from longtake.formats import model_name
 from longtake.formats.exported import KIND, UNRECORDED, Checked, Export
 from longtake.formats.model_name import asked_for, card_of, checked_name, claim, model_in, write_name
 from longtake.formats.recipe import recipe_named
-from longtake.pretrained import model_and_recipe
+from longtake.preparation import model_and_recipe
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import source_from_name
 from longtake.training.models.checkpoint import side_file
@@ -185,7 +185,7 @@ def test_export_options_that_contradict(own: Path) -> None:
 
 
 def test_what_is_there_is_opened_and_what_failed_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longtake import pretrained
+    from longtake import preparation as pretrained
 
     calls: list[Path] = []
 
@@ -210,7 +210,7 @@ def test_what_is_there_is_opened_and_what_failed_is_made_again(monkeypatch: pyte
 
 
 def test_a_model_without_calibration_gets_a_recipe_that_needs_none(own: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from longtake.pretrained import best_recipe
+    from longtake.preparation import best_recipe
 
     assert best_recipe(model_in(STUDENT), on_cpu=True) == RECIPE
     found = best_recipe(model_in(own), on_cpu=True)
@@ -220,7 +220,7 @@ def test_a_model_without_calibration_gets_a_recipe_that_needs_none(own: Path, ca
 def test_a_diffusers_folder_is_told_by_its_sizes(tmp_path: Path) -> None:
     import json
 
-    from longtake.pretrained import _preset_of
+    from longtake.preparation import _preset_of
 
     (tmp_path / "transformer").mkdir()
     config = tmp_path / "transformer" / "config.json"
