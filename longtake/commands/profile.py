@@ -48,7 +48,8 @@ def run(options: ProfileOptions) -> int:
     source = source_from_name(options.engines)
     choice = choose_backend(source, options.backend)
     print(f"backend {choice.backend}: {choice.reason}")
-    names = list(options.network or NETWORKS)
+    preset = source.recipe.model
+    names = list(options.network or family_of(preset).networks(preset))
     profiles = (
         _reference(source, names, options.runs) if choice.backend == "reference" else _native(source, names, options)
     )

@@ -28,7 +28,7 @@ from longtake.plugins.spec import DOMAIN
 
 MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
 S, L, H, D = 4, 24, 3, 32
-SIZES = {"S": S, "L": L, "H": H, "D": D, "T": 3, "F": 2, "Y": 5, "X": 4, "C": 16, "E": 5}
+SIZES = {"S": S, "L": L, "H": H, "D": D, "T": 3, "P": 6, "F": 2, "Y": 5, "X": 4, "C": 16, "E": 5}
 FLOAT, BF16, INT8, INT32 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT32
 FP8 = TensorProto.FLOAT8E4M3FN
 

@@ -26,8 +26,8 @@ from longtake.export.package import PlainGraphs, export_package, view_path
 from longtake.export.weights import stored_tensors
 from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models
-from longtake.training.models.network_spec import NETWORKS
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.networks import ContextStep
 from longtake.training.models.wan.spec import context_spec, dit_spec
@@ -38,7 +38,7 @@ def test_every_network_agrees_with_pytorch(package, precision: str) -> None:  # 
     """All window lengths, a commit, and both VAE steps. Only flipped 4-bit codes may exceed fp32 rounding."""
     models, recipe, folder = package(precision)
     rows = list(compare_networks(models, recipe, folder))
-    assert {row.network for row in rows} == set(NETWORKS)
+    assert {row.network for row in rows} == set(family_of(models.preset).networks(models.preset))
     assert {"first chunk", "one chunk read", "two chunks read", "full window"} <= {row.case for row in rows}
     flips = precision == "nvfp4" or recipe.cache == "nvfp4"
     for row in rows:
@@ -92,8 +92,8 @@ def test_the_same_model_exports_to_the_same_bytes(small_models: Models, tmp_path
 
 def test_plain_polygraphy_opens_the_view(package) -> None:  # type: ignore[no-untyped-def]
     """No custom domain, no function, no bf16 and no FP4 is left in it."""
-    folder = package("nvfp4")[2]
-    for name in NETWORKS:
+    models, _, folder = package("nvfp4")
+    for name in family_of(models.preset).networks(models.preset):
         view = read_onnx(view_path(folder / f"{name}.onnx"))
         assert {entry.domain for entry in view.opset_import} == {""} and not view.functions
         types = {t.data_type for t in view.graph.initializer}

@@ -70,7 +70,7 @@ class CpuNetwork(SegmentedNetwork):
 def network_of(model: Any, arena: Scratch | None = None) -> CpuNetwork:
     cut = segments_from_onnx(model, "dit")
     cpu = torch.device("cpu")
-    host = SimpleNamespace(device=cpu, load=lambda name, spec: OnnxEngine(cut.models[name]))
+    host = SimpleNamespace(device=cpu, load=lambda name, spec, bundle: OnnxEngine(cut.models[name]))
     network = CpuNetwork(host, cut.graph, arena or Scratch(cpu))
     constants = constants_of(model)
     network.load_weights((n, torch.from_numpy(numpy_helper.to_array(constants[n]).copy())) for n in cut.graph.weights)
@@ -144,7 +144,7 @@ def test_networks_that_take_turns_share_their_memory() -> None:
 def test_weights_in_common_are_kept_once_and_only_if_equal() -> None:
     cpu = torch.device("cpu")
     cut = segments_from_onnx(miniature.model_of_layers(1), "dit")
-    host, shared = SimpleNamespace(device=cpu, load=lambda name, spec: OnnxEngine(cut.models[name])), {}
+    host, shared = SimpleNamespace(device=cpu, load=lambda name, spec, bundle: OnnxEngine(cut.models[name])), {}
     one, two = (CpuNetwork(host, cut.graph, Scratch(cpu), shared=shared) for _ in range(2))
     nan = torch.tensor([1.0, float("nan")])
     one.load_weights([("a", nan), ("b", torch.ones(2)), ("c", torch.tensor(1.0))])
