@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toy_backend import ToyBackend, toy_tokenize
 
 import longtake
 from longtake import CancelledError, LongtakeError, Step, Video
 from longtake.paths import REPOSITORY
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
-
-sys.path.append(str(Path(__file__).parent / "runtime"))
-from conftest import ToyBackend, toy_tokenize  # noqa: E402
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from faults import Row
+from toy_backend import ToyBackend, toy_tokenize
 
 from longtake.errors import LongtakeError
 from longtake.runtime.chunk import Chunk
@@ -18,12 +17,6 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.sampling import CancelledError
 from longtake.runtime.session import Session
 from longtake.runtime.story import Segment
-
-_path = Path(__file__).resolve().parents[1] / "runtime" / "conftest.py"
-_spec = importlib.util.spec_from_file_location("toy_conftest", _path)
-assert _spec and _spec.loader
-toys = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toys)
 
 STORY = (
     Segment("a red one", 2),
@@ -35,7 +28,7 @@ ERRORS = (RuntimeError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, 
 
 
 def new_session(toy: Any) -> Session:
-    return Generator(toy, toys.toy_tokenize).session(STORY, seed=3, steps=2, guidance=2.0)
+    return Generator(toy, toy_tokenize).session(STORY, seed=3, steps=2, guidance=2.0)
 
 
 def digest(session: Session) -> str:
@@ -85,11 +78,11 @@ class Boundaries:
 def boundaries(count: int, cancels: int, seed: int) -> Row:
     """`count` exceptions at boundaries, one after the other, and `cancels` cancels, over as many sessions as that takes."""
     row = Row("exceptions at boundaries of a chunk, cancels", count + cancels, "session unchanged, next chunk identical, decoder errors recovered")  # fmt: skip
-    with new_session(toys.ToyBackend()) as undisturbed:
+    with new_session(ToyBackend()) as undisturbed:
         expected = list(undisturbed)
     chance, done, decoder_errors = random.Random(seed), 0, 0
     while done < count + cancels:
-        toy = toys.ToyBackend()
+        toy = ToyBackend()
         with new_session(toy) as session:
             calls = Boundaries(session, toy)
             for wanted in expected:

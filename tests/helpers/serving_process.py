@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from serving import tiny
+from toy_backend import ToyBackend, toy_tokenize
 
 from longtake.runtime.generator import Generator
 from longtake.runtime.serve.limits import Limits
@@ -17,14 +17,9 @@ from longtake.runtime.serve.server import Settings, Size, serve
 
 def toy(pause_s: float = 0.0) -> Generator:
     """The toy of the session tests. pause_s: how long each pass takes beside its arithmetic."""
-    path = Path(__file__).resolve().parents[1] / "runtime" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("toy_backend", path)
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    backend = module.ToyBackend()
+    backend = ToyBackend()
     backend.hook = lambda call: time.sleep(pause_s)
-    return Generator(backend, module.toy_tokenize)
+    return Generator(backend, toy_tokenize)
 
 
 def opened_toy(say: Any) -> Generator:
