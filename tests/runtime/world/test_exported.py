@@ -21,7 +21,7 @@ from longtake.training.models.load import Models
 from longtake.training.models.presets import WorldPreset
 from longtake.training.models.text.words import tokenize
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # one export, PyTorch to ONNX
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]  # one export, PyTorch to ONNX, of a dozen networks
 
 
 @pytest.fixture(scope="module")
