@@ -30,7 +30,7 @@ from longtake.training.models.wan.rope import rope_tables
 
 RECIPES = ("tiny_nvfp4_sm120", "tiny_fp8_sm90", "tiny_w4a16_sm89", "tiny_bf16_sm89")
 MODELS = [
-    pytest.param("random", marks=pytest.mark.slow),
+    pytest.param("random", marks=pytest.mark.long),
     pytest.param("hardly trained", marks=pytest.mark.long),
     pytest.param("shipped", marks=pytest.mark.long),
 ]

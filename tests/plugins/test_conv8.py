@@ -124,7 +124,7 @@ def host_conv(host_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("kind", (HopperConv, HopperRowsConv))
 @pytest.mark.parametrize("codes", CODES)
@@ -147,7 +147,7 @@ def test_a_small_convolution_by_the_kernels_text(host_conv: Any, codes: str, rev
     assert relative_error(out, op.reference(*inputs)) < LAST_BIT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sums_may_stay_in_the_tensor_cores(host_conv: Any) -> None:
     op, dims = op_named("conv_1x3x3_fp8"), {**FEW, "T": 1, "C": 160}
     inputs = op_inputs(op.name, dims, "bf16")
@@ -161,7 +161,7 @@ def test_it_compiles() -> None:
     assert launcher.cubin("sm_90a")[:4] == b"\x7fELF"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", (HopperConv, HopperRowsConv))
 @pytest.mark.parametrize("codes", CODES)
 def test_every_form_compiles(kind: Any, codes: str) -> None:
