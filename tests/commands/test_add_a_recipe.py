@@ -22,7 +22,6 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.sources import source_from_name
 from longtake.training.models.load import load_models, read_side
 from longtake.training.models.preset_files import preset_named
-from longtake.training.models.presets import TINY
 
 pytestmark = pytest.mark.slow
 
@@ -114,17 +113,13 @@ def test_an_export_for_a_recipe_that_is_not_shipped(path: Path, tmp_path: Path) 
 
 
 def test_folders_of_the_version_before(tmp_path: Path) -> None:
-    """They name shipped ones, and hold nothing of what those say."""
+    """They are refused, with the command that makes them anew."""
     recipe = recipe_named("tiny_bf16_sm90")
     Export(recipe.onnx_name, "tiny", "bf16", "bf16", {}, ()).write(tmp_path)
     told = read_json(tmp_path / "export.json")
     write_json(tmp_path / "export.json", {key: value for key, value in told.items() if key != "recipe"})
-    assert source_from_name(tmp_path).recipe.preset == "tiny" and source_from_name(tmp_path).recipe.model == TINY
-    bundle = _bundle(tmp_path / "engines", recipe, tmp_path)
-    told = read_json(bundle)
-    del told["recipe_fields"]["own_preset"]
-    write_json(bundle, told)
-    assert Bundle.read(tmp_path / "engines").recipe == recipe
+    with pytest.raises(IntegrityError, match="longtake export"):
+        source_from_name(tmp_path)
 
 
 def test_a_bundle_of_an_own_preset(tmp_path: Path) -> None:

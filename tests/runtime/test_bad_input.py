@@ -425,7 +425,7 @@ def _interrupt(process: subprocess.Popen[bytes], folder: Path, name: str) -> tup
     return code, said.read_text(errors="replace"), folder / name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c(interrupted: dict[str, tuple[int, str, Path]], command: str) -> None:
     code, said, folder = interrupted[command]
