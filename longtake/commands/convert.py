@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from tqdm import tqdm
@@ -93,6 +93,12 @@ class CalibrationOptions:
     """clips, each with its noise levels"""
     device: str = option("cpu", metavar="NAME")
     """cpu or cuda:N"""
+
+    @property
+    def clips(self) -> dict[str, Any]:
+        """What is measured and where, as the two calibrations take it."""
+        device = torch.device(self.device)
+        return {"device": device, "chunks": self.chunks, "passes": self.passes, "latents": self.latents}
 
 
 def run(options: ConvertOptions, measure: CalibrationOptions) -> int:
@@ -208,15 +214,7 @@ def calibrate(options: ConvertOptions, measure: CalibrationOptions) -> None:
 def calibrate_vae(options: ConvertOptions, measure: CalibrationOptions) -> None:
     """Measure and store what the VAE's convolutions read; print what 8-bit codes cost its frames."""
     with tqdm(unit="clip", desc="calibrate the VAE", leave=False, dynamic_ncols=True) as bar:
-        found = calibrate_vae_folder(
-            options.preset,
-            options.out,
-            device=torch.device(measure.device),
-            chunks=measure.chunks,
-            passes=measure.passes,
-            latents=measure.latents,
-            progress=bar.update,
-        )
+        found = calibrate_vae_folder(options.preset, options.out, **measure.clips, progress=bar.update)
     counts = ", ".join(f"{count} in {codes}" for codes, count in found.counts.items())
     cost = "" if found.psnr_db is None else (
         f"; frames at {found.psnr_db:.1f} dB against bf16, the worst at {found.worst_frame_db:.1f}"
@@ -227,15 +225,7 @@ def calibrate_vae(options: ConvertOptions, measure: CalibrationOptions) -> None:
 def calibrate_dit(options: ConvertOptions, measure: CalibrationOptions) -> None:
     """Measure and store amax."""
     with tqdm(total=measure.passes, unit="clip", desc="calibrate", leave=False, dynamic_ncols=True) as bar:
-        amax = calibrate_folder(
-            options.preset,
-            options.out,
-            device=torch.device(measure.device),
-            chunks=measure.chunks,
-            passes=measure.passes,
-            latents=measure.latents,
-            progress=bar.update,
-        )
+        amax = calibrate_folder(options.preset, options.out, **measure.clips, progress=bar.update)
     inputs = [sides["input"] for sides in amax.values()]
     print(f"{options.out / 'dit.json'}: amax of {len(amax)} linears, inputs {min(inputs):.3g} to {max(inputs):.3g}")
 
