@@ -148,10 +148,15 @@ class DecodeQueue:
         return frames
 
     def rewind(self, index: int) -> None:
-        """Forget what was submitted from chunk `index` on; what comes next is decoded as if that had never been."""
-        if self._last is None or (self._last.index < index and self.failed is None):
+        """Forget what was submitted from chunk `index` on; what comes next is decoded as if that had never been.
+
+        The error of an earlier chunk stays, also one that shows only now: whoever rewinds to `index` does not know of it.
+        """
+        if self._last is None or self._last.index < index:
             return
         self._last.wait()
+        if self.failed is not None and self.failed.index < index:
+            return
         self._rewind_to = index if self._rewind_to is None else min(index, self._rewind_to)
         self.decoded, self.failed, self._last = min(self.decoded, index), None, None
 
@@ -187,7 +192,7 @@ class DecodeQueue:
         if self._closed:  # its thread has ended
             self._go_back()
             return
-        frames = self._put(Frames(self._rewind_to - 1), None, None)
+        frames = self._put(Frames(self._rewind_to), None, None)
         frames.wait()
         frames.raise_error()
         self._last = None  # it was no chunk

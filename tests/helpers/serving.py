@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -102,8 +103,12 @@ class Live:
 
     def __init__(self, host: str, /, headers: dict[str, str] | None = None, query: str = "", **first: Any) -> None:
         url = f"ws://{host}/v1/realtime/video{query}"
+        others = dict(headers or {})
+        place, port = host.rsplit(":", 1)
+        wire = socket.create_connection((place, int(port)))
+        url = url.replace(host, others.pop("Host", host))  # one such header: a second one is no HTTP
         self.socket: ClientConnection = connect(
-            url, max_size=None, compression=None, additional_headers=headers, legacy=True
+            url, sock=wire, max_size=None, compression=None, additional_headers=others, legacy=True
         )
         self.messages: list[dict[str, Any]] = []
         self.media: dict[int, bytes] = {}

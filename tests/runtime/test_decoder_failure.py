@@ -267,3 +267,34 @@ def _past(decoder: Any, backend: Any) -> int:
     backend.decode_device = torch.device("cpu")
     assert past is not None and decoder.past_latents is None
     return int(past)
+
+
+def test_an_error_that_shows_while_the_next_chunk_is_handed_over_is_not_forgotten(
+    toy: Any, make_generator: Make, expected: list[Chunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, raise_error = threading.Event(), DecodeQueue.raise_error
+
+    def break_once() -> None:
+        gate.wait(10)
+        toy.on_decode = lambda: None
+        raise RuntimeError("decoder broke")
+
+    def look(queue: DecodeQueue) -> None:
+        """Chunk 1 fails just after `submit` has looked at earlier errors."""
+        raise_error(queue)
+        if not gate.is_set():
+            gate.set()
+            second.decoding.wait()  # type: ignore[union-attr]
+
+    with story(toy, make_generator) as session:
+        first = next(session)
+        first.frames  # noqa: B018
+        toy.on_decode = break_once
+        second = next(session)
+        monkeypatch.setattr(DecodeQueue, "raise_error", look)
+        third = next(session)
+        for chunk in (second, third):
+            with pytest.raises(RuntimeError, match="decoder broke"):
+                chunk.frames  # noqa: B018
+        assert session.next_index == 1
+        assert all(map(same, [first, *session], expected))
