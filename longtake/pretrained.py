@@ -91,8 +91,10 @@ def generate(
     """Make a video of `chunks` chunks (of a story or a list of prompts: None, for its own length).
 
     Args:
-        prompt, seed, more: as of `Generator.session`. model: as of `Generator.from_pretrained`.
+        prompt: as the script of `Generator.session`, as is `seed`.
+        model: as of `Generator.from_pretrained`.
         out: where it is saved, too.
+        **more: what else `Generator.session` takes.
     """
     with Generator.from_pretrained(model) as generator:
         with generator.session(prompt, seed, chunks=chunks, **more) as session:
