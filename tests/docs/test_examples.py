@@ -140,7 +140,7 @@ def test_every_script_is_tried_and_told_of() -> None:
     assert len(there) == 9
     for path in FOLDER.glob("*.py"):
         assert path.name in path.read_text(encoding="utf-8").split('"""')[1]  # how it is started
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 45
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 50
 
 
 def test_the_notebook_carries_no_outputs() -> None:
