@@ -40,7 +40,7 @@ steps = sys.argv[2] if len(sys.argv) > 2 else "20"
 if not clips.exists():
     draw_clips(clips)
 longtake(f"train --config tiny_own_vae --data {clips} --steps {steps}")
-longtake(f"train --config tiny_own_nvfp4 --data {clips} --steps {steps}")
+longtake(f"train --config tiny_own_nvfp4 --data {clips} --steps {steps} --batch 4 --stories 16")
 caption = min(clips.glob("*.txt")).read_text().strip()
 with Generator.from_checkpoint("runs/own") as generator, generator.session(caption, seed=7, steps=4) as session:
     Video(next(session).frames, generator.fps, {}).save("own_clips.mp4")
