@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from longtake.commands.main import main
+from longtake.errors import LongtakeError
 from longtake.formats.model_name import card_of, home
 from longtake.preparation import model_and_recipe
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
@@ -91,3 +94,36 @@ def test_a_name_is_not_needed_the_folder_will_do(
     assert model_and_recipe(str(folder))[0] == model  # found again
     assert (model.checkpoints / "dit.safetensors").stat().st_mtime_ns == written
     assert card_of("Small-Diffusers") is None  # a name of its own only once something is made of it
+
+
+def test_another_folder_of_the_same_name_is_refused(published: Any, known: Preset, tmp_path: Path) -> None:
+    folder, states = published
+    model, _ = model_and_recipe(folder)
+    moved = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, moved, copy_function=shutil.copyfile)  # the same bytes, of another time
+    assert model_and_recipe(moved)[0] == model
+    shard = min((moved / "transformer").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)  # of the same size
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(
+        LongtakeError, match=r"(?s)two different models are called Small-Diffusers.*got: .*elsewhere.*rename one"
+    ):
+        model_and_recipe(moved)
+    check(model.checkpoints, known, states)
+
+
+def test_a_conversion_that_was_cut_short_is_made_again(
+    published: Any, known: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, states = published
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longtake.preparation.convert_dit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model_and_recipe(folder)
+    check(model_and_recipe(folder)[0].checkpoints, known, states)
