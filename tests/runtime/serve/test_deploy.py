@@ -15,6 +15,7 @@ import yaml
 
 from longtake.commands.main import COMMANDS, parsed, split
 from longtake.paths import REPOSITORY
+from longtake.runtime.serve.auth import Door
 
 FOLDER = REPOSITORY / "docs" / "serving" / "deploy"
 LONGTAKE = "/opt/venv/bin/longtake"
@@ -129,6 +130,9 @@ def test_compose_names_targets_secrets_and_volumes_that_are_there() -> None:
         assert set(volumes.values()) == set(json.loads(said(name, "VOLUME")[0]))
         assert int(service["stop_grace_period"].removesuffix("s")) > 15
         compile(service["healthcheck"]["test"][3], "healthcheck", "exec")
+        parses(service["command"])
+        own = json.loads(said(name, "CMD")[0])
+        assert service["command"][: len(own)] == own  # the image's, and who may come through the proxy
     assert "devices" in str(compose["services"]["gpu"]) and "devices" not in str(compose["services"]["cpu"])
 
 
@@ -151,7 +155,13 @@ def test_the_cluster() -> None:
 
 @pytest.mark.parametrize("name", ["nginx.conf", "Caddyfile"])
 def test_what_stands_in_front(name: str) -> None:
+    """The server answers to the name that the proxy passes on: otherwise every request were refused."""
     text = (FOLDER / name).read_text(encoding="utf-8")
+    (host,) = set(re.findall(r"server_name (\S+);", text) or re.findall(r"^(\S+) \{$", text, re.M))
+    for behind in ("longtake.service", "compose.yaml", "kuberay.yaml"):
+        words = re.sub(r"[][,\"]", " ", (FOLDER / behind).read_text(encoding="utf-8")).split()
+        origins = tuple(word for before, word in zip(words, words[1:]) if before == "--allow-origin" and "://" in word)
+        assert not Door(b"").knows_host(host) and Door(b"", origins=origins).knows_host(host), behind
     assert text.count("{") == text.count("}") > 1 and "127.0.0.1:8000" in text
 
 
