@@ -6,11 +6,10 @@ from PIL import Image, ImageDraw
 
 from longtake import Generator, Video
 
+picture = Image.new("RGB", (128, 128), (20, 30, 90))
+ImageDraw.Draw(picture).line([(40, 36), (88, 36), (60, 96)], fill=(60, 200, 80), width=10)
 if len(sys.argv) > 1:
     picture = Image.open(sys.argv[1])
-else:
-    picture = Image.new("RGB", (128, 128), (20, 30, 90))
-    ImageDraw.Draw(picture).line([(40, 36), (88, 36), (60, 96)], fill=(60, 200, 80), width=10)
 
 with Generator.from_pretrained("tiny-4step") as generator:
     prompt = "a green seven drifts left over a dark blue background, soft light"

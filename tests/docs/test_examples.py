@@ -6,6 +6,7 @@ import io
 import json
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,16 @@ def test_own_clips_lead_to_a_video(started: Any, tmp_path: Path, monkeypatch: py
     frames, _ = frames_from_video(tmp_path / "own_clips.mp4")
     assert frames.shape == (29, 128, 128, 3)
     assert (tmp_path / "runs" / "own" / "text_encoder.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_scripts_pass_mypy_strict() -> None:
+    words = [sys.executable, "-m", "mypy", "--strict", "--config-file", "/dev/null", "--follow-imports", "silent"]
+    scripts = sorted(str(path) for path in FOLDER.glob("*.py"))
+    done = subprocess.run(
+        [*words, "--scripts-are-modules", *scripts], capture_output=True, text=True, cwd=REPOSITORY, timeout=500
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_script_is_tried_and_told_of() -> None:
