@@ -166,7 +166,7 @@ class Generator:
             script: a prompt, for `chunks` chunks; a list of prompts, one a chunk; a story, segments, the path of a story
                 (a string that ends in .yaml or .json) or the name of a shipped one. A prompt that begins with CUT_PREFIX
                 ("The scene transitions. ") is a cut.
-            seed, steps, guidance, negative_prompt: override the story's, which override the preset's.
+            seed: overrides the story's, which overrides the preset's; so do `steps`, `guidance` and `negative_prompt`.
             sampling: steps and guidance, timesteps, shift and solver in one; takes the place of `steps` and `guidance`.
             noise: of chunks in place of the seed's: a function of a chunk's index that gives [1, F, C, H, W], or one tensor,
                 the whole video's, chunk after chunk along F.
