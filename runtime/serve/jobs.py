@@ -12,6 +12,7 @@ from longtake.runtime.serve.desk import asked, drive
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.grants import ChangeRefusedError, Grant, WorkerLostError
 from longtake.runtime.serve.journal import Journal
+from longtake.runtime.serve.messages import chunk_seconds
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class Jobs:
         async for event in drive(front.desk, front.workers, journal, number, None, front.meters):
             if event.kind == "granted":
                 grant = event.facts["grant"]
+            if event.kind == "chunk":
+                front.measured(chunk_s=chunk_seconds(journal.chunk(event.facts["index"])["ms"]))
             if event.kind == "chunk" and grant and await front.desk.people_wait():
                 with contextlib.suppress(ChangeRefusedError, WorkerLostError):
                     await front.workers.control(grant, "park")

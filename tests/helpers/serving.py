@@ -61,11 +61,9 @@ class Served:
 
     async def _main(self) -> None:
         self._ending, self._loop = asyncio.Event(), asyncio.get_running_loop()
-        door = self.settings.door(self.store)
         await served(
             self.settings,
             self.store,
-            door,
             self.socket,
             lambda say: self._make(),
             lambda _: self._ready.set(),
