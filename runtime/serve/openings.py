@@ -11,6 +11,7 @@ from longtake.runtime.serve.flow import Flow, flow_for
 from longtake.runtime.serve.fork import Wish, fork
 from longtake.runtime.serve.front import Front, writing
 from longtake.runtime.serve.journal import Journal
+from longtake.runtime.serve.registry import FAILED
 from longtake.runtime.serve.requests import Asker, checked_story, checked_text, described, image_from_url, with_image
 from longtake.runtime.serve.store import new_id
 
@@ -66,7 +67,11 @@ def _resumed(front: Front, user: str, message: Resume) -> Opening:
         raise ServeError("bad_request", "so many chunks were never made", param="next_chunk", detail=detail)
     if journal.meta.kind != "live":
         raise ServeError("not_found", "this is a job, not a live session", status=404)
-    return Opening(journal, _flow(front, message.flow, journal.meta.endless), message.next_chunk)
+    flow = _flow(front, message.flow, journal.meta.endless)
+    if (journal.end() or {}).get("state") == FAILED:  # it is tried again: by other engines, or after what broke it
+        with writing():
+            journal.reopen()
+    return Opening(journal, flow, message.next_chunk)
 
 
 def _retaken(front: Front, asker: Asker, message: Retake) -> Opening:

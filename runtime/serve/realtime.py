@@ -243,7 +243,7 @@ class Connection:
                 await self._send_chunk(self.journal, self.cursor, not init_sent)
                 init_sent = True
                 self.cursor += 1
-            if self.ended is not None and self.cursor >= self.journal.count():
+            if self.ended is not None and (not self.started or self.cursor >= self.journal.count()):
                 await self._say_end(self.ended)
                 return
             with contextlib.suppress(TimeoutError):

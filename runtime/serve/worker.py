@@ -25,7 +25,7 @@ from longtake.runtime.serve.journal import Journal, LeaseLostError
 from longtake.runtime.serve.keeping import is_decoded, keep_chunk, keep_state, state_after
 from longtake.runtime.serve.live import Live
 from longtake.runtime.serve.meters import Meters
-from longtake.runtime.serve.rebuild import rebuild, take_in_clip
+from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, take_in_clip
 from longtake.runtime.serve.store import Store
 from longtake.runtime.snapshot import Snapshot
 
@@ -217,7 +217,7 @@ class Worker:
         except LeaseLostError as error:
             self._over(live, "lost", error.what, "lease_lost")
         except LongtakeError as error:
-            code = "engines_differ" if type(error).__name__ == "OtherEnginesError" else "cannot_open"
+            code = "engines_differ" if isinstance(error, OtherEnginesError) else "cannot_open"
             self._over(live, "failed", error.what, code, error)
         except OSError as error:
             self._over(live, "parked", f"the store cannot be used: {error.strerror}", "store_full")

@@ -177,6 +177,25 @@ class Live:
         return b"".join(self.media[index] for index in sorted(self.media))
 
 
+def parked(server: Served, session: str) -> None:
+    """Wait until a session that nobody watches has given its place back: its whole state is kept then."""
+    until = time.monotonic() + 30
+    while not server.store.journal(session).snapshots():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def walk(server: Served, live: Live, window: int, chunks: int, pause_s: float) -> None:
+    """Look at `chunks` chunks, slowly: nothing is made further ahead than the window."""
+    journal = server.store.journal(live.until("video.start")["session_id"])
+    live.chunk(window - 1)
+    for shown in range(chunks):
+        time.sleep(pause_s)
+        assert journal.count() == shown + window
+        live.send("session.ack", chunk=shown)
+        live.chunk(shown + window)
+
+
 class Process:
     """`longtake serve`'s server in a process of its own, over the student or the toy; it can be killed."""
 
