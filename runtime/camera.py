@@ -229,9 +229,11 @@ def steered(
 def steers_from(cameras: Sequence[CameraPosition | None], start: int) -> tuple[Steer, ...]:
     """The live changes that hold in chunk `start` and come after it. cameras: before each chunk, and after the last one."""
     held = [steer for steer in getattr(cameras[start], "steers", ()) if steer.at < start]
-    came = [steer for chunk, each in enumerate(cameras) if each and chunk >= start for steer in each.steers
-            if steer.at == chunk or steer.at > chunk == len(cameras) - 1]  # fmt: skip
-    return (*held, *came)
+    last = len(cameras) - 1
+    for chunk, camera in enumerate(cameras[start:], start):
+        steers = camera.steers if camera else ()
+        held += [steer for steer in steers if steer.at == chunk or (chunk == last and steer.at > chunk)]
+    return tuple(held)
 
 
 def cameras_of(

@@ -16,6 +16,7 @@ from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.store import Store
+from longtake.runtime.serve.traces import Traces
 
 
 @contextmanager
@@ -40,6 +41,7 @@ class Front:
     door: Door
     codec: str = "h264"
     status: str = ""
+    traces: Traces = field(default_factory=Traces)
     leaving: bool = False
     jobs: Any = None
     connections: set[Any] = field(default_factory=set)

@@ -59,6 +59,7 @@ class Connection:
         self.asked: dict[str, float] = {}  # when changes came in, by event_id, for the delay that is measured
         self.heard = self.born = time.monotonic()
         self.closing = self.gone = self.new = False
+        self.span: Any = None  # of its trace
         self.driving: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
 
@@ -104,6 +105,11 @@ class Connection:
         self.journal, self.flow, self.cursor = opening.journal, opening.flow, opening.next_chunk
         self.request_id, self.shown, self.new = opening.journal.id, opening.next_chunk - 1, opening.new
         self.placed = opening.journal.count() > 0  # its first chunk is there already: nothing is measured of it
+        with self.front.traces.session(opening.journal.id, "live", self.socket.headers.get("traceparent")) as self.span:
+            await self._attend()
+
+    async def _attend(self) -> None:
+        """From the session's opening to the socket's end."""
         self.front.connections.add(self)
         tasks = [asyncio.create_task(each) for each in (self._read(), self._drive(), self._show(), self._tick())]
         self.driving = tasks[1]
@@ -112,7 +118,7 @@ class Connection:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if (
                 done == {self.driving} and self.driving.cancelled()
-            ):  # given up while it waited: the end is still to be said
+            ):  # given up in the queue: the end is still to be said
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 if not task.cancelled() and (error := task.exception()) and not _gone(error):
@@ -209,6 +215,8 @@ class Connection:
             self.active.set()
             await self._begin()
             await self.advance()
+        elif event.kind == "chunk":
+            self.front.traces.chunk(self.span, **facts)
         elif event.kind == "moved":
             self.active.clear()
             await self.send("session.moved", request_id=self.request_id, **facts)
@@ -310,9 +318,7 @@ class Connection:
         while True:
             await asyncio.sleep(0.1)
             if self.clock and self.active.is_set() and self.grant and not self.ended:
-                shown = self._offset + self.clock.shown()
-                if shown != self.shown:
-                    self.shown = shown
+                self.shown = self._offset + self.clock.shown()
                 await self.advance()
 
     async def advance(self) -> None:

@@ -25,6 +25,7 @@ from longtake.training.models.sana_wm.actions import keys_of_frames
 from longtake.video import count_frames
 
 DEFAULT_SECONDS = 4.0
+SAMPLED = ("seed", "steps", "guidance", "negative_prompt", "shift", "timesteps")  # of a request, in an identity
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 
@@ -211,15 +212,7 @@ def described(body: Video, asker: Asker, ident: str, kind: str, *, endless: bool
         endless=endless,
         frames=frames,
         view=view_of(story),
-        identity={
-            **about["identity"],
-            "seed": options.seed,
-            "steps": options.steps,
-            "guidance": options.guidance,
-            "negative_prompt": options.negative_prompt,
-            "shift": options.shift,
-            "timesteps": list(options.timesteps),
-        },
+        identity={**about["identity"], **{name: getattr(options, name) for name in SAMPLED}},
         about={"mime": about["codecs"][codec]["mime"]},
     )
 

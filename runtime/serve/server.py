@@ -33,6 +33,7 @@ from longtake.runtime.serve.limits import FRAME_BYTES, Limits
 from longtake.runtime.serve.local import LocalWorkers
 from longtake.runtime.serve.meters import Meters, prometheus
 from longtake.runtime.serve.store import Store
+from longtake.runtime.serve.traces import traces_to
 from longtake.runtime.serve.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ Open = Callable[[Say], Generator]  # opens the model, saying meanwhile what it d
 
 @dataclass(frozen=True)
 class Settings:
-    """How one process serves. store: None for a temporary folder, whose sessions end with the process."""
+    """How one process serves. store: None for a temporary folder, whose sessions end with the process. traces: a collector's URL."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -56,6 +57,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     slots: int = 1
     codec: str = "h264"
+    traces: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def door(self, store: Store) -> Door:
@@ -76,7 +78,8 @@ class Settings:
 
     def front(self, store: Store, desk: Any, workers: Workers, meters: Meters, status: str = "") -> Front:
         """A front over a registry and workers, here or elsewhere; it says `status` until that is empty."""
-        return Front(store, desk, workers, self.limits, meters, self.door(store), self.codec, status)
+        traces = traces_to(self.traces)
+        return Front(store, desk, workers, self.limits, meters, self.door(store), self.codec, status, traces)
 
     def worker(self, generator: Generator, store: Store, name: str, meters: Meters) -> Worker:
         """A worker that holds the model."""

@@ -322,9 +322,10 @@ class Worker:
         with self._wake:
             live.committed, live.failed_at = chunk.index + 1, None
             self._wake.notify_all()
-        live.tell("chunk", index=chunk.index)
+        seconds = time.monotonic() - facts["began"]
+        live.tell("chunk", index=chunk.index, seconds=seconds, ms=kept.ms)
         self.meters.set("gpu_memory_bytes", float(self.generator.backend.peak_bytes()), kind="used")
-        self.meters.chunk(kept.ms, kept.frames, time.monotonic() - facts["began"], journal.meta.fps, kept.bytes)
+        self.meters.chunk(kept.ms, kept.frames, seconds, journal.meta.fps, kept.bytes)
         log.info("chunk", extra={"session": journal.id, "chunk": chunk.index, "ms": kept.ms})
         if state is not None:
             keep_state(journal, state)
