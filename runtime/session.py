@@ -209,7 +209,8 @@ class Session(LiveChanges):
         kept = self._undecoded.kept.get(here.chunk)
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
-            cameras, walk = cameras_of(here.camera, self.model.preset, here.chunk)
+            camera = here.camera and here.camera.as_in(after.camera if after else None)
+            cameras, walk = cameras_of(camera, self.model.preset, here.chunk)
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *cameras)
         with clock.stage("denoise"):
             sample = kept.transpose(1, 2) if kept is not None else given_BCFHW

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import PROMPT, Live, Served
+from serving import PROMPT, Live, Served, walk
 from websockets.exceptions import ConnectionClosed
 
 from longtake.runtime.serve.limits import Limits
@@ -44,13 +44,7 @@ def test_a_viewer_who_does_not_read_costs_nothing(start: Any) -> None:
 def test_a_slow_viewer_is_waited_for_and_changes_come_soon(start: Any) -> None:
     server: Served = start()
     live = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack", "window": 2})
-    session = live.until("video.start")["session_id"]
-    live.chunk(1)
-    for shown in range(3):
-        time.sleep(0.4)
-        assert server.store.journal(session).count() == shown + 2
-        live.send("session.ack", chunk=shown)
-        live.chunk(shown + 2)
+    walk(server, live, window=2, chunks=3, pause_s=0.4)
     at = live.interact("e", prompt="snow")["at_chunk"]
     assert at - 2 <= 3  # window + 1 after what is shown
     live.send("session.stop")
