@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import LongtakeError
+from longtake.training.data.held_out_stories import BETWEEN, DISTANCES
 from longtake.training.experiment.classifier import JudgeTraining
 
 # Steps a second that an H100 makes at the full size, and what else takes how long there: for the plan only.
 STEPS_PER_SECOND = {"bf16": 12.0, "nvfp4": 12.0}
 JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 40.0, 12.0, 10.0
+MEMORY_SECONDS, FILM_SECONDS = 35.0, 80.0  # estimated from these
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Settings:
     it, bf16 or under NVFP4. story_parts: pieces that the training stories are encoded in, by as many processes.
     flow_stories, flow_draws: held-out stories of the flow loss and how often each is noised. teacher: the seed whose
     NVFP4-aware model is distilled; "first" is chosen before anything is measured, "best" by the lowest flow loss.
+    memory_*: returns of a subject, so many stories for each distance in chunks and number of subjects between. drift_*: one
+    shot of a minute; film_*: of five. probe_stories: of each distance of returns that attention is looked at in.
     steps, guidance: of sampling, for models that aren't distilled. distill_steps, distill_seconds: a student's training
     ends with whichever comes first; distill_ratio: the critic's steps for one of the student.
     """
@@ -45,8 +49,14 @@ class Settings:
     fidelity_chunks: int = 5
     identity_stories: int = 160
     identity_lengths: tuple[int, int, int] = (2, 4, 3)
+    memory_stories: int = 24
+    memory_distances: tuple[int, ...] = DISTANCES
+    memory_between: tuple[int, ...] = BETWEEN
     drift_stories: int = 40
     drift_chunks: int = 45
+    film_stories: int = 16
+    film_chunks: int = 225
+    probe_stories: int = 64
     steps: int = 16
     guidance: float = 3.0
     students: tuple[int, ...] = (4, 2)
@@ -97,8 +107,14 @@ def quick(settings: Settings) -> Settings:
         fidelity_chunks=1,
         identity_stories=1,
         identity_lengths=(1, 1, 1),
+        memory_stories=1,
+        memory_distances=(1,),
+        memory_between=(1,),
         drift_stories=1,
         drift_chunks=2,
+        film_stories=1,
+        film_chunks=3,
+        probe_stories=1,
         steps=1,
         students=(4,),
         distill_steps=2,
