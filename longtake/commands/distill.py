@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from longtake.commands.run_files import RUNS
@@ -12,6 +14,7 @@ from longtake.training.devices import device_named
 from longtake.training.distill.options import DistillOptimizers, DistillOptions
 from longtake.training.models.quantize import modelopt
 from longtake.training.options import RunOptions
+from longtake.training.parts import source_of
 from longtake.training.resume import require_resume_point
 from longtake.training.trainer import TrainConfig
 
@@ -39,6 +42,7 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
     """Distil as told; returns the exit code."""
     optimizer = optimizers.student(options.preset, lora=bool(options.lora_rank))
     config = train_config(how, options.preset, optimizer, where, options, optimizers)
+    config = replace(config, source=source_of("dit", options.teacher))
     if where.dry_run:
         return describe(options, config)
     from longtake.training.distill.stage import DistillStage

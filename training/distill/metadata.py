@@ -20,6 +20,7 @@ def student_metadata(
         "sampling": {"steps": steps, "guidance": 1.0, "shift": shift, "timesteps": list(model_timesteps(steps, shift))},
         "data": options.data,
         "chunks": list(options.chunks),
+        "return_distance": options.return_distance and list(options.return_distance),
         "batch": options.batch,
         "context": "window",
         "i2v": float(options.i2v),

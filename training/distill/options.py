@@ -10,6 +10,7 @@ import torch
 
 from longtake.errors import LongtakeError
 from longtake.options import Bounds, OneOf, check, option
+from longtake.training.data.returns import require_room
 from longtake.training.distill.scores import CONTEXTS
 from longtake.training.models.presets import Preset
 from longtake.training.models.sampler import schedule_of
@@ -57,6 +58,7 @@ class DistillOptions(Seeded, MethodOptions, DataOptions, ModelOptions):
         """Raise LongtakeError for what nothing can be distilled with."""
         schedule_of(self.student_steps, self.preset.sampling.shift)
         check(self)
+        require_room(self.data, self.chunks, self.return_distance)
         if self.lora_alpha is not None and not self.lora_rank:
             raise LongtakeError("--lora-alpha without LoRA", got=self.lora_alpha, fix="pass --lora-rank 128, too")
 

@@ -104,7 +104,14 @@ class DistillStage(Stage):
     def dataset(self, split: str) -> Dataset:
         """A split of the data set."""
         options = self.options
-        return dataset_from_name(options.data, self.preset, split, fit=options.fit, held_out=options.held_out)
+        return dataset_from_name(
+            options.data,
+            self.preset,
+            split,
+            fit=options.fit,
+            held_out=options.held_out,
+            return_distance=options.return_distance,
+        )
 
     def stories(self, split: str, count: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""

@@ -12,7 +12,7 @@ from longtake.files import atomic_path, write_json
 from longtake.training.experiment.memory import at_distance, past_subjects
 from longtake.training.experiment.plots import PICTURES, draw
 from longtake.training.experiment.settings import Settings
-from longtake.training.experiment.summary import Results, best_seed, claims, summary, teacher_fidelity
+from longtake.training.experiment.summary import DRIFT, Results, best_seed, claims, summary, teacher_fidelity
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 NAMES = {
@@ -90,8 +90,17 @@ def markdown(results: Results, settings: Settings, found: dict[str, Any], said: 
     parts.append(_reference(results))
     parts += memory_tables(settings, found["memory"])
     seconds = settings.drift_chunks * 32 / 24
-    columns = {"left": "fidelity left", "steady_films": "films with a figure", **{f"{m}_{e}": f"{m}, {e}" for m in ("fidelity", "contrast", "saturation", "detail", "motion") for e in ("start", "end")}}  # fmt: skip
-    parts.append(_table(f"Drift over one shot of {seconds:.0f} s (start: first five chunks, end: last five)", found["drift"], columns))  # fmt: skip
+    columns = {name: name.replace("_", ", ") for name in DRIFT} | {
+        "left": "fidelity left",
+        "steady_films": "films with a figure",
+    }
+    parts.append(
+        _table(
+            f"Drift over one shot of {seconds:.0f} s (start: first five chunks, end: last five)",
+            found["drift"],
+            columns,
+        )
+    )
     parts.append(_table(f"Drift over one shot of {settings.film_chunks * 32 / 24:.0f} s", found["film"], columns))
     parts.append(_students(results, settings, found))
     parts.append(_claims(said))
@@ -111,11 +120,19 @@ def memory_tables(settings: Settings, rows: dict[str, Any]) -> list[str]:
         d for d in (*settings.memory_distances, max(settings.memory_between)) if d >= max(settings.memory_between)
     )
     return [
-        _table("A subject that returns, over all distances (NVFP4-aware with FP4 cache, but for the bf16 rows)", rows, plain),
+        _table(
+            "A subject that returns, over all distances (NVFP4-aware with FP4 cache, but for the bf16 rows)",
+            rows,
+            plain,
+        ),
         _table("… its colour, by distance", rows, {at_distance("colour", d): text for d, text in seconds.items()}),
-        _table(f"… its colour, by subjects between ({far} chunks and more)", rows, {past_subjects("colour", n): str(n) for n in settings.memory_between}),
+        _table(
+            f"… its colour, by subjects between ({far} chunks and more)",
+            rows,
+            {past_subjects("colour", n): str(n) for n in settings.memory_between},
+        ),
         _table("… its shape IoU, by distance", rows, {at_distance("iou", d): text for d, text in seconds.items()}),
-    ]  # fmt: skip
+    ]
 
 
 def fill(page: Path, text: str, out: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.training.data.held_out_stories import BETWEEN, DISTANCES
+from longtake.training.data.returns import RETURNING, require_room
 from longtake.training.experiment.classifier import JudgeTraining
 
 # Steps a second that an H100 makes at the full size, and what else takes how long there: for the plan only.
@@ -22,6 +23,7 @@ class Settings:
 
     base_steps: of that bf16 part, which all arms of all seeds have in common. branch_steps: what each arm trains after
     it, bf16 or under NVFP4. story_parts: pieces that the training stories are encoded in, by as many processes.
+    return_distance: shortest and longest distance of returns in training stories; (): those of `returning_story`.
     flow_stories, flow_draws: held-out stories of the flow loss and how often each is noised. teacher: the seed whose
     NVFP4-aware model is distilled; "first" is chosen before anything is measured, "best" by the lowest flow loss.
     memory_*: returns of a subject, so many stories for each distance in chunks and number of subjects between. drift_*: one
@@ -36,6 +38,7 @@ class Settings:
     branch_steps: int = 1000
     batch: int = 20
     chunks: tuple[int, ...] = (1, 5, 8, 8, 8)
+    return_distance: tuple[int, ...] = ()
     stories: int = 4000
     story_parts: int = 4
     base_lr: float = 6e-4
@@ -73,6 +76,7 @@ class Settings:
             raise LongtakeError("no seeds", got=self.seeds, expected="1 or more", fix="--seeds 3")
         if self.teacher not in ("first", "best"):
             raise LongtakeError("unknown teacher", got=self.teacher, expected="first or best", fix="--teacher first")
+        require_room(RETURNING, self.chunks, self.return_distance or None)
         known = self.start in ("random", "shipped") or (Path(self.start) / "dit.safetensors").is_file()
         if not known:
             raise LongtakeError(

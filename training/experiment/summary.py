@@ -15,7 +15,8 @@ from longtake.training.experiment.memory import MEMORY, metrics_of
 from longtake.training.experiment.settings import Settings
 
 Results = dict[str, dict[str, Any]]
-DRIFT = ("left", "steady_films", *(f"{m}_{e}" for m in ("fidelity", "contrast", "saturation", "detail", "motion") for e in ("start", "end")))  # fmt: skip
+SHOWN = ("fidelity", "contrast", "saturation", "detail", "motion")
+DRIFT = ("left", "steady_films", *(f"{m}_{e}" for m in SHOWN for e in ("start", "end")))
 FEW_POINTS = 0.05  # how much prompt fidelity a 4-step student may lose
 
 
@@ -64,8 +65,11 @@ def summary(results: Results, settings: Settings) -> dict[str, Any]:
         }
     students = {f"student-{steps}": results.get(f"student-{steps}", {}) for steps in settings.students}
     for name, one in {"data": results.get("reference", {}), **students}.items():
-        for kind, told in (("memory", one.get("memory")), ("drift", one.get("drift_minute", one.get("drift"))),
-                           ("film", one.get("drift_film"))):  # fmt: skip
+        for kind, told in (
+            ("memory", one.get("memory")),
+            ("drift", one.get("drift_minute", one.get("drift"))),
+            ("film", one.get("drift_film")),
+        ):
             if told:
                 metrics = metrics_of(settings) if kind == "memory" else DRIFT
                 found[kind][name] = {m: figure([float(told[m])]) for m in metrics if m in told}
@@ -116,9 +120,9 @@ def claims(results: Results, settings: Settings) -> dict[str, dict[str, Any]]:
 
     alone = {c: statistics.fmean(v) for c in ("global", "shot") if (v := values_of(results, "memory", c, "colour"))}
     better = max(alone, key=lambda name: alone[name], default="global")
-    made["over all distances, both sinks keep the colour as well as the better one alone"] = (
-        not_worse("colour", "both", better, 0.0)
-    )  # fmt: skip
+    made["over all distances, both sinks keep the colour as well as the better one alone"] = not_worse(
+        "colour", "both", better, 0.0
+    )
     made["the FP4 cache keeps the colour within 5 points of the bf16 cache"] = not_worse(
         "colour", "both", "bf16cache", CACHE_ROOM
     )
