@@ -35,6 +35,7 @@ def student_metadata(
             "critic_updates": options.critic_updates,
             "cache": options.cache,
             "score_context": options.score_context,
+            "rollout": options.rollout and list(options.rollout),
             "lora": lora if options.lora_rank else None,  # None: all weights were trained
         },
     }

@@ -63,6 +63,8 @@ class ExperimentOptions:
     """training steps of each student, at most (default: 3000)"""
     distill_seconds: float | None = option(None, metavar="S")
     """seconds of each student's training, at most (default: 330)"""
+    distill_rollout: Chunks | None = option(None, metavar="N..M")
+    """chunks of each student's own video, of which the last 1, 2 or 4 are learnt on (default: only these)"""
     quick: bool = option(False)
     """everything at toy size, to see that it runs"""
     plan: bool = option(False)
@@ -87,6 +89,7 @@ class ExperimentOptions:
             "chunks",
             "return_distance",
             "stories",
+            "distill_rollout",
             "distill_steps",
             "distill_seconds",
         )

@@ -29,7 +29,8 @@ class Settings:
     memory_*: returns of a subject, so many stories for each distance in chunks and number of subjects between. drift_*: one
     shot of a minute; film_*: of five. probe_stories: of each distance of returns that attention is looked at in.
     steps, guidance: of sampling, for models that aren't distilled. distill_steps, distill_seconds: a student's training
-    ends with whichever comes first; distill_ratio: the critic's steps for one of the student.
+    ends with whichever comes first; distill_ratio: the critic's steps for one of the student. distill_rollout: chunks of its own
+    video, of which the last distill_chunks are learnt on; (): no others.
     """
 
     start: str = "shipped"
@@ -69,6 +70,7 @@ class Settings:
     distill_ratio: int = 2
     distill_batch: int = 48
     distill_chunks: tuple[int, ...] = (1, 2, 4)
+    distill_rollout: tuple[int, ...] = ()
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +79,15 @@ class Settings:
         if self.teacher not in ("first", "best"):
             raise LongtakeError("unknown teacher", got=self.teacher, expected="first or best", fix="--teacher first")
         require_room(RETURNING, self.chunks, self.return_distance or None)
+        if self.distill_rollout:
+            require_room(RETURNING, self.distill_rollout, self.return_distance or None)
+            if min(self.distill_rollout) < max(self.distill_chunks):
+                raise LongtakeError(
+                    "the students' roll-out is shorter than what they learn on",
+                    got=f"--distill-rollout {min(self.distill_rollout)}",
+                    expected=f"{max(self.distill_chunks)} chunks or more",
+                    fix=f"--distill-rollout {max(self.distill_chunks)}..16",
+                )
         known = self.start in ("random", "shipped") or (Path(self.start) / "dit.safetensors").is_file()
         if not known:
             raise LongtakeError(
