@@ -10,7 +10,9 @@ from longtake.files import atomic_path
 from longtake.training.data.held_out_stories import (
     FILM_SEED,
     RETURN_SEED,
+    Cell,
     long_stories,
+    memory_stories,
     mixed_stories,
     returning_stories,
 )
@@ -29,6 +31,7 @@ from longtake.training.experiment.evaluate import (
     with_another_scan,
 )
 from longtake.training.experiment.memory import MEMORY, memory
+from longtake.training.experiment.probe import probe
 from longtake.training.experiment.sheet import contact_sheet
 from longtake.training.models.load import Models
 
@@ -131,6 +134,13 @@ def memory_condition(name: str, seed: int, bench: Bench) -> dict[str, Any]:
 
 def _memory(bench: Bench, models: Models, sampling: Sampling) -> dict[str, Any]:
     return dict(memory(lambda stories: generated(models, bench.eyes, stories, sampling), bench.settings, bench.eyes))
+
+
+def probe_model(name: str, seed: int, bench: Bench) -> dict[str, Any]:
+    """Attention and unread colours of the shipped model, the base or an arm, with linears in bf16."""
+    folder = shipped() if name == "shipped" else arm_folder(bench.out, name, seed)
+    stories = memory_stories(Cell(bench.settings.probe_distance, 1), bench.settings.probe_stories)
+    return probe(bench.models(folder, "bf16"), bench.eyes, stories)
 
 
 def few_steps(steps: int, bench: Bench) -> dict[str, Any]:

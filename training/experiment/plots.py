@@ -7,7 +7,7 @@ from typing import Any
 
 from longtake.files import atomic_path
 
-PICTURES = ("arms.png", "sinks.png", "memory.png", "drift.png")
+PICTURES = ("arms.png", "sinks.png", "memory.png", "probe.png", "drift.png")
 
 
 def draw(results: dict[str, dict[str, Any]], found: dict[str, Any], out: Path) -> None:

@@ -11,6 +11,7 @@ from longtake.errors import LongtakeError, some
 from longtake.files import atomic_path, write_json
 from longtake.training.experiment.memory import at_distance, past_subjects
 from longtake.training.experiment.plots import PICTURES, draw
+from longtake.training.experiment.probe_tables import draw_probes, probe_tables
 from longtake.training.experiment.settings import Settings
 from longtake.training.experiment.summary import DRIFT, Results, best_seed, claims, summary, teacher_fidelity
 
@@ -68,6 +69,7 @@ def write_report(
     with atomic_path(out / "report.md") as partial:
         partial.write_text(text, encoding="utf-8")
     draw(results, found, out)
+    draw_probes(probes_in(results), out / "probe.png")
     if docs is not None:
         fill(docs, text, out)
     return text
@@ -89,6 +91,7 @@ def markdown(results: Results, settings: Settings, found: dict[str, Any], said: 
                          "cosine": "embedding cosine", "agreement": "same digit seen", "fidelity_return": "prompted digit seen", "given_iou": "given subject: shape IoU", "given_agreement": "given: same digit seen"}))  # fmt: skip
     parts.append(_reference(results))
     parts += memory_tables(settings, found["memory"])
+    parts.append(probe_tables(probes_in(results)))
     seconds = settings.drift_chunks * 32 / 24
     columns = {name: name.replace("_", ", ") for name in DRIFT} | {
         "left": "fidelity left",
@@ -105,6 +108,11 @@ def markdown(results: Results, settings: Settings, found: dict[str, Any], said: 
     parts.append(_students(results, settings, found))
     parts.append(_claims(said))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def probes_in(results: Results) -> dict[str, dict[str, Any]]:
+    """What was found of each model that was looked into."""
+    return {name.removeprefix("probe-"): found for name, found in results.items() if name.startswith("probe-")}
 
 
 def memory_tables(settings: Settings, rows: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ class Settings:
     flow_stories, flow_draws: held-out stories of the flow loss and how often each is noised. teacher: the seed whose
     NVFP4-aware model is distilled; "first" is chosen before anything is measured, "best" by the lowest flow loss.
     memory_*: returns of a subject, so many stories for each distance in chunks and number of subjects between. drift_*: one
-    shot of a minute; film_*: of five. probe_stories: of each distance of returns that attention is looked at in.
+    shot of a minute; film_*: of five. probe_*: returns in which attention is looked at.
     steps, guidance: of sampling, for models that aren't distilled. distill_steps, distill_seconds: a student's training
     ends with whichever comes first; distill_ratio: the critic's steps for one of the student. distill_rollout: chunks of its own
     video, of which the last distill_chunks are learnt on; (): no others.
@@ -61,6 +61,7 @@ class Settings:
     film_stories: int = 16
     film_chunks: int = 225
     probe_stories: int = 64
+    probe_distance: int = 7
     steps: int = 16
     guidance: float = 3.0
     students: tuple[int, ...] = (4, 2)
@@ -130,6 +131,7 @@ def quick(settings: Settings) -> Settings:
         film_stories=1,
         film_chunks=3,
         probe_stories=1,
+        probe_distance=1,
         steps=1,
         students=(4,),
         distill_steps=2,

@@ -62,6 +62,11 @@ def units(settings: Settings) -> Iterator[Unit]:
             run = partial(jobs.memory_condition, name, seed)
             needs = ("judge", f"train-{CONDITIONS[condition][0]}-{seed}")
             yield Unit(f"memory-{name}-{seed}", sizes.MEMORY_SECONDS, run, needs)
+    yield Unit("probe-shipped-0", 2 * short, partial(jobs.probe_model, "shipped", 0), ("judge",))
+    yield Unit("probe-base-0", 2 * short, partial(jobs.probe_model, "base", 0), ("judge", "train-base"))
+    for seed in seeds:
+        run = partial(jobs.probe_model, "nvfp4", seed)
+        yield Unit(f"probe-nvfp4-{seed}", 2 * short, run, ("judge", f"train-nvfp4-{seed}"))
     yield Unit("reference", 4 * short, jobs.reference, ("judge",))
     yield Unit("habit", short, jobs.habit, ("held-out", "train-base"))
     teacher = _teacher(settings)
