@@ -105,6 +105,7 @@ def _exported(recipe: Recipe, source: Path, folder: Path, inputs: str, how: HowT
     key = recipe.model, weights.vocabulary if weights else ()
     if key not in how.graphs:
         how.graphs[key] = PlainGraphs(recipe.model, key[1] or None)
+    how.say(f"{folder.name}: exporting the networks, PyTorch to ONNX")
     with tqdm(total=steps_of(recipe.model), desc=recipe.onnx_name, unit="step", leave=False, disable=None) as bar:
 
         def advance(words: str) -> None:
