@@ -32,6 +32,21 @@ class State:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
 
+    # What several ranks hold parts of (runtime/parallel), these three know as a whole.
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        """The tensors by name; not copied where this process has all of them."""
+        return self.tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy whole tensors of these names and shapes over the state, in place; the dtype may differ."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+
 
 class Backend(ABC):
     """The networks of one recipe, ready to run.
