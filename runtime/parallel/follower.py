@@ -19,6 +19,7 @@ from torch import Tensor
 from longtake.formats.recipe import Recipe
 from longtake.record import record_from_json
 from longtake.runtime.backends.base import State
+from longtake.runtime.backends.torch_modules import CheckpointBackend, TorchModules
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.parallel.comm import LOOPBACK, Comm
 from longtake.runtime.parallel.processes import is_silence
@@ -27,7 +28,8 @@ from longtake.runtime.parallel.rank import RankBackend
 
 @dataclass(frozen=True)
 class Opening:
-    """What a rank is started with, its first line. port: of the first rank's store. threads: of a CPU's rank."""
+    """What a rank is started with, its first line. port: of the first rank's store. threads: of a CPU's rank. dtype: of
+    checkpoints as they are; "" for what the recipe makes of them, in fp32."""
 
     recipe: Recipe
     checkpoints: str | None
@@ -37,6 +39,7 @@ class Opening:
     port: int
     patience: float
     threads: int
+    dtype: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Read back by `record_from_json`."""
@@ -50,7 +53,11 @@ class Opening:
         elif self.threads:
             torch.set_num_threads(self.threads)
         checkpoints = Path(self.checkpoints) if self.checkpoints else None
-        inner = TorchBackend(self.recipe.read, checkpoints=checkpoints, device=device)
+        inner: TorchModules
+        if self.dtype and checkpoints:
+            inner = CheckpointBackend(self.recipe.read.model, checkpoints, self.dtype, device)
+        else:
+            inner = TorchBackend(self.recipe.read, checkpoints=checkpoints, device=device)
         return RankBackend(inner, Comm(self.rank, self.world, device, self.patience))
 
 

@@ -29,8 +29,10 @@ def sharded_backend(
     gpus: int,
     device: torch.device | str | None = None,
     patience: float = PATIENCE_S,
+    dtype: str = "",
 ) -> ShardedBackend:
-    """`recipe` in PyTorch on `gpus` ranks of this host. device: "cpu" for processes over gloo instead of GPUs.
+    """`recipe` in PyTorch on `gpus` ranks of this host. device: "cpu" for processes over gloo instead of GPUs. dtype: see
+    follower.Opening.
 
     Raises:
         LongtakeError: the model cannot be shared by as many.
@@ -41,9 +43,8 @@ def sharded_backend(
     with _settings():
         store = dist.TCPStore(LOOPBACK, 0, gpus, is_master=True, wait_for_workers=False)
         threads = max(1, torch.get_num_threads() // gpus) if devices[0] == "cpu" else 0
-        first = Opening(
-            recipe, str(checkpoints) if checkpoints else None, 0, gpus, devices[0], store.port, patience, threads
-        )
+        place = str(checkpoints) if checkpoints else None
+        first = Opening(recipe, place, 0, gpus, devices[0], store.port, patience, threads, dtype)
         rest = [replace(first, rank=rank, device=devices[rank]).as_json() for rank in range(1, gpus)]
         followers = Followers(rest)
         try:
@@ -56,7 +57,7 @@ def sharded_backend(
             raise
     over = "NCCL" if own.device.type == "cuda" else "gloo"
     decoder = "the VAE by rows" if own.by_rows else "the VAE on the first: this recipe's decoder is not cut"
-    return ShardedBackend(own, followers, f"PyTorch in fp32 on {gpus} ranks over {over}, {decoder}")
+    return ShardedBackend(own, followers, f"PyTorch in {dtype or 'fp32'} on {gpus} ranks over {over}, {decoder}")
 
 
 def require_split(preset: Preset, gpus: int) -> None:

@@ -38,12 +38,14 @@ class Followers:
         self._processes = [self._started(opening) for opening in openings]
 
     def _started(self, opening: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", f"from {MODULE} import main; main()"]
+        # What this process finds its modules in, and no more: with -c alone the working folder would come first.
+        command = [sys.executable, "-P", "-c", f"from {MODULE} import main; main()"]
+        places = os.pathsep.join(place or os.getcwd() for place in sys.path)
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**SETTINGS, **os.environ},
+            env={**SETTINGS, **os.environ, "PYTHONPATH": places},
             start_new_session=True,  # an interrupt is the first rank's to handle
         )
         self._write(process, opening)

@@ -1,6 +1,6 @@
-"""What a stream on several ranks does beside the same stream on one: `python ranks_at_work.py RANKS FOLDER`.
+"""What a stream on several ranks does beside the same stream on one: `python ranks_at_work.py RANKS FOLDER DEVICE`.
 
-Real processes over gloo on the CPU, the shipped tiny model with its 4-bit cache. FOLDER/result.json is what was found;
+Real processes, over gloo on the CPU or NCCL on GPUs, the shipped tiny model with its 4-bit cache. FOLDER/result.json is what was found;
 the tests beside it start this once a number of ranks, and judge. Not a test itself.
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from longtake.accuracy.ssim import ssim
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import recipe_named
+from longtake.paths import REPOSITORY
 from longtake.runtime.backends.torch_oracle import TorchBackend
 from longtake.runtime.generator import Generator
 from longtake.runtime.parallel.backend import ShardedBackend
@@ -38,14 +39,15 @@ PRESET = replace(TINY, height=96, width=64)
 RECIPE = replace(recipe_named("tiny_w4a16_sm90"), own_preset=PRESET)
 SCRIPT = [Segment("a green seven drifts left", 2), Segment("a red two circles", 2, cut=True)]
 HOW: dict[str, Any] = {"seed": 3, "steps": 2, "guidance": 3.0}
+STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"
 LIMIT_S, PATIENCE_S, HANG_S = 500, 100.0, 1.0
 
 
-def started(ranks: int, folder: Path) -> dict[str, Any]:
+def started(ranks: int, folder: Path, device: str) -> dict[str, Any]:
     """What a process of its own finds out."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "wb") as log:
-        command = [sys.executable, __file__, str(ranks), str(folder)]
+        command = [sys.executable, __file__, str(ranks), str(folder), device]
         done = subprocess.run(command, env=env, timeout=LIMIT_S, stdout=log, stderr=log, check=False)
     assert done.returncode == 0, (folder / "log").read_text()[-3000:]
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
@@ -66,10 +68,12 @@ def equal(got: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> float
 class Compared:
     """One rank and several, each with a generator."""
 
-    def __init__(self, ranks: int, folder: Path) -> None:
-        self.folder = folder
-        self.many: ShardedBackend = sharded_backend(RECIPE, None, ranks, "cpu", PATIENCE_S)
-        one = TorchBackend(RECIPE)
+    def __init__(self, ranks: int, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, torch.device(device)
+        self.many: ShardedBackend = sharded_backend(
+            RECIPE, None, ranks, None if device == "cuda" else device, PATIENCE_S
+        )
+        one = TorchBackend(RECIPE, device=self.device)
         tokenize = tokenizer_for(PRESET, one.vocabulary, folder)
         self.one_generator, self.many_generator = Generator(one, tokenize), Generator(self.many, tokenize)
 
@@ -82,9 +86,11 @@ class Compared:
             state.load(whole)
         found["loaded"] = equal(states[1].whole(), whole, "")
         plan, generator = alone._position.slots.plan(False), torch.Generator().manual_seed(5)
-        context = [model.context(torch.randn(1, 32, 128, generator=generator.manual_seed(5))) for model in models]
-        latents = torch.randn(1, 16, 8, *PRESET.latent_hw, generator=generator)
+        embeddings = torch.randn(1, 32, 128, generator=generator).to(self.device)
+        context = [model.context(embeddings) for model in models]
+        latents = torch.randn(1, 16, 8, *PRESET.latent_hw, generator=generator).to(self.device)
         fixed = {**alone.model.family.chunk_inputs(PRESET, 4, 1), **alone.model.family.pass_inputs(PRESET, 8, 500.0, 1)}
+        fixed = {name: tensor.to(self.device) for name, tensor in fixed.items()}
         for commit in (False, True):
             made = [
                 model.velocity(latents, {**fixed, **model.slots(plan), **text}, state, commit).clone()
@@ -156,13 +162,32 @@ class Compared:
         return {"said": said, "took": took, "ended": ended, "resumed": apart(resumed.latents, wanted.latents)}
 
 
-def main(ranks: int, folder: Path) -> None:
-    compared = Compared(ranks, folder)
+def rounded(device: str) -> dict[str, Any]:
+    """A checkpoint in bf16 through the Python door, on one rank and on two; in a process that has lost ranks before."""
+    made = []
+    for ranks in (1, 2):
+        with Generator.from_checkpoint(STUDENT, dtype="bf16", gpus=ranks, device=device) as generator:
+            session = generator.session("a green seven drifts left", chunks=1, seed=1, steps=1, guidance=1)
+            made.append((next(session), session.snapshot().tensors["positive.cache_0"]))
+            session.close()
+    (one, one_cache), (two, two_cache) = made
+    return {
+        "latents": apart(two.latents, one.latents),
+        "cache": apart(two_cache, one_cache),
+        "dtype": str(two_cache.dtype),
+        "ssim": float(ssim(two.frames, one.frames).min()),
+    }
+
+
+def main(ranks: int, folder: Path, device: str) -> None:
+    compared = Compared(ranks, folder, device)
     found = compared.moved()
     found["lost"] = compared.lost(signal.SIGKILL if ranks == 2 else signal.SIGSTOP)
     compared.many.close()
+    if ranks == 4:
+        found["rounded"] = rounded("cpu")
     (folder / "result.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
