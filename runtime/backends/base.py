@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.formats.recipe import Recipe
 from longtake.training.models.families import family_of
 from longtake.training.models.network_spec import NetworkSpec
@@ -55,6 +56,7 @@ class Backend(ABC):
     checkpoints: where what is no network here comes from, the preset's own folder if None.
     weights: digests of the weights that it runs, by what they are of ("dit", "vae"); those that are known.
     made_of: where it was opened from an export: the model's name ("model") and the export's state ("export").
+    failure: why it runs no more networks, whoever asks; None while it does.
     networks, sizes, twice_bytes, memory_rows: of a backend on TensorRT plans, what the memory budget is compared with: the
     loaded networks by name, bytes by the name of the budget's term, bytes of caches kept twice, and `MemoryLog.rows`.
     """
@@ -67,6 +69,7 @@ class Backend(ABC):
     checkpoints: Path | None = None
     weights: Mapping[str, str] = {}
     made_of: Mapping[str, Any] = {}
+    failure: LongtakeError | None = None
     networks: Mapping[str, Any] = {}
     sizes: Mapping[str, int] = {}
     twice_bytes: int = 0

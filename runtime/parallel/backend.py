@@ -56,7 +56,6 @@ class ShardedBackend(Backend):
         self._turn = threading.Lock()
         self._sent, self._states = Sent(), itertools.count()
         self._forgotten: list[int] = []  # states that nobody uses: told with the next command
-        self._broken: str | None = None
         self._closed = False
 
     def has(self, network: str) -> bool:
@@ -106,8 +105,8 @@ class ShardedBackend(Backend):
         with self._turn:
             if self._closed:
                 raise LongtakeError("the ranks are closed", got="a call for a network", fix="open the engines again")
-            if self._broken:
-                raise self._lost(self._broken)
+            if self.failure:
+                raise self._lost(str(self.failure.got))
             yield
 
     @contextmanager
@@ -118,11 +117,11 @@ class ShardedBackend(Backend):
             yield
         except BaseException as error:
             # Half-way through an exchange nobody knows who has had what: the ranks are of no use any more.
-            self._broken = self._reason(error)
+            self.failure = self._lost(self._reason(error))
             self.followers.end()
             self.own.comm.leave(broken=True)
             if isinstance(error, Exception) and not is_out_of_memory(error):
-                raise self._lost(self._broken) from error
+                raise self.failure from error
             raise
 
     def _reason(self, error: BaseException) -> str:
@@ -153,7 +152,7 @@ class ShardedBackend(Backend):
         with self._turn:
             if not self._closed:
                 self._closed = True
-                if not self._broken:
+                if not self.failure:
                     self.followers.end(politely=True)
                     self.own.comm.leave()
         self.own.close()

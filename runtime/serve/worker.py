@@ -246,10 +246,8 @@ class Worker:
         begun = time.monotonic()
         try:
             chunk = next(session)
-        except CancelledError:
+        except (CancelledError, StopIteration):
             return  # asked to stop: the next turn sees it
-        except StopIteration:
-            return
         except (LongtakeError, RuntimeError) as error:
             live.attempts += 1
             log.warning("session %s: chunk %d failed (%s)", live.grant.session, session.next_index, error)
@@ -287,6 +285,8 @@ class Worker:
                 return
             live.over = True
             self.lives.pop(live.grant, None)
+        if state == "failed" and self.generator.backend.failure:
+            state = "parked"  # the worker failed, not the session: it goes on elsewhere, or with the next worker
         if live.session is not None:
             live.session.close(discard=True)
             live.session = None

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from children import children
 
 from longtake.formats.exported import Export
 from longtake.formats.recipe import recipe_named
@@ -38,11 +39,6 @@ def started(folder: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1
     )
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_video_on_two_ranks_goes_on_on_one(folder: Path) -> None:
