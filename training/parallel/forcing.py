@@ -23,7 +23,7 @@ from longtake.training.objective.teacher_forcing import Clips, Noise, noisy_part
 from longtake.training.parallel.attention import attend_seen
 from longtake.training.parallel.layout import Layout
 from longtake.training.parallel.ranks import Ranks
-from longtake.training.parallel.ulysses import gather_heads, gather_tokens
+from longtake.training.models.ulysses import gather_heads, gather_tokens
 
 Embed = Callable[[Tensor], Tensor]
 
