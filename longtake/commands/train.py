@@ -14,6 +14,7 @@ from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_checkpoints
 from longtake.training.devices import device_named
 from longtake.training.dry_run import describe
+from longtake.training.models.families import family_of
 from longtake.training.models.quantize import modelopt
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.options import RunOptions
@@ -99,9 +100,15 @@ def run(
 
 def stage_named(name: str, options: StageOptions) -> Stage:
     """A stage, ready to be prepared."""
-    from longtake.training.stages import dit, vae
+    from longtake.training.stages import dit, vae, world
 
-    return {"dit": dit, "vae": vae}[name].stage_from_options(options)
+    transformer = world if is_world(options) else dit
+    return {"dit": transformer, "vae": vae}[name].stage_from_options(options)  # type: ignore[attr-defined]
+
+
+def is_world(options: StageOptions) -> bool:
+    """Whether what is trained follows cameras."""
+    return "camera" in family_of(options.preset).can
 
 
 def run_parallel(what: WhatOptions, config: TrainConfig, options: StageOptions, asked: RankOptions) -> int:
@@ -118,6 +125,13 @@ def run_parallel(what: WhatOptions, config: TrainConfig, options: StageOptions, 
             "this stage trains on one rank",
             got=f"--stage {what.stage} under torchrun or with --sequence-parallel",
             expected="--stage dit",
+            fix="start it without torchrun",
+        )
+    if is_world(options):
+        raise LongtakeError(
+            "a world trains on one rank",
+            got=f"preset {options.preset.name} under torchrun or with --sequence-parallel",
+            expected="a preset without cameras",
             fix="start it without torchrun",
         )
     device = device_named(what.device)
