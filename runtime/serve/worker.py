@@ -24,6 +24,7 @@ from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event
 from longtake.runtime.serve.journal import Journal, LeaseLostError
 from longtake.runtime.serve.keeping import is_decoded, keep_chunk, keep_state, state_after
 from longtake.runtime.serve.live import Live
+from longtake.runtime.serve.logs import shown
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, take_in_clip
 from longtake.runtime.serve.store import Store
@@ -81,8 +82,7 @@ class Worker:
         live = Live(grant, journal, asyncio.Queue(), asyncio.get_running_loop(), window)
         live.committed = journal.count()
         with self._wake:
-            if self.draining:  # a place that came free while everything is parked is none
-                live.ending = "park"
+            live.ending = "park" if self.draining else ""  # a place that came free while all is parked is none
             self.lives[grant] = live
             self._wake.notify_all()
         try:
@@ -228,6 +228,8 @@ class Worker:
                 self.meters.observe("replay_seconds", time.monotonic() - begun)
             live.opened.set()
             live.tell("opened", chunk=live.committed)
+            about = {"chunk": live.committed, "prompt": shown(journal.meta.script[0][0])}
+            log.info("opened", extra={"session": journal.id, "worker": self.name, **about})
 
     def _take_over(self, live: Live, before: Live) -> None:
         """Go on with what an older connection held: nothing has to be replayed."""
