@@ -66,12 +66,12 @@ class Worker:
         lives = [live for live in list(self.lives.values()) if not live.over and not live.ending]
         return [Running(live.grant, live.journal.meta.user, live.journal.meta.kind) for live in lives]
 
-    def drain(self) -> None:
+    def drain(self, why: str = "drain") -> None:
         """Park every session at its next boundary, so that it moves to another worker."""
         with self._wake:
             for live in self.lives.values():
                 if not live.ending:
-                    live.ending, live.why = "park", "drain"
+                    live.ending, live.why = "park", why
             self._wake.notify_all()
 
     # ---- what the front asks for: called in the event loop -----------------------------------------------------------
@@ -192,6 +192,8 @@ class Worker:
                 self._over(live, "stopped" if live.ending == "stop" else "parked", live.why)
             else:
                 self._open(live)
+        elif live.ending and not live.settled:
+            return  # asked to end a moment ago: what was made is kept first
         elif live.ending == "stop":
             self._over(live, "stopped")
         elif live.exhausted and live.index == live.committed:
@@ -335,10 +337,7 @@ class Worker:
     def close(self, park: bool = True) -> None:
         """Let the running chunk end, park every session, end the threads."""
         self.draining = True
-        with self._wake:
-            for live in self.lives.values():
-                live.ending = live.ending or "park"
-            self._wake.notify_all()
+        self.drain("")
         until = time.monotonic() + (12 if park else 0)
         while self.lives and time.monotonic() < until:
             time.sleep(0.02)

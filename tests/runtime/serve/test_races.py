@@ -99,6 +99,36 @@ def test_a_place_that_comes_free_while_the_server_ends_is_none(start: Any) -> No
     assert counts[0] == 0 and counts[1] >= 1
 
 
+def test_what_was_made_is_kept_before_a_session_is_parked(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked to end between the choice of whose turn it is and the turn, while a chunk waits to be encoded."""
+    from longtake.runtime.serve import worker
+
+    encode, turn, asked = worker.keep_chunk, worker.Worker._next, threading.Event()
+
+    def held(journal: Journal, preset: Any, chunk: Any, position: Any) -> Any:
+        if chunk.index == 1:
+            assert asked.wait(20)
+            time.sleep(0.3)
+        return encode(journal, preset, chunk, position)
+
+    def chosen(self: worker.Worker) -> Any:
+        live = turn(self)
+        if live is not None and live.session is not None and live.index == 2 and not live.ending:
+            live.ending = "park"
+            asked.set()
+        return live
+
+    monkeypatch.setattr(worker, "keep_chunk", held)
+    monkeypatch.setattr(worker.Worker, "_next", chosen)
+    server: Served = start()
+    live = server.live(prompt=PROMPT, chunks=6, seed=3)
+    session = live.until("video.start")["session_id"]
+    live.chunk(1)
+    assert live.closed() == 1001
+    journal = server.store.journal(session)
+    assert journal.count() == 2 and journal.snapshots()[0][0] == 2
+
+
 def test_a_worker_that_is_lost_while_the_clock_ticks_ends_no_connection(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
