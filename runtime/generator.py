@@ -31,7 +31,7 @@ from longtake.runtime.sources import (
 from longtake.runtime.start import Clip, Picture, Start, start_of, take_in
 from longtake.runtime.story import Script, Segment, Story, check_fits, fit_segments, frame_count, story_from_script
 from longtake.runtime.video_model import VideoModel
-from longtake.runtime.view import View, own_picture
+from longtake.runtime.view import View, own_picture, require_picture
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import SamplingConfig
 
@@ -106,6 +106,7 @@ class Generator:
         backend: str = "torch",
         dtype: str | None = None,
         device: torch.device | str | None = None,
+        gpus: int = 1,
     ) -> Self:
         """Open a folder of checkpoints: dit.safetensors, and as far as they are there text_encoder and vae.
 
@@ -116,20 +117,20 @@ class Generator:
             dtype: of "torch", "fp32" (the default: no rounding to bf16 anywhere) or "bf16". Of "reference", "bf16": it stores
                 weights so, and computes in fp32.
             device: of "torch", such as "cuda:0"; the CPU if None.
+            gpus: of "torch": how many GPUs share a video; with device "cpu", processes over gloo.
 
         Raises:
             LongtakeError: there is no DiT, or backend or dtype are none of these.
             UnavailableError: nothing was exported from it.
             IntegrityError: a file is damaged or was swapped.
         """
-        from longtake.runtime.backends.torch_modules import CheckpointBackend
-        from longtake.runtime.checkpoints import dit_side, export_of, tokenizer_of
+        from longtake.runtime.checkpoints import checkpoint_backend, dit_side, export_of, tokenizer_of
 
         folder = Path(folder)
         side = dit_side(folder)
         preset = preset_named(side.preset)
         if backend == "torch":
-            opened = CheckpointBackend(preset, folder, dtype or "fp32", torch.device(device or "cpu"))
+            opened = checkpoint_backend(preset, folder, dtype or "fp32", device, gpus)
             return cls(opened, tokenizer_of(preset, folder), sampling=side.sampled)
         if backend != "reference":
             raise LongtakeError("a checkpoint has no such backend", got=repr(backend), expected="'torch' or 'reference'",
@@ -209,6 +210,7 @@ class Generator:
         camera = self._camera(view, start, segments, options.endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
+        session.told = {**start.told, **({} if camera is None else view.told)}
         return take_in(session, clip_latents, start.segments)
 
     def _world(self, story: Story, start: Start, view: View) -> tuple[Start, View]:
@@ -218,7 +220,9 @@ class Generator:
         view.check(can, preset)
         if any(segment.cut for segment in story.segments):
             require_cuts(can, f"story {story.name} with a cut")
-        if "camera" in can and start.image is None and start.clip is None:
+        if "camera" in can and start.clip is not None:
+            require_picture(start.told["clip"])
+        if "camera" in can and start.image is None:
             start = replace(start, image=own_picture(preset))
             log.warning("no picture was given: the video starts from %s", start.image)
         return start, view

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class Session(LiveChanges):
         self._cancelled = threading.Event()
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
         self._position = Position(script, model.family.start(model.preset), camera=camera)
+        self.told: dict[str, Any] = {}  # what a report says of its start
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
         self._decoding = decode_queue(model) if options.decode else None
         if self._decoding:
@@ -289,7 +291,7 @@ class Session(LiveChanges):
 
     def _snapshot(self) -> Snapshot:
         decoder = self._decoding.state() if self._decoding else []
-        tensors = {name: tensor.detach().clone() for name, tensor in self._state.tensors().items()}
+        tensors = {name: tensor.detach().clone() for name, tensor in self._state.whole().items()}
         tensors |= {f"decoder.{i}": tensor for i, tensor in enumerate(decoder)}
         tensors |= self._undecoded.tensors()
         if self._first is not None and self._position.chunk == 0:
@@ -308,7 +310,7 @@ class Session(LiveChanges):
             raise LongtakeError("the snapshot has no decoder state", got="one of a session made with decode=False",
                                 fix="restore it into a session made with decode=False")  # fmt: skip
         with self._turn("another state", decoder_error=False):
-            load_tensors(snapshot, self._state.tensors())
+            load_tensors(snapshot, self._state)
             if self._decoding:
                 self._decoding.load_state(decoder)
             first = snapshot.tensors.get(FIRST_LATENT)

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PARK_S = 13.0  # in which everything is parked; the rest of the 15 s is for sockets and threads
 EXPIRE_EVERY = 600.0
+FAILURE_EVERY = 0.5  # seconds
 
 Say = Callable[[str], None]
 Open = Callable[[Say], Generator]  # opens the model, saying meanwhile what it does
@@ -166,7 +167,7 @@ def serve(settings: Settings, open_model: Open, announce: Say) -> int:
     """Serve until a signal comes; returns the exit code.
 
     Raises:
-        LongtakeError: the port is taken, the store cannot be used, or the model cannot be opened.
+        LongtakeError: the port is taken, the store cannot be used, the model cannot be opened, or it runs no more.
     """
     with contextlib.ExitStack() as stack:
         root = settings.store
@@ -207,9 +208,11 @@ async def served(
             host, port = opened.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
             await jobs.begin()
-            cleaning = asyncio.create_task(_expire(front))
-            await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+            cleaning, failing = asyncio.create_task(_expire(front)), asyncio.create_task(_failure(workers))
+            await asyncio.wait({stop, serving, failing}, return_when=asyncio.FIRST_COMPLETED)
             cleaning.cancel()
+            failure = failing.result() if failing.done() else None
+            failing.cancel()
     finally:
         await _end(front, workers, jobs)
         server.should_exit = True
@@ -239,6 +242,13 @@ async def _expire(front: Front) -> None:
         for session in await asyncio.to_thread(front.store.expire, front.limits.parked_s):
             log.info("expired", extra={"session": session})
         await asyncio.sleep(EXPIRE_EVERY)
+
+
+async def _failure(workers: LocalWorkers) -> LongtakeError:
+    """Wait for what ends the worker: a backend that runs no more networks."""
+    while workers.worker is None or (failure := workers.worker.generator.backend.failure) is None:
+        await asyncio.sleep(FAILURE_EVERY)
+    return failure
 
 
 async def _end(front: Front, workers: LocalWorkers, jobs: Jobs) -> None:

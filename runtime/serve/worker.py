@@ -253,10 +253,8 @@ class Worker:
         begun = time.monotonic()
         try:
             chunk = next(session)
-        except CancelledError:
+        except (CancelledError, StopIteration):
             return  # asked to stop: the next turn sees it
-        except StopIteration:
-            return
         except (LongtakeError, RuntimeError) as error:
             live.attempts += 1
             log.warning("session %s: chunk %d failed (%s)", live.grant.session, session.next_index, error)
@@ -288,6 +286,8 @@ class Worker:
             live.over = True
             self.lives.pop(live.grant, None)
             session, live.session = live.session, None
+        if state == "failed" and self.generator.backend.failure:
+            state = "parked"  # the worker failed, not the session: it goes on elsewhere, or with the next worker
         if session is not None:
             session.close(discard=True)
         try:
