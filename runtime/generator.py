@@ -31,7 +31,7 @@ from longtake.runtime.sources import (
 from longtake.runtime.start import Clip, Picture, Start, start_of, take_in
 from longtake.runtime.story import Script, Segment, Story, check_fits, fit_segments, frame_count, story_from_script
 from longtake.runtime.video_model import VideoModel
-from longtake.runtime.view import View, own_picture
+from longtake.runtime.view import View, own_picture, require_picture
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import SamplingConfig
 
@@ -167,7 +167,7 @@ class Generator:
             script: a prompt, for `chunks` chunks; a list of prompts, one a chunk; a story, segments, the path of a story
                 (a string that ends in .yaml or .json) or the name of a shipped one. A prompt that begins with CUT_PREFIX
                 ("The scene transitions. ") is a cut.
-            seed, steps, guidance, negative_prompt: override the story's, which override the preset's.
+            seed: overrides the story's, which overrides the preset's; so do `steps`, `guidance` and `negative_prompt`.
             sampling: steps and guidance, timesteps, shift and solver in one; takes the place of `steps` and `guidance`.
             noise: of chunks in place of the seed's: a function of a chunk's index that gives [1, F, C, H, W], or one tensor,
                 the whole video's, chunk after chunk along F.
@@ -210,6 +210,7 @@ class Generator:
         camera = self._camera(view, start, segments, options.endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
         session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
+        session.told = {**start.told, **({} if camera is None else view.told)}
         return take_in(session, clip_latents, start.segments)
 
     def _world(self, story: Story, start: Start, view: View) -> tuple[Start, View]:
@@ -219,7 +220,9 @@ class Generator:
         view.check(can, preset)
         if any(segment.cut for segment in story.segments):
             require_cuts(can, f"story {story.name} with a cut")
-        if "camera" in can and start.image is None and start.clip is None:
+        if "camera" in can and start.clip is not None:
+            require_picture(start.told["clip"])
+        if "camera" in can and start.image is None:
             start = replace(start, image=own_picture(preset))
             log.warning("no picture was given: the video starts from %s", start.image)
         return start, view

@@ -56,4 +56,4 @@ class Meter:
         """Of what `session` generated; `budget`: what was announced before, if anything was."""
         options, conditions = session.options, conditions_of_run(session.model.backend, budget)
         how: dict[str, Any] = {"steps": options.steps, "guidance": options.guidance, "seed": options.seed}
-        return Report(kind="generate", **how, **more, **conditions, **self.figures())
+        return Report(kind="generate", start=session.told, **how, **more, **conditions, **self.figures())

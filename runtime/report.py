@@ -28,6 +28,7 @@ class Report:
     peak_gb: peak memory in GB of 10^9 bytes; peak_of says which memory. against, ratio: for a comparison.
     checkpoint: its name and the digests of its parts. export: its state, and why where it is not "passed".
     prompts: of the video, each once. story: the file. rerun_with: a command that does the same.
+    start: the picture or clip that the video began with, and where its camera went, {} if it began with nothing.
     decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
     "apart"; see longtake/formats/memory.py), None on a CPU. vae_conv: how many of the VAE decoder's convolutions, those that are
     ops, ran in which codes.
@@ -63,6 +64,7 @@ class Report:
     export: dict[str, Any] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     story: str | None = None
+    start: dict[str, Any] = field(default_factory=dict)
     rerun_with: str = ""
     complete: bool = True
     output: str | None = None
@@ -101,7 +103,7 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
         "gpu": torch.cuda.get_device_name(backend.device) if on_gpu else None,
         "resolution": f"{preset.width}x{preset.height}",
         "chunk_latents": preset.chunk_latents,
-        "window_latents": preset.chunk_latents * preset.window_chunks,
+        "window_latents": preset.first_frame(preset.window_chunks),
         "peak_gb": round(backend.peak_bytes() / 1e9, 3),
         "decode_device": str(backend.decode_device),
         "budget": budget.as_json() if budget else None,
@@ -119,6 +121,7 @@ def table(report: Report) -> str:
         ("machine", report.gpu or report.cpu),
         ("video", f"{report.frames} frames in {report.chunks} chunks at {report.resolution}"
                   + ("" if report.complete else "; interrupted")),
+        *([("start", "  ".join(f"{name} {value}" for name, value in report.start.items()))] if report.start else []),
         ("sampling", f"{report.steps} steps and a clean pass, guidance {report.guidance:g}, seed {report.seed}"),
         ("frames a second", "  ".join(f"{name} {_number(value)}" for name, value in report.fps.items())),
         ("first chunk", f"{_number(report.first_chunk_s)} s"),

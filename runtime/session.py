@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class Session(LiveChanges):
         self._cancelled = threading.Event()
         self._sampler = ChunkSampler(model, self._conditioner, self._state, options, self._cancelled, on_step)
         self._position = Position(script, model.family.start(model.preset), camera=camera)
+        self.told: dict[str, Any] = {}  # what a report says of its start
         self._first = None if first_latent is None else first_latent.to(model.device, torch.float32)
         self._decoding = decode_queue(model) if options.decode else None
         if self._decoding:
@@ -209,7 +211,8 @@ class Session(LiveChanges):
         kept = self._undecoded.kept.get(here.chunk)
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
-            cameras, walk = cameras_of(here.camera, self.model.preset, here.chunk)
+            camera = here.camera and here.camera.as_in(after.camera if after else None)
+            cameras, walk = cameras_of(camera, self.model.preset, here.chunk)
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *cameras)
         with clock.stage("denoise"):
             sample = kept.transpose(1, 2) if kept is not None else given_BCFHW

@@ -46,6 +46,16 @@ class Start:
             raise LongtakeError("a video starts from an image or from a clip", got="both", expected="one of the two",
                                 fix="leave one out")  # fmt: skip
 
+    @property
+    def told(self) -> dict[str, str]:
+        """What a report says of it."""
+        given = {"picture": self.image, "clip": self.clip}
+        return {
+            name: str(value) if isinstance(value, (str, Path)) else "given"
+            for name, value in given.items()
+            if value is not None
+        }
+
     def check(self) -> None:
         """Raise LongtakeError for a file that cannot be used, as far as that is known without a model."""
         if isinstance(self.image, (str, Path)):

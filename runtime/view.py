@@ -15,7 +15,14 @@ import numpy as np
 from longtake.errors import LongtakeError
 from longtake.image_cover import cover_of
 from longtake.runtime.camera import CameraPosition
-from longtake.runtime.camera_files import Numbers, default_intrinsics, intrinsics_from, of_frames, poses_from
+from longtake.runtime.camera_files import (
+    DEFAULT_FIELD,
+    Numbers,
+    default_intrinsics,
+    intrinsics_from,
+    of_frames,
+    poses_from,
+)
 from longtake.training.models.camera_poses import relative_poses
 from longtake.training.models.presets import SHIPPED, Preset
 from longtake.training.models.sana_wm.actions import Pace, keys_of_frames
@@ -42,6 +49,13 @@ class View:
     def given(self) -> list[str]:
         """The names of what is given."""
         return [each.name for each in fields(self) if getattr(self, each.name) is not None]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a report says of it: files by their path, tables by their shape, and what stands for what is not given."""
+        kept = {name: _told(getattr(self, name)) for name in self.given}
+        path = {} if "action" in kept or "camera" in kept else {"action": "none: at rest"}
+        return {**path, **kept, **({} if "intrinsics" in kept else {"intrinsics": f"{DEFAULT_FIELD:g} degrees across"})}
 
     def over(self, story: View) -> View:
         """This, and what it leaves open as `story` says; a path of one takes the place of either path of the other."""
@@ -93,6 +107,12 @@ class View:
         return tuple(tuple(row) for row in rows.tolist())
 
 
+def _told(value: Any) -> Any:
+    if isinstance(value, (str, int, float)):
+        return value
+    return str(value) if isinstance(value, Path) else f"given, {'x'.join(map(str, np.shape(value)))}"
+
+
 def _path(camera: Numbers, frames: int) -> tuple[tuple[float, ...], ...]:
     poses = poses_from(camera)
     if len(poses) < frames:
@@ -103,6 +123,16 @@ def _path(camera: Numbers, frames: int) -> tuple[tuple[float, ...], ...]:
             fix="generate fewer chunks, or pass a longer path",
         )
     return tuple(tuple(pose) for pose in relative_poses(poses).reshape(len(poses), 16).tolist())
+
+
+def require_picture(clip: str) -> None:
+    """Raise LongtakeError: a clip's frames have cameras, too, and nobody knows them."""
+    raise LongtakeError(
+        "a model with cameras does not go on from a clip",
+        got=f"clip {clip}, whose cameras are not known",
+        expected="a picture",
+        fix="pass --image FILE, or go on with a saved session: --load-session FILE",
+    )
 
 
 def own_picture(preset: Preset) -> Path:

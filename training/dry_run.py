@@ -19,12 +19,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from longtake.training.data.rooms.latents import Walks
+from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
-from longtake.training.models.wan.vae import CausalVAE, Stream
 from longtake.training.models.wan.window import full_history
 from longtake.training.objective.teacher_forcing import Clips, Noise, flow_loss, predict_velocity
+from longtake.training.objective.walk_forcing import Levels, predict
+from longtake.training.objective.walk_forcing import flow_loss as walk_loss
 from longtake.training.stages.options import StageOptions
 
 META = torch.device("meta")
@@ -82,7 +85,7 @@ def cost_of(loss: Callable[[], Tensor], modules: list[nn.Module]) -> Cost:
 def dit_modules(preset: Preset, text: bool = True) -> dict[str, nn.Module]:
     """What stage "dit" trains, on the meta device, in the dtype it computes in on a GPU; `text`: its encoder, too."""
     with META:
-        modules: dict[str, nn.Module] = {"dit": CausalDiT(preset.dit).to(COMPUTE)}
+        modules: dict[str, nn.Module] = {"dit": family_of(preset).dit(preset).to(COMPUTE)}
         if text:
             modules["text_encoder"] = text_encoder_for(preset).to(COMPUTE)
     return modules
@@ -114,6 +117,32 @@ def dit_cost(preset: Preset, modules: dict[str, nn.Module], batch: int, chunks: 
     return cost
 
 
+def walk_cost(preset: Preset, modules: dict[str, nn.Module], batch: int, chunks: int, context: str) -> Cost:
+    """Cost of one step of a world on `batch` walks of `chunks` chunks."""
+    dit: Any = modules["dit"]
+    frames = preset.first_frame(chunks)
+    shown = 1 + preset.vae.stride[0] * (frames - 1)
+    latents = torch.empty(batch, preset.dit.channels, frames, *preset.latent_hw, device=META)
+    tokens = torch.empty(batch, preset.text.length, dtype=torch.int32, device=META)
+    poses, intrinsics = (torch.empty(batch, *size, dtype=torch.float64, device=META) for size in ((shown, 4, 4), (4,)))
+    walks, levels = Walks(latents, tokens, poses, intrinsics), Levels(torch.empty(batch, frames, 3, device=META))
+    text = modules.get("text_encoder")
+    given = torch.empty(batch, preset.text.length, preset.text.dim, device=META)
+
+    def loss() -> Tensor:
+        rows = given if text is None else text(tokens)
+        velocity = predict(dit, preset, walks, rows, torch.empty_like(latents), levels, context)
+        return walk_loss(velocity, walks, torch.empty_like(latents), levels)[0]
+
+    cost = cost_of(loss, list(modules.values()))
+    cost.shapes = {"latents": list(latents.shape), "noise": list(latents.shape), "tokens": list(tokens.shape)}
+    cost.shapes |= {
+        "cameras": [batch, shown, 4, 4],
+        "tokens of the transformer": [batch, frames * preset.frame_tokens, preset.dit.dim],
+    }
+    return cost
+
+
 def checkpointed(preset: Preset, cost: Cost, batch: int, chunks: int, text: bool = True) -> Cost:
     """`cost` if blocks are computed again in the backward pass: only their inputs are kept, and the inside of one."""
     one, two = (
@@ -139,21 +168,20 @@ def frozen_text(options: StageOptions) -> int:
 def vae_modules(preset: Preset, decoder_only: bool = False) -> dict[str, nn.Module]:
     """The module of stage "vae", on the meta device, in the dtype it computes in on a GPU."""
     with META:
-        vae = CausalVAE(preset.vae).to(COMPUTE)
+        vae = family_of(preset).vae(preset).to(COMPUTE)
     vae.encoder.requires_grad_(not decoder_only)
     return {"vae": vae}
 
 
 def vae_cost(preset: Preset, modules: dict[str, nn.Module], batch: int, frames: int) -> Cost:
     """Cost of one reconstruction step on `batch` clips of `frames` frames."""
-    vae = modules["vae"]
-    assert isinstance(vae, CausalVAE)
+    vae: Any = modules["vae"]
     video = torch.empty(batch, 3, frames, preset.height, preset.width, dtype=COMPUTE, device=META)
     latents: list[Tensor] = []
 
     def loss() -> Tensor:
-        latents.append(vae.encode_raw(video, Stream()))
-        return (vae.decode_raw(latents[0], Stream()) - video).float().abs().mean()
+        latents.append(vae.encode_raw(video, vae.stream()))
+        return (vae.decode_raw(latents[0], vae.stream()) - video).float().abs().mean()
 
     cost = cost_of(loss, [vae])
     cost.shapes = {"video": list(video.shape), "latents": list(latents[0].shape)}
@@ -178,10 +206,16 @@ def describe(stage: str, options: StageOptions) -> list[str]:
     """Lines about a step of `stage` with these options; for stage "dit", one of its longest stories."""
     preset = options.preset
     if stage == "vae":
-        from longtake.training.stages.vae import CLIP_FRAMES
+        from longtake.training.stages.vae import clip_frames
 
         modules = vae_modules(preset, options.decoder_only)
-        cost = vae_cost(preset, modules, options.batch, max(CLIP_FRAMES))
+        cost = vae_cost(preset, modules, options.batch, max(clip_frames(preset)))
+    elif "camera" in family_of(preset).can:
+        from longtake.training.stages.world import require_world
+
+        require_world(options)
+        modules = dit_modules(preset, options.trains_text)
+        cost = walk_cost(preset, modules, options.batch, max(options.chunks), options.context)
     else:
         modules = dit_modules(preset, options.trains_text)
         cost = dit_cost(preset, modules, options.batch, max(options.chunks))

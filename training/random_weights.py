@@ -1,6 +1,6 @@
 """Checkpoints of any preset with random content, written tensor by tensor.
 
-For trying a preset whose weights are not at hand: exports, builds, checks, memory. They are the bench's weights
+For trying a preset whose weights are not at hand: exports, builds, checks, memory. They are made like the bench's weights
 (`runtime.bench.random_weights`): variances of 1 / fan_in, norms of one, so that activations keep their scale.
 """
 
@@ -63,7 +63,7 @@ def _typed(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 def _write(path: Path, state: dict[str, Tensor], side: SideFile, seed: int) -> Path:
     def make(name: str) -> Tensor:
         key = name if seed == 0 else f"{seed}:{name}"
-        return random_weight(key, tuple(state[name].shape), CPU, state[name].dtype)
+        return random_weight(key, tuple(state[name].shape), CPU, state[name].dtype, inline=0)
 
     with tqdm(total=len(state), desc=path.name, unit="tensor", leave=False, disable=None) as bar:
         save_checkpoint(path, state, side, make, lambda done: bar.update())

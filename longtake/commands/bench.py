@@ -44,6 +44,7 @@ class MoreOptions:
 def run(options: BenchOptions, others: MoreOptions) -> int:
     """Measure and report; 1 if a part failed (the others are reported all the same)."""
     options, started = completed(options), time.perf_counter()
+    options.require_plain()
     more = [of_another_recipe(options, name) for name in others.more]
     for one in (options, *more):
         prepare(one)
@@ -77,7 +78,9 @@ def completed(options: BenchOptions) -> BenchOptions:
     """With a place for what is written. Raises LongtakeError for an unknown recipe."""
     found = recipe_named(options.recipe)
     recipe = str(Path(options.recipe).resolve()) if options.recipe.endswith((".yaml", ".yml")) else found.name
-    return replace(options, recipe=recipe, out=options.out or str(Path("runs") / "bench" / Path(options.recipe).stem))
+    out = options.out or str(Path("runs") / "bench" / Path(options.recipe).stem)
+    onnx, engines = (str(Path(given).resolve()) if given else "" for given in (options.onnx, options.engines))
+    return replace(options, recipe=recipe, out=out, onnx=onnx, engines=engines)  # a part runs in another folder
 
 
 def of_another_recipe(options: BenchOptions, name: str) -> BenchOptions:

@@ -24,11 +24,13 @@ from longtake.runtime.check.runners import BackendRunner
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import BACKEND_NAMES, OpenOptions, Source, backend_from_source, source_from_name
 from longtake.runtime.story import STORIES, story_from_script
+from longtake.runtime.view import own_picture
+from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import SamplingConfig
 
 OUT = Path("runs") / "check"
-STORY = STORIES / "demo.yaml"
+STORY, WALK = STORIES / "demo.yaml", STORIES / "walk.yaml"  # WALK: of models with cameras, which have no cuts
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,9 @@ def sampling_of(source: Source, story: Path | None, steps: int | None) -> Sampli
     sampling = source.sampling or source.recipe.model.sampling
     if story is not None:
         told = story_from_script(story)
-        given = {name: value for name in ("steps", "guidance") if (value := getattr(told, name)) is not None}
-        sampling = replace(sampling, **given)
-    return sampling if steps is None else replace(sampling, steps=steps)
+        sampling = sampling if told.steps is None else sampling.in_steps(told.steps)
+        sampling = sampling if told.guidance is None else replace(sampling, guidance=told.guidance)
+    return sampling if steps is None else sampling.in_steps(steps)
 
 
 def _chunk_rows(
@@ -173,15 +175,19 @@ def _other_backend(source: Source, models: Models, backend: Backend) -> Backend:
 
 
 def usual_story(models: Models, backend: Backend) -> Path | None:
-    """The story whose chunks are compared where none is named: on a GPU, if prompts can be read."""
+    """The story whose chunks are compared where none is named: on a GPU, if prompts can be read and a picture is there that
+    a world starts from."""
     if backend.device.type != "cuda":
         return None
+    world = "camera" in family_of(models.preset).can
     try:
         models_tokenizer(models)
+        if world:
+            own_picture(models.preset)
     except LongtakeError as error:
         print(f"networks only, no chunks of a story: {error.what}")
         return None
-    return STORY
+    return WALK if world else STORY
 
 
 def models_tokenizer(models: Models) -> Any:

@@ -123,8 +123,10 @@ def _session(generator: Generator, options: GenerateOptions, story: Story | None
         given = {
             key: getattr(options, key) for key in ("steps", "guidance", "negative_prompt", "image", "continue_from")
         }
+        # A camera's path must be as long as all that is asked for, so that is told at the start.
+        chunks = max(options.chunks or 0, story.chunks) if story is not None else None
         session = generator.session(
-            story or (), seed=options.seed, clip=_clip_words(options), view=options.view, **given
+            story or (), seed=options.seed, clip=_clip_words(options), view=options.view, chunks=chunks, **given
         )
         if session.next_index:
             print(f"clip: {session.next_index} chunks taken in; the video written is what comes after them", flush=True)

@@ -83,6 +83,8 @@ class DoorOptions:
     """a page's origin that may use this server, such as https://video.example.org; may be repeated (default: its own)"""
     log_prompts: bool = option(False)
     """prompts in the log in full, instead of their length and a short hash"""
+    traces: str | None = option(None, metavar="URL")
+    """send traces by OTLP to this collector, such as http://127.0.0.1:4318/v1/traces; needs the extra otel (default: none)"""
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what is out of bounds."""
@@ -135,6 +137,7 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         origins=door.allow_origin,
         slots=model.sessions_per_worker,
         codec=model.codec,
+        traces=door.traces,
         limits=limits,
     )
     opening, bounds = partial(opened, model, 1 if ray.ray else ray.gpus or 1), ray.bounds

@@ -14,10 +14,12 @@ from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_checkpoints
 from longtake.training.devices import device_named
 from longtake.training.dry_run import describe
+from longtake.training.models.families import family_of
 from longtake.training.models.quantize import modelopt
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.options import RunOptions
 from longtake.training.parallel.ranks import join_ranks, started_by_torchrun
+from longtake.training.parts import parts_before, source_of
 from longtake.training.resume import require_resume_point
 from longtake.training.stages.base import Stage
 from longtake.training.stages.options import StageOptions
@@ -39,6 +41,7 @@ EPILOG = """examples:
   longtake train --config tiny_own_vae --data my_clips          (my_clips/a.mp4 beside a.txt; docs/training.md)
   longtake train --stage dit --data my_clips --init runs/dit --steps 2000 --out runs/mine
   longtake train --resume --out runs/mine
+  longtake train --stage dit --init runs/part1 --continued --seed 2 --out runs/part2         (weights only; docs/training.md)
   tensorboard --logdir runs
 """
 
@@ -67,6 +70,8 @@ def run(
 ) -> int:
     """Train as told; returns the exit code."""
     config = train_config(how, options.preset, optimizer, what, options, optimizer, ranks)
+    parts = parts_before(what.stage, options, optimizer)
+    config = replace(config, parts=parts, source=source_of(what.stage, options.init))
     if config.resume:
         require_resume_point(config.out)
     if what.dry_run:
@@ -83,6 +88,9 @@ def run(
     stage = stage_named(what.stage, options)
     device = device_named(what.device)
     print(f"training {what.stage} of preset {config.preset} on {device} for {config.steps} steps, into {config.out}")
+    if parts:
+        before = sum(part["steps"] or 0 for part in parts)
+        print(f"part {len(parts) + 1} of a run that made {before} steps before: a new optimizer, with its warm-up")
     if stage.line:
         print(stage.line)
     metrics = Trainer(stage, config, device).fit()
@@ -92,9 +100,15 @@ def run(
 
 def stage_named(name: str, options: StageOptions) -> Stage:
     """A stage, ready to be prepared."""
-    from longtake.training.stages import dit, vae
+    from longtake.training.stages import dit, vae, world
 
-    return {"dit": dit, "vae": vae}[name].stage_from_options(options)
+    transformer = world if is_world(options) else dit
+    return {"dit": transformer, "vae": vae}[name].stage_from_options(options)  # type: ignore[attr-defined]
+
+
+def is_world(options: StageOptions) -> bool:
+    """Whether what is trained follows cameras."""
+    return "camera" in family_of(options.preset).can
 
 
 def run_parallel(what: WhatOptions, config: TrainConfig, options: StageOptions, asked: RankOptions) -> int:
@@ -111,6 +125,13 @@ def run_parallel(what: WhatOptions, config: TrainConfig, options: StageOptions, 
             "this stage trains on one rank",
             got=f"--stage {what.stage} under torchrun or with --sequence-parallel",
             expected="--stage dit",
+            fix="start it without torchrun",
+        )
+    if is_world(options):
+        raise LongtakeError(
+            "a world trains on one rank",
+            got=f"preset {options.preset.name} under torchrun or with --sequence-parallel",
+            expected="a preset without cameras",
             fix="start it without torchrun",
         )
     device = device_named(what.device)

@@ -29,7 +29,7 @@ KERNEL_BYTES = 330_000_000
 
 # Beside the plans: arena bytes by lane, and TWICE, written by a run that loaded them.
 MEASURED = "memory.json"
-PLAIN = ("text_encoder", "context", "dit")  # what runs on the generating GPU, one after another: one arena
+PLAIN = ("text_encoder", "context", "camera", "dit")  # what runs on the generating GPU, one after another: one arena
 DECODER = ("vae_first", "vae_steady")
 LANES = {"denoise": PLAIN, "decode": DECODER}
 WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}

@@ -17,6 +17,8 @@ from longtake.runtime.bench.gpu import device_from_name
 from longtake.runtime.bench.measure import Save, measure
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.random_weights import random_weights
+from longtake.training.models.families import family_of
+from longtake.training.models.presets import Preset
 
 SKELETON = "skeleton"  # the model that has no weights
 
@@ -44,7 +46,7 @@ def open_engines(options: BenchOptions) -> Backend:
 
         return ReferenceBackend(export_folder(options), options.the_recipe, "no GPU here: timings are not figures")
     folder = engine_folder(options)
-    onnx, dit = Bundle.read(folder).onnx, ("context", "dit") if "dit" in options.networks else ()
+    onnx, dit = Bundle.read(folder).onnx, dit_networks(options.model) if "dit" in options.networks else ()
     wanted = (*dit, *(("vae_first", "vae_steady") if "vae" in options.networks else ()))  # never the text encoder
     decode_device = torch.device(options.decode_device) if options.decode_device else None
     places = {name: (decode_device or device) if name.startswith("vae") else device for name in wanted}
@@ -59,6 +61,13 @@ def open_engines(options: BenchOptions) -> Backend:
         decode_device=decode_device,
         weights={name: random_weights(onnx / f"{name}.onnx", place) for name, place in places.items()},
     )
+
+
+def dit_networks(preset: Preset) -> tuple[str, ...]:
+    """What a session runs besides text and decoder: of a model with cameras also what encodes its first picture."""
+    if "camera" not in family_of(preset).can:
+        return "context", "dit"
+    return "context", "camera", "dit", "vae_encoder_first", "vae_encoder_steady"
 
 
 def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
@@ -90,6 +99,7 @@ def budget(options: BenchOptions) -> dict[str, Any]:
     built = Bundle.read(folder) if (folder / "bundle.json").is_file() else None
     use = Use(
         decode="vae" in options.networks,
+        encode="vae_encoder_first" in dit_networks(options.model),
         decode_apart=bool(options.decode_device),
         engines=folder if built else None,
         recorded=built.memory if built else (),

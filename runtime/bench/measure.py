@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from longtake.runtime.backends.base import Backend
@@ -26,7 +27,11 @@ from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.presets import Preset
 
-SCRIPT = (Segment("a first shot", 1), Segment("a second shot", 1, cut=True), Segment("the second shot goes on", 1))
+SCRIPT: tuple[Segment, ...] = (
+    Segment("a first shot", 1),
+    Segment("a second shot", 1, cut=True),
+    Segment("the second shot goes on", 1),
+)
 Save = Callable[[dict[str, Any]], None]
 
 
@@ -72,7 +77,12 @@ def _measure_session(timed: TimedBackend, options: BenchOptions, figures: dict[s
 
 def _session(timed: TimedBackend, options: BenchOptions, decode: bool) -> Session:
     generator = Generator(timed, lambda texts, length: torch.ones(len(texts), length, dtype=torch.int32))
-    return generator.session(SCRIPT, options.seed, steps=options.steps, guidance=1.0, decode=decode, endless=True)
+    script, picture = SCRIPT, None
+    if "camera" in generator.model.family.can:  # no cuts, and a video starts from a picture
+        script, picture = SCRIPT[2:], np.full((timed.preset.height, timed.preset.width, 3), 128, np.uint8)
+    return generator.session(
+        script, options.seed, steps=options.steps, guidance=1.0, decode=decode, endless=True, image=picture
+    )
 
 
 def _throw_away_session(timed: TimedBackend, options: BenchOptions, decode: bool) -> float:

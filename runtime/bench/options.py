@@ -13,6 +13,7 @@ from longtake.training.models.presets import Preset
 
 NETWORKS = ("dit", "vae")
 AGAINST = ("torch",)
+PLAIN = ("wan",)  # the families whose networks are written out in plain PyTorch, to be measured against
 # Parts in the order they run, each in a process of its own: its memory is its own, and its failure or delay as well.
 PARTS = ("engine", "torch", "torch_vae", "torch_compile", "torch_autotune")
 
@@ -65,6 +66,16 @@ class BenchOptions:
             raise LongtakeError("bad --networks", got=",".join(self.networks), expected="dit, vae or dit,vae")
         if self.against not in ("", *AGAINST):
             raise LongtakeError("bad --against", got=self.against, expected=" | ".join(AGAINST))
+
+    def require_plain(self) -> None:
+        """Raise LongtakeError if PyTorch is to be measured beside a model that is not written out in it."""
+        if self.against and self.model.family not in PLAIN:
+            raise LongtakeError(
+                "there is no plain PyTorch of this model to measure against",
+                got=f"--against {self.against} with preset {self.model.name}, of family {self.model.family}",
+                expected=f"a preset of family {', '.join(PLAIN)}",
+                fix="leave --against out",
+            )
 
     @property
     def model(self) -> Preset:

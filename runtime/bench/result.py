@@ -10,6 +10,7 @@ from longtake.files import write_json
 from longtake.provenance import origin
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.roofline import roofline
+from longtake.training.models.families import family_of
 
 Figures = dict[str, Any]
 
@@ -48,8 +49,8 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
         "steps": options.steps,
         "guidance": 1.0,
         "chunk_latents": preset.chunk_latents,
-        "window_latents": preset.chunk_latents * preset.window_chunks,
-        "sinks": "global and shot",
+        "window_latents": preset.first_frame(preset.window_chunks),
+        "sinks": "global and shot" if "cut" in family_of(preset).can else "first chunk",
         "warmup_chunks": options.warm_chunks,
         "chunks": options.steady_chunks,
         "fps": ours.get("fps", {}),

@@ -12,7 +12,7 @@ from typing import Any
 
 from longtake.dtypes import stored_bytes
 from longtake.formats.recipe import Recipe
-from longtake.training.models.presets import Preset
+from longtake.training.models.presets import Preset, VAEConfig
 
 # Best library rates measured on one H100 SXM, FLOP/s (docs/benchmark.md says how): GEMM 7040x3072x3072 through
 # cuBLASLt in bf16 and, K = 14336, in FP8; attention 7040 x 28160 through cuDNN (whose FP8 sums are wrong, but as fast as that); 3x3x3 convolution, channels last.
@@ -124,8 +124,13 @@ def floor_seconds(work: Work, recipe: Recipe, gpu: str | None) -> float | None:
 
 
 def roofline(recipe: Recipe, steps: int, gpu: str | None, stage_ms: dict[str, float]) -> dict[str, Any]:
-    """For "dit" and "vae" of a steady chunk: tflop, gb, floor_ms, measured_ms, share of the floor reached, tflop_s."""
+    """For "dit" and "vae" of a steady chunk: tflop, gb, floor_ms, measured_ms, share of the floor reached, tflop_s.
+
+    {} for models whose work no formula here counts.
+    """
     rows: dict[str, Any] = {}
+    if not isinstance(recipe.model.vae, VAEConfig):
+        return rows
     for name, work in chunk_work(recipe, steps).items():
         floor, spent = floor_seconds(work, recipe, gpu), stage_ms.get(f"{name}_chunk")
         rows[name] = {

@@ -13,10 +13,11 @@ from longtake.runtime.clock import StageClock
 from longtake.training.models.random_weights import seed_of
 
 TEXT = "text_encoder"
+MARKS = {"context": "context", "camera": "camera", "vae_encoder_first": "picture"}
 
 
 class TimedBackend(Backend):
-    """Around another one; marks: "denoise_pass", "clean_pass", "context", and of decoders "latent".
+    """Around another one; marks: "denoise_pass", "clean_pass", "context", "camera", "picture", and of decoders "latent".
 
     The prompt's embeddings are random, so that no text encoder is needed.
     """
@@ -48,7 +49,7 @@ class TimedBackend(Backend):
         if network == TEXT:
             return {self.specs[TEXT].outputs[0].name: self._embeddings()}
         clock = self._decode_clock if network.startswith("vae") else self._clock
-        label = {"context": "context", "dit": "clean_pass" if commit else "denoise_pass"}.get(network, "latent")
+        label = MARKS.get(network, "latent") if network != "dit" else "clean_pass" if commit else "denoise_pass"
         with clock.stage(label):
             return self.inner.run(network, inputs, state, commit)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -20,11 +20,12 @@ from longtake.formats.segmented_graph import SegmentedGraph
 from longtake.runtime.frames import staging_bytes
 from longtake.training.models.families import family_of
 from longtake.training.models.network_spec import Binding, NetworkSpec
-from longtake.training.models.presets import Preset
+from longtake.training.models.presets import Preset, TextEncoderConfig
 from longtake.training.models.text.runner import KEPT
 
 # Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
 FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 4.4
+NOTHING_VARIES: Mapping[str, int] = {}
 SOLVER_LATENTS = 8  # noise, sample, corrected, predictions, velocity and its copy, in fp32
 
 
@@ -38,8 +39,15 @@ def terms_of(recipe: Recipe, engines: Path | None = None, preset: Preset | None 
 def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterable[RecordedTerm]:
     family = family_of(preset)
     dit, context = family.spec(preset, recipe, "dit"), family.spec(preset, recipe, "context")
-    names = ["context", "dit", *(["text_encoder"] if preset.text.kind == "words" else [])]
+    camera = [family.spec(preset, recipe, "camera")] if "camera" in family.can else []
+    names = [
+        "context",
+        *(spec.name for spec in camera),
+        "dit",
+        *(["text_encoder"] if preset.text.kind == "words" else []),
+    ]
     cached, prompt, kept = "K/V cache", "prompts' K/V and embeddings", total_bytes(context.outputs)
+    most = longest(dit)
     embeddings = 4 * KEPT * preset.text.length * preset.text.dim if preset.text.kind != "words" else 0
     caches = state_bindings(dit)
     cache = total_bytes(caches)
@@ -47,9 +55,13 @@ def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterabl
     return [
         *(weights_term(recipe, preset, name, engines) for name in names),
         RecordedTerm(cached, cache, "exact"),
-        RecordedTerm("static buffers", total_bytes(static, preset.window_chunks), "exact"),
+        RecordedTerm("static buffers", total_bytes(static, most), "exact"),
+        *(
+            RecordedTerm("a chunk's cameras", total_bytes((*spec.inputs, *spec.outputs), most), "exact")
+            for spec in camera
+        ),
         RecordedTerm(prompt, kept + embeddings, "exact"),
-        RecordedTerm("solver", SOLVER_LATENTS * total_bytes(dit.outputs[:1]), "exact"),
+        RecordedTerm("solver", SOLVER_LATENTS * total_bytes(dit.outputs[:1], most), "exact"),
         _working_term("denoise", recipe, preset, engines),
         RecordedTerm(cached, cache, "exact", "guided"),
         RecordedTerm(prompt, kept, "exact", "guided"),
@@ -78,6 +90,8 @@ def _apart(recipe: Recipe, preset: Preset) -> Iterable[RecordedTerm]:
         yield RecordedTerm(
             "text encoder, at a new prompt", device_bytes(preset.text, "bf16", False), "estimated", "prompt"
         )
+    if preset.text.kind == "gemma2":
+        yield RecordedTerm("weights, Gemma", gemma_bytes(preset.text), "estimated")
     family = family_of(preset)
     first, steady = (family.spec(preset, recipe, f"vae_encoder_{step}") for step in ("first", "steady"))
     caches = 2 * total_bytes(steady.inputs[1:])
@@ -86,10 +100,20 @@ def _apart(recipe: Recipe, preset: Preset) -> Iterable[RecordedTerm]:
     yield RecordedTerm("VAE encoder, before the start", taken, "estimated", "encode")
 
 
-def total_bytes(bindings: Iterable[Binding], most: int = 0) -> int:
-    """Bytes of some bindings; a dynamic dimension (the slot table's) counts `most`."""
-    sizes = ([n if isinstance(n, int) else most for n in b.shape] for b in bindings)
-    return sum(DTYPES[b.dtype].bytes(prod(shape)) for shape, b in zip(sizes, list(bindings), strict=True))
+def gemma_bytes(text: TextEncoderConfig) -> int:
+    """Of Gemma 2 in bf16, which stays on the GPU: heads of 256, half as many for keys and values, gated feed-forward."""
+    attention = 256 * text.dim * 3 * text.heads  # q and out, k and v
+    return 2 * (text.vocabulary * text.dim + text.layers * (attention + 3 * text.dim * text.ffn_dim))
+
+
+def total_bytes(bindings: Iterable[Binding], most: Mapping[str, int] = NOTHING_VARIES) -> int:
+    """Bytes of some bindings; a dynamic dimension (the slot table's, a chunk's frames) counts what `most` says of it."""
+    return sum(DTYPES[b.dtype].bytes(prod(n if isinstance(n, int) else most[n] for n in b.shape)) for b in bindings)
+
+
+def longest(spec: NetworkSpec) -> dict[str, int]:
+    """The most that each dynamic dimension of a network may be."""
+    return {name: most for name, (_, _, most) in spec.profile}
 
 
 def state_bindings(spec: NetworkSpec) -> list[Binding]:
@@ -146,11 +170,9 @@ def _stored(graph: SegmentedGraph, name: str) -> int:
 @lru_cache
 def _models(preset: Preset) -> dict[str, nn.Module]:
     """The preset's DiT and VAE without data."""
-    from longtake.training.models.wan.dit import CausalDiT
-    from longtake.training.models.wan.vae import CausalVAE
-
+    family = family_of(preset)
     with torch.device("meta"):
-        return {"dit": CausalDiT(preset.dit), "vae": CausalVAE(preset.vae)}
+        return {"dit": family.dit(preset), "vae": family.vae(preset)}
 
 
 def _parameters(preset: Preset, name: str) -> int:
@@ -160,11 +182,11 @@ def _parameters(preset: Preset, name: str) -> int:
 
         with torch.device("meta"):
             return sum(p.numel() for p in text_encoder_for(preset).parameters())
-    models = _models(preset)
+    models, network_of = _models(preset), family_of(preset).network_of
     if name.startswith("vae"):
         part = "encoder." if name.startswith("vae_encoder") else "decoder."
         return sum(p.numel() for n, p in models["vae"].named_parameters() if n.startswith(part))
-    return sum(p.numel() for n, p in models["dit"].named_parameters() if _of_context(n) == (name == "context"))
+    return sum(p.numel() for n, p in models["dit"].named_parameters() if network_of(n) == name)
 
 
 def _coded_parameters(preset: Preset) -> int:
@@ -177,18 +199,9 @@ def _coded_parameters(preset: Preset) -> int:
 
 def _linear_parameters(preset: Preset, name: str) -> int:
     """Weights of the linears that a recipe quantizes, in network `name`."""
-    from longtake.training.models.wan.linears import quantized_linears
-
-    dit = _models(preset)["dit"]
-    wanted = [n for n in quantized_linears(dit) if _of_context(n) == (name == "context")]
+    dit, family = _models(preset)["dit"], family_of(preset)
+    wanted = [n for n in family.linears(dit) if family.network_of(n) == name]
     return sum(dit.get_parameter(f"{n}.weight").numel() for n in wanted)
-
-
-def _of_context(name: str) -> bool:
-    """Whether a DiT parameter is used once a prompt (network `context`), not in every pass."""
-    return name.startswith("text_embedding") or ".cross_attn.k" in name or ".cross_attn.v" in name or (
-        ".cross_attn.norm_k" in name
-    )  # fmt: skip
 
 
 # ---- memory of the executor --------------------------------------------------------------------------------------
@@ -257,26 +270,24 @@ def scratch_of_plan(plan: Path) -> int | None:
 
 def _denoise_estimate(recipe: Recipe, preset: Preset) -> int:
     """Tensors between segments, the FFN's inner ones (or the attention's window, which is less), unpacked weights."""
-    dit = preset.dit
-    hidden = FFN_TENSORS_ALIVE * 2 * preset.chunk_tokens * dit.ffn_dim
+    dit, tokens = preset.dit, max(preset.frames_of(0), preset.chunk_latents) * preset.frame_tokens
+    hidden = FFN_TENSORS_ALIVE * 2 * family_of(preset).widest(preset)
     if recipe.mode == "fused":
         return hidden
-    rows = 2 * preset.chunk_tokens * (6 * dit.dim)  # q, k, v, the residual stream and what a segment hands on
+    rows = 2 * tokens * (6 * dit.dim)  # q, k, v, the residual stream and what a segment hands on
     if recipe.linears == "library":  # step by step: the window laid out, or one inner tensor of the FFN
         return rows + max(2 * preset.window_chunks * preset.chunk_tokens * 2 * dit.dim, hidden // FFN_TENSORS_ALIVE)
-    unpacked = 2 * (dit.dim * (6 * dit.dim + 2 * dit.ffn_dim)) if recipe.precision in ("w4a16", "nvfp4") else 0
+    packed = recipe.precision in ("w4a16", "nvfp4")
+    unpacked = 2 * _linear_parameters(preset, "dit") // dit.layers if packed else 0  # one block's
     return rows + unpacked + hidden
 
 
 def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
-    """Multiples of the largest activation, which enters the last level: full size of the pixel patches, width of the
-    level before. At the last upsampling its input, the shortcut, both enlarged and their sum are alive. Where a library
-    runs all but a few layers the steps are known; what is not is the scratch of those few."""
+    """Multiples of the largest activation. At the last upsampling its input, the shortcut, both enlarged and their sum are
+    alive. Where a library runs all but a few layers the steps are known; what is not is the scratch of those few."""
     if recipe.vae_ops == "library":
         return _library_estimate(preset, recipe.vae_conv)
-    frames, width = preset.vae.stride[0], preset.vae.decoder_dim * preset.vae.dim_mult[1]
-    largest = 2 * width * frames * (preset.height // 2) * (preset.width // 2)
-    return int(DECODER_TENSORS_ALIVE * largest)
+    return int(DECODER_TENSORS_ALIVE * 2 * family_of(preset).largest(preset))
 
 
 @lru_cache

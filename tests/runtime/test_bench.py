@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.commands.main import main
+from longtake.errors import LongtakeError
 from longtake.formats.model_name import folder_of
 from longtake.formats.recipe import recipe_named
 from longtake.plugins.cross_attention.reference import dense_cross_attention
@@ -358,3 +359,12 @@ def test_the_compiled_dit_agrees_with_the_eager_one() -> None:
             cache = [tuple(torch.zeros(shape, device=device, dtype=torch.bfloat16) for _ in "kv") for _ in range(2)]
             out.append(PlainDiT(dit, compile)(latents, sinusoid, cos, sin, context, cache, 1, 0))
     assert float((out[0] - out[1]).norm() / out[0].norm()) < 0.02
+
+
+def test_a_world_is_not_measured_against_what_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "--recipe", "world-tiny_bf16_sm90", "--against", "torch", "--out", str(tmp_path / "out")]
+    assert main(words) == LongtakeError.exit_code
+    said = capsys.readouterr().err
+    assert "no plain PyTorch of this model" in said and "world-tiny" in said and "leave --against out" in said
+    assert not (tmp_path / "out").exists()
+    assert roofline(recipe_named("world-tiny_bf16_sm90"), 4, "NVIDIA H200", {}) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 
 from longtake import chain
 from longtake.commands.main import main
+from longtake.dtypes import DTYPES
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import sha256
 from longtake.formats.bundle import KIND, Bundle
@@ -35,6 +37,7 @@ from longtake.runtime.budget.terms import terms_of, weight_bytes
 from longtake.runtime.budget.use import budget_of
 from longtake.runtime.report import conditions_of_run
 from longtake.runtime.sources import OpenOptions, Source, backend_from_source, source_from_bundle
+from longtake.training.models.families import family_of
 from longtake.training.models.load import random_models
 from longtake.training.models.network_spec import NETWORKS
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B
@@ -105,6 +108,24 @@ def test_the_large_models_known_figures() -> None:
     assert budget_of(recipe_named("wan2.2-ti2v-5b_w4a16_sm90")).total() < 15.2 * GB
     assert fp8.total() < 16.6 * GB and not any("text_encoder" in term.name for term in fp8.terms)
     assert any("text encoder" in term.name for term in fp8.apart)
+
+
+def test_a_worlds_known_figures() -> None:
+    """At 704x1280: two slots of states and tails, three equal ones of keys and values, 1.87 GB; every weight once."""
+    recipe = recipe_named("sana-wm_bf16_sm90")
+    budget, state = budget_of(recipe), family_of(recipe.model).spec(recipe.model, recipe, "dit")
+    kept = [binding for binding in state.inputs if binding.name in state.kept.values()]
+    assert of(budget, "K/V cache") == sum(DTYPES[b.dtype].bytes(math.prod(map(int, b.shape))) for b in kept)
+    assert of(budget, "K/V cache") == pytest.approx(1.87 * GB, rel=0.005)
+    with torch.device("meta"):
+        dit = family_of(recipe.model).dit(recipe.model)
+    parts = [of(budget, f"weights, {name}") for name in ("dit", "context", "camera")]
+    assert sum(parts) == 2 * sum(p.numel() for p in dit.parameters()) and min(parts) > 0
+    # four latents of 880 tokens, 40 blocks' worth of maps and as much again that a pass reads
+    assert of(budget, "a chunk's cameras") == pytest.approx(20 * 4 * 880 * 2240 * 2, rel=0.01)
+    lighter = sum(weight_bytes(replace(recipe, precision="fp8"), recipe.model, name) for name in ("dit", "context"))
+    linears = sum(dit.get_parameter(f"{name}.weight").numel() for name in family_of(recipe.model).linears(dit))
+    assert sum(parts[:2]) - lighter == linears
 
 
 def test_decoding_elsewhere_moves_its_terms() -> None:

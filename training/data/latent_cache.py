@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from longtake.files import read_json
 from longtake.paths import REPOSITORY
 from longtake.training.data.base import Batch, Dataset
 from longtake.training.models.checkpoint import load_into, side_file
+from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import AnyTextEncoder, TextEncoder
 from longtake.training.models.wan.vae import CausalVAE
@@ -89,15 +91,15 @@ def vae_mismatch(start: Path, vae: Path, digest: str) -> LongtakeError | None:
     )
 
 
-def frozen_vae(path: Path, preset: Preset, device: torch.device) -> tuple[CausalVAE, str]:
+def frozen_vae(path: Path, preset: Preset, device: torch.device) -> tuple[Any, str]:
     """A trained VAE and its digest."""
-    vae = CausalVAE(preset.vae)
+    vae = family_of(preset).vae(preset)
     side = load_into(vae, path, kind="vae", preset=preset)
     return vae.requires_grad_(False).eval().to(device), side.sha256
 
 
 @torch.no_grad()
-def encode(vae: CausalVAE, video: Tensor) -> Tensor:
+def encode(vae: Any, video: Tensor) -> Tensor:
     """Normalized latents [B, F, C, H, W] of video fp32 [B, 3, T, H, W]; bf16 convolutions on a GPU."""
     with torch.autocast(video.device.type, torch.bfloat16, enabled=video.is_cuda):
         return vae.encode(video).to(torch.bfloat16 if video.is_cuda else torch.float32)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
+from longtake.training.models.families import linears_of
 from longtake.training.models.quantize import plain_state
 from longtake.training.models.wan.dit import CausalDiT
-from longtake.training.models.wan.linears import quantized_linears
 
 
 def add_adapters(dit: CausalDiT, names: tuple[str, ...], rank: int, alpha: float, seed: int = 0) -> None:
@@ -24,7 +24,7 @@ def add_adapters(dit: CausalDiT, names: tuple[str, ...], rank: int, alpha: float
                             fix="--lora-rank 128 --lora-alpha 128")  # fmt: skip
     from peft import LoraConfig, inject_adapter_in_model  # imports transformers, which takes seconds
 
-    targets = quantized_linears(dit)
+    targets = linears_of(dit)
     dit.requires_grad_(False)
     device = next(dit.parameters()).device
     with torch.random.fork_rng(devices=[]):

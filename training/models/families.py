@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from longtake.errors import LongtakeError
 from longtake.training.models.family import Family
 from longtake.training.models.presets import Preset
@@ -20,6 +22,11 @@ def family_named(name: str) -> Family:
         raise LongtakeError("unknown family", got=name, expected=", ".join(sorted(FAMILIES)),
                             fix="set the preset's family to one of these")  # fmt: skip
     return FAMILIES[name]
+
+
+def linears_of(dit: nn.Module) -> list[str]:
+    """Names of the linears of a transformer that recipes quantize."""
+    return family_named(str(dit.family)).linears(dit)
 
 
 def family_of(preset: Preset) -> Family:

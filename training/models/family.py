@@ -102,6 +102,18 @@ class Family(Protocol):
         """Names of the linears that recipes quantize."""
         ...
 
+    def network_of(self, parameter: str) -> str:
+        """The network that reads a parameter of the transformer, by its name: "dit", or one that is computed less often."""
+        ...
+
+    def widest(self, preset: Preset) -> int:
+        """Elements of the widest tensor inside a pass over the longest chunk: the feed-forward network's."""
+        ...
+
+    def largest(self, preset: Preset) -> int:
+        """Elements of the largest activation in decoding one later latent."""
+        ...
+
     def dit(self, preset: Preset) -> Any:
         """The untrained transformer."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longtake.errors import LongtakeError
@@ -130,6 +130,10 @@ class SamplingConfig:
     def listed(self) -> tuple[float, ...]:
         """The timesteps of a preset that lists them, as many as steps; none where they follow from steps and shift."""
         return ()
+
+    def in_steps(self, steps: int) -> SamplingConfig:
+        """The same in so many steps."""
+        return replace(self, steps=steps)
 
     @classmethod
     def told(cls, record: dict[str, Any] | None) -> SamplingConfig | None:

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.plugins.nvfp4.reference import fake_quantize
 from longtake.plugins.nvfp4.weight_format import STATIC_6, UNRECORDED, WeightFormat, WeightFormats
+from longtake.training.models.families import linears_of
 from longtake.training.models.load import Models
 from longtake.training.models.wan.dit import CausalDiT
-from longtake.training.models.wan.linears import Amax, quantized_linears
+from longtake.training.models.wan.linears import Amax
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ def insert_quantizers(
 
     rules: of NVFP4; "fp8" has none.
     """
-    names = quantized_linears(dit)
+    names = linears_of(dit)
     config = quantizer_config(names, precision, rules.input, WeightFormats(rules.weight))
     with torch.no_grad(), quiet():
         modelopt().quantize(dit, config, forward_loop=calibrate)
@@ -219,7 +220,7 @@ def quantizers(dit: nn.Module) -> dict[str, dict[str, Any]]:
     """linear name -> {"input": quantizer, "weight": quantizer}."""
     return {
         name: {side: getattr(dit.get_submodule(name), quantizer) for side, quantizer in SIDES.items()}
-        for name in quantized_linears(dit)
+        for name in linears_of(dit)
     }
 
 
@@ -263,7 +264,7 @@ def restore_quantizers(
     Raises:
         LongtakeError: a linear has no stored amax.
     """
-    missing = [name for name in quantized_linears(dit) if name not in amax]
+    missing = [name for name in linears_of(dit) if name not in amax]
     if missing:
         raise LongtakeError(
             "the checkpoint has no activation amax",
@@ -271,7 +272,7 @@ def restore_quantizers(
             expected="one for each quantized linear",
             fix="measure it: longtake convert --calibrate --out FOLDER (or fine-tune under NVFP4: longtake train --precision nvfp4)",
         )
-    names = quantized_linears(dit)
+    names = linears_of(dit)
     with quiet():
         modelopt().quantize(dit, {**quantizer_config(names, precision, formats=formats), "algorithm": None})
     check_quantizers(dit, names)
@@ -306,6 +307,6 @@ def apply_precision(models: Models, precision: str) -> Models:
 
 def fold_weights(dit: CausalDiT, formats: WeightFormats = UNRECORDED) -> None:
     """Replace each listed linear's weight by its NVFP4 round trip (static_6, ModelOpt's order, if not told otherwise)."""
-    for name in quantized_linears(dit):
+    for name in linears_of(dit):
         weight = dit.get_parameter(f"{name}.weight")
         formats.of(name).round_trip_(weight, formats.of(name).amax_of(weight))

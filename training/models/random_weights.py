@@ -13,11 +13,13 @@ NORM_NAMES = (
     "norm.weight",
     "norm_q.weight",
     "norm_k.weight",
+    "norm1.weight",
+    "norm2.weight",
     "norm3.weight",
     "layer_norm.weight",
     "norm_cam.weight",
 )
-FIXED = {"A_log": 0.0, "dt_bias": -3.0}  # of gates, which would forget everything at once otherwise
+FIXED = {"A_log": 0.0, "dt_bias": -3.0, "latent_std": 1.0}  # gates would forget everything at once otherwise
 INLINE_BYTES = 1024  # formats.onnx_file.INLINE_BYTES, of bf16 values
 
 
@@ -27,12 +29,20 @@ def seed_of(name: str) -> int:
 
 
 def random_weight(
-    name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bfloat16
+    name: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    inline: int = INLINE_BYTES,
 ) -> Tensor:
-    """The weight called `name` (a state-dict key), rounded to bf16, in `dtype`. The same on every call on one device."""
+    """The weight called `name` (a state-dict key), rounded to bf16, in `dtype`. The same on every call on one device.
+
+    inline: what takes no more bytes is ones, as it is in a skeleton's graph; 0 for checkpoints, since a small model of
+    nothing but ones has rows that are constant, which a LayerNorm makes noise of.
+    """
     if (last := name.rpartition(".")[2]) in FIXED:
         return torch.full(shape, FIXED[last], device=device, dtype=dtype)
-    if 2 * math.prod(shape) <= INLINE_BYTES or name.endswith(NORM_NAMES):
+    if 2 * math.prod(shape) <= inline or name.endswith(NORM_NAMES):
         return torch.ones(shape, device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed_of(name))
     values = torch.empty(shape, device=device, dtype=torch.bfloat16)

@@ -28,8 +28,8 @@ from torch.nn import functional
 from longtake.errors import LongtakeError
 from longtake.plugins.nvfp4.formats import E2M1_MAX
 from longtake.plugins.nvfp4.reference import BLOCK, fake_quantize
+from longtake.training.models.families import linears_of
 from longtake.training.models.quantize import SIDES, Rules
-from longtake.training.models.wan.linears import quantized_linears
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def quantize_gradients(dit: nn.Module, rules: Rules) -> None:
     Raises:
         LongtakeError: `dit` has no quantizers yet, or a linear's sizes are no multiples of 16.
     """
-    for name in quantized_linears(dit):
+    for name in linears_of(dit):
         linear = dit.get_submodule(name)
         if not all(hasattr(linear, side) for side in SIDES.values()):
             raise LongtakeError("gradients are quantized where weights and activations are", got=f"{name} without",

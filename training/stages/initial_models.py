@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,17 +13,17 @@ from torch import nn
 from longtake.errors import LongtakeError
 from longtake.training.data.embedding_cache import digest_of_state
 from longtake.training.models.checkpoint import check_state, load_checkpoint, load_into
+from longtake.training.models.families import family_of
 from longtake.training.models.load import read_side
 from longtake.training.models.text.pretrained import EXPECTED, carry_description, preset_lines, pretrained_text
 from longtake.training.models.text.vocabulary import MOST, extended, vocabulary_from_texts
 from longtake.training.models.text.words import AnyTextEncoder, TextEncoder, text_encoder_for
-from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.stages.options import StageOptions
 
 logger = logging.getLogger(__name__)
 
 
-def initial_models(options: StageOptions, captions: Sequence[str]) -> tuple[CausalDiT, AnyTextEncoder, str]:
+def initial_models(options: StageOptions, captions: Sequence[str]) -> tuple[Any, AnyTextEncoder, str]:
     """Random models, or those of --init; and the text encoder's digest, "" where nothing asks for it.
 
     A small text encoder that learns has the words of `captions`: as its vocabulary, or behind that of --init.
@@ -31,7 +32,7 @@ def initial_models(options: StageOptions, captions: Sequence[str]) -> tuple[Caus
         LongtakeError: most of the captions' words are unknown to an encoder that does not learn.
     """
     preset, folder = options.preset, options.init
-    dit = CausalDiT(preset.dit)
+    dit = family_of(preset).dit(preset)
     if folder is None:
         text, digest = new_text_encoder(options, captions), ""
         if options.cache_dir is not None and not options.trains_text:

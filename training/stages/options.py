@@ -11,6 +11,8 @@ import torch
 from longtake.errors import LongtakeError
 from longtake.options import FREE, Bounds, OneOf, Text, check, option
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
+from longtake.training.data.returns import require_room
+from longtake.training.models.families import family_of
 from longtake.training.models.quantize import RULES, Rules
 from longtake.training.objective.error_recycling import RecyclingConfig
 from longtake.training.objective.noise import WEIGHTINGS
@@ -29,9 +31,10 @@ class VAEOptions:
 class DiTOptions:
     """Stage dit"""
 
-    context: Annotated[str, OneOf(("full", "window"))] = option("full", recorded=(DIT,))
+    context: Annotated[str, OneOf(("full", "window", "whole"))] = option("full", recorded=(DIT,))
     """history a chunk attends to: all of it, as in the reference, or the runtime's window of sinks and previous chunk,
-    with the shot offset of the rotary positions"""
+    with the shot offset of the rotary positions; whole: worlds only, a walk is one chunk that is seen forwards and backwards
+    (a teacher)"""
     loss_weighting: Annotated[str, OneOf(WEIGHTINGS)] = option("bell", recorded=(DIT,))
     """weight of a noise level in the loss: the reference's bell, nearly 0 at pure noise, or uniform, with which a model
     trained from random weights learns to follow its prompt sooner"""
@@ -74,12 +77,23 @@ class StageOptions(Seeded, VAEOptions, DiTOptions, FolderOptions, ModelOptions):
 
     init: Annotated[Path, Text(checkpoints_named)] | None = option(None, metavar="FOLDER|NAME", resume=FREE)
     """folder of checkpoints to start from, or a shipped model's name (default: random weights)"""
+    continued: bool = option(False)
+    """--init is the part of this run before: the same data and lengths, another seed, a new optimizer with a warm-up;
+    the checkpoint's record of parts goes on"""
     cpu_bf16: bool = option(False)
     """compute in bf16 on the CPU, too (there it is fp32 otherwise)"""
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be trained with."""
         check(self)
+        require_room(self.data, self.chunks, self.return_distance)
+        if self.context == "whole" and "camera" not in family_of(self.preset).can:
+            raise LongtakeError(
+                "only worlds are trained on whole videos at once",
+                got=f"--context whole with preset {self.preset.name}",
+                expected="full or window",
+                fix="pass --context full",
+            )
         if self.precision != "nvfp4" and (self.quantize_gradients or self.rules != RULES["static_6"]):
             raise LongtakeError(
                 "4-bit rules and gradients are of training under NVFP4",

@@ -101,7 +101,8 @@ def _spec(bundle: Bundle, name: str) -> dict[str, Any]:
 def networks_in(bundle: Bundle) -> tuple[str, ...]:
     """The networks that a bundle has plans of. Raises IntegrityError if those are missing that nothing can stand for."""
     listed = tuple(n for n in NETWORKS if f"{n}.plan" in bundle.files or f"{n}.segments.json" in bundle.files)
-    wanted = ("context", "dit")
+    camera = ("camera",) if "camera" in family_of(bundle.recipe.model).can else ()
+    wanted = ("context", *camera, "dit")
     if missing := [name for name in wanted if name not in listed]:
         raise IntegrityError(
             f"the engines in {bundle.folder} lack networks",

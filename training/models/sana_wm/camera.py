@@ -58,17 +58,17 @@ def frames_of_latent(latent: int, stride: int) -> range:
 def chunk_maps(
     poses: Tensor, intrinsics: Tensor, latents: range, stride: int, grid_hw: tuple[int, int], start: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a chunk of `latents` reads of a video's cameras from frame `start` on, poses [N,4,4] and intrinsics [N,4].
+    """What a chunk of `latents` reads of a video's cameras from frame `start` on, poses [...,N,4,4], intrinsics [...,N,4].
 
-    Where the poses end, the last one stays. Returns rays and their inverses, fp32 [F, h * w, 4, 4], of the last frame of each
-    latent, and maps, fp32 [6 * stride, F, h, w], frame by frame.
+    Where the poses end, the last one stays. Returns rays and their inverses, fp32 [..., F, h * w, 4, 4], of the last frame of
+    each latent, and maps, fp32 [..., 6 * stride, F, h, w], frame by frame.
     """
-    poses, intrinsics, last = poses.double(), intrinsics.double(), len(poses) - 1
+    poses, intrinsics, last = poses.double(), intrinsics.double(), poses.shape[-3] - 1
     at = torch.tensor([min(stride * latent - start, last) for latent in latents])
-    matrix, inverse = ray_matrices(poses[at], intrinsics[at], grid_hw)
+    matrix, inverse = ray_matrices(poses[..., at, :, :], intrinsics[..., at, :], grid_hw)
     frames = torch.tensor(
         [min(frame - start, last) for latent in latents for frame in frames_of_latent(latent, stride)]
     )
-    maps = plucker_maps(poses[frames], intrinsics[frames], grid_hw)  # [F * stride, 6, h, w]
-    maps = maps.unflatten(0, (len(latents), stride)).flatten(1, 2).transpose(0, 1)
+    maps = plucker_maps(poses[..., frames, :, :], intrinsics[..., frames, :], grid_hw)  # [..., F * stride, 6, h, w]
+    maps = maps.unflatten(-4, (len(latents), stride)).flatten(-4, -3).transpose(-4, -3)
     return matrix.float(), inverse.float(), maps.float().contiguous()

@@ -6,7 +6,7 @@ A *dialect* is one of the public readings of the same weights: see docs/compatib
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from longtake.errors import LongtakeError
 from longtake.training.models.preset_parts import SEE, DiTConfig, SamplingConfig, at_least
@@ -151,3 +151,7 @@ class ListedSampling(SamplingConfig):
     @property
     def listed(self) -> tuple[float, ...]:
         return self.timesteps
+
+    def in_steps(self, steps: int) -> ListedSampling:
+        """The listed timesteps if they are as many, else even ones."""
+        return replace(self, steps=steps, timesteps=self.timesteps if steps == self.steps else ())

@@ -134,6 +134,8 @@ class _TextEmbedder(nn.Module):
 class SanaWMDiT(nn.Module):
     """Velocity v = eps - x0 of a chunk, given text, camera and what the chunks before it left."""
 
+    family = "sana_wm"  # in families.py
+
     def __init__(self, config: SanaWMConfig) -> None:
         super().__init__()
         self.config, self.checkpointing = config, False

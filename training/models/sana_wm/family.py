@@ -17,7 +17,7 @@ from longtake.training.models.sana_wm.networks import network_module
 from longtake.training.models.sana_wm.rope import tables
 from longtake.training.models.sana_wm.slots import Turns, turns_from_json
 from longtake.training.models.sana_wm.spec import network_spec, networks_of
-from longtake.training.models.sana_wm.vae import LTX2VAE
+from longtake.training.models.sana_wm.vae import LTX2VAE, largest_activation
 from longtake.training.models.wan.rope import timestep_sinusoid
 
 
@@ -40,6 +40,20 @@ class SanaWM:
 
     def linears(self, dit: nn.Module) -> list[str]:
         return quantized_linears(dit)
+
+    def network_of(self, parameter: str) -> str:
+        if parameter.startswith("plucker_embedder") or ".plucker_proj" in parameter:
+            return "camera"
+        text = ("y_embedder", "attention_y_norm")
+        own = (".cross_attn.kv_linear", ".cross_attn.k_norm")
+        return "context" if parameter.startswith(text) or any(part in parameter for part in own) else "dit"
+
+    def widest(self, preset: Preset) -> int:
+        return preset.frames_of(0) * preset.frame_tokens * 2 * preset.dit.ffn_dim
+
+    def largest(self, preset: Preset) -> int:
+        assert isinstance(preset, WorldPreset)
+        return largest_activation(preset.vae, preset.height, preset.width)
 
     def dit(self, preset: Preset) -> SanaWMDiT:
         assert isinstance(preset, WorldPreset)

@@ -10,6 +10,7 @@ Legend: B batch, C channels, F latent frames, T video frames (1 + stride (F - 1)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,22 @@ def tail_shapes(config: LTX2Config, height: int, width: int, encoder: bool) -> l
                 vae, torch.empty(1, config.z_channels, 1, height // config.stride[1], width // config.stride[2]), stream
             )
     return [tuple(tail.shape) for tail in stream.new]
+
+
+@lru_cache
+def largest_activation(config: LTX2Config, height: int, width: int) -> int:
+    """Elements of the largest tensor that a convolution of the decoder gives for one later latent."""
+    sizes: list[int] = []
+    with torch.device("meta"):
+        vae, stream = LTX2VAE(config), Stream()
+        for layer in vae.decoder.modules():
+            if isinstance(layer, CausalConv):
+                layer.register_forward_hook(lambda layer, given, out: sizes.append(out.numel()))
+        latent = torch.empty(1, config.z_channels, 1, height // config.stride[1], width // config.stride[2])
+        decode_step(vae, latent, stream)
+        sizes.clear()
+        decode_step(vae, latent, Stream(stream.new))
+    return max(sizes)
 
 
 def _check_video(video: Tensor, config: LTX2Config, first: bool) -> None:

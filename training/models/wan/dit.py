@@ -139,6 +139,8 @@ class CausalDiT(nn.Module):
     `checkpointing` a backward pass computes each block again instead of keeping what is inside it.
     """
 
+    family = "wan"  # in families.py
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config

@@ -41,6 +41,18 @@ class Wan:
     def linears(self, dit: nn.Module) -> list[str]:
         return quantized_linears(dit)
 
+    def network_of(self, parameter: str) -> str:
+        text = parameter.startswith("text_embedding") or ".cross_attn.norm_k" in parameter
+        return "context" if text or ".cross_attn.k" in parameter or ".cross_attn.v" in parameter else "dit"
+
+    def widest(self, preset: Preset) -> int:
+        return preset.chunk_tokens * preset.dit.ffn_dim
+
+    def largest(self, preset: Preset) -> int:
+        """It enters the last level: full size of the pixel patches, width of the level before."""
+        frames, width = preset.vae.stride[0], preset.vae.decoder_dim * preset.vae.dim_mult[1]
+        return width * frames * (preset.height // 2) * (preset.width // 2)
+
     def dit(self, preset: Preset) -> CausalDiT:
         return CausalDiT(preset.dit)
 

@@ -1,0 +1,188 @@
+"""Stage "dit" of a world: its transformer and text encoder, trained together on walks through rooms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longtake.errors import LongtakeError
+from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
+from longtake.training.data.rooms.latents import Walks, walks_from_rooms
+from longtake.training.data.rooms.rooms import Rooms
+from longtake.training.models.quantize import insert_quantizers, read_amax, recalibrate
+from longtake.training.objective.walk_forcing import FIRST_GIVEN, Levels, draw_levels, flow_loss, predict, spans_of
+from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.initial_models import initial_models
+from longtake.training.stages.metadata import dit_metadata
+from longtake.training.stages.options import StageOptions
+from longtake.training.stages.validation import EVALUATION_SEED
+
+HELD_OUT = 32
+CALIBRATION_BATCHES = 4
+
+
+def require_world(options: StageOptions) -> None:
+    """Raise LongtakeError for what no world is trained with, before anything is made."""
+    refused = {
+        "--error-recycling": options.error_recycling,
+        "--quantize-gradients": options.quantize_gradients,
+        "--gradient-checkpointing": options.gradient_checkpointing,
+        "--cache-dir": options.cache_dir,
+        "--text-encoder": options.text_encoder,
+    }
+    require_rooms(options.data, [name for name, asked in refused.items() if asked])
+    if options.preset.text.kind != "words":
+        raise LongtakeError(
+            f"preset {options.preset.name} is not trained here: its text encoder is a released one",
+            got=options.preset.text.kind,
+            expected="a text encoder of kind words",
+            fix="pass --preset world-tiny",
+        )
+
+
+def require_rooms(data: str, refused: list[str]) -> None:
+    """Raise LongtakeError for data without cameras, and for options of other models."""
+    if data != "rooms":
+        raise LongtakeError(
+            "a world learns from videos with cameras", got=f"--data {data}", expected="rooms", fix="pass --data rooms"
+        )
+    if refused:
+        raise LongtakeError("this is not for worlds", got=", ".join(refused), fix=f"leave {refused[0]} out")
+
+
+class WorldStage(Stage):
+    """See `stages.base.Stage`."""
+
+    name = "dit"
+
+    def __init__(self, options: StageOptions) -> None:
+        require_world(options)
+        self.options, self.preset = options, options.preset
+        self.rooms = {split: Rooms(self.preset, split) for split in ("train", "eval")}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            self.dit, self.text, _ = initial_models(options, self.rooms["train"].captions)
+        self.text.requires_grad_(options.trains_text)
+        self.companions = [vae_checkpoint(self.preset, options.vae, options.init)]
+        self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
+        self.given = options.i2v or FIRST_GIVEN
+
+    def prepare(self, device: torch.device) -> None:
+        """Encode the walks; insert quantizers when training under NVFP4."""
+        self.device, self.device_generator = device, torch.Generator(device)
+        vae, self.vae_digest = frozen_vae(self.companions[0], self.preset, device)
+        if self.options.init is not None and self.options.vae is None:
+            if other := vae_mismatch(self.options.init, self.companions[0], self.vae_digest):
+                raise other
+        count, chunks = self.options.stories, max(self.options.chunks)
+        made = (("train", count, self.options.seed), ("eval", min(HELD_OUT, count), EVALUATION_SEED))
+        self.train, self.held_out = (
+            walks_from_rooms(self.rooms[split], vae, self.text, walks, chunks, seed, f"{split} walks")
+            for split, walks, seed in made
+        )
+        self.dit.to(device)
+        self.text.to(device)
+        if self.options.precision == "nvfp4":
+            insert_quantizers(self.dit, self.calibration(0), rules=self.options.rules)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        enabled = self.options.computes_in_bf16(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def draw(self, walks: Walks, generator: torch.Generator) -> tuple[Tensor, Levels]:
+        """Noise of a batch and its levels, from a generator on any device."""
+        eps = torch.randn(walks.latents.shape, generator=generator, device=generator.device)
+        chunks = self.preset.whole_chunks(walks.latents.shape[2])
+        spans = spans_of(self.preset, chunks, self.options.context == "whole")
+        levels = draw_levels(spans, len(walks), self.given, generator, self.options.loss_weighting)
+        return eps.to(self.device), Levels(levels.frames.to(self.device))
+
+    def batch(self, generator: torch.Generator) -> Walks:
+        """Random walks of one random length."""
+        choices = self.options.chunks
+        chunks = choices[int(torch.randint(len(choices), (), generator=generator))]
+        index = torch.randint(len(self.train), (self.options.batch,), generator=generator)
+        return self.train.rows(index.to(self.device), self.preset, chunks)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Of tokens int32 [B, E]; a share of prompts is left out in training, so that the model can go without."""
+        with self.autocast():
+            return self.text(tokens)  # type: ignore[no-any-return]
+
+    def velocity(self, walks: Walks, eps: Tensor, levels: Levels) -> Tensor:
+        with self.autocast():
+            return predict(self.dit, self.preset, walks, self.embed(walks.tokens), eps, levels, self.options.context)
+
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+        """Weighted flow loss of random batches, their mean in parts."""
+        share = 1 / self.options.accumulate
+        for _ in range(self.options.accumulate):
+            walks = self.batch(generator)
+            self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            drawn = torch.rand(len(walks), 1, generator=self.device_generator, device=self.device)
+            told = walks.tokens * (drawn >= self.options.text_dropout)
+            walks = Walks(walks.latents, told, walks.poses, walks.intrinsics)
+            eps, levels = self.draw(walks, self.device_generator)
+            loss, plain = flow_loss(self.velocity(walks, eps, levels), walks, eps, levels)
+            yield loss * share, {"flow": plain.detach() * share}
+
+    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
+        """All parts together."""
+        found = list(self.losses(step, generator))
+        return torch.stack([loss for loss, _ in found]).sum(), {"flow": sum(metrics["flow"] for _, metrics in found)}
+
+    def calibration(self, step: int, batches: int = 1) -> Callable[[nn.Module], None]:
+        """A run over training batches that depends on the seed and `step` only, for ModelOpt to measure amax on."""
+
+        def run(dit: nn.Module) -> None:
+            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
+            for _ in range(batches):
+                walks = self.batch(generator)
+                eps, levels = self.draw(walks, generator)
+                with torch.no_grad(), self.autocast():
+                    rows = self.embed(walks.tokens)
+                    predict(dit, self.preset, walks, rows, eps, levels, self.options.context)  # type: ignore[arg-type]
+
+        return run
+
+    def on_step(self, step: int) -> None:
+        """Calibrate again every `recalibrate` steps, under NVFP4."""
+        if self.options.precision == "nvfp4" and step % self.options.recalibrate == 0:
+            recalibrate(self.dit, self.calibration(step))
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Weighted ("loss") and plain ("flow") flow loss on held-out walks at fixed noise."""
+        if self.options.precision == "nvfp4":
+            recalibrate(self.dit, self.calibration(0, CALIBRATION_BATCHES))
+        generator, totals = torch.Generator().manual_seed(EVALUATION_SEED), torch.zeros(2)
+        for index in torch.arange(len(self.held_out)).split(max(1, min(self.options.batch, 8))):
+            walks = self.held_out.rows(index.to(self.device), self.preset, max(self.options.chunks))
+            eps, levels = self.draw(walks, generator)
+            both = flow_loss(self.velocity(walks, eps, levels), walks, eps, levels)
+            totals += torch.stack(both).cpu() * len(index)
+        loss, flow = (totals / len(self.held_out)).tolist()
+        return {"loss": loss, "flow": flow}
+
+    def metadata(self) -> dict[str, dict[str, Any]]:
+        """Amax of the quantized linears (calibrated for the present weights), vocabulary, and what it was trained on."""
+        facts = dit_metadata(self.options, self.vae_digest, list(self.text.vocabulary), self.calibrated_amax())
+        return {name: {**told, "i2v": self.given} for name, told in facts.items()}
+
+    def calibrated_amax(self) -> dict[str, dict[str, float]]:
+        """Amax for the present weights; a model trained in bf16 is measured on a quantized copy."""
+        calibrate = self.calibration(0, CALIBRATION_BATCHES)
+        if self.options.precision == "nvfp4":
+            recalibrate(self.dit, calibrate)
+            return read_amax(self.dit)
+        return read_amax(insert_quantizers(copy.deepcopy(self.dit), calibrate))
+
+
+def stage_from_options(options: StageOptions) -> WorldStage:
+    """The stage `longtake train --stage dit` runs for a preset with cameras."""
+    return WorldStage(options)
