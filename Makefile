@@ -1,4 +1,4 @@
-# make setup | demo | test | test-slow | test-long | fuzz | soak | lint | train | distill | export | engines | profile | generate | serve | check | bench
+# make setup | demo | test | test-slow | test-long | fuzz | soak | lint | docs | train | distill | export | engines | profile | generate | serve | check | bench
 # Another interpreter, with everything installed already (no network needed): make test PY=python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,7 +24,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: setup demo test test-slow test-long browser fuzz soak lint format doctor train export engines profile generate serve check distill experiment bench clean
+.PHONY: setup demo test test-slow test-long browser fuzz soak lint format docs doctor train export engines profile generate serve check distill experiment bench clean
 
 setup: $(VENV)/.ready
 
@@ -80,6 +80,11 @@ lint: $(READY)
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# The site of docs/ with the API reference, into build/site: warnings are errors. What it needs is installed if it is missing
+docs: $(READY)
+	@$(PY) -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(PY) -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 doctor: $(READY)
 	$(LONGTAKE) doctor

@@ -15,7 +15,7 @@ from longtake.chain import HowToExport, build, export
 from longtake.engines.build import require_buildable
 from longtake.errors import GateError, LongtakeError, UnavailableError
 from longtake.export.lower import CALIBRATED
-from longtake.files import read_json
+from longtake.files import read_json, sha256, write_json
 from longtake.formats.exported import FAILED, Export
 from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
@@ -32,6 +32,8 @@ from longtake.training.models.text.sentencepiece import carry_tokenizer
 log = logging.getLogger(__name__)
 
 DIFFUSERS = "model_index.json"
+SOURCE = "source.json"  # beside a converted checkpoint: what it was made of
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def model_and_recipe(name_or_folder: str | Path, recipe: str | None = None) -> tuple[Model, Recipe | None]:
@@ -151,22 +153,54 @@ def _in_hub_cache(name: str) -> Path:
 def _converted(folder: Path, name: str) -> Model:
     """A folder of diffusers' as a checkpoint folder of ours, made once below LONGTAKE_HOME."""
     out = home() / name / "checkpoints"
-    if not (out / "dit.safetensors").is_file():
-        preset = _preset_of(folder)
+    if not _converted_from(folder, out):
         with locked(out):
-            log.warning("converting %s into %s", folder, out)
-            dtype = torch.bfloat16
-            makers = {"vae": convert_vae, "text_encoder": convert_text}
-            for kind, place in (("vae", "vae"), ("text_encoder", "text_encoder")):
-                if (folder / place).is_dir():
-                    made = makers[kind](read_container(folder, kind), preset, dtype=dtype)
-                    made.write(out / f"{kind}.safetensors", lambda done: None)
-            if preset.text.kind == "umt5":
-                carry_tokenizer(folder, out)
-            convert_dit(read_container(folder, "dit"), preset, dtype=dtype).write(
-                out / "dit.safetensors", lambda done: None
-            )
+            if not _converted_from(folder, out):  # nor did another process meanwhile
+                log.warning("converting %s into %s", folder, out)
+                _convert(folder, out)
     return model_in(out, name)
+
+
+def _convert(folder: Path, out: Path) -> None:
+    preset, dtype = _preset_of(folder), torch.bfloat16
+    for kind, make in (("vae", convert_vae), ("text_encoder", convert_text)):
+        if (folder / kind).is_dir():
+            made = make(read_container(folder, kind), preset, dtype=dtype)
+            made.write(out / f"{kind}.safetensors", lambda done: None)
+    if preset.text.kind == "umt5":
+        carry_tokenizer(folder, out)
+    convert_dit(read_container(folder, "dit"), preset, dtype=dtype).write(out / "dit.safetensors", lambda done: None)
+    stamps = _stamps(folder)
+    digests = {name: sha256(folder / name) for name in stamps}
+    write_json(out / SOURCE, {"folder": str(folder.resolve()), "stamps": stamps, "digests": digests})
+
+
+def _converted_from(folder: Path, out: Path) -> bool:
+    """Whether `out` was made of these files. Files that look untouched are not read again.
+
+    Raises:
+        LongtakeError: it was made of other ones.
+    """
+    if not (out / SOURCE).is_file():
+        return False
+    kept, stamps = read_json(out / SOURCE), _stamps(folder)
+    if kept["stamps"] == stamps:
+        return True
+    if kept["digests"] != {name: sha256(folder / name) for name in stamps}:
+        raise LongtakeError(
+            f"two different models are called {out.parent.name}",
+            got=f"{folder}, whose files differ",
+            expected=f"what {out} was converted from, {kept['folder']}",
+            fix=f"rename one of the folders, or delete {out.parent}",
+        )
+    write_json(out / SOURCE, {**kept, "stamps": stamps})  # the same files, copied or moved
+    return True
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Size and time of each weights file below a folder of diffusers'."""
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in WEIGHTS and path.is_file()]
+    return {str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def _preset_of(folder: Path) -> Preset:

@@ -88,11 +88,15 @@ def generate(
     out: str | Path | None = None,
     **more: Any,
 ) -> Video:
-    """Make a video of `chunks` chunks (of a story or a list of prompts: None, for its own length).
+    """Make a video.
 
     Args:
-        prompt, seed, more: as of `Generator.session`. model: as of `Generator.from_pretrained`.
+        prompt: what is to be seen: a prompt, prompts or a story, as the script of `Generator.session`.
+        model: a name or a folder, as of `Generator.from_pretrained`.
+        chunks: its length; None for a story's, or a list's, own.
+        seed: the same seed makes the same video.
         out: where it is saved, too.
+        **more: what else `Generator.session` takes.
     """
     with Generator.from_pretrained(model) as generator:
         with generator.session(prompt, seed, chunks=chunks, **more) as session:

@@ -5,7 +5,7 @@ Small, immutable, and part of the session's position: a chunk that fails moves n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,12 +24,19 @@ FIRST_FRAME = 1  # the given picture, where the camera starts
 @dataclass(frozen=True)
 class Steer:
     """From chunk `at` on: keys held, or a velocity in metres and radians a frame, or in chunk `at` alone a way to `pose`,
-    which is seen from where the camera then is."""
+    which is seen from where the camera then is, or to `target`, which is seen from the first frame."""
 
     at: int
     keys: str = ""
     velocity: Quad | None = None
     pose: Matrix | None = None
+    target: Matrix | None = None
+
+    def way_from(self, here: Matrix) -> np.ndarray | None:
+        """Where it leads in its own chunk, seen from `here`; None if it holds for longer."""
+        if self.target is not None:
+            return np.asarray(np.linalg.inv(np.array(here).reshape(4, 4)) @ np.array(self.target).reshape(4, 4))
+        return None if self.pose is None else np.array(self.pose).reshape(4, 4)
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,22 @@ class CameraPosition:
         held = [steer for steer in self.steers if steer.at <= chunk][-1:]
         return replace(self, walk=walk, steers=(*held, *(steer for steer in self.steers if steer.at > chunk)))
 
+    def as_in(self, after: CameraPosition | None) -> CameraPosition:
+        """With the live changes that the position `after` a chunk tells of: those of that chunk may have come just before it."""
+        return self if after is None else replace(self, steers=after.steers)
+
+    def taken_back(self, now: CameraPosition | None, chunk: int) -> CameraPosition:
+        """Before chunk `chunk` again, given what the camera is `now`: what was asked for since is still to come."""
+        later = () if now is None else tuple(steer for steer in now.steers if steer.at > chunk)
+        return replace(self, steers=(*(steer for steer in self.steers if steer.at <= chunk), *later))
+
     def _poses(self, chunk: int, start: int, count: int) -> tuple[np.ndarray, Walk]:
         first = [np.array(IDENTITY).reshape(4, 4)] if start == 0 else []
         moves = count - len(first)
         steer = next((each for each in reversed(self.steers) if each.at <= chunk), None)
-        if steer is not None and steer.pose is not None and steer.at == chunk:
-            rest, walk = _way_to(self.walk, np.array(steer.pose).reshape(4, 4), moves)
+        way = steer.way_from(self.walk.pose) if steer is not None and steer.at == chunk else None
+        if way is not None:
+            rest, walk = _way_to(self.walk, way, moves)
         elif steer is None and self.poses:
             if len(self.poses) < start + count:
                 raise LongtakeError(
@@ -142,26 +159,29 @@ def _turned(axis: np.ndarray, angle: float) -> np.ndarray:
     return np.asarray(np.eye(3) + np.sin(angle) * skew + (1 - np.cos(angle)) * skew @ skew)
 
 
-def steer_from(at: int, pace: Pace, action: str | None, pose: Any, velocity: Any) -> Steer:
-    """A checked live change; exactly one of action, pose and velocity is given.
+def steer_from(
+    at: int, pace: Pace, action: str | None = None, pose: Any = None, velocity: Any = None, target: Any = None
+) -> Steer:
+    """A checked live change; exactly one of action, pose, velocity and target is given.
 
     Raises:
         LongtakeError: none or several are given, a key is unknown, or a number is not finite.
     """
-    given = [name for name, value in (("action", action), ("pose", pose), ("velocity", velocity)) if value is not None]
+    ways = {"action": action, "pose": pose, "velocity": velocity, "target": target}
+    given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
         raise LongtakeError(
             "a camera is steered in one way at a time",
             got=" and ".join(given) or "nothing",
-            expected="action, pose or velocity",
+            expected="action, pose, velocity or target",
             fix="pass action='w', or action='' to let go",
         )
     if action is not None:
         return Steer(at, keys=checked_keys(action))
     if pose is not None:
-        from longtake.runtime.camera_files import poses_from
-
-        return Steer(at, pose=tuple(poses_from(np.asarray(pose, np.float64)[None])[0].flatten().tolist()))
+        return Steer(at, pose=_matrix(pose))
+    if target is not None:
+        return Steer(at, target=_matrix(target))
     numbers = np.asarray(velocity, np.float64)
     if numbers.shape != (4,) or not np.isfinite(numbers).all():
         raise LongtakeError(
@@ -174,20 +194,22 @@ def steer_from(at: int, pace: Pace, action: str | None, pose: Any, velocity: Any
     return Steer(at, velocity=(forward, right, float(np.radians(yaw)), float(np.radians(up))))
 
 
+def _matrix(pose: Any) -> Matrix:
+    from longtake.runtime.camera_files import poses_from
+
+    return tuple(poses_from(np.asarray(pose, np.float64)[None])[0].flatten().tolist())
+
+
 def steered(
-    camera: CameraPosition | None,
-    at: int,
-    from_chunk: int | None,
-    action: str | None,
-    pose: object,
-    velocity: object,
+    camera: CameraPosition | None, at: int, from_chunk: int | None = None, **way: Any
 ) -> tuple[CameraPosition, int]:
     """A camera with a live change from chunk `at` on, or from a later `from_chunk`; and that chunk.
 
-    Args:
+    way: exactly one of
         action: keys held until the next change, such as "w" or "wd"; "" lets go, and the camera coasts to rest.
         pose: 4x4, seen from where the camera then is; reached in one chunk, where it stays.
         velocity: held likewise: metres a second forward and to the right, degrees a second to the right and up.
+        target: 4x4, seen from the video's first frame; reached in one chunk, where it stays.
 
     Raises:
         LongtakeError: there is no camera, the chunk is made already, or see `steer_from`.
@@ -201,7 +223,17 @@ def steered(
         raise LongtakeError(
             "that chunk is made already", got=f"chunk {first}", expected=f"{at} or later", fix="leave from_chunk out"
         )
-    return camera.steered(steer_from(first, camera.pace, action, pose, velocity)), first
+    return camera.steered(steer_from(first, camera.pace, **way)), first
+
+
+def steers_from(cameras: Sequence[CameraPosition | None], start: int) -> tuple[Steer, ...]:
+    """The live changes that hold in chunk `start` and come after it. cameras: before each chunk, and after the last one."""
+    held = [steer for steer in getattr(cameras[start], "steers", ()) if steer.at < start]
+    last = len(cameras) - 1
+    for chunk, camera in enumerate(cameras[start:], start):
+        steers = camera.steers if camera else ()
+        held += [steer for steer in steers if steer.at == chunk or (chunk == last and steer.at > chunk)]
+    return tuple(held)
 
 
 def cameras_of(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.formats.exported import Export
 from longtake.formats.model_name import home
+from longtake.runtime.backends.base import Backend
 from longtake.runtime.session_inputs import Tokenize
 from longtake.training.models.checkpoint import side_file, weights_digests
 from longtake.training.models.presets import Preset
@@ -48,6 +50,19 @@ def tokenizer_of(preset: Preset, folder: Path) -> Tokenize:
                             fix=f"pass embeddings={{{prompts[0]!r}: tensor}}, or copy the encoder there")  # fmt: skip
 
     return refuse
+
+
+def checkpoint_backend(
+    preset: Preset, folder: Path, dtype: str, device: torch.device | str | None, gpus: int
+) -> Backend:
+    """PyTorch on the checkpoints in `folder`, on one device or shared by `gpus` of them. Raises what opening it does."""
+    from longtake.runtime.backends.torch_modules import CheckpointBackend, checkpoint_recipe
+
+    if gpus == 1:
+        return CheckpointBackend(preset, folder, dtype, torch.device(device or "cpu"))
+    from longtake.runtime.parallel.open import sharded_backend
+
+    return sharded_backend(checkpoint_recipe(preset, dtype), folder, gpus, device, dtype=dtype)
 
 
 def export_of(preset: Preset, folder: Path) -> Path:

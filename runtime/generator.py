@@ -106,6 +106,7 @@ class Generator:
         backend: str = "torch",
         dtype: str | None = None,
         device: torch.device | str | None = None,
+        gpus: int = 1,
     ) -> Self:
         """Open a folder of checkpoints: dit.safetensors, and as far as they are there text_encoder and vae.
 
@@ -116,20 +117,20 @@ class Generator:
             dtype: of "torch", "fp32" (the default: no rounding to bf16 anywhere) or "bf16". Of "reference", "bf16": it stores
                 weights so, and computes in fp32.
             device: of "torch", such as "cuda:0"; the CPU if None.
+            gpus: of "torch": how many GPUs share a video; with device "cpu", processes over gloo.
 
         Raises:
             LongtakeError: there is no DiT, or backend or dtype are none of these.
             UnavailableError: nothing was exported from it.
             IntegrityError: a file is damaged or was swapped.
         """
-        from longtake.runtime.backends.torch_modules import CheckpointBackend
-        from longtake.runtime.checkpoints import dit_side, export_of, tokenizer_of
+        from longtake.runtime.checkpoints import checkpoint_backend, dit_side, export_of, tokenizer_of
 
         folder = Path(folder)
         side = dit_side(folder)
         preset = preset_named(side.preset)
         if backend == "torch":
-            opened = CheckpointBackend(preset, folder, dtype or "fp32", torch.device(device or "cpu"))
+            opened = checkpoint_backend(preset, folder, dtype or "fp32", device, gpus)
             return cls(opened, tokenizer_of(preset, folder), sampling=side.sampled)
         if backend != "reference":
             raise LongtakeError("a checkpoint has no such backend", got=repr(backend), expected="'torch' or 'reference'",
@@ -166,7 +167,7 @@ class Generator:
             script: a prompt, for `chunks` chunks; a list of prompts, one a chunk; a story, segments, the path of a story
                 (a string that ends in .yaml or .json) or the name of a shipped one. A prompt that begins with CUT_PREFIX
                 ("The scene transitions. ") is a cut.
-            seed, steps, guidance, negative_prompt: override the story's, which override the preset's.
+            seed: overrides the story's, which overrides the preset's; so do `steps`, `guidance` and `negative_prompt`.
             sampling: steps and guidance, timesteps, shift and solver in one; takes the place of `steps` and `guidance`.
             noise: of chunks in place of the seed's: a function of a chunk's index that gives [1, F, C, H, W], or one tensor,
                 the whole video's, chunk after chunk along F.

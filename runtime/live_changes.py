@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.runtime.camera import require_cuts, steered
@@ -14,7 +15,7 @@ from longtake.runtime.story import Segment, checked_chunks, checked_prompt
 from longtake.runtime.undecoded import Undecoded
 from longtake.runtime.video_model import VideoModel
 
-Record = Callable[[int], None]  # of the index of the first chunk that a live change shapes
+Record = Callable[[int], None]  # of the index of the first chunk that a live change shapes, or of the chunks in all
 
 
 class LiveChanges:
@@ -66,18 +67,22 @@ class LiveChanges:
         Raises:
             LongtakeError: the prompt is none, the session is closed, or its script ends before that chunk.
         """
-        return self._edit(checked_prompt(prompt, "the new prompt"), False, record)
+        return self.change(prompt, record=record)
 
     def cut(self, prompt: str | None = None, record: Record = lambda at: None) -> int:
         """Cut to a new shot at the next chunk boundary, with `prompt` if given. Returns that chunk's index.
 
         record, and what is raised: as in `change_prompt`.
         """
-        require_cuts(self.model.family.can, "a cut")
-        return self._edit(None if prompt is None else checked_prompt(prompt, "the new shot's prompt"), True, record)
+        return self.change(prompt, True, record=record)
 
     def steer(
-        self, action: str | None = None, pose: object = None, velocity: object = None, from_chunk: int | None = None
+        self,
+        action: str | None = None,
+        pose: object = None,
+        velocity: object = None,
+        from_chunk: int | None = None,
+        target: object = None,
     ) -> int:
         """Steer the camera, in one of the ways of `camera.steered`. Returns the index of the first chunk it shapes: the next,
         or `from_chunk`. Raises LongtakeError if the model has no camera, or what is asked for cannot be."""
@@ -85,12 +90,18 @@ class LiveChanges:
         with self._lock:
             self._require_open("a live change")
             at = max(self._position.chunk + self._busy, self._undecoded.first_free)
-            camera, first = steered(self._position.camera, at, from_chunk, action, pose, velocity)
+            way = {"action": action, "pose": pose, "velocity": velocity, "target": target}
+            camera, first = steered(self._position.camera, at, from_chunk, **way)
             self._position = replace(self._position, camera=camera)
         return first
 
-    def extend(self, chunks: int, prompt: str | None = None, cut: bool = False) -> None:
-        """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them."""
+    def extend(
+        self, chunks: int, prompt: str | None = None, cut: bool = False, record: Record = lambda total: None
+    ) -> None:
+        """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them.
+
+        record: as in `change_prompt`, but it is called with the number of chunks that the video then has.
+        """
         chunks = checked_chunks(chunks)
         self._look_back()
         with self._lock:
@@ -98,13 +109,28 @@ class LiveChanges:
             here = self._position
             last = here.script[-1].prompt if here.script else here.prompt
             text = checked_prompt(prompt or last, "the prompt to go on with")
+            record(here.chunk + here.left + chunks)
             self._position = replace(here, script=(*here.script, Segment(text, chunks, cut)))
 
     def cancel(self) -> None:
         """Stop before the next pass: iteration raises CancelledError once, and nothing of that chunk is committed."""
         self._cancelled.set()
 
-    def _edit(self, prompt: str | None, cut: bool, record: Record) -> int:
+    def change(
+        self,
+        prompt: str | None = None,
+        cut: bool = False,
+        camera: Mapping[str, Any] | None = None,
+        record: Record = lambda at: None,
+    ) -> int:
+        """Another prompt, a cut and a way of the camera (as in `steer`), all at the next chunk boundary. Returns that chunk's index.
+
+        record, and what is raised: as in `change_prompt`; also if the model has no cuts, or no camera.
+        """
+        if cut:
+            require_cuts(self.model.family.can, "a cut")
+        if prompt is not None:
+            checked_prompt(prompt, "the new shot's prompt" if cut else "the new prompt")
         self._look_back()
         with self._lock:
             self._require_open("a live change")
@@ -114,6 +140,11 @@ class LiveChanges:
                 raise LongtakeError(f"the script ends before chunk {at}", got="a live change that nothing would show",
                                     expected="a chunk still to come",
                                     fix="call extend first, or start the session with endless=True")  # fmt: skip
+            after = self._position
+            if camera is not None:
+                after = replace(after, camera=steered(after.camera, at, **camera)[0])
+            if prompt is not None or cut:
+                after = replace(after, edits=with_edit(after.edits, Edit(at, prompt, cut)))
             record(at)
-            self._position = replace(self._position, edits=with_edit(self._position.edits, Edit(at, prompt, cut)))
+            self._position = after
         return at

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longtake.config import whole_number
 from longtake.errors import LongtakeError
-from longtake.runtime.camera import CameraPosition
+from longtake.runtime.camera import CameraPosition, steers_from
 from longtake.runtime.state import Position
 from longtake.runtime.story import Segment
 from longtake.training.models.family import Marker
@@ -72,7 +72,8 @@ def retaken(session: Any, takes: Sequence[Take] | None, first: Tensor | None, fr
         for index, take in enumerate(takes[:start]):
             ahead = Position(script, take.slots, index + 1, take.shot, take.segment.prompt, camera=cameras[index + 1])
             again.replay(take.latents, ahead)
-        again.adopt(replace(again.position, edits=position.edits))
+        camera = again.position.camera and replace(again.position.camera, steers=steers_from(cameras, start))
+        again.adopt(replace(again.position, edits=position.edits, camera=camera))
     except BaseException:
         again.close(discard=True)
         raise

@@ -90,8 +90,8 @@ class ReplayedPast:
         while self._chunks and self._chunks[-1][0] >= index:
             self._chunks.pop()
         if self._base is None:
-            for tensor in self.decoder.state():
-                tensor.zero_()
+            # Loaded, too: what ranks share, `state` gives as copies.
+            self.decoder.load_state([tensor.zero_() for tensor in self.decoder.state()])
         else:
             self.decoder.load_state(self._base)
         for _, latents in self._chunks:

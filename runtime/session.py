@@ -211,7 +211,8 @@ class Session(LiveChanges):
         kept = self._undecoded.kept.get(here.chunk)
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
-            cameras, walk = cameras_of(here.camera, self.model.preset, here.chunk)
+            camera = here.camera and here.camera.as_in(after.camera if after else None)
+            cameras, walk = cameras_of(camera, self.model.preset, here.chunk)
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *cameras)
         with clock.stage("denoise"):
             sample = kept.transpose(1, 2) if kept is not None else given_BCFHW
@@ -290,7 +291,7 @@ class Session(LiveChanges):
 
     def _snapshot(self) -> Snapshot:
         decoder = self._decoding.state() if self._decoding else []
-        tensors = {name: tensor.detach().clone() for name, tensor in self._state.tensors().items()}
+        tensors = {name: tensor.detach().clone() for name, tensor in self._state.whole().items()}
         tensors |= {f"decoder.{i}": tensor for i, tensor in enumerate(decoder)}
         tensors |= self._undecoded.tensors()
         if self._first is not None and self._position.chunk == 0:
@@ -309,7 +310,7 @@ class Session(LiveChanges):
             raise LongtakeError("the snapshot has no decoder state", got="one of a session made with decode=False",
                                 fix="restore it into a session made with decode=False")  # fmt: skip
         with self._turn("another state", decoder_error=False):
-            load_tensors(snapshot, self._state.tensors())
+            load_tensors(snapshot, self._state)
             if self._decoding:
                 self._decoding.load_state(decoder)
             first = snapshot.tensors.get(FIRST_LATENT)

@@ -19,7 +19,7 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, json_value, require_disk
 from longtake.record import UNFIT, Kind, record_from_json
 from longtake.runtime.session_options import SessionOptions
-from longtake.runtime.state import Position, position_from_json
+from longtake.runtime.state import Position, SessionState, position_from_json
 from longtake.runtime.undecoded import KEPT
 from longtake.runtime.video_model import VideoModel
 from longtake.tensor_file import tensors_in
@@ -123,7 +123,7 @@ def _check_same_weights(have: Mapping[str, str], want: Mapping[str, str]) -> Non
                     "recorded; go on only if the model is the same")  # fmt: skip
 
 
-def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
+def load_tensors(snapshot: Snapshot, into: SessionState) -> None:
     """Copy the state's tensors of `snapshot` over `into`, in place; the dtype may differ between backends."""
     given = {
         name: t
@@ -131,9 +131,8 @@ def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
         if not name.startswith(("decoder.", KEPT)) and name != FIRST_LATENT
     }
     if given and all(map(OLD_NAME.fullmatch, given)):
-        given = _renamed(given, into)
-    shapes = {name: tuple(t.shape) for name, t in given.items()}
-    wanted = {name: tuple(t.shape) for name, t in into.items()}
+        given = _renamed(given, list(into.shapes()))
+    shapes, wanted = {name: tuple(t.shape) for name, t in given.items()}, into.shapes()
     if shapes != wanted:
         differing = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))[0]
         raise IntegrityError(
@@ -141,11 +140,10 @@ def load_tensors(snapshot: Snapshot, into: dict[str, Tensor]) -> None:
             got=shapes.get(differing, "nothing"),
             expected=wanted.get(differing, "nothing"),
         )
-    for name, tensor in into.items():
-        tensor.copy_(given[name])
+    into.load(given)
 
 
-def _renamed(given: dict[str, Tensor], into: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(given: dict[str, Tensor], into: list[str]) -> dict[str, Tensor]:
     """Tensors of a version 1 file, which are numbered in the order of `into`, by the names of today."""
     old = sorted(given, key=lambda name: (name[0] != "p", *map(int, name.split(".")[1:])))
     return {new: given[name] for new, name in zip([*into, *old[len(into) :]], old, strict=False)}

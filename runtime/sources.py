@@ -206,6 +206,7 @@ class OpenOptions:
     guided: with classifier-free guidance (a second cache); None stands for the preset's own. encode: from a picture or
     clip. check: refuse what does not fit the memory that is free. runs: whether it will compute anything.
     force: take an export that failed its comparison with PyTorch. say: is told what is taken unchecked.
+    gpus: how many of this machine share a stream of video (runtime/parallel).
     """
 
     guided: bool | None = None
@@ -215,6 +216,7 @@ class OpenOptions:
     announce: Callable[[Budget], None] = lambda budget: None
     force: bool = False
     say: Callable[[str], None] = log.warning
+    gpus: int = 1
 
 
 NOTHING_SPECIAL = OpenOptions()
@@ -233,6 +235,8 @@ def backend_from_source(
         UnavailableError: it cannot be had here.
         LongtakeError: there is no such backend, or it does not fit the memory that is free.
     """
+    if opening.gpus != 1:
+        return _sharded(source, asked, device, decode_device, opening.gpus)
     if asked == ORACLE:
         from longtake.runtime.backends.torch_oracle import TorchBackend
 
@@ -259,6 +263,33 @@ def backend_from_source(
     opened.weights = source.weights
     record_arenas(source.engines, opened)
     return opened
+
+
+def _sharded(
+    source: Source,
+    asked: str,
+    device: torch.device | str | None,
+    decode_device: torch.device | str | None,
+    gpus: int,
+) -> Backend:
+    """`gpus` ranks that share a stream. Raises LongtakeError for what one GPU alone can do."""
+    from longtake.runtime.parallel.open import sharded_backend
+
+    if asked not in ("auto", ORACLE):
+        raise UnavailableError(
+            f"backend {asked} runs on one GPU",
+            got=f"--backend {asked} with --gpus {gpus}",
+            expected=f"--backend {ORACLE}, which several can share",
+            fix="leave out --backend, or --gpus",
+        )
+    if decode_device is not None:
+        raise LongtakeError(
+            "GPUs that share a stream share its VAE, too",
+            got=f"--decode-device {decode_device}",
+            expected="--gpus alone",
+            fix="leave out --decode-device, or --gpus",
+        )
+    return sharded_backend(source.recipe, source.checkpoints, gpus, device)
 
 
 def _announce_memory(

@@ -159,7 +159,24 @@ class SessionState:
         self.positive: State = model.new_state()
         self.negative: State | None = model.new_state() if negative else None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, not copied, for snapshots."""
+    @property
+    def _sides(self) -> dict[str, State]:
         sides = {"positive": self.positive, "negative": self.negative}
-        return {f"{side}.{name}": t for side, state in sides.items() if state for name, t in state.tensors.items()}
+        return {side: state for side, state in sides.items() if state}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that this process holds, by name, not copied."""
+        return {f"{side}.{name}": t for side, state in self._sides.items() for name, t in state.tensors.items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        """The whole tensors by name, for snapshots: see State.whole."""
+        return {f"{side}.{name}": t for side, state in self._sides.items() for name, t in state.whole().items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of `whole`."""
+        return {f"{side}.{name}": s for side, state in self._sides.items() for name, s in state.shapes().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy whole tensors over the state, in place."""
+        for side, state in self._sides.items():
+            state.load({name: tensors[f"{side}.{name}"] for name in state.shapes()})

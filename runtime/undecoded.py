@@ -74,4 +74,6 @@ def _before(chunk: HandedOver, now: Position) -> Position:
     came later are for later chunks."""
     appended = now.script[len(chunk.after.script) :]
     taken_up = tuple(edit for edit in chunk.before.edits if edit.at <= chunk.before.chunk)
-    return replace(chunk.before, script=(*chunk.before.script, *appended), edits=(*taken_up, *now.edits))
+    camera = chunk.before.camera and chunk.before.camera.taken_back(now.camera, chunk.before.chunk)
+    edits = (*taken_up, *now.edits)
+    return replace(chunk.before, script=(*chunk.before.script, *appended), edits=edits, camera=camera)

@@ -138,7 +138,7 @@ class NetworkDecoder(_Stream):
         return self.step(latent_BCHW[:, :, None])[0]
 
     def state(self) -> list[Tensor]:
-        return list(self.kept.tensors.values()) if self.started else []
+        return list(self.kept.whole().values()) if self.started else []
 
     @property
     def past_latents(self) -> int | None:
@@ -151,8 +151,8 @@ class NetworkDecoder(_Stream):
         return sum(int(shape[-3] if len(shape) == 5 else shape[0]) for shape in shapes)
 
     def load_state(self, tensors: list[Tensor]) -> None:
-        own = list(self.kept.tensors.values())
-        if tensors and [tuple(t.shape) for t in tensors] != [tuple(t.shape) for t in own]:
+        own = self.kept.shapes()
+        if tensors and [tuple(t.shape) for t in tensors] != list(own.values()):
             raise IntegrityError(
                 "the decoder's state does not fit",
                 got=f"{len(tensors)} tensors",
@@ -161,8 +161,7 @@ class NetworkDecoder(_Stream):
             )
         self.started = bool(tensors)
         if self.started:
-            for kept, tensor in zip(own, tensors, strict=True):
-                kept.copy_(tensor)
+            self.kept.load(dict(zip(own, tensors, strict=True)))
 
 
 class NetworkEncoder(_Stream):

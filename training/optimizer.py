@@ -49,9 +49,13 @@ class OptimizerConfig(AdamWOptions):
                 "bad optimizer settings", got=self, expected="lr and clip > 0, betas and EMA decay in [0, 1)"
             )
 
+    def warmup_of(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`: a tenth of them at most."""
+        return min(self.warmup, steps // 10)
+
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of 0-based `step` in a run of `steps`."""
-        warm = min(1.0, (step + 1) / max(1, min(self.warmup, steps // 10)))
+        warm = min(1.0, (step + 1) / max(1, self.warmup_of(steps)))
         progress = min(1.0, step / max(1, steps))
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         return self.lr * warm * (self.final_lr + (1 - self.final_lr) * cosine)

@@ -10,6 +10,7 @@ from typing import Annotated
 from longtake.errors import LongtakeError
 from longtake.formats.model_name import shipped
 from longtake.options import DECISIVE, FREE, Bounds, OneOf, Text, option
+from longtake.training.data.returns import distance_span, distance_text
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.quantize import RULES, Rules
@@ -44,6 +45,7 @@ def checkpoints_named(text: str) -> Path:
 
 
 Chunks = Annotated[tuple[int, ...], Text(chunk_choices, chunk_text), Bounds(1, 10_000, 6)]
+ReturnDistance = Annotated[tuple[int, ...], Text(distance_span, distance_text), Bounds(1, 10_000)]
 Stories = Annotated[int, Bounds(1, 10_000_000)]
 
 
@@ -106,6 +108,9 @@ class DataOptions:
     chunks: Chunks = option((4, 5, 6), metavar="N..M", recorded=(DIT,))
     """length of a story in chunks, drawn for every step: N, N..M or a list such as 1,1,5; longer ones also train the
     sinks"""
+    return_distance: ReturnDistance | None = option(None, metavar="N..M", resume=DECISIVE, recorded=(DIT,))
+    """"returning-digits": how many chunks others have before the first subject returns, again and again (default: once,
+    as far as stories of 8 chunks let it)"""
     cache_dir: Path | None = option(None, metavar="FOLDER", resume=FREE)
     """keep the encoded stories there (they are taken in epochs, each once), and the embeddings of prompts where the text
     encoder is frozen (default: in memory)"""

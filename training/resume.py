@@ -72,10 +72,10 @@ def check_same_run(path: Path, saved: Mapping[str, Any], present: Mapping[str, A
     for key in DECIDES:
         if key in changed:
             raise IntegrityError(
-                f"{path} belongs to another run: its --{key} differs",
+                f"{path} belongs to another run: its --{key.replace('_', '-')} differs",
                 got=changed[key],
                 expected=present[key],
-                fix=f"pass --{key} {changed[key]} to go on with that run, or another --out to start a new one",
+                fix=f"pass --{key.replace('_', '-')} {changed[key]} to go on with that run, or another --out to start a new one",
             )
     for key, value in changed.items():
         option = "--" + key.replace("_", "-")

@@ -26,6 +26,7 @@ from longtake.training.models.quantize import plain_state
 from longtake.training.models.side_file import SideFile
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.options import RunOptions
+from longtake.training.parts import Part, new_part
 from longtake.training.report import present_memory, train_report
 from longtake.training.resume import (
     check_same_run,
@@ -49,6 +50,7 @@ class TrainConfig(RunOptions):
     """What the loop is told: how long to train, and what to leave on disk.
 
     settings: what makes this run the one it is (JSON-ready); resuming with others is refused or warned about.
+    parts: of a run in several, those before this one; source: what it starts from (see `parts`).
     told: what it was told, as a run file, which is left in its folder: --resume and --out are enough then.
     """
 
@@ -58,6 +60,8 @@ class TrainConfig(RunOptions):
     log_steps: int = 50
     command: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    source: dict[str, Any] | None = None
     told: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -252,15 +256,25 @@ class Trainer:
         """Last evaluation, EMA checkpoints, loss curve, report. A run stopped by `stop_at` can still be resumed."""
         self.save_resume_point()
         metrics = self.evaluate()
+        parts = self.parts()
         with self.optimizer.averaged_weights():
             for name, facts in self.stage.metadata().items():
-                self.save_module(name, {**facts, "metrics": metrics})
+                self.save_module(name, {**facts, "metrics": metrics, "parts": parts})
         for path in self.stage.companions:
             copy_checkpoint(path, self.config.out)
         self.stage.leave(self.config.out)
         self.history.plot(f"longtake train --stage {self.stage.name}")
-        write_json(self.config.out / "report.json", train_report(self.side(), steps_per_s, metrics, self.device))
+        write_json(
+            self.config.out / "report.json",
+            train_report({**self.side(), "parts": parts}, steps_per_s, metrics, self.device),
+        )
         return metrics
+
+    def parts(self) -> list[Part]:
+        """The run's record, this part last."""
+        config = self.config
+        warmup = config.optimizer.warmup_of(config.steps)
+        return [*config.parts, new_part(self.side(), config.parts, config.source, warmup)]
 
     def save_module(self, name: str, facts: dict[str, Any]) -> None:
         """Save one module's present weights (without quantizer state) as `<out>/<name>.safetensors`."""

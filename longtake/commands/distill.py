@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from longtake.commands.run_files import RUNS
@@ -13,6 +15,7 @@ from longtake.training.distill.options import DistillOptimizers, DistillOptions
 from longtake.training.models.families import family_of
 from longtake.training.models.quantize import modelopt
 from longtake.training.options import RunOptions
+from longtake.training.parts import source_of
 from longtake.training.resume import require_resume_point
 from longtake.training.trainer import TrainConfig
 
@@ -40,6 +43,7 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
     """Distil as told; returns the exit code."""
     optimizer = optimizers.student(options.preset, lora=bool(options.lora_rank))
     config = train_config(how, options.preset, optimizer, where, options, optimizers)
+    config = replace(config, source=source_of("dit", options.teacher))
     if where.dry_run:
         return describe(options, config)
     from longtake.training.distill.stage import DistillStage
@@ -74,7 +78,7 @@ def describe(options: DistillOptions, config: TrainConfig) -> int:
     weights = sum(parameter.numel() for parameter in dit.parameters())
     linears = [dit.get_submodule(name) for name in family.linears(dit)]
     trained = sum(rank * (x.in_features + x.out_features) for x in linears) if rank else weights  # type: ignore[operator, misc]
-    chunks = max(options.chunks)
+    chunks = options.longest
     passes = chunks * options.student_steps + chunks - 1
     copies = 1 if rank else 3
     memory = 4 * (copies * weights + (2 if rank else 0) * trained + 2 * 3 * trained + trained)
@@ -84,7 +88,7 @@ def describe(options: DistillOptions, config: TrainConfig) -> int:
         f"latents of a step{f' (in {options.accumulate} parts)' if options.accumulate > 1 else ''}: "
         f"{[options.accumulate * options.batch, preset.first_frame(chunks), preset.dit.channels, *preset.latent_hw]}",
         f"a rollout: up to {passes} passes over {preset.chunk_tokens} tokens x {options.batch}, "
-        f"{chunks} of them with a gradient in the student's update",
+        f"{max(options.chunks)} of them with a gradient in the student's update",
         f"the student's update (1 step in {options.critic_updates}): a rollout, 3 score passes; the critic's: a rollout, 1 pass",
         f"weights, gradients, AdamW and EMA in fp32: {memory / 1e9:.3g} GB, activations besides",
         f"student: {options.student_steps} steps, guidance 1; lr {config.optimizer.lr:g}; nothing was trained",

@@ -124,9 +124,9 @@ class Evaluation:
         return self._own_clips(train) if isinstance(train, Folder) else self._digits()
 
     def _digits(self) -> str:
+        from longtake.training.data.held_out_stories import mixed_stories
         from longtake.training.experiment.batched import Sampling
         from longtake.training.experiment.evaluate import Eyes, fidelity, generated, judge_from
-        from longtake.training.experiment.stories import mixed_stories
 
         sampling = Sampling(self.sampling.steps, self.sampling.guidance, self.sampling.shift)
         eyes = Eyes(judge_from(JUDGE, self.device), self.models.vae, self.device)

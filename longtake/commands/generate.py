@@ -62,6 +62,7 @@ def _open_options(options: GenerateOptions, story: Story | None) -> OpenOptions:
         announce=lambda budget: print(budget_table(budget), flush=True),
         force=options.force,
         say=lambda line: print(line, file=sys.stderr),
+        gpus=options.gpus,
     )
 
 

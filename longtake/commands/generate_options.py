@@ -110,6 +110,8 @@ class HowOptions:
     """where networks run (default: the backend's choice)"""
     decode_device: str | None = option(None, metavar="cuda:N")
     """another GPU for the VAE (default: the same)"""
+    gpus: int = option(1, metavar="P")
+    """GPUs of this machine that share the video, in PyTorch (docs/multi-gpu.md); with --device cpu, processes on the CPU"""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class GenerateOptions(OutOptions, HowOptions, ViewOptions, WhatOptions):
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be generated with."""
+        if self.gpus < 1:
+            raise LongtakeError("bad --gpus", got=self.gpus, expected="1 or more", fix="--gpus 2")
         if self.model is not None and self.engines is not None:
             raise LongtakeError(
                 "--model and --engines both name what generates",

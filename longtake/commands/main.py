@@ -54,6 +54,7 @@ COMMANDS = {
         "what 4 bits cost: train, distil and measure (docs/experiment.md)",
     ),
     "experiment arithmetic": ("longtake.training.experiment.arithmetic", "what 8-bit and 4-bit arithmetic costs"),
+    "experiment probe": ("longtake.training.experiment.probe_cli", "where attention falls when a subject returns"),
     "experiment vae-codes": ("longtake.training.experiment.vae_codes", "what 8-bit convolutions cost a VAE's frames"),
     "experiment engine-fidelity": ("longtake.training.experiment.engine_fidelity", "the same, of engines"),
     "sanitize": ("longtake.commands.sanitize", "every kernel once, against its reference (for compute-sanitizer)"),

@@ -83,6 +83,8 @@ class DoorOptions:
     """a page's origin that may use this server, such as https://video.example.org; may be repeated (default: its own)"""
     log_prompts: bool = option(False)
     """prompts in the log in full, instead of their length and a short hash"""
+    traces: str | None = option(None, metavar="URL")
+    """send traces by OTLP to this collector, such as http://127.0.0.1:4318/v1/traces; needs the extra otel (default: none)"""
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what is out of bounds."""
@@ -100,7 +102,7 @@ class RayOptions:
     fronts: Annotated[int, Bounds(1, 64)] = option(1, metavar="N")
     """processes that hold sockets (with --ray)"""
     gpus: Annotated[int, Bounds(0, 8)] = option(0, metavar="N")
-    """GPUs of each worker, 0 for a CPU (with --ray)"""
+    """GPUs that share every video, in PyTorch (docs/multi-gpu.md); with --ray, GPUs of each worker, 0 for a CPU"""
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -135,9 +137,10 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         origins=door.allow_origin,
         slots=model.sessions_per_worker,
         codec=model.codec,
+        traces=door.traces,
         limits=limits,
     )
-    opening, bounds = partial(opened, model), ray.bounds
+    opening, bounds = partial(opened, model, 1 if ray.ray else ray.gpus or 1), ray.bounds
     if not ray.ray:
         return serve(settings, opening, announced)
     if importlib.util.find_spec("ray") is None:
@@ -156,19 +159,21 @@ def announced(address: str) -> None:
     print(f"longtake: {address}", flush=True)
 
 
-def opened(model: ModelOptions, say: Say) -> Generator:
-    """The model, exported and built before if need be. The one place that knows where a model is found."""
+def opened(model: ModelOptions, gpus: int, say: Say) -> Generator:
+    """The model, exported and built before if need be. The one place that knows where a model is found. gpus: that share
+    every video."""
     from longtake.runtime.generator import Generator
     from longtake.runtime.sources import OpenOptions
 
-    engines = model.engines or ready(model.model or STUDENT, model.backend, say)
+    # Ranks are PyTorch: of an export they want the checkpoints' place, of engines nothing.
+    engines = model.engines or ready(model.model or STUDENT, "reference" if gpus > 1 else model.backend, say)
     say("the model is being opened")
     return Generator.from_engines(
         engines,
         model.backend,
         model.device,
         model.decode_device,
-        OpenOptions(force=model.force, say=say),
+        OpenOptions(force=model.force, say=say, gpus=gpus),
         checkpoints=model.checkpoints,
     )
 

@@ -19,6 +19,7 @@ from longtake.training.models.quantize import modelopt
 from longtake.training.optimizer import OptimizerConfig
 from longtake.training.options import RunOptions
 from longtake.training.parallel.ranks import join_ranks, started_by_torchrun
+from longtake.training.parts import parts_before, source_of
 from longtake.training.resume import require_resume_point
 from longtake.training.stages.base import Stage
 from longtake.training.stages.options import StageOptions
@@ -40,6 +41,7 @@ EPILOG = """examples:
   longtake train --config tiny_own_vae --data my_clips          (my_clips/a.mp4 beside a.txt; docs/training.md)
   longtake train --stage dit --data my_clips --init runs/dit --steps 2000 --out runs/mine
   longtake train --resume --out runs/mine
+  longtake train --stage dit --init runs/part1 --continued --seed 2 --out runs/part2         (weights only; docs/training.md)
   tensorboard --logdir runs
 """
 
@@ -68,6 +70,8 @@ def run(
 ) -> int:
     """Train as told; returns the exit code."""
     config = train_config(how, options.preset, optimizer, what, options, optimizer, ranks)
+    parts = parts_before(what.stage, options, optimizer)
+    config = replace(config, parts=parts, source=source_of(what.stage, options.init))
     if config.resume:
         require_resume_point(config.out)
     if what.dry_run:
@@ -84,6 +88,9 @@ def run(
     stage = stage_named(what.stage, options)
     device = device_named(what.device)
     print(f"training {what.stage} of preset {config.preset} on {device} for {config.steps} steps, into {config.out}")
+    if parts:
+        before = sum(part["steps"] or 0 for part in parts)
+        print(f"part {len(parts) + 1} of a run that made {before} steps before: a new optimizer, with its warm-up")
     if stage.line:
         print(stage.line)
     metrics = Trainer(stage, config, device).fit()

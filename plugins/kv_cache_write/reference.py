@@ -5,6 +5,8 @@ Functional: new tensors come out, and a `write_slot` of -1 changes nothing. Lege
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,13 @@ def replace_slot(cache: Tensor, new: Tensor, write_slot: Tensor) -> Tensor:
     return torch.cat((cache, new.unsqueeze(0))).index_select(0, source)
 
 
-def quantize_kv(kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 [2,L,H,D] to (values int8 [2,L,H,D/2], scales int8 [2,L,H,D/16], amax fp32 [2])."""
+def quantize_kv(kv: Tensor, over_all: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 [2,L,H,D] to (values int8 [2,L,H,D/2], scales int8 [2,L,H,D/16], amax fp32 [2]).
+
+    over_all: makes the amax of all heads of that of these, where a rank has some of them.
+    """
     amax = kv.abs().amax(dim=(1, 2, 3))
+    amax = amax if over_all is None else over_all(amax)
     scaled, scale = scale_blocks(kv.unflatten(-1, (-1, BLOCK)), amax.view(-1, 1, 1, 1), RULE, ORDER)
     packed = pack_nibbles(encode_e2m1(scaled).flatten(-2))
     return int8_from_bytes(packed), encode_e4m3(scale).to(torch.int8), amax

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.formats.recipe import Recipe
 from longtake.training.models.families import family_of
 from longtake.training.models.network_spec import NetworkSpec
@@ -32,6 +33,21 @@ class State:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
 
+    # What several ranks hold parts of (runtime/parallel), these three know as a whole.
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        """The tensors by name; not copied where this process has all of them."""
+        return self.tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy whole tensors of these names and shapes over the state, in place; the dtype may differ."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+
 
 class Backend(ABC):
     """The networks of one recipe, ready to run.
@@ -40,6 +56,7 @@ class Backend(ABC):
     checkpoints: where what is no network here comes from, the preset's own folder if None.
     weights: digests of the weights that it runs, by what they are of ("dit", "vae"); those that are known.
     made_of: where it was opened from an export: the model's name ("model") and the export's state ("export").
+    failure: why it runs no more networks, whoever asks; None while it does.
     networks, sizes, twice_bytes, memory_rows: of a backend on TensorRT plans, what the memory budget is compared with: the
     loaded networks by name, bytes by the name of the budget's term, bytes of caches kept twice, and `MemoryLog.rows`.
     """
@@ -52,6 +69,7 @@ class Backend(ABC):
     checkpoints: Path | None = None
     weights: Mapping[str, str] = {}
     made_of: Mapping[str, Any] = {}
+    failure: LongtakeError | None = None
     networks: Mapping[str, Any] = {}
     sizes: Mapping[str, int] = {}
     twice_bytes: int = 0

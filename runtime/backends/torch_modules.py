@@ -53,11 +53,7 @@ class CheckpointBackend(TorchModules):
         if dtype not in ("fp32", "bf16"):
             raise LongtakeError("PyTorch does not run in this dtype", got=repr(dtype), expected="'fp32' or 'bf16'",
                                 fix="export a recipe of that precision: longtake export --recipe NAME")  # fmt: skip
-        self.dtype, gate = (
-            dtype,
-            Gate(dit=1, vae=1, text_encoder=1, context=1, ssim=0),
-        )  # nothing is measured against it
-        recipe = Recipe(f"{preset.name}_{dtype}", preset.name, "bf16", "bf16", "0.0", "segmented", gate)
+        self.dtype, recipe = dtype, checkpoint_recipe(preset, dtype)
         super().__init__(recipe, f"PyTorch in {dtype}", device or torch.device("cpu"), preset, folder)
         networks = [name for name in self.specs if name in family_of(preset).networks(preset)]
         there = [kind for kind in KINDS if (folder / f"{kind}.safetensors").is_file()]
@@ -73,6 +69,12 @@ class CheckpointBackend(TorchModules):
     def stored(self, dtype: str) -> torch.dtype:
         """See HostBackend.stored."""
         return DTYPES[dtype].torch if self.dtype == "bf16" else super().stored(dtype)
+
+
+def checkpoint_recipe(preset: Preset, dtype: str) -> Recipe:
+    """What checkpoints of `preset` run as, in `dtype`: nothing is quantized, and nothing measured against its gate."""
+    gate = Gate(dit=1, vae=1, text_encoder=1, context=1, ssim=0)
+    return Recipe(f"{preset.name}_{dtype}", preset.name, "bf16", "bf16", "0.0", "segmented", gate)
 
 
 def checkpoint_of(network: str) -> str:

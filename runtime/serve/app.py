@@ -229,7 +229,7 @@ def model_card(about: dict[str, Any], front: Front) -> dict[str, Any]:
         "max_chunks": front.limits.session_chunks,
         "codecs": list(about["codecs"]),
         "window": front.limits.window,
-        "measured": {**measured, "gpu": about["gpu"]} if measured else None,
+        "measured": {"first_chunk_s": None, "chunk_s": None, **measured, "gpu": about["gpu"]} if measured else None,
     }
     return {"id": about["model"], "object": "model", "created": 0, "owned_by": "longtake", "longtake": ours}
 

@@ -36,26 +36,28 @@ def _changed(live: Live, session: Session, change: Change) -> Ack:
         return _extended(live, session, change)
     if change.prompt is not None:  # one that the text encoder refuses would fail when its chunk is made
         session.tokenize([change.prompt], session.model.preset.text.length)
+    elif not change.cut and change.camera is None:
+        raise ChangeRefusedError("interaction_failed", "there is nothing to change")
 
     def record(at: int) -> None:
         live.journal.append_event({"type": "change", "at_chunk": at, **change.as_json()})
 
-    if change.cut:
-        return Ack(session.cut(change.prompt, record))
-    if change.prompt is None:
-        raise ChangeRefusedError("interaction_failed", "there is nothing to change")
-    return Ack(session.change_prompt(change.prompt, record))
+    return Ack(session.change(change.prompt, change.cut, change.camera, record))
 
 
 def _extended(live: Live, session: Session, change: Change) -> Ack:
     if session.options.endless:
         raise ChangeRefusedError("interaction_failed", "an endless session cannot be made longer")
-    if not session.remaining:
-        raise ChangeRefusedError("too_late", "the last chunk is there")
-    total = session.next_index + session.remaining + change.extend
-    live.journal.append_event({"type": "extend", "total": total, **change.as_json()})
-    session.extend(change.extend)
-    return Ack(total)
+    totals = []
+
+    def record(total: int) -> None:  # called while no chunk can begin or end
+        if not session.position.left:
+            raise ChangeRefusedError("too_late", "the last chunk is there")
+        live.journal.append_event({"type": "extend", "total": total, **change.as_json()})
+        totals.append(total)
+
+    session.extend(change.extend, record=record)
+    return Ack(totals[0])
 
 
 def _repeated(event: dict[str, Any], change: Change) -> Ack:

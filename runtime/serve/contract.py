@@ -142,8 +142,26 @@ class Retake(Body):
     flow: FlowBody | None = None
 
 
+Number = Annotated[float, Field(ge=-1e3, le=1e3, allow_inf_nan=False)]
+
+
+class Move(Body):
+    """Right, down and forward; and a quaternion x, y, z, w."""
+
+    translation: Annotated[tuple[Number, Number, Number], Field(strict=False)] = (0.0, 0.0, 0.0)
+    rotation: Annotated[tuple[Number, Number, Number, Number], Field(strict=False)] = (0.0, 0.0, 0.0, 1.0)
+
+
+class Camera(Body):
+    """Of a model with a camera. velocity: `data` in every frame, until another one comes. target: in one chunk to where `data` is,
+    seen from the first frame."""
+
+    mode: Literal["velocity", "target"]
+    data: Move = Move()
+
+
 class MultiModal(Body):
-    camera: dict[str, Any] | None = None
+    camera: Camera | None = None
 
 
 class InteractionEvent(Body):
@@ -159,7 +177,7 @@ class InteractionBody(Body):
 
 
 class Interaction(Body):
-    """Another prompt, a cut, or both, at the next chunk that has not begun."""
+    """Another prompt, a cut, a move of the camera, or all of them, at the next chunk that has not begun."""
 
     type: Literal["session.interaction"] = "session.interaction"
     interaction: InteractionBody

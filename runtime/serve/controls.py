@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from longtake.errors import LongtakeError
 from longtake.runtime.serve import contract
+from longtake.runtime.serve.cameras import way_of
 from longtake.runtime.serve.contract import Body, ServeError, refused
 from longtake.runtime.serve.fork import Wish, fork
-from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.front import Front, writing
 from longtake.runtime.serve.grants import Ack, Change, Event, Grant
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.registry import ACTIVE, PAUSED
@@ -42,6 +43,8 @@ class Shown(Protocol):
     async def worker(self, call: Callable[[Grant], Awaitable[Any]]) -> Any: ...
 
     async def give_up(self) -> None: ...
+
+    async def advance(self) -> None: ...
 
 
 class Controls:
@@ -75,19 +78,22 @@ class Controls:
     async def interaction(self, message: contract.Interaction) -> None:
         self._require_started()
         body, event = message.interaction, message.interaction.event
-        if event.multi_modal_data is not None and event.multi_modal_data.camera is not None:
+        camera, about = (event.multi_modal_data or contract.MultiModal()).camera, await self.to.front.about()
+        if camera is not None and not about["can"]["camera"]:
             raise ServeError("interaction_failed", "this model has no camera", detail={"fix": "leave camera out"})
-        if event.prompt is None and not event.cut:
+        if event.prompt is None and not event.cut and camera is None:
+            detail = {"expected": "prompt, cut or camera"}
             raise ServeError(
-                "bad_request", "an interaction changes the prompt, or cuts", detail={"expected": "prompt or cut"}
+                "bad_request", "an interaction changes the prompt, cuts, or moves the camera", detail=detail
             )
-        if event.cut and not (await self.to.front.about())["can"]["cut"]:
+        if event.cut and not about["can"]["cut"]:
             raise ServeError("not_supported", "this model knows no cuts", detail={"fix": "leave cut out"})
         if event.prompt is not None:
             checked_text(event.prompt, "the new prompt", self.to.front.limits)
+        way = None if camera is None else way_of(camera, about["fps"])
         ident = body.event_id or f"e{secrets.token_hex(4)}"
         self.to.asked.setdefault(ident, time.monotonic())
-        ack = await self._change(Change(ident, event.prompt, bool(event.cut)))
+        ack = await self._change(Change(ident, event.prompt, bool(event.cut), way))
         await self.to.send(
             "session.interaction.queued",
             request_id=self.to.request_id,
@@ -124,7 +130,7 @@ class Controls:
 
     async def _advance(self) -> None:
         if self.to.active.is_set() and self.to.grant and self.to.ended is None:
-            await self.to.front.workers_call(self.to.front.workers.advance(self.to.grant, self.to.shown), quiet=True)
+            await self.to.advance()
 
     async def _control(self, what: str) -> int:
         answer = await self.to.worker(lambda grant: self.to.front.workers.control(grant, what))
@@ -149,8 +155,9 @@ class Controls:
     async def extend(self, message: contract.Extend) -> None:
         self._require_started()
         assert self.to.journal is not None
-        limits = self.to.front.limits
-        if self.to.journal.meta.chunks + message.chunks > limits.session_chunks:
+        limits, journal = self.to.front.limits, self.to.journal
+        total = max([journal.meta.chunks, *(event["total"] for event in journal.events() if event["type"] == "extend")])
+        if total + message.chunks > limits.session_chunks:
             detail = {"expected": f"at most {limits.session_chunks} in all"}
             raise ServeError("bad_length", "too many chunks", detail=detail)
         ack = await self._change(Change(message.event_id or f"x{secrets.token_hex(4)}", extend=message.chunks))
@@ -161,7 +168,10 @@ class Controls:
         assert self.to.journal is not None
         wish = Wish(self.to.journal.count())
         try:
-            kept = fork(self.to.front.store, self.to.journal, new_id("live"), self.to.user, wish)
+            with writing():
+                kept = await asyncio.to_thread(
+                    fork, self.to.front.store, self.to.journal, new_id("live"), self.to.user, wish
+                )
         except LongtakeError as error:
             raise refused("snapshot_failed", error) from None
         await self.to.send(

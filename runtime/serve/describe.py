@@ -38,6 +38,7 @@ def description(generator: Generator) -> dict[str, Any]:
         "guidance": sampling.guidance,
         "negative_prompt": preset.negative_prompt,
         "shift": sampling.shift,
+        "timesteps": list(preset.sampling.listed),
         "solver": model.family.solver,
         "codecs": {name: told for name in CODECS if (told := _codec(name, preset.width, preset.height, preset.fps))},
         "can": {
@@ -45,7 +46,7 @@ def description(generator: Generator) -> dict[str, Any]:
             "cut": can_cut(generator),
             "image": can_encode(generator),
             "clip": can_encode(generator),
-            "camera": False,
+            "camera": "camera" in model.family.can,
         },
         "identity": asdict(identity_of(model, options, noise=True, embeddings=True)),
         "backend": backend.name,

@@ -141,7 +141,7 @@ class Desk:
         """It neither waits nor runs any more. epoch: of its grant, by which a later desk knows it."""
         if self.registry.is_asked(session, number):
             self._grants.pop(session, None)
-            self.registry.release(session, number)
+            self.registry.release(session, number, time.monotonic())
         elif number >> 32 != self.born and self.registry.holds(session, epoch):
             self.registry.release(session, self.registry.entries[session].number)
         self._tell()

@@ -19,7 +19,7 @@ from typing import Any
 from longtake.errors import LongtakeError
 from longtake.runtime.retake import checked_start
 from longtake.runtime.serve.journal import INIT, Journal, Meta, fsynced
-from longtake.runtime.serve.rebuild import asked_since, lengthened, script_from, segments_of
+from longtake.runtime.serve.rebuild import asked_since, lengthened, script_from, segments_of, steers_of
 from longtake.runtime.serve.store import Store
 from longtake.runtime.state import Edit, Position, position_from_json
 from longtake.runtime.story import Segment
@@ -57,6 +57,28 @@ class KeptSlots:
         raise LongtakeError("a position on disk plans nothing", fix="rebuild the session")
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What a session has before it. steers: of the camera, as JSON."""
+
+    script: tuple[Segment, ...]
+    edits: tuple[Edit, ...] = ()
+    steers: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def rows(self) -> list[list[Any]]:
+        """The changes, as JSON."""
+        return [[edit.at, edit.prompt, edit.cut] for edit in self.edits]
+
+    def position(self, kept: dict[str, Any], chunk: int) -> dict[str, Any]:
+        """A position after chunk `chunk`, as it is kept, with this before it."""
+        script = [[one.prompt, one.chunks, one.cut] for one in self.script]
+        if kept.get("camera"):
+            held = [steer for steer in kept["camera"]["steers"] if steer["at"] <= chunk]
+            kept = {**kept, "camera": {**kept["camera"], "steers": [*held, *self.steers]}}
+        return {**kept, "script": script, "edits": self.rows}
+
+
 def position_on_disk(journal: Journal, count: int) -> Position:
     """Where a session stood after `count` chunks, with what was asked for since."""
     if count:
@@ -78,18 +100,14 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
     first_media = int(source.meta.about.get("first_media", 0))
     if source.meta.clip and start < first_media:
         raise LongtakeError("the clip itself cannot be taken again", got=start, expected=f"{first_media} or more")
-    script, edits = _ahead(source, count, start, wish)
-    shared = _shared(source, start, wish)
-    if shared < start:  # its last chunk was cut short: it is made again, whole, with the same result
-        script, edits = _ahead(source, count, shared, wish)
+    shared = _shared(source, start, wish)  # its last chunk was cut short: it is made again, whole, with the same result
+    ahead = _ahead(source, count, shared, wish)
     longer = any(event["type"] == "extend" for event in source.events())  # then its length in frames holds no more
-    meta = _described(
-        replace(source.meta, frames=None) if longer else source.meta, ident, user, wish, shared, script, edits
-    )
+    meta = _described(replace(source.meta, frames=None) if longer else source.meta, ident, user, wish, shared, ahead)
     folder = store.folder(ident)
     folder.mkdir(parents=True)
     for index in range(shared):
-        _share_chunk(source, folder, index, (script, edits) if index == shared - 1 else None)
+        _share_chunk(source, folder, index, ahead if index == shared - 1 else None)
     for name in (INIT, source.meta.image, source.meta.clip):
         if name and (source.folder / name).exists():
             _link(source.folder / name, folder / name)
@@ -100,11 +118,11 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
     return Journal.create(folder, meta)
 
 
-def _ahead(source: Journal, count: int, start: int, wish: Wish) -> tuple[tuple[Segment, ...], tuple[Edit, ...]]:
+def _ahead(source: Journal, count: int, start: int, wish: Wish) -> Ahead:
     """Script and live changes from chunk `start` on."""
     position = position_on_disk(source, count)
     if wish.story is not None:
-        return wish.story, ()
+        return Ahead(wish.story)
     script = script_from(source, start, position)
     if wish.bounded and source.meta.endless:
         script = tuple(one for one in script_from(source, start, replace(position, script=())))
@@ -113,7 +131,7 @@ def _ahead(source: Journal, count: int, start: int, wish: Wish) -> tuple[tuple[S
         edits = sorted([*edits, Edit(wish.from_chunk, wish.prompt, wish.cut)], key=lambda edit: edit.at)
     if wish.chunks is not None:
         script = lengthened(replace(position, chunk=start, script=script), wish.chunks).script
-    return script, tuple(edits)
+    return Ahead(script, tuple(edits), tuple(steer for steer in steers_of(source) if steer["at"] >= start))
 
 
 def _shared(source: Journal, start: int, wish: Wish) -> int:
@@ -124,13 +142,11 @@ def _shared(source: Journal, start: int, wish: Wish) -> int:
     return start
 
 
-def _described(
-    meta: Meta, ident: str, user: str, wish: Wish, shared: int, script: tuple[Segment, ...], edits: tuple[Edit, ...]
-) -> Meta:
+def _described(meta: Meta, ident: str, user: str, wish: Wish, shared: int, ahead: Ahead) -> Meta:
     seed = meta.seed if wish.seed is None else wish.seed
     frames = wish.frames if wish.chunks is not None else meta.frames if wish.story is None else None
-    about = {**meta.about, "edits": [[edit.at, edit.prompt, edit.cut] for edit in edits]}
-    told = meta.script if shared else tuple((one.prompt, one.chunks, one.cut) for one in script)
+    about = {**meta.about, "edits": ahead.rows, "steers": list(ahead.steers)}
+    told = meta.script if shared else tuple((one.prompt, one.chunks, one.cut) for one in ahead.script)
     return replace(
         meta,
         id=ident,
@@ -143,14 +159,14 @@ def _described(
         parent=meta.id,
         from_chunk=wish.from_chunk,
         identity={**meta.identity, "seed": seed} if meta.identity else {},
-        about={**about, "total": shared + sum(one.chunks for one in script)},
+        about={**about, "total": shared + sum(one.chunks for one in ahead.script)},
         endless=meta.endless and not wish.bounded and wish.story is None,
         remixed_from=wish.remixed_from,
     )
 
 
-def _share_chunk(source: Journal, folder: Path, index: int, ahead: tuple[Any, Any] | None) -> None:
-    """Share one chunk. ahead: script and changes that follow it now, if it is the last one shared."""
+def _share_chunk(source: Journal, folder: Path, index: int, ahead: Ahead | None) -> None:
+    """Share one chunk. ahead: what follows it now, if it is the last one shared."""
     about = source.chunk(index)
     for name in (about["latents"], about.get("media")):
         if name:
@@ -158,12 +174,7 @@ def _share_chunk(source: Journal, folder: Path, index: int, ahead: tuple[Any, An
     if ahead is None:
         _link(source.folder / f"{index:06}.json", folder / f"{index:06}.json")
         return
-    script, edits = ahead
-    position = {
-        **about["position"],
-        "script": [[one.prompt, one.chunks, one.cut] for one in script],
-        "edits": [[edit.at, edit.prompt, edit.cut] for edit in edits],
-    }
+    position = ahead.position(about["position"], index)
     fsynced(folder / f"{index:06}.json", json.dumps({**about, "position": position}).encode())
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,17 @@ from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.store import Store
+from longtake.runtime.serve.traces import Traces
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Where a front writes to the store. Raises ServeError store_full if it cannot."""
+    try:
+        yield
+    except OSError as error:
+        words = f"the store cannot be written to: {error.strerror or error}"
+        raise ServeError("store_full", words, status=503, retry_s=30) from None
 
 
 @dataclass(eq=False)
@@ -29,6 +41,7 @@ class Front:
     door: Door
     codec: str = "h264"
     status: str = ""
+    traces: Traces = field(default_factory=Traces)
     leaving: bool = False
     jobs: Any = None
     connections: set[Any] = field(default_factory=set)

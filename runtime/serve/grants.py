@@ -37,17 +37,18 @@ class Event:
 
 @dataclass(frozen=True)
 class Change:
-    """A live change. extend: chunks to add instead."""
+    """A live change. camera: a way of it, as `Session.steer` takes one. extend: chunks to add instead."""
 
     event_id: str
     prompt: str | None = None
     cut: bool = False
+    camera: dict[str, Any] | None = None
     extend: int = 0
 
     def as_json(self) -> dict[str, Any]:
         if self.extend:
             return {"event_id": self.event_id, "extend": self.extend}
-        return {"event_id": self.event_id, "prompt": self.prompt, "cut": self.cut}
+        return {"event_id": self.event_id, "prompt": self.prompt, "cut": self.cut, "camera": self.camera}
 
 
 @dataclass(frozen=True)

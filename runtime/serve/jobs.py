@@ -12,6 +12,7 @@ from longtake.runtime.serve.desk import asked, drive
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.grants import ChangeRefusedError, Grant, WorkerLostError
 from longtake.runtime.serve.journal import Journal
+from longtake.runtime.serve.messages import chunk_seconds
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,18 @@ class Jobs:
 
     async def _run(self, journal: Journal, number: int) -> None:
         """Drive it to its end; while people wait for a place, it makes room and waits, too."""
+        with self.front.traces.session(journal.id, "video") as span:
+            await self._drive(journal, number, span)
+
+    async def _drive(self, journal: Journal, number: int, span: Any) -> None:
         front, begun = self.front, time.monotonic()
         grant: Grant | None = None
         async for event in drive(front.desk, front.workers, journal, number, None, front.meters):
             if event.kind == "granted":
                 grant = event.facts["grant"]
+            if event.kind == "chunk":
+                front.measured(chunk_s=chunk_seconds(event.facts["ms"]))
+                front.traces.chunk(span, **event.facts)
             if event.kind == "chunk" and grant and await front.desk.people_wait():
                 with contextlib.suppress(ChangeRefusedError, WorkerLostError):
                     await front.workers.control(grant, "park")

@@ -38,6 +38,7 @@ class Meta:
 
     identity: what its engines have to be, see `snapshot.Identity`. image, clip: names of files beside this one that it starts
     from. first_media: the first chunk that is shown; those before it are of an uploaded clip. parent, from_chunk: of a retake.
+    view: where the camera goes, of a model with one: fields of `view.View`.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Meta:
     from_chunk: int = 0
     remixed_from: str | None = None
     flow: dict[str, Any] = field(default_factory=dict)
+    view: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -167,10 +169,14 @@ class Journal:
     # ---- chunks --------------------------------------------------------------------------------------------------
 
     def count(self) -> int:
-        """Chunks that are there, from the first one on."""
-        while self._path(self._known).exists():
-            self._known += 1
-        return self._known
+        """Chunks that are there, from the first one on; any thread may ask. Fewer than before if damaged ones were put aside."""
+        known = self._known
+        while known and not self._path(known - 1).exists():
+            known -= 1
+        while self._path(known).exists():
+            known += 1
+        self._known = known
+        return known
 
     def chunk(self, index: int) -> dict[str, Any]:
         """What is known of a chunk. Raises IntegrityError if its file is damaged."""

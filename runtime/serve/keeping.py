@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from longtake.errors import LongtakeError
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.serve.fragments import Codec, fragment
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.live import Live
+from longtake.runtime.session import Session
+from longtake.runtime.snapshot import Snapshot, snapshot_to_file
 from longtake.runtime.story import frame_count
 from longtake.training.models.presets import Preset
 
 log = logging.getLogger(__name__)
+
+SNAPSHOT_EVERY = 16  # chunks
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,24 @@ def is_decoded(live: Live, chunk: Chunk) -> bool:
         elif chunk.index <= live.failed_at:
             raise
         return False  # those after it share its fate
+
+
+def state_after(session: Session, chunk: Chunk) -> Snapshot | None:
+    """The whole state, now and then. None, too, if it cannot be had: that a chunk was not decoded its frames will tell."""
+    if (chunk.index + 1) % SNAPSHOT_EVERY:
+        return None
+    try:
+        return session.snapshot()
+    except (LongtakeError, RuntimeError) as error:
+        log.warning("no state is kept after chunk %d: %s", chunk.index, error)
+        return None
+
+
+def keep_state(journal: Journal, state: Snapshot) -> None:
+    """Keep a whole state; older ones go."""
+    chunk = state.position.chunk
+    snapshot_to_file(state, journal.snapshot_path(chunk))
+    journal.keep_snapshots(chunk)
 
 
 def keep_chunk(journal: Journal, preset: Preset, chunk: Chunk, position: dict[str, Any]) -> Kept:
@@ -75,13 +99,23 @@ def keep_chunk(journal: Journal, preset: Preset, chunk: Chunk, position: dict[st
 
 
 def _event_ids(events: list[dict[str, Any]], chunk: int) -> dict[str, list[str]]:
-    """Which changes begin with a chunk, which shape it, which those replaced."""
+    """Which changes begin with a chunk, which shape it, which are over."""
     changes = [event for event in events if event["type"] == "change" and event["at_chunk"] <= chunk]
-    started = [str(event["event_id"]) for event in changes if event["at_chunk"] == chunk]
-    before = [event["at_chunk"] for event in changes if event["at_chunk"] < chunk]
-    earlier = [str(event["event_id"]) for event in changes if before and event["at_chunk"] == max(before)]
-    return {
-        "started_event_ids": started,
-        "active_event_ids": started or earlier,
-        "completed_event_ids": earlier if started else [],
-    }
+    started = [event for event in changes if event["at_chunk"] == chunk]
+    active = _shaping(changes, chunk)
+    over = [event for event in (*_shaping(changes, chunk - 1), *started) if event not in active]
+    told = {"started_event_ids": started, "active_event_ids": active, "completed_event_ids": over}
+    return {name: [str(event["event_id"]) for event in those] for name, those in told.items()}
+
+
+def _shaping(changes: list[dict[str, Any]], chunk: int) -> list[dict[str, Any]]:
+    """The newest change of what is seen, and of how the camera moves: one of them ends none of the other. A way to a place
+    ends with the chunk in which it begins."""
+
+    def newest(of: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+        those = [event for event in changes if event["at_chunk"] <= chunk and of(event)]
+        return [event for event in those if event["at_chunk"] == those[-1]["at_chunk"]]
+
+    scene = newest(lambda event: event["prompt"] is not None or event["cut"])
+    moves = [event for event in newest(lambda event: event.get("camera")) if "velocity" in event["camera"]]
+    return [*scene, *(event for event in moves if event not in scene)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
@@ -41,16 +42,20 @@ class Live:
     def tell(self, kind: str, **facts: Any) -> None:
         """Send an event to whoever streams it, from any thread."""
         event = Event(kind, facts)
-        if not self.loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # a loop that is closed has nobody to tell
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     @property
     def index(self) -> int:
-        return self.session.next_index if self.session else self.committed
+        """The next chunk to be made."""
+        session = self.session  # read once: another thread may end it
+        return session.next_index if session else self.committed
 
     @property
     def exhausted(self) -> bool:
-        return bool(self.session) and not self.session.remaining and not self.session.options.endless  # type: ignore[union-attr]
+        """Whether its script has ended."""
+        session = self.session
+        return session is not None and not session.remaining and not session.options.endless
 
     @property
     def settled(self) -> bool:

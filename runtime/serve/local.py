@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from longtake.runtime.serve.grants import Ack, Change, ElsewhereError, Event, Grant
@@ -20,8 +21,10 @@ class LocalWorkers:
             raise ElsewhereError(grant.worker)
         return self.worker
 
-    def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:
-        return self._worker(grant).stream(grant, window)
+    async def stream(self, grant: Grant, window: int | None) -> AsyncGenerator[Event]:
+        async with aclosing(self._worker(grant).stream(grant, window)) as events:
+            async for event in events:
+                yield event
 
     async def interact(self, grant: Grant, change: Change) -> Ack:
         return await self._worker(grant).interact(grant, change)

@@ -16,7 +16,13 @@ LAST_WORDS_S = (
     0.5  # in which a client may acknowledge the last chunk: what it sends to a closed socket is an error to it
 )
 IDLE_CLOSE, TAKEN_OVER, UNFIT, QUOTA, BUSY = 4408, 4409, 4410, 4429, 4503
-END_CODES = {"cannot_open": 4400, "engines_differ": UNFIT, "taken_over": TAKEN_OVER, "lease_lost": TAKEN_OVER}
+END_CODES = {
+    "cannot_open": 4400,
+    "engines_differ": UNFIT,
+    "taken_over": TAKEN_OVER,
+    "lease_lost": TAKEN_OVER,
+    "store_full": BUSY,
+}
 OF_A_CHUNK = ("mime", "encoder", "first_frame", "prompt", "shot", "cut", "ms", "visible")
 EVENT_IDS = ("started_event_ids", "active_event_ids", "completed_event_ids")
 
@@ -63,6 +69,12 @@ def chunk_facts(journal: Journal, index: int, with_init: bool) -> tuple[dict[str
         **{key: about[key] for key in (*EVENT_IDS, *OF_A_CHUNK)},
     }
     return facts, data
+
+
+def chunk_seconds(ms: dict[str, float]) -> float:
+    """Seconds between chunks: of the slowest of the stages that work beside each other."""
+    making = ms.get("conditions", 0) + ms.get("denoise", 0) + ms.get("clean", 0)
+    return max(making, ms.get("decode", 0), ms.get("encode", 0)) / 1e3
 
 
 async def text_of(socket: WebSocket) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from longtake.version import __version__
+
 PREFIX = "longtake_"
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 60.0)
 COUNTERS: dict[str, tuple[str, ...]] = {
@@ -63,6 +65,13 @@ class Meters:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         self._metrics[name].observe(value, labels)
+
+    def worker(self, about: Mapping[str, Any], used: int) -> None:
+        """A worker is there. about: of `describe.description`; used: bytes of its memory."""
+        facts = {"recipe": about["model"], "backend": about["backend"], "gpu": str(about["gpu"] or "none")}
+        self.set("worker_info", 1, **facts, version=__version__)
+        self.set("gpu_memory_bytes", float(about["budget_bytes"] or 0), kind="budget")
+        self.set("gpu_memory_bytes", float(used), kind="used")
 
     def chunk(self, ms: Mapping[str, float], frames: int, seconds: float, fps: int, size: int) -> None:
         """A chunk was made: milliseconds by stage, from its beginning to the journal `seconds`, `size` bytes kept."""

@@ -9,19 +9,21 @@ from longtake.errors import LongtakeError
 from longtake.runtime.serve.contract import Body, FlowBody, Resume, Retake, RetakeBody, ServeError, Start, refused
 from longtake.runtime.serve.flow import Flow, flow_for
 from longtake.runtime.serve.fork import Wish, fork
-from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.front import Front, writing
 from longtake.runtime.serve.journal import Journal
+from longtake.runtime.serve.registry import FAILED
 from longtake.runtime.serve.requests import Asker, checked_story, checked_text, described, image_from_url, with_image
 from longtake.runtime.serve.store import new_id
 
 
 @dataclass(frozen=True)
 class Opening:
-    """next_chunk: the first one that the client lacks."""
+    """next_chunk: the first one that the client lacks. new: the session was made for it."""
 
     journal: Journal
     flow: Flow
     next_chunk: int
+    new: bool = False
 
 
 async def opened(front: Front, user: str, message: Body) -> Opening:
@@ -50,10 +52,11 @@ def _begun(front: Front, asker: Asker, message: Start) -> Opening:
     flow = _flow(front, message.flow, message.endless)
     ident = new_id("live")
     meta = described(message, asker, ident, "live", endless=message.endless, most=front.limits.session_chunks)
-    if message.image_reference is not None:
-        data = image_from_url(message.image_reference.image_url, front.limits)
-        meta = with_image(meta, front.store.folder(ident), data, asker, "image_reference")
-    return Opening(front.store.create(meta), flow, 0)
+    with writing():
+        if message.image_reference is not None:
+            data = image_from_url(message.image_reference.image_url, front.limits)
+            meta = with_image(meta, front.store.folder(ident), data, asker, "image_reference")
+        return Opening(front.store.create(meta), flow, 0, new=True)
 
 
 def _resumed(front: Front, user: str, message: Resume) -> Opening:
@@ -64,7 +67,11 @@ def _resumed(front: Front, user: str, message: Resume) -> Opening:
         raise ServeError("bad_request", "so many chunks were never made", param="next_chunk", detail=detail)
     if journal.meta.kind != "live":
         raise ServeError("not_found", "this is a job, not a live session", status=404)
-    return Opening(journal, _flow(front, message.flow, journal.meta.endless), message.next_chunk)
+    flow = _flow(front, message.flow, journal.meta.endless)
+    if (journal.end() or {}).get("state") == FAILED:  # it is tried again: by other engines, or after what broke it
+        with writing():
+            journal.reopen()
+    return Opening(journal, flow, message.next_chunk)
 
 
 def _retaken(front: Front, asker: Asker, message: Retake) -> Opening:
@@ -72,9 +79,8 @@ def _retaken(front: Front, asker: Asker, message: Retake) -> Opening:
     wish = wish_of(message, asker)
     flow = _flow(front, message.flow, source.meta.endless)
     journal = forked(front, source, asker.user, wish, "live")
-    return Opening(
-        journal, flow, journal.count() if message.next_chunk is None else min(message.next_chunk, journal.count())
-    )
+    count = journal.count()
+    return Opening(journal, flow, count if message.next_chunk is None else min(message.next_chunk, count), new=True)
 
 
 def wish_of(message: Retake | RetakeBody, asker: Asker, **more: object) -> Wish:
@@ -96,13 +102,10 @@ def wish_of(message: Retake | RetakeBody, asker: Asker, **more: object) -> Wish:
 def forked(front: Front, source: Journal, user: str, wish: Wish, kind: str) -> Journal:
     """A new session that shares chunks of `source`. Raises ServeError."""
     try:
-        return fork(front.store, source, new_id(kind), user, wish)
+        with writing():
+            return fork(front.store, source, new_id(kind), user, wish)
     except LongtakeError as error:
         raise refused("bad_chunk", error, param="from_chunk") from None
-    except OSError as error:
-        raise ServeError(
-            "store_full", f"the store cannot be written to: {error.strerror}", status=503, retry_s=30
-        ) from None
 
 
 def _flow(front: Front, given: FlowBody | None, endless: bool) -> Flow:

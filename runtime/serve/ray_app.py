@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -27,21 +27,25 @@ from ray.util import metrics
 from longtake.errors import LongtakeError
 from longtake.runtime.serve.app import app_from
 from longtake.runtime.serve.desk import Desk
-from longtake.runtime.serve.front import Front
-from longtake.runtime.serve.grants import Ack, Change, ElsewhereError, Event, Grant, WorkerLostError
+from longtake.runtime.serve.grants import ElsewhereError, Event, Grant, WorkerLostError
 from longtake.runtime.serve.jobs import Jobs, JobsElsewhere
 from longtake.runtime.serve.local import LocalWorkers
-from longtake.runtime.serve.meters import Meters, ray_meters, silent
+from longtake.runtime.serve.meters import ray_meters, silent
 from longtake.runtime.serve.server import Open, Say, Settings, Size, free_port, slots_of
-from longtake.runtime.serve.store import Store
 from longtake.runtime.serve.worker import Worker
 from longtake.settings import ray_auth_mode
-
-log = logging.getLogger(__name__)
 
 APP, DESK, NAMESPACE = "longtake", "longtake-desk", "longtake"
 HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 10.0, 10
 GONE = (RayActorError, RayServeException, ConnectionError)
+
+
+def _ask_desk(method: str, *words: Any, otherwise: Any = None, seconds: float = PATIENCE_S) -> Any:
+    """What the registry answers; `otherwise` while it is not there."""
+    try:
+        return ray.get(getattr(ray.get_actor(DESK, NAMESPACE), method).remote(*words), timeout=seconds)
+    except (RayError, ValueError):
+        return otherwise
 
 
 class DeskProxy:
@@ -74,48 +78,38 @@ def _lost_if_gone() -> Iterator[None]:
         raise WorkerLostError(type(error).__name__) from None
 
 
-def _front(settings: Settings, desk: Any, meters: Meters) -> Front:
-    assert settings.store is not None
-    store = Store(settings.store)
-    return Front(store, desk, RayWorkers(), settings.limits, meters, settings.door(store), settings.codec)
+def _asking(method: str) -> Any:
+    """A method that is the worker's own, called where the grant says."""
+
+    async def call(self: RayWorkers, grant: Grant, *words: Any) -> Any:
+        with _lost_if_gone():
+            return await getattr(self.worker(grant), method).remote(grant, *words)
+
+    return call
 
 
 class RayWorkers:
     """Workers as replicas of a deployment; a call goes to the one that the grant names."""
 
-    def __init__(self) -> None:
-        self._handle: Any = None
+    interact, control, advance = _asking("interact"), _asking("control"), _asking("advance")
 
-    def _worker(self, grant: Grant, **how: Any) -> Any:
-        if self._handle is None:
-            self._handle = serve.get_deployment_handle("Maker", app_name=APP)
+    @cached_property
+    def _handle(self) -> Any:
+        return serve.get_deployment_handle("Maker", app_name=APP)
+
+    def worker(self, grant: Grant, **how: Any) -> Any:
         return self._handle.options(session_id=grant.worker, **how)
 
     async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:
         for _ in range(PATIENT_CALLS):
             try:
                 with _lost_if_gone():
-                    async for event in self._worker(grant, stream=True).stream.remote(grant, window):
+                    async for event in self.worker(grant, stream=True).stream.remote(grant, window):
                         yield event
                 return
             except ElsewhereError:  # the router has not heard of that replica yet, or no more
                 await asyncio.sleep(0.5)
         raise WorkerLostError(grant.worker)
-
-    async def _call(self, grant: Grant, method: str, *words: Any) -> Any:
-        with _lost_if_gone():
-            return await getattr(self._worker(grant), method).remote(grant, *words)
-
-    async def interact(self, grant: Grant, change: Change) -> Ack:
-        answer: Ack = await self._call(grant, "interact", change)
-        return answer
-
-    async def control(self, grant: Grant, what: str) -> dict[str, Any]:
-        answer: dict[str, Any] = await self._call(grant, "control", what)
-        return answer
-
-    async def advance(self, grant: Grant, shown: int) -> None:
-        await self._call(grant, "advance", shown)
 
 
 class PinnedRouter(FIFOMixin, RequestRouter):
@@ -132,29 +126,18 @@ class PinnedRouter(FIFOMixin, RequestRouter):
 class Maker(LocalWorkers):
     """A worker as a replica. It tells the registry that it lives, and what it makes."""
 
-    worker: Worker
-
     def __init__(self, settings: Settings, open_model: Open, generation: int) -> None:
-        assert settings.store is not None
-        self.name, self.generation = serve.get_replica_context().replica_tag, generation
-        generator, limits = open_model(lambda words: None), settings.limits
-        how = {"idle_s": limits.idle_s, "paused_s": limits.paused_s}
-        self.worker = Worker(generator, Store(settings.store), self.name, ray_meters(metrics), **how)
-        self.slots, self.about = slots_of(generator, settings.slots), self.worker.describe()
-        threading.Thread(target=self._beat, daemon=True).start()
+        generator, name = open_model(lambda words: None), serve.get_replica_context().replica_tag
+        worker = self.worker = settings.worker(generator, settings.shared_store(), name, ray_meters(metrics))
+        facts = (name, slots_of(generator, settings.slots), generation, worker.describe())
+        threading.Thread(target=_beat, args=(worker, facts), daemon=True).start()
 
-    def _beat(self) -> None:
-        while True:
-            with contextlib.suppress(RayError, ValueError):
-                desk = ray.get_actor(DESK, NAMESPACE)
-                facts = (self.name, self.slots, self.generation, self.about, self.worker.running())
-                if not ray.get(desk.register.remote(*facts), timeout=PATIENCE_S):
-                    self.worker.drain()
-            time.sleep(HEARTBEAT_S)
 
-    async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:  # type: ignore[override]
-        async for event in super().stream(grant, window):
-            yield event
+def _beat(worker: Worker, facts: tuple[Any, ...]) -> None:
+    while True:
+        if not _ask_desk("register", *facts, worker.running(), otherwise=True):
+            worker.drain()
+        time.sleep(HEARTBEAT_S)
 
 
 class DeskActor(Desk):
@@ -162,7 +145,7 @@ class DeskActor(Desk):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.limits, ray_meters(metrics))
-        front = _front(settings, self, silent())
+        front = settings.front(settings.shared_store(), self, RayWorkers(), silent())
         self.jobs = front.jobs = Jobs(front)
         self._begun = False
 
@@ -183,7 +166,7 @@ class Entrance:
     """A front as a replica: no model, no GPU."""
 
     def __init__(self, settings: Settings, generation: int, _: Any) -> None:
-        self.front = _front(settings, DeskProxy(), ray_meters(metrics))
+        self.front = settings.front(settings.shared_store(), DeskProxy(), RayWorkers(), ray_meters(metrics))
         self.front.jobs = JobsElsewhere(self.front.desk)
         self.generation = generation
 
@@ -200,18 +183,15 @@ class Entrance:
 
 def wanted_workers(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """As many workers as running and waiting sessions ask for."""
-    try:
-        load: Any = ray.get(ray.get_actor(DESK, NAMESPACE).load.remote(), timeout=2)
-    except (RayError, ValueError):
-        return context.current_num_replicas, {}
-    return max(1, -(-int(load * 100 * context.current_num_replicas) // 100)), {}
+    now, load = context.current_num_replicas, _ask_desk("load", seconds=2)
+    return now if load is None else max(1, math.ceil(load * now)), {}
 
 
 def deployed(settings: Settings, open_model: Open, size: Size, generation: int) -> Any:
     """The application for `serve.run`."""
+    router: Any = RequestRouterConfig(request_router_class=PinnedRouter)  # type: ignore[arg-type]
     policy = AutoscalingPolicy(policy_function=wanted_workers)
     scaling: Any = AutoscalingConfig(min_replicas=size.least, max_replicas=size.most, policy=policy)
-    router: Any = RequestRouterConfig(request_router_class=PinnedRouter)  # type: ignore[arg-type]
     making: Any = serve.deployment(
         name="Maker",
         max_ongoing_requests=settings.slots * 4 + 16,
@@ -237,10 +217,7 @@ def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -
     Raises:
         LongtakeError: without a store, or on a cluster that anybody may run code on.
     """
-    if settings.store is None:
-        fix = "pass --store FOLDER, seen by all machines"
-        raise LongtakeError("several processes need one store", got="no --store", fix=fix)
-    settings.door(Store(settings.store))
+    settings.door(settings.shared_store())
     try:
         ray.init("auto", namespace=NAMESPACE, log_to_driver=False)
     except ConnectionError:
@@ -248,13 +225,13 @@ def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -
     if len(ray.nodes()) > 1 and ray_auth_mode() != "token":
         fix = "set RAY_AUTH_MODE=token on every machine"
         raise LongtakeError("whoever reaches this cluster runs code on it", got="no RAY_AUTH_MODE", fix=fix)
-    settings = replace(settings, port=settings.port or free_port(settings.host, 8000))
+    host, port = settings.host, settings.port or free_port(settings.host, 8000)
     kept = {"name": DESK, "get_if_exists": True, "max_restarts": -1, "lifetime": "detached", "num_cpus": 0}
     desk: Any = ray.remote(DeskActor).options(**kept, max_concurrency=1000).remote(settings)  # type: ignore[arg-type]
     generation = ray.get(desk.begin_generation.remote())
-    serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+    serve.start(http_options=HTTPOptions(host=host, port=port))
     serve.run(deployed(settings, open_model, size, generation), name=APP, route_prefix="/")
-    announce(f"http://{settings.host}:{settings.port}/")
+    announce(f"http://{host}:{port}/")
     return _until_ended(desk, generation)
 
 
@@ -263,12 +240,10 @@ def _until_ended(desk: Any, generation: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ending.set())
     while not ending.wait(HEARTBEAT_S):
-        with contextlib.suppress(RayError):
-            if ray.get(desk.generation.remote(), timeout=PATIENCE_S) > generation:
-                return 0  # a newer deployment has taken over
-    with contextlib.suppress(RayError):
-        ray.get(desk.begin_generation.remote(), timeout=PATIENCE_S)  # so that every session is parked
-        time.sleep(3 * HEARTBEAT_S)
+        if _ask_desk("generation", otherwise=0) > generation:
+            return 0  # a newer deployment has taken over
+    if _ask_desk("begin_generation"):
+        time.sleep(3 * HEARTBEAT_S)  # in which every session is parked
     serve.shutdown()
     ray.kill(desk)
     ray.shutdown()

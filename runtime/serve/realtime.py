@@ -21,7 +21,7 @@ from longtake.runtime.serve.contract import FIRST, ServeError, refused
 from longtake.runtime.serve.controls import Controls
 from longtake.runtime.serve.desk import asked, drive
 from longtake.runtime.serve.flow import Flow, MediaClock, Rate
-from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.front import Front, writing
 from longtake.runtime.serve.grants import Event, Grant
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.lingering import linger
@@ -32,6 +32,7 @@ from longtake.runtime.serve.messages import (
     LAST_WORDS_S,
     QUOTA,
     chunk_facts,
+    chunk_seconds,
     message_of,
     start_facts,
     text_of,
@@ -57,7 +58,8 @@ class Connection:
         self.active, self.news = asyncio.Event(), asyncio.Event()
         self.asked: dict[str, float] = {}  # when changes came in, by event_id, for the delay that is measured
         self.heard = self.born = time.monotonic()
-        self.closing = self.gone = False
+        self.closing = self.gone = self.new = False
+        self.span: Any = None  # of its trace
         self.driving: asyncio.Task[None] | None = None
         self._writing = asyncio.Lock()
 
@@ -83,7 +85,8 @@ class Connection:
         """Stop before a worker has the session."""
         assert self.journal is not None and self.driving is not None
         self.driving.cancel()
-        self.journal.finish("stopped")
+        with writing():
+            self.journal.finish("stopped")
         self.started = True
         await self._finish(Event("end", {"state": "stopped"}))
 
@@ -100,7 +103,13 @@ class Connection:
         if opening is None:
             return
         self.journal, self.flow, self.cursor = opening.journal, opening.flow, opening.next_chunk
-        self.request_id, self.shown = opening.journal.id, opening.next_chunk - 1
+        self.request_id, self.shown, self.new = opening.journal.id, opening.next_chunk - 1, opening.new
+        self.placed = opening.journal.count() > 0  # its first chunk is there already: nothing is measured of it
+        with self.front.traces.session(opening.journal.id, "live", self.socket.headers.get("traceparent")) as self.span:
+            await self._attend()
+
+    async def _attend(self) -> None:
+        """From the session's opening to the socket's end."""
         self.front.connections.add(self)
         tasks = [asyncio.create_task(each) for each in (self._read(), self._drive(), self._show(), self._tick())]
         self.driving = tasks[1]
@@ -109,7 +118,7 @@ class Connection:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if (
                 done == {self.driving} and self.driving.cancelled()
-            ):  # given up while it waited: the end is still to be said
+            ):  # given up in the queue: the end is still to be said
                 done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 if not task.cancelled() and (error := task.exception()) and not _gone(error):
@@ -190,6 +199,8 @@ class Connection:
                 ):
                     await self._on(event)
             except QuotaError as error:
+                if self.new:  # nothing of it was made, and nobody has its id
+                    await asyncio.to_thread(self.front.store.remove, self.journal.id)
                 await self.fail(refused(error.code, error, status=429, close=QUOTA))
         await asyncio.Event().wait()  # the sender closes the socket, once all is sent
 
@@ -199,10 +210,13 @@ class Connection:
             await self.send("session.queued", **facts)
         elif event.kind == "granted":
             self.grant = facts["grant"]
+            self.born = self.born if facts["moved"] else time.monotonic()
         elif event.kind == "opened":
             self.active.set()
             await self._begin()
-            await self.front.workers_call(self.front.workers.advance(self.grant, self.shown))  # type: ignore[arg-type]
+            await self.advance()
+        elif event.kind == "chunk":
+            self.front.traces.chunk(self.span, **facts)
         elif event.kind == "moved":
             self.active.clear()
             await self.send("session.moved", request_id=self.request_id, **facts)
@@ -237,7 +251,7 @@ class Connection:
                 await self._send_chunk(self.journal, self.cursor, not init_sent)
                 init_sent = True
                 self.cursor += 1
-            if self.ended is not None and self.cursor >= self.journal.count():
+            if self.ended is not None and (not self.started or self.cursor >= self.journal.count()):
                 await self._say_end(self.ended)
                 return
             with contextlib.suppress(TimeoutError):
@@ -254,10 +268,8 @@ class Connection:
         facts, data = await asyncio.to_thread(chunk_facts, journal, index, with_init)
         await self.send("video.chunk_metadata", data, **facts)
         meters, now = self.front.meters, time.monotonic()
-        ms = facts["ms"]
-        making = ms.get("conditions", 0) + ms.get("denoise", 0) + ms.get("clean", 0)
         first = None if self.placed else now - self.born
-        self.front.measured(first, max(making, ms.get("decode", 0), ms.get("encode", 0)) / 1e3)
+        self.front.measured(first, chunk_seconds(facts["ms"]))
         if first is not None:
             self.placed = True
             meters.observe("first_chunk_seconds", first)
@@ -306,10 +318,13 @@ class Connection:
         while True:
             await asyncio.sleep(0.1)
             if self.clock and self.active.is_set() and self.grant and not self.ended:
-                shown = self._offset + self.clock.shown()
-                if shown != self.shown:
-                    self.shown = shown
-                await self.front.workers_call(self.front.workers.advance(self.grant, self.shown))
+                self.shown = self._offset + self.clock.shown()
+                await self.advance()
+
+    async def advance(self) -> None:
+        """Tell the worker what is shown. One that is lost is no end of the connection: the session moves."""
+        assert self.grant is not None
+        await self.front.workers_call(self.front.workers.advance(self.grant, self.shown), quiet=True)
 
 
 def _gone(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.record import record_from_json
+from longtake.runtime.camera import camera_from_json, steer_from, steered
 from longtake.runtime.clip import latents_from_clip
 from longtake.runtime.generator import Generator
 from longtake.runtime.retake import merged
@@ -19,6 +20,8 @@ from longtake.runtime.snapshot import Identity, check_same, snapshot_from_file
 from longtake.runtime.start import one_a_chunk
 from longtake.runtime.state import Edit, Position, position_from_json, with_edit
 from longtake.runtime.story import Segment, fit_segments
+from longtake.runtime.view import View
+from longtake.training.models.sana_wm.actions import Pace
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +44,10 @@ def begun(generator: Generator, journal: Journal) -> Session:
     sampling = Sampling(meta.steps, None, meta.shift, meta.guidance, meta.solver)
     if meta.timesteps:
         sampling = Sampling(None, meta.timesteps, meta.shift, meta.guidance, meta.solver)
-    image = journal.folder / meta.image if meta.image and not journal.count() else None
+    walks = "camera" in generator.model.family.can  # what it sees is told by its picture, also when it goes on
+    image = journal.folder / meta.image if meta.image and (walks or not journal.count()) else None
     how = {"seed": meta.seed, "sampling": sampling, "negative_prompt": meta.negative_prompt, "endless": meta.endless}
-    session = generator.session(segments_of(meta.script), image=image, **how)  # type: ignore[arg-type]
+    session = generator.session(segments_of(meta.script), image=image, view=View(**meta.view), **how)  # type: ignore[arg-type]
     if meta.identity:
         try:
             check_same(record_from_json(Identity, meta.identity), session.identity)
@@ -67,7 +71,10 @@ def asked_since(journal: Journal, position: Position) -> Position:
     )
     for event in journal.events():
         if event["type"] == "change" and event["at_chunk"] >= position.chunk:
-            edits = with_edit(edits, Edit(event["at_chunk"], event["prompt"], event["cut"]))
+            if event["prompt"] is not None or event["cut"]:
+                edits = with_edit(edits, Edit(event["at_chunk"], event["prompt"], event["cut"]))
+            if event.get("camera") and position.camera is not None:
+                position = replace(position, camera=steered(position.camera, event["at_chunk"], **event["camera"])[0])
         if event["type"] == "extend":
             position = lengthened(position, event["total"])
     return replace(position, edits=edits)
@@ -115,7 +122,20 @@ def rebuild(
 def _first_position(session: Session, journal: Journal) -> Position:
     """Before the first chunk: the description's script, and of a retake the changes it began with."""
     edits = tuple(Edit(*entry) for entry in journal.meta.about.get("edits", ()))
-    return replace(session.position, edits=edits)
+    camera = session.position.camera
+    if camera is not None:
+        camera = camera_from_json({**camera.as_json(), "steers": journal.meta.about.get("steers", ())})
+    return replace(session.position, edits=edits, camera=camera)
+
+
+def steers_of(journal: Journal) -> list[dict[str, Any]]:
+    """Every live change of the camera, as `CameraPosition.as_json` tells one; those of the video that it was taken from included."""
+    steers, pace = list(journal.meta.about.get("steers", ())), Pace(fps=float(journal.meta.fps))
+    for event in journal.events():
+        if event["type"] == "change" and event.get("camera"):
+            steers = [steer for steer in steers if steer["at"] < event["at_chunk"]]
+            steers.append(asdict(steer_from(event["at_chunk"], pace, **event["camera"])))
+    return steers
 
 
 def _restore(session: Session, journal: Journal, count: int) -> None:

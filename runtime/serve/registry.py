@@ -63,7 +63,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """A session that waits or runs. kind: "live" or "video". moved: it ran before, so that it goes first."""
+    """A session that waits or runs. kind: "live" or "video". moved: it ran before, so that it goes first. placed: when it got
+    its place."""
 
     session: str
     user: str
@@ -73,11 +74,13 @@ class Entry:
     state: str = QUEUED
     moved: bool = False
     grant: Grant | None = None
+    placed: float | None = None
 
 
 @dataclass(frozen=True)
 class Queue:
-    """Where a session waits. position: 0 is next. estimate_s: None if nothing is known."""
+    """Where a session waits. position: 0 is next. estimate_s: until it has a place, if places are held as long as they were;
+    None before one was given back."""
 
     position: int
     ahead: int
@@ -95,6 +98,7 @@ class Registry:
     entries: dict[str, Entry] = field(default_factory=dict)
     epochs: dict[str, int] = field(default_factory=dict)
     generation: int = 0
+    held_s: float | None = None  # a running mean of how long a place is held
     _number: int = 0
 
     # ---- workers ---------------------------------------------------------------------------------------------------
@@ -171,7 +175,7 @@ class Registry:
             entry = order[0]
             epoch = self.epochs[entry.session] = self.epochs[entry.session] + 1
             grant = Grant(entry.session, worker, epoch)
-            self._set(entry.session, PLACING, grant=grant)
+            self._set(entry.session, PLACING, grant=grant, placed=now)
             grants.append(grant)
         return grants
 
@@ -210,7 +214,9 @@ class Registry:
         order = [one.session for one in self._order()]
         if session not in order:
             return None
-        return Queue(order.index(session), order.index(session))
+        position, places = order.index(session), self._places()
+        known = self.held_s is not None and places
+        return Queue(position, position, round((position + 1) * self.held_s / places, 1) if known else None)  # type: ignore[operator]
 
     def holds(self, session: str, epoch: int) -> bool:
         """Whether a lease is the newest."""
@@ -227,12 +233,14 @@ class Registry:
 
     def again(self, session: str, now: float) -> None:
         """It lost its worker: it waits again, before all others."""
-        self._set(session, QUEUED, grant=None, moved=True)
+        self._set(session, QUEUED, grant=None, placed=None, moved=True)
 
-    def release(self, session: str, number: int) -> None:
+    def release(self, session: str, number: int, now: float | None = None) -> None:
         """Entry `number` of a session neither runs nor waits any more."""
         if self.is_asked(session, number):
-            del self.entries[session]
+            placed = self.entries.pop(session).placed
+            if now is not None and placed is not None:
+                self.held_s = now - placed if self.held_s is None else 0.7 * self.held_s + 0.3 * (now - placed)
 
     def is_asked(self, session: str, number: int) -> bool:
         """Whether nobody has asked for the session since entry `number`."""
@@ -247,8 +255,10 @@ class Registry:
 
     def load(self) -> float:
         """(running + waiting) / places: what an autoscaler looks at."""
-        slots = sum(place.slots for place in self.workers.values() if place.generation >= self.generation)
-        return len(self.entries) / max(1, slots)
+        return len(self.entries) / max(1, self._places())
+
+    def _places(self) -> int:
+        return sum(place.slots for place in self.workers.values() if place.generation >= self.generation)
 
     def _set(self, session: str, state: str, **fields: object) -> None:
         entry = self.entries[session]

@@ -20,10 +20,12 @@ from longtake.runtime.serve.contract import ServeError, Video, refused
 from longtake.runtime.serve.journal import Meta
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.session_options import SessionOptions
-from longtake.runtime.story import Segment, Story, checked_prompt, fit_segments, story_from_mapping
+from longtake.runtime.story import PATHS, Segment, Story, checked_prompt, fit_segments, story_from_mapping
+from longtake.training.models.sana_wm.actions import keys_of_frames
 from longtake.video import count_frames
 
 DEFAULT_SECONDS = 4.0
+SAMPLED = ("seed", "steps", "guidance", "negative_prompt", "shift", "timesteps")  # of a request, in an identity
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 
@@ -67,7 +69,7 @@ def checked_story(given: dict[str, Any], asker: Asker) -> Story:
         raise ServeError(
             "bad_story", "the story is too long", param="story", detail={"expected": f"{limits.story_bytes} bytes"}
         )
-    if named := [key for key in ("image", "continue_from") if key in given]:
+    if named := [key for key in PATHS if key in given]:
         fix = "send the picture with the request"
         raise ServeError(
             "bad_story", f"a story that is sent names no files: {named[0]}", param="story", detail={"fix": fix}
@@ -85,7 +87,21 @@ def checked_story(given: dict[str, Any], asker: Asker) -> Story:
         raise ServeError("bad_story", "the story has too many segments", param="story", detail=detail)
     for segment in story.segments:
         checked_text(segment.prompt, "a prompt of the story", limits)
+    if view_of(story) and not about["can"]["camera"]:
+        raise ServeError(
+            "not_supported", "this model has no camera", param="story", detail={"got": ", ".join(view_of(story))}
+        )
     return story
+
+
+def view_of(story: Story | None) -> dict[str, Any]:
+    """Where a story's camera goes. Raises ServeError bad_story."""
+    view = {key: getattr(story, key, None) for key in ("action", "speed", "turn")}
+    try:
+        keys_of_frames(view["action"] or "none-1")
+    except LongtakeError as error:
+        raise refused("bad_story", error, param="story") from None
+    return {key: value for key, value in view.items() if value is not None}
 
 
 def check_same_size(body: Video, about: dict[str, Any]) -> None:
@@ -187,6 +203,7 @@ def described(body: Video, asker: Asker, ident: str, kind: str, *, endless: bool
         negative_prompt=options.negative_prompt,
         shift=options.shift,
         solver=options.solver,
+        timesteps=options.timesteps,
         width=about["width"],
         height=about["height"],
         fps=about["fps"],
@@ -194,13 +211,8 @@ def described(body: Video, asker: Asker, ident: str, kind: str, *, endless: bool
         encoder=about["codecs"][codec]["encoder"],
         endless=endless,
         frames=frames,
-        identity={
-            **about["identity"],
-            "seed": options.seed,
-            "steps": options.steps,
-            "guidance": options.guidance,
-            "negative_prompt": options.negative_prompt,
-        },
+        view=view_of(story),
+        identity={**about["identity"], **{name: getattr(options, name) for name in SAMPLED}},
         about={"mime": about["codecs"][codec]["mime"]},
     )
 
@@ -219,14 +231,16 @@ def _options(body: Video, story: Story | None, asker: Asker) -> SessionOptions:
     if not 1 <= steps <= 1000:
         detail = {"got": str(steps), "expected": "1 to 1000"}
         raise ServeError("bad_request", "bad number of denoise steps", param="num_inference_steps", detail=detail)
+    listed = tuple(about["timesteps"]) if steps == len(about["timesteps"]) else ()  # a student's own, as everywhere
     try:
         return SessionOptions(
             seed=first(body.seed, told, secrets.randbelow(1 << 31)),
             steps=steps,
             guidance=float(first(body.guidance_scale, story and story.guidance, about["guidance"])),
             negative_prompt=first(body.negative_prompt, story and story.negative_prompt, about["negative_prompt"]),
-            shift=about["shift"],
+            shift=1.0 if listed else about["shift"],
             solver=about["solver"],
+            timesteps=listed,
         )
     except LongtakeError as error:
         raise refused("bad_request", error) from None

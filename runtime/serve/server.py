@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -26,19 +27,21 @@ from longtake.runtime.serve.auth import Door, tokens_from_file
 from longtake.runtime.serve.describe import session_gb
 from longtake.runtime.serve.desk import Desk
 from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.grants import Workers
 from longtake.runtime.serve.jobs import Jobs
 from longtake.runtime.serve.limits import FRAME_BYTES, Limits
 from longtake.runtime.serve.local import LocalWorkers
-from longtake.runtime.serve.meters import prometheus
+from longtake.runtime.serve.meters import Meters, prometheus
 from longtake.runtime.serve.store import Store
+from longtake.runtime.serve.traces import traces_to
 from longtake.runtime.serve.worker import Worker
-from longtake.version import __version__
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PARK_S = 13.0  # in which everything is parked; the rest of the 15 s is for sockets and threads
 EXPIRE_EVERY = 600.0
+FAILURE_EVERY = 0.5  # seconds
 
 Say = Callable[[str], None]
 Open = Callable[[Say], Generator]  # opens the model, saying meanwhile what it does
@@ -46,7 +49,7 @@ Open = Callable[[Say], Generator]  # opens the model, saying meanwhile what it d
 
 @dataclass(frozen=True)
 class Settings:
-    """How one process serves. store: None for a temporary folder, whose sessions end with the process."""
+    """How one process serves. store: None for a temporary folder, whose sessions end with the process. traces: a collector's URL."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -55,6 +58,7 @@ class Settings:
     origins: tuple[str, ...] = ()
     slots: int = 1
     codec: str = "h264"
+    traces: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def door(self, store: Store) -> Door:
@@ -65,6 +69,22 @@ class Settings:
             raise LongtakeError("whoever reaches this address could use the GPU", got=got, expected="tokens", fix=fix)
         tokens = None if self.token_file is None else tokens_from_file(self.token_file)
         return Door(store.secret(), tokens, (self.host,), self.origins)
+
+    def shared_store(self) -> Store:
+        """The store that several processes see. Raises LongtakeError if none is named, or it cannot be used."""
+        if self.store is None:
+            fix = "pass --store FOLDER, seen by all machines"
+            raise LongtakeError("several processes need one store", got="no --store", fix=fix)
+        return Store(self.store)
+
+    def front(self, store: Store, desk: Any, workers: Workers, meters: Meters, status: str = "") -> Front:
+        """A front over a registry and workers, here or elsewhere; it says `status` until that is empty."""
+        traces = traces_to(self.traces)
+        return Front(store, desk, workers, self.limits, meters, self.door(store), self.codec, status, traces)
+
+    def worker(self, generator: Generator, store: Store, name: str, meters: Meters) -> Worker:
+        """A worker that holds the model."""
+        return Worker(generator, store, name, meters, idle_s=self.limits.idle_s, paused_s=self.limits.paused_s)
 
 
 @dataclass(frozen=True)
@@ -147,7 +167,7 @@ def serve(settings: Settings, open_model: Open, announce: Say) -> int:
     """Serve until a signal comes; returns the exit code.
 
     Raises:
-        LongtakeError: the port is taken, the store cannot be used, or the model cannot be opened.
+        LongtakeError: the port is taken, the store cannot be used, the model cannot be opened, or it runs no more.
     """
     with contextlib.ExitStack() as stack:
         root = settings.store
@@ -157,15 +177,14 @@ def serve(settings: Settings, open_model: Open, announce: Say) -> int:
             )
             log.warning("no --store: sessions end with this process")
         store = Store(root)
-        door = settings.door(store)
+        settings.door(store)  # refused before anything listens
         opened = stack.enter_context(contextlib.closing(listening(settings.host, settings.port)))
-        return asyncio.run(served(settings, store, door, opened, open_model, announce, None))
+        return asyncio.run(served(settings, store, opened, open_model, announce, None))
 
 
 async def served(
     settings: Settings,
     store: Store,
-    door: Door,
     opened: socket.socket,
     open_model: Open,
     announce: Say,
@@ -174,7 +193,7 @@ async def served(
     """See `serve`. ending: set by whoever wants it to end; by signals if None."""
     meters = prometheus()
     desk, workers = Desk(settings.limits, meters), LocalWorkers()
-    front = Front(store, desk, workers, settings.limits, meters, door, settings.codec, "the model is being opened")
+    front = settings.front(store, desk, workers, meters, "the model is being opened")
     jobs = front.jobs = Jobs(front)
     server = http_server(app_from(front))
     if ending is None:
@@ -189,9 +208,11 @@ async def served(
             host, port = opened.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
             await jobs.begin()
-            cleaning = asyncio.create_task(_expire(front))
-            await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+            cleaning, failing = asyncio.create_task(_expire(front)), asyncio.create_task(_failure(workers))
+            await asyncio.wait({stop, serving, failing}, return_when=asyncio.FIRST_COMPLETED)
             cleaning.cancel()
+            failure = failing.result() if failing.done() else None
+            failing.cancel()
     finally:
         await _end(front, workers, jobs)
         server.should_exit = True
@@ -208,16 +229,10 @@ async def _open(settings: Settings, front: Front, workers: LocalWorkers, open_mo
         front.status = words
 
     generator = await asyncio.to_thread(open_model, say)
-    limits = settings.limits
     name = f"local-{os.getpid()}"
-    worker = Worker(generator, front.store, name, front.meters, idle_s=limits.idle_s, paused_s=limits.paused_s)
+    worker = settings.worker(generator, front.store, name, front.meters)
     workers.worker = worker
     about = await asyncio.to_thread(worker.describe)
-    gpu = str(about["gpu"] or "none")
-    facts = {"recipe": about["model"], "backend": about["backend"], "gpu": gpu, "version": __version__}
-    front.meters.set("worker_info", 1, **facts)
-    front.meters.set("gpu_memory_bytes", float(about["budget_bytes"] or 0), kind="budget")
-    front.meters.set("gpu_memory_bytes", float(generator.backend.peak_bytes()), kind="used")
     await front.desk.register(name, slots_of(generator, settings.slots), 0, about)
     front.status = ""
 
@@ -227,6 +242,13 @@ async def _expire(front: Front) -> None:
         for session in await asyncio.to_thread(front.store.expire, front.limits.parked_s):
             log.info("expired", extra={"session": session})
         await asyncio.sleep(EXPIRE_EVERY)
+
+
+async def _failure(workers: LocalWorkers) -> LongtakeError:
+    """Wait for what ends the worker: a backend that runs no more networks."""
+    while workers.worker is None or (failure := workers.worker.generator.backend.failure) is None:
+        await asyncio.sleep(FAILURE_EVERY)
+    return failure
 
 
 async def _end(front: Front, workers: LocalWorkers, jobs: Jobs) -> None:

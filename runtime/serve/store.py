@@ -72,8 +72,12 @@ class Store:
         return self.sessions / session
 
     def create(self, meta: Meta) -> Journal:
-        """A new session; it exists from now on."""
-        return Journal.create(self.folder(meta.id), meta)
+        """A new session; it exists from now on. Nothing of it is left if it cannot be kept."""
+        try:
+            return Journal.create(self.folder(meta.id), meta)
+        except OSError:
+            shutil.rmtree(self.folder(meta.id), ignore_errors=True)
+            raise
 
     def journal(self, session: str) -> Journal:
         """A session that is there.

@@ -20,7 +20,7 @@ from longtake.runtime.serve.contract import (
     refused,
 )
 from longtake.runtime.serve.fork import Wish, position_on_disk
-from longtake.runtime.serve.front import Front
+from longtake.runtime.serve.front import Front, writing
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.openings import forked, wish_of
 from longtake.runtime.serve.pictures import film_of, shown_chunks, spritesheet, thumbnail
@@ -117,12 +117,10 @@ class Videos:
     def _begun(self, asker: Asker, body: Create, data: bytes | None) -> Journal:
         ident = new_id("video")
         meta = described(body, asker, ident, "video", most=asker.limits.job_chunks)
-        if data is not None:
-            meta = with_image(meta, self.front.store.folder(ident), data, asker, "input_reference")
-        try:
+        with writing():
+            if data is not None:
+                meta = with_image(meta, self.front.store.folder(ident), data, asker, "input_reference")
             return self.front.store.create(meta)
-        except OSError as error:
-            raise ServeError("store_full", f"the store cannot be written to: {error.strerror}", status=503) from None
 
     async def _queued(self, journal: Journal) -> JSONResponse:
         """Queue a job that is in the store; without room for it, it is none."""
@@ -278,7 +276,8 @@ class Videos:
         ident, chunks = new_id("video"), -(-frames // asker.about["chunk_frames"])
         create = Create(prompt=body.prompt or "", chunks=chunks)
         meta = described(create, asker, ident, "video", most=asker.limits.job_chunks)
-        return self.front.store.create(with_clip(meta, self.front.store.folder(ident), data, asker, frames))
+        with writing():
+            return self.front.store.create(with_clip(meta, self.front.store.folder(ident), data, asker, frames))
 
     async def _forked_on(self, asker: Asker, video: VideoReference, prompt: str | None, frames: int) -> JSONResponse:
         source = self.front.own(asker.user, video.id)

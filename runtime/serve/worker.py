@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from longtake.errors import LongtakeError
@@ -22,16 +22,15 @@ from longtake.runtime.serve.changes import taken
 from longtake.runtime.serve.describe import description
 from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant, Running
 from longtake.runtime.serve.journal import Journal, LeaseLostError
-from longtake.runtime.serve.keeping import is_decoded, keep_chunk
+from longtake.runtime.serve.keeping import is_decoded, keep_chunk, keep_state, state_after
 from longtake.runtime.serve.live import Live
 from longtake.runtime.serve.meters import Meters
-from longtake.runtime.serve.rebuild import rebuild, take_in_clip
+from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, take_in_clip
 from longtake.runtime.serve.store import Store
-from longtake.runtime.snapshot import Snapshot, snapshot_to_file
+from longtake.runtime.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_EVERY = 16  # chunks
 POLL_S = 1.0  # how often a worker with nothing to do looks at its clocks
 
 
@@ -56,8 +55,10 @@ class Worker:
             thread.start()
 
     def describe(self) -> dict[str, Any]:
-        """What it serves: sizes, lengths, defaults, what the model can."""
-        return description(self.generator)
+        """What it serves: sizes, lengths, defaults, what the model can. The metrics get what is of interest there."""
+        about = description(self.generator)
+        self.meters.worker(about, self.generator.backend.peak_bytes())
+        return about
 
     def running(self) -> list[Running]:
         """What it makes now."""
@@ -74,12 +75,14 @@ class Worker:
 
     # ---- what the front asks for: called in the event loop -----------------------------------------------------------
 
-    async def stream(self, grant: Grant, window: int | None) -> AsyncIterator[Event]:
+    async def stream(self, grant: Grant, window: int | None) -> AsyncGenerator[Event]:
         """Make the session's chunks for as long as this is iterated; events say what there is."""
         journal = Journal(self.store.folder(grant.session))
         live = Live(grant, journal, asyncio.Queue(), asyncio.get_running_loop(), window)
         live.committed = journal.count()
         with self._wake:
+            if self.draining:  # a place that came free while everything is parked is none
+                live.ending = "park"
             self.lives[grant] = live
             self._wake.notify_all()
         try:
@@ -132,9 +135,9 @@ class Worker:
 
     def _end(self, live: Live, how: str) -> None:
         with self._wake:
-            live.ending = live.ending or how
-            if how == "stop" and live.session is not None:
-                live.session.cancel()
+            live.ending, session = live.ending or how, live.session
+            if how == "stop" and session is not None:
+                session.cancel()
             self._wake.notify_all()
 
     def _interact(self, live: Live, change: Change) -> Ack:
@@ -214,7 +217,7 @@ class Worker:
         except LeaseLostError as error:
             self._over(live, "lost", error.what, "lease_lost")
         except LongtakeError as error:
-            code = "engines_differ" if type(error).__name__ == "OtherEnginesError" else "cannot_open"
+            code = "engines_differ" if isinstance(error, OtherEnginesError) else "cannot_open"
             self._over(live, "failed", error.what, code, error)
         except OSError as error:
             self._over(live, "parked", f"the store cannot be used: {error.strerror}", "store_full")
@@ -246,10 +249,8 @@ class Worker:
         begun = time.monotonic()
         try:
             chunk = next(session)
-        except CancelledError:
+        except (CancelledError, StopIteration):
             return  # asked to stop: the next turn sees it
-        except StopIteration:
-            return
         except (LongtakeError, RuntimeError) as error:
             live.attempts += 1
             log.warning("session %s: chunk %d failed (%s)", live.grant.session, session.next_index, error)
@@ -258,10 +259,8 @@ class Worker:
                 self._over(live, "failed", known.what if known else type(error).__name__, "chunk_failed", known)
             return
         live.attempts = 0
-        position = session.position.as_json()
-        state = session.snapshot() if session.next_index % SNAPSHOT_EVERY == 0 else None
-        facts = {"position": position, "began": begun}
-        self._encoding.put((live, chunk, facts, state))
+        facts = {"position": session.position.as_json(), "began": begun}
+        self._encoding.put((live, chunk, facts, state_after(session, chunk)))
 
     def _park(self, live: Live) -> None:
         """Keep the whole state, so that resuming is quick; the journal alone would do."""
@@ -269,15 +268,10 @@ class Worker:
         try:
             if live.committed and not any(chunk == live.committed for chunk, _ in live.journal.snapshots()):
                 live.journal.require_lease()
-                self._keep_state(live, live.session.snapshot())
-        except (LongtakeError, OSError) as error:
+                keep_state(live.journal, live.session.snapshot())
+        except (LongtakeError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
             log.warning("session %s: its state is not kept: %s", live.grant.session, error)
         self._over(live, "parked", live.why)
-
-    def _keep_state(self, live: Live, state: Snapshot) -> None:
-        chunk = state.position.chunk
-        snapshot_to_file(state, live.journal.snapshot_path(chunk))
-        live.journal.keep_snapshots(chunk)
 
     def _over(
         self, live: Live, state: str, reason: str = "", code: str = "", error: LongtakeError | None = None
@@ -287,9 +281,11 @@ class Worker:
                 return
             live.over = True
             self.lives.pop(live.grant, None)
-        if live.session is not None:
-            live.session.close(discard=True)
-            live.session = None
+            session, live.session = live.session, None
+        if state == "failed" and self.generator.backend.failure:
+            state = "parked"  # the worker failed, not the session: it goes on elsewhere, or with the next worker
+        if session is not None:
+            session.close(discard=True)
         try:
             if state in ("done", "stopped", "failed"):
                 live.journal.require_lease()
@@ -326,11 +322,13 @@ class Worker:
         with self._wake:
             live.committed, live.failed_at = chunk.index + 1, None
             self._wake.notify_all()
-        live.tell("chunk", index=chunk.index)
-        self.meters.chunk(kept.ms, kept.frames, time.monotonic() - facts["began"], journal.meta.fps, kept.bytes)
+        seconds = time.monotonic() - facts["began"]
+        live.tell("chunk", index=chunk.index, seconds=seconds, ms=kept.ms)
+        self.meters.set("gpu_memory_bytes", float(self.generator.backend.peak_bytes()), kind="used")
+        self.meters.chunk(kept.ms, kept.frames, seconds, journal.meta.fps, kept.bytes)
         log.info("chunk", extra={"session": journal.id, "chunk": chunk.index, "ms": kept.ms})
         if state is not None:
-            self._keep_state(live, state)
+            keep_state(journal, state)
 
     def close(self, park: bool = True) -> None:
         """Let the running chunk end, park every session, end the threads."""

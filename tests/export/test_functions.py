@@ -20,7 +20,6 @@ from longtake.export.functions import (
     register_schemas,
     translation_table,
 )
-from longtake.plugins import registry
 from longtake.plugins.cases import op_inputs
 from longtake.plugins.registry import all_ops, kernel_ops, op_named
 from longtake.plugins.shapes import size_of
@@ -193,37 +192,47 @@ def test_one_body_serves_bf16_and_fp32_and_shapes_are_inferred(name: str) -> Non
     assert compute[BF16] == compute[FLOAT]
 
 
-class AllOps(nn.Module):
-    """Each op with a kernel once, as the networks use them; test_library_linears.py and test_skeleton.py
-    export the others."""
+class OneOp(nn.Module):
+    """An op as the networks call it."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        values, scales, amax, cache, table, slot, weight, weight_scales = rest
-        ops = torch.ops.longtake
-        angle = cache[0, 0, :, 0, : D // 2].float()
-        q, k = ops.qk_norm_rope(q, k, q.flatten(1)[0], k.flatten(1)[0], angle, angle)
-        attended = ops.sink_attention_nvfp4(q, k, v, values, scales, amax, table)
-        attended = attended + ops.sink_attention_bf16(q, k, v, cache, table)
-        product = attended.flatten(1) @ ops.nvfp4_dequantize(weight, weight_scales)
-        written = ops.kv_cache_write_nvfp4(k, v, values, scales, amax, slot)
-        y, history = ops.norm_silu_extend(cache[0], q[0, 0], cache[1])
-        streamed = (*ops.stream_extend(y, history), history)
-        return product, *written, ops.kv_cache_write_bf16(k, v, cache, slot), *streamed
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...] | Tensor:
+        outputs: tuple[Tensor, ...] | Tensor = getattr(torch.ops.longtake, self.name)(*inputs)
+        return outputs
+
+
+class AllOps(nn.Module):
+    """Every op with a kernel once, each on its own inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = nn.ModuleList(OneOp(name) for name in kernel_ops())
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        made: list[Tensor] = []
+        for op in self.ops:
+            count = len(op_named(str(op.name)).spec.inputs)
+            outputs = op(*inputs[:count])
+            made.extend((outputs,) if isinstance(outputs, Tensor) else outputs)
+            inputs = inputs[count:]
+        return made
 
 
 @pytest.mark.slow
 def test_the_exporter_emits_nodes_that_tensorrt_takes_for_plugins() -> None:
-    blocks = [torch.zeros(L, H, D, dtype=torch.bfloat16) for _ in range(3)]
-    cache = random_cache("nvfp4"), random_cache("bf16")[0].to(torch.bfloat16)
-    indices = torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    weight = torch.zeros(H * D, 64, dtype=torch.int8), torch.zeros(H * D, 8, dtype=torch.int8)
-    shapes = (*[{}] * 3, tuple({0: torch.export.Dim("W", min=1, max=4)} if i == 4 else {} for i in range(8)))
+    names = [(name, tensor.name) for name in kernel_ops() for tensor in op_named(name).spec.inputs]
+    inputs = [tensor for name in kernel_ops() for tensor in op_inputs(name, {**SIZES, "N": 32, "K": 48}, "bf16", (1,))]
+    window = torch.export.Dim("W", min=1, max=4)
+    shapes = tuple({0: window} if name == "table" and op.startswith("sink") else {} for op, name in names)
     program = torch.onnx.export(
-        AllOps(),
-        (*blocks, *cache[0], cache[1], *indices, *weight),
+        AllOps().eval(),
+        tuple(inputs),
         dynamo=True,
         opset_version=23,
-        dynamic_shapes=shapes,
+        dynamic_shapes=(shapes,),
         custom_translation_table=translation_table(),
         verbose=False,
     )
@@ -231,8 +240,7 @@ def test_the_exporter_emits_nodes_that_tensorrt_takes_for_plugins() -> None:
     attach_functions(model)
     onnx.checker.check_model(model, full_check=True)
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
-    others = (registry.block_norm, registry.quantize_fp8, registry.upsample)
-    wanted = set(kernel_ops()) - {op.name for folder in others for op in folder.OPS}
+    wanted = set(kernel_ops())
     assert {node.op_type for node in nodes} == wanted == {f.name for f in model.functions}
     for node in nodes:
         attributes = {a.name: helper.get_attribute_value(a).decode() for a in node.attribute}

@@ -57,11 +57,11 @@ def runs(export: Path, tmp_path: Path) -> Iterator[fault_runs.Runs]:
 
 
 SOAKS = [
-    pytest.param(60, id="short"),
+    pytest.param(60, id="short", marks=pytest.mark.timeout(1500)),
     pytest.param(1500, id="full", marks=[pytest.mark.long, pytest.mark.timeout(14_400)]),
 ]
 RUNS = [
-    pytest.param(0.04, id="short"),
+    pytest.param(0.04, id="short", marks=pytest.mark.timeout(1500)),
     pytest.param(1.0, id="full", marks=[pytest.mark.long, pytest.mark.timeout(14_400)]),
 ]
 

@@ -61,11 +61,9 @@ class Served:
 
     async def _main(self) -> None:
         self._ending, self._loop = asyncio.Event(), asyncio.get_running_loop()
-        door = self.settings.door(self.store)
         await served(
             self.settings,
             self.store,
-            door,
             self.socket,
             lambda say: self._make(),
             lambda _: self._ready.set(),
@@ -177,6 +175,25 @@ class Live:
 
     def bytes(self) -> bytes:
         return b"".join(self.media[index] for index in sorted(self.media))
+
+
+def parked(server: Served, session: str) -> None:
+    """Wait until a session that nobody watches has given its place back: its whole state is kept then."""
+    until = time.monotonic() + 30
+    while not server.store.journal(session).snapshots():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def walk(server: Served, live: Live, window: int, chunks: int, pause_s: float) -> None:
+    """Look at `chunks` chunks, slowly: nothing is made further ahead than the window."""
+    journal = server.store.journal(live.until("video.start")["session_id"])
+    live.chunk(window - 1)
+    for shown in range(chunks):
+        time.sleep(pause_s)
+        assert journal.count() == shown + window
+        live.send("session.ack", chunk=shown)
+        live.chunk(shown + window)
 
 
 class Process:

@@ -1,4 +1,4 @@
-"""Serve the student, or with "toy" a toy, from a store until a signal comes: python serving_process.py STORE [toy] [slots=N] [user_sessions=N] [port=N]"""
+"""Serve the student, with "ranks" on two of them, or with "toy" a toy, from a store until a signal comes: python serving_process.py STORE [toy|ranks] [slots=N] [user_sessions=N] [port=N]"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving import tiny
+from serving import STUDENT, tiny
 from toy_backend import ToyBackend, toy_tokenize
 
 from longtake.runtime.generator import Generator
@@ -30,6 +30,10 @@ def opened_tiny(say: Any) -> Generator:
     return tiny()
 
 
+def opened_ranks(say: Any) -> Generator:
+    return Generator.from_checkpoint(STUDENT, gpus=2, device="cpu")
+
+
 def announce(address: str) -> None:
     print(address, flush=True)
 
@@ -48,4 +52,5 @@ if __name__ == "__main__":
         opening = opened_toy if "toy" in words else opened_tiny
         workers = next((int(word[8:]) for word in words if word.startswith("workers=")), 1)
         raise SystemExit(serve_ray(settings, opening, announce, Size(workers, workers)))
-    raise SystemExit(serve(settings, opened_toy if "toy" in words else opened_tiny, announce))
+    opening = opened_toy if "toy" in words else opened_ranks if "ranks" in words else opened_tiny
+    raise SystemExit(serve(settings, opening, announce))

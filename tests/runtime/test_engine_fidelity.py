@@ -13,10 +13,11 @@ import torch
 
 from longtake.commands.main import main
 from longtake.runtime.generator import Generator
+from longtake.training.data.held_out_stories import returning_stories
 from longtake.training.experiment import engine_fidelity
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.engine_fidelity import fidelity_of, measured, retold, told
-from longtake.training.experiment.stories import returning_stories, scripts_of
+from longtake.training.experiment.stories import scripts_of
 
 
 class Sees(DigitClassifier):

@@ -6,8 +6,9 @@ import torch
 
 from longtake.files import read_json
 from longtake.paths import REPOSITORY
+from longtake.training.data.held_out_stories import mixed_stories
 from longtake.training.experiment.batched import Rollout, Sampling
-from longtake.training.experiment.stories import mixed_stories, scripts_of
+from longtake.training.experiment.stories import scripts_of
 from longtake.training.models.load import load_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.quantize import apply_precision

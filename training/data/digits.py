@@ -56,7 +56,7 @@ def random_story(generator: torch.Generator, chunks: int, split: str = "train", 
 
     With `changes`, in one of three shots with room for it the subject changes colour, or the light changes, half-way.
     """
-    draw = _Draw(generator)
+    draw = Draw(generator)
     lengths = _shot_lengths(draw, chunks)
     first = draw.pick(range(10))
     second = (first + 1 + draw.pick(range(9))) % 10
@@ -65,7 +65,7 @@ def random_story(generator: torch.Generator, chunks: int, split: str = "train", 
     for number, length in enumerate(lengths):
         digit, scan, colour = cast[draw.pick((0, 0, 1)) if number else 0]
         colour = draw.pick(COLOURS) if draw.unit() < 0.25 else colour
-        shot = _random_shot(draw, digit, scan, colour, length, shots[-1] if shots else None)
+        shot = random_shot(draw, digit, scan, colour, length, shots[-1] if shots else None)
         shots += _changed_half_way(draw, shot) if changes and length > 1 and draw.unit() < 1 / 3 else [shot]
     return Story(tuple(shots))
 
@@ -77,7 +77,7 @@ def returning_story(generator: torch.Generator, chunks: int, split: str = "train
     four then holds nothing else, but for its sinks), and the first again. Two in five show two subjects in turn, in short
     shots, so that almost every cut asks for a subject that the window still holds. The rest are as `random_story` draws them.
     """
-    draw = _Draw(generator)
+    draw = Draw(generator)
     form = draw.pick(("there and back", "there and back", "in turn", "in turn", "random"))
     if chunks >= 3 and form == "in turn":
         shots = _in_turn(draw, chunks, split)
@@ -95,13 +95,13 @@ def returning_story(generator: torch.Generator, chunks: int, split: str = "train
     return Story(tuple(told))
 
 
-def _there_and_back(draw: _Draw, lengths: Sequence[int], split: str) -> list[Shot]:
+def _there_and_back(draw: Draw, lengths: Sequence[int], split: str) -> list[Shot]:
     """A subject, another of another class and colour, the first again."""
     one, other = _two_subjects(draw, split)
     return _shots(draw, (one, other, one), lengths)
 
 
-def _in_turn(draw: _Draw, chunks: int, split: str) -> list[Shot]:
+def _in_turn(draw: Draw, chunks: int, split: str) -> list[Shot]:
     """Two subjects in turn, a chunk or two at a time."""
     lengths: list[int] = []
     while (left := chunks - sum(lengths)) > 0:
@@ -110,7 +110,7 @@ def _in_turn(draw: _Draw, chunks: int, split: str) -> list[Shot]:
     return _shots(draw, [cast[number % 2] for number in range(len(lengths))], lengths)
 
 
-def _two_subjects(draw: _Draw, split: str) -> tuple[tuple[int, int, str], tuple[int, int, str]]:
+def _two_subjects(draw: Draw, split: str) -> tuple[tuple[int, int, str], tuple[int, int, str]]:
     """Digit, scan and colour of two subjects of different classes and colours."""
     first = draw.pick(range(10))
     second = (first + 1 + draw.pick(range(9))) % 10
@@ -119,15 +119,15 @@ def _two_subjects(draw: _Draw, split: str) -> tuple[tuple[int, int, str], tuple[
     return (first, draw.pick(scans_of(first, split)), colour), (second, draw.pick(scans_of(second, split)), other)
 
 
-def _shots(draw: _Draw, cast: Sequence[tuple[int, int, str]], lengths: Sequence[int]) -> list[Shot]:
+def _shots(draw: Draw, cast: Sequence[tuple[int, int, str]], lengths: Sequence[int]) -> list[Shot]:
     """A shot of so many chunks of each subject; the background changes at every cut."""
     shots: list[Shot] = []
     for subject, length in zip(cast, lengths):
-        shots.append(_random_shot(draw, *subject, length, shots[-1] if shots else None))
+        shots.append(random_shot(draw, *subject, length, shots[-1] if shots else None))
     return shots
 
 
-def _changed_half_way(draw: _Draw, shot: Shot) -> list[Shot]:
+def _changed_half_way(draw: Draw, shot: Shot) -> list[Shot]:
     """The shot in two joined parts, the second in another colour or light."""
     first = replace(shot, chunks=shot.chunks // 2)
     rest = replace(shot, chunks=shot.chunks - first.chunks, joined=True)
@@ -200,7 +200,7 @@ class Digits:
         return render_stories(stories, self.preset, device, frames, starts or [0] * len(stories))
 
 
-class _Draw:
+class Draw:
     """Draws from a torch generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -213,7 +213,7 @@ class _Draw:
         return items[int(torch.randint(len(items), (), generator=self.generator))]
 
 
-def _shot_lengths(draw: _Draw, chunks: int) -> list[int]:
+def _shot_lengths(draw: Draw, chunks: int) -> list[int]:
     """Lengths of one to three shots that sum to `chunks`, two chunks a shot or more where there is room."""
     count = min(draw.pick((1, 2, 2, 3, 3)), chunks, max(2, chunks // 2))
     lengths = [chunks // count] * count
@@ -222,7 +222,7 @@ def _shot_lengths(draw: _Draw, chunks: int) -> list[int]:
     return lengths
 
 
-def _random_shot(draw: _Draw, digit: int, scan: int, colour: str, chunks: int, previous: Shot | None) -> Shot:
+def random_shot(draw: Draw, digit: int, scan: int, colour: str, chunks: int, previous: Shot | None) -> Shot:
     """A shot of the given subject; after a cut the background is never the one before."""
     others = [name for name in BACKGROUNDS if previous is None or name != previous.background]
     return Shot(

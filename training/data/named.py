@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from longtake.errors import LongtakeError
@@ -17,18 +18,22 @@ def dataset_from_name(
     max_bad_share: float = 1.0,
     fit: str = "crop",
     held_out: int | None = None,
+    return_distance: tuple[int, ...] | None = None,
 ) -> Dataset:
-    """The data set called "digits", "returning-digits" (see `digits.returning_story`) or "rooms", or clips of one's own in a folder, a
+    """The data set called "digits", "returning-digits" (see `digits.returning_story`, and
+    with a return distance `returns.distant_story`) or "rooms", or clips of one's own in a folder, a
     table or a tar (see `folder.Folder` for the rest).
 
     Raises:
         LongtakeError: neither a known name nor a folder, or a folder without a usable clip.
     """
     from longtake.training.data.digits import Digits, random_story, returning_story
+    from longtake.training.data.returns import RETURNING, distant_story
 
     if split not in SPLITS:
         raise LongtakeError("unknown split", got=split, expected=" or ".join(SPLITS))
-    drawn = {"digits": random_story, "returning-digits": returning_story}
+    distant = partial(distant_story, distance=return_distance) if return_distance else returning_story
+    drawn = {"digits": random_story, RETURNING: distant}
     if str(name) in drawn:
         return Digits(preset, split, drawn[str(name)])
     if str(name) == "rooms":

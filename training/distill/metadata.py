@@ -20,6 +20,7 @@ def student_metadata(
         "sampling": {"steps": steps, "guidance": 1.0, "shift": shift, "timesteps": list(model_timesteps(steps, shift))},
         "data": options.data,
         "chunks": list(options.chunks),
+        "return_distance": options.return_distance and list(options.return_distance),
         "batch": options.batch,
         "context": "window",
         "i2v": float(options.i2v),
@@ -34,6 +35,7 @@ def student_metadata(
             "critic_updates": options.critic_updates,
             "cache": options.cache,
             "score_context": options.score_context,
+            "rollout": options.rollout and list(options.rollout),
             "lora": lora if options.lora_rank else None,  # None: all weights were trained
         },
     }

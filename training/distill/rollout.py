@@ -87,12 +87,20 @@ class Rollout:
     cache: str = "nvfp4"
 
     def __call__(
-        self, dit: CausalDiT, story: Story, exit_step: int, gradient: bool = False, passes: ChunkPass | None = None
+        self,
+        dit: CausalDiT,
+        story: Story,
+        exit_step: int,
+        gradient: bool = False,
+        passes: ChunkPass | None = None,
+        learnt: int | None = None,
     ) -> Tensor:
         """Latents fp32 [B, N F, C, h, w], each chunk as predicted at `exit_step` (0-based).
 
-        gradient: keep it through the exit passes. passes: those of `dit`, if they are not to be plain ones.
+        gradient: keep it through the exit passes. passes: those of `dit`, if they are not to be plain ones. learnt: the
+        last so many chunks alone have that exit and that gradient; those before are what a session generates. None: all.
         """
+        begin = 0 if learnt is None else story.chunks - learnt
         frames, device = self.preset.chunk_latents, story.noise.device
         passes = passes or ChunkPass(dit, self.cache, self.kept_dtype(dit, device))
         cache = KeptChunks(self.preset, story.cuts)
@@ -101,7 +109,10 @@ class Rollout:
         done = []
         for chunk, noise in enumerate(story.noise.split(frames, 1)):
             own = [layer[:, chunk : chunk + 1] for layer in context]
-            x0 = self._chunk(passes, cache, chunk, noise.transpose(1, 2), own, story, exit_step, gradient)
+            learns = chunk >= begin
+            exits = exit_step if learns else self.steps - 1
+            with_gradient = gradient and learns
+            x0 = self._chunk(passes, cache, chunk, noise.transpose(1, 2), own, story, exits, with_gradient, begin)
             done.append(x0)
         return torch.cat(done, 2).transpose(1, 2)
 
@@ -119,6 +130,7 @@ class Rollout:
         story: Story,
         exit_step: int,
         gradient: bool,
+        begin: int,
     ) -> Tensor:
         rope = rope_tables(self.preset.dit, self.positions(story.cuts, chunk, sample.device), self.preset.grid_hw)
         detached, past = [layer.detach() for layer in context], cache.before(chunk)
@@ -127,7 +139,7 @@ class Rollout:
         def velocity(x: Tensor, timestep: int, learn: bool = False) -> Tensor:
             sinusoid = self._sinusoid(timestep, first is not None, x)
             if learn:
-                return passes.learn(chunk, x, sinusoid, *rope, *context, *past)
+                return passes.learn(chunk - begin, x, sinusoid, *rope, *context, *past)
             return passes.look(x, sinusoid, *rope, *detached, *past)
 
         x0 = self._denoise(pinned_first(sample, first), first, velocity, exit_step, gradient)

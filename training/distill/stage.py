@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from longtake.training.data.embedding_cache import CachedText, embeddings_from_c
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
 from longtake.training.distill.base import DMDStage
+from longtake.training.distill.learnt import scored, scored_chunks
 from longtake.training.distill.metadata import student_metadata
 from longtake.training.distill.networks import Networks
 from longtake.training.distill.options import DistillOptions
@@ -49,7 +49,7 @@ class DistillStage(DMDStage):
         self.text = text_encoder_for(preset, read_side(text_file, "text_encoder", preset).vocabulary, folder)
         self.clips = self.dataset("train")
         self.held_out_clips = self.dataset("eval")
-        self.line = told(self.clips, self.held_out_clips, chunks=max(options.chunks))
+        self.line = told(self.clips, self.held_out_clips, chunks=options.longest)
         if isinstance(self.text, TextEncoder):
             self.text.tokenizer.check(self.clips.captions)
         self.teacher = CausalDiT(preset.dit)
@@ -103,14 +103,21 @@ class DistillStage(DMDStage):
     def dataset(self, split: str) -> Dataset:
         """A split of the data set."""
         options = self.options
-        return dataset_from_name(options.data, self.preset, split, fit=options.fit, held_out=options.held_out)
+        return dataset_from_name(
+            options.data,
+            self.preset,
+            split,
+            fit=options.fit,
+            held_out=options.held_out,
+            return_distance=options.return_distance,
+        )
 
     def stories(self, split: str, count: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
         options = self.options
         return stories_from_dataset(
             self.clips if split == "train" else self.held_out_clips, self.vae, self.vae_digest, self.text, self.preset,
-            cache_dir=options.cache_dir, workers=options.workers, stories=count, chunks=max(options.chunks),
+            cache_dir=options.cache_dir, workers=options.workers, stories=count, chunks=options.longest,
             context="window", seed=seed, what=f"{split} stories",
         )  # fmt: skip
 
@@ -144,14 +151,18 @@ class DistillStage(DMDStage):
     def generate(self, scene: Scene, gradient: bool = False) -> Tensor:
         """The student's video, fp32 [B, F, C, H, W]."""
         with self.autocast():
-            return self.rollout(self.networks.generator(), scene.story, scene.exit_step, gradient, self.passes)
+            return self.rollout(
+                self.networks.generator(), scene.story, scene.exit_step, gradient, self.passes, scene.learnt
+            )
 
     def score_noise(self, scene: Scene, generator: torch.Generator) -> Noise:
         """What the scores see a scene's videos under."""
         per_block = self.options.i2v or self.options.score_context == "clean"
         like, shift = scene.story.noise, self.preset.sampling.shift
-        levels = draw_levels((len(like), scene.clips.chunks), shift, generator, per_block).to(self.device)
-        return Noise(torch.randn(like.shape, generator=generator, device=generator.device).to(self.device), levels)
+        chunks = scored_chunks(scene.clips.chunks, self.preset.window_chunks, scene.learnt)
+        levels = draw_levels((len(like), chunks), shift, generator, per_block).to(self.device)
+        shape = (len(like), chunks * self.preset.chunk_latents, *like.shape[2:])
+        return Noise(torch.randn(shape, generator=generator, device=generator.device).to(self.device), levels)
 
     # ---- losses --------------------------------------------------------------------------------------------------
 
@@ -173,8 +184,7 @@ class DistillStage(DMDStage):
 
     def generator_loss(self, scene: Scene, noise: Noise) -> tuple[Tensor, dict[str, Metric]]:
         """DMD's loss on the student's own video."""
-        video = self.generate(scene, gradient=True)
-        clips, text = replace(scene.clips, latents=video.detach()), scene.story.embeddings
+        clips, text, video = scored(self.preset, scene, self.generate(scene, gradient=True))
         with torch.no_grad(), self.autocast():
             real = self.scorer.guided_x0(self.networks.real(), text, self.nothing, clips, noise, self.options.guidance)
             fake = self.scorer.x0(self.networks.fake(), text, clips, noise)
@@ -184,9 +194,9 @@ class DistillStage(DMDStage):
 
     def critic_loss(self, scene: Scene, noise: Noise) -> tuple[Tensor, dict[str, Metric]]:
         """The fake score's flow loss on the student's video."""
-        clips = replace(scene.clips, latents=self.generate(scene))
+        clips, text, _ = scored(self.preset, scene, self.generate(scene))
         with self.autocast():
-            velocity = self.scorer.velocity(self.networks.fake(), scene.story.embeddings, clips, noise)
+            velocity = self.scorer.velocity(self.networks.fake(), text, clips, noise)
         return critic_loss(velocity, clips, noise), {}
 
     def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
@@ -200,7 +210,8 @@ class DistillStage(DMDStage):
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
         index = torch.arange(min(len(self.held_out), self.options.batch))
         last = self.options.student_steps - 1
-        return self.held_out_scenes.of(index, max(self.options.chunks), last, generator)
+        learnt = max(self.options.chunks)
+        return self.held_out_scenes.of(index, self.options.longest, last, generator, learnt)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -209,9 +220,9 @@ class DistillStage(DMDStage):
         scene = self.held_out_scene()
         video = self.generate(scene)
         noise = self.score_noise(scene, torch.Generator().manual_seed(EVALUATION_SEED))
-        clips = replace(scene.clips, latents=video)
+        clips, text, _ = scored(self.preset, scene, video)
         with self.autocast():
-            velocity = self.scorer.velocity(self.networks.real(), scene.story.embeddings, clips, noise)
+            velocity = self.scorer.velocity(self.networks.real(), text, clips, noise)
         return {
             "loss": float(critic_loss(velocity, clips, noise)),
             "latents_std": float(video.std()),

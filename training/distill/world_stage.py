@@ -44,6 +44,7 @@ class WorldDistillStage(DMDStage):
 
     def __init__(self, options: DistillOptions) -> None:
         refused = {
+            "--rollout": options.rollout,
             "--lora-rank": options.lora_rank,
             "--gradient-checkpointing": options.gradient_checkpointing,
             "--cache-dir": options.cache_dir,

@@ -26,12 +26,13 @@ from longtake.accuracy.ssim import frame_ssim
 from longtake.options import Command, OneOf, option
 from longtake.provenance import command_line
 from longtake.training.data.digit_stories import Story
+from longtake.training.data.held_out_stories import mixed_stories
 from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.arms import PRESET, shipped, vae_of
 from longtake.training.experiment.batched import Rollout, Sampling, decode
 from longtake.training.experiment.evaluate import Eyes, judge_from, prompted_share
 from longtake.training.experiment.figures import StoryOptions, figures_of, tell
-from longtake.training.experiment.stories import mixed_stories, scripts_of
+from longtake.training.experiment.stories import scripts_of
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.quantize import apply_precision
 from longtake.training.models.side_file import SideFile

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from longtake.files import atomic_path
 from longtake.paths import REPOSITORY
 from longtake.training.data.latent_cache import LatentCache, frozen_vae, vae_checkpoint
+from longtake.training.data.returns import RETURNING
 from longtake.training.experiment.settings import Settings
 from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.wan.vae import CausalVAE
@@ -97,7 +98,8 @@ def stage_of(settings: Settings, out: Path, arm: str, seed: int) -> ArmStage:
     begin = {"random": None, "shipped": shipped()}.get(settings.start, Path(settings.start))
     options = StageOptions(
         preset=PRESET,
-        data="returning-digits",
+        data=RETURNING,
+        return_distance=settings.return_distance or None,
         batch=settings.batch,
         precision="nvfp4" if arm == "nvfp4" else "bf16",
         init=begin if arm == "base" else arm_folder(out, "base", seed),

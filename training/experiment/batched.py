@@ -120,9 +120,8 @@ class Rollout:
     @torch.no_grad()
     def generate(self, chunk: int) -> Tensor:
         """Denoise chunk `chunk` of every story, then write its K and V."""
-        table = self.repeat(torch.tensor([plans[chunk].table[:-1] for plans in self.plans], dtype=torch.long))
         write = self.repeat(torch.tensor([plans[chunk].write_slot for plans in self.plans]))
-        fixed = (*self.rope(chunk), *self.context(chunk), *self.slots.read(table))
+        fixed = self.fixed(chunk)
         sample, solver = self.noise(chunk), UniPC(schedule_of(self.sampling.steps, self.sampling.shift))
         if chunk < len(self.given):
             sample = self.given[chunk].to(sample).transpose(1, 2)
@@ -131,6 +130,11 @@ class Rollout:
         kept = sample if self.committed is None else self.committed[chunk].to(sample).transpose(1, 2)
         self.slots.write(write, self.passes.write(*self.inputs(kept, 0), *fixed))
         return sample.transpose(1, 2).contiguous()
+
+    def fixed(self, chunk: int) -> tuple[Tensor, ...]:
+        """What all passes of a chunk have in common: positions, prompts, and K and V of the blocks it sees."""
+        table = self.repeat(torch.tensor([plans[chunk].table[:-1] for plans in self.plans], dtype=torch.long))
+        return (*self.rope(chunk), *self.context(chunk), *self.slots.read(table))
 
     def velocity(self, sample: Tensor, timestep: float, fixed: tuple[Tensor, ...]) -> Tensor:
         """One pass over samples [B, C, F, h, w], guided if so told. fixed: the other tensors of a `ChunkPass`."""

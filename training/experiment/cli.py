@@ -21,6 +21,7 @@ from longtake.training.experiment.report import write_report
 from longtake.training.experiment.scheduler import Scheduler, Slot
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.units import units
+from longtake.training.options import Chunks, ReturnDistance
 
 DESCRIPTION = """Train BF16, NVFP4 after training and NVFP4 in training from the same base, distil, and measure them on
 held-out stories: flow loss, prompt fidelity, identity across cuts by sinks, drift, the FP4 cache alone. The work is done
@@ -52,10 +53,18 @@ class ExperimentOptions:
     """bf16 steps before the arms part, which they have in common (default: 1800)"""
     branch_steps: int | None = option(None, metavar="N")
     """steps of each arm after that (default: 1000)"""
+    chunks: Chunks | None = option(None, metavar="N..M")
+    """lengths of training stories (default: 1,5,8,8,8)"""
+    return_distance: ReturnDistance | None = option(None, metavar="N..M")
+    """of training stories: how many chunks others have before a subject returns (default: as far as 8 chunks let it)"""
+    stories: int | None = option(None, metavar="N")
+    """training stories (default: 4000)"""
     distill_steps: int | None = option(None, metavar="N")
     """training steps of each student, at most (default: 3000)"""
     distill_seconds: float | None = option(None, metavar="S")
     """seconds of each student's training, at most (default: 330)"""
+    distill_rollout: Chunks | None = option(None, metavar="N..M")
+    """chunks of each student's own video, of which the last 1, 2 or 4 are learnt on (default: only these)"""
     quick: bool = option(False)
     """everything at toy size, to see that it runs"""
     plan: bool = option(False)
@@ -74,7 +83,16 @@ class ExperimentOptions:
         """The size of the experiment."""
         made = Settings(start=self.start, seeds=self.seeds, teacher=self.teacher)
         made = replace(quick(made), seeds=self.seeds if self.seeds < 3 else 1) if self.quick else made
-        names = ("base_steps", "branch_steps", "distill_steps", "distill_seconds")
+        names = (
+            "base_steps",
+            "branch_steps",
+            "chunks",
+            "return_distance",
+            "stories",
+            "distill_rollout",
+            "distill_steps",
+            "distill_seconds",
+        )
         return replace(made, **{name: value for name in names if (value := getattr(self, name)) is not None})
 
 

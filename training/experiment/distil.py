@@ -46,6 +46,8 @@ def distil(settings: Settings, teacher: Path, out: Path, steps: int, device: tor
         batch=settings.distill_batch,
         stories=min(512, settings.stories),
         chunks=settings.distill_chunks,
+        rollout=settings.distill_rollout or None,
+        return_distance=(settings.return_distance or None) if settings.distill_rollout else None,
         precision="nvfp4",
     )
     optimizers = DistillOptimizers()

@@ -26,12 +26,13 @@ from longtake.accuracy.ssim import ssim
 from longtake.options import Command, option
 from longtake.runtime.generator import Generator
 from longtake.training.data.digit_stories import Story
+from longtake.training.data.held_out_stories import mixed_stories
 from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.batched import Script
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.evaluate import EVERY, judge_from
 from longtake.training.experiment.figures import Row, StoryOptions, figures_of, tell
-from longtake.training.experiment.stories import mixed_stories, scripts_of, shots_by_chunk
+from longtake.training.experiment.stories import scripts_of, shots_by_chunk
 
 
 def told(generator: Generator, script: Script) -> tuple[list[Tensor], list[np.ndarray]]:

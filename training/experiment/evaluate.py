@@ -1,4 +1,4 @@
-"""What is measured on generated stories: prompt fidelity, identity across cuts, drift; and the flow loss.
+"""What is measured on generated stories: prompt fidelity, identity across cuts; and the flow loss.
 
 Legend: B stories, N chunks, T frames that are looked at in a chunk.
 """
@@ -108,19 +108,21 @@ def rounded(values: Tensor) -> list[float]:
 
 
 def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:
-    """How much the returning subject is the one of the first shot: stories of three shots, see `returning_stories`.
+    """How much the subject of the last shot is the one of the first: see `returning_stories` and `memory_stories`.
 
     agreement: share of the last shot's frames in which the judge sees the digit that it saw most often in the first.
     cosine: mean likeness of embeddings, frame of the last shot to the first shot's mean. iou: of the shape to the
     first shot's mean shape (0 in a frame without a subject). colour: share of the last shot's frames whose subject has the
     colour that was seen most often in the first; the last shot's prompt leaves it out. Each over the whole last shot;
-    iou_first, colour_first and iou_last over its first and last chunk.
+    iou_first, colour_first, iou_last and colour_last over its first and last chunk. All stories have the same length, and
+    so have their first shots, and their last ones.
     """
-    begin, middle, end = (shot.chunks for shot in stories[0].shots)
+    shots = stories[0].shots
+    begin, end = shots[0].chunks, shots[-1].chunks
     seen = [
         _chunk(frames, stories, number, eyes)
         for number, frames in enumerate(chunks)
-        if not begin <= number < begin + middle
+        if number < begin or number >= stories[0].chunks - end
     ]
     first, last = _joined(seen[:begin]), _joined(seen[begin:])
     usual = first.digits.mode(1).values
@@ -130,19 +132,23 @@ def identity(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> 
     overlap = iou(shape[:, None], last.shapes) * last.there
     by_chunk = overlap.unflatten(1, (end, -1)).mean((0, 2))
     same_colour = ((last.colours == first.colours.mode(1).values[:, None]) & last.there).float()
-    prompted = torch.tensor([story.shots[2].digit for story in stories], device=eyes.device)
+    colour_by_chunk = same_colour.unflatten(1, (end, -1)).mean(2)
+    prompted = torch.tensor([story.shots[-1].digit for story in stories], device=eyes.device)
     return {
         "agreement": float((last.digits == usual[:, None]).float().mean()),
         "cosine": float((last.embeddings * mean_embedding[:, None]).sum(-1).mean()),
         "iou": float(overlap.mean()),
         "colour": float(same_colour.mean()),
-        "colour_first": float(same_colour.unflatten(1, (end, -1))[:, 0].mean()),
+        "colour_first": float(colour_by_chunk[:, 0].mean()),
+        "colour_last": float(colour_by_chunk[:, -1].mean()),
         "iou_first": float(by_chunk[0]),
         "iou_last": float(by_chunk[-1]),
         "iou_by_chunk": by_chunk.tolist(),
         "agreement_by_story": rounded((last.digits == usual[:, None]).float().mean(1)),
         "iou_by_story": rounded(overlap.mean(1)),
         "colour_by_story": rounded(same_colour.mean(1)),
+        "colour_first_by_story": rounded(colour_by_chunk[:, 0]),
+        "colour_last_by_story": rounded(colour_by_chunk[:, -1]),
         "fidelity_return": float((last.digits == prompted[:, None]).float().mean()),
         "subjects_found": float(last.there.float().mean()),
     }
@@ -176,30 +182,6 @@ def _chunk(frames: Tensor, stories: Sequence[Story], number: int, eyes: Eyes) ->
 
 def _joined(parts: Sequence[_Seen]) -> _Seen:
     return _Seen(*(torch.cat([getattr(p, field.name) for p in parts], 1) for field in fields(_Seen)))
-
-
-def drift(chunks: Iterable[Tensor], stories: Sequence[Story], eyes: Eyes) -> Result:
-    """Fidelity and image statistics of each chunk of long shots, and their means over the first and last five chunks.
-
-    brightness: mean of the pixels, 0..1. contrast: their standard deviation over a frame. saturation: mean of the
-    largest less the smallest colour. detail: mean difference of neighbouring pixels.
-    """
-    wanted = torch.tensor([story.shots[0].digit for story in stories], device=eyes.device)
-    rows = []
-    for frames in chunks:
-        x = frames[:, :, ::EVERY] / 2 + 0.5
-        share = (seen_digits(eyes, frames)[0] == wanted[:, None]).float().mean()
-        detail = (x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()) / 2
-        saturation = (x.amax(1) - x.amin(1)).mean()
-        rows.append(torch.stack((share, x.mean(), x.mean(1).flatten(2).std(-1).mean(), saturation, detail)))
-    table = torch.stack(rows).T.tolist()
-    names = ("fidelity", "brightness", "contrast", "saturation", "detail")
-    result: Result = {f"{name}_by_chunk": values for name, values in zip(names, table)}
-    for name, values in zip(names, table):
-        edge = max(1, min(5, len(values) // 3))
-        result[f"{name}_start"] = sum(values[:edge]) / edge
-        result[f"{name}_end"] = sum(values[-edge:]) / edge
-    return result
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import numpy as np
 
 from longtake.files import write_json
 from longtake.options import option
-from longtake.training.experiment.jobs import MIXED_SEED
+from longtake.training.data.held_out_stories import MIXED_SEED
 from longtake.training.experiment.summary import paired_interval
 
 GATE = 0.95  # SSIM of a chunk

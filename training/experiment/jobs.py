@@ -7,13 +7,22 @@ from typing import Any
 from safetensors.torch import save_file
 
 from longtake.files import atomic_path
+from longtake.training.data.held_out_stories import (
+    FILM_SEED,
+    RETURN_SEED,
+    Cell,
+    long_stories,
+    memory_stories,
+    mixed_stories,
+    returning_stories,
+)
 from longtake.training.experiment.arms import PRESET, arm_folder, encode_stories, held_out, shipped, train_arm, vae_of
 from longtake.training.experiment.batched import Sampling
 from longtake.training.experiment.bench import CONDITIONS, Bench
 from longtake.training.experiment.classifier import judge_accuracy, trained_judge
 from longtake.training.experiment.distil import distil, student_folder, student_sampling
+from longtake.training.experiment.drift import drift
 from longtake.training.experiment.evaluate import (
-    drift,
     fidelity,
     generated,
     held_out_flow,
@@ -21,11 +30,10 @@ from longtake.training.experiment.evaluate import (
     rendered,
     with_another_scan,
 )
+from longtake.training.experiment.memory import MEMORY, memory
+from longtake.training.experiment.probe import probe
 from longtake.training.experiment.sheet import contact_sheet
-from longtake.training.experiment.stories import long_stories, mixed_stories, returning_stories
 from longtake.training.models.load import Models
-
-MIXED_SEED, RETURN_SEED, LONG_SEED = 501, 502, 503
 
 
 def stories(part: int | None, bench: Bench) -> dict[str, Any]:
@@ -45,14 +53,17 @@ def judge(bench: Bench) -> dict[str, Any]:
 def reference(bench: Bench) -> dict[str, Any]:
     """The data set through the VAE: the most that a generator can reach; and another writer's digit: the least."""
     models, s = bench.models(shipped(), "bf16"), bench.settings
-    mixed = mixed_stories(s.fidelity_stories, s.fidelity_chunks, MIXED_SEED)
-    returning = returning_stories(s.identity_stories, s.identity_lengths, RETURN_SEED)
+    mixed = mixed_stories(s.fidelity_stories, s.fidelity_chunks)
+    returning = returning_stories(s.identity_stories, s.identity_lengths)
     another = with_another_scan(returning)
+    long = long_stories(s.drift_stories, s.drift_chunks)
     eyes = bench.eyes
     return {
         **fidelity(rendered(eyes, models, mixed), mixed, eyes),
         "identity": identity(rendered(eyes, models, returning), returning, eyes),
         "another_scan": identity(rendered(eyes, models, another), another, eyes),
+        "memory": memory(lambda stories: rendered(eyes, models, stories), s, eyes),
+        "drift": drift(rendered(eyes, models, long), long, eyes),
     }
 
 
@@ -84,7 +95,7 @@ def flow_of(bench: Bench, models: Models) -> dict[str, Any]:
 
 def _fidelity(bench: Bench, models: Models, sampling: Sampling) -> dict[str, Any]:
     s = bench.settings
-    stories = mixed_stories(s.fidelity_stories, s.fidelity_chunks, MIXED_SEED)
+    stories = mixed_stories(s.fidelity_stories, s.fidelity_chunks)
     return dict(fidelity(generated(models, bench.eyes, stories, sampling), stories, bench.eyes))
 
 
@@ -92,7 +103,7 @@ def sink_condition(sinks: str, seed: int, bench: Bench) -> dict[str, Any]:
     """Identity across cuts of the NVFP4-aware model with some of its sinks: of subjects that it made up, and of subjects
     of the data set, whose first shot is given."""
     s, sampling = bench.settings, bench.sampling("nvfp4", sinks)
-    stories = returning_stories(s.identity_stories, s.identity_lengths, RETURN_SEED)
+    stories = returning_stories(s.identity_stories, s.identity_lengths)
     models, begin = bench.condition("nvfp4", seed), s.identity_lengths[0]
     made_up = identity(generated(models, bench.eyes, stories, sampling), stories, bench.eyes)
     given = identity(generated(models, bench.eyes, stories, sampling, begin), stories, bench.eyes)
@@ -102,9 +113,34 @@ def sink_condition(sinks: str, seed: int, bench: Bench) -> dict[str, Any]:
 def drift_condition(name: str, seed: int, bench: Bench) -> dict[str, Any]:
     """Long shots of a condition."""
     s = bench.settings
-    stories = long_stories(s.drift_stories, s.drift_chunks, LONG_SEED)
+    stories = long_stories(s.drift_stories, s.drift_chunks)
     chunks = generated(bench.condition(name, seed), bench.eyes, stories, bench.sampling(CONDITIONS[name][2]))
     return dict(drift(chunks, stories, bench.eyes))
+
+
+def film_condition(name: str, seed: int, bench: Bench) -> dict[str, Any]:
+    """The same for five minutes."""
+    s = bench.settings
+    stories = long_stories(s.film_stories, s.film_chunks, FILM_SEED)
+    chunks = generated(bench.condition(name, seed), bench.eyes, stories, bench.sampling(CONDITIONS[name][2]))
+    return dict(drift(chunks, stories, bench.eyes))
+
+
+def memory_condition(name: str, seed: int, bench: Bench) -> dict[str, Any]:
+    """Returns by distance and subjects between, of a condition's models with its cache and sinks."""
+    condition, cache, sinks = MEMORY[name]
+    return _memory(bench, bench.condition(condition, seed), bench.sampling(cache, sinks))
+
+
+def _memory(bench: Bench, models: Models, sampling: Sampling) -> dict[str, Any]:
+    return dict(memory(lambda stories: generated(models, bench.eyes, stories, sampling), bench.settings, bench.eyes))
+
+
+def probe_model(name: str, seed: int, bench: Bench) -> dict[str, Any]:
+    """Attention and unread colours of the shipped model, the base or an arm, with linears in bf16."""
+    folder = shipped() if name == "shipped" else arm_folder(bench.out, name, seed)
+    stories = memory_stories(Cell(bench.settings.probe_distance, 1), bench.settings.probe_stories)
+    return probe(bench.models(folder, "bf16"), bench.eyes, stories)
 
 
 def few_steps(steps: int, bench: Bench) -> dict[str, Any]:
@@ -120,13 +156,22 @@ def distil_student(steps: int, bench: Bench) -> dict[str, Any]:
 
 
 def student(steps: int, bench: Bench) -> dict[str, Any]:
-    """Prompt fidelity and identity of a student, under NVFP4 with the FP4 cache, without guidance."""
+    """What is asked of the arms, of a student: under NVFP4 with the FP4 cache, without guidance."""
     models = bench.models(student_folder(bench.out, steps), "nvfp4")
     sampling, s = student_sampling(bench.out, steps), bench.settings
-    stories = returning_stories(s.identity_stories, s.identity_lengths, RETURN_SEED)
+    stories = returning_stories(s.identity_stories, s.identity_lengths)
+    long = {
+        "minute": long_stories(s.drift_stories, s.drift_chunks),
+        "film": long_stories(s.film_stories, s.film_chunks, FILM_SEED),
+    }
     return {
         **_fidelity(bench, models, sampling),
         "identity": identity(generated(models, bench.eyes, stories, sampling), stories, bench.eyes),
+        "memory": _memory(bench, models, sampling),
+        **{
+            f"drift_{name}": drift(generated(models, bench.eyes, films, sampling), films, bench.eyes)
+            for name, films in long.items()
+        },
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from longtake.files import atomic_path
 
-PICTURES = ("arms.png", "sinks.png", "drift.png")
+PICTURES = ("arms.png", "sinks.png", "memory.png", "probe.png", "drift.png")
 
 
 def draw(results: dict[str, dict[str, Any]], found: dict[str, Any], out: Path) -> None:
@@ -16,6 +16,7 @@ def draw(results: dict[str, dict[str, Any]], found: dict[str, Any], out: Path) -
     sinks = {"colour": "returning subject has its colour", "iou": "shape IoU", "agreement": "same digit seen"}
     _bars(found["eval"], arms, out / "arms.png")
     _bars(found["sinks"], sinks, out / "sinks.png")
+    _returns(found["memory"], out / "memory.png")
     _curves(results, out / "drift.png")
 
 
@@ -43,11 +44,33 @@ def _bars(rows: dict[str, Any], metrics: dict[str, str], path: Path) -> None:
         figure.savefig(partial, format="png", dpi=110)
 
 
+def _returns(rows: dict[str, Any], path: Path) -> None:
+    """Colour kept by distance and by subjects between: mean and spread over seeds of every condition."""
+    from matplotlib.figure import Figure
+
+    panels = {"colour_at_": "chunks until it returns", "colour_past_": "subjects between"}
+    known = {name: figures for name, figures in rows.items() if "colour" in figures}
+    if not known:
+        return
+    figure = Figure(figsize=(10, 3.6))
+    for axis, (prefix, title) in zip(figure.subplots(1, 2), panels.items()):
+        for name, figures in known.items():
+            points = {int(m[len(prefix) :]): f for m, f in figures.items() if m.startswith(prefix)}
+            means, spreads = ([f[k] for f in points.values()] for k in ("mean", "spread"))
+            axis.errorbar(list(points), means, spreads, marker="o", markersize=3, capsize=3, label=name)
+        axis.axhline(1 / 8, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(xlabel=title, ylabel="same colour", ylim=(0, 1))
+    figure.axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
 def _curves(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Fidelity and image statistics over the chunks of the long shots, the mean over seeds."""
     from matplotlib.figure import Figure
 
-    metrics = ("fidelity", "contrast", "saturation", "detail")
+    metrics = ("fidelity", "contrast", "saturation", "detail", "motion")
     conditions: dict[str, list[dict[str, Any]]] = {}
     for name, result in results.items():
         if name.startswith("drift-"):
@@ -58,7 +81,7 @@ def _curves(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(1, len(metrics))
     for axis, metric in zip(axes, metrics):
         for name, seeds in conditions.items():
-            curves = [seed[f"{metric}_by_chunk"] for seed in seeds]
+            curves = [seed[key] for seed in seeds if (key := f"{metric}_by_chunk") in seed]
             axis.plot([sum(values) / len(values) for values in zip(*curves)], label=name)
         axis.set_title(metric, fontsize=10)
         axis.set_xlabel("chunk (1.33 s)")

@@ -9,9 +9,11 @@ from typing import Any
 
 from longtake.errors import LongtakeError, some
 from longtake.files import atomic_path, write_json
+from longtake.training.experiment.memory import at_distance, past_subjects
 from longtake.training.experiment.plots import PICTURES, draw
+from longtake.training.experiment.probe_tables import draw_probes, probe_tables
 from longtake.training.experiment.settings import Settings
-from longtake.training.experiment.summary import Results, best_seed, claims, summary, teacher_fidelity
+from longtake.training.experiment.summary import DRIFT, Results, best_seed, claims, summary, teacher_fidelity
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 NAMES = {
@@ -23,6 +25,8 @@ NAMES = {
     "global": "global sink",
     "shot": "shot sink",
     "none": "no sinks",
+    "bf16cache": "both sinks, bf16 cache",
+    "data": "the data set through the VAE",
 }
 
 
@@ -65,6 +69,7 @@ def write_report(
     with atomic_path(out / "report.md") as partial:
         partial.write_text(text, encoding="utf-8")
     draw(results, found, out)
+    draw_probes(probes_in(results), out / "probe.png")
     if docs is not None:
         fill(docs, text, out)
     return text
@@ -85,12 +90,57 @@ def markdown(results: Results, settings: Settings, found: dict[str, Any], said: 
                         {"colour": "same colour", "given_colour": "given subject: same colour", "iou": "shape IoU", "iou_first": "… first chunk", "iou_last": "… last chunk",
                          "cosine": "embedding cosine", "agreement": "same digit seen", "fidelity_return": "prompted digit seen", "given_iou": "given subject: shape IoU", "given_agreement": "given: same digit seen"}))  # fmt: skip
     parts.append(_reference(results))
+    parts += memory_tables(settings, found["memory"])
+    parts.append(probe_tables(probes_in(results)))
     seconds = settings.drift_chunks * 32 / 24
-    parts.append(_table(f"Drift over one shot of {seconds:.0f} s (start: first five chunks, end: last five)", found["drift"],
-                        {f"{m}_{e}": f"{m}, {e}" for m in ("fidelity", "contrast", "saturation", "detail") for e in ("start", "end")}))  # fmt: skip
+    columns = {name: name.replace("_", ", ") for name in DRIFT} | {
+        "left": "fidelity left",
+        "steady_films": "films with a figure",
+    }
+    parts.append(
+        _table(
+            f"Drift over one shot of {seconds:.0f} s (start: first five chunks, end: last five)",
+            found["drift"],
+            columns,
+        )
+    )
+    parts.append(_table(f"Drift over one shot of {settings.film_chunks * 32 / 24:.0f} s", found["film"], columns))
     parts.append(_students(results, settings, found))
     parts.append(_claims(said))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def probes_in(results: Results) -> dict[str, dict[str, Any]]:
+    """What was found of each model that was looked into."""
+    return {name.removeprefix("probe-"): found for name, found in results.items() if name.startswith("probe-")}
+
+
+def memory_tables(settings: Settings, rows: dict[str, Any]) -> list[str]:
+    """Returns of a subject: over all, by distance, and by subjects between."""
+    plain = {
+        "colour": "same colour",
+        "colour_first": "… first chunk",
+        "colour_last": "… last chunk",
+        "iou": "shape IoU",
+    }
+    seconds = {d: f"{d} chunks ({d * 32 / 24:.0f} s)" for d in settings.memory_distances}
+    far = min(
+        d for d in (*settings.memory_distances, max(settings.memory_between)) if d >= max(settings.memory_between)
+    )
+    return [
+        _table(
+            "A subject that returns, over all distances (NVFP4-aware with FP4 cache, but for the bf16 rows)",
+            rows,
+            plain,
+        ),
+        _table("… its colour, by distance", rows, {at_distance("colour", d): text for d, text in seconds.items()}),
+        _table(
+            f"… its colour, by subjects between ({far} chunks and more)",
+            rows,
+            {past_subjects("colour", n): str(n) for n in settings.memory_between},
+        ),
+        _table("… its shape IoU, by distance", rows, {at_distance("iou", d): text for d, text in seconds.items()}),
+    ]
 
 
 def fill(page: Path, text: str, out: Path) -> None:
@@ -148,7 +198,7 @@ def _table(title: str, rows: dict[str, Any], columns: dict[str, str]) -> str:
     lines = [f"### {title}", "", "| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, figures in rows.items():
         if figures:
-            lines.append(f"| {NAMES[name]} | " + " | ".join(_cell(figures.get(c)) for c in columns) + " |")
+            lines.append(f"| {NAMES.get(name, name)} | " + " | ".join(_cell(figures.get(c)) for c in columns) + " |")
     return "\n".join(lines)
 
 

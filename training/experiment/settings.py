@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import LongtakeError
+from longtake.training.data.held_out_stories import BETWEEN, DISTANCES
+from longtake.training.data.returns import RETURNING, require_room
 from longtake.training.experiment.classifier import JudgeTraining
 
 # Steps a second that an H100 makes at the full size, and what else takes how long there: for the plan only.
 STEPS_PER_SECOND = {"bf16": 12.0, "nvfp4": 12.0}
 JUDGE_SECONDS, EVALUATION_SECONDS, START_SECONDS = 40.0, 12.0, 10.0
+MEMORY_SECONDS, FILM_SECONDS = 35.0, 80.0  # estimated from these
 
 
 @dataclass(frozen=True)
@@ -20,10 +23,14 @@ class Settings:
 
     base_steps: of that bf16 part, which all arms of all seeds have in common. branch_steps: what each arm trains after
     it, bf16 or under NVFP4. story_parts: pieces that the training stories are encoded in, by as many processes.
+    return_distance: shortest and longest distance of returns in training stories; (): those of `returning_story`.
     flow_stories, flow_draws: held-out stories of the flow loss and how often each is noised. teacher: the seed whose
     NVFP4-aware model is distilled; "first" is chosen before anything is measured, "best" by the lowest flow loss.
+    memory_*: returns of a subject, so many stories for each distance in chunks and number of subjects between. drift_*: one
+    shot of a minute; film_*: of five. probe_*: returns in which attention is looked at.
     steps, guidance: of sampling, for models that aren't distilled. distill_steps, distill_seconds: a student's training
-    ends with whichever comes first; distill_ratio: the critic's steps for one of the student.
+    ends with whichever comes first; distill_ratio: the critic's steps for one of the student. distill_rollout: chunks of its own
+    video, of which the last distill_chunks are learnt on; (): no others.
     """
 
     start: str = "shipped"
@@ -32,6 +39,7 @@ class Settings:
     branch_steps: int = 1000
     batch: int = 20
     chunks: tuple[int, ...] = (1, 5, 8, 8, 8)
+    return_distance: tuple[int, ...] = ()
     stories: int = 4000
     story_parts: int = 4
     base_lr: float = 6e-4
@@ -45,8 +53,15 @@ class Settings:
     fidelity_chunks: int = 5
     identity_stories: int = 160
     identity_lengths: tuple[int, int, int] = (2, 4, 3)
+    memory_stories: int = 24
+    memory_distances: tuple[int, ...] = DISTANCES
+    memory_between: tuple[int, ...] = BETWEEN
     drift_stories: int = 40
     drift_chunks: int = 45
+    film_stories: int = 16
+    film_chunks: int = 225
+    probe_stories: int = 64
+    probe_distance: int = 7
     steps: int = 16
     guidance: float = 3.0
     students: tuple[int, ...] = (4, 2)
@@ -56,6 +71,7 @@ class Settings:
     distill_ratio: int = 2
     distill_batch: int = 48
     distill_chunks: tuple[int, ...] = (1, 2, 4)
+    distill_rollout: tuple[int, ...] = ()
     quick: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +79,16 @@ class Settings:
             raise LongtakeError("no seeds", got=self.seeds, expected="1 or more", fix="--seeds 3")
         if self.teacher not in ("first", "best"):
             raise LongtakeError("unknown teacher", got=self.teacher, expected="first or best", fix="--teacher first")
+        require_room(RETURNING, self.chunks, self.return_distance or None)
+        if self.distill_rollout:
+            require_room(RETURNING, self.distill_rollout, self.return_distance or None)
+            if min(self.distill_rollout) < max(self.distill_chunks):
+                raise LongtakeError(
+                    "the students' roll-out is shorter than what they learn on",
+                    got=f"--distill-rollout {min(self.distill_rollout)}",
+                    expected=f"{max(self.distill_chunks)} chunks or more",
+                    fix=f"--distill-rollout {max(self.distill_chunks)}..16",
+                )
         known = self.start in ("random", "shipped") or (Path(self.start) / "dit.safetensors").is_file()
         if not known:
             raise LongtakeError(
@@ -97,8 +123,15 @@ def quick(settings: Settings) -> Settings:
         fidelity_chunks=1,
         identity_stories=1,
         identity_lengths=(1, 1, 1),
+        memory_stories=1,
+        memory_distances=(1,),
+        memory_between=(1,),
         drift_stories=1,
         drift_chunks=2,
+        film_stories=1,
+        film_chunks=3,
+        probe_stories=1,
+        probe_distance=1,
         steps=1,
         students=(4,),
         distill_steps=2,

@@ -12,6 +12,7 @@ from longtake.training.experiment import jobs
 from longtake.training.experiment import settings as sizes
 from longtake.training.experiment.batched import SINKS
 from longtake.training.experiment.bench import CONDITIONS, Bench
+from longtake.training.experiment.memory import MEMORY
 from longtake.training.experiment.settings import Settings
 
 
@@ -56,7 +57,17 @@ def units(settings: Settings) -> Iterator[Unit]:
         for sinks in SINKS:
             run = partial(jobs.sink_condition, sinks, seed)
             yield Unit(f"sinks-{sinks}-{seed}", short, run, ("judge", f"train-nvfp4-{seed}"))
-    yield Unit("reference", 2 * short, jobs.reference, ("judge",))
+    for seed in seeds:
+        for name, (condition, *_) in MEMORY.items():
+            run = partial(jobs.memory_condition, name, seed)
+            needs = ("judge", f"train-{CONDITIONS[condition][0]}-{seed}")
+            yield Unit(f"memory-{name}-{seed}", sizes.MEMORY_SECONDS, run, needs)
+    yield Unit("probe-shipped-0", 2 * short, partial(jobs.probe_model, "shipped", 0), ("judge",))
+    yield Unit("probe-base-0", 2 * short, partial(jobs.probe_model, "base", 0), ("judge", "train-base"))
+    for seed in seeds:
+        run = partial(jobs.probe_model, "nvfp4", seed)
+        yield Unit(f"probe-nvfp4-{seed}", 2 * short, run, ("judge", f"train-nvfp4-{seed}"))
+    yield Unit("reference", 4 * short, jobs.reference, ("judge",))
     yield Unit("habit", short, jobs.habit, ("held-out", "train-base"))
     teacher = _teacher(settings)
     arms = {name for name in teacher if name.startswith("train-")}
@@ -67,6 +78,9 @@ def units(settings: Settings) -> Iterator[Unit]:
         for name, (arm, *_) in CONDITIONS.items():
             run = partial(jobs.drift_condition, name, seed)
             yield Unit(f"drift-{name}-{seed}", 3 * short, run, ("judge", f"train-{arm}-{seed}"))
+    for seed in seeds:
+        run = partial(jobs.film_condition, "nvfp4", seed)
+        yield Unit(f"film-nvfp4-{seed}", sizes.FILM_SECONDS, run, ("judge", f"train-nvfp4-{seed}"))
 
 
 def _training(settings: Settings, arm: str, seed: int, needs: tuple[str, ...]) -> Unit:
@@ -94,7 +108,8 @@ def _students(settings: Settings) -> Iterator[Unit]:
         run = partial(jobs.distil_student, steps)
         yield Unit(f"distill-{steps}", 15 + settings.distill_seconds, run, teacher, product=product, divisible=True)
     for steps in settings.students:
-        yield Unit(f"student-{steps}", short, partial(jobs.student, steps), ("judge", f"distill-{steps}"))
+        seconds = short + sizes.MEMORY_SECONDS + sizes.FILM_SECONDS / 4
+        yield Unit(f"student-{steps}", seconds, partial(jobs.student, steps), ("judge", f"distill-{steps}"))
         yield Unit(f"few-{steps}", short, partial(jobs.few_steps, steps), ("judge", *teacher))
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.presets import Preset
+from longtake.training.models.ulysses import gather_heads, gather_tokens
 from longtake.training.models.wan.dit import RECOMPUTED, Attend, Attention, CausalDiT, Rope, plain_norm_rope
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 from longtake.training.objective.teacher_forcing import Clips, Noise, noisy_part
 from longtake.training.parallel.attention import attend_seen
 from longtake.training.parallel.layout import Layout
 from longtake.training.parallel.ranks import Ranks
-from longtake.training.parallel.ulysses import gather_heads, gather_tokens
 
 Embed = Callable[[Tensor], Tensor]
 

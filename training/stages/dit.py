@@ -116,6 +116,7 @@ class DiTStage(Stage):
             options.max_bad_share,
             options.fit,
             options.held_out,
+            options.return_distance,
         )
 
     def cache(self, split: str, stories: int, seed: int) -> Stories:

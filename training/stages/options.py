@@ -11,6 +11,7 @@ import torch
 from longtake.errors import LongtakeError
 from longtake.options import FREE, Bounds, OneOf, Text, check, option
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
+from longtake.training.data.returns import require_room
 from longtake.training.models.families import family_of
 from longtake.training.models.quantize import RULES, Rules
 from longtake.training.objective.error_recycling import RecyclingConfig
@@ -76,12 +77,16 @@ class StageOptions(Seeded, VAEOptions, DiTOptions, FolderOptions, ModelOptions):
 
     init: Annotated[Path, Text(checkpoints_named)] | None = option(None, metavar="FOLDER|NAME", resume=FREE)
     """folder of checkpoints to start from, or a shipped model's name (default: random weights)"""
+    continued: bool = option(False)
+    """--init is the part of this run before: the same data and lengths, another seed, a new optimizer with a warm-up;
+    the checkpoint's record of parts goes on"""
     cpu_bf16: bool = option(False)
     """compute in bf16 on the CPU, too (there it is fp32 otherwise)"""
 
     def __post_init__(self) -> None:
         """Raise LongtakeError for what nothing can be trained with."""
         check(self)
+        require_room(self.data, self.chunks, self.return_distance)
         if self.context == "whole" and "camera" not in family_of(self.preset).can:
             raise LongtakeError(
                 "only worlds are trained on whole videos at once",

@@ -44,7 +44,16 @@ class VAEStage(Stage):
         self.vae.encoder.requires_grad_(not options.decoder_only)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.train, self.eval = (
-            dataset_from_name(options.data, self.preset, split, 0, options.max_bad_share, options.fit, options.held_out)
+            dataset_from_name(
+                options.data,
+                self.preset,
+                split,
+                0,
+                options.max_bad_share,
+                options.fit,
+                options.held_out,
+                options.return_distance,
+            )
             for split in ("train", "eval")
         )
         self.line = told(self.train, self.eval, frames=max(clip_frames(self.preset)))

@@ -241,7 +241,7 @@ export function change(cut) {
   draw();
 }
 
-// A move of the camera, where the model has one.
+// A move of the camera, where the model has one; it holds until the next one.
 export function steer(camera) {
   const id = newId();
   if (live()) link.send({ type: "session.interaction", interaction: { event_id: id, event: { multi_modal_data: { camera } } } });

@@ -215,7 +215,10 @@ def test_what_a_running_session_refuses(start: Any) -> None:
         ({"type": "session.interaction", "interaction": {"event": {"prompt": ""}}}, "bad_prompt"),
         ({"type": "session.interaction", "interaction": {"event": {"prompt": "x" * 9000}}}, "bad_prompt"),
         (
-            {"type": "session.interaction", "interaction": {"event": {"multi_modal_data": {"camera": {}}}}},
+            {
+                "type": "session.interaction",
+                "interaction": {"event": {"multi_modal_data": {"camera": {"mode": "velocity"}}}},
+            },
             "interaction_failed",
         ),
         ({"type": "session.extend", "chunks": 1}, "interaction_failed"),

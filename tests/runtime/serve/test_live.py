@@ -9,7 +9,7 @@ from typing import Any
 import av
 import httpx
 import pytest
-from serving import PROMPT, Live, Served
+from serving import PROMPT, Live, Served, walk
 
 
 def shown(data: bytes) -> int:
@@ -61,13 +61,7 @@ def test_the_window_is_kept(start: Any) -> None:
     """Nothing is made further ahead than the window, however slowly the viewer looks."""
     server = start()
     live = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack", "window": 3})
-    session = live.until("video.start")["session_id"]
-    live.chunk(2)
-    for shown_chunk in range(4):
-        time.sleep(0.3)
-        assert server.store.journal(session).count() == shown_chunk + 3
-        live.send("session.ack", chunk=shown_chunk)
-        live.chunk(shown_chunk + 3)
+    walk(server, live, window=3, chunks=4, pause_s=0.3)
     live.send("session.ack", chunk=99)
     assert live.until("error")["code"] == "bad_ack"
     live.send("session.stop")
@@ -168,7 +162,8 @@ def test_a_queue_has_positions(start: Any) -> None:
     first = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack"})
     first.chunk(0)
     second = server.live(prompt=PROMPT, chunks=1)
-    assert second.until("session.queued")["position"] == 0
+    queued = second.until("session.queued")
+    assert queued["position"] == 0 and queued["estimate_s"] is None  # nobody has given a place back yet
     third = server.live(prompt=PROMPT, chunks=1)
     assert third.until("session.queued")["position"] == 1
     third.send("session.interaction", interaction={"event": {"prompt": "snow"}})
@@ -178,6 +173,9 @@ def test_a_queue_has_positions(start: Any) -> None:
     assert third.until("session.queued")["position"] == 0
     first.send("session.stop")
     third.until("session.done")
+    again = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack"})
+    again.chunk(0)
+    assert server.live(prompt=PROMPT, chunks=1).until("session.queued")["estimate_s"] > 0
 
 
 def test_retakes_live(start: Any) -> None:
@@ -243,8 +241,13 @@ def test_a_chunk_that_fails_is_tried_once_more(start: Any, where: str) -> None:
             live.until("session.done", ack=True)
             assert live.fragments() == whole.fragments()
         else:
-            assert live.until("error", ack=True)["code"] == "chunk_failed" and live.closed() == 1011
+            error = live.until("error", ack=True)
+            assert error["code"] == "chunk_failed" and live.closed() == 1011
             assert server.get("/ready").status_code == 200
+            fail(server.backends[-1], where, 0)  # whatever it was is mended: the session goes on
+            again = server.live(type="session.resume", session_id=error["request_id"])
+            again.until("session.done")
+            assert again.fragments() == whole.fragments()
 
 
 def fail(backend: Any, where: str, times: int) -> None:

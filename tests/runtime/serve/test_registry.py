@@ -31,6 +31,20 @@ def test_a_place_is_given_and_given_back() -> None:
     assert not one.entries and one.load() == 0
 
 
+def test_a_wait_is_estimated_by_how_long_places_were_held() -> None:
+    one = registry(slots=2)
+    for number in range(5):
+        one.ask(f"u{number}", f"s{number}", "live", 0.0)
+    one.place(10.0)
+    queue = one.position("s2")
+    assert queue is not None and queue.estimate_s is None
+    one.release("s0", one.entries["s0"].number, 30.0)
+    assert [one.position(f"s{n}").estimate_s for n in (2, 3, 4)] == [10.0, 20.0, 30.0]  # type: ignore[union-attr]
+    one.place(30.0)
+    one.release("s1", one.entries["s1"].number, 60.0)
+    assert one.held_s == pytest.approx(0.7 * 20 + 0.3 * 50)
+
+
 def test_users_take_turns() -> None:
     one = registry(user_jobs=9)
     asked = [("a", f"a{i}") for i in range(4)] + [("b", "b0"), ("c", "c0")]

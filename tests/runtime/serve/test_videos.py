@@ -42,6 +42,8 @@ def test_create_poll_download_remix_extend_delete(client: Any, server: Served) -
     assert video.status == "completed" and video.progress == 100 and video.seconds == "4" and video.error is None
     content = client.videos.download_content(video.id).read()
     assert frames(content) == 96
+    measured = server.get("/v1/models").json()["data"][0]["longtake"]["measured"]
+    assert measured["chunk_s"] > 0 and measured["first_chunk_s"] is None and measured["gpu"] is None
     picture = Image.open(io.BytesIO(client.videos.download_content(video.id, variant="thumbnail").read()))
     assert picture.size == (128, 128)
     sheet = Image.open(io.BytesIO(client.videos.download_content(video.id, variant="spritesheet").read()))

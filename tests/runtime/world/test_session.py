@@ -180,6 +180,49 @@ def test_steering_shapes_the_chunk_it_names_and_no_other(generator: Generator) -
         assert [torch.equal(a, b) for a, b in zip(still, moved)] == [True, True, False, False]
 
 
+def test_a_retake_goes_where_the_camera_went(generator: Generator) -> None:
+    session = generator.session(["a room"] * 5, image=picture(), decode=False, retakes=True)
+    made = [next(session).latents]
+    session.steer(action="w")
+    made += [next(session).latents for _ in range(2)]
+    session.steer(velocity=(0, 0, 20, 0))
+    made.append(next(session).latents)
+    session.steer(action="s")
+    takes = {start: list(session.retake(start)) for start in (0, 1, 3, 4)}
+    made += [chunk.latents for chunk in session]
+    for start, take in takes.items():
+        assert [torch.equal(a.latents, b) for a, b in zip(take, made[start:], strict=True)] == [True] * (5 - start)
+
+
+def test_a_chunk_that_is_taken_back_keeps_where_the_camera_goes(generator: Generator) -> None:
+    session = generator.session(["a room"] * 4, image=picture())
+    decoder = session._decoding.decoder  # type: ignore[union-attr]
+    real, left = decoder.decode, [0]
+
+    def broken(*words: object) -> object:
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("broken")
+        return real(*words)  # type: ignore[arg-type]
+
+    decoder.decode = broken  # type: ignore[method-assign]
+    session.steer(action="d")
+    assert len(next(session).frames) == 25
+    left[0] = 1
+    failed = next(session)
+    session.steer(action="w", from_chunk=2)
+    with pytest.raises(RuntimeError, match="broken"):
+        _ = failed.frames
+    again = list(session)
+    whole = generator.session(["a room"] * 4, image=picture())
+    whole.steer(action="d")
+    next(whole), next(whole)
+    whole.steer(action="w")
+    assert [chunk.index for chunk in again] == [1, 2, 3]
+    for chunk, other in zip(again[1:], whole, strict=True):
+        assert torch.equal(chunk.latents, other.latents)
+
+
 def test_a_target_is_reached_in_one_chunk_and_kept(generator: Generator) -> None:
     target = np.eye(4)
     target[:3, :3] = [[0, 0, 1], [0, 1, 0], [-1, 0, 0]]

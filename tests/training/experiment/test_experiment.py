@@ -33,7 +33,7 @@ def test_plan_fits_the_time_it_says(capsys: pytest.CaptureFixture[str], tmp_path
     assert longtake(["experiment", "--plan", "--out", str(tmp_path), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "this call stops after 1500 s" in said and "start: shipped" in said
-    assert sum(unit.seconds for unit in units(Settings())) < 40 * 60
+    assert sum(unit.seconds for unit in units(Settings())) < 60 * 60
     names = [unit.name for unit in units(Settings())]
     assert len(set(names)) == len(names) and {"train-nvfp4-2", "sinks-none-0", "drift-ptq-1", "student-2"} <= set(names)
     for number, unit in enumerate(units(Settings())):

@@ -8,8 +8,9 @@ import torch
 
 from longtake.training.data.digit_stories import Shot, Story
 from longtake.training.data.digits import Digits, scans_of
+from longtake.training.data.held_out_stories import long_stories, returning_stories
 from longtake.training.experiment.shape import ink_seen, iou, shapes, unmixed
-from longtake.training.experiment.stories import long_stories, returning_stories, scripts_of
+from longtake.training.experiment.stories import scripts_of
 from longtake.training.models.presets import TINY
 from longtake.training.models.text.grammar import BACKGROUNDS, COLOURS, LIGHTS
 

@@ -84,11 +84,8 @@ class DiTStep(nn.Module):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             own = slice(layer * self.per_layer, (layer + 1) * self.per_layer)
-            # Write first: the slot written is never one that is read, and TensorRT builds a write in place only if
-            # nothing else reads the cache as it was before.
-            written = self.write(k, v, *caches[own], write_slot)
-            caches[own] = [written] if isinstance(written, Tensor) else list(written)
-            return self.read(q, k, v, *caches[own], table)
+            out, caches[own] = self.attention(q, k, v, caches[own], table, write_slot)
+            return out
 
         rope = (rope_cos, rope_sin)
         velocity = self.dit(
@@ -96,6 +93,16 @@ class DiTStep(nn.Module):
             norm_rope=fused_norm_rope, blocks=self.blocks,
         )  # fmt: skip
         return (velocity[None], *caches)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: list[Tensor], table: Tensor, write_slot: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One layer's q, k, v [T, H, D] through its `cache`: the output [T, H, D], and the cache as it is then."""
+        # Write first: the slot written is never one that is read, and TensorRT builds a write in place only if
+        # nothing else reads the cache as it was before.
+        written = self.write(k, v, *cache, write_slot)
+        cache = [written] if isinstance(written, Tensor) else list(written)
+        return self.read(q, k, v, *cache, table), cache
 
 
 VAE_STEPS = {

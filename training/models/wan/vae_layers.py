@@ -124,8 +124,13 @@ class FrameAttention(nn.Module):
         b, c, t, h, w = x.shape
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 4, 1).reshape(b * t, h * w, 3 * c)
         q, k, v = qkv.chunk(3, -1)
+        k, v = self.everywhere(k), self.everywhere(v)
         weights = torch.softmax((q @ k.transpose(1, 2)).float() * c**-0.5, -1).to(v.dtype)
         return x + self.proj((weights @ v).reshape(b, t, h, w, c).permute(0, 4, 1, 2, 3))
+
+    def everywhere(self, x: Tensor) -> Tensor:
+        """Keys or values [B T, positions, C] of the whole frame; where ranks share its rows, `runtime.parallel` gathers."""
+        return x
 
 
 class Middle(nn.Module):

@@ -1,0 +1,146 @@
+"""Open a backend whose stream several ranks share; refuse first what cannot be, before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from longtake.errors import LongtakeError, UnavailableError
+from longtake.formats.recipe import Recipe
+from longtake.runtime.parallel.backend import ShardedBackend
+from longtake.runtime.parallel.comm import LOOPBACK
+from longtake.runtime.parallel.follower import Opening
+from longtake.runtime.parallel.processes import SETTINGS, Followers
+from longtake.training.models.presets import Preset
+
+PATIENCE_S = 120.0  # that one rank waits for another within a command
+SPLIT_FAMILY = "wan"  # runtime/parallel/networks.py is written for its networks
+
+
+def sharded_backend(
+    recipe: Recipe,
+    checkpoints: Path | None,
+    gpus: int,
+    device: torch.device | str | None = None,
+    patience: float = PATIENCE_S,
+    dtype: str = "",
+) -> ShardedBackend:
+    """`recipe` in PyTorch on `gpus` ranks of this host. device: "cpu" for processes over gloo instead of GPUs. dtype: see
+    follower.Opening.
+
+    Raises:
+        LongtakeError: the model cannot be shared by as many.
+        UnavailableError: they are not there, are not alike, or a rank does not start.
+    """
+    require_split(recipe.model, gpus)
+    devices = require_devices(gpus, device)
+    with _settings():
+        store = dist.TCPStore(LOOPBACK, 0, gpus, is_master=True, wait_for_workers=False)
+        threads = max(1, torch.get_num_threads() // gpus) if devices[0] == "cpu" else 0
+        place = str(checkpoints) if checkpoints else None
+        first = Opening(recipe, place, 0, gpus, devices[0], store.port, patience, threads, dtype)
+        rest = [replace(first, rank=rank, device=devices[rank]).as_json() for rank in range(1, gpus)]
+        followers = Followers(rest)
+        try:
+            own = replace(first, threads=0).opened()
+            followers.require_ready()
+            followers.tell({"do": "join"})
+            own.comm.join(store)
+        except BaseException:
+            followers.end()
+            raise
+    over = "NCCL" if own.device.type == "cuda" else "gloo"
+    decoder = "the VAE by rows" if own.by_rows else "the VAE on the first: this recipe's decoder is not cut"
+    return ShardedBackend(own, followers, f"PyTorch in {dtype or 'fp32'} on {gpus} ranks over {over}, {decoder}")
+
+
+def require_split(preset: Preset, gpus: int) -> None:
+    """Raise LongtakeError for a model that `gpus` ranks cannot share evenly."""
+    if gpus < 2:
+        raise LongtakeError("bad --gpus", got=gpus, expected="1, or 2 and more that share a stream", fix="--gpus 2")
+    if preset.family != SPLIT_FAMILY:
+        raise LongtakeError(
+            f"a stream of {preset.name} cannot be shared by several GPUs",
+            got=f"--gpus {gpus}, a model of family {preset.family}",
+            expected=f"one of family {SPLIT_FAMILY}",
+            fix="leave out --gpus",
+        )
+    sizes = {"heads": preset.dit.heads, "latent frames a chunk": preset.chunk_latents}
+    for what, size in sizes.items():
+        if size % gpus:
+            fits = [str(n) for n in range(2, size + 1) if all(s % n == 0 for s in sizes.values())]
+            raise LongtakeError(
+                f"{gpus} GPUs cannot share the {what} of {preset.name} evenly",
+                got=f"--gpus {gpus}, {size} {what}",
+                expected=f"a number that divides {size}",
+                fix=f"--gpus {' or '.join(fits)}" if fits else "leave out --gpus",
+            )
+    if preset.latent_hw[0] < gpus:
+        raise LongtakeError(
+            f"{gpus} GPUs cannot share the rows of {preset.name}",
+            got=f"{preset.latent_hw[0]} latent rows",
+            expected=f"{gpus} or more",
+            fix="fewer --gpus",
+        )
+
+
+def require_devices(
+    gpus: int,
+    device: torch.device | str | None,
+    there: int | None = None,
+    kind: Callable[[int], object] | None = None,
+) -> list[str]:
+    """The device of each rank. there, kind: how many GPUs this machine has, and what each is (default: asked of torch).
+
+    Raises:
+        UnavailableError: GPUs are missing, or not of one kind.
+    """
+    if device is not None and torch.device(device).type == "cpu":
+        return ["cpu"] * gpus
+    if device is not None:
+        raise LongtakeError(
+            "--gpus takes the first GPUs of this machine",
+            got=f"--device {device}",
+            expected="--device cpu, or none",
+            fix="choose them with CUDA_VISIBLE_DEVICES",
+        )
+    there = torch.cuda.device_count() if there is None else there
+    if there < gpus:
+        raise UnavailableError(
+            f"{gpus} GPUs are asked for and {there} are here",
+            got=f"--gpus {gpus}",
+            expected=f"at most {there}" if there > 1 else "a machine with as many",
+            fix="--device cpu runs as many processes on the CPU, to try it out",
+        )
+    kinds = [(kind or _kind)(index) for index in range(gpus)]
+    if other := next((index for index, each in enumerate(kinds) if each != kinds[0]), None):
+        raise UnavailableError(
+            "GPUs that share a stream must be of one kind",
+            got=f"{kinds[0]} and {kinds[other]} (cuda:0, cuda:{other})",
+            expected=f"{gpus} that are alike",
+            fix="choose them with CUDA_VISIBLE_DEVICES",
+        )
+    return [f"cuda:{index}" for index in range(gpus)]
+
+
+def _kind(index: int) -> object:
+    about = torch.cuda.get_device_properties(index)
+    return f"{about.name}, {about.total_memory >> 30} GiB"
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """What gloo and NCCL read of the environment when they start, unless it says otherwise."""
+    new = {name: value for name, value in SETTINGS.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
