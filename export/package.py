@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 
 from longtake import paths
+from longtake.errors import LongtakeError, some
 from longtake.export.files import is_reference, write_onnx, write_skeleton
 from longtake.export.functions import attach_functions
 from longtake.export.lower import lower
@@ -128,7 +129,7 @@ def _export_network(
     path = folder / f"{name}.onnx"
     progress(f"{name}: PyTorch to ONNX")
     model = graphs.graph(name, recipe)
-    shapes = linears_of(graphs.models, model)
+    shapes = linears_of(graphs.models, model, name)
     library = recipe.linears == "library" and name in LIBRARY_NETWORKS
     lowered = lower(model, recipe.precision, shapes, weights.amax if weights else None, library)
     codes = conv_codes(graphs.preset, recipe, weights) if name in DECODER else ConvCodes()
@@ -197,10 +198,23 @@ def view_path(path: Path) -> Path:
     return path.with_suffix(".ort.onnx")
 
 
-def linears_of(models: Models, model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    """The DiT's quantized linears that `model` contains, with their (N, K)."""
-    linears = set(family_of(models.preset).linears(models.dit))
-    names = [name for name in map(linear_name, model.graph.node) if name in linears]
+def linears_of(models: Models, model: onnx.ModelProto, network: str) -> dict[str, tuple[int, int]]:
+    """The DiT's quantized linears that `network` has, with their (N, K), as found in its graph `model`.
+
+    Raises:
+        LongtakeError: one of them is no Gemm there, and would be left as it is without a word.
+    """
+    family = family_of(models.preset)
+    linears = family.linears(models.dit)
+    names = [name for name in map(linear_name, model.graph.node) if name in set(linears)]
+    wanted = {name for name in linears if family.network_of(name) == network}
+    if missing := sorted(wanted.difference(names)):
+        raise LongtakeError(
+            f"the graph of {network} does not show every linear that recipes quantize",
+            got=f"no Gemm of {some(missing, 3)}",
+            expected=f"{len(wanted)} Gemms",
+            fix="let the family's module multiply matrices of two dimensions there",
+        )
     return {name: tuple(models.dit.get_parameter(f"{name}.weight").shape) for name in names}  # type: ignore[misc]
 
 

@@ -12,6 +12,7 @@ from longtake.options import Command
 from longtake.outputs import claim_checkpoints
 from longtake.training.devices import device_named
 from longtake.training.distill.options import DistillOptimizers, DistillOptions
+from longtake.training.models.families import family_of
 from longtake.training.models.quantize import modelopt
 from longtake.training.options import RunOptions
 from longtake.training.parts import source_of
@@ -47,15 +48,18 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
         return describe(options, config)
     from longtake.training.distill.stage import DistillStage
     from longtake.training.distill.trainer import DistillTrainer
+    from longtake.training.distill.world_stage import WorldDistillStage
 
     if config.resume:
         require_resume_point(config.out)
     vae = options.vae and options.vae / "vae.safetensors"
-    claim_checkpoints(config.out, {"--teacher": options.teacher, "--vae": vae}, ("dit",))
+    read = {"--teacher": options.teacher, "--student": options.student, "--vae": vae}
+    claim_checkpoints(config.out, read, ("dit",))
     modelopt()  # measures amax at the end: what is missing is said now
     torch.manual_seed(how.seed)
     device = device_named(where.device)
-    stage = DistillStage(options)
+    world = "camera" in family_of(options.preset).can
+    stage = WorldDistillStage(options) if world else DistillStage(options)
     student = f"{options.student_steps} steps"
     print(f"distilling {options.teacher} to {student} on {device} for {config.steps} steps, into {config.out}")
     if stage.line:
@@ -67,14 +71,12 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
 
 def describe(options: DistillOptions, config: TrainConfig) -> int:
     """Print what a step does, without weights."""
-    from longtake.training.models.wan.dit import CausalDiT
-    from longtake.training.models.wan.linears import quantized_linears
-
     preset, rank = options.preset, options.lora_rank
+    family = family_of(preset)
     with torch.device("meta"):
-        dit = CausalDiT(preset.dit)
+        dit = family.dit(preset)
     weights = sum(parameter.numel() for parameter in dit.parameters())
-    linears = [dit.get_submodule(name) for name in quantized_linears(dit)]
+    linears = [dit.get_submodule(name) for name in family.linears(dit)]
     trained = sum(rank * (x.in_features + x.out_features) for x in linears) if rank else weights  # type: ignore[operator, misc]
     chunks = options.longest
     passes = chunks * options.student_steps + chunks - 1
@@ -84,7 +86,7 @@ def describe(options: DistillOptions, config: TrainConfig) -> int:
         f"a DiT: {weights:,} parameters; student and critic train {trained:,} each"
         + (f" (LoRA of rank {rank} on {len(linears)} linears, one frozen base)" if rank else " (three copies)"),
         f"latents of a step{f' (in {options.accumulate} parts)' if options.accumulate > 1 else ''}: "
-        f"{[options.accumulate * options.batch, chunks * preset.chunk_latents, preset.dit.channels, *preset.latent_hw]}",
+        f"{[options.accumulate * options.batch, preset.first_frame(chunks), preset.dit.channels, *preset.latent_hw]}",
         f"a rollout: up to {passes} passes over {preset.chunk_tokens} tokens x {options.batch}, "
         f"{max(options.chunks)} of them with a gradient in the student's update",
         f"the student's update (1 step in {options.critic_updates}): a rollout, 3 score passes; the critic's: a rollout, 1 pass",

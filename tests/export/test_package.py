@@ -22,12 +22,13 @@ from longtake.errors import GateError, IntegrityError, LongtakeError
 from longtake.export import package as package_module
 from longtake.export.files import write_onnx
 from longtake.export.onnx_from_model import onnx_from_model
-from longtake.export.package import PlainGraphs, export_package, view_path
+from longtake.export.package import PlainGraphs, export_package, linears_of, view_path
 from longtake.export.weights import stored_tensors
 from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx
 from longtake.training.models.families import family_of
-from longtake.training.models.load import Models
+from longtake.training.models.load import Models, meta_models
+from longtake.training.models.presets import PRESETS
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.networks import ContextStep
 from longtake.training.models.wan.spec import context_spec, dit_spec
@@ -195,3 +196,12 @@ def test_missing_checkpoints_are_one_clear_message(tmp_path: Path, capsys: pytes
 def test_an_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["export", "--recipe", "tiny_bf16_sm98"]) != 0
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_linear_that_is_no_gemm_is_not_left_as_it_is() -> None:
+    """A family whose module multiplies in three dimensions would be exported unquantized under a recipe's name."""
+    models = meta_models(PRESETS["world-tiny"])
+    empty = onnx.helper.make_model(onnx.helper.make_graph([], "dit", [], []))
+    with pytest.raises(LongtakeError, match=r"(?s)does not show every linear.*no Gemm of.*expected: 56 Gemms"):
+        linears_of(models, empty, "dit")
+    assert linears_of(models, empty, "vae_first") == {}

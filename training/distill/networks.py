@@ -24,13 +24,17 @@ Calibrate = Callable[[nn.Module], object]
 class Networks:
     """`generator()`, `fake()` and `real()` give the DiT to call next; they stay that until the next of these calls."""
 
-    def __init__(self, teacher: CausalDiT, options: DistillOptions, device: torch.device) -> None:
+    def __init__(
+        self, teacher: CausalDiT, options: DistillOptions, device: torch.device, student: CausalDiT | None = None
+    ) -> None:
+        """`student`: what the generator begins as; a copy of the teacher if None."""
         self.options = options
         teacher.to(device).requires_grad_(False).eval()
         teacher.checkpointing = options.gradient_checkpointing
         self.lora = options.lora_rank > 0
         self._real = teacher
-        self._generator = teacher if self.lora else copy.deepcopy(teacher).requires_grad_(True)
+        first = teacher if student is None else student.to(device).eval()
+        self._generator = teacher if self.lora else copy.deepcopy(first).requires_grad_(True)
         self._fake = teacher if self.lora else copy.deepcopy(teacher).requires_grad_(True)
 
     def prepare(self, calibrate: Calibrate) -> None:
@@ -71,6 +75,6 @@ class Networks:
         """A plain copy of the generator with its present weights, adapters merged, without quantizers."""
         if self.lora:
             return merged(self._real, GENERATOR)
-        plain = CausalDiT(self._generator.config)
+        plain = type(self._real)(self._generator.config)
         plain.load_state_dict(plain_state(self._generator))
         return plain.to(next(self._generator.parameters()).device)

@@ -12,6 +12,7 @@ from longtake.errors import LongtakeError
 from longtake.options import Bounds, OneOf, check, option
 from longtake.training.data.returns import require_room
 from longtake.training.distill.scores import CONTEXTS
+from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.sampler import schedule_of
 from longtake.training.objective.flex import LONG
@@ -28,6 +29,8 @@ class MethodOptions:
 
     teacher: Path = option(names=("--init", "--teacher"), metavar="FOLDER")
     """checkpoints of the trained model: dit and text_encoder"""
+    student: Path | None = option(None, metavar="FOLDER")
+    """worlds: what the student begins as, the chunk-causal model (default: the teacher)"""
     student_steps: int = option(4, names=("--steps-of-student", "--student-steps"), metavar="N")
     """denoise steps a chunk of the student"""
     guidance: Annotated[float, Bounds(0, 100)] = option(3.0, metavar="S")
@@ -61,6 +64,10 @@ class DistillOptions(Seeded, MethodOptions, DataOptions, ModelOptions):
         """Raise LongtakeError for what nothing can be distilled with."""
         schedule_of(self.student_steps, self.preset.sampling.shift)
         check(self)
+        if self.student is not None and "camera" not in family_of(self.preset).can:
+            raise LongtakeError(
+                "the student begins as the teacher", got=f"--student {self.student}", fix="leave --student out"
+            )
         require_room(self.data, self.rollout or self.chunks, self.return_distance)
         self._check_rollout()
         if self.lora_alpha is not None and not self.lora_rank:

@@ -14,6 +14,7 @@ from longtake.training.data.base import Dataset, told
 from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.data.named import dataset_from_name
+from longtake.training.distill.base import DMDStage
 from longtake.training.distill.learnt import scored, scored_chunks
 from longtake.training.distill.metadata import student_metadata
 from longtake.training.distill.networks import Networks
@@ -29,7 +30,7 @@ from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.objective.accumulate import parts_of
 from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.objective.teacher_forcing import Noise
-from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.base import Metric
 from longtake.training.stages.initial_models import leave_tokenizer
 from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
 from longtake.training.stages.validation import EVALUATION_SEED
@@ -38,10 +39,8 @@ HELD_OUT = 16
 LossOf = Callable[[Scene, Noise], tuple[Tensor, dict[str, Metric]]]
 
 
-class DistillStage(Stage):
-    """Generator and critic losses; `modules` is the generator's part, `critic_modules` the fake score's."""
-
-    name = "distill"
+class DistillStage(DMDStage):
+    """See `DMDStage`."""
 
     def __init__(self, options: DistillOptions) -> None:
         self.options, self.preset = options, options.preset

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.training.distill.base import DMDStage
 from longtake.training.distill.lora import Adapter
-from longtake.training.distill.stage import DistillStage
 from longtake.training.optimizer import Averaged, OptimizerConfig
 from longtake.training.stages.base import Metric
 from longtake.training.trainer import SAVED, TrainConfig, Trainer, backward
@@ -49,7 +49,7 @@ class TwoOptimizers:
 class DistillTrainer(Trainer):
     """Every step trains the critic, every `critic_updates`-th the generator first, on the same batch."""
 
-    def __init__(self, stage: DistillStage, config: TrainConfig, critic: OptimizerConfig, device: torch.device) -> None:
+    def __init__(self, stage: DMDStage, config: TrainConfig, critic: OptimizerConfig, device: torch.device) -> None:
         super().__init__(stage, config, device)
         self.distill, self.critic_config = stage, critic
         zero: dict[str, Metric] = {"dmd": 0.0, "dmd_gradient": 0.0, "generator_norm": 0.0}

@@ -13,7 +13,9 @@ from longtake.errors import LongtakeError
 from longtake.training.models.presets import PRESETS
 from longtake.training.models.sana_wm.config import LTX2Config
 from longtake.training.models.sana_wm.keys import our_vae_key
-from longtake.training.models.sana_wm.vae import LTX2VAE, Stream, decode_step, encode_step, tail_shapes
+from longtake.training.models.sana_wm.vae import LTX2VAE, tail_shapes
+from longtake.training.models.sana_wm.vae_layers import Stream
+from longtake.training.models.streaming_vae import decode_step, encode_step
 
 FULL = LTX2Config(
     4, (8, 8, 16, 16), (8, 16, 32), (1, 2, 1, 1, 1), (1, 1, 2, 1),

@@ -55,6 +55,12 @@ class RMSNorm(nn.Module):
         return normalised(x, self.weight, self.eps).to(x.dtype)
 
 
+def rows(linear: nn.Module, x: Tensor) -> Tensor:
+    """`linear` of the last dimension of x as of one matrix: what recipes quantize is a Gemm in the exported graph then."""
+    out: Tensor = linear(x.flatten(0, -2))
+    return out.unflatten(0, x.shape[:-1])
+
+
 class ShortConv(nn.Module):
     """The filter [dim, 4] of a short convolution, the present frame's tap last."""
 
@@ -111,8 +117,8 @@ class SelfAttention(nn.Module):
         else:
             main, turned, kept = self._delta(u, rope, camera, carried, kit)
         side = self.out_proj_cam(kit.ray_restore(turned, camera.rays, *camera.rope).flatten(-2))
-        gate = functional.silu(self.output_gate(u).float())
-        return self.proj(((main.flatten(-2).float() + side.float()) * gate).to(u.dtype)), kept
+        gate = functional.silu(rows(self.output_gate, u).float())
+        return rows(self.proj, ((main.flatten(-2).float() + side.float()) * gate).to(u.dtype)), kept
 
     def _camera_qkv(
         self, u: Tensor, tail: Tensor | None, camera: Camera, kit: Kit
@@ -138,7 +144,7 @@ class SelfAttention(nn.Module):
     def _softmax(
         self, u: Tensor, rope: tuple[Tensor, Tensor], camera: Camera, attend: LayerAttend, kit: Kit
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = self.qkv(u).chunk(3, -1)
+        q, k, v = rows(self.qkv, u).chunk(3, -1)
         q, k = (apply_rope(self.split(norm(x)), *rope) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         (cq, ck, cv), _ = self._camera_qkv(u, None, camera, kit)
         return attend(False, q, k, self.split(v)), attend(True, cq, ck, cv)
@@ -147,7 +153,7 @@ class SelfAttention(nn.Module):
         self, u: Tensor, rope: tuple[Tensor, Tensor], camera: Camera, carried: Carried, kit: Kit
     ) -> tuple[Tensor, Tensor, Carried]:
         assert carried.state is not None and carried.norm is not None and carried.conv is not None
-        q, raw, v = self.qkv(u).chunk(3, -1)
+        q, raw, v = rows(self.qkv, u).chunk(3, -1)
         tails = carried.conv.unbind(-4)
         k = kit.short_conv(raw, tails[0], self.conv_k.weight)
         beta, gate = self._gates(u)
@@ -188,8 +194,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """x [..., F,P,dim], context [..., 2,E,H,D], mask fp32 [..., E]."""
-        q = self.q_norm(self.q_linear(x)).flatten(-3, -2).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        q = self.q_norm(rows(self.q_linear, x)).flatten(-3, -2).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
         k, v = (part.transpose(-3, -2) for part in context.to(q.dtype).unbind(-4))
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT + mask[..., None, None, :]
         out = torch.softmax(scores, -1) @ v.float()
-        return self.proj(out.to(q.dtype).transpose(-3, -2).flatten(-2).unflatten(-2, x.shape[-3:-1]))
+        return rows(self.proj, out.to(q.dtype).transpose(-3, -2).flatten(-2).unflatten(-2, x.shape[-3:-1]))

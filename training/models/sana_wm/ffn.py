@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from longtake.training.models.sana_wm.attention import rows
 from longtake.training.models.sana_wm.config import SanaWMConfig
 from longtake.training.models.sana_wm.kit import Kit
 
@@ -40,10 +41,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, tail: Tensor, grid: tuple[int, int], kit: Kit) -> tuple[Tensor, Tensor]:
         """x [..., F,P,dim], tail [..., P,dim] of the frame before; the result and the next chunk's tail."""
-        up = self.inverted_conv(x).unflatten(-2, grid)
+        up = rows(self.inverted_conv, x).unflatten(-2, grid)
         depth: Any = self.depth_conv.conv
         y = kit.gated_ffn(up, depth.weight.flatten(1), depth.bias)
-        y = self.point_conv(y.flatten(-3, -2))
+        y = rows(self.point_conv, y.flatten(-3, -2))
         return self.along_time(y, tail.to(y.dtype)), y[..., -1, :, :]
 
     def along_time(self, y: Tensor, tail: Tensor) -> Tensor:

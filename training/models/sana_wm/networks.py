@@ -18,7 +18,7 @@ from longtake.training.models.sana_wm.attention import Camera, Carried
 from longtake.training.models.sana_wm.dit import Chunk, SanaWMDiT
 from longtake.training.models.sana_wm.kit import PLAIN, Kit, registered
 from longtake.training.models.sana_wm.spec import dit_spec, slot_tokens, state_bindings
-from longtake.training.models.sana_wm.vae import VAEStep
+from longtake.training.models.streaming_vae import VAEStep
 
 MASKED = -10000.0  # added to the scores of padding, as the publisher does: not minus infinity
 FIXED_INPUTS = 11  # of the transformer, before what a prompt gives

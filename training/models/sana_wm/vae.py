@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longtake.errors import LongtakeError
 from longtake.training.models.sana_wm.config import LTX2Config
 from longtake.training.models.sana_wm.vae_layers import Blocks, CausalConv, DownLevel, Stream, UpLevel, norm
+from longtake.training.models.streaming_vae import StreamingVAE, decode_step, encode_step
 
 
 class Encoder(nn.Module):
@@ -77,46 +77,17 @@ def video_of(patches: Tensor, size: int) -> Tensor:
     return x.reshape(b, c // size**2, t, h * size, w * size)
 
 
-class LTX2VAE(nn.Module):
-    """Encoder, decoder, and the mean and std of each latent channel."""
-
-    latent_mean: Tensor
-    latent_std: Tensor
+class LTX2VAE(StreamingVAE):
+    """See `StreamingVAE`."""
 
     def __init__(self, config: LTX2Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.register_buffer("latent_mean", torch.zeros(config.z_channels))
-        self.register_buffer("latent_std", torch.ones(config.z_channels))
 
     @staticmethod
-    def stream(tails: Sequence[Tensor] | None = None) -> Stream:
+    def stream(histories: Sequence[Tensor] | None = None) -> Stream:
         """A clip's start, or its continuation."""
-        return Stream(tails)
-
-    def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """Video fp32 [B,3,T,H,W] in [-1,1], T = 1 + stride n, to normalized latents fp32 [B,F,C,h,w]: the mean.
-
-        Raises:
-            LongtakeError: the clip's length or size does not fit the stride.
-        """
-        return self.encode_chunk(video_BCTHW)[0]
-
-    def encode_chunk(self, video: Tensor, histories: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Encode the next part of a clip: 1 + stride n frames at its start (histories None), stride n after that."""
-        _check_video(video, self.config, histories is None)
-        stream = Stream(histories)
-        return encode_step(self, video, stream).transpose(1, 2), stream.new
-
-    def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        """Normalized latents [B,F,C,h,w] to video fp32 [B,3,T,H,W], clamped to [-1,1]."""
-        return self.decode_chunk(latents_BFCHW)[0]
-
-    def decode_chunk(self, latents: Tensor, histories: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Decode the next latents of a clip; `histories` is None at its start, then what the last call returned."""
-        stream = Stream(histories)
-        return decode_step(self, latents.transpose(1, 2), stream), stream.new
+        return Stream(histories)
 
     def encode_raw(self, video: Tensor, stream: Stream) -> Tensor:
         """Video [B,3,T,H,W] to latents [B,z,F,h,w] before normalization."""
@@ -125,30 +96,6 @@ class LTX2VAE(nn.Module):
     def decode_raw(self, raw: Tensor, stream: Stream) -> Tensor:
         """Latents [B,z,F,h,w] before normalization to video [B,3,T,H,W], not clamped."""
         return video_of(self.decoder(raw.to(self.decoder.conv_in.conv.weight.dtype), stream), self.config.patch)
-
-
-def encode_step(vae: LTX2VAE, video: Tensor, stream: Stream) -> Tensor:
-    """Video [B,3,T,H,W] in [-1,1] to normalized latents fp32 [B,z,F,h,w]."""
-    mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
-    return (vae.encode_raw(video, stream).float() - mean) / std
-
-
-def decode_step(vae: LTX2VAE, latents: Tensor, stream: Stream) -> Tensor:
-    """Normalized latents [B,z,F,h,w] to video fp32 [B,3,T,H,W] in [-1,1]."""
-    mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
-    return vae.decode_raw(latents.float() * std + mean, stream).float().clamp(-1.0, 1.0)
-
-
-class VAEStep(nn.Module):
-    """A step of a stream as a pure function: (latent or frames, *tails) -> (frames or latent, *new tails)."""
-
-    def __init__(self, vae: LTX2VAE, encoder: bool) -> None:
-        super().__init__()
-        self.vae, self.step = vae, encode_step if encoder else decode_step
-
-    def forward(self, x: Tensor, *tails: Tensor) -> tuple[Tensor, ...]:
-        stream = Stream(tails or None)
-        return self.step(self.vae, x, stream), *stream.new
 
 
 def tail_shapes(config: LTX2Config, height: int, width: int, encoder: bool) -> list[tuple[int, ...]]:
@@ -178,16 +125,3 @@ def largest_activation(config: LTX2Config, height: int, width: int) -> int:
         sizes.clear()
         decode_step(vae, latent, Stream(stream.new))
     return max(sizes)
-
-
-def _check_video(video: Tensor, config: LTX2Config, first: bool) -> None:
-    time, height, width = config.stride
-    frames = video.shape[2] - 1 if first else video.shape[2]
-    if frames < 0 or frames % time or (not first and frames == 0):
-        expected = f"{'1 + ' if first else ''}a multiple of {time}"
-        raise LongtakeError(
-            "the number of frames does not fit the VAE", got=video.shape[2], expected=expected, fix="cut the clip"
-        )
-    if video.shape[3] % height or video.shape[4] % width:
-        got, expected = f"{video.shape[4]}x{video.shape[3]}", f"multiples of {width}x{height}"
-        raise LongtakeError("the frame size does not fit the VAE", got=got, expected=expected, fix="resize the clip")

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from longtake.errors import LongtakeError
 from longtake.training.models.presets import VAEConfig
+from longtake.training.models.streaming_vae import StreamingVAE, StreamStep
 from longtake.training.models.wan.vae_caches import PATCH
 from longtake.training.models.wan.vae_layers import (
     CausalConv3d,
@@ -83,49 +82,20 @@ def shuffle(patches: Tensor) -> Tensor:
     return x.reshape(b, c // PATCH**2, t, h * PATCH, w * PATCH)
 
 
-class CausalVAE(nn.Module):
-    """Encoder, decoder, and the per-channel mean and std that bring latents to zero mean and unit std."""
-
-    latent_mean: Tensor
-    latent_std: Tensor
+class CausalVAE(StreamingVAE):
+    """See `StreamingVAE`."""
 
     def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder, self.decoder = _encoder(config), _decoder(config)
         z = config.z_channels
         self.quant = nn.Conv3d(2 * z, z, 1) if config.quant_convs else nn.Identity()
         self.post_quant = nn.Conv3d(z, z, 1) if config.quant_convs else nn.Identity()
-        self.register_buffer("latent_mean", torch.zeros(config.z_channels))
-        self.register_buffer("latent_std", torch.ones(config.z_channels))
 
     @staticmethod
     def stream(histories: Sequence[Tensor] | None = None) -> Stream:
         """A clip's start, or its continuation."""
         return Stream(histories)
-
-    def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """Video fp32 [B,3,T,H,W] in [-1,1], T = 1 + 4n, to normalized latents fp32 [B,F,C,H/16,W/16]: the mean.
-
-        Raises:
-            LongtakeError: the clip's length or size does not fit the stride.
-        """
-        return self.encode_chunk(video_BCTHW)[0]
-
-    def encode_chunk(self, video: Tensor, histories: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Encode the next part of a clip: 1 + 4n frames at its start (histories None), 4n frames after that."""
-        _check_video(video, self.config, first=histories is None)
-        stream = Stream(histories)
-        return encode_step(self, video, stream).transpose(1, 2), stream.new
-
-    def decode(self, latents_BFCHW: Tensor) -> Tensor:
-        """Normalized latents [B,F,C,h,w] to video fp32 [B,3,1+4(F-1),16h,16w], clamped to [-1,1]."""
-        return self.decode_chunk(latents_BFCHW)[0]
-
-    def decode_chunk(self, latents: Tensor, histories: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Decode the next latents of a clip; `histories` is None at its start, then what the last call returned."""
-        stream = Stream(histories)
-        return decode_step(self, latents.transpose(1, 2), stream), stream.new
 
     def encode_raw(self, video: Tensor, stream: Stream) -> Tensor:
         """Video [B,3,T,H,W] to latents [B,z,F,h,w] before normalization."""
@@ -136,30 +106,20 @@ class CausalVAE(nn.Module):
         return shuffle(self.decoder(self.post_quant(raw.to(self.decoder.conv_in.conv.weight.dtype)), stream))
 
 
-def encode_step(vae: CausalVAE, video: Tensor, stream: Stream) -> Tensor:
-    """Video [B,3,T,H,W] in [-1,1] to normalized latents fp32 [B,z,F,h,w]."""
-    mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
-    return (vae.encode_raw(video, stream).float() - mean) / std
-
-
-def decode_step(vae: CausalVAE, latents: Tensor, stream: Stream) -> Tensor:
-    """Normalized latents [B,z,F,h,w] to video fp32 [B,3,T,H,W] in [-1,1]."""
-    mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
-    return vae.decode_raw(latents.float() * std + mean, stream).float().clamp(-1.0, 1.0)
-
-
-class _Step(nn.Module):
-    """A step of a stream as a pure function of tensors: what engines are made of.
+class _Step(StreamStep):
+    """See `StreamStep`.
 
     Caches are the histories of the causal convolutions, in the order in which they run. A new cache is the end of
     [old cache, input], which the convolution reads, and nothing else in the call reads either: an executor may write it
     over the old one as soon as that tensor is there, as PyTorch does if `in_place`.
     """
 
+    encodes = False
+
     def __init__(self, vae: CausalVAE, in_place: bool = False, ops: bool = False) -> None:
         """`in_place`: see `vae_layers.Stream`. `ops`: of a first step, caches [T,H,W,C] as ops want them."""
-        super().__init__()
-        self.vae, self.in_place = vae, in_place
+        super().__init__(vae, self.encodes)
+        self.in_place = in_place
         self.stream = FirstStream if ops else Stream
 
 
@@ -167,8 +127,7 @@ class DecoderFirst(_Step):
     """latent fp32 [1,z,F,h,w] -> (frames fp32 [1,3,1+4(F-1),H,W], *caches): the start of a clip, usually F = 1."""
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream()
-        return decode_step(self.vae, latent, stream), *stream.new
+        return self.run(latent, self.stream())
 
 
 class DecoderSteady(_Step):
@@ -178,40 +137,22 @@ class DecoderSteady(_Step):
     """
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(caches, self.in_place)
-        return decode_step(self.vae, latent, stream), *stream.new
+        return self.run(latent, self.stream(caches, self.in_place))
 
 
 class VAEEncoderFirst(_Step):
     """frames fp32 [1,3,1+4(F-1),H,W] -> (latent fp32 [1,z,F,h,w], *caches): the start of a clip, usually F = 1."""
 
+    encodes = True
+
     def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream()
-        return encode_step(self.vae, frames, stream), *stream.new
+        return self.run(frames, self.stream())
 
 
 class VAEEncoderSteady(_Step):
     """(frames fp32 [1,3,4F,H,W], *caches) -> (latent fp32 [1,z,F,h,w], *new caches): later groups of four frames."""
 
+    encodes = True
+
     def forward(self, frames: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        stream = self.stream(caches, self.in_place)
-        return encode_step(self.vae, frames, stream), *stream.new
-
-
-def _check_video(video: Tensor, config: VAEConfig, first: bool) -> None:
-    time, height, width = config.stride
-    frames = video.shape[2] - 1 if first else video.shape[2]
-    if frames < 0 or frames % time or (not first and frames == 0):
-        raise LongtakeError(
-            "the number of frames does not fit the VAE",
-            got=video.shape[2],
-            expected=f"{'1 + ' if first else ''}a multiple of {time}",
-            fix="cut the clip",
-        )
-    if video.shape[3] % height or video.shape[4] % width:
-        raise LongtakeError(
-            "the frame size does not fit the VAE",
-            got=f"{video.shape[4]}x{video.shape[3]}",
-            expected=f"multiples of {width}x{height}",
-            fix="resize the clip",
-        )
+        return self.run(frames, self.stream(caches, self.in_place))
