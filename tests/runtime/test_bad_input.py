@@ -339,6 +339,7 @@ def test_without_a_gpu(exported: Path, refused: Callable[..., str], backend: str
     refused(3, "train", "--stage", "vae", "--device", "cuda:0", "--out", "t", parts=("got:", "fix:"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_noticed_before_the_work(
     exported: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +349,7 @@ def test_a_full_disk_is_noticed_before_the_work(
     assert "not enough disk space" in refused(2, "export", "--recipe", RECIPE.name, "--out", "e")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_later(refused: Callable[..., str]) -> None:
     """The kernel refuses to write on: the copy under the final name is not there, and neither is a partial one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

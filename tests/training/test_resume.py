@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -142,32 +141,58 @@ def save(path: Path, value: float) -> None:
     save_checkpoint(path, {"weight": torch.full((2,), value)}, SIDE)
 
 
-@pytest.mark.parametrize("crash_at", range(1, 7))
-def test_a_crash_inside_a_save_leaves_the_old_pair_or_the_new(tmp_path: Path, crash_at: int) -> None:
-    """Every system call of a save that changes the folder, cut off there."""
-    path = tmp_path / "dit.safetensors"
-    save(path, 1.0)
+# A process of its own: one forked beside another thread may inherit a lock that nobody gives back
+CRASHES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from longtake.training.models.checkpoint import save_checkpoint
+from longtake.training.models.side_file import SideFile
+
+def save(folder, value):
+    save_checkpoint(folder / "dit.safetensors", {"weight": torch.full((2,), value)}, SideFile("dit", "tiny"))
+
+def dies_at_change(n):
+    count = 0
+    def counted(original):
+        def call(*args):
+            nonlocal count
+            count += 1
+            if count == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args)
+        return call
+    for name in ("fsync", "chmod", "replace"):
+        setattr(os, name, counted(getattr(os, name)))
+
+for n in range(1, 7):
+    folder = Path(sys.argv[1]) / str(n)
+    folder.mkdir()
+    save(folder, 1.0)
     if (pid := os.fork()) == 0:
-        calls = 0
-        for name in ("fsync", "chmod", "replace"):
-
-            def counted(*args: Any, original: Any = getattr(os, name)) -> Any:  # noqa: B008
-                nonlocal calls
-                calls += 1
-                if calls == crash_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args)
-
-            setattr(os, name, counted)
-        save(path, 2.0)
+        dies_at_change(n)
+        save(folder, 2.0)
         os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    tensors, side = load_checkpoint(path, kind="dit", preset="tiny")
-    survived = tensors["weight"][0].item()
-    assert survived in (1.0, 2.0) and (os.WIFSIGNALED(status) or survived == 2.0)
-    save(path, 3.0)
-    assert load_checkpoint(path, kind="dit", preset="tiny")[0]["weight"][0] == 3.0
-    assert not (tmp_path / ".dit.json.pending").exists()
+    print(n, int(os.WIFSIGNALED(os.waitpid(pid, 0)[1])))
+"""
+
+
+def test_a_crash_inside_a_save_leaves_the_old_pair_or_the_new(tmp_path: Path) -> None:
+    """Every system call of a save that changes the folder, cut off there."""
+    words = [sys.executable, "-c", CRASHES, str(tmp_path)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    died = {int(n): bool(int(yes)) for n, yes in map(str.split, done.stdout.splitlines())}
+    assert len(died) == 6 and died[1] and died[2]
+    for n, was_killed in died.items():
+        path = tmp_path / str(n) / "dit.safetensors"
+        survived = load_checkpoint(path, kind="dit", preset="tiny")[0]["weight"][0].item()
+        assert survived in (1.0, 2.0) and (was_killed or survived == 2.0)
+        save(path, 3.0)
+        assert load_checkpoint(path, kind="dit", preset="tiny")[0]["weight"][0] == 3.0
+        assert not (path.parent / ".dit.json.pending").exists()
 
 
 class Line(Stage):
