@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError
 from longtake.runtime.serve.live import Live
+from longtake.runtime.serve.logs import shown
 from longtake.runtime.session import Session
+
+log = logging.getLogger(__name__)
 
 
 def taken(live: Live, change: Change) -> Ack:
@@ -42,7 +46,10 @@ def _changed(live: Live, session: Session, change: Change) -> Ack:
     def record(at: int) -> None:
         live.journal.append_event({"type": "change", "at_chunk": at, **change.as_json()})
 
-    return Ack(session.change(change.prompt, change.cut, change.camera, record))
+    at = session.change(change.prompt, change.cut, change.camera, record)
+    about = {"prompt": shown(change.prompt), "cut": change.cut, "camera": change.camera is not None}
+    log.info("change", extra={"session": live.grant.session, "chunk": at, **about})
+    return Ack(at)
 
 
 def _extended(live: Live, session: Session, change: Change) -> Ack:

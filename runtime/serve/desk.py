@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -13,7 +14,7 @@ from longtake.runtime.serve.grants import Event, Grant, Running, WorkerLostError
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.meters import Meters
-from longtake.runtime.serve.registry import ACTIVE, MIDDLE, PARKED, Queue, Registry
+from longtake.runtime.serve.registry import ACTIVE, MIDDLE, PARKED, Queue, QuotaError, Registry
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,13 @@ class Desk:
 async def asked(desk: Any, journal: Journal, again: bool = False) -> int:
     """Ask for a place; the number is what `drive` waits with. again: it waited or ran before. Raises QuotaError."""
     meta = journal.meta
-    return int(await desk.ask(meta.user, journal.id, meta.kind, journal.leased(), again))
+    asking = asyncio.ensure_future(desk.ask(meta.user, journal.id, meta.kind, journal.leased(), again))
+    try:
+        return int(await asyncio.shield(asking))
+    except asyncio.CancelledError:  # whoever asked has gone meanwhile: a place would be nobody's, and never given back
+        with contextlib.suppress(QuotaError):
+            await desk.release(journal.id, int(await asking))
+        raise
 
 
 def _taken_over(journal: Journal) -> Event:

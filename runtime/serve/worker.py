@@ -24,6 +24,7 @@ from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event
 from longtake.runtime.serve.journal import Journal, LeaseLostError
 from longtake.runtime.serve.keeping import is_decoded, keep_chunk, keep_state, state_after
 from longtake.runtime.serve.live import Live
+from longtake.runtime.serve.logs import shown
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, take_in_clip
 from longtake.runtime.serve.store import Store
@@ -65,12 +66,12 @@ class Worker:
         lives = [live for live in list(self.lives.values()) if not live.over and not live.ending]
         return [Running(live.grant, live.journal.meta.user, live.journal.meta.kind) for live in lives]
 
-    def drain(self) -> None:
+    def drain(self, why: str = "drain") -> None:
         """Park every session at its next boundary, so that it moves to another worker."""
         with self._wake:
             for live in self.lives.values():
                 if not live.ending:
-                    live.ending, live.why = "park", "drain"
+                    live.ending, live.why = "park", why
             self._wake.notify_all()
 
     # ---- what the front asks for: called in the event loop -----------------------------------------------------------
@@ -81,8 +82,7 @@ class Worker:
         live = Live(grant, journal, asyncio.Queue(), asyncio.get_running_loop(), window)
         live.committed = journal.count()
         with self._wake:
-            if self.draining:  # a place that came free while everything is parked is none
-                live.ending = "park"
+            live.ending = "park" if self.draining else ""  # a place that came free while all is parked is none
             self.lives[grant] = live
             self._wake.notify_all()
         try:
@@ -192,6 +192,8 @@ class Worker:
                 self._over(live, "stopped" if live.ending == "stop" else "parked", live.why)
             else:
                 self._open(live)
+        elif live.ending and not live.settled:
+            return  # asked to end a moment ago: what was made is kept first
         elif live.ending == "stop":
             self._over(live, "stopped")
         elif live.exhausted and live.index == live.committed:
@@ -228,6 +230,8 @@ class Worker:
                 self.meters.observe("replay_seconds", time.monotonic() - begun)
             live.opened.set()
             live.tell("opened", chunk=live.committed)
+            about = {"chunk": live.committed, "prompt": shown(journal.meta.script[0][0])}
+            log.info("opened", extra={"session": journal.id, "worker": self.name, **about})
 
     def _take_over(self, live: Live, before: Live) -> None:
         """Go on with what an older connection held: nothing has to be replayed."""
@@ -333,10 +337,7 @@ class Worker:
     def close(self, park: bool = True) -> None:
         """Let the running chunk end, park every session, end the threads."""
         self.draining = True
-        with self._wake:
-            for live in self.lives.values():
-                live.ending = live.ending or "park"
-            self._wake.notify_all()
+        self.drain("")
         until = time.monotonic() + (12 if park else 0)
         while self.lives and time.monotonic() < until:
             time.sleep(0.02)

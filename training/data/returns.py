@@ -97,7 +97,8 @@ def _distance(draw: Draw, nearest: int, farthest: int) -> int:
 
 def _others(draw: Draw, subject: tuple[int, int, str], chunks: int, split: str, before: Shot) -> list[Shot]:
     """A shot each of one to four other subjects, `chunks` chunks in all."""
-    count, shots, digits = min(chunks, draw.pick(range(1, OTHERS + 1))), [], {subject[0]}
+    shots: list[Shot] = []
+    count, digits = min(chunks, draw.pick(range(1, OTHERS + 1))), {subject[0]}
     for number in range(count):
         digit = draw.pick([other for other in range(10) if other not in digits])
         digits.add(digit)

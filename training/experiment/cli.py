@@ -57,6 +57,8 @@ class ExperimentOptions:
     """lengths of training stories (default: 1,5,8,8,8)"""
     return_distance: ReturnDistance | None = option(None, metavar="N..M")
     """of training stories: how many chunks others have before a subject returns (default: as far as 8 chunks let it)"""
+    batch: int | None = option(None, metavar="N")
+    """stories of the longest length in a step of training; more of shorter ones (default: 20)"""
     stories: int | None = option(None, metavar="N")
     """training stories (default: 4000)"""
     distill_steps: int | None = option(None, metavar="N")
@@ -89,6 +91,7 @@ class ExperimentOptions:
             "chunks",
             "return_distance",
             "stories",
+            "batch",
             "distill_rollout",
             "distill_steps",
             "distill_seconds",

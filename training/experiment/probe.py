@@ -63,8 +63,7 @@ class Probe(Rollout):
         self.plain = ChunkPass(models.dit, sampling.cache, self.slots.layers[0].dtype)
         self.weigher = Weigher(models.preset.chunk_tokens)
         self.plain.attention = self.weigher
-
-    near: int | None = None  # turns the keys of the shot sink so that it seems to stand so many chunks away
+        self.near: int | None = None  # turns the keys of the shot sink so that it seems to stand so many chunks away
 
     def fixed(self, chunk: int) -> tuple[Tensor, ...]:
         """See `Rollout.fixed`."""
@@ -81,8 +80,7 @@ class Probe(Rollout):
             if not bound or bound not in visible:
                 continue
             way = max(0, chunk - near - bound) * preset.chunk_latents
-            turn = (table.to(self.device) for table in rope_tables(preset.dit, [float(way)], (1, 1)))
-            cos, sin = turn
+            cos, sin = (table.to(self.device) for table in rope_tables(preset.dit, [float(way)], (1, 1)))
             for kv in past[visible.index(bound) :: seen]:
                 kv[story, 0] = apply_rope(kv[story, 0], cos, sin)
         return (*found[: 2 + layers], *past)
@@ -130,11 +128,11 @@ def probe(models: Models, eyes: Eyes, stories: Sequence[Story], cache: str = "nv
         unread = (asked - told)[0]
         error = float(unread.std() / len(unread) ** 0.5) if len(unread) > 1 else 0.0
         found[name] = {
-            "asked": rounded_to(asked.mean(1)),
-            "told": rounded_to(told.mean(1)),
+            "asked": losses_of(asked.mean(1)),
+            "told": losses_of(told.mean(1)),
             "unread": float(unread.mean()),
             "unread_error": error,
-            "unread_by_story": [round(value, 6) for value in unread.tolist()],
+            "unread_by_story": losses_of(unread),
             "mass": [[rounded(row) for row in chunk] for chunk in mass.mean(1)],
         }
     return found
@@ -155,6 +153,6 @@ def returned(rollout: Probe, near: int | None) -> tuple[Tensor, Tensor]:
     return torch.stack(losses).cpu(), torch.stack(masses).cpu()
 
 
-def rounded_to(values: Tensor, digits: int = 6) -> list[float]:
-    """Losses, whose differences are small."""
-    return [round(value, digits) for value in values.tolist()]
+def losses_of(values: Tensor) -> list[float]:
+    """With the digits that their differences need."""
+    return [round(value, 6) for value in values.tolist()]

@@ -126,6 +126,9 @@ def claims(results: Results, settings: Settings) -> dict[str, dict[str, Any]]:
     made["the FP4 cache keeps the colour within 5 points of the bf16 cache"] = not_worse(
         "colour", "both", "bf16cache", CACHE_ROOM
     )
+    made["NVFP4-aware with the FP4 cache keeps the colour within 5 points of BF16"] = not_worse(
+        "colour", "both", "bf16", CACHE_ROOM
+    )
     made["the 4-step student is within 5 points of its teacher's prompt fidelity"] = _student(results, settings)
     return made
 

@@ -34,7 +34,9 @@ class ChunkPass:
         """`fmt` "nvfp4" keeps K and V as the 4-bit cache would give them back, in `dtype`. `attention`: "fp8" as our
         Hopper kernel computes it, else in the passes' own dtype."""
         self.dit, self.fmt, self.dtype = dit, fmt, dtype
-        self.attention = attention_fp8 if attention == "fp8" else functional.scaled_dot_product_attention
+        self.attention: Callable[..., Tensor] = (
+            attention_fp8 if attention == "fp8" else functional.scaled_dot_product_attention
+        )
 
     def look(self, *tensors: Tensor) -> Tensor:
         """Velocity, fp32 [B, C, F, h, w], without gradient."""

@@ -104,7 +104,7 @@ export function openTake(id) {
 }
 
 const handlers = {
-  "session.queued": ({ ahead }) => Object.assign(state, { phase: "queued", ahead }),
+  "session.queued": ({ ahead, estimate_s }) => Object.assign(state, { phase: "queued", ahead, wait: estimate_s }),
   "video.start": onStart,
   "session.interaction.queued": ({ event_id, at_chunk }) => {
     const event = films.queued(take(), event_id, at_chunk);

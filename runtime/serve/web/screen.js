@@ -71,7 +71,7 @@ function pace() {
 function stateNow() {
   const { phase } = state, video = $("video"), words = TEXT.state;
   if (phase === "unsupported") return [phase, words.unsupported];
-  if (phase === "queued") return [phase, words.queued(state.ahead)];
+  if (phase === "queued") return [phase, words.queued(state.ahead, state.wait)];
   if (phase === "idle") return state.reason ? ["opening", words.opening(state.reason)] : [phase, words.idle];
   if (phase === "connecting" || (phase === "reconnecting" && player.bufferedAhead < 0.2)) return [phase, words[phase]];
   if (phase === "moved") return [phase, words.moved];

@@ -30,7 +30,8 @@ export const TEXT = {
     idle: "Ready",
     opening: (reason) => `Getting ready: ${reason}`,
     connecting: "Connecting",
-    queued: (ahead) => (ahead ? `Waiting: ${ahead} ahead of you` : "You are next"),
+    queued: (ahead, seconds) => (ahead ? `Waiting: ${ahead} ahead of you` : "You are next")
+      + (seconds ? `, in about ${seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`}` : ""),
     starting: "Making the first picture",
     replaying: "Rebuilding the film",
     playing: "Playing",

@@ -88,8 +88,9 @@ class Compared:
         plan, generator = alone._position.slots.plan(False), torch.Generator().manual_seed(5)
         embeddings = torch.randn(1, 32, 128, generator=generator).to(self.device)
         context = [model.context(embeddings) for model in models]
-        latents = torch.randn(1, 16, 8, *PRESET.latent_hw, generator=generator).to(self.device)
-        fixed = {**alone.model.family.chunk_inputs(PRESET, 4, 1), **alone.model.family.pass_inputs(PRESET, 8, 500.0, 1)}
+        latents = torch.randn(1, 16, PRESET.chunk_latents, *PRESET.latent_hw, generator=generator).to(self.device)
+        family, frames = alone.model.family, PRESET.chunk_latents
+        fixed = {**family.chunk_inputs(PRESET, 4, 1), **family.pass_inputs(PRESET, frames, 500.0, 1)}
         fixed = {name: tensor.to(self.device) for name, tensor in fixed.items()}
         for commit in (False, True):
             made = [
@@ -102,35 +103,37 @@ class Compared:
         found |= {f"codes {what}": equal(many, one, what) for what in ("values", "scales")}
         found["amax"] = max(apart(many[name], one[name]) for name in one if "amax" in name)
         found["written"] = 1 - equal(many, whole, "values_0")
-        frames = [0.0]
+        pictures_apart = [0.0]
         for latent in latents.unbind(2)[:3]:
             pictures = [decoder.decode(latent).clone() for decoder in decoders]
-            frames.append(float((pictures[1] - pictures[0]).abs().max()))
-        found["frames"] = max(frames) / 2 * 255  # of [-1, 1]
+            pictures_apart.append(float((pictures[1] - pictures[0]).abs().max()))
+        found["frames"] = max(pictures_apart) / 2 * 255  # of [-1, 1]
         found["decoder caches"] = max(apart(a, b) for a, b in zip(decoders[1].state(), decoders[0].state()))
         return found
 
     def moved(self) -> dict[str, Any]:
-        """A video on one rank; the same with chunks 0, 1 on many, 2 on one and 3 on many again, through files."""
-        found: dict[str, Any] = {}
+        """A video on one rank beside one on many; saved after two chunks it goes on on one and on many, and from there,
+        saved again, once more on both."""
+        found: dict[str, Any] = {"gate": vars(RECIPE.gate)}
         alone = self.one_generator.session(SCRIPT, **HOW)
-        wanted = list(alone)
+        wanted = [next(alone) for _ in range(3)]
         found |= self.passes(alone)
-        session = self.many_generator.session(SCRIPT, **HOW)
-        got = [next(session), next(session)]
-        session.save(self.folder / "two.safetensors")
-        self.many_addresses(session, found)
-        session.close()
+        many = self.many_generator.session(SCRIPT, **HOW)
+        got = [next(many), next(many)]
+        many.save(self.folder / "two.safetensors")
+        self.many_addresses(many, found)
+        got.append(next(many))
         back = self.one_generator.load_session(self.folder / "two.safetensors")
-        got.append(next(back))
+        there = next(back)
         back.save(self.folder / "three.safetensors")
         again = self.many_generator.load_session(self.folder / "three.safetensors")
-        got.append(next(again))
-        found["chunks"] = [apart(a.latents, b.latents) for a, b in zip(got, wanted, strict=True)]
-        found["ssim"] = [float(ssim(a.frames, b.frames).min()) for a, b in zip(got, wanted, strict=True)]
-        found["gate"] = vars(RECIPE.gate)
+        hops = [(there, got[2]), (next(again), next(back))]
+        pairs = {"chunks": list(zip(got, wanted, strict=True)), "hops": hops}
+        for name, rows in pairs.items():
+            found[name] = [apart(a.latents, b.latents) for a, b in rows]
+            found[f"ssim of {name}"] = [float(ssim(a.frames, b.frames).min()) for a, b in rows]
         found["sent"] = len(self.many._sent._known)
-        for each in (alone, back, again):
+        for each in (alone, many, back, again):
             each.close()
         return found
 

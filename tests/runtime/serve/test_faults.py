@@ -115,6 +115,13 @@ def test_engines_that_are_others_are_named_and_the_session_kept(start: Any) -> N
     assert sorted(again.media) == [0, 1, 2, 3]
 
 
+def test_a_frame_that_is_too_large_closes_the_socket(server: Served) -> None:
+    live = Live(server.host)
+    with contextlib.suppress(Exception):  # it may be closed before all of it is sent
+        live.socket.send("x" * (17 << 20))
+    assert live.closed(30) == 1009 and server.get("/health").status_code == 200
+
+
 def reset(wire: socket.socket) -> None:
     """End a connection as a dying network does: without a farewell."""
     wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from serving import PROMPT, Live, Served, walk
 
+from longtake.runtime.serve.limits import Limits
+
 
 def shown(data: bytes) -> int:
     """Frames that a player shows of a stream."""
@@ -108,6 +110,18 @@ def test_pause_continue_extend_ping_snapshot(start: Any) -> None:
     again = server.live(type="session.resume", session_id=saved["snapshot_id"], next_chunk=made)
     again.until("session.done")
     assert again.fragments() == live.fragments(made)
+
+
+def test_a_session_is_not_made_longer_than_the_limit_bit_by_bit(start: Any) -> None:
+    server = start(limits=Limits(session_chunks=6))
+    live = server.live(prompt=PROMPT, chunks=4, flow={"mode": "ack", "window": 1})
+    live.chunk(0)
+    live.send("session.extend", chunks=2)
+    assert live.until("session.extended")["chunks"] == 6
+    live.send("session.extend", chunks=1)
+    assert live.until("error")["code"] == "bad_length"
+    live.until("session.done", ack=True)
+    assert sorted(live.media) == list(range(6))
 
 
 def test_resume_goes_on_byte_for_byte(start: Any, make_toy: Any) -> None:

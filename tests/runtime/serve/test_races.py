@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 from serving import PROMPT, Served, parked
 
+from longtake.runtime.serve.desk import Desk, asked
 from longtake.runtime.serve.grants import WorkerLostError
 from longtake.runtime.serve.journal import Journal
+from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.local import LocalWorkers
+from longtake.runtime.serve.meters import silent
 
 FLOW = {"mode": "ack", "window": 1}
 
@@ -99,6 +103,36 @@ def test_a_place_that_comes_free_while_the_server_ends_is_none(start: Any) -> No
     assert counts[0] == 0 and counts[1] >= 1
 
 
+def test_what_was_made_is_kept_before_a_session_is_parked(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked to end between the choice of whose turn it is and the turn, while a chunk waits to be encoded."""
+    from longtake.runtime.serve import worker
+
+    encode, turn, asked = worker.keep_chunk, worker.Worker._next, threading.Event()
+
+    def held(journal: Journal, preset: Any, chunk: Any, position: Any) -> Any:
+        if chunk.index == 1:
+            assert asked.wait(20)
+            time.sleep(0.3)
+        return encode(journal, preset, chunk, position)
+
+    def chosen(self: worker.Worker) -> Any:
+        live = turn(self)
+        if live is not None and live.session is not None and live.index == 2 and not live.ending:
+            live.ending = "park"
+            asked.set()
+        return live
+
+    monkeypatch.setattr(worker, "keep_chunk", held)
+    monkeypatch.setattr(worker.Worker, "_next", chosen)
+    server: Served = start()
+    live = server.live(prompt=PROMPT, chunks=6, seed=3)
+    session = live.until("video.start")["session_id"]
+    live.chunk(1)
+    assert live.closed() == 1001
+    journal = server.store.journal(session)
+    assert journal.count() == 2 and journal.snapshots()[0][0] == 2
+
+
 def test_a_worker_that_is_lost_while_the_clock_ticks_ends_no_connection(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +149,34 @@ def test_a_worker_that_is_lost_while_the_clock_ticks_ends_no_connection(
     live = server.live(prompt=PROMPT, chunks=3, flow={"mode": "realtime", "window": 1})
     live.until("session.done")
     assert lost == [0] and live.closed() == 1000
+
+
+def test_who_goes_away_while_a_place_is_asked_for_leaves_none_taken(server: Served) -> None:
+    class Far(Desk):
+        """A registry whose answers take their time."""
+
+        async def ask(self, *words: Any) -> int:
+            number = await super().ask(*words)
+            heard.set()
+            await asyncio.sleep(0.1)
+            return number
+
+    session = server.live(prompt=PROMPT, chunks=1).until("session.done")["session_id"]
+    journal = server.store.journal(session)
+
+    async def main() -> None:
+        desk = Far(Limits(), silent())
+        await desk.register("w", 1, 0, {})
+        task = asyncio.create_task(asked(desk, journal))
+        await heard.wait()
+        assert desk.registry.state(session) == "placing"
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert desk.registry.state(session) is None and desk.registry.load() == 0
+
+    heard = asyncio.Event()
+    asyncio.run(main())
 
 
 def test_chunks_are_added_between_two_of_them(toy: Any, make_generator: Any) -> None:

@@ -105,6 +105,21 @@ def test_a_report_alone_is_not_time_spent(tmp_path: Path) -> None:
     assert spent(tmp_path, "CPU", 5.0, True) == ("2 x H100 and CPU", 105.0)
 
 
+def test_what_has_no_room_is_refused_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["experiment", "--device", "cpu", "--plan", "--out", str(tmp_path / "out")]
+    for words, message in (
+        (["--return-distance", "7..9"], "too short for a subject to return"),
+        (["--distill-rollout", "3..6"], "roll-out is shorter than what they learn on"),
+        (["--chunks", "8,16", "--return-distance", "3..9", "--distill-rollout", "4"], "too short for a subject"),
+    ):
+        assert longtake([*told, *words]) != 0 and message in capsys.readouterr().err, words
+    assert not (tmp_path / "out").exists()
+    far = ["--chunks", "8,16", "--return-distance", "3..9", "--distill-rollout", "8..16", "--batch", "5"]
+    assert longtake([*told, *far]) == 0
+    kept = record_from_json(Settings, json.loads((tmp_path / "out" / "settings.json").read_text()))
+    assert kept.return_distance == (3, 9) and kept.distill_rollout == tuple(range(8, 17)) and kept.batch == 5
+
+
 def test_settings_survive_json() -> None:
     assert record_from_json(Settings, json.loads(json.dumps(Settings().as_json()))) == Settings()
 
