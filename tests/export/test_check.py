@@ -269,7 +269,8 @@ def test_no_story_is_told_where_prompts_cannot_be_read(capsys: pytest.CaptureFix
             raise LongtakeError("the text encoder's tokenizer is missing")
 
     on_gpu, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
-    readable, unreadable = SimpleNamespace(text=SimpleNamespace(tokenizer=list)), SimpleNamespace(text=Unreadable())
+    readable = SimpleNamespace(text=SimpleNamespace(tokenizer=list), preset=PRESETS["tiny"])
+    unreadable = SimpleNamespace(text=Unreadable(), preset=PRESETS["tiny"])
     assert check_cli.usual_story(readable, on_gpu) == check_cli.STORY  # type: ignore[arg-type]
     assert check_cli.usual_story(readable, on_cpu) is None and not capsys.readouterr().out  # type: ignore[arg-type]
     assert check_cli.usual_story(unreadable, on_gpu) is None  # type: ignore[arg-type]

@@ -24,7 +24,8 @@ class Only(nn.Module):
     def __init__(self, preset: Preset) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.blocks = CausalDiT(preset.dit).blocks
+        whole = CausalDiT(preset.dit)
+        self.blocks, self.family = whole.blocks, whole.family
 
 
 def run(dit: nn.Module) -> None:

@@ -16,6 +16,7 @@ from serving import PROMPT, Live, Served, parked
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import write_json
+from longtake.runtime.serve.limits import FRAME_BYTES
 from longtake.runtime.serve.server import Settings, serve
 from longtake.runtime.serve.store import Store
 
@@ -115,11 +116,15 @@ def test_engines_that_are_others_are_named_and_the_session_kept(start: Any) -> N
     assert sorted(again.media) == [0, 1, 2, 3]
 
 
-def test_a_frame_that_is_too_large_closes_the_socket(server: Served) -> None:
-    live = Live(server.host)
-    with contextlib.suppress(Exception):  # it may be closed before all of it is sent
-        live.socket.send("x" * (17 << 20))
-    assert live.closed(30) == 1009 and server.get("/health").status_code == 200
+def test_a_message_that_is_too_large_closes_the_socket(server: Served) -> None:
+    codes = set()
+    for _ in range(5):
+        live = Live(server.host)
+        with contextlib.suppress(Exception):  # it may be closed before all of it is sent
+            live.socket.send(["x" * FRAME_BYTES, "x"])
+        codes.add(live.closed(30))
+    # the close may get lost: a system resets a connection that is closed while bytes still come in
+    assert 1009 in codes and codes <= {1009, 1006} and server.get("/health").status_code == 200
 
 
 def reset(wire: socket.socket) -> None:
