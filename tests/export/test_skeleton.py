@@ -154,7 +154,7 @@ def test_the_check_preset_has_the_real_linears() -> None:
     assert check.dit == replace(WAN22_TI2V_5B.dit, layers=check.dit.layers)
 
 
-@pytest.mark.parametrize("ops", ("engine", "library"))
+@pytest.mark.parametrize("ops", ("engine", pytest.param("library", marks=pytest.mark.slow)))
 def test_a_vae_agrees_with_pytorch_whoever_runs_it(
     small_models: Models, small_graphs: PlainGraphs, tmp_path: Path, ops: str
 ) -> None:

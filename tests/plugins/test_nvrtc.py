@@ -33,7 +33,13 @@ def source_in(folder: Path, text: str = SOURCE) -> Path:
     return path
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+OLDEST_AND_NEWEST = ARCHITECTURES[0], ARCHITECTURES[-1]
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [arch if arch in OLDEST_AND_NEWEST else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES],
+)
 def test_every_kernel_compiles(arch: str) -> None:
     for op in kernel_ops().values():
         for dims in op.sizes[:2] if op.sizes is SIZES else op.sizes[:1]:

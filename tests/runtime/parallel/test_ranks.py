@@ -14,7 +14,7 @@ assert _spec and _spec.loader
 ranks_at_work: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ranks_at_work)
 RUNS = {
-    "2 ranks": ((2, "cpu"), []),
+    "2 ranks": ((2, "cpu"), [pytest.mark.slow]),
     "4 ranks": ((4, "cpu"), [pytest.mark.slow]),
     "2 GPUs": ((2, "cuda"), [pytest.mark.gpu, pytest.mark.slow]),
 }

@@ -241,11 +241,11 @@ def test_jobs_survive_a_restart(start: Any) -> None:
 
 def test_jobs_make_room_for_people(start: Any) -> None:
     server = start(pause_s=0.02)
-    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "20", "seed": 3}).json()["id"]
+    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "10", "seed": 3}).json()["id"]
     live = server.live(prompt=PROMPT, chunks=2)
     live.until("session.done")
     assert server.get(f"/v1/videos/{job}").json()["status"] in ("queued", "in_progress")
     server.wait_for(job)
-    again = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "20", "seed": 3}).json()["id"]
+    again = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "10", "seed": 3}).json()["id"]
     server.wait_for(again)
     assert server.get(f"/v1/videos/{job}/content").content == server.get(f"/v1/videos/{again}/content").content
