@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -412,7 +413,9 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         with open(folder / f"{name}.txt", "wb") as said:
             running[name] = subprocess.Popen([*START, *words], cwd=folder, env=environment, stdout=said, stderr=said)
     try:
-        yield {name: _interrupt(process, folder, name) for name, process in running.items()}
+        with ThreadPoolExecutor(len(running)) as pool:  # none may end while another is waited for
+            ends = pool.map(lambda name: _interrupt(running[name], folder, name), running)
+            yield dict(zip(running, ends, strict=True))
     finally:
         for process in running.values():
             process.kill()
