@@ -32,8 +32,8 @@ def taken(live: Live, change: Change) -> Ack:
         except LongtakeError as error:
             raise ChangeRefusedError("interaction_failed", error.what, error) from None
         except OSError as error:
-            known = LongtakeError(f"the change cannot be kept: {error.strerror}", fix="free space, then ask again")
-            raise ChangeRefusedError("store_full", known.what, known) from None
+            full = LongtakeError(f"the change cannot be kept: {error.strerror}", fix="free space, then ask again")
+            raise ChangeRefusedError("store_full", full.what, full) from None
 
 
 def _changed(live: Live, session: Session, change: Change) -> Ack:

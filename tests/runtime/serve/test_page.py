@@ -402,3 +402,11 @@ def test_the_camera_is_there_where_the_model_has_one(visit: Open, server: Proces
     # this model has none after all: it says so, and the film goes on
     until(page, "document.querySelector('#notices').textContent.includes('no camera')")
     assert page.evaluate("video.error") is None and os.path.exists(str(CHROMIUM))
+    key = page.locator("#pad button").first
+    page.evaluate("document.querySelector('#fresh').click()")
+    key.evaluate("key => key.click()")  # there is no film to send it to
+    assert key.get_attribute("aria-pressed") == "false"
+    key.evaluate("key => key.setAttribute('aria-pressed', 'true')")  # of the film before
+    start(page)
+    until(page, shown(1))
+    assert key.get_attribute("aria-pressed") == "false"
