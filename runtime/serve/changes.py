@@ -32,7 +32,8 @@ def taken(live: Live, change: Change) -> Ack:
         except LongtakeError as error:
             raise ChangeRefusedError("interaction_failed", error.what, error) from None
         except OSError as error:
-            raise ChangeRefusedError("store_full", f"the change cannot be kept: {error.strerror}") from None
+            full = LongtakeError(f"the change cannot be kept: {error.strerror}", fix="free space, then ask again")
+            raise ChangeRefusedError("store_full", full.what, full) from None
 
 
 def _changed(live: Live, session: Session, change: Change) -> Ack:

@@ -104,6 +104,8 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
     ahead = _ahead(source, count, shared, wish)
     longer = any(event["type"] == "extend" for event in source.events())  # then its length in frames holds no more
     meta = _described(replace(source.meta, frames=None) if longer else source.meta, ident, user, wish, shared, ahead)
+    before = [steer for steer in steers_of(source) if steer["at"] < shared]  # a take of this take may begin before them
+    meta = replace(meta, about={**meta.about, "steers": [*before, *ahead.steers]})
     folder = store.folder(ident)
     folder.mkdir(parents=True)
     for index in range(shared):
@@ -121,8 +123,11 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
 def _ahead(source: Journal, count: int, start: int, wish: Wish) -> Ahead:
     """Script and live changes from chunk `start` on."""
     position = position_on_disk(source, count)
+    steers = tuple(steer for steer in steers_of(source) if steer["at"] >= start)
     if wish.story is not None:
-        return Ahead(wish.story)
+        return Ahead(
+            wish.story, steers=steers if wish.remixed_from else ()
+        )  # a remix has other words, and the same moves
     script = script_from(source, start, position)
     if wish.bounded and source.meta.endless:
         script = tuple(one for one in script_from(source, start, replace(position, script=())))
@@ -131,7 +136,7 @@ def _ahead(source: Journal, count: int, start: int, wish: Wish) -> Ahead:
         edits = sorted([*edits, Edit(wish.from_chunk, wish.prompt, wish.cut)], key=lambda edit: edit.at)
     if wish.chunks is not None:
         script = lengthened(replace(position, chunk=start, script=script), wish.chunks).script
-    return Ahead(script, tuple(edits), tuple(steer for steer in steers_of(source) if steer["at"] >= start))
+    return Ahead(script, tuple(edits), steers)
 
 
 def _shared(source: Journal, start: int, wish: Wish) -> int:
@@ -145,7 +150,7 @@ def _shared(source: Journal, start: int, wish: Wish) -> int:
 def _described(meta: Meta, ident: str, user: str, wish: Wish, shared: int, ahead: Ahead) -> Meta:
     seed = meta.seed if wish.seed is None else wish.seed
     frames = wish.frames if wish.chunks is not None else meta.frames if wish.story is None else None
-    about = {**meta.about, "edits": ahead.rows, "steers": list(ahead.steers)}
+    about = {**meta.about, "edits": ahead.rows}
     told = meta.script if shared else tuple((one.prompt, one.chunks, one.cut) for one in ahead.script)
     return replace(
         meta,

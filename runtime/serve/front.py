@@ -26,7 +26,8 @@ def writing() -> Iterator[None]:
         yield
     except OSError as error:
         words = f"the store cannot be written to: {error.strerror or error}"
-        raise ServeError("store_full", words, status=503, retry_s=30) from None
+        detail = {"fix": "free space, or make it writable, then ask again"}
+        raise ServeError("store_full", words, status=503, retry_s=30, detail=detail) from None
 
 
 @dataclass(eq=False)

@@ -9,11 +9,18 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from longtake.errors import LongtakeError
 from longtake.runtime.serve.grants import Event, Grant
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.session import Session
 
 AHEAD = 2  # chunks made but not yet in the journal: one being decoded, one being encoded
+
+
+def store_full(error: OSError) -> tuple[str, str, LongtakeError]:
+    """Why a session is put aside that cannot be kept: in words, as a code, and what to do."""
+    known = LongtakeError(f"the store cannot be used: {error.strerror}", fix="free space, then resume")
+    return known.what, "store_full", known
 
 
 @dataclass

@@ -12,7 +12,15 @@ from longtake.runtime.serve.fork import Wish, fork
 from longtake.runtime.serve.front import Front, writing
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.registry import FAILED
-from longtake.runtime.serve.requests import Asker, checked_story, checked_text, described, image_from_url, with_image
+from longtake.runtime.serve.requests import (
+    Asker,
+    checked_story,
+    checked_text,
+    described,
+    image_from_url,
+    view_of,
+    with_image,
+)
 from longtake.runtime.serve.store import new_id
 
 
@@ -93,7 +101,11 @@ def wish_of(message: Retake | RetakeBody, asker: Asker, **more: object) -> Wish:
         raise ServeError("not_supported", "this model knows no cuts", detail={"fix": "leave cut out"})
     if message.seed is not None and not 0 <= message.seed < 1 << 63:
         raise ServeError("bad_request", "bad seed", param="seed", detail={"expected": "0 to 2^63 - 1"})
-    story = checked_story(message.story, asker).segments if message.story is not None else None
+    told = checked_story(message.story, asker) if message.story is not None else None
+    if view := view_of(told):
+        detail = {"got": ", ".join(view), "fix": "leave them out of the story"}
+        raise ServeError("not_supported", "a retake keeps its video's camera", param="story", detail=detail)
+    story = told.segments if told is not None else None
     if story is not None and sum(one.chunks for one in story) > asker.limits.session_chunks:
         raise ServeError("bad_length", "the story is too long", param="story")
     return Wish(message.from_chunk, message.prompt, bool(message.cut), story, message.seed, **more)  # type: ignore[arg-type]

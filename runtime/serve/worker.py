@@ -23,7 +23,7 @@ from longtake.runtime.serve.describe import description
 from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant, Running
 from longtake.runtime.serve.journal import Journal, LeaseLostError
 from longtake.runtime.serve.keeping import is_decoded, keep_chunk, keep_state, state_after
-from longtake.runtime.serve.live import Live
+from longtake.runtime.serve.live import Live, store_full
 from longtake.runtime.serve.logs import shown
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, take_in_clip
@@ -222,7 +222,7 @@ class Worker:
             code = "engines_differ" if isinstance(error, OtherEnginesError) else "cannot_open"
             self._over(live, "failed", error.what, code, error)
         except OSError as error:
-            self._over(live, "parked", f"the store cannot be used: {error.strerror}", "store_full")
+            self._over(live, "parked", *store_full(error))
         else:
             with self._wake:
                 live.session, live.committed = session, journal.count()
@@ -312,7 +312,7 @@ class Worker:
             except LeaseLostError as error:
                 self._over(live, "lost", error.what, "lease_lost")
             except OSError as error:
-                self._over(live, "parked", f"the store cannot be used: {error.strerror}", "store_full")
+                self._over(live, "parked", *store_full(error))
             except Exception as error:
                 log.exception("session %s: chunk %d is lost", live.grant.session, chunk.index)
                 known = error if isinstance(error, LongtakeError) else None

@@ -116,9 +116,8 @@ function pad() {
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", () => {
       const held = button.getAttribute("aria-pressed") === "true";
-      $("pad").querySelectorAll("button").forEach((each) => each.setAttribute("aria-pressed", String(each === button && !held)));
       const [translation, rotation] = held ? [still, ahead] : moves[order];
-      live.steer({ mode: "velocity", data: { translation, rotation } });
+      if (live.steer({ mode: "velocity", data: { translation, rotation } })) live.press(held ? null : button);
     });
     return button;
   }));

@@ -131,6 +131,8 @@ function onStart(message) {
   const same = films.active === opened && state.phase === "reconnecting";
   const kept = Number(sessionStorage.getItem(`longtake-at-${id}`));
   films.active = opened;
+  if ($("pad").dataset.take !== id) press(null); // a take that goes on moves on
+  $("pad").dataset.take = id;
   Object.assign(state, { phase: "live", paused: false, tries: 0, acked: message.next_chunk - 1 });
   player.finished = false;
   meters.interrupted();
@@ -241,10 +243,14 @@ export function change(cut) {
   draw();
 }
 
-// A move of the camera, where the model has one; it holds until the next one.
+// A move of the camera, where the model has one; it holds until the next one. Returns whether it was sent.
 export function steer(camera) {
-  const id = newId();
-  if (live()) link.send({ type: "session.interaction", interaction: { event_id: id, event: { multi_modal_data: { camera } } } });
+  return live() && link.send({ type: "session.interaction", interaction: { event_id: newId(), event: { multi_modal_data: { camera } } } });
+}
+
+// Show which key of the camera holds; null: none.
+export function press(key) {
+  for (const each of $("pad").querySelectorAll("button")) each.setAttribute("aria-pressed", String(each === key));
 }
 
 export function togglePause() {

@@ -74,11 +74,13 @@ def test_a_rank_that_is_killed_ends_the_command_with_its_name(folder: Path) -> N
 
 def test_the_others_end_with_the_first(folder: Path) -> None:
     running = started(folder, "--prompt", "a red two", "--chunks", "400", "--gpus", "2", "--out", "lost.mp4")
-    assert running.stdout is not None
-    assert running.stdout.readline().startswith("backend: sharded")
-    (rank,) = children(running.pid)
-    running.kill()
-    running.communicate(timeout=60)
+    try:
+        assert running.stdout is not None
+        assert running.stdout.readline().startswith("backend: sharded")
+        (rank,) = children(running.pid)
+    finally:
+        running.kill()
+        running.communicate(timeout=60)
     end = time.monotonic() + 30
     while (state := _state(rank)) not in ("gone", "Z") and time.monotonic() < end:
         time.sleep(0.1)

@@ -73,7 +73,9 @@ def test_the_dockerfile_has_a_target_for_each() -> None:
         assert said(target, "STOPSIGNAL") == ["SIGTERM"] and said(target, "EXPOSE") == ["8000"]
         places = json.loads(said(target, "VOLUME")[0])
         assert all(f"chown longtake {' '.join(places)}" in line for line in said(target, "RUN") if "useradd" in line)
-        assert said(target, "ENV") == ["LONGTAKE_HOME=/models"] and "/models" in places
+        assert (
+            said(target, "ENV") == [f"LONGTAKE_HOME=/models PATH={Path(LONGTAKE).parent}:$PATH"] and "/models" in places
+        )
 
 
 def test_what_is_copied_is_there() -> None:
@@ -151,6 +153,11 @@ def test_the_cluster() -> None:
     assert all({"name": "RAY_AUTH_MODE", "value": "token"} in one["env"] for one in containers)
     assert containers[0]["command"] == [LONGTAKE]
     parses(containers[0]["args"])
+    text = (FOLDER / "kuberay.yaml").read_text(encoding="utf-8")
+    target, names = re.findall(r"--target (\w+) --build-arg TENSORRT=(\S+)", text)[0]
+    (image,) = {one["image"] for one in containers}
+    assert "$TENSORRT]" in str(said(target, "RUN")) and f"-t {image} " in text
+    assert "scale" in names.split(",") and set(names.split(",")) <= set(extras())
 
 
 @pytest.mark.parametrize("name", ["nginx.conf", "Caddyfile"])

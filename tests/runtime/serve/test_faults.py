@@ -68,7 +68,7 @@ def test_a_store_that_is_read_only_takes_nothing_new_and_keeps_what_it_has(start
     with gone(server.store.sessions):
         answer = server.post("/v1/videos", json={"prompt": PROMPT})
         assert answer.status_code == 503 and answer.json()["error"]["code"] == "store_full"
-        assert int(answer.headers["retry-after"]) > 0
+        assert int(answer.headers["retry-after"]) > 0 and "free space" in answer.json()["error"]["longtake"]["fix"]
         live = server.live(prompt=PROMPT, chunks=2)
         assert live.next()["code"] == "store_full" and live.closed() == 4503
         assert server.get("/ready").status_code == 200
@@ -89,6 +89,7 @@ def test_a_disk_that_fills_parks_a_session_which_goes_on(start: Any) -> None:
         live.send("session.ack", chunk=0)
         error = live.until("error")
         assert error["code"] == "store_full" and live.closed() == 4503
+        assert error["longtake"]["fix"] == "free space, then resume"
     kept = server.store.journal(session)
     assert kept.count() == kept.intact() == 1 and kept.end() is None
     again = server.live(type="session.resume", session_id=session, next_chunk=1)

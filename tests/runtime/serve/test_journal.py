@@ -18,8 +18,9 @@ from longtake.runtime.serve.fork import Wish, fork
 from longtake.runtime.serve.fragments import codec_for
 from longtake.runtime.serve.journal import Journal, LeaseLostError, Meta
 from longtake.runtime.serve.keeping import keep_chunk
-from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild
+from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, steers_of
 from longtake.runtime.serve.store import Store, new_id
+from longtake.runtime.story import Segment
 
 SCRIPT = (("a red one", 2, False), ("a blue two", 3, True))
 
@@ -211,6 +212,26 @@ def test_forks_share_files(store: Store, generator: Any) -> None:
     for start in (-1, 6):
         with pytest.raises(LongtakeError, match="chunk to retake from"):
             fork(store, taken, new_id("live"), "local", Wish(start))
+
+
+def test_the_camera_s_moves_outlive_takes_of_takes_and_remixes(store: Store, generator: Any) -> None:
+    journal = begin(store, generator)
+    make(generator, journal, 5)
+    for at, keys in ((2, "w"), (4, "d")):
+        change = {"type": "change", "at_chunk": at, "prompt": None, "cut": False, "camera": {"action": keys}}
+        journal.append_event(change)
+    moves = [(2, "w"), (4, "d")]
+
+    def moved(taken: Journal) -> list[tuple[int, str]]:
+        return [(steer["at"], steer["keys"]) for steer in steers_of(taken)]
+
+    later = fork(store, journal, new_id("live"), "local", Wish(4))
+    assert later.count() == 4 and moved(later) == moves
+    assert moved(fork(store, later, new_id("live"), "local", Wish(1))) == moves
+    told = (Segment("a green three", 2),)
+    assert moved(fork(store, journal, new_id("live"), "local", Wish(3, story=told))) == moves[:1]
+    remix = Wish(0, story=told, chunks=2, bounded=True, kind="video", remixed_from=journal.id)
+    assert moved(fork(store, later, new_id("video"), "local", remix)) == moves
 
 
 def test_a_fork_of_a_film_whose_end_was_cut(store: Store, generator: Any) -> None:

@@ -153,7 +153,7 @@ def test_what_was_steered_outlives_a_server(start: Start) -> None:
     watched(live, range(4, 6))
     live.until("session.done")
     assert seen | live.fragments() == whole.fragments()
-    for first in (0, 1, 4):  # a take of the whole, and of that take
+    for first in (0, 4, 1):  # a take of the whole, and of that take; of one, also from before what it made itself
         take = server.live(type="session.retake", session_id=session, from_chunk=first, next_chunk=0)
         session = take.until("video.start")["session_id"]
         take.until("session.done", ack=True)
@@ -199,3 +199,5 @@ def test_a_story_says_where_the_camera_goes(start: Start, own: Generator) -> Non
     kept = server.store.journal(job["id"])
     for chunk in wanted:
         torch.testing.assert_close(kept.latents(chunk.index), chunk.latents, rtol=0, atol=1e-5)
+    again = server.post(f"/v1/videos/{job['id']}/retake", json={"from_chunk": 1, "story": story}).json()["error"]
+    assert (again["code"], again["param"], again["longtake"]["got"]) == ("not_supported", "story", "action")
