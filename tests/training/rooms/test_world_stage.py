@@ -123,7 +123,8 @@ def test_the_commands_train_a_teacher_and_a_causal_one(
     preset_file: Path, preset: Preset, teacher: Path, tmp_path: Path
 ) -> None:
     told = json.loads((teacher / "dit.json").read_text())
-    assert told["context"] == "whole" and told["i2v"] == 0.9 and told["sampling"]["steps"] == 2
+    assert told["context"] == "whole" and told["i2v"] == 0.9
+    assert told["sampling"] == {"steps": 2, "guidance": 1.0, "shift": 1.0}
     words = "--stage dit --context window --precision nvfp4 --steps 1 --batch 1 --stories 2 --chunks 3".split()
     assert train(preset_file, tmp_path / "causal", *words, "--init", str(teacher)) == 0
     models = load_models(preset, tmp_path / "causal")
@@ -137,6 +138,7 @@ def test_the_commands_train_a_teacher_and_a_causal_one(
         ({"data": "digits"}, r"(?s)videos with cameras.*got: --data digits.*--data rooms"),
         ({"error_recycling": True}, r"(?s)not for worlds.*--error-recycling"),
         ({"gradient_checkpointing": True}, r"(?s)not for worlds.*--gradient-checkpointing"),
+        ({"attention": "flex"}, r"(?s)not for worlds.*--attention"),
     ],
 )
 def test_what_no_world_is_trained_with(preset: Preset, given: dict[str, object], says: str) -> None:
