@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.out_of_memory import is_out_of_memory
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.parallel.processes import Followers, is_silence
 from longtake.runtime.parallel.rank import RankBackend
 from longtake.runtime.parallel.sent import Sent
 
+CLOSE_S = 2.0
 RESUME = "go on from the session that was saved last (--load-session), with as many GPUs or with one"
 
 
@@ -120,7 +120,7 @@ class ShardedBackend(Backend):
             self.failure = self._lost(self._reason(error))
             self.followers.end()
             self.own.comm.leave(broken=True)
-            if isinstance(error, Exception) and not is_out_of_memory(error):
+            if isinstance(error, Exception):
                 raise self.failure from error
             raise
 
@@ -132,7 +132,8 @@ class ShardedBackend(Backend):
         if ended := self.followers.why():
             return ended
         silent = self.followers.silent()
-        return f"no answer of rank {', '.join(map(str, silent)) or '1'} within {self.own.comm.patience:g} s"
+        known = f"no answer of rank {', '.join(map(str, silent)) or '1'} within {self.own.comm.patience:g} s"
+        return f"{known} ({words.splitlines()[0][:300]})"
 
     def _lost(self, why: str) -> LongtakeError:
         ranks = self.own.comm.world
@@ -148,11 +149,16 @@ class ShardedBackend(Backend):
         return self.own.peak_bytes()
 
     def close(self) -> None:
-        """See Backend.close: the others end."""
-        with self._turn:
-            if not self._closed:
-                self._closed = True
-                if not self.failure:
-                    self.followers.end(politely=True)
-                    self.own.comm.leave()
-        self.own.close()
+        """See Backend.close: the others end. Who waits for a rank that does not answer is not waited for."""
+        idle = self._turn.acquire(timeout=CLOSE_S)
+        if not idle:
+            self.followers.end()  # gloo's exchanges break now
+            idle = self._turn.acquire(timeout=CLOSE_S)
+        if not self._closed:
+            self._closed = True
+            if idle and not self.failure:
+                self.followers.end(politely=True)
+                self.own.comm.leave()
+        if idle:
+            self._turn.release()
+            self.own.close()

@@ -47,7 +47,8 @@ class Comm:
             store=store,
             rank=self.rank,
             world_size=self.world,
-            timeout=timedelta(seconds=self.patience),
+            # NCCL's own watchdog ends the whole process: `settle` must come first
+            timeout=timedelta(seconds=self.patience * (4 if cuda else 1)),
             device_id=self.device if cuda else None,
         )
 

@@ -121,6 +121,7 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.basicConfig(level=logging.WARNING)
+    follower = None
     try:
         told = lines()
         opening = record_from_json(Opening, next(told))
@@ -133,7 +134,7 @@ def main() -> None:
         for command in told:
             follower.do(command)
     except BaseException as error:
-        if not is_silence(str(error)):  # else another rank tells why
+        if follower is None or not is_silence(str(error)):  # else another rank tells why
             traceback.print_exc()
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}), file=channel, flush=True)
         os._exit(1)  # not through an exchange that nobody answers

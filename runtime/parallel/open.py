@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +42,7 @@ def sharded_backend(
     require_split(recipe.model, gpus)
     devices = require_devices(gpus, device)
     with _settings():
-        store = dist.TCPStore(LOOPBACK, 0, gpus, is_master=True, wait_for_workers=False)
+        store = _store(gpus)
         threads = max(1, torch.get_num_threads() // gpus) if devices[0] == "cpu" else 0
         place = str(checkpoints) if checkpoints else None
         first = Opening(recipe, place, 0, gpus, devices[0], store.port, patience, threads, dtype)
@@ -51,13 +52,25 @@ def sharded_backend(
             own = replace(first, threads=0).opened()
             followers.require_ready()
             followers.tell({"do": "join"})
-            own.comm.join(store)
+            try:
+                own.comm.join(store)
+            except RuntimeError as error:  # torch's own errors of an exchange are
+                raise followers.not_ready(followers.why() or str(error).splitlines()[0]) from error
         except BaseException:
             followers.end()
             raise
     over = "NCCL" if own.device.type == "cuda" else "gloo"
     decoder = "the VAE by rows" if own.by_rows else "the VAE on the first: this recipe's decoder is not cut"
     return ShardedBackend(own, followers, f"PyTorch in {dtype or 'fp32'} on {gpus} ranks over {over}, {decoder}")
+
+
+def _store(ranks: int) -> dist.TCPStore:
+    """Where the ranks meet. torch would listen on every network card, and ask nobody for a password."""
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        LOOPBACK, port, ranks, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def require_split(preset: Preset, gpus: int) -> None:

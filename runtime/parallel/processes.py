@@ -74,13 +74,13 @@ class Followers:
                 if line and "ready" in line:
                     del waiting[rank]
                 elif line is not None or process.poll() is not None:
-                    if line:
-                        self._said[rank] = str(line.get("error"))
-                    raise self._not_ready(self.why() or "a process that ended")
+                    said = str(line.get("error")) if line else f"exit code {process.poll()}"
+                    raise self.not_ready(f"rank {rank} has ended: {said}")
             if waiting and time.monotonic() > end:
-                raise self._not_ready(f"no answer of rank {min(waiting)} within {seconds:g} s")
+                raise self.not_ready(f"no answer of rank {min(waiting)} within {seconds:g} s")
 
-    def _not_ready(self, why: str) -> LongtakeError:
+    def not_ready(self, why: str) -> LongtakeError:
+        """All are ended, and this says why."""
         self.end()
         return UnavailableError(
             "a rank could not be started",

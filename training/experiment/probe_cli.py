@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from longtake.errors import LongtakeError
 from longtake.files import write_json
 from longtake.options import Bounds, Command, OneOf, option
 from longtake.provenance import command_line
@@ -61,10 +62,29 @@ def steps_of(folder: Path) -> int | None:
     return side.step if not parts else sum(part["steps"] or 0 for part in parts)
 
 
+def _require_cell_and_names(options: ProbeOptions) -> None:
+    if options.between > options.distance:
+        raise LongtakeError(
+            "a chunk shows one subject",
+            got=f"--between {options.between} in --distance {options.distance}",
+            expected=f"1 to {options.distance} subjects",
+            fix=f"--between {options.distance}",
+        )
+    names = [folder.name for folder in options.checkpoints]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise LongtakeError(
+            "two checkpoints of one name: their figures could not be told apart",
+            got=", ".join(twice),
+            expected="folders with names of their own",
+            fix="rename one, or run the command once for each",
+        )
+
+
 def run(options: ProbeOptions) -> int:
     """Measure, print the tables, write them."""
+    _require_cell_and_names(options)
     device = device_named(options.device)
-    cell = Cell(options.distance, min(options.between, options.distance))
+    cell = Cell(options.distance, options.between)
     stories = memory_stories(cell, options.stories)
     found: dict[str, Any] = {}
     for folder in options.checkpoints:

@@ -77,6 +77,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise LongtakeError("no seeds", got=self.seeds, expected="1 or more", fix="--seeds 3")
+        for name, value in (("batch", self.batch), ("stories", self.stories)):
+            if value < 1:
+                raise LongtakeError(f"bad --{name}", got=value, expected="1 or more", fix=f"leave --{name} out")
         if self.teacher not in ("first", "best"):
             raise LongtakeError("unknown teacher", got=self.teacher, expected="first or best", fix="--teacher first")
         require_room(RETURNING, self.chunks, self.return_distance or None)

@@ -134,3 +134,15 @@ def test_the_command_on_the_shipped_model(tmp_path: Path, capsys: pytest.Capture
     assert found["cell"] == [1, 1] and found["checkpoints"]["tiny"]["steps"] == 10254
     assert len(found["checkpoints"]["tiny"]["both"]["mass"][0]) == 6
     assert "tiny, 10254 steps" in capsys.readouterr().out and (tmp_path / "p.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--distance", "1", "--between", "4"), "a chunk shows one subject"),
+        (("--checkpoints", "a/part", "b/part"), "two checkpoints of one name"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], says: str) -> None:
+    assert main(["experiment", "probe", *words]) == 2
+    assert says in capsys.readouterr().err
