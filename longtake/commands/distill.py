@@ -43,7 +43,12 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
     """Distil as told; returns the exit code."""
     optimizer = optimizers.student(options.preset, lora=bool(options.lora_rank))
     config = train_config(how, options.preset, optimizer, where, options, optimizers)
-    config = replace(config, source=source_of("dit", options.teacher))
+    config = replace(config, source=source_of("dit", options.student or options.teacher))
+    world = "camera" in family_of(options.preset).can
+    if world:
+        from longtake.training.distill.world_stage import require_world_student
+
+        require_world_student(options, how.sample_steps)
     if where.dry_run:
         return describe(options, config)
     from longtake.training.distill.stage import DistillStage
@@ -58,7 +63,6 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
     modelopt()  # measures amax at the end: what is missing is said now
     torch.manual_seed(how.seed)
     device = device_named(where.device)
-    world = "camera" in family_of(options.preset).can
     stage = WorldDistillStage(options) if world else DistillStage(options)
     student = f"{options.student_steps} steps"
     print(f"distilling {options.teacher} to {student} on {device} for {config.steps} steps, into {config.out}")

@@ -72,6 +72,10 @@ def run(
     config = train_config(how, options.preset, optimizer, what, options, optimizer, ranks)
     parts = parts_before(what.stage, options, optimizer)
     config = replace(config, parts=parts, source=source_of(what.stage, options.init))
+    if what.stage == "dit" and is_world(options):
+        from longtake.training.stages.world import require_world
+
+        require_world(options, how.sample_steps)
     if config.resume:
         require_resume_point(config.out)
     if what.dry_run:

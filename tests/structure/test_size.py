@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tree
 
-MOST_LINES = 59_120
+MOST_LINES = 59_182
 MOST_FILES_OVER_350_LINES = 0
 MOST_FUNCTIONS_OVER_60_LINES = 0
 MOST_HAND_LAID_LINES = 182

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longtake.training.data.rooms.latents import Walks
-from longtake.training.distill.scores import draw_levels
+from longtake.training.distill.scores import dmd_gradient, draw_levels
 from longtake.training.models.presets import Preset
 from longtake.training.models.sampler import Schedule, schedule_from, schedule_of
 from longtake.training.models.sana_wm.dit import SanaWMDiT
@@ -99,6 +99,15 @@ def score_x0(
     """The denoised video, fp32 [B, C, F, h, w]. context: as the teacher was trained, see `walk_forcing.CONTEXTS`."""
     noisy = (1 - levels.sigmas) * video.latents + levels.sigmas * eps
     return noisy - levels.sigmas * predict(dit, preset, video, text, eps, levels, context).float()
+
+
+def walk_gradient(preset: Preset, x: Tensor, real: Tensor, fake: Tensor, counted: Tensor, whole: bool) -> Tensor:
+    """DMD's gradient, normalised over what the scores see at one level: a chunk, or all of a walk they see whole.
+
+    x, real, fake: fp32 [B, F, C, h, w]. counted: frames that count, bool [B, F].
+    """
+    parts = [slice(s.start, s.stop) for s in spans_of(preset, preset.whole_chunks(x.shape[1]), whole)]
+    return torch.cat([dmd_gradient(x[:, at], real[:, at], fake[:, at], 1, counted[:, at]) for at in parts], 1)
 
 
 def with_latents(walks: Walks, latents: Tensor) -> Walks:

@@ -22,8 +22,16 @@ from longtake.training.distill.base import DMDStage
 from longtake.training.distill.metadata import student_metadata
 from longtake.training.distill.networks import Networks
 from longtake.training.distill.options import DistillOptions
-from longtake.training.distill.scores import dmd_gradient, dmd_loss
-from longtake.training.distill.walks import WalkScene, roll_out, score_levels, score_x0, student_schedule, with_latents
+from longtake.training.distill.scores import dmd_loss
+from longtake.training.distill.walks import (
+    WalkScene,
+    roll_out,
+    score_levels,
+    score_x0,
+    student_schedule,
+    walk_gradient,
+    with_latents,
+)
 from longtake.training.models.checkpoint import load_into
 from longtake.training.models.families import family_of
 from longtake.training.models.load import read_side
@@ -39,17 +47,26 @@ HELD_OUT = 16
 LossOf = Callable[[WalkScene, Tensor, Levels], tuple[Tensor, dict[str, Metric]]]
 
 
+def require_world_student(options: DistillOptions, sample_steps: int = 0) -> None:
+    """Raise LongtakeError for what no world is distilled with, before anything is made."""
+    refused = {
+        "--rollout": options.rollout,
+        "--lora-rank": options.lora_rank,
+        "--gradient-checkpointing": options.gradient_checkpointing,
+        "--cache-dir": options.cache_dir,
+        "--score-context": options.score_context != "clean",
+        "--cache": options.cache != "nvfp4",
+        "--i2v": options.i2v,
+        "--sample-steps": sample_steps,
+    }
+    require_rooms(options.data, [name for name, asked in refused.items() if asked])
+
+
 class WorldDistillStage(DMDStage):
     """See `DMDStage`."""
 
     def __init__(self, options: DistillOptions) -> None:
-        refused = {
-            "--rollout": options.rollout,
-            "--lora-rank": options.lora_rank,
-            "--gradient-checkpointing": options.gradient_checkpointing,
-            "--cache-dir": options.cache_dir,
-        }
-        require_rooms(options.data, [name for name, asked in refused.items() if asked])
+        require_world_student(options)
         self.options, self.preset = options, options.preset
         start = options.student or options.teacher
         self.rooms = {split: Rooms(self.preset, split) for split in ("train", "eval")}
@@ -64,8 +81,9 @@ class WorldDistillStage(DMDStage):
         family = family_of(self.preset)
         self.teacher, self.first = family.dit(self.preset), family.dit(self.preset)
         side = load_into(self.teacher, options.teacher / "dit.safetensors", kind="dit", preset=self.preset)
-        load_into(self.first, start / "dit.safetensors", kind="dit", preset=self.preset)
-        self.teacher_digest, self.context = side.sha256, str(side.facts.get("context", "full"))
+        begun = load_into(self.first, start / "dit.safetensors", kind="dit", preset=self.preset)
+        self.teacher_digest, self.student_digest = side.sha256, begun.sha256
+        self.context = str(side.facts.get("context", "full"))
         self.companions = [vae_checkpoint(self.preset, options.vae, start), start / "text_encoder.safetensors"]
         self.modules: dict[str, nn.Module] = {}
         self.critic_modules: dict[str, nn.Module] = {}
@@ -163,7 +181,7 @@ class WorldDistillStage(DMDStage):
             real = c + self.options.guidance * (c - u)
         own, real, fake = (x.transpose(1, 2) for x in (video.latents, real, fake))
         counted = levels.frames[..., 1] > 0
-        gradient = dmd_gradient(own, real, fake, 1, counted)
+        gradient = walk_gradient(self.preset, own, real, fake, counted, self.context == "whole")
         return dmd_loss(made.transpose(1, 2), gradient, counted).float(), {"dmd_gradient": gradient.abs().mean()}
 
     def critic_loss(self, scene: WalkScene, eps: Tensor, levels: Levels) -> tuple[Tensor, dict[str, Metric]]:
@@ -223,7 +241,7 @@ class WorldDistillStage(DMDStage):
         amax = read_amax(insert_quantizers(self.networks.student(), self.calibration(0), rules=self.options.rules))
         facts = student_metadata(self.options, self.vae_digest, self.teacher_digest, amax)
         facts["sampling"] |= {"timesteps": list(self.schedule.timesteps)}
-        facts["distillation"] |= {"cache": "bf16", "score_context": self.context}
+        facts["distillation"] |= {"cache": "bf16", "score_context": self.context, "student_sha256": self.student_digest}
         return {"dit": {**facts, "i2v": 1.0}}
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from longtake.options import recorded
+from longtake.training.models.families import family_of
 from longtake.training.options import DIT
 from longtake.training.stages.options import StageOptions
 
@@ -15,11 +16,12 @@ def dit_metadata(
 ) -> dict[str, dict[str, Any]]:
     """Module name -> facts: amax of the quantized linears, vocabulary, and what it was trained on."""
     sampling = options.preset.sampling
+    own_shift = {"shift": sampling.shift} if "camera" in family_of(options.preset).can else {}
     shared = {
         **recorded(options, DIT),
         "error_recycling": asdict(options.recycling) if options.recycling else None,
         "vae_sha256": vae_digest,
-        "sampling": {"steps": sampling.steps, "guidance": sampling.guidance},
+        "sampling": {"steps": sampling.steps, "guidance": sampling.guidance, **own_shift},
     }
     return {
         "dit": {**shared, "precision": options.precision, **numerics(options), "amax": amax},

@@ -26,7 +26,7 @@ HELD_OUT = 32
 CALIBRATION_BATCHES = 4
 
 
-def require_world(options: StageOptions) -> None:
+def require_world(options: StageOptions, sample_steps: int = 0) -> None:
     """Raise LongtakeError for what no world is trained with, before anything is made."""
     refused = {
         "--error-recycling": options.error_recycling,
@@ -34,6 +34,8 @@ def require_world(options: StageOptions) -> None:
         "--gradient-checkpointing": options.gradient_checkpointing,
         "--cache-dir": options.cache_dir,
         "--text-encoder": options.text_encoder,
+        "--attention": options.attention != "auto",
+        "--sample-steps": sample_steps,
     }
     require_rooms(options.data, [name for name, asked in refused.items() if asked])
     if options.preset.text.kind != "words":

@@ -18,7 +18,7 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.view import View
 from longtake.training.data.rooms.latents import Walks
 from longtake.training.distill.options import DistillOptions
-from longtake.training.distill.walks import WalkScene, roll_out, score_levels, student_schedule
+from longtake.training.distill.walks import WalkScene, roll_out, score_levels, student_schedule, walk_gradient
 from longtake.training.distill.world_stage import WorldDistillStage
 from longtake.training.models.checkpoint import read_side_file
 from longtake.training.models.families import family_of
@@ -105,6 +105,8 @@ def test_the_command_makes_a_student_that_generates(
     assert train(preset_file, tmp_path / "student", *words, *names, command="distill") == 0
     told = json.loads((tmp_path / "student" / "dit.json").read_text())
     assert told["distillation"]["score_context"] == "whole" and told["context"] == "window"
+    began = {"folder": "causal", "sha256": json.loads((tmp_path / "causal" / "dit.json").read_text())["sha256"]}
+    assert told["parts"][-1]["from"] == began and told["distillation"]["student_sha256"] == began["sha256"]
     assert told["sampling"] == {"steps": 2, "guidance": 1.0, "shift": 1.0, "timesteps": [1000, 727]}
     models = load_models(preset, tmp_path / "student")
     assert set(models.amax) == set(family_of(preset).linears(models.dit))
@@ -120,11 +122,39 @@ def test_the_command_makes_a_student_that_generates(
     [
         ({"data": "digits"}, r"videos with cameras"),
         ({"lora_rank": 4, "data": "rooms"}, r"(?s)not for worlds.*lora-rank"),
+        ({"score_context": "noisy", "data": "rooms"}, r"(?s)not for worlds.*--score-context"),
+        ({"cache": "bf16", "data": "rooms"}, r"(?s)not for worlds.*--cache"),
+        ({"i2v": True, "data": "rooms"}, r"(?s)not for worlds.*--i2v"),
     ],
 )
 def test_what_no_world_is_distilled_with(preset: Preset, given: dict[str, object], says: str) -> None:
     with pytest.raises(LongtakeError, match=says):
         WorldDistillStage(DistillOptions(**{"preset": preset, "teacher": Path("t"), **given}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_a_dry_run_refuses_what_a_run_does(
+    preset_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    words = ["--stage", "dit"] if command == "train" else ["--teacher", str(tmp_path / "none")]
+    words += ["--chunks", "2", "--batch", "1", "--dry-run"]
+    assert train(preset_file, tmp_path / "run", *words, "--sample-steps", "5", command=command) != 0
+    assert "--sample-steps" in capsys.readouterr().err
+    assert train(preset_file, tmp_path / "run", *words, command=command) == 0
+
+
+def test_a_chunks_error_leaves_the_gradient_of_others_alone(preset: Preset) -> None:
+    """Where scores see chunks at levels of their own; of a walk that they see whole, one mean goes over all of it."""
+    x, real, fake = torch.randn(3, 2, 10, 8, 2, 3, generator=torch.Generator().manual_seed(0))
+    counted = torch.ones(2, 10, dtype=torch.bool)
+    counted[:, 0] = False
+    far = real.clone()
+    far[:, 4:7] = x[:, 4:7] + 3 * (real - x)[:, 4:7]
+    for whole in (False, True):
+        one, other = (walk_gradient(preset, x, seen, fake, counted, whole) for seen in (real, far))
+        rest = [0, 1, 2, 3, 7, 8, 9]
+        assert torch.equal(one[:, rest], other[:, rest]) is not whole
+        assert not torch.equal(one[:, 4:7], other[:, 4:7]) and not bool(one[:, 0].any())
 
 
 def test_only_a_world_has_a_student_of_its_own() -> None:

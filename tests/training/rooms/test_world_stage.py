@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +18,10 @@ from longtake.training.dry_run import describe
 from longtake.training.models.families import family_of
 from longtake.training.models.load import load_models, random_models
 from longtake.training.models.presets import Preset
+from longtake.training.models.sana_wm import memory
+from longtake.training.models.sana_wm.kit import PLAIN, Kit
 from longtake.training.models.sana_wm.memory import Memory
-from longtake.training.objective.walk_forcing import Levels, bell, draw_levels, flow_loss, predict, spans_of
+from longtake.training.objective.walk_forcing import Levels, Walk, bell, draw_levels, flow_loss, predict, spans_of
 from longtake.training.stages.options import StageOptions
 from longtake.training.stages.world import WorldStage
 
@@ -108,6 +113,49 @@ def test_a_whole_walk_is_seen_forwards_and_backwards(preset: Preset) -> None:
             assert torch.equal(first, second) is same
 
 
+@torch.no_grad()
+def test_what_is_stated_to_be_fp32_is_so_under_autocast(preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each op's results under bf16 autocast are bit by bit those of the same inputs without; so are states that are carried."""
+    walks, text = some_walks(preset, 2), torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(4))
+    dit = random_models(preset, 1).dit
+    compared: list[str] = []
+
+    def beside(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            got = op(*inputs)
+            with torch.autocast("cpu", enabled=False):
+                wanted = op(*inputs)
+            for one, other in zip(*([x] if torch.is_tensor(x) else x for x in (got, wanted)), strict=True):
+                assert one.dtype == other.dtype and torch.equal(one, other), name
+            compared.append(name)
+            return got
+
+        return run
+
+    kit = Kit(**{name: beside(name, op) for name, op in PLAIN._asdict().items()})
+    monkeypatch.setattr(memory, "plain_attention", beside("attention", memory.plain_attention))
+    walk = Walk(dit, preset, walks, text)
+    with torch.autocast("cpu", torch.bfloat16):
+        walk.clean(range(4), walks.latents[:, :, :4])
+        chunk = replace(walk.chunk(range(4, 7)), kit=kit)
+        _, kept = walk.look(range(4, 7), walks.latents[:, :, 4:], torch.zeros(2, 3), chunk)
+    assert {"gdn_scan", "gdn_scan_camera", "ray_prepare_gdn", "ray_prepare_softmax", "ray_restore", "gated_ffn"} <= {
+        *compared
+    }
+    assert "attention" in compared
+    attn: Any = dit.blocks[0].attn
+    u = torch.randn(2, 3, 6, 32, generator=torch.Generator().manual_seed(6))
+    with torch.autocast("cpu", torch.bfloat16):
+        gate = attn._gates(u)[1]
+    assert torch.equal(gate, attn._gates(u)[1])
+    plain = Walk(dit, preset, walks, text)
+    plain.clean(range(4), walks.latents[:, :, :4])
+    exact = plain.look(range(4, 7), walks.latents[:, :, 4:], torch.zeros(2, 3))[1]
+    for one, other in ((one, other) for one, other in zip(kept, exact) if other.state is not None):
+        assert one.state.dtype == one.norm.dtype == torch.float32
+        assert float((one.state - other.state).norm() / other.state.norm()) < 0.02  # linears round to bf16
+
+
 def test_every_parameter_learns(preset: Preset) -> None:
     dit, walks = random_models(preset, 1).dit, some_walks(preset, 2)
     eps = torch.randn(walks.latents.shape, generator=torch.Generator().manual_seed(3))
@@ -123,7 +171,8 @@ def test_the_commands_train_a_teacher_and_a_causal_one(
     preset_file: Path, preset: Preset, teacher: Path, tmp_path: Path
 ) -> None:
     told = json.loads((teacher / "dit.json").read_text())
-    assert told["context"] == "whole" and told["i2v"] == 0.9 and told["sampling"]["steps"] == 2
+    assert told["context"] == "whole" and told["i2v"] == 0.9
+    assert told["sampling"] == {"steps": 2, "guidance": 1.0, "shift": 1.0}
     words = "--stage dit --context window --precision nvfp4 --steps 1 --batch 1 --stories 2 --chunks 3".split()
     assert train(preset_file, tmp_path / "causal", *words, "--init", str(teacher)) == 0
     models = load_models(preset, tmp_path / "causal")
@@ -137,6 +186,7 @@ def test_the_commands_train_a_teacher_and_a_causal_one(
         ({"data": "digits"}, r"(?s)videos with cameras.*got: --data digits.*--data rooms"),
         ({"error_recycling": True}, r"(?s)not for worlds.*--error-recycling"),
         ({"gradient_checkpointing": True}, r"(?s)not for worlds.*--gradient-checkpointing"),
+        ({"attention": "flex"}, r"(?s)not for worlds.*--attention"),
     ],
 )
 def test_what_no_world_is_trained_with(preset: Preset, given: dict[str, object], says: str) -> None:

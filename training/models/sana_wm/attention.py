@@ -16,7 +16,7 @@ from longtake.plugins.gdn_scan.reference import feature_map, normalised
 from longtake.plugins.pointwise import apply_rope
 from longtake.plugins.short_conv.reference import TAIL
 from longtake.training.models.sana_wm.config import SanaWMConfig
-from longtake.training.models.sana_wm.kit import Kit
+from longtake.training.models.sana_wm.kit import Kit, full_precision
 
 LayerAttend = Callable[[bool, Tensor, Tensor, Tensor], Tensor]
 OPEN_GATE = 1.2785  # silu of it is 1
@@ -173,8 +173,9 @@ class SelfAttention(nn.Module):
         """How far each token corrects the state, fp32 [..., F,P,H], and what is left of it after a frame, [..., F,H]."""
         beta = torch.sigmoid(self.beta_proj(u).float())
         weight, bias = self.gate_proj.weight.float(), self.gate_proj.bias.float()
-        wanted = functional.linear(u.float().mean(-2), weight, bias + self.dt_bias.float())
-        return beta, torch.exp(-torch.exp(self.A_log.float()) * functional.softplus(wanted))
+        with full_precision(u):
+            wanted = functional.linear(u.float().mean(-2), weight, bias + self.dt_bias.float())
+            return beta, torch.exp(-torch.exp(self.A_log.float()) * functional.softplus(wanted))
 
 
 class CrossAttention(nn.Module):
@@ -196,6 +197,7 @@ class CrossAttention(nn.Module):
         """x [..., F,P,dim], context [..., 2,E,H,D], mask fp32 [..., E]."""
         q = self.q_norm(rows(self.q_linear, x)).flatten(-3, -2).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
         k, v = (part.transpose(-3, -2) for part in context.to(q.dtype).unbind(-4))
-        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT + mask[..., None, None, :]
-        out = torch.softmax(scores, -1) @ v.float()
+        with full_precision(q):
+            scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT + mask[..., None, None, :]
+            out = torch.softmax(scores, -1) @ v.float()
         return rows(self.proj, out.to(q.dtype).transpose(-3, -2).flatten(-2).unflatten(-2, x.shape[-3:-1]))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, NamedTuple
+
+import torch
 
 from longtake.plugins.frame_attention.reference import frame_attention
 from longtake.plugins.gated_ffn.reference import gated_ffn
@@ -11,6 +15,25 @@ from longtake.plugins.gdn_scan.reference import gdn_scan, gdn_scan_camera
 from longtake.plugins.ray_transform.reference import ray_prepare_gdn, ray_prepare_softmax, ray_restore
 from longtake.plugins.short_conv.reference import short_conv
 from longtake.plugins.slot_write.reference import slot_write
+
+
+def full_precision(like: torch.Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from making bf16 of what is stated to be fp32; does nothing where there is none, as in an export."""
+    kind = like.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def _stated(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` as it states, under autocast too."""
+
+    @wraps(op)
+    def run(*inputs: Any) -> Any:
+        with full_precision(inputs[0]):
+            return op(*inputs)
+
+    return run
 
 
 class Kit(NamedTuple):
@@ -28,22 +51,20 @@ class Kit(NamedTuple):
 
 
 PLAIN = Kit(
-    short_conv,
-    gdn_scan,
-    gdn_scan_camera,
-    ray_prepare_gdn,
-    ray_prepare_softmax,
-    ray_restore,
-    gated_ffn,
-    frame_attention,
-    slot_write,
+    short_conv=short_conv,
+    gdn_scan=_stated(gdn_scan),
+    gdn_scan_camera=_stated(gdn_scan_camera),
+    ray_prepare_gdn=_stated(ray_prepare_gdn),
+    ray_prepare_softmax=_stated(ray_prepare_softmax),
+    ray_restore=_stated(ray_restore),
+    gated_ffn=_stated(gated_ffn),
+    frame_attention=_stated(frame_attention),
+    slot_write=slot_write,
 )
 
 
 def registered() -> Kit:
     """The operators that the exporter makes nodes of."""
-    import torch
-
     import longtake.plugins.ops  # noqa: F401  (registers torch.ops.longtake)
 
     ops = torch.ops.longtake

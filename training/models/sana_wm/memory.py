@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longtake.training.models.sana_wm.attention import Carried
 from longtake.training.models.sana_wm.config import CONV_TAIL, SanaWMConfig
+from longtake.training.models.sana_wm.kit import full_precision
 
 
 def seen_chunks(chunk: int, window: int, sink: bool = True) -> tuple[int, ...]:
@@ -48,7 +49,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q k^T scale) v in fp32: q [..., F,P,H,D], k and v [..., N,H,D]."""
     rows = q.flatten(-4, -3).transpose(-3, -2).float()
     keys, values = (x.transpose(-3, -2).float() for x in (k, v))
-    out = torch.softmax(rows @ keys.mT * scale, -1) @ values
+    with full_precision(q):
+        out = torch.softmax(rows @ keys.mT * scale, -1) @ values
     return out.transpose(-3, -2).reshape(q.shape).to(q.dtype)
 
 
