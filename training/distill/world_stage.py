@@ -59,7 +59,7 @@ def require_world_student(options: DistillOptions, sample_steps: int = 0) -> Non
         "--i2v": options.i2v,
         "--sample-steps": sample_steps,
     }
-    require_rooms(options.data, [name for name, asked in refused.items() if asked])
+    require_rooms(options.data, refused)
 
 
 class WorldDistillStage(DMDStage):

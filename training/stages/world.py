@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -37,7 +37,7 @@ def require_world(options: StageOptions, sample_steps: int = 0) -> None:
         "--attention": options.attention != "auto",
         "--sample-steps": sample_steps,
     }
-    require_rooms(options.data, [name for name, asked in refused.items() if asked])
+    require_rooms(options.data, refused)
     if options.preset.text.kind != "words":
         raise LongtakeError(
             f"preset {options.preset.name} is not trained here: its text encoder is a released one",
@@ -47,14 +47,14 @@ def require_world(options: StageOptions, sample_steps: int = 0) -> None:
         )
 
 
-def require_rooms(data: str, refused: list[str]) -> None:
-    """Raise LongtakeError for data without cameras, and for options of other models."""
+def require_rooms(data: str, refused: Mapping[str, object]) -> None:
+    """Raise LongtakeError for data without cameras, and for options of other models: `refused` says which are asked for."""
     if data != "rooms":
         raise LongtakeError(
             "a world learns from videos with cameras", got=f"--data {data}", expected="rooms", fix="pass --data rooms"
         )
-    if refused:
-        raise LongtakeError("this is not for worlds", got=", ".join(refused), fix=f"leave {refused[0]} out")
+    if asked := [name for name, value in refused.items() if value]:
+        raise LongtakeError("this is not for worlds", got=", ".join(asked), fix=f"leave {asked[0]} out")
 
 
 class WorldStage(Stage):
