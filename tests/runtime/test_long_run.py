@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from engines_here import engines_of
 from torch import Tensor
 
-from longtake.formats.recipe import RECIPES, recipe_named
+from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.generator import Generator
 from longtake.runtime.session import Session
@@ -26,7 +27,6 @@ from longtake.training.models.wan.networks import DiTStep
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 
 RECIPE = "tiny_w4a16_sm90"
-BUILT = RECIPES.parent / "build" / RECIPE / "bundle.json"
 CHUNKS, STEPS = 10_000, 1
 CUTS = {chunk for chunk in range(1, CHUNKS) if chunk % 11 == 3 or chunk % 97 in (40, 41)}  # some right after another
 
@@ -193,9 +193,7 @@ def test_the_model_sees_no_difference_ten_thousand_chunks_on() -> None:
 
 @pytest.mark.gpu
 def test_a_thousand_chunks_move_no_buffer_and_take_no_more_memory() -> None:
-    if not BUILT.is_file():
-        pytest.skip(f"{BUILT.parent} is not built: longtake engines --recipe {RECIPE}")
-    session = Generator.from_engines(RECIPE, backend="segmented").session(
+    session = Generator.from_engines(engines_of(RECIPE), backend="segmented").session(
         ["a green seven drifts left over a sea background, soft light"],
         steps=1,
         guidance=1.0,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines_here import engines_of
 from onnx import numpy_helper
 from torch import Tensor
 
@@ -193,20 +194,16 @@ def test_only_writes_are_in_place() -> None:
 # ---- on a GPU: the whole backend against the reference -------------------------------------------------------------
 
 RECIPES = ("tiny_w4a16_sm90", "tiny_bf16_sm90", "tiny_fp8_sm90")
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=RECIPES)
 def pair(request: pytest.FixtureRequest) -> Any:
-    """(segmented backend, oracle) of one recipe, from engines/build; PyTorch where ONNX Runtime is missing."""
+    """(segmented backend, oracle) of one recipe; PyTorch where ONNX Runtime is missing."""
     from longtake.runtime.backends.reference import ReferenceBackend
     from longtake.runtime.backends.torch_oracle import TorchBackend
     from longtake.runtime.backends.trt.open import backend_from_engines
 
-    folder = REPOSITORY / "engines" / "build" / request.param
-    if not (folder / "bundle.json").is_file():
-        pytest.skip(f"no engines: run longtake engines --recipe {request.param}")
-    segmented = backend_from_engines("segmented", folder, reason="test")
+    segmented = backend_from_engines("segmented", engines_of(request.param), reason="test")
     if importlib.util.find_spec("onnxruntime"):
         yield segmented, ReferenceBackend(segmented.bundle.onnx, segmented.recipe)
     else:

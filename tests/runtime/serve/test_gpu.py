@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines_here import engines_of
 from serving import PROMPT, Served
 
 from longtake.commands.main import main
@@ -40,7 +41,7 @@ def test_the_socket_costs_nothing(tmp_path: Path) -> None:
 
 def test_two_tiny_sessions_equal_each_alone(tmp_path: Path) -> None:
     settings = Settings(store=tmp_path, slots=2, limits=Limits(user_sessions=2))
-    server = Served(lambda: Generator.from_engines("tiny_w4a16_sm90"), tmp_path, settings)
+    server = Served(lambda: Generator.from_engines(engines_of("tiny_w4a16_sm90")), tmp_path, settings)
 
     def film(live: Any) -> bytes:
         live.until("session.done")
