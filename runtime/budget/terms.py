@@ -138,9 +138,13 @@ def weights_term(recipe: Recipe, preset: Preset, name: str, engines: Path | None
 
 
 def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None) -> RecordedTerm:
-    """The decoder's weights: cut networks keep what both have in common once; each whole plan holds its own."""
+    """The decoder's weights: cut networks keep what both have in common once; each whole plan holds its own. Where the
+    later steps stand for the first one, too, theirs are all (convolutions in codes have weights under other names)."""
+    from longtake.runtime.backends.segments.vae_first import first_steps
+
     graphs = [graph for name in DECODER if (graph := graph_of(engines, name)) is not None]
     if len(graphs) == len(DECODER):
+        graphs = graphs[1:] if first_steps(graphs[1]) else graphs
         stored = {weight: _stored(graph, weight) for graph in graphs for weight in graph.weights}
         return RecordedTerm("weights, VAE decoder", sum(stored.values()), "exact")
     terms = [weights_term(recipe, preset, name, engines) for name in DECODER]

@@ -84,7 +84,7 @@ def bench(conv: str) -> Callable[[Path], int]:
             results = Path(folder) / "bench"
             against = ("--against", "torch") if conv == "bf16" else ()
             code = longtake("bench", "--recipe", str(recipe), "--out", str(results), *against)
-            for found in results.rglob("*.json"):
+            for found in results.rglob("bench.json"):
                 shutil.copyfile(found, out / f"bench_5b_conv_{conv}_h200.json")
             return code
 

@@ -29,11 +29,13 @@ from longtake.machine.flavour import Flavour
 from longtake.runtime import sources
 from longtake.runtime.backends.base import State
 from longtake.runtime.backends.host import HostBackend
+from longtake.runtime.backends.segments.vae_first import first_steps
 from longtake.runtime.backends.trt import open as trt_open
 from longtake.runtime.budget import check as budget_check
 from longtake.runtime.budget.check import require_fits
 from longtake.runtime.budget.measured import measured_terms, memory_rows, record_arenas
-from longtake.runtime.budget.terms import terms_of, weight_bytes
+from longtake.runtime.budget.recorded_steps import library_decoder_steps
+from longtake.runtime.budget.terms import decoder_weights, terms_of, weight_bytes
 from longtake.runtime.budget.use import budget_of
 from longtake.runtime.report import conditions_of_run
 from longtake.runtime.sources import OpenOptions, Source, backend_from_source, source_from_bundle
@@ -440,3 +442,14 @@ def test_the_report_holds_the_budget(toy: Any) -> None:
     fields = conditions_of_run(toy, budget_of(RECIPE))
     assert fields["budget"]["total_gb"] > 0.5 and fields["decode_device"] == "cpu"
     assert conditions_of_run(toy)["budget"] is None
+
+
+def test_a_decoder_of_codes_is_counted_once(tmp_path: Path) -> None:
+    """Where the later steps stand for the first one, the first network's weights, under other names, are not loaded."""
+    coded, plain = library_decoder_steps(TINY, "fp8"), library_decoder_steps(TINY)
+    coded.write(tmp_path / "vae_steady.segments.json")
+    plain.write(tmp_path / "vae_first.segments.json")
+    term = decoder_weights(recipe_named("tiny_fp8_sm90"), TINY, tmp_path)
+    assert first_steps(coded) and set(plain.weights) - set(coded.weights)
+    of_codes = [DTYPES[(t := coded.tensors[name]).dtype].bytes(math.prod(map(int, t.shape))) for name in coded.weights]
+    assert (term.bytes, term.known) == (sum(of_codes), "exact")
