@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import tree
 
+MOST_BYTES = 50_000_000  # of what git tracks: the tree travels whole to where it runs
 MOST_LINES = 59_182
 MOST_FILES_OVER_350_LINES = 0
 MOST_FUNCTIONS_OVER_60_LINES = 0
@@ -12,6 +15,12 @@ MOST_HAND_LAID_LINES = 182
 
 def test_the_library_does_not_grow() -> None:
     assert sum(map(tree.lines, tree.library_files())) <= MOST_LINES
+
+
+def test_the_tree_is_light() -> None:
+    named = subprocess.run(["git", "ls-files", "-z"], cwd=tree.ROOT, capture_output=True, text=True, check=True).stdout
+    files = [tree.ROOT / name for name in named.split("\0") if name]
+    assert sum(path.lstat().st_size for path in files if path.exists()) <= MOST_BYTES
 
 
 def test_files_are_short() -> None:
