@@ -115,7 +115,7 @@ class DataOptions:
     """keep the encoded stories there (they are taken in epochs, each once), and the embeddings of prompts where the text
     encoder is frozen (default: in memory)"""
     workers: Annotated[int, Bounds(0, 256, 4)] = option(0, metavar="N", resume=FREE)
-    """processes that decode and read ahead (same order for any N)"""
+    """processes that decode, or render, and read ahead (same order for any N)"""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,9 @@ class WorldDistillStage(DMDStage):
         count, chunks = self.options.stories, max(self.options.chunks)
         made = (("train", count, self.options.seed), ("eval", min(HELD_OUT, count), EVALUATION_SEED))
         self.train, self.held_out = (
-            walks_from_rooms(self.rooms[split], vae, self.text, walks, chunks, seed, f"{split} walks")
+            walks_from_rooms(
+                self.rooms[split], vae, self.text, walks, chunks, seed, f"{split} walks", self.options.workers
+            )
             for split, walks, seed in made
         )
         for text in (self.text, self.teacher_text):

@@ -13,7 +13,8 @@ import torch
 from small_rooms import train
 
 from longtake.errors import LongtakeError
-from longtake.training.data.rooms.latents import Walks
+from longtake.training.data.rooms.latents import Walks, walks_from_rooms
+from longtake.training.data.rooms.rooms import Rooms
 from longtake.training.dry_run import describe
 from longtake.training.models.families import family_of
 from longtake.training.models.load import load_models, random_models
@@ -205,3 +206,14 @@ def test_a_dry_run_tells_what_a_step_takes(preset: Preset, stage: str) -> None:
 def test_only_worlds_see_a_whole_video() -> None:
     with pytest.raises(LongtakeError, match=r"(?s)only worlds.*--context full"):
         StageOptions(context="whole")
+
+
+def test_walks_are_the_same_for_any_number_of_processes(preset: Preset) -> None:
+    models = random_models(preset)
+    text = models.text
+    alone, shared = (
+        walks_from_rooms(Rooms(preset, "eval"), models.vae, text, 2, 1, 7, "walks", workers) for workers in (0, 2)
+    )
+    assert not torch.equal(alone.latents[0], alone.latents[1])
+    for name in ("latents", "tokens", "poses", "intrinsics"):
+        assert torch.equal(getattr(alone, name), getattr(shared, name))

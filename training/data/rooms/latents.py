@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from longtake.training.data.base import item_generator
 from longtake.training.data.latent_cache import encode
-from longtake.training.data.rooms.rooms import Rooms
+from longtake.training.data.loader import read_in_order
+from longtake.training.data.rooms.rooms import Rooms, Walkthrough
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import AnyTextEncoder
 
@@ -39,17 +40,36 @@ class Walks:
         return Walks(latents, self.tokens[index], self.poses[index, :shown], self.intrinsics[index])
 
 
+@dataclass(frozen=True)
+class WalkAt:
+    """Walk i of a seed, for the processes that render ahead: it depends on `seed` and i alone."""
+
+    rooms: Rooms
+    seed: int
+    frames: int
+
+    def __getitem__(self, index: int) -> Walkthrough:
+        return self.rooms.walk(item_generator(self.seed, index), self.frames)
+
+
 @torch.no_grad()
 def walks_from_rooms(
-    rooms: Rooms, vae: torch.nn.Module, text: AnyTextEncoder, walks: int, chunks: int, seed: int, what: str
+    rooms: Rooms,
+    vae: torch.nn.Module,
+    text: AnyTextEncoder,
+    walks: int,
+    chunks: int,
+    seed: int,
+    what: str,
+    workers: int,
 ) -> Walks:
-    """`walks` walks of `chunks` chunks on the VAE's device; walk i depends on `seed` and i alone."""
+    """`walks` walks of `chunks` chunks on the VAE's device, the same for any number of `workers` that render them."""
     preset, device = rooms.preset, next(vae.parameters()).device
     frames = 1 + preset.vae.stride[0] * (preset.first_frame(chunks) - 1)
     grid = torch.tensor([preset.latent_hw[1] / preset.width, preset.latent_hw[0] / preset.height] * 2)
     latents, poses, intrinsics, captions = [], [], [], []
-    for index in tqdm(range(walks), unit="walk", desc=f"encode {what}", dynamic_ncols=True):
-        walk = rooms.walk(item_generator(seed, index), frames)
+    rendered = read_in_order(WalkAt(rooms, seed, frames), range(walks), min(workers, walks))
+    for walk in tqdm(rendered, total=walks, unit="walk", desc=f"encode {what}", dynamic_ncols=True):
         video = walk.frames.transpose(0, 1)[None].to(device)
         latents.append(encode(vae, video).transpose(1, 2)[0])
         poses.append(torch.from_numpy(walk.poses))
