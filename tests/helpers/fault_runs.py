@@ -9,12 +9,11 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fault_processes import Run, whole_process
 from faults import Row, resident_mb
 
 from longtake.errors import LongtakeError
@@ -26,29 +25,13 @@ from longtake.training.models.checkpoint import load_checkpoint
 
 RECIPE = "tiny_nvfp4_sm120"
 STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"
-CODE = """
-import os, resource, signal, sys
-sys.path[:] = {path!r}
-{before}
-from longtake.commands.main import main
-sys.exit(main(sys.argv[1:]))
-"""
+KILLS = {"train": 60, "export": 20, "engines": 20, "generate": 40}
 MEMORY_GB = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0)
-
-
-def longtake(words: Sequence[object], before: str = "", **more: object) -> subprocess.Popen[str]:
-    """A command, begun; `before` is run in its process first."""
-    code = CODE.format(path=[str(REPOSITORY), *sys.path], before=before)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGTAKE_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, words)], text=True, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)  # type: ignore[call-overload,no-any-return]  # fmt: skip
 
 
 def done(words: Sequence[object], before: str = "") -> tuple[int, str]:
     """A command's exit code and what it said."""
-    process = longtake(words, before)
-    said, _ = process.communicate(timeout=600)
-    return process.returncode, said
+    return Run(words, before).end()
 
 
 def export_of(given: Path | None, place: Path) -> Path:
@@ -135,31 +118,27 @@ class Runs:
             return ["export", "--recipe", RECIPE, "--skeleton", "--out", out]
         return ["engines", "--recipe", RECIPE, "--onnx", self.export.parent, "--out", out]
 
-    def kills(self, counts: dict[str, int], share: float) -> Row:
-        """kill -9 at a random moment of each command; then what is left is whole, and the next run sweeps and succeeds."""
-        wanted = {name: max(1, round(count * share)) for name, count in counts.items()}
-        row = Row("kill -9", sum(wanted.values()), "nothing lost, nothing left after the next run")
-        for command, count in wanted.items():
-            out, hit = self.place / f"kill-{command}", 0
-            for number in range(count):
-                process = longtake(self.words(command, out))
-                began = self._wait_for(process, out, 60)
-                time.sleep(self.chance.random() * (1.5 if command == "train" else 4))
-                hit += process.poll() is None
-                process.kill()
-                process.communicate()
-                if began:
-                    self._check_whole(row, command, out, f"{command} {number}")
-            code, said = done([*self.words(command, out), *self._again(command, out)])
-            row.check(code == 0, f"{command}: the next run fails: {said[-200:]}")
-            row.check(not leftovers(out), f"{command}: left over: {leftovers(out)[:3]}")
-            if command == "train":
-                curve = [point["step"] for point in json.loads((out / "loss.json").read_text())["train"]]
-                row.check(
-                    curve == list(range(1, curve[-1] + 1)), f"loss curve lacks steps: {len(curve)} of {curve[-1]}"
-                )
-                row.facts["steps in the curve"] = len(curve)
-            row.facts[command] = f"{hit} of {count} hit"
+    def kills(self, command: str, count: int) -> Row:
+        """kill -9 at random moments of a command; then what is left is whole, and the next run sweeps and succeeds."""
+        row = Row(f"kill -9: {command}", count, "nothing lost, nothing left after the next run")
+        out, hit = self.place / f"kill-{command}", 0
+        for number in range(count):
+            process = Run(self.words(command, out))
+            began = self._wait_for(process, out, 300)
+            time.sleep(self.chance.random() * (1.5 if command == "train" else 4))
+            hit += process.poll() is None
+            process.kill()
+            process.end()
+            if began:
+                self._check_whole(row, command, out, f"{command} {number}")
+        code, said = done([*self.words(command, out), *self._again(command, out)])
+        row.check(code == 0, f"{command}: the next run fails: {said[-200:]}")
+        row.check(not leftovers(out), f"{command}: left over: {leftovers(out)[:3]}")
+        if command == "train":
+            curve = [point["step"] for point in json.loads((out / "loss.json").read_text())["train"]]
+            row.check(curve == list(range(1, curve[-1] + 1)), f"loss curve lacks steps: {len(curve)} of {curve[-1]}")
+            row.facts["steps in the curve"] = len(curve)
+        row.facts["hit"] = hit
         return row
 
     def _again(self, command: str, out: Path) -> list[object]:
@@ -170,7 +149,7 @@ class Runs:
         return []
 
     @staticmethod
-    def _wait_for(process: subprocess.Popen[str], out: Path, seconds: float) -> bool:
+    def _wait_for(process: Run, out: Path, seconds: float) -> bool:
         """Until it writes its first file, or ends."""
         known, until = (
             {path.name: path.stat().st_mtime_ns for path in out.rglob("*")} if out.exists() else {},
@@ -219,15 +198,12 @@ class Runs:
         for command, sign in kinds:
             out = self.place / f"end-{command}-{sign.name}"
             words = self.words(command, out)
-            process = longtake([*words[:-4], "--chunks", 40, *words[-4:]] if command == "generate" else words)
+            process = Run([*words[:-4], "--chunks", 40, *words[-4:]] if command == "generate" else words)
             self._wait_for(process, out, 60)
             time.sleep(3 if command == "generate" else 1)
             process.send_signal(sign)
-            said = process.communicate(timeout=120)[0]
-            row.check(
-                process.returncode == 128 + sign,
-                f"{command} {sign.name}: exit code {process.returncode}: {said[-150:]}",
-            )
+            code, said = process.end()
+            row.check(code == 128 + sign, f"{command} {sign.name}: exit code {code}: {said[-150:]}")
             row.check(not leftovers(out), f"{command} {sign.name}: left over {leftovers(out)[:3]}")
             self._check_whole(row, command, out, f"{command} {sign.name}")
             kept = {"generate": "v.mp4", "train": "resume-*.safetensors"}.get(command)
@@ -242,7 +218,7 @@ class Runs:
         for gigabytes in limits:
             size = int(gigabytes * 1e9)
             words = [*self.words("generate", self.place / "memory"), "--chunks", 1]
-            code, said = done(words, f"resource.setrlimit(resource.RLIMIT_AS, ({size}, {size}))")
+            code, said = whole_process(words, f"resource.setrlimit(resource.RLIMIT_AS, ({size}, {size}))")
             right = code == 0 or (code == 2 and "out of memory" in said and "Traceback" not in said)
             row.check(right, f"{gigabytes} GB: exit code {code}: {said[-200:]}")
             good += code == 0
@@ -284,17 +260,15 @@ class Runs:
         for number in range(count):
             for command in ("export", "engines"):
                 out = self.place / f"race-{command}-{number}"
-                pair = [longtake(self.words(command, out)) for _ in range(2)]
+                pair = [Run(self.words(command, out)) for _ in range(2)]
                 reads = 0
                 while any(process.poll() is None for process in pair):
                     self._read(row, command, out, number)
                     reads += 1
                     time.sleep(0.05)
                 for process in pair:
-                    said = process.communicate()[0]
-                    row.check(
-                        process.returncode == 0, f"{command} {number}: exit code {process.returncode}: {said[-200:]}"
-                    )
+                    code, said = process.end()
+                    row.check(code == 0, f"{command} {number}: exit code {code}: {said[-200:]}")
                 self._check_whole(row, command, out, f"{command} {number}")
                 row.check(not leftovers(out), f"{command} {number}: left over {leftovers(out)[:3]}")
                 row.facts[f"reads of {command}"] = reads
