@@ -76,13 +76,13 @@ def main() -> int:
     wanted = asked.rows.split(",") if asked.rows else list(rows)
     if unknown := set(wanted) - set(rows):
         parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(rows)}")
-    held = True
+    held, of = True, commit()
     for name in wanted:
         row = faults.timed(rows[name])
         print("".join(f"WRONG  {row.what}: {wrong}\n" for wrong in row.wrong), end="", flush=True)
         held = held and not row.wrong
         if asked.out:
-            _report(asked, name, row)
+            _report(asked, name, row, of)
     if held:
         shutil.rmtree(place)
     else:
@@ -90,10 +90,10 @@ def main() -> int:
     return 0 if held else 1
 
 
-def _report(asked: argparse.Namespace, name: str, row: faults.Row) -> None:
+def _report(asked: argparse.Namespace, name: str, row: faults.Row, of: str | None) -> None:
     rows = read_json(asked.out)["rows"] if asked.out.exists() else {}
     words = f"make {asked.program} ARGS='--share {asked.share:g} --seed {asked.seed} --rows {name}'"
-    rows[name] = {**asdict(row), "command": words, "commit": commit(), "cpu": cpu_name(), "load": os.getloadavg()[1]}
+    rows[name] = {**asdict(row), "command": words, "commit": of, "cpu": cpu_name(), "load": os.getloadavg()[1]}
     told = {
         "kind": "faults",
         "rerun_with": "",

@@ -27,6 +27,7 @@ from longtake.runtime.camera_files import poses_from
 from longtake.runtime.snapshot import Identity, Snapshot, snapshot_from_file, snapshot_to_file
 from longtake.runtime.state import Edit, Position
 from longtake.runtime.story import Segment, story_from_file
+from longtake.training.data.captions import rows_of_table
 from longtake.training.models.checkpoint import load_into, save_checkpoint, side_file
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import TINY
@@ -60,6 +61,10 @@ def seeds(folder: Path) -> dict[str, tuple[Path, Load]]:
     }
     np.save(folder / "poses.npy", np.tile(np.eye(4), (8, 1, 1)))
     found["camera"] = folder / "poses.npy", poses_from
+    found["table"] = (
+        _written(folder / "clips.csv", 'file_name,caption\na.mp4,"a red, two"\nb.mp4,a six\n'),
+        rows_of_table,
+    )
     preset = next(iter(sorted((RECIPES.parents[1]).glob("**/presets/*.yaml"))), None)
     if preset is not None:
         found["preset"] = (
