@@ -23,7 +23,8 @@ sys.exit(main(sys.argv[1:]))
 FORKS = multiprocessing.get_context("forkserver")
 COMMANDS = ("train", "export", "engines", "generate", "training_run", "video_output")
 FORKS.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnx", "onnxscript", "onnxruntime", "av",
+    ["__main__", "torch", "torch._dynamo", "torch.onnx._internal.exporter._core", "onnx", "onnxscript", "onnxruntime", "av",
+     "sklearn.datasets", "torch.utils.tensorboard",
      *(f"longtake.commands.{name}" for name in COMMANDS), "longtake.chain", "longtake.training.trainer",
      "longtake.runtime.generator", "longtake.engines.build", "fault_processes"]
 )  # fmt: skip
@@ -43,6 +44,10 @@ class Run:
         """The exit code, minus a signal's number, or None."""
         return self._process.exitcode
 
+    def said(self) -> str:
+        """What it has said so far."""
+        return self._said.read_text(errors="replace")
+
     def send_signal(self, number: int) -> None:
         if self._process.pid is not None and self.poll() is None:
             os.kill(self._process.pid, number)
@@ -56,8 +61,8 @@ class Run:
         code = self.poll()
         if code is None:
             self.kill()
-            raise TimeoutError(f"not ended after {seconds:g} s: {self._said.read_text(errors='replace')[-300:]}")
-        said = self._said.read_text(errors="replace")
+            raise TimeoutError(f"not ended after {seconds:g} s: {self.said()[-300:]}")
+        said = self.said()
         self._said.unlink()
         return code, said
 

@@ -11,6 +11,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from fault_processes import Run, whole_process
@@ -42,6 +43,19 @@ def export_of(given: Path | None, place: Path) -> Path:
         code, said = done(["export", "--recipe", RECIPE, "--checkpoints", STUDENT, "--no-parity", "--out", folder])
         assert code == 0, said
     return folder / name
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """When each file below `folder` was written."""
+    while True:
+        try:
+            return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")} if folder.exists() else {}
+        except FileNotFoundError:  # it went while we looked
+            continue
+
+
+def _says(process: Run, mark: str) -> bool:
+    return mark in process.said()
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -148,19 +162,17 @@ class Runs:
             return ["--resume", *(["--stop-at", step + 2] if step + 2 < 200 else [])] if points else ["--stop-at", 2]
         return []
 
-    @staticmethod
-    def _wait_for(process: Run, out: Path, seconds: float) -> bool:
+    def _wait_for(self, process: Run, out: Path, seconds: float) -> bool:
         """Until it writes its first file, or ends."""
-        known, until = (
-            {path.name: path.stat().st_mtime_ns for path in out.rglob("*")} if out.exists() else {},
-            time.monotonic() + seconds,
-        )
-        while time.monotonic() < until and process.poll() is None:
-            try:
-                now = {path.name: path.stat().st_mtime_ns for path in out.rglob("*")} if out.exists() else {}
-            except FileNotFoundError:
-                continue
-            if now != known:
+        known = _times(out)
+        return self._until(process, lambda: _times(out) != known, seconds)
+
+    @staticmethod
+    def _until(process: Run, there: Callable[[], bool], seconds: float = 300) -> bool:
+        """Wait for something while the process runs; whether it came."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and process.poll() is None:
+            if there():
                 return True
             time.sleep(0.05)
         return False
@@ -198,9 +210,14 @@ class Runs:
         for command, sign in kinds:
             out = self.place / f"end-{command}-{sign.name}"
             words = self.words(command, out)
-            process = Run([*words[:-4], "--chunks", 40, *words[-4:]] if command == "generate" else words)
-            self._wait_for(process, out, 60)
-            time.sleep(3 if command == "generate" else 1)
+            # A finished chunk, or a finished step that only the signal makes it save; else in the midst of it.
+            more, mark = {"generate": (["--chunks", 40], "| 1/40"), "train": (["--save-steps", 0], "loss=")}.get(
+                command, ([], "")
+            )
+            process = Run([*words, *more])
+            self._wait_for(process, out, 300)
+            self._until(process, partial(_says, process, mark))
+            time.sleep(1)
             process.send_signal(sign)
             code, said = process.end()
             row.check(code == 128 + sign, f"{command} {sign.name}: exit code {code}: {said[-150:]}")
