@@ -54,6 +54,15 @@ def _times(folder: Path) -> dict[str, int]:
             continue
 
 
+def _newest(folder: Path) -> int:
+    """The step of a training's newest resume point; 0 without one."""
+    return max((int(path.stem.split("-")[1]) for path in folder.glob("resume-*.safetensors")), default=0)
+
+
+def _is_beyond(folder: Path, step: int) -> bool:
+    return _newest(folder) > step
+
+
 def _says(process: Run, mark: str) -> bool:
     return mark in process.said()
 
@@ -133,34 +142,46 @@ class Runs:
         return ["engines", "--recipe", RECIPE, "--onnx", self.export.parent, "--out", out]
 
     def kills(self, command: str, count: int) -> Row:
-        """kill -9 at random moments of a command; then what is left is whole, and the next run sweeps and succeeds."""
+        """kill -9 at random moments of a command; then what is left is whole, and the next run sweeps and succeeds.
+
+        Training goes on each time from what the kill before left; every other kill waits for a new resume point.
+        """
         row = Row(f"kill -9: {command}", count, "nothing lost, nothing left after the next run")
         out, hit = self.place / f"kill-{command}", 0
         for number in range(count):
-            process = Run(self.words(command, out))
+            step = _newest(out)
+            process = Run([*self.words(command, out), *(["--resume"] if step else [])])
             began = self._wait_for(process, out, 300)
+            if command == "train" and number % 2:
+                self._until(process, partial(_is_beyond, out, step))
             time.sleep(self.chance.random() * (1.5 if command == "train" else 4))
             hit += process.poll() is None
             process.kill()
             process.end()
+            row.check(_newest(out) >= step, f"{command} {number}: step {step} is lost")
             if began:
                 self._check_whole(row, command, out, f"{command} {number}")
         code, said = done([*self.words(command, out), *self._again(command, out)])
         row.check(code == 0, f"{command}: the next run fails: {said[-200:]}")
         row.check(not leftovers(out), f"{command}: left over: {leftovers(out)[:3]}")
         if command == "train":
-            curve = [point["step"] for point in json.loads((out / "loss.json").read_text())["train"]]
-            row.check(curve == list(range(1, curve[-1] + 1)), f"loss curve lacks steps: {len(curve)} of {curve[-1]}")
-            row.facts["steps in the curve"] = len(curve)
+            row.facts["steps in the curve"] = self._check_curve(row, out, "the next run")
         row.facts["hit"] = hit
         return row
 
+    @staticmethod
+    def _check_curve(row: Row, out: Path, what: str) -> int:
+        """The curve has every step up to the newest resume point; how many."""
+        curve = [point["step"] for point in json.loads((out / "loss.json").read_text())["train"]]
+        row.check(curve == list(range(1, len(curve) + 1)), f"{what}: the loss curve lacks steps: {curve}")
+        row.check(len(curve) >= _newest(out), f"{what}: the loss curve ends at {len(curve)}, before {_newest(out)}")
+        return len(curve)
+
     def _again(self, command: str, out: Path) -> list[object]:
-        if command == "train":
-            points = sorted(out.glob("resume-*.safetensors"))
-            step = int(points[-1].stem.split("-")[1]) if points else 0
-            return ["--resume", *(["--stop-at", step + 2] if step + 2 < 200 else [])] if points else ["--stop-at", 2]
-        return []
+        if command != "train":
+            return []
+        step = _newest(out)
+        return [*(["--resume"] if step else []), *(["--stop-at", step + 2] if step + 2 < 200 else [])]
 
     def _wait_for(self, process: Run, out: Path, seconds: float) -> bool:
         """Until it writes its first file, or ends."""
@@ -185,6 +206,7 @@ class Runs:
                 if points:
                     kind = json.loads(points[-1].with_suffix(".json").read_text())["kind"]
                     load_checkpoint(points[-1], kind=kind, preset="tiny")
+                    self._check_curve(row, out, what)
             elif command == "generate" and (out / "v.mp4").exists():
                 from longtake.video import frames_from_video
 
