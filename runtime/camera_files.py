@@ -7,15 +7,19 @@ the picture.
 from __future__ import annotations
 
 import math
+import tokenize
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from longtake.errors import LongtakeError
 
 ORTHOGONAL = 1e-3  # how far a rotation may be from one
 FIELD = (10.0, 150.0)  # degrees that a camera may see, across and down
 DEFAULT_FIELD = 60.0  # degrees across, where nothing is said
+# What NumPy raises for a header that it cannot read; the last two come of a count that is none.
+UNREADABLE = (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError, RecursionError, OverflowError, TypeError)
 
 Numbers = Path | str | np.ndarray
 
@@ -27,8 +31,8 @@ def numbers_of(given: Numbers, what: str) -> np.ndarray:
         if not path.is_file():
             raise LongtakeError(f"{what} {path} does not exist", expected="a .npy file", fix="check the path")
         try:
-            given = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            given = open_memmap(path, mode="r")  # no pickle, no zip; no more is taken than the file holds
+        except UNREADABLE as error:
             got = str(error).splitlines()[0][:120]
             raise LongtakeError(
                 f"cannot read {what} {path}", got=got, expected="a .npy file of numbers", fix="write it with numpy.save"

@@ -32,7 +32,7 @@ def open_standard_streams() -> None:
             with suppress(OSError):
                 stream.flush()
             binary = open(number, "wb", closefd=False)  # noqa: SIM115  (as long as the process)
-            kept = _Kept(binary, stream.encoding, stream.errors, line_buffering=number == 2 or stream.line_buffering)
+            kept = _Kept(binary, stream.encoding, stream.errors, line_buffering=True)  # progress is seen in a log, too
             setattr(sys, name, kept)
 
 

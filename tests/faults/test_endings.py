@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import tarfile
@@ -78,6 +79,23 @@ def test_a_closed_stream_ends_nothing(tmp_path: Path, close: str) -> None:
     done = python(STREAMS.format(close=close), tmp_path / "made")
     assert done.returncode == 0, done.stderr
     assert int((tmp_path / "made").read_text()) > 2, "no file of ours gets a standard stream's number"
+
+
+@pytest.mark.parametrize("setting", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_a_line_is_seen_in_a_pipe_when_it_is_printed(setting: dict[str, str]) -> None:
+    code = """
+import time
+from longtake.commands.streams import open_standard_streams
+open_standard_streams()
+print("dit: PyTorch to ONNX"); time.sleep(120)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **setting}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout and select.select([process.stdout], [], [], 60)[0], "nothing before the process ended"
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:

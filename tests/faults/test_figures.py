@@ -75,7 +75,8 @@ def test_soak(export: Path, chunks: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", RUNS)
 def test_kills_lose_nothing(runs: fault_runs.Runs, share: float) -> None:
-    assert not runs.kills({"train": 60, "export": 20, "engines": 20, "generate": 40}, share).wrong
+    for command, count in fault_runs.KILLS.items():
+        assert not runs.kills(command, max(1, round(count * share))).wrong
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from fault_processes import Run, whole_process
 from faults import Row, resident_mb
 
 from longtake.errors import LongtakeError
@@ -26,29 +26,13 @@ from longtake.training.models.checkpoint import load_checkpoint
 
 RECIPE = "tiny_nvfp4_sm120"
 STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"
-CODE = """
-import os, resource, signal, sys
-sys.path[:] = {path!r}
-{before}
-from longtake.commands.main import main
-sys.exit(main(sys.argv[1:]))
-"""
+KILLS = {"train": 60, "export": 20, "engines": 20, "generate": 40}
 MEMORY_GB = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0)
-
-
-def longtake(words: Sequence[object], before: str = "", **more: object) -> subprocess.Popen[str]:
-    """A command, begun; `before` is run in its process first."""
-    code = CODE.format(path=[str(REPOSITORY), *sys.path], before=before)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LONGTAKE_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, words)], text=True, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)  # type: ignore[call-overload,no-any-return]  # fmt: skip
 
 
 def done(words: Sequence[object], before: str = "") -> tuple[int, str]:
     """A command's exit code and what it said."""
-    process = longtake(words, before)
-    said, _ = process.communicate(timeout=600)
-    return process.returncode, said
+    return Run(words, before).end()
 
 
 def export_of(given: Path | None, place: Path) -> Path:
@@ -59,6 +43,28 @@ def export_of(given: Path | None, place: Path) -> Path:
         code, said = done(["export", "--recipe", RECIPE, "--checkpoints", STUDENT, "--no-parity", "--out", folder])
         assert code == 0, said
     return folder / name
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """When each file below `folder` was written."""
+    while True:
+        try:
+            return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")} if folder.exists() else {}
+        except FileNotFoundError:  # it went while we looked
+            continue
+
+
+def _newest(folder: Path) -> int:
+    """The step of a training's newest resume point; 0 without one."""
+    return max((int(path.stem.split("-")[1]) for path in folder.glob("resume-*.safetensors")), default=0)
+
+
+def _is_beyond(folder: Path, step: int) -> bool:
+    return _newest(folder) > step
+
+
+def _says(process: Run, mark: str) -> bool:
+    return mark in process.said()
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -76,21 +82,22 @@ def soak(export: Path, chunks: int, seed: int, again: int = 20) -> Row:
         "soak: tiny-4step, 2 steps, ONNX Runtime", chunks, "growth <= 20 MB, p99/p50 <= 1.5, first 20 the same again"
     )
     first = list(_chunks(export, min(again, chunks), seed))
-    times, digests, sizes = [], [], []
+    times, digests, sizes, loads = [], [], [], []
     for digest, spent in _chunks(export, chunks, seed):
         times.append(spent)
         digests.append(digest)
         gc.collect()
         sizes.append(resident_mb())
+        loads.append(os.getloadavg()[0])
     settled = sizes[min(20, len(sizes) // 3) :]
     steady = sorted(times[min(5, len(times) // 3) :])
     tail = steady[min(len(steady) - 1, round(0.99 * len(steady)))] / statistics.median(steady)
     growth = max(settled) - settled[0]
+    quiet = max(loads) < (os.cpu_count() or 1)
     row.facts |= {"growth_mb": round(growth, 1), "p50_s": round(statistics.median(steady), 3), "p99_to_p50": round(tail, 2),
-                  "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+                  "largest load": round(max(loads), 1), "ratio counts": quiet}  # fmt: skip
     row.check([digest for digest, _ in first] == digests[: len(first)], "the first chunks are others the second time")
     row.check(growth <= 20, f"grew by {growth:.1f} MB")
-    quiet = os.getloadavg()[0] < (os.cpu_count() or 1)
     row.check(tail <= 1.5 or not quiet, f"p99/p50 is {tail:.2f}")
     return row
 
@@ -135,53 +142,59 @@ class Runs:
             return ["export", "--recipe", RECIPE, "--skeleton", "--out", out]
         return ["engines", "--recipe", RECIPE, "--onnx", self.export.parent, "--out", out]
 
-    def kills(self, counts: dict[str, int], share: float) -> Row:
-        """kill -9 at a random moment of each command; then what is left is whole, and the next run sweeps and succeeds."""
-        wanted = {name: max(1, round(count * share)) for name, count in counts.items()}
-        row = Row("kill -9", sum(wanted.values()), "nothing lost, nothing left after the next run")
-        for command, count in wanted.items():
-            out, hit = self.place / f"kill-{command}", 0
-            for number in range(count):
-                process = longtake(self.words(command, out))
-                began = self._wait_for(process, out, 60)
-                time.sleep(self.chance.random() * (1.5 if command == "train" else 4))
-                hit += process.poll() is None
-                process.kill()
-                process.communicate()
-                if began:
-                    self._check_whole(row, command, out, f"{command} {number}")
-            code, said = done([*self.words(command, out), *self._again(command, out)])
-            row.check(code == 0, f"{command}: the next run fails: {said[-200:]}")
-            row.check(not leftovers(out), f"{command}: left over: {leftovers(out)[:3]}")
-            if command == "train":
-                curve = [point["step"] for point in json.loads((out / "loss.json").read_text())["train"]]
-                row.check(
-                    curve == list(range(1, curve[-1] + 1)), f"loss curve lacks steps: {len(curve)} of {curve[-1]}"
-                )
-                row.facts["steps in the curve"] = len(curve)
-            row.facts[command] = f"{hit} of {count} hit"
+    def kills(self, command: str, count: int) -> Row:
+        """kill -9 at random moments of a command; then what is left is whole, and the next run sweeps and succeeds.
+
+        Training goes on each time from what the kill before left; every other kill waits for a new resume point.
+        """
+        row = Row(f"kill -9: {command}", count, "nothing lost, nothing left after the next run")
+        out, hit = self.place / f"kill-{command}", 0
+        for number in range(count):
+            step = _newest(out)
+            process = Run([*self.words(command, out), *(["--resume"] if step else [])])
+            began = self._wait_for(process, out, 300)
+            if command == "train" and number % 2:
+                self._until(process, partial(_is_beyond, out, step))
+            time.sleep(self.chance.random() * (1.5 if command == "train" else 4))
+            hit += process.poll() is None
+            process.kill()
+            process.end()
+            row.check(_newest(out) >= step, f"{command} {number}: step {step} is lost")
+            if began:
+                self._check_whole(row, command, out, f"{command} {number}")
+        code, said = done([*self.words(command, out), *self._again(command, out)])
+        row.check(code == 0, f"{command}: the next run fails: {said[-200:]}")
+        row.check(not leftovers(out), f"{command}: left over: {leftovers(out)[:3]}")
+        if command == "train":
+            row.facts["steps in the curve"] = self._check_curve(row, out, "the next run")
+        row.facts["hit"] = hit
         return row
 
+    @staticmethod
+    def _check_curve(row: Row, out: Path, what: str) -> int:
+        """The curve has every step up to the newest resume point; how many."""
+        curve = [point["step"] for point in json.loads((out / "loss.json").read_text())["train"]]
+        row.check(curve == list(range(1, len(curve) + 1)), f"{what}: the loss curve lacks steps: {curve}")
+        row.check(len(curve) >= _newest(out), f"{what}: the loss curve ends at {len(curve)}, before {_newest(out)}")
+        return len(curve)
+
     def _again(self, command: str, out: Path) -> list[object]:
-        if command == "train":
-            points = sorted(out.glob("resume-*.safetensors"))
-            step = int(points[-1].stem.split("-")[1]) if points else 0
-            return ["--resume", *(["--stop-at", step + 2] if step + 2 < 200 else [])] if points else ["--stop-at", 2]
-        return []
+        if command != "train":
+            return []
+        step = _newest(out)
+        return [*(["--resume"] if step else []), *(["--stop-at", step + 2] if step + 2 < 200 else [])]
+
+    def _wait_for(self, process: Run, out: Path, seconds: float) -> bool:
+        """Until it writes its first file, or ends."""
+        known = _times(out)
+        return self._until(process, lambda: _times(out) != known, seconds)
 
     @staticmethod
-    def _wait_for(process: subprocess.Popen[str], out: Path, seconds: float) -> bool:
-        """Until it writes its first file, or ends."""
-        known, until = (
-            {path.name: path.stat().st_mtime_ns for path in out.rglob("*")} if out.exists() else {},
-            time.monotonic() + seconds,
-        )
-        while time.monotonic() < until and process.poll() is None:
-            try:
-                now = {path.name: path.stat().st_mtime_ns for path in out.rglob("*")} if out.exists() else {}
-            except FileNotFoundError:
-                continue
-            if now != known:
+    def _until(process: Run, there: Callable[[], bool], seconds: float = 300) -> bool:
+        """Wait for something while the process runs; whether it came."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and process.poll() is None:
+            if there():
                 return True
             time.sleep(0.05)
         return False
@@ -194,6 +207,7 @@ class Runs:
                 if points:
                     kind = json.loads(points[-1].with_suffix(".json").read_text())["kind"]
                     load_checkpoint(points[-1], kind=kind, preset="tiny")
+                    self._check_curve(row, out, what)
             elif command == "generate" and (out / "v.mp4").exists():
                 from longtake.video import frames_from_video
 
@@ -219,15 +233,17 @@ class Runs:
         for command, sign in kinds:
             out = self.place / f"end-{command}-{sign.name}"
             words = self.words(command, out)
-            process = longtake([*words[:-4], "--chunks", 40, *words[-4:]] if command == "generate" else words)
-            self._wait_for(process, out, 60)
-            time.sleep(3 if command == "generate" else 1)
-            process.send_signal(sign)
-            said = process.communicate(timeout=120)[0]
-            row.check(
-                process.returncode == 128 + sign,
-                f"{command} {sign.name}: exit code {process.returncode}: {said[-150:]}",
+            # A finished chunk, or a finished step that only the signal makes it save; else in the midst of it.
+            more, mark = {"generate": (["--chunks", 40], "| 1/40"), "train": (["--save-steps", 0], "loss=")}.get(
+                command, ([], "")
             )
+            process = Run([*words, *more])
+            self._wait_for(process, out, 300)
+            self._until(process, partial(_says, process, mark))
+            time.sleep(1)
+            process.send_signal(sign)
+            code, said = process.end()
+            row.check(code == 128 + sign, f"{command} {sign.name}: exit code {code}: {said[-150:]}")
             row.check(not leftovers(out), f"{command} {sign.name}: left over {leftovers(out)[:3]}")
             self._check_whole(row, command, out, f"{command} {sign.name}")
             kept = {"generate": "v.mp4", "train": "resume-*.safetensors"}.get(command)
@@ -242,7 +258,7 @@ class Runs:
         for gigabytes in limits:
             size = int(gigabytes * 1e9)
             words = [*self.words("generate", self.place / "memory"), "--chunks", 1]
-            code, said = done(words, f"resource.setrlimit(resource.RLIMIT_AS, ({size}, {size}))")
+            code, said = whole_process(words, f"resource.setrlimit(resource.RLIMIT_AS, ({size}, {size}))")
             right = code == 0 or (code == 2 and "out of memory" in said and "Traceback" not in said)
             row.check(right, f"{gigabytes} GB: exit code {code}: {said[-200:]}")
             good += code == 0
@@ -284,17 +300,15 @@ class Runs:
         for number in range(count):
             for command in ("export", "engines"):
                 out = self.place / f"race-{command}-{number}"
-                pair = [longtake(self.words(command, out)) for _ in range(2)]
+                pair = [Run(self.words(command, out)) for _ in range(2)]
                 reads = 0
                 while any(process.poll() is None for process in pair):
                     self._read(row, command, out, number)
                     reads += 1
                     time.sleep(0.05)
                 for process in pair:
-                    said = process.communicate()[0]
-                    row.check(
-                        process.returncode == 0, f"{command} {number}: exit code {process.returncode}: {said[-200:]}"
-                    )
+                    code, said = process.end()
+                    row.check(code == 0, f"{command} {number}: exit code {code}: {said[-200:]}")
                 self._check_whole(row, command, out, f"{command} {number}")
                 row.check(not leftovers(out), f"{command} {number}: left over {leftovers(out)[:3]}")
                 row.facts[f"reads of {command}"] = reads

@@ -23,9 +23,11 @@ from longtake.formats.recipe import RECIPES, recipe_from_file, recipe_named
 from longtake.formats.segmented_graph import Segment as Cut
 from longtake.formats.segmented_graph import SegmentedGraph, Step, TensorType
 from longtake.runtime import clip
+from longtake.runtime.camera_files import poses_from
 from longtake.runtime.snapshot import Identity, Snapshot, snapshot_from_file, snapshot_to_file
 from longtake.runtime.state import Edit, Position
 from longtake.runtime.story import Segment, story_from_file
+from longtake.training.data.captions import rows_of_table
 from longtake.training.models.checkpoint import load_into, save_checkpoint, side_file
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import TINY
@@ -57,6 +59,12 @@ def seeds(folder: Path) -> dict[str, tuple[Path, Load]]:
             lambda path: read_yaml(path, "run file", "key: value lines", "see docs"),
         ),
     }
+    np.save(folder / "poses.npy", np.tile(np.eye(4), (8, 1, 1)))
+    found["camera"] = folder / "poses.npy", poses_from
+    found["table"] = (
+        _written(folder / "clips.csv", 'file_name,caption\na.mp4,"a red, two"\nb.mp4,a six\n'),
+        rows_of_table,
+    )
     preset = next(iter(sorted((RECIPES.parents[1]).glob("**/presets/*.yaml"))), None)
     if preset is not None:
         found["preset"] = (

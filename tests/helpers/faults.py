@@ -11,7 +11,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,6 @@ def resident_mb() -> float:
     """Memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
-
-
-def report(rows: list[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------

@@ -170,6 +170,7 @@ def test_tables_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytes
     assert "lacks a column" in (said := spoilt(tmp_path, "a.csv", "file_name,title\na.mp4,x\n")) and "caption" in said
     assert "lacks a column" in spoilt(tmp_path, "b.csv", "nothing,caption\na,b\n")
     assert "line 2 of" in spoilt(tmp_path, "c.jsonl", '{"file": "a.mp4", "caption": "x"}\nno json\n')
+    assert "is no table" in spoilt(tmp_path, "e.csv", "file_name,caption\na.mp4," + "x" * 200_000)
     assert "is not UTF-8 text" in spoilt(tmp_path, "d.csv", b"file_name,caption\na.mp4,\xff\xfe\n")
     assert "does not exist" in spoilt(tmp_path, "e.csv", "file_name,caption\ngone.mp4,x\n")
     assert "no clips in" in spoilt(tmp_path, "f.csv", "file_name,caption\n")

@@ -87,10 +87,13 @@ def _csv(path: Path) -> list[dict[str, Any]]:
     text = _text(path)
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)
-    return [
-        {str(key): value for key, value in row.items() if key is not None}
-        for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    ]
+    try:
+        return [
+            {str(key): value for key, value in row.items() if key is not None}
+            for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        ]
+    except csv.Error as error:
+        raise LongtakeError(f"{path} is no table", got=str(error), expected="lines of a file and its caption") from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -147,6 +147,26 @@ def test_bad_poses(poses: Any, says: str) -> None:
         poses_from(poses)
 
 
+HEADER = "{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}"
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(128)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04" + bytes(60), npy("{'descr': ((("), npy(HEADER.format(shape="(True, 4, 4)")),
+     npy(HEADER.format(shape=f"({10**12}, 4, 4)")), npy(HEADER.format(shape=f"({10**40}, 4, 4)")),
+     npy(HEADER.format(shape="(-1, 4, 4)")), npy("{'descr': '|O', 'fortran_order': False, 'shape': (1, 4, 4), }")],
+    ids=["empty", "zip", "cut header", "bool", "terabytes", "overflow", "negative", "pickle"],
+)  # fmt: skip
+def test_a_damaged_file_of_poses(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "poses.npy").write_bytes(content)
+    with pytest.raises(LongtakeError, match="cannot read the camera poses"):
+        poses_from(tmp_path / "poses.npy")
+
+
 @pytest.mark.parametrize(
     "values", [[0.0, 50, 32, 24], [50, 50, 90, 24], [np.inf, 50, 32, 24], [1e6, 50, 32, 24], [1.0, 2, 3]]
 )
