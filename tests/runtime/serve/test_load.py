@@ -118,7 +118,7 @@ def open_files() -> list[str]:
     return sorted(held)
 
 
-def soak(start: Any, seconds: float) -> None:
+def soak(start: Any, seconds: float, figures: dict[str, Any]) -> None:
     server: Served = start(slots=3, limits=Limits(user_sessions=9, grace_s=0.5, parked_s=30))
     warm = [Aimless(server, seed, time.monotonic() + seconds / 5) for seed in range(3)]
     for one in warm:
@@ -136,20 +136,22 @@ def soak(start: Any, seconds: float) -> None:
     until = time.monotonic() + 60  # the server gives up on a viewer who vanished after two missed pings, 40 s
     while time.monotonic() < until and (own_threads() != threads or len(open_files()) > len(files) + 8):
         time.sleep(0.1)
-    assert resident() - held < 100e6
+    grown, more = resident() - held, Counter(now := open_files()) - Counter(files)
+    figures |= {"seconds": seconds, "viewers": len(viewers), "chunks": sum(viewer.chunks for viewer in viewers)}
+    figures |= {"growth_mb": round(grown / 1e6, 1), "of_mb": round(held / 1e6, 1), "files_more": len(now) - len(files)}
+    assert grown < 100e6
     assert own_threads() == threads
-    more = Counter(now := open_files()) - Counter(files)
     assert len(now) <= len(files) + 8, dict(more)
     last = server.live(prompt=PROMPT, chunks=2)
     last.until("session.done")
 
 
 @pytest.mark.slow
-def test_90_seconds(start: Any) -> None:
-    soak(start, 90)
+def test_90_seconds_of_soak(start: Any, figures: dict[str, Any]) -> None:
+    soak(start, 90, figures)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_20_minutes(start: Any) -> None:
-    soak(start, 1200)
+def test_20_minutes_of_soak(start: Any, figures: dict[str, Any]) -> None:
+    soak(start, 1200, figures)
