@@ -47,14 +47,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """What a test measured; kept under its name in the folder that --figures names, if it passes."""
-    facts: dict[str, Any] = {}
+    about, facts = origin(), dict[str, Any]()  # of the code that runs, whatever is committed meanwhile
     failed = request.session.testsfailed
     yield facts
     folder, name = request.config.getoption("--figures"), request.node.name
     if folder is not None and request.session.testsfailed == failed:
         command = f"make test-long ARGS='{request.node.location[0]} -k {name} --figures {folder}'"
         why = "a make target, not a command: see command"
-        about = {**origin(), "rerun_with": "", "not_rerun_because": why, "kind": "test", "command": command}
+        about |= {"rerun_with": "", "not_rerun_because": why, "kind": "test", "command": command}
         conditions = {"cores": os.cpu_count(), "load": os.getloadavg()[2]}
         report = {**about, "conditions": conditions, "facts": facts}
         write_json(folder / f"{name.removeprefix('test_')}_cpu.json", report)

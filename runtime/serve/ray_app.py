@@ -1,7 +1,6 @@
 """The same over many machines: fronts and workers as deployments of Ray Serve, the registry as one named actor.
 
-The only file that imports ray. Everything that counts is in the store, which all machines must see: whoever dies, the others
-go on from there.
+The only file that imports ray. All that counts is in the store, which all machines see: whoever dies, the others go on from there.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from ray.util import metrics
 
 from longtake.errors import LongtakeError
 from longtake.runtime.serve.app import app_from
+from longtake.runtime.serve.contract import ServeError
 from longtake.runtime.serve.desk import Desk
 from longtake.runtime.serve.grants import ElsewhereError, Event, Grant, WorkerLostError
 from longtake.runtime.serve.jobs import Jobs, JobsElsewhere
@@ -36,7 +36,7 @@ from longtake.runtime.serve.worker import Worker
 from longtake.settings import ray_auth_mode
 
 APP, DESK, NAMESPACE = "longtake", "longtake-desk", "longtake"
-HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 10.0, 10
+HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 30.0, 10
 GONE = (RayActorError, RayServeException, ConnectionError)
 
 
@@ -49,7 +49,7 @@ def _ask_desk(method: str, *words: Any, otherwise: Any = None, seconds: float = 
 
 
 class DeskProxy:
-    """The registry's actor, by the methods of `Desk`. While it restarts it is asked again for ten seconds."""
+    """The registry's actor, by the methods of `Desk`. While it restarts it is asked again for `PATIENCE_S`."""
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         async def call(*words: Any) -> Any:
@@ -61,7 +61,7 @@ class DeskProxy:
                     raise error.cause from None
                 except (RayActorError, ValueError):
                     if time.monotonic() > until:
-                        raise
+                        raise ServeError("not_ready", "the registry is away", status=503, close=4503) from None
                     await asyncio.sleep(0.2)
 
         return call
@@ -167,18 +167,18 @@ class Entrance:
 
     def __init__(self, settings: Settings, generation: int, _: Any) -> None:
         self.front = settings.front(settings.shared_store(), DeskProxy(), RayWorkers(), ray_meters(metrics))
-        self.front.jobs = JobsElsewhere(self.front.desk)
-        self.generation = generation
+        self.front.jobs, self.generation = JobsElsewhere(self.front.desk), generation
 
     def __serve_build_asgi_app__(self) -> Any:
         return app_from(self.front)
 
     async def check_health(self) -> None:
-        """Called by Serve now and then: sockets move once a newer deployment has begun."""
-        if not self.front.leaving and await self.front.desk.generation() > self.generation:
-            self.front.leaving = True
-            for connection in list(self.front.connections):
-                await connection.close(1001)
+        """Called by Serve now and then: sockets move once a newer deployment has begun. A front without a registry is not ill."""
+        with contextlib.suppress(TimeoutError, ServeError):
+            newest = await asyncio.wait_for(self.front.desk.generation(), HEARTBEAT_S)
+            self.front.leaving = self.front.leaving or newest > self.generation
+        for connection in list(self.front.connections) if self.front.leaving else ():
+            await connection.close(1001)
 
 
 def wanted_workers(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

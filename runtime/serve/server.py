@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PARK_S = 13.0  # in which everything is parked; the rest of the 15 s is for sockets and threads
-EXPIRE_EVERY = 600.0
 FAILURE_EVERY = 0.5  # seconds
 
 Say = Callable[[str], None]
@@ -208,9 +207,8 @@ async def served(
             host, port = opened.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
             await jobs.begin()
-            cleaning, failing = asyncio.create_task(_expire(front)), asyncio.create_task(_failure(workers))
+            failing = asyncio.create_task(_failure(workers))
             await asyncio.wait({stop, serving, failing}, return_when=asyncio.FIRST_COMPLETED)
-            cleaning.cancel()
             failure = failing.result() if failing.done() else None
             failing.cancel()
     finally:
@@ -235,13 +233,6 @@ async def _open(settings: Settings, front: Front, workers: LocalWorkers, open_mo
     about = await asyncio.to_thread(worker.describe)
     await front.desk.register(name, slots_of(generator, settings.slots), 0, about)
     front.status = ""
-
-
-async def _expire(front: Front) -> None:
-    while True:
-        for session in await asyncio.to_thread(front.store.expire, front.limits.parked_s):
-            log.info("expired", extra={"session": session})
-        await asyncio.sleep(EXPIRE_EVERY)
 
 
 async def _failure(workers: LocalWorkers) -> LongtakeError:

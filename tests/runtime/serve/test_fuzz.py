@@ -283,6 +283,24 @@ def test_tokens_tickets_and_other_peoples_sessions(start: Any, tmp_path: Path) -
     assert server.get("/metrics").text.count("0123456789abcdef") == 0
 
 
+def test_more_sockets_than_a_user_may_have_are_refused_before_the_handshake(start: Any, tmp_path: Path) -> None:
+    server = token_server(start, tmp_path, limits=Limits(user_sessions=1, user_sockets=2))
+    anna, bela = ({"authorization": f"Bearer {token}"} for token in ("0123456789abcdef", "fedcba9876543210"))
+    held = [Live(server.host, headers=anna) for _ in range(3)]
+    with pytest.raises(InvalidStatus) as refused:
+        Live(server.host, headers=anna)
+    answer = refused.value.response
+    assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
+    assert json.loads(answer.body)["error"]["code"] == "quota"
+    Live(server.host, headers=bela).close()  # others are not concerned
+    held.pop().close()
+    until = time.monotonic() + 10
+    while "longtake_websockets 2.0" not in server.get("/metrics").text and time.monotonic() < until:
+        time.sleep(0.05)
+    live = Live(server.host, headers=anna, prompt=PROMPT, chunks=1)
+    live.until("session.done")
+
+
 @pytest.mark.parametrize(
     ("headers", "code"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,8 +271,13 @@ def test_stores(tmp_path: Path, store: Store, generator: Any) -> None:
 def test_what_nobody_touches_expires(store: Store, generator: Any) -> None:
     old, new = begin(store, generator), begin(store, generator)
     job = begin(store, generator, id=new_id("video"), kind="video")
-    for journal in (old, job):
+    broken = begin(store, generator, id=new_id("video"), kind="video")
+    (broken.folder / "end.json").write_text("{")
+    for journal in (old, job, broken):
         os.utime(journal.folder, (1.0, 1.0))
-    assert store.expire(60.0) == [old.id]
-    assert [one.id for one in store.all()] == sorted([new.id, job.id])
+    assert store.expire(60.0, 60.0) == [old.id]
+    job.finish("failed")
+    assert store.expire(1e9, 60.0) == [] and store.expire(1e9, 60.0, time.time() + 61) == [job.id]
+    assert not job.folder.exists()
+    assert [one.id for one in store.all()] == sorted([new.id, broken.id])
     assert replace(new.meta, user="x").user == "x" and store.bytes_of("local") > 0
