@@ -41,10 +41,11 @@ def test_a_viewer_who_does_not_read_costs_nothing(start: Any) -> None:
     assert len(live.media) == 40
 
 
-def test_a_slow_viewer_is_waited_for_and_changes_come_soon(start: Any) -> None:
+@pytest.mark.parametrize("pause_s", [0.4, pytest.param(10.0, marks=pytest.mark.slow)])
+def test_a_slow_viewer_is_waited_for_and_changes_come_soon(start: Any, pause_s: float) -> None:
     server: Served = start()
     live = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack", "window": 2})
-    walk(server, live, window=2, chunks=3, pause_s=0.4)
+    walk(server, live, window=2, chunks=3, pause_s=pause_s)
     at = live.interact("e", prompt="snow")["at_chunk"]
     assert at - 2 <= 3  # window + 1 after what is shown
     live.send("session.stop")
