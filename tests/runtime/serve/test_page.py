@@ -307,6 +307,22 @@ def test_a_story_is_shared_as_a_file(visit: Open, film: str, tmp_path: Path) -> 
     until(page, "document.querySelector('.notice')?.textContent.includes('no story')")
 
 
+@pytest.mark.parametrize("width", [1000, 360])
+def test_why_nothing_can_be_begun_yet_is_there_to_read(visit: Open, width: int) -> None:
+    page = visit(viewport={"width": width, "height": 700})
+    why = "tiny-4step is being made ready for tiny_nvfp4_sm120: once, in a minute or two"
+    error = {"message": why, "code": "not_ready", "type": "server_error", "param": None}
+    page.route("**/v1/models", lambda route: route.fulfill(status=503, json={"error": error}))
+    page.reload()
+    until(page, "document.querySelector('#state').textContent == 'Getting ready'")
+    assert why in page.inner_text("#welcome") and page.is_disabled("#start")
+    for name in ("#state", "#examples-title"):  # nothing of it is cut off
+        assert page.evaluate(f"(each => each.scrollWidth <= each.clientWidth)(document.querySelector('{name}'))")
+    page.unroute("**/v1/models")
+    until(page, "!document.querySelector('#start').disabled")
+    assert why not in page.inner_text("#welcome") and "begin with one of these" in page.inner_text("#examples-title")
+
+
 def test_a_browser_that_cannot_play_is_told_so(visit: Open) -> None:
     page = visit(script="delete window.MediaSource; delete window.ManagedMediaSource; delete window.WebKitMediaSource")
     assert "Media Source Extensions" in page.inner_text(".notice") and page.is_disabled("#start")
