@@ -249,9 +249,8 @@ async def _end(front: Front, workers: LocalWorkers, jobs: Jobs) -> None:
     if workers.worker is not None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.to_thread(workers.worker.close), PARK_S)
-    for connection in list(front.connections):
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(connection.close(1001), 1)
+    told = (asyncio.wait_for(connection.close(1001), 1) for connection in list(front.connections))
+    await asyncio.gather(*told, return_exceptions=True)
     await front.settle(1.0)
     if workers.worker is not None:
         workers.worker.generator.close()
