@@ -133,6 +133,7 @@ class Maker(LocalWorkers):
 
 def _beat(worker: Worker, facts: tuple[Any, ...]) -> None:
     while True:
+        worker.meters.worker(facts[-1], worker.generator.backend.peak_bytes())  # Ray forgets what is not said again
         if not _ask_desk("register", *facts, worker.running(), otherwise=True):
             worker.drain()
         time.sleep(HEARTBEAT_S)
@@ -246,5 +247,4 @@ def _until_ended(desk: Any, generation: int, own: bool) -> int:
         time.sleep(3 * HEARTBEAT_S)  # in which every session is parked
     serve.shutdown()
     ray.kill(desk)
-    ray.shutdown()
     return 0

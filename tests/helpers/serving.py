@@ -220,7 +220,7 @@ class Process:
     def kill(self, number: int = signal.SIGKILL) -> int:
         """Send a signal, and wait for the end; returns the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(120)
 
     def children(self, title: str) -> list[int]:
         """Ids of the processes that it started, or what it started, by a pattern of their titles."""

@@ -191,6 +191,26 @@ def test_a_server_that_comes_back_is_found(visit: Open, tmp_path: Path) -> None:
         second.kill(15)
 
 
+def test_a_film_goes_on_by_itself_once_there_is_a_worker_again(visit: Open) -> None:
+    page = visit()
+    start(page)
+    until(page, shown(1))
+    refused = []
+
+    def answer(socket: Any) -> None:
+        if refused:
+            socket.connect_to_server()
+        else:
+            refused.append(socket)
+            socket.send(json.dumps({"type": "error", "code": "not_ready", "message": "no worker is ready yet"}))
+            socket.close(code=4503)
+
+    page.route_web_socket("**/v1/realtime/video*", answer)
+    page.reload()  # it resumes, is refused, and resumes again
+    until(page, shown(3))
+    assert len(refused) == 1 and page.locator(".notice").count() == 0
+
+
 def test_everything_by_keyboard(visit: Open) -> None:
     page = visit()
     until(page, "!document.querySelector('#start').disabled && document.querySelector('#model').textContent")

@@ -53,7 +53,7 @@ def test_a_redeploy_moves_every_session(metrics_port: int, start: Any, tmp_path:
 
     def ask() -> None:
         while not over.wait(0.1):
-            answers[httpx.get(f"{first.url}/v1/models", timeout=60).status_code] += 1
+            answers[httpx.get(f"{first.url}/v1/models", timeout=300).status_code] += 1
 
     def redeploy() -> None:
         later.append(deployed(tmp_path, int(first.host.rpartition(":")[2])))
