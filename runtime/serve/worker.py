@@ -182,9 +182,7 @@ class Worker:
         now = time.monotonic()
         for live in self.lives.values():
             waits = live.window is not None and live.paused_at is None and live.settled and not live.may_begin()
-            idle = (
-                waits and now - live.touched > self.idle_s
-            )  # a viewer is waited for, not one who waits for a slow chunk
+            idle = waits and now - live.touched > self.idle_s  # who waits for a slow chunk himself is not idle
             long = live.paused_at is not None and now - live.paused_at > self.paused_s
             if (idle or long) and not live.ending:
                 live.ending, live.why = "park", "idle" if idle else "paused"
