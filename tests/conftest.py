@@ -9,9 +9,19 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from longtake.files import write_json
+from longtake.provenance import origin
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--figures", type=Path, metavar="FOLDER", help="where long tests write what they measured, as JSON"
+    )
 
 
 def pytest_configure() -> None:
@@ -32,6 +42,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """What a test measured; kept under its name in the folder that --figures names, if it passes."""
+    about, facts = origin(), dict[str, Any]()  # of the code that runs, whatever is committed meanwhile
+    failed = request.session.testsfailed
+    yield facts
+    folder, name = request.config.getoption("--figures"), request.node.name
+    if folder is not None and request.session.testsfailed == failed:
+        command = f"make test-long ARGS='{request.node.location[0]} -k {name} --figures {folder}'"
+        why = "a make target, not a command: see command"
+        about |= {"rerun_with": "", "not_rerun_because": why, "kind": "test", "command": command}
+        conditions = {"cores": os.cpu_count(), "load": os.getloadavg()[2]}
+        report = {**about, "conditions": conditions, "facts": facts}
+        write_json(folder / f"{name.removeprefix('test_')}_cpu.json", report)
 
 
 @pytest.fixture(autouse=True)

@@ -268,12 +268,16 @@ def _add_realtime(app: FastAPI, front: Front) -> None:
     @app.websocket("/v1/realtime/video")
     async def realtime(socket: WebSocket) -> None:
         user = front.door.user(socket.headers.get("authorization"), socket.query_params.get("ticket"))
+        refusal = None
         if user is None:
-            await socket.send_denial_response(
-                response_of(ServeError("unauthorized", "a token or ticket is needed", status=401))
-            )
+            refusal = ServeError("unauthorized", "a token or ticket is needed", status=401)
         elif front.leaving:
-            await socket.send_denial_response(response_of(ServeError("stopping", "the server is stopping", status=503)))
+            refusal = ServeError("stopping", "the server is stopping", status=503)
+        elif not front.has_room_for_socket(user):
+            detail = {"fix": "close one of them; the option is --user-sockets"}
+            refusal = ServeError("quota", "too many sockets are open", status=429, retry_s=10, detail=detail)
+        if refusal is None:
+            await serve_socket(front, socket, str(user))
         else:
-            await socket.accept()
-            await serve_socket(front, socket, user)
+            front.meters.add("errors", code=refusal.code)
+            await socket.send_denial_response(response_of(refusal))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Front:
     leaving: bool = False
     jobs: Any = None
     connections: set[Any] = field(default_factory=set)
-    _sockets: int = 0
+    _sockets: Counter[str] = field(default_factory=Counter)
     _about: dict[str, Any] | None = None
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _measured: dict[str, float] = field(default_factory=dict)
@@ -77,9 +78,14 @@ class Front:
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=seconds)
 
-    def sockets(self, change: int) -> int:
-        self._sockets += change
-        return self._sockets
+    def has_room_for_socket(self, user: str) -> bool:
+        """Whether a user may open one more."""
+        return self._sockets[user] < self.limits.user_sessions + self.limits.user_sockets
+
+    def count_socket(self, user: str, change: int) -> None:
+        self._sockets[user] += change
+        self._sockets += Counter()  # forgets users without any
+        self.meters.set("websockets", self._sockets.total())
 
     async def workers_call(self, call: Awaitable[Any], quiet: bool = False) -> Any:
         """What a worker answers. quiet: that the session is not there any more is no error.

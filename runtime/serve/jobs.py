@@ -16,13 +16,16 @@ from longtake.runtime.serve.messages import chunk_seconds
 
 log = logging.getLogger(__name__)
 
+EXPIRE_EVERY = 600.0  # seconds
+
 
 class Jobs:
-    """Drives every job of the store that has not ended."""
+    """Drives every job of the store that has not ended, and removes what has stood there for too long."""
 
     def __init__(self, front: Front) -> None:
         self.front = front
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cleaning: asyncio.Task[None] | None = None
         self._leaving = False
 
     async def begin(self) -> None:
@@ -30,6 +33,14 @@ class Jobs:
         left = [one for one in self.front.store.all() if one.meta.kind == "video" and one.end() is None]
         for journal in sorted(left, key=lambda one: one.meta.created):
             await self.add(journal, again=True)
+        self._cleaning = asyncio.create_task(self._clean())
+
+    async def _clean(self) -> None:
+        store, limits = self.front.store, self.front.limits
+        while True:
+            for session in await asyncio.to_thread(store.expire, limits.parked_s, limits.kept_s):
+                log.info("expired", extra={"session": session})
+            await asyncio.sleep(EXPIRE_EVERY)
 
     async def add(self, journal: Journal, again: bool = False) -> None:
         """Drive a job; `again`: it waited or ran before, so that quotas do not count. Raises QuotaError."""
@@ -70,6 +81,8 @@ class Jobs:
     def end(self) -> None:
         """Stop all; what they are is in the store."""
         self._leaving = True
+        if self._cleaning is not None:
+            self._cleaning.cancel()
 
 
 class JobsElsewhere:

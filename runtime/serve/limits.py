@@ -44,6 +44,8 @@ class Limits:
     """chunks of a job"""
     user_sessions: Annotated[int, Bounds(1)] = option(1)
     """live sessions of one user at a time"""
+    user_sockets: Annotated[int, Bounds(1)] = option(8)
+    """sockets that one user may have open beside those of his live sessions; one more is refused before its handshake"""
     user_jobs: Annotated[int, Bounds(1)] = option(4)
     """jobs of one user that wait or run"""
     user_bytes: Annotated[int, Bounds(1)] = option(20 * GB)
@@ -56,6 +58,8 @@ class Limits:
     """seconds that a paused session keeps its place on the GPU"""
     parked_s: Annotated[float, Bounds(1)] = option(86400.0)
     """seconds that a session without a viewer is kept"""
+    kept_s: Annotated[float, Bounds(1)] = option(604800.0)
+    """seconds that a job is kept after its end; then its record goes together with its files"""
     first_message_s: Annotated[float, Bounds(0.1)] = option(10.0)
     """seconds in which a socket's first message must come"""
     idle_s: Annotated[float, Bounds(0.1)] = option(60.0)

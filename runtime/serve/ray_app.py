@@ -1,14 +1,12 @@
 """The same over many machines: fronts and workers as deployments of Ray Serve, the registry as one named actor.
 
-The only file that imports ray. Everything that counts is in the store, which all machines must see: whoever dies, the others
-go on from there.
+The only file that imports ray. All that counts is in the store, which all machines see: whoever dies, the others go on from there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import signal
 import threading
 import time
@@ -26,18 +24,18 @@ from ray.util import metrics
 
 from longtake.errors import LongtakeError
 from longtake.runtime.serve.app import app_from
+from longtake.runtime.serve.contract import ServeError
 from longtake.runtime.serve.desk import Desk
 from longtake.runtime.serve.grants import ElsewhereError, Event, Grant, WorkerLostError
 from longtake.runtime.serve.jobs import Jobs, JobsElsewhere
 from longtake.runtime.serve.local import LocalWorkers
 from longtake.runtime.serve.meters import ray_meters, silent
-from longtake.runtime.serve.server import Open, Say, Settings, Size, free_port, slots_of
+from longtake.runtime.serve.server import Open, Say, Settings, Size, free_port, listening, slots_of
 from longtake.runtime.serve.worker import Worker
 from longtake.settings import ray_auth_mode
 
 APP, DESK, NAMESPACE = "longtake", "longtake-desk", "longtake"
-HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 10.0, 10
-GONE = (RayActorError, RayServeException, ConnectionError)
+HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 30.0, 10
 
 
 def _ask_desk(method: str, *words: Any, otherwise: Any = None, seconds: float = PATIENCE_S) -> Any:
@@ -49,7 +47,7 @@ def _ask_desk(method: str, *words: Any, otherwise: Any = None, seconds: float = 
 
 
 class DeskProxy:
-    """The registry's actor, by the methods of `Desk`. While it restarts it is asked again for ten seconds."""
+    """The registry's actor, by the methods of `Desk`. While it restarts it is asked again for `PATIENCE_S`."""
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         async def call(*words: Any) -> Any:
@@ -61,7 +59,7 @@ class DeskProxy:
                     raise error.cause from None
                 except (RayActorError, ValueError):
                     if time.monotonic() > until:
-                        raise
+                        raise ServeError("not_ready", "the registry is away", status=503, close=4503) from None
                     await asyncio.sleep(0.2)
 
         return call
@@ -74,7 +72,7 @@ def _lost_if_gone() -> Iterator[None]:
         yield
     except RayTaskError as error:
         raise error.cause from None
-    except GONE as error:
+    except (RayActorError, RayServeException, ConnectionError) as error:
         raise WorkerLostError(type(error).__name__) from None
 
 
@@ -135,6 +133,7 @@ class Maker(LocalWorkers):
 
 def _beat(worker: Worker, facts: tuple[Any, ...]) -> None:
     while True:
+        worker.meters.worker(facts[-1], worker.generator.backend.peak_bytes())  # Ray forgets what is not said again
         if not _ask_desk("register", *facts, worker.running(), otherwise=True):
             worker.drain()
         time.sleep(HEARTBEAT_S)
@@ -167,24 +166,24 @@ class Entrance:
 
     def __init__(self, settings: Settings, generation: int, _: Any) -> None:
         self.front = settings.front(settings.shared_store(), DeskProxy(), RayWorkers(), ray_meters(metrics))
-        self.front.jobs = JobsElsewhere(self.front.desk)
-        self.generation = generation
+        self.front.jobs, self.generation = JobsElsewhere(self.front.desk), generation
 
     def __serve_build_asgi_app__(self) -> Any:
         return app_from(self.front)
 
     async def check_health(self) -> None:
-        """Called by Serve now and then: sockets move once a newer deployment has begun."""
-        if not self.front.leaving and await self.front.desk.generation() > self.generation:
-            self.front.leaving = True
-            for connection in list(self.front.connections):
-                await connection.close(1001)
+        """Called by Serve now and then: sockets move once a newer deployment has begun. A front without a registry is not ill."""
+        with contextlib.suppress(TimeoutError, ServeError):
+            newest = await asyncio.wait_for(self.front.desk.generation(), HEARTBEAT_S)
+            self.front.leaving = self.front.leaving or newest > self.generation
+        for connection in list(self.front.connections) if self.front.leaving else ():
+            await connection.close(1001)
 
 
 def wanted_workers(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     """As many workers as running and waiting sessions ask for."""
     now, load = context.current_num_replicas, _ask_desk("load", seconds=2)
-    return now if load is None else max(1, math.ceil(load * now)), {}
+    return now if load is None else max(1, -int(-load * now // 1)), {}
 
 
 def deployed(settings: Settings, open_model: Open, size: Size, generation: int) -> Any:
@@ -195,19 +194,13 @@ def deployed(settings: Settings, open_model: Open, size: Size, generation: int) 
     making: Any = serve.deployment(
         name="Maker",
         max_ongoing_requests=settings.slots * 4 + 16,
-        graceful_shutdown_timeout_s=20,
         ray_actor_options={"num_cpus": 0.1, "num_gpus": size.gpus},
         request_router_config=router,
         **({"autoscaling_config": scaling} if size.most > size.least else {"num_replicas": size.least}),
     )
-    entering: Any = serve.deployment(
-        name="Entrance",
-        max_ongoing_requests=1000 + settings.limits.queue,
-        num_replicas=size.fronts,
-        ray_actor_options={"num_cpus": 0.1},
-        graceful_shutdown_timeout_s=5,
-        health_check_period_s=1,
-    )
+    brief: Any = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 5, "health_check_period_s": 1}
+    sockets = 1000 + settings.limits.queue
+    entering: Any = serve.deployment(name="Entrance", max_ongoing_requests=sockets, num_replicas=size.fronts, **brief)
     return entering(Entrance).bind(settings, generation, making(Maker).bind(settings, open_model, generation))
 
 
@@ -218,33 +211,40 @@ def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -
         LongtakeError: without a store, or on a cluster that anybody may run code on.
     """
     settings.door(settings.shared_store())
-    try:
-        ray.init("auto", namespace=NAMESPACE, log_to_driver=False)
-    except ConnectionError:
-        ray.init(namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
+    own = _connected()
     if len(ray.nodes()) > 1 and ray_auth_mode() != "token":
         fix = "set RAY_AUTH_MODE=token on every machine"
         raise LongtakeError("whoever reaches this cluster runs code on it", got="no RAY_AUTH_MODE", fix=fix)
     host, port = settings.host, settings.port or free_port(settings.host, 8000)
+    if not _ask_desk("generation"):  # nothing is deployed yet: whoever has the port is somebody else
+        listening(host, port).close()
     kept = {"name": DESK, "get_if_exists": True, "max_restarts": -1, "lifetime": "detached", "num_cpus": 0}
     desk: Any = ray.remote(DeskActor).options(**kept, max_concurrency=1000).remote(settings)  # type: ignore[arg-type]
     generation = ray.get(desk.begin_generation.remote())
     serve.start(http_options=HTTPOptions(host=host, port=port))
     serve.run(deployed(settings, open_model, size, generation), name=APP, route_prefix="/")
     announce(f"http://{host}:{port}/")
-    return _until_ended(desk, generation)
+    return _until_ended(desk, generation, own)
 
 
-def _until_ended(desk: Any, generation: int) -> int:
+def _connected() -> bool:
+    """Join the cluster that is there, else begin one of this machine, which ends with this process. Whether it was begun."""
+    with contextlib.suppress(ConnectionError):
+        ray.init("auto", namespace=NAMESPACE, log_to_driver=False)
+        return False
+    ray.init(namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
+    return True
+
+
+def _until_ended(desk: Any, generation: int, own: bool) -> int:
     ending = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ending.set())
     while not ending.wait(HEARTBEAT_S):
-        if _ask_desk("generation", otherwise=0) > generation:
+        if not own and _ask_desk("generation", otherwise=0) > generation:
             return 0  # a newer deployment has taken over
     if _ask_desk("begin_generation"):
         time.sleep(3 * HEARTBEAT_S)  # in which every session is parked
     serve.shutdown()
     ray.kill(desk)
-    ray.shutdown()
     return 0

@@ -333,17 +333,17 @@ def _gone(error: BaseException) -> bool:
 
 
 async def serve_socket(front: Front, socket: WebSocket, user: str) -> None:
-    """Serve one accepted socket."""
+    """Serve one socket of a user who may come in."""
     connection = Connection(front, socket, user)
-    front.meters.set("websockets", front.sockets(1))
+    front.count_socket(user, 1)
     try:
+        await socket.accept()
         await connection.run()
     except Exception as error:
+        defect = ServeError("internal_error", "a defect; the session is kept", close=1011, status=500)
         if not _gone(error):
             log.exception("a connection failed")
             with contextlib.suppress(Exception):
-                await connection.fail(
-                    ServeError("internal_error", "a defect; the session is kept", close=1011, status=500)
-                )
+                await connection.fail(error if isinstance(error, ServeError) else defect)
     finally:
-        front.meters.set("websockets", front.sockets(-1))
+        front.count_socket(user, -1)

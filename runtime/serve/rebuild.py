@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
-from longtake.errors import LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.record import record_from_json
 from longtake.runtime.camera import camera_from_json, steer_from, steered
 from longtake.runtime.clip import latents_from_clip
@@ -139,18 +139,27 @@ def steers_of(journal: Journal) -> list[dict[str, Any]]:
 
 
 def _restore(session: Session, journal: Journal, count: int) -> None:
-    """Take over the newest whole state that is not ahead of the chunks; one that is damaged is passed over."""
+    """Take over the newest whole state that is not ahead of the chunks; one that is damaged, or another session's, is passed over."""
     for chunk, path in journal.snapshots():
         if chunk > count:
             continue
         try:
             snapshot = snapshot_from_file(path)
+            _check_own(snapshot.position, position_in(session, journal.chunk(chunk - 1)) if chunk else None)
             if journal.meta.parent and chunk <= journal.meta.from_chunk:  # a retake may have another seed from there on
                 snapshot = replace(snapshot, identity=replace(snapshot.identity, seed=journal.meta.seed))
             session.restore(snapshot)
             return
         except LongtakeError as error:
             log.warning("session %s: the state before chunk %d is left out: %s", journal.id, chunk, error.what)
+
+
+def _check_own(found: Position, kept: Position | None) -> None:
+    """Raise IntegrityError for a state that stands elsewhere than the journal's chunk before it."""
+    if kept is not None:
+        got, expected = ((one.chunk, one.shot, one.prompt, one.slots) for one in (found, kept))
+        if got != expected:
+            raise IntegrityError("it is another session's", got=f"chunk {found.chunk}, {found.prompt[:60]!r}")
 
 
 def take_in_clip(session: Session, journal: Journal) -> int:

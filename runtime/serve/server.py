@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PARK_S = 13.0  # in which everything is parked; the rest of the 15 s is for sockets and threads
-EXPIRE_EVERY = 600.0
 FAILURE_EVERY = 0.5  # seconds
 
 Say = Callable[[str], None]
@@ -208,9 +207,8 @@ async def served(
             host, port = opened.getsockname()[:2]
             announce(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
             await jobs.begin()
-            cleaning, failing = asyncio.create_task(_expire(front)), asyncio.create_task(_failure(workers))
+            failing = asyncio.create_task(_failure(workers))
             await asyncio.wait({stop, serving, failing}, return_when=asyncio.FIRST_COMPLETED)
-            cleaning.cancel()
             failure = failing.result() if failing.done() else None
             failing.cancel()
     finally:
@@ -237,13 +235,6 @@ async def _open(settings: Settings, front: Front, workers: LocalWorkers, open_mo
     front.status = ""
 
 
-async def _expire(front: Front) -> None:
-    while True:
-        for session in await asyncio.to_thread(front.store.expire, front.limits.parked_s):
-            log.info("expired", extra={"session": session})
-        await asyncio.sleep(EXPIRE_EVERY)
-
-
 async def _failure(workers: LocalWorkers) -> LongtakeError:
     """Wait for what ends the worker: a backend that runs no more networks."""
     while workers.worker is None or (failure := workers.worker.generator.backend.failure) is None:
@@ -258,9 +249,8 @@ async def _end(front: Front, workers: LocalWorkers, jobs: Jobs) -> None:
     if workers.worker is not None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.to_thread(workers.worker.close), PARK_S)
-    for connection in list(front.connections):
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(connection.close(1001), 1)
+    told = (asyncio.wait_for(connection.close(1001), 1) for connection in list(front.connections))
+    await asyncio.gather(*told, return_exceptions=True)
     await front.settle(1.0)
     if workers.worker is not None:
         workers.worker.generator.close()

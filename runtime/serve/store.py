@@ -110,16 +110,22 @@ class Store:
         (folder / "meta.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def expire(self, parked_s: float, now: float | None = None) -> list[str]:
-        """Remove live sessions that nobody has touched for `parked_s`, and folders that never became a session."""
+    def expire(self, parked_s: float, kept_s: float, now: float | None = None) -> list[str]:
+        """Remove live sessions that nobody has touched for `parked_s`, jobs that ended `kept_s` ago, and folders that never
+        became a session."""
         now, gone = time.time() if now is None else now, []
         for folder in list(self.sessions.iterdir()):
-            with contextlib.suppress(FileNotFoundError):
-                live = folder.name.startswith("live_") or not (folder / "meta.json").exists()
-                if live and now - folder.stat().st_mtime > parked_s:
+            with contextlib.suppress(FileNotFoundError, LongtakeError):  # what is damaged is kept
+                if self._late(folder, parked_s, kept_s, now):
                     self.remove(folder.name) if ID.fullmatch(folder.name) else None
                     gone.append(folder.name)
         return gone
+
+    def _late(self, folder: Path, parked_s: float, kept_s: float, now: float) -> bool:
+        if folder.name.startswith("video_") and (folder / "meta.json").exists():
+            end = self.journal(folder.name).end()
+            return end is not None and now > end["at"] + kept_s
+        return now > folder.stat().st_mtime + parked_s
 
     def bytes_of(self, user: str) -> int:
         """What a user's sessions take on disk."""

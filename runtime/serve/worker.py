@@ -181,7 +181,8 @@ class Worker:
     def _watch_clocks(self) -> None:
         now = time.monotonic()
         for live in self.lives.values():
-            idle = live.window is not None and now - live.touched > self.idle_s and live.paused_at is None
+            waits = live.window is not None and live.paused_at is None and live.settled and not live.may_begin()
+            idle = waits and now - live.touched > self.idle_s  # who waits for a slow chunk himself is not idle
             long = live.paused_at is not None and now - live.paused_at > self.paused_s
             if (idle or long) and not live.ending:
                 live.ending, live.why = "park", "idle" if idle else "paused"
@@ -324,7 +325,7 @@ class Worker:
         journal = live.journal
         kept = keep_chunk(journal, self.generator.backend.preset, chunk, facts["position"])
         with self._wake:
-            live.committed, live.failed_at = chunk.index + 1, None
+            live.committed, live.failed_at, live.touched = chunk.index + 1, None, time.monotonic()
             self._wake.notify_all()
         seconds = time.monotonic() - facts["began"]
         live.tell("chunk", index=chunk.index, seconds=seconds, ms=kept.ms)

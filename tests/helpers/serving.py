@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,12 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.serve.server import Settings, listening, served
 from longtake.runtime.serve.store import Store
 
+# Titles of Ray's processes
+WORKER, REGISTRY, FRONT = (
+    "ServeReplica:longtake:Maker",
+    "ray::DeskActor|longtake-desk",
+    "ServeReplica:longtake:Entrance",
+)
 STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"
 PROMPT = "a green seven drifts left over a dark blue background, soft light"
 
@@ -213,4 +220,22 @@ class Process:
     def kill(self, number: int = signal.SIGKILL) -> int:
         """Send a signal, and wait for the end; returns the exit code."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(120)
+
+    def children(self, title: str) -> list[int]:
+        """Ids of the processes that it started, or what it started, by a pattern of their titles."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                if re.search(title, words) and _is_of(int(entry.name), self.process.pid):
+                    found.append(int(entry.name))
+        return sorted(found)
+
+
+def _is_of(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    return False

@@ -72,7 +72,7 @@ function stateNow() {
   const { phase } = state, video = $("video"), words = TEXT.state;
   if (phase === "unsupported") return [phase, words.unsupported];
   if (phase === "queued") return [phase, words.queued(state.ahead, state.wait)];
-  if (phase === "idle") return state.reason ? ["opening", words.opening(state.reason)] : [phase, words.idle];
+  if (phase === "idle") return state.reason ? ["opening", words.opening] : [phase, words.idle];
   if (phase === "connecting" || (phase === "reconnecting" && player.bufferedAhead < 0.2)) return [phase, words[phase]];
   if (phase === "moved") return [phase, words.moved];
   if (!player.film.length) return ["starting", take()?.parent || state.resumeAt !== null ? words.replaying : words.starting];
@@ -115,6 +115,7 @@ export function draw() {
   const mode = take() || !["idle", "unsupported"].includes(state.phase) ? (running ? "live" : "film") : "idle";
   document.body.dataset.mode = mode;
   $("welcome").hidden = mode !== "idle";
+  $("examples-title").textContent = state.reason ? `${state.reason}.` : state.model ? TEXT.examplesTitle : "";
   const pending = ["connecting", "queued"].includes(state.phase); // a film, or another take of it, is on its way
   $("start").hidden = running || pending || (mode === "film" && state.phase !== "ended");
   $("start").disabled = Boolean(state.reason) || state.phase === "unsupported";

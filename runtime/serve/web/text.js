@@ -28,7 +28,7 @@ export const TEXT = {
   camera: [["Forward", "↑"], ["Left", "←"], ["Right", "→"], ["Back", "↓"], ["Turn left", "↶"], ["Turn right", "↷"]],
   state: {
     idle: "Ready",
-    opening: (reason) => `Getting ready: ${reason}`,
+    opening: "Getting ready",
     connecting: "Connecting",
     queued: (ahead, seconds) => (ahead ? `Waiting: ${ahead} ahead of you` : "You are next")
       + (seconds ? `, in about ${seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.round(seconds / 60)} min`}` : ""),

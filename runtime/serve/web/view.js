@@ -123,7 +123,6 @@ export function drawShots(film, go) {
 // ---- before a film ----------------------------------------------------------------------------------------------------------
 
 export function drawExamples(model, begin) {
-  $("examples-title").textContent = TEXT.examplesTitle;
   $("prompt").placeholder = TEXT.example(firstPrompt(examplesFor(model)[1]));
   $("examples").replaceChildren(...examplesFor(model).map((story) => {
     const card = el("button", { type: "button" }, el("b", { textContent: story.title }), el("span", { textContent: firstPrompt(story) }));

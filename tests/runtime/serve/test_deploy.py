@@ -150,9 +150,21 @@ def test_the_cluster() -> None:
     kube = yaml.safe_load((FOLDER / "kuberay.yaml").read_text(encoding="utf-8"))
     groups = [kube["spec"]["headGroupSpec"], *kube["spec"]["workerGroupSpecs"]]
     containers = [one for group in groups for one in group["template"]["spec"]["containers"]]
-    assert all({"name": "RAY_AUTH_MODE", "value": "token"} in one["env"] for one in containers)
-    assert containers[0]["command"] == [LONGTAKE]
-    parses(containers[0]["args"])
+    assert kube["spec"]["authOptions"] == {"mode": "token"}
+    for group in groups:  # every claim and secret that is mounted is there, in the head and in each worker
+        named = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+        assert {each["name"] for each in group["template"]["spec"]["containers"][0]["volumeMounts"]} == named
+    # KubeRay's own order is the container's command, then `ray start` once that has ended: serving would never see a cluster
+    assert kube["metadata"]["annotations"]["ray.io/overwrite-container-cmd"] == "true"
+    assert all(one["command"] == ["/bin/bash", "-c"] for one in containers)
+    (head,), (worker,) = (one["args"] for one in containers)
+    lines = head.strip().splitlines()
+    assert lines[1] == "$KUBERAY_GEN_RAY_START_CMD &" and worker.endswith("exec $KUBERAY_GEN_RAY_START_CMD")
+    words = shlex.split(lines[-1])
+    assert words[:2] == ["exec", Path(LONGTAKE).name]  # on the image's PATH; signals reach it
+    parses(words[2:])
+    mounted = [each["mountPath"] for each in containers[0]["volumeMounts"]]
+    assert all(any(words[words.index(one) + 1].startswith(at) for at in mounted) for one in ("--store", "--token-file"))
     text = (FOLDER / "kuberay.yaml").read_text(encoding="utf-8")
     target, names = re.findall(r"--target (\w+) --build-arg TENSORRT=(\S+)", text)[0]
     (image,) = {one["image"] for one in containers}

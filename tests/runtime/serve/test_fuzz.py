@@ -8,8 +8,10 @@ import json
 import logging
 import random
 import struct
+import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,8 +93,9 @@ def sent(socket: Any, chance: random.Random) -> None:
         socket.send(text)
 
 
-def bad_messages(server: Served, count: int, seed: int) -> None:
-    chance, left = random.Random(seed), count
+def bad_messages(server: Served, count: int, seed: int) -> Counter[str]:
+    """What is answered to so many bad messages: codes of errors, types of the rest."""
+    chance, left, answers = random.Random(seed), count, Counter[str]()
     while left > 0:
         with contextlib.suppress(ConnectionClosed, TimeoutError):
             socket = connect(f"ws://{server.host}/v1/realtime/video", max_size=None, compression=None, legacy=True)
@@ -102,8 +105,12 @@ def bad_messages(server: Served, count: int, seed: int) -> None:
                 with contextlib.suppress(TimeoutError):
                     while True:
                         answer = socket.recv(0.01)
-                        assert isinstance(answer, bytes) or json.loads(answer).get("code") != "internal_error", answer
+                        if isinstance(answer, str):
+                            told = json.loads(answer)
+                            answers[told.get("code", told["type"])] += 1
+                            assert told.get("code") != "internal_error", told
             socket.close()
+    return answers
 
 
 @pytest.fixture
@@ -128,16 +135,18 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def messages(server: Served, count: int) -> None:
+def messages(server: Served, count: int) -> dict[str, Any]:
     before = server.live(prompt=PROMPT, chunks=3, seed=5)
     before.until("session.done")
-    bad_messages(server, count // 5, 0)
+    answers = bad_messages(server, count // 5, 0)
     held = resident()
-    bad_messages(server, count - count // 5, 1)
-    assert resident() - held < 50e6
+    answers += bad_messages(server, count - count // 5, 1)
+    grown = resident() - held
+    assert grown < 50e6
     after = Live(server.host, prompt=PROMPT, chunks=3, seed=5)
     after.until("session.done")
     assert after.bytes() == before.bytes() and server.get("/ready").status_code == 200
+    return {"messages": count, "growth_mb": round(grown / 1e6, 1), "answers": dict(answers.most_common())}
 
 
 @pytest.mark.slow
@@ -146,31 +155,38 @@ def test_500_bad_messages(roomy: Served, no_defects: None) -> None:
 
 
 @pytest.mark.long
-def test_5000_bad_messages(roomy: Served, no_defects: None) -> None:
-    messages(roomy, 5000)
+def test_5000_bad_messages(roomy: Served, no_defects: None, figures: dict[str, Any]) -> None:
+    figures |= messages(roomy, 5000)
 
 
-def fuzzed(server: Served, cases: int) -> None:
+def fuzzed(server: Served, cases: int) -> Counter[int]:
+    """Answers by status to at least so many generated requests, from each operation as many as it has."""
     schemathesis = pytest.importorskip("schemathesis", reason="pip install 'longtake[dev]'")
-    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import HealthCheck, Phase, given, seed, settings
 
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
-    each, seen = -(-cases // len(operations)), 0
-    for operation in operations:
+    statuses: Counter[int] = Counter()
+    held = 0
+    for turn in range(50):
+        for operation in operations:
 
-        @settings(max_examples=each, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
-        @given(case=operation.as_strategy())
-        def one(case: Any) -> None:
-            nonlocal seen
-            seen += 1
-            response = case.call(base_url=server.url)
-            assert response.status_code < 500 or response.status_code == 503, (case, response.text)
+            @seed(turn)
+            @settings(max_examples=-(-cases // (5 * len(operations))), deadline=None, database=None, phases=[Phase.generate],
+                      suppress_health_check=list(HealthCheck))  # fmt: skip
+            @given(case=operation.as_strategy())
+            def one(case: Any) -> None:
+                response = case.call(base_url=server.url)
+                statuses[response.status_code] += 1
+                assert response.status_code < 500, (case, response.text)
 
-        one()
-    assert seen >= cases * 0.5, seen
+            one()
+        held = held or resident()
+        if statuses.total() >= cases:
+            break
+    assert statuses.total() >= cases and resident() - held < 50e6
     assert server.get("/health").status_code == 200
+    return statuses
 
 
 @pytest.mark.slow
@@ -179,8 +195,8 @@ def test_200_cases_from_openapi(roomy: Served, no_defects: None) -> None:
 
 
 @pytest.mark.long
-def test_2000_cases_from_openapi(roomy: Served, no_defects: None) -> None:
-    fuzzed(roomy, 2000)
+def test_2000_cases_from_openapi(roomy: Served, no_defects: None, figures: dict[str, Any]) -> None:
+    figures |= {"cases": 2000, "answers": {str(status): count for status, count in sorted(fuzzed(roomy, 2000).items())}}
 
 
 BAD_FIRST = [
@@ -256,6 +272,13 @@ def test_a_viewer_who_says_nothing_is_parked(start: Any) -> None:
     again.chunk(1)
 
 
+def test_a_viewer_who_waits_for_slow_chunks_is_not_idle(start: Any) -> None:
+    server = start(pause_s=0.3, limits=Limits(idle_s=0.5))
+    live = server.live(prompt=PROMPT, chunks=3, flow={"mode": "ack", "window": 1})
+    live.until("session.done", ack=True)
+    assert live.at[2] - live.at[1] > 2 * 0.5
+
+
 def token_server(start: Any, tmp_path: Path, **more: Any) -> Served:
     file = tmp_path / "tokens"
     file.write_text("anna:0123456789abcdef\nbela:fedcba9876543210\n")
@@ -283,6 +306,24 @@ def test_tokens_tickets_and_other_peoples_sessions(start: Any, tmp_path: Path) -
     assert server.get("/metrics").text.count("0123456789abcdef") == 0
 
 
+def test_more_sockets_than_a_user_may_have_are_refused_before_the_handshake(start: Any, tmp_path: Path) -> None:
+    server = token_server(start, tmp_path, limits=Limits(user_sessions=1, user_sockets=2))
+    anna, bela = ({"authorization": f"Bearer {token}"} for token in ("0123456789abcdef", "fedcba9876543210"))
+    held = [Live(server.host, headers=anna) for _ in range(3)]
+    with pytest.raises(InvalidStatus) as refused:
+        Live(server.host, headers=anna)
+    answer = refused.value.response
+    assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
+    assert json.loads(answer.body)["error"]["code"] == "quota"
+    Live(server.host, headers=bela).close()  # others are not concerned
+    held.pop().close()
+    until = time.monotonic() + 10
+    while "longtake_websockets 2.0" not in server.get("/metrics").text and time.monotonic() < until:
+        time.sleep(0.05)
+    live = Live(server.host, headers=anna, prompt=PROMPT, chunks=1)
+    live.until("session.done")
+
+
 @pytest.mark.parametrize(
     ("headers", "code"),
     [
@@ -307,6 +348,41 @@ def test_an_address_that_others_reach_needs_tokens(tmp_path: Path) -> None:
     with pytest.raises(LongtakeError, match="whoever reaches this address") as error:
         Settings(host="0.0.0.0").door(Store(tmp_path))
     assert "--token-file" in str(error.value)
+
+
+ELSEWHERE = [
+    "http://192.0.2.1/x.png", "https://longtake.example/x.png", "http://127.0.0.1:1/x.png", "http://[::1]:1/x.png",
+    "http://169.254.169.254/latest/meta-data", "http://localhost:1", "//longtake.example/x.png", "ftp://longtake.example/x",
+    "file:///etc/passwd", "gopher://127.0.0.1:1/_x", "data:text/plain,http://longtake.example", "/etc/passwd", "\\\\h\\x.png",
+    "jar:http://longtake.example!/x", "HTTP://longtake.example", " http://longtake.example",
+]  # fmt: skip
+
+
+def test_no_url_is_ever_fetched(server: Served) -> None:
+    """Wherever a picture or clip may be named; this process, in which the server runs, connects to the server only."""
+    asked: list[str] = []
+    watching = True
+
+    def hook(event: str, words: tuple[Any, ...]) -> None:
+        if watching and event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"):
+            asked.append(str(words[-1] if event == "socket.connect" else words[0]))
+
+    sys.addaudithook(hook)
+    for url in ELSEWHERE:
+        picture = {"image_url": url}
+        bodies = [("/v1/videos", {"prompt": PROMPT, name: picture}) for name in ("input_reference", "image_reference")]
+        bodies += [("/v1/videos", {"story": {"shots": [{"prompt": PROMPT}], name: url}}) for name in ("image", "clip")]
+        bodies += [
+            ("/v1/videos/extensions", {"prompt": PROMPT, "video": video}) for video in (url, {"id": url}, picture)
+        ]
+        for path, body in bodies:
+            assert 400 <= server.post(path, json=body).status_code < 500, (path, body)
+        live = Live(server.host, prompt=PROMPT, chunks=1, image_reference=picture)
+        assert live.next()["code"] == "bad_image" and live.closed() == 4400, url
+    watching = False
+    place = ("127.0.0.1", server.host.rpartition(":")[0])
+    assert asked and all(any(one in each for one in place) for each in asked), {*asked}
+    assert not any("'127.0.0.1', 1)" in each for each in asked) and not list(server.store.sessions.iterdir())
 
 
 def bomb() -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,20 @@ def test_a_whole_state_spares_the_replay(store: Store, generator: Any, toy: Any)
     assert len(toy.calls) == 2 * 4  # three steps and the clean pass each, and no chunk fed again
     assert film(journal) == film(whole(store, generator))
     journal.snapshot_path(3).write_bytes(b"damaged")
+    assert rebuild(generator, journal).next_index == 5
+
+
+def test_a_state_of_another_session_is_not_taken(store: Store, generator: Any) -> None:
+    wanted = film(whole(store, generator))
+    other = begin(store, generator, script=(("snow", 5, False),))
+    make(generator, other, 3).save(other.snapshot_path(3))
+    journal = begin(store, generator)
+    session = make(generator, journal, 3)
+    session.save(journal.snapshot_path(3))
+    journal.snapshot_path(3).write_bytes(other.snapshot_path(3).read_bytes())
+    make(generator, journal, 2)
+    assert film(journal) == wanted
+    shutil.copy(journal.snapshot_path(3), journal.snapshot_path(4))  # the same one, at another chunk
     assert rebuild(generator, journal).next_index == 5
 
 
@@ -270,8 +286,13 @@ def test_stores(tmp_path: Path, store: Store, generator: Any) -> None:
 def test_what_nobody_touches_expires(store: Store, generator: Any) -> None:
     old, new = begin(store, generator), begin(store, generator)
     job = begin(store, generator, id=new_id("video"), kind="video")
-    for journal in (old, job):
+    broken = begin(store, generator, id=new_id("video"), kind="video")
+    (broken.folder / "end.json").write_text("{")
+    for journal in (old, job, broken):
         os.utime(journal.folder, (1.0, 1.0))
-    assert store.expire(60.0) == [old.id]
-    assert [one.id for one in store.all()] == sorted([new.id, job.id])
+    assert store.expire(60.0, 60.0) == [old.id]
+    job.finish("failed")
+    assert store.expire(1e9, 60.0) == [] and store.expire(1e9, 60.0, time.time() + 61) == [job.id]
+    assert not job.folder.exists()
+    assert [one.id for one in store.all()] == sorted([new.id, broken.id])
     assert replace(new.meta, user="x").user == "x" and store.bytes_of("local") > 0

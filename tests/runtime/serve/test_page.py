@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,56 +13,16 @@ from typing import Any
 import av
 import httpx
 import pytest
+from browser import BUFFERED, CHROMIUM, FLAGS, NO_CHROMIUM, blocks, session_of, shown, told, until
 from serving import PROMPT, Live, Process
 
 from longtake.runtime.story import story_from_file
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'longtake[dev]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-NO_CHROMIUM = "there is no Chromium: apt-get install --no-install-recommends chromium"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 OTHER = "a red three circles over a sunset background, soft light"
-FLAGS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-dev-shm-usage"]
-BUFFERED = "Array.from({length: video.buffered.length}, (_, i) => [video.buffered.start(i), video.buffered.end(i)])"
 Open = Callable[..., Any]
-
-
-def until(page: Any, what: str, seconds: float = 120) -> Any:
-    """Wait until an expression is true in the page. (The page's own policy forbids playwright's way.)"""
-    end = time.monotonic() + seconds
-    while not (found := page.evaluate(what)):
-        said = page.inner_text("#state") + " " + " ".join(page.locator(".notice").all_inner_texts())
-        assert time.monotonic() < end, f"{what} is not so after {seconds} s: {said}"
-        time.sleep(0.05)
-    return found
-
-
-def shown(count: int) -> str:
-    return f"document.querySelectorAll('#timeline [data-chunk][data-state=shown]').length >= {count}"
-
-
-def session_of(page: Any) -> str:
-    found = re.search(r"#session=([\w-]+)", page.url)
-    assert found, page.url
-    return found[1]
-
-
-def blocks(page: Any) -> list[dict[str, Any]]:
-    """What the timeline says of each chunk of the film."""
-    what = """Array.from(document.querySelectorAll('#timeline [data-chunk][data-real]')).map((each) =>
-        ({index: +each.dataset.chunk, shot: +each.dataset.shot, cut: 'cut' in each.dataset, prompt: each.title}))"""
-    return sorted(page.evaluate(what), key=lambda each: each["index"])
-
-
-def told(server: Process, session: str) -> list[dict[str, Any]]:
-    """The same from the server's metadata."""
-    live = Live(server.host, type="session.resume", session_id=session, flow={"mode": "ack", "window": 1})
-    live.until("session.done", ack=True)
-    live.close()
-    chunks = [one for one in live.messages if one["type"] == "video.chunk_metadata"]
-    keys = {"index": "generation_chunk_index", "shot": "shot", "cut": "cut", "prompt": "prompt"}
-    return [{name: one[key] for name, key in keys.items()} for one in chunks]
 
 
 def frames_of(data: bytes) -> int:
@@ -169,7 +127,7 @@ def test_a_film_is_typed_changed_cut_paused_and_kept(visit: Open, server: Proces
 
     page.click("#stop")
     until(page, "['stopped'].includes(document.querySelector('#state').dataset.state)")
-    made = told(server, session_of(page))
+    made = told(server.host, session_of(page))
     assert blocks(page) == made and [one["shot"] for one in made][-1] == 1
     end = first + (len(made) - 1) * later
     assert page.evaluate("video.currentTime") >= end - 0.1  # every boundary is behind the play-head
@@ -231,6 +189,26 @@ def test_a_server_that_comes_back_is_found(visit: Open, tmp_path: Path) -> None:
     finally:
         page.context.close()
         second.kill(15)
+
+
+def test_a_film_goes_on_by_itself_once_there_is_a_worker_again(visit: Open) -> None:
+    page = visit()
+    start(page)
+    until(page, shown(1))
+    refused = []
+
+    def answer(socket: Any) -> None:
+        if refused:
+            socket.connect_to_server()
+        else:
+            refused.append(socket)
+            socket.send(json.dumps({"type": "error", "code": "not_ready", "message": "no worker is ready yet"}))
+            socket.close(code=4503)
+
+    page.route_web_socket("**/v1/realtime/video*", answer)
+    page.reload()  # it resumes, is refused, and resumes again
+    until(page, shown(3))
+    assert len(refused) == 1 and page.locator(".notice").count() == 0
 
 
 def test_everything_by_keyboard(visit: Open) -> None:
@@ -347,6 +325,22 @@ def test_a_story_is_shared_as_a_file(visit: Open, film: str, tmp_path: Path) -> 
     until(page, shown(1))
     page.set_input_files("#story-file", {"name": "no.yaml", "mimeType": "text/plain", "buffer": b"not: a story"})
     until(page, "document.querySelector('.notice')?.textContent.includes('no story')")
+
+
+@pytest.mark.parametrize("width", [1000, 360])
+def test_why_nothing_can_be_begun_yet_is_there_to_read(visit: Open, width: int) -> None:
+    page = visit(viewport={"width": width, "height": 700})
+    why = "tiny-4step is being made ready for tiny_nvfp4_sm120: once, in a minute or two"
+    error = {"message": why, "code": "not_ready", "type": "server_error", "param": None}
+    page.route("**/v1/models", lambda route: route.fulfill(status=503, json={"error": error}))
+    page.reload()
+    until(page, "document.querySelector('#state').textContent == 'Getting ready'")
+    assert why in page.inner_text("#welcome") and page.is_disabled("#start")
+    for name in ("#state", "#examples-title"):  # nothing of it is cut off
+        assert page.evaluate(f"(each => each.scrollWidth <= each.clientWidth)(document.querySelector('{name}'))")
+    page.unroute("**/v1/models")
+    until(page, "!document.querySelector('#start').disabled")
+    assert why not in page.inner_text("#welcome") and "begin with one of these" in page.inner_text("#examples-title")
 
 
 def test_a_browser_that_cannot_play_is_told_so(visit: Open) -> None:

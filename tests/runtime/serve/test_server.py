@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -23,7 +25,8 @@ from longtake.errors import LongtakeError
 from longtake.paths import REPOSITORY
 from longtake.runtime.serve.describe import description
 from longtake.runtime.serve.limits import Limits
-from longtake.runtime.serve.server import Settings, listening
+from longtake.runtime.serve.local import LocalWorkers
+from longtake.runtime.serve.server import Settings, _end, listening
 from longtake.video import write_video
 
 
@@ -58,6 +61,18 @@ def test_options_come_from_a_file_too(tmp_path: Path) -> None:
         parsed("serve", ["--window", "0"])
     with pytest.raises(LongtakeError, match="both name what is served"):
         run(ModelOptions(model="tiny-4step", engines="x"), door, ray, limits)
+
+
+def test_viewers_who_take_no_farewell_do_not_hold_up_the_end() -> None:
+    async def settle(seconds: float) -> None:
+        pass
+
+    viewers = [SimpleNamespace(close=lambda code: asyncio.sleep(60)) for _ in range(20)]
+    front: Any = SimpleNamespace(leaving=False, connections=viewers, settle=settle)
+    begun = time.monotonic()
+    jobs: Any = SimpleNamespace(end=lambda: None)
+    asyncio.run(_end(front, LocalWorkers(), jobs))
+    assert front.leaving and time.monotonic() - begun < 10
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,21 @@ def test_jobs_survive_a_restart(start: Any) -> None:
     other = start()
     first, second = (other.get(f"/v1/videos/{other.wait_for(job)['id']}/content").content for job in jobs)
     assert first == second and frames(first) == 96
+
+
+def test_a_job_says_when_it_expires_and_goes_with_its_files(start: Any) -> None:
+    server = start(limits=Limits(kept_s=600))
+    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "1"}).json()
+    assert job["expires_at"] is None  # as long as it is not made
+    done = server.wait_for(job["id"])
+    assert done["expires_at"] == pytest.approx(done["completed_at"] + 600, abs=1)
+    server.end()
+    time.sleep(1.1)
+    other = start(limits=Limits(kept_s=1))  # which looks for what is late as soon as it is there
+    until = time.monotonic() + 10
+    while list(other.store.sessions.iterdir()) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert other.get(f"/v1/videos/{job['id']}").status_code == 404 and not list(other.store.sessions.iterdir())
 
 
 def test_jobs_make_room_for_people(start: Any) -> None:
