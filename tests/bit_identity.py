@@ -95,7 +95,8 @@ def tensor_digests(folder: Path) -> dict[str, str]:
     from safetensors.torch import load_file
 
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    paths = [path for path in sorted(folder.glob("*.safetensors")) if not path.stem.startswith("resume-")]
+    for path in [*paths, *sorted(folder.glob("resume-*.safetensors"))[-1:]]:  # earlier ones were saved by the clock
         digest = hashlib.sha256()
         for name, tensor in sorted(load_file(path).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
