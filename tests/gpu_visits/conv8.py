@@ -31,7 +31,8 @@ LARGE = "wan2.2-ti2v-5b"
 def run(*words: str) -> int:
     """Run a command in the repository, its output shown; its exit code, 124 past the limit."""
     print("+", " ".join(words), flush=True)
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # where packages were unpacked
+    environ = {**os.environ, "PYTHONPATH": path}
     try:
         return subprocess.run(words, cwd=ROOT, env=environ, timeout=LIMIT_S, check=False).returncode
     except subprocess.TimeoutExpired:
