@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "house"
 SIDES = {"before": WORK / "before", "after": ROOT}
 NOT_CARRIED = ("docs", "tests", "training/checkpoints")
-COMMIT = "commit.txt"  # in the old tree, which has no history
+COMMITS = "commits.json"  # in the old tree: the machine of the visit has no history
 LIMIT_S = 570
 RUNS = 3
 BOUND = 0.01
@@ -42,16 +42,9 @@ def make_tree(commit: str) -> None:
     paths = [".", *(f":(exclude){name}" for name in NOT_CARRIED)]
     archive = subprocess.run(["git", "archive", commit, "--", *paths], cwd=ROOT, capture_output=True, check=True).stdout
     subprocess.run(["tar", "x", "-C", str(SIDES["before"])], input=archive, check=True)
-    full = subprocess.run(["git", "rev-parse", commit], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (SIDES["before"] / COMMIT).write_text(full, encoding="utf-8")
-
-
-def commit_of(tree: Path) -> str:
-    """The commit of a tree, as it was noted or as git says."""
-    if (tree / COMMIT).is_file():
-        return (tree / COMMIT).read_text(encoding="utf-8").strip()
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"
+    words = ["git", "rev-parse", commit, "HEAD"]
+    commits = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    (SIDES["before"] / COMMITS).write_text(json.dumps(dict(zip(SIDES, commits))), encoding="utf-8")
 
 
 def longtake(side: str, deadline: float, *words: str) -> float:
@@ -81,33 +74,22 @@ def build(recipe: str, deadline: float) -> int:
             took = longtake(side, deadline, "export", "--recipe", recipe, "--skeleton", "--out", onnx)
             print(f"{side}: exported in {took:.0f} s", flush=True)
         if not any(Path(engines).glob("*/bundle.json")):
-            took = longtake(
-                side, deadline, "engines", "--recipe", recipe, "--skeleton", "--onnx", onnx, "--out", engines
-            )
-            print(f"{side}: built in {took:.0f} s", flush=True)
+            words = ("--recipe", recipe, "--skeleton", "--onnx", onnx, "--out", engines)
+            print(f"{side}: built in {longtake(side, deadline, 'engines', *words):.0f} s", flush=True)
     return 0
 
 
 def bench(side: str, run: int, recipe: str, deadline: float) -> dict[str, Any]:
     """The report of one run; one that is there already is read."""
     out = WORK / "bench" / f"{side}_{run}"
-    found = out / "bench.json"
-    if not found.is_file():
-        longtake(
-            side,
-            deadline,
-            "bench",
-            "--recipe",
-            recipe,
-            "--chunks",
-            "2",
-            "--warmup",
-            "4",
-            *places(side),
-            "--out",
-            str(out),
-        )
-    report: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    if not (out / "bench.json").is_file() or report_in(out)["error"]:
+        words = ("--recipe", recipe, "--chunks", "2", "--warmup", "4", *places(side), "--out", str(out))
+        longtake(side, deadline, "bench", *words)
+    return report_in(out)
+
+
+def report_in(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "bench.json").read_text(encoding="utf-8"))
     return report
 
 
@@ -143,7 +125,7 @@ def compared(reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "command": "python tests/gpu_visits/house.py runs",
         "rerun_with": f"longtake bench --recipe {first['recipe']} --chunks 2 --warmup 4",
         "product_figures": first["product_figures"],
-        "commits": {side: commit_of(tree) for side, tree in SIDES.items()},
+        "commits": json.loads((SIDES["before"] / COMMITS).read_text(encoding="utf-8")),
         **{name: first.get(name) for name in (*SAME, "versions")},
         "median": median,
         "ratio": ratio,
