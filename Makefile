@@ -58,7 +58,7 @@ test-slow test-long: browser
 test test-slow test-long: $(READY)
 	@if [ $(JOBS) -gt 1 ] && $(PY) -c 'import xdist' 2>/dev/null; then \
 	  export OMP_NUM_THREADS=1 PARALLEL='-n $(JOBS) --dist loadfile'; fi; \
-	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest -m '$(WHICH)' $$PARALLEL $(ARGS)
+	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest -m '$(WHICH)' --durations 25 --durations-min 5 $$PARALLEL $(ARGS)
 
 # The figures of docs/faults.md, in minutes: make fuzz ARGS='--share 0.1'. What they must show is what they fail below.
 fuzz soak: $(READY)

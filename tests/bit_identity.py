@@ -4,8 +4,9 @@
     python tests/bit_identity.py record after.json              # with the tree as it is
     python tests/bit_identity.py compare before.json after.json # exit code 1 names what differs
 
-`record --tree FOLDER` takes the code of another checkout. Digests are compared on one kind of CPU only, because matrix
-products round by its instructions: `compare` says so when two files are of different ones. What is recorded:
+`record --tree FOLDER` takes the code of another checkout; `--work FOLDER` keeps what is made, and goes on where it
+stopped. Digests are compared on one kind of CPU only, because matrix products round by its instructions: `compare` says
+so when two files are of different ones. What is recorded:
 
 export    graph and weights of every network of a recipe, without the source paths that torch writes into a graph
 frames    latents and decoded frames of the demo story, from every backend that runs on a CPU
@@ -19,16 +20,21 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("tiny_nvfp4_sm120", "tiny_w4a16_sm90", "tiny_fp8_sm90", "tiny_bf16_sm90")
 LIBRARY = ("tiny_bf16_library_sm90", "tiny_fp8_fast_sm90")  # by their files
+BACKENDS = ("reference", "torch")
 CHUNKS = 3
+Digests = dict[str, str]
 
 FRAMES = """
 import hashlib, json, sys
@@ -54,8 +60,9 @@ def run(tree: Path, *words: str) -> str:
 
 
 def longtake(tree: Path, *words: str) -> None:
-    """Run one `longtake` command of `tree`."""
-    run(tree, "-m", "longtake", *words)
+    """Run one `longtake` command of `tree`; commits before `python -m longtake` have another door."""
+    door = "longtake" if (tree / "longtake" / "__main__.py").is_file() else "longtake.runtime.cli"
+    run(tree, "-m", door, *words)
 
 
 def graph_digest(path: Path) -> str:
@@ -88,7 +95,8 @@ def tensor_digests(folder: Path) -> dict[str, str]:
     from safetensors.torch import load_file
 
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    paths = [path for path in sorted(folder.glob("*.safetensors")) if not path.stem.startswith("resume-")]
+    for path in [*paths, *sorted(folder.glob("resume-*.safetensors"))[-1:]]:  # earlier ones were saved by the clock
         digest = hashlib.sha256()
         for name, tensor in sorted(load_file(path).items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -97,52 +105,52 @@ def tensor_digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def exports(tree: Path, work: Path) -> dict[str, str]:
-    """What `export` says in the head of this file."""
-    found = {}
-    files = {name: name for name in RECIPES} | {name: f"docs/recipes_library/{name}.yaml" for name in LIBRARY}
-    for name, recipe in files.items():
-        out = work / "export" / name
-        longtake(tree, "export", "--recipe", recipe, "--checkpoints", "training/checkpoints/tiny-4step", "--out", str(out),
-                 "--no-parity")  # fmt: skip
-        graphs, data = sorted(out.glob("*/*.onnx")), sorted(out.glob("*/*.data"))
-        found |= {f"{name}.{path.stem}": graph_digest(path) for path in graphs}
-        found |= {f"{name}.{path.name}": file_digest(path) for path in data}
-    return found
+def export(tree: Path, work: Path, name: str) -> Digests:
+    """One recipe's networks."""
+    out, recipe = work / "export" / name, name if name in RECIPES else f"docs/recipes_library/{name}.yaml"
+    longtake(tree, "export", "--recipe", recipe, "--checkpoints", "training/checkpoints/tiny-4step", "--out", str(out),
+             "--no-parity")  # fmt: skip
+    found = {f"{name}.{path.stem}": graph_digest(path) for path in sorted(out.glob("*/*.onnx"))}
+    return found | {f"{name}.{path.name}": file_digest(path) for path in sorted(out.glob("*/*.data"))}
 
 
-def frames(tree: Path, work: Path) -> dict[str, str]:
-    """What `frames` says in the head of this file; needs `exports` to have been run."""
-    found = {}
-    for backend in ("reference", "torch"):
-        for recipe in RECIPES:
-            (folder,) = (work / "export" / recipe).iterdir()  # named by the networks, which several recipes may share
-            out = run(tree, "-c", FRAMES, str(folder), backend, str(CHUNKS), "docs/stories/demo.yaml")
-            found |= {f"{backend}.{recipe}.{key}": value for key, value in json.loads(out.splitlines()[-1]).items()}
-    return found
+def frames(tree: Path, work: Path, backend: str, recipe: str) -> Digests:
+    """A video of one recipe's export by one backend."""
+    (folder,) = (work / "export" / recipe).iterdir()  # named by the networks, which several recipes may share
+    out = run(tree, "-c", FRAMES, str(folder), backend, str(CHUNKS), "docs/stories/demo.yaml")
+    return {f"{backend}.{recipe}.{key}": value for key, value in json.loads(out.splitlines()[-1]).items()}
 
 
-def training(tree: Path, work: Path) -> dict[str, str]:
-    """What `train` says in the head of this file."""
-    shipped = "training/checkpoints/tiny"
-    few = ("--steps", "20", "--batch", "1", "--evaluate-steps", "0", "--device", "cpu", "--seed", "3")
-    longtake(tree, "train", "--stage", "dit", "--init", shipped, "--vae", shipped, "--precision", "nvfp4", "--context",
-             "window", "--chunks", "1,2", "--stories", "6", *few, "--out", str(work / "dit"))  # fmt: skip
-    longtake(tree, "train", "--stage", "vae", *few, "--steps", "5", "--out", str(work / "vae"))
-    dit = {f"dit.{key}": value for key, value in tensor_digests(work / "dit").items()}
-    return dit | {f"vae.{key}": value for key, value in tensor_digests(work / "vae").items()}
+def train(tree: Path, work: Path, stage: str) -> Digests:
+    """A stage's checkpoints."""
+    shipped, few = (
+        "training/checkpoints/tiny",
+        ("--batch", "1", "--evaluate-steps", "0", "--device", "cpu", "--seed", "3"),
+    )
+    words = {
+        "dit": ("--init", shipped, "--vae", shipped, "--precision", "nvfp4", "--context", "window", "--chunks", "1,2",
+                "--stories", "6", "--steps", "20"),
+        "vae": ("--steps", "5"),
+    }  # fmt: skip
+    shutil.rmtree(work / stage, ignore_errors=True)  # of a run that was stopped
+    longtake(tree, "train", "--stage", stage, *words[stage], *few, "--out", str(work / stage))
+    return {f"{stage}.{key}": value for key, value in tensor_digests(work / stage).items()}
 
 
-def distillation(tree: Path, work: Path) -> dict[str, str]:
-    """What `distill` says in the head of this file."""
+def distill(tree: Path, work: Path) -> Digests:
+    """The student."""
+    shutil.rmtree(work / "student", ignore_errors=True)
     longtake(tree, "distill", "--teacher", "training/checkpoints/tiny", "--student-steps", "4", "--precision", "nvfp4",
              "--steps", "5", "--batch", "1", "--stories", "4", "--evaluate-steps", "0", "--device", "cpu", "--seed", "3", "--out", str(work / "student"))  # fmt: skip
     return tensor_digests(work / "student")
 
 
-PARTS: dict[str, Callable[[Path, Path], dict[str, str]]] = {
-    "export": exports, "frames": frames, "train": training, "distill": distillation,
-}  # fmt: skip
+PARTS: dict[str, list[Callable[[Path, Path], Digests]]] = {
+    "export": [partial(export, name=name) for name in (*RECIPES, *LIBRARY)],
+    "frames": [partial(frames, backend=backend, recipe=recipe) for recipe in RECIPES for backend in BACKENDS],
+    "train": [partial(train, stage=stage) for stage in ("dit", "vae")],
+    "distill": [distill],
+}
 
 
 def cpu() -> str:
@@ -156,18 +164,22 @@ def cpu() -> str:
     return f"{facts.get('model name', 'unknown')} ({' '.join(vectors)})"
 
 
-def record(out: Path, tree: Path, only: Sequence[str]) -> None:
-    """Write the digests of `tree` to `out`; those of the parts `only`."""
+def record(out: Path, tree: Path, only: Sequence[str], work: Path) -> None:
+    """Write the digests of `tree` to `out`, step by step; those of the parts `only`. Steps done in `work` are kept."""
     import torch
 
     commit = subprocess.run(
         ["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    found: dict[str, object] = {"commit": commit, "cpu": cpu(), "torch": torch.__version__}
-    with tempfile.TemporaryDirectory() as work:
-        for name in only:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            found[name] = PARTS[name](tree, Path(work))
+    found: dict[str, Any] = {"commit": commit, "cpu": cpu(), "torch": torch.__version__}
+    for part in only:
+        found[part] = {}
+        for number, step in enumerate(PARTS[part]):
+            print(f"{part} {number + 1} of {len(PARTS[part])} ...", file=sys.stderr, flush=True)
+            done = work / f"{part}_{number}.json"
+            if not done.is_file():
+                done.write_text(json.dumps(step(tree, work)), encoding="utf-8")
+            found[part] |= json.loads(done.read_text(encoding="utf-8"))
             out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -193,13 +205,17 @@ def main() -> int:
     recording.add_argument("out", type=Path)
     recording.add_argument("--tree", type=Path, default=ROOT)
     recording.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="frames needs export")
+    recording.add_argument("--work", type=Path, metavar="FOLDER", help="kept, of one tree (default: a temporary one)")
     comparing = commands.add_parser("compare")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     args = parser.parse_args()
     if args.command == "compare":
         return compare(args.before, args.after)
-    record(args.out.resolve(), args.tree.resolve(), args.only)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        record(args.out.resolve(), args.tree.resolve(), args.only, work.resolve())
     return 0
 
 

@@ -89,3 +89,10 @@ def test_a_bad_value_is_named(tmp_path: Path, change: dict[str, object], said: s
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**given, **change}))
     with pytest.raises(LongtakeError, match=said):
         recipe_from_file(tmp_path / "mine.yaml")
+
+
+def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+    text = (RECIPES / "tiny_bf16_sm90.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(f"{text}\nprecision: bf16\n")
+    with pytest.raises(LongtakeError, match="(?s)mine.yaml is not valid YAML.*'precision' is there twice"):
+        recipe_from_file(tmp_path / "mine.yaml")

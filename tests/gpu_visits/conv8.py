@@ -1,4 +1,4 @@
-"""What one visit to a Hopper GPU runs for the convolutions in 8-bit codes; each part stays under ten minutes. Not run yet.
+"""What one visit to a Hopper GPU runs for the convolutions in 8-bit codes; each part stays under ten minutes.
 
     python tests/gpu_visits/conv8.py test          # tests of the kernel and of what writes codes
     python tests/gpu_visits/conv8.py sanitize      # compute-sanitizer over the kernel, if it is installed
@@ -31,7 +31,8 @@ LARGE = "wan2.2-ti2v-5b"
 def run(*words: str) -> int:
     """Run a command in the repository, its output shown; its exit code, 124 past the limit."""
     print("+", " ".join(words), flush=True)
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # where packages were unpacked
+    environ = {**os.environ, "PYTHONPATH": path}
     try:
         return subprocess.run(words, cwd=ROOT, env=environ, timeout=LIMIT_S, check=False).returncode
     except subprocess.TimeoutExpired:

@@ -1,5 +1,5 @@
 // Just enough CUDA for the kernels to compile and run as host C++: a thread is a fiber that runs until it waits.
-// HOST_REVERSED lets the last thread go first: with both orders tried, a missing barrier shows as a wrong result.
+// `reversed` lets the last thread go first: with both orders tried, a missing barrier shows as a wrong result.
 #pragma once
 #include <ucontext.h>
 
@@ -62,6 +62,7 @@ static std::vector<Fiber> fibers;
 static std::vector<float> exchange;
 static ucontext_t scheduler;
 static std::function<void()> body;
+static bool reversed;
 
 static void wait_as(State state) {
   const int me = threadIdx.x;
@@ -108,11 +109,7 @@ static void run_block(int threads) {
   for (bool progress = true; progress;) {
     progress = false;
     for (int n = 0; n < threads; ++n) {
-#ifdef HOST_REVERSED
-      const int i = threads - 1 - n;
-#else
-      const int i = n;
-#endif
+      const int i = reversed ? threads - 1 - n : n;
       if (fibers[i].state != READY) continue;
       threadIdx.x = i, progress = true;
       swapcontext(&scheduler, &fibers[i].context);
@@ -137,4 +134,7 @@ template <class... A> static void launch(void (*kernel)(A...), void** arguments,
 }
 
 #define EXPORT(kernel) \
-  extern "C" void run_##kernel(void** arguments, int x, int y, int threads) { launch(kernel, arguments, x, y, threads); }
+  extern "C" void run_##kernel(void** arguments, int x, int y, int threads, int last_first) { \
+    reversed = last_first; \
+    launch(kernel, arguments, x, y, threads); \
+  }

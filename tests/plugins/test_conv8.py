@@ -95,11 +95,11 @@ def host_map(address: int, sizes: Sequence[int], box: Sequence[int]) -> bytes:
 @pytest.fixture()
 def host_conv(host_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a launcher's kernel on the CPU: (launcher, tensors in spec order, last thread first) -> out."""
-    order = {"options": ()}
+    order = {"reverse": False}
 
     def prepare(launcher: HopperConv) -> HopperConv:
         macros = {**launcher.macros(), "COMPUTE_BF16": 1}
-        options = tuple(f"-D{name}={value}" for name, value in macros.items()) + order["options"]
+        options = tuple(f"-D{name}={value}" for name, value in macros.items())
         launcher._function = host_library(hopper.SOURCE, ("conv8",), options, host_folder).run_conv8
         return launcher
 
@@ -107,7 +107,7 @@ def host_conv(host_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         function: Any, grid: tuple[int, int], threads: int, stream: int, boxes: Sequence[int], shared_bytes: int
     ) -> None:
         assert shared_bytes <= hopper.SHARED_BYTES
-        function((ctypes.c_void_p * len(boxes))(*boxes), *grid, threads)
+        function((ctypes.c_void_p * len(boxes))(*boxes), *grid, threads, order["reverse"])
 
     monkeypatch.setattr(HopperConv, "prepare", prepare)
     monkeypatch.setattr(driver, "ensure_context", lambda: 0)
@@ -115,7 +115,7 @@ def host_conv(host_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(driver, "launch_boxes", launch_boxes)
 
     def run(launcher: HopperConv, inputs: Sequence[Tensor], reverse: bool) -> Tensor:
-        order["options"] = ("-DHOST_REVERSED",) if reverse else ()
+        order["reverse"] = reverse
         tensors = [library_weight(t) if t.dim() == 5 else t for t in inputs]
         out = torch.full(shape_of(launcher.spec.outputs[0], launcher.dims), float("nan"), dtype=torch.bfloat16)
         launcher.launch([t.data_ptr() for t in (*tensors, out)], 0)

@@ -1,5 +1,5 @@
 // plugins/nvfp4/warpgroup.cuh for the CPU: fibers instead of threads, products summed up in double precision.
-// Products run as late as allowed, when they are waited for; with HOST_REVERSED as early as possible, when committed. So
+// Products run as late as allowed, when they are waited for; if `reversed` as early as possible, when committed. So
 // touching what a product reads or writes too early shows in one of the two.
 #pragma once
 #include "minifloat.cuh"
@@ -145,9 +145,7 @@ static void run_products(int end) {
 static void products_fence() {}
 static void products_commit() {
   ++committed[threadIdx.x];
-#ifdef HOST_REVERSED
-  run_products(committed[threadIdx.x]);
-#endif
+  if (reversed) run_products(committed[threadIdx.x]);
 }
 template <int PENDING> static void products_wait() { run_products(committed[threadIdx.x] - PENDING); }
 template <int COUNT> static void hold(float (&)[COUNT]) {}

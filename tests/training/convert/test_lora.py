@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -107,6 +106,8 @@ def test_scale_of_the_adapter_config(tmp_path: Path) -> None:
 
 def peft_merged(dit_state: State, config: Any, tensors: dict[str, tuple[Tensor, Tensor]]) -> State:
     """What PEFT itself makes of the weights, in fp32."""
+    from peft import inject_adapter_in_model
+
     model = nn.Module()
     for name in tensors:
         place = model
@@ -141,6 +142,8 @@ def peft_merged(dit_state: State, config: Any, tensors: dict[str, tuple[Tensor, 
 def test_scales_are_pefts(
     settings: dict[str, Any], in_header: bool, preset: Preset, dit_state: State, tmp_path: Path
 ) -> None:
+    from peft import LoraConfig  # which takes seconds
+
     names = ["blocks.0.self_attn.q", "blocks.0.ffn.0", "blocks.1.cross_attn.q"]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=names, **settings)
     tensors = {}
