@@ -20,9 +20,11 @@ from longtake.engines.tensor_types import value_info
 from longtake.errors import LongtakeError
 from longtake.formats.onnx_file import INLINE_BYTES
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, StepKind
+from longtake.plugins import exchange
 from longtake.plugins.spec import DOMAIN
 
 FLOATS = ("fp32", "fp16", "bf16")
+KINDS: dict[str, StepKind] = {DOMAIN: "op", exchange.DOMAIN: "exchange"}  # of what runs between segments, by domain
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def _ordered_steps(view: GraphView, bodies: dict[int, _Body]) -> Iterable[Step]:
             yield from (_op_step("unpack", view.unpacks[name]) for name in body.weights if name in view.unpacks)
             yield Step("segment", body.plan, tuple(body.inputs), tuple(body.outputs))
         here = (op for op in view.ops if view.depth[op.output[0]] == depth)
-        yield from (_op_step("op" if op.domain == DOMAIN else "view", op) for op in here)
+        yield from (_op_step(KINDS.get(op.domain, "view"), op) for op in here)
 
 
 def _op_step(kind: StepKind, node: NodeProto) -> Step:

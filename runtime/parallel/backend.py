@@ -15,7 +15,7 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.parallel.processes import Followers, is_silence
-from longtake.runtime.parallel.rank import RankBackend
+from longtake.runtime.parallel.rank import Rank
 from longtake.runtime.parallel.sent import Sent
 
 CLOSE_S = 2.0
@@ -49,10 +49,10 @@ class ShardedBackend(Backend):
 
     name = "sharded"
 
-    def __init__(self, own: RankBackend, followers: Followers, reason: str) -> None:
+    def __init__(self, own: Rank, followers: Followers, reason: str) -> None:
         self.own, self.followers, self.reason = own, followers, reason
         self.device, self.preset, self.recipe, self.checkpoints = own.device, own.preset, own.recipe, own.checkpoints
-        self.weights = own.inner.weights
+        self.weights, self.made_of = own.inner.weights, own.inner.made_of
         self._turn = threading.Lock()
         self._sent, self._states = Sent(), itertools.count()
         self._forgotten: list[int] = []  # states that nobody uses: told with the next command
@@ -92,6 +92,12 @@ class ShardedBackend(Backend):
                 with self._told({"do": "keep", "tensors": kept}):
                     pass
             return outputs
+
+    def pass_ms(self) -> dict[str, float]:
+        """Milliseconds of a clean pass on the first rank by kind of step, exchanges among them, launched one by one by all
+        ranks alike; {} where a pass does not consist of steps."""
+        with self.command({"do": "pass_ms"}):
+            return self.own.pass_ms()
 
     @contextmanager
     def command(self, about: dict[str, Any]) -> Iterator[None]:

@@ -69,6 +69,36 @@ class Comm:
         """The way back."""
         return gather_heads(x_BLHD, dist.group.WORLD)
 
+    def trade_tokens(self, xs: Sequence[Tensor], outs: Sequence[Tensor], staged: Sequence[Tensor]) -> None:
+        """`gather_tokens` without batch of several at once, each [L, H, D], into memory that is there: `outs`, and `staged` of
+        the sizes of `xs`, where what goes to one rank is put side by side."""
+        sent = []
+        for x, stage in zip(xs, staged, strict=True):
+            by_rank = x.unflatten(1, (self.world, -1)).transpose(0, 1)
+            sent.append(stage.view(by_rank.shape))
+            sent[-1].copy_(by_rank)
+        self._trade(sent, [out.unflatten(0, (self.world, -1)) for out in outs])
+
+    def trade_heads(self, xs: Sequence[Tensor], outs: Sequence[Tensor], staged: Sequence[Tensor]) -> None:
+        """The way back, from [P L, H / P, D]."""
+        sent = [x.unflatten(0, (self.world, -1)) for x in xs]
+        received = [stage.view(by_rank.shape) for stage, by_rank in zip(staged, sent, strict=True)]
+        self._trade(sent, received)
+        for out, by_rank in zip(outs, received, strict=True):
+            out.unflatten(1, (self.world, -1)).copy_(by_rank.transpose(0, 1))
+
+    def _trade(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """Row i of each of `sent` [P, ...] goes to rank i, and row i of each of `received` comes from it: in one group."""
+        ops = []
+        for peer in range(self.world):
+            for mine, theirs in zip(sent, received, strict=True):
+                if peer == self.rank:
+                    theirs[peer].copy_(mine[peer])
+                else:
+                    ops += [dist.P2POp(dist.isend, mine[peer], peer), dist.P2POp(dist.irecv, theirs[peer], peer)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+
     def largest(self, x: Tensor) -> Tensor:
         """`x` with the largest of all ranks, written over."""
         dist.all_reduce(x, dist.ReduceOp.MAX)

@@ -15,6 +15,17 @@ NETWORKS = (
 )  # fmt: skip
 
 
+def rank_network(ranks: int) -> str:
+    """The name of what one of `ranks` GPUs that share a pass runs of the network "dit"."""
+    return f"dit_of{ranks}"
+
+
+def ranks_of(network: str) -> int:
+    """How many ranks share a pass of which `network` is one's part; 1 of any other network."""
+    name, _, ranks = network.partition("_of")
+    return int(ranks) if name == "dit" and ranks.isdecimal() else 1
+
+
 @dataclass(frozen=True)
 class Binding:
     """One network input or output. dtype is "fp32", "bf16", "int32" or "int8"; a str dimension is dynamic."""

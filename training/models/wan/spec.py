@@ -8,7 +8,7 @@ from __future__ import annotations
 from longtake.errors import LongtakeError
 from longtake.plugins.cache_format import cache_tensors
 from longtake.training.models.family import Precision
-from longtake.training.models.network_spec import NETWORKS, Binding, NetworkSpec
+from longtake.training.models.network_spec import NETWORKS, Binding, NetworkSpec, rank_network, ranks_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.vae_caches import decoder_cache_shapes, encoder_cache_shapes
 from longtake.training.models.wan.vae_codes import coded_caches
@@ -22,11 +22,11 @@ def networks_of(preset: Preset) -> tuple[str, ...]:
     )
 
 
-def cache_bindings(preset: Preset, cache: str, layer: int) -> tuple[Binding, ...]:
-    """The cache inputs of `layer`; the outputs are the same names with `_out` appended."""
+def cache_bindings(preset: Preset, cache: str, layer: int, ranks: int = 1) -> tuple[Binding, ...]:
+    """The cache inputs of `layer`; the outputs are the same names with `_out` appended. Of several ranks each has its heads."""
     dit = preset.dit
     slots = preset.window_chunks
-    sizes = {"S": slots, "2": 2, "L": preset.chunk_tokens, "H": dit.heads, "D": dit.head_dim}
+    sizes = {"S": slots, "2": 2, "L": preset.chunk_tokens, "H": dit.heads // ranks, "D": dit.head_dim}
     sizes |= {"D/2": dit.head_dim // 2, "D/16": dit.head_dim // 16}
     return tuple(
         Binding(f"{t.name}_{layer}", "bf16" if t.dtype == "compute" else t.dtype, tuple(sizes[d] for d in t.shape))
@@ -63,18 +63,19 @@ def context_spec(preset: Preset) -> NetworkSpec:
     )
 
 
-def dit_spec(preset: Preset, cache: str) -> NetworkSpec:
-    """One DiT pass over one chunk: velocity out, and K/V written to `write_slot` unless that is -1."""
-    dit, frames = preset.dit, preset.chunk_latents
+def dit_spec(preset: Preset, cache: str, ranks: int = 1) -> NetworkSpec:
+    """One DiT pass over one chunk: velocity out, and K/V written to `write_slot` unless that is -1. Of several ranks that
+    share the pass each has its latent frames of the chunk, and of the cache its heads."""
+    dit, frames, tokens = preset.dit, preset.chunk_latents // ranks, preset.chunk_tokens // ranks
     latent = (1, dit.channels, frames, *preset.latent_hw)
-    caches = tuple(b for i in range(dit.layers) for b in cache_bindings(preset, cache, i))
+    caches = tuple(b for i in range(dit.layers) for b in cache_bindings(preset, cache, i, ranks))
     return NetworkSpec(
-        "dit",
+        "dit" if ranks == 1 else rank_network(ranks),
         inputs=(
             Binding("latents", "fp32", latent),
             Binding("timestep_sinusoid", "fp32", (frames, dit.freq_dim)),
-            Binding("rope_cos", "fp32", (preset.chunk_tokens, dit.head_dim // 2)),
-            Binding("rope_sin", "fp32", (preset.chunk_tokens, dit.head_dim // 2)),
+            Binding("rope_cos", "fp32", (tokens, dit.head_dim // 2)),
+            Binding("rope_sin", "fp32", (tokens, dit.head_dim // 2)),
             Binding("table", "int32", ("W",)),
             Binding("write_slot", "int32", (1,)),
             *context_bindings(preset),
@@ -127,8 +128,8 @@ def network_spec(preset: Preset, recipe: Precision, name: str) -> NetworkSpec:
         return text_encoder_spec(preset)
     if name == "context":
         return context_spec(preset)
-    if name == "dit":
-        return dit_spec(preset, recipe.cache)
+    if name == "dit" or ranks_of(name) > 1:
+        return dit_spec(preset, recipe.cache, ranks_of(name))
     if name in NETWORKS and name != "camera":
         return vae_spec(preset, name, recipe.vae_ops, recipe.vae_conv)
     raise LongtakeError("unknown network", got=name, expected=", ".join(NETWORKS))
