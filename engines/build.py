@@ -85,7 +85,7 @@ def build_recipe(
     """
     require_buildable(recipe, flavour, machine)
     names = [*family_of(recipe.model).networks(recipe.model), *ranks]
-    for stale in out.glob("dit_of*.segments.json"):
+    for stale in out.glob("*_of*.segments.json"):
         if stale.name.partition(".")[0] not in ranks:
             stale.unlink()  # of an earlier export
     jobs = [job for name in names for job in _jobs_of(recipe, name, onnx_folder / f"{name}.onnx", out)]

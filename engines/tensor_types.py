@@ -64,10 +64,10 @@ def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) 
 
 
 def _infer_exchange(node: NodeProto, types: dict[str, TensorType]) -> None:
-    ranks = next(attribute.i for attribute in node.attribute if attribute.name == "ranks")
+    numbers = {attribute.name: attribute.i for attribute in node.attribute}
     for name, output in zip(node.input, node.output, strict=True):
         if (kind := types.get(name)) and output not in types:
-            shape = exchange.exchanged_shape(node.op_type, [int(size) for size in kind.shape], ranks)
+            shape = exchange.exchanged_shape(node.op_type, [int(size) for size in kind.shape], **numbers)
             types[output] = TensorType(kind.dtype, shape)
 
 

@@ -19,7 +19,7 @@ from longtake.accuracy.rows import LAYERS_FIX, require_gate, table, worst_of_kin
 from longtake.engines.build import PlanResult, build_recipe
 from longtake.errors import GateError, LongtakeError
 from longtake.export.package import PlainGraphs, export_package, inputs_digest, steps_of
-from longtake.export.ranks import add_rank_graph
+from longtake.export.ranks import add_rank_graphs, rank_graphs
 from longtake.export.weights import weights_from_folder
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import FAILED, PASSED, UNCHECKED, UNFINISHED, Checked, Export
@@ -167,7 +167,7 @@ def up_to_date(folder: Path, inputs: str) -> Export | None:
 
 
 def add_ranks(recipe: Recipe, onnx: Path, gpus: int, say: Say = log.info) -> None:
-    """Add to an export the graph of one of `gpus` ranks, unless it has it; the next `build` makes its plans.
+    """Add to an export the graphs of one of `gpus` ranks, unless it has them; the next `build` makes its plans.
 
     Raises:
         UnavailableError: the recipe's engines cannot be ranks.
@@ -178,9 +178,9 @@ def add_ranks(recipe: Recipe, onnx: Path, gpus: int, say: Say = log.info) -> Non
     with locked(onnx):
         export = Export.read(onnx)
         export.require_recipe(recipe, onnx, weights=False)
-        if rank_network(gpus) not in export.networks:
-            say(f"  {onnx.parent.name}: the graph of one of {gpus} ranks, PyTorch to ONNX")
-            add_rank_graph(PlainGraphs(recipe.model, export.vocabulary or None), recipe, onnx, export, gpus)
+        if not {rank_network(gpus, name) for name in rank_graphs(recipe, gpus)} <= export.networks.keys():
+            say(f"  {onnx.parent.name}: the graphs of one of {gpus} ranks, PyTorch to ONNX")
+            add_rank_graphs(PlainGraphs(recipe.model, export.vocabulary or None), recipe, onnx, export, gpus)
 
 
 def build(

@@ -23,11 +23,15 @@ RESUME = "go on from the session that was saved last (--load-session), with as m
 
 
 class ShardedState(State):
-    """The first rank's part of a state, and the way to the others'."""
+    """The first rank's part of a state, `own`, and the way to the others'."""
 
-    def __init__(self, tensors: dict[str, Tensor], backend: ShardedBackend, network: str, number: int) -> None:
-        super().__init__(tensors)
-        self.backend, self.network, self.number = backend, network, number
+    def __init__(self, own: State, backend: ShardedBackend, network: str, number: int) -> None:
+        self.own, self.backend, self.network, self.number = own, backend, network, number
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """See State."""
+        return self.own.tensors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See State.shapes."""
@@ -36,12 +40,12 @@ class ShardedState(State):
     def whole(self) -> dict[str, Tensor]:
         """See State.whole: gathered, so copies where ranks have parts."""
         with self.backend.command({"do": "whole", "state": self.number}):
-            return self.backend.own.whole(self.network, self)
+            return self.backend.own.whole(self.network, self.own)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See State.load: every rank takes its part."""
         with self.backend.command({"do": "load", "state": self.number}):
-            self.backend.own.load(self.network, self, tensors)
+            self.backend.own.load(self.network, self.own, tensors)
 
 
 class ShardedBackend(Backend):
@@ -68,7 +72,7 @@ class ShardedBackend(Backend):
             return self.own.new_state(network)
         number = next(self._states)
         with self.command({"do": "new_state", "network": network, "state": number}):
-            state = ShardedState(self.own.new_state(network).tensors, self, network, number)
+            state = ShardedState(self.own.new_state(network), self, network, number)
         weakref.finalize(state, self._forgotten.append, number)
         return state
 
@@ -80,12 +84,12 @@ class ShardedBackend(Backend):
             return self.own.run(network, inputs, state, commit)
         with self._taken():
             told, sent = self._sent.described(inputs, self.specs[network].inputs[0].name)
-            number = state.number if isinstance(state, ShardedState) else None
+            number, held = (state.number, state.own) if isinstance(state, ShardedState) else (None, state)
             about = {"do": "run", "network": network, "state": number, "commit": commit, "inputs": told}
             with self._told(about):
                 for tensor in sent:
                     self.own.comm.send_all(tensor.to(self.device).contiguous())
-                outputs = self.own.run(network, inputs, state, commit)
+                outputs = self.own.run(network, inputs, held, commit)
                 self.own.comm.settle()
             if network == "context":  # every rank made it for itself
                 kept = {name: self._sent.add(tensor) for name, tensor in outputs.items()}

@@ -27,9 +27,10 @@ from longtake.runtime.backends.trt.open import backend_from_engines
 from longtake.runtime.bench.random_weights import random_weights
 from longtake.runtime.parallel.comm import LOOPBACK, Comm
 from longtake.runtime.parallel.processes import is_silence
-from longtake.runtime.parallel.rank import EngineRank, Rank, RankBackend
+from longtake.runtime.parallel.rank import ROW_NETWORKS, EngineRank, Rank, RankBackend
+from longtake.training.models.network_spec import rank_network
 
-SHARED = ("context", "dit")  # networks of engines that every rank runs
+SHARED = ("context", "dit")  # networks of engines that every rank runs, and the decoder where it is built by rows
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,12 @@ class Opening:
         return RankBackend(inner, comm)
 
     def _engines(self, device: torch.device, checkpoints: Path | None, comm: Comm) -> TrtBackend:
-        """Its plans, of which those of decoder and encoders are the first rank's alone."""
-        folder, networks = Path(self.engines), self.networks if self.rank == 0 else SHARED
+        """Its plans; but for the first rank, those that all run."""
+        folder, networks = Path(self.engines), self.networks
+        if self.rank:
+            built = Bundle.read(folder).files
+            rows = f"{rank_network(self.world, 'vae_steady')}.segments.json" in built
+            networks = tuple(n for n in (*SHARED, *(ROW_NETWORKS if rows else ())) if not networks or n in networks)
         options: dict[str, Any] = {"networks": networks or None, "checkpoints": checkpoints, "comm": comm}
         if self.made_up:
             onnx = Bundle.read(folder).onnx

@@ -19,6 +19,7 @@ from longtake.runtime.profile.gpu import pass_ms
 from longtake.training.models.wan.networks import VAE_STEPS, DiTStep
 
 LATENT_FRAMES, VIDEO_ROWS = 2, 3  # axes: of [1, C, F, H, W], and rows of both
+STREAM_ROWS = 1  # axis of a decoder's [T, Y, X, C]
 TOKENS = ("timestep_sinusoid", "rope_cos", "rope_sin")  # inputs whose first axis is frames or tokens
 ROW_NETWORKS = ("vae_first", "vae_steady")
 
@@ -148,7 +149,7 @@ class RankBackend(Rank, TorchModules):
 class EngineRank(Rank):
     """A rank on TensorRT's segments, opened with the same `comm`: the exchanges lie between them, in the pass's CUDA graph.
 
-    The decoder and the encoders are the first rank's alone.
+    The encoders are the first rank's alone, and so is a decoder that is not built by rows.
     """
 
     def __init__(self, inner: Backend, comm: Comm) -> None:
@@ -159,7 +160,9 @@ class EngineRank(Rank):
             inner.checkpoints,
         )
         self.cut(inner, comm)
-        self.shared = frozenset({"dit", "context"})
+        self.by_rows = inner.specs["vae_steady"] != self.specs["vae_steady"]
+        self.shared = frozenset({"dit", "context", *(ROW_NETWORKS if self.by_rows else ())})
+        self.rows = [1] * comm.world
 
     def has(self, network: str) -> bool:
         """See Backend.has."""
@@ -172,11 +175,44 @@ class EngineRank(Rank):
     def run(
         self, network: str, inputs: Mapping[str, Tensor], state: State | None = None, commit: bool = True
     ) -> Mapping[str, Tensor]:
-        """See Backend.run. Inputs are whole; a velocity is whole on the first rank only."""
+        """See Backend.run. Inputs are whole; a velocity, and frames by rows, are whole on the first rank only."""
+        if network in ROW_NETWORKS and self.by_rows:
+            frames = self.inner.run(network, inputs, state, commit)["frames"]
+            own = without_ghosts(frames, VIDEO_ROWS, self.preset.height // self.comm.world)
+            return {"frames": self.comm.collected(own, VIDEO_ROWS, self.rows)}
         if network != "dit":
             return self.inner.run(network, inputs, state, commit)
         velocity = self.inner.run(network, self.parts_of(inputs), state, commit)["velocity"]
         return {"velocity": self.comm.collected(velocity, LATENT_FRAMES, self.frames)}
+
+    def whole(self, network: str, state: State) -> dict[str, Tensor]:
+        """See Rank.whole; of a decoder's histories the rows without ghosts, and those that every rank has whole."""
+        if network == "dit":
+            return super().whole(network, state)
+        made = {}
+        for name, shape in self.whole_shapes(network).items():
+            own = state.tensors[name]
+            if own.shape[STREAM_ROWS] != shape[STREAM_ROWS]:
+                own = without_ghosts(own, STREAM_ROWS, shape[STREAM_ROWS] // self.comm.world)
+                own = self.comm.collected(own, STREAM_ROWS, self.rows)
+            made[name] = own
+        return made
+
+    def load(self, network: str, state: State, tensors: Mapping[str, Tensor] | None) -> None:
+        """See Rank.load. Ghost rows are renewed before they are read."""
+        if network == "dit":
+            return super().load(network, state, tensors)
+        for name, shape in self.whole_shapes(network).items():
+            own = state.tensors[name]
+            given = torch.empty(shape, dtype=own.dtype, device=self.device)
+            if tensors is not None:
+                given.copy_(tensors[name])
+            self.comm.send_all(given)
+            if own.shape == given.shape:
+                own.copy_(given)
+            else:
+                part = self.comm.part(given, STREAM_ROWS, self.rows)
+                without_ghosts(own.zero_(), STREAM_ROWS, part.shape[STREAM_ROWS]).copy_(part)
 
     def pass_ms(self) -> dict[str, float]:
         """See ShardedBackend.pass_ms."""
@@ -189,3 +225,8 @@ class EngineRank(Rank):
     def close(self) -> None:
         """See Backend.close."""
         self.inner.close()
+
+
+def without_ghosts(x: Tensor, axis: int, rows: int) -> Tensor:
+    """A rank's own `rows` of x along `axis`, which has as many ghost rows before as behind them; a view."""
+    return x.narrow(axis, (x.shape[axis] - rows) // 2, rows)

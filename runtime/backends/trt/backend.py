@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,7 +27,7 @@ from longtake.runtime.backends.trt.stream_lock import StreamLock
 from longtake.runtime.backends.trt.vae_stream import StreamState, caches_kept_twice
 from longtake.runtime.parallel.comm import Comm
 from longtake.training.models.families import family_of
-from longtake.training.models.network_spec import Binding
+from longtake.training.models.network_spec import Binding, rank_network
 
 DECODER = ("vae_first", "vae_steady")
 ENCODER = ("vae_encoder_first", "vae_encoder_steady")  # loaded while one is in use: few videos start from a picture
@@ -69,8 +70,12 @@ class TrtBackend(Backend):
         self.decode_device = torch.device("cuda", decode_device.index or 0) if decode_device else self.device
         self.reason, self.checkpoints, self.comm = reason, checkpoints, comm
         if comm:
-            family, part = family_of(self.preset), part_of("dit", comm)
-            self.specs = {**self.specs, "dit": family.spec(self.preset, self.recipe, part)}
+            parts = {name: part_of(name, comm, bundle) for name in ("dit", DECODER[1])}
+            if parts[DECODER[1]] != DECODER[1]:  # whose steps make a stream's first one, too
+                parts[DECODER[0]] = rank_network(comm.world, DECODER[0])
+            family = family_of(self.preset)
+            specs = {n: replace(family.spec(self.preset, self.recipe, part), name=n) for n, part in parts.items()}
+            self.specs = self.specs | specs
         self._flavour, self._weights = flavour, dict(weights or {})
         self.locks = {"denoise": StreamLock(self.device), "decode": StreamLock(self.decode_device)}
         self.memory = MemoryLog(self.device)
@@ -103,7 +108,7 @@ class TrtBackend(Backend):
         return Passes(self.networks["dit"], self.specs["dit"], self.allocate, self.device, cuda_graphs, captured)
 
     def _verified(self, names: Sequence[str], device: torch.device) -> dict[str, ReadPlan]:
-        parts = [part_of(name, self.comm) for name in names]
+        parts = [part_of(name, self.comm, self.bundle) for name in names]
         return verified_plans(self.bundle, parts, self._flavour, compute_capability_of(device))
 
     def _load(self, names: Sequence[str], device: torch.device) -> None:

@@ -64,14 +64,15 @@ def network_from_bundle(
     first step needs none if `steady`, its later ones' network, can do it. comm: of a rank, whose part of it is loaded."""
     if name == "vae_first" and isinstance(steady, SegmentedNetwork) and (first := first_steps(steady.exported)):
         return FirstStep(steady, first)
-    cut = bundle.folder / f"{part_of(name, comm)}.segments.json"
+    part = part_of(name, comm, bundle)
+    cut = bundle.folder / f"{part}.segments.json"
     if not cut.is_file():
         if weights is not None:
             raise LongtakeError(f"{name}.plan holds its own weights", got="other ones", fix="use a segmented recipe")
         return WholeNetwork(host.load(name, _spec(bundle, name), bundle), arena)
     bundle.check_file(cut)
     graph, attention = SegmentedGraph.read(cut), bundle.recipe.attention
-    exchanges = Exchanges(comm) if comm and part_of(name, comm) != name else None
+    exchanges = Exchanges(comm) if comm and part != name else None
     network = SegmentedNetwork(
         host, graph, arena, attention=attention, shared=shared, bundle=bundle, exchanges=exchanges
     )
@@ -79,9 +80,10 @@ def network_from_bundle(
     return network
 
 
-def part_of(network: str, comm: Comm | None) -> str:
-    """The network that is run in place of `network`: by one of several ranks, its part."""
-    return rank_network(comm.world) if comm and network == "dit" else network
+def part_of(network: str, comm: Comm | None, bundle: Bundle) -> str:
+    """The network that is run in place of `network`: by one of several ranks, its part, if that is built."""
+    part = rank_network(comm.world, network) if comm else network
+    return part if f"{part}.segments.json" in bundle.files else network
 
 
 def verified_plans(

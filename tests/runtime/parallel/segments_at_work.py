@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,21 +26,27 @@ from longtake.export.ort_view import ort_view
 from longtake.formats.onnx_file import read_onnx, weights_from_onnx
 from longtake.formats.recipe import recipe_named
 from longtake.formats.segmented_graph import Step
+from longtake.paths import REPOSITORY
 from longtake.plugins.kv_cache_write.reference import quantize_kv
 from longtake.plugins.registry import op_named
 from longtake.runtime.backends.base import Backend, State
+from longtake.runtime.backends.segments import planner
 from longtake.runtime.backends.segments.exchanges import Exchanges
 from longtake.runtime.backends.segments.network import SegmentedNetwork
+from longtake.runtime.backends.segments.vae_first import FirstStep, first_steps
 from longtake.runtime.backends.trt import graphs
 from longtake.runtime.backends.trt.engine import Scratch
 from longtake.runtime.backends.trt.graphs import Passes
+from longtake.runtime.backends.trt.vae_stream import StreamState
 from longtake.runtime.parallel.comm import LOOPBACK, Comm
 from longtake.runtime.parallel.rank import EngineRank
 from longtake.training.models.families import family_of
+from longtake.training.models.load import load_models
 from longtake.training.models.network_spec import Binding, rank_network
 from longtake.training.models.presets import TINY
 
-RECIPE = recipe_named("tiny_w4a16_sm90")
+RECIPE = replace(recipe_named("tiny_w4a16_sm90"), vae_ops="library")
+DECODER = ("vae_first", "vae_steady")
 CPU = torch.device("cpu")
 SLOT, TABLE = 2, [0, 1, -1]
 WIDE = {"fp32": torch.float32, "bf16": torch.float32, "int32": torch.int32, "int8": torch.int8}
@@ -69,7 +76,7 @@ class OrtEngine:
             tensors[name].copy_(torch.from_numpy(array))
 
 
-class CpuRank(SegmentedNetwork):
+class OnHost(SegmentedNetwork):
     """The executor with references in place of kernels; they write where the real ones would."""
 
     def _launcher(self, step: Step) -> Any:
@@ -77,7 +84,7 @@ class CpuRank(SegmentedNetwork):
 
     def _launch(self, index: int, step: Step, values: Mapping[str, Tensor]) -> None:
         given, op = [values[name] for name in step.inputs], op_named(step.name)
-        if op.in_place:
+        if op.over_heads:
             k, v, *_, slot = given
             assert self.exchanges is not None
             made = quantize_kv(torch.stack((k, v)), self.exchanges.comm.largest)
@@ -89,24 +96,40 @@ class CpuRank(SegmentedNetwork):
             values[name].copy_(result)
 
 
+class FirstOnHost(OnHost, FirstStep):
+    """A stream's first step, by the steps of the later ones."""
+
+
+def part_on_host(comm: Comm, folder: Path, network: str) -> OnHost:
+    """A rank's part of a network. Its graph lies on the weights of the whole one."""
+    part = rank_network(comm.world, network)
+    cut = segments_from_onnx(read_onnx(folder / f"{part}.onnx", "small"), part)
+    wide = {n: replace(t, dtype="fp32") if t.dtype == "bf16" else t for n, t in cut.graph.tensors.items()}
+    host: Any = SimpleNamespace(device=CPU, load=lambda name, *_: OrtEngine(cut.models[name]))
+    graph = replace(cut.graph, tensors=wide)
+    made = OnHost(host, graph, Scratch(CPU), exchanges=Exchanges(comm))
+    read = weights_from_onnx(folder / f"{network}.onnx", set(graph.weights))
+    made.load_weights((n, t.float() if t.dtype == torch.bfloat16 else t) for n, t in read)
+    return made
+
+
 class OnCpu(Backend):
-    """One network, a rank's DiT, as the TensorRT backend runs it: on static buffers, in place."""
+    """A rank's DiT and decoder as the TensorRT backend runs them: on static buffers, in place."""
 
     def __init__(self, comm: Comm, folder: Path) -> None:
-        self.recipe, self.preset, self.device = RECIPE, TINY, CPU
-        part = rank_network(comm.world)
-        self.specs = {**self.specs, "dit": family_of(TINY).spec(TINY, RECIPE, part)}
-        cut = segments_from_onnx(read_onnx(folder / f"{part}.onnx", "small"), part)
-        wide = {n: replace(t, dtype="fp32") if t.dtype == "bf16" else t for n, t in cut.graph.tensors.items()}
-        host: Any = SimpleNamespace(device=CPU, load=lambda name, *_: OrtEngine(cut.models[name]))
-        graph = replace(cut.graph, tensors=wide)
-        network = CpuRank(host, graph, Scratch(CPU), exchanges=Exchanges(comm))
-        read = weights_from_onnx(
-            folder / "dit.onnx", set(graph.weights)
-        )  # its own graph lies on the weights of the whole one
-        network.load_weights((n, t.float() if t.dtype == torch.bfloat16 else t) for n, t in read)
-        network.prepare()
-        self.passes = Passes(network, self.specs["dit"], self.allocate, CPU, cuda_graphs=False, captured=lambda: None)
+        self.recipe, self.preset, self.device, family = RECIPE, TINY, CPU, family_of(TINY)
+        parts = {name: rank_network(comm.world, name) for name in ("dit", *DECODER)}
+        self.specs = self.specs | {
+            name: replace(family.spec(TINY, RECIPE, part), name=name) for name, part in parts.items()
+        }
+        dit, steady = part_on_host(comm, folder, "dit"), part_on_host(comm, folder, "vae_steady")
+        dit.prepare()
+        self.passes = Passes(dit, self.specs["dit"], self.allocate, CPU, cuda_graphs=False, captured=lambda: None)
+        first = first_steps(steady.exported)
+        assert first is not None
+        self.decoder = {"vae_steady": steady, "vae_first": FirstOnHost(steady, first)}
+        for network in self.decoder.values():
+            network.prepare()
 
     def allocate(self, binding: Binding) -> Tensor:
         sizes = [TINY.window_chunks if isinstance(n, str) else n for n in binding.shape]
@@ -116,11 +139,17 @@ class OnCpu(Backend):
         return network == "dit"
 
     def new_state(self, network: str) -> State:
+        if network in DECODER:
+            lock: Any = SimpleNamespace(hold=nullcontext)
+            specs = self.specs[DECODER[0]], self.specs[DECODER[1]]
+            return StreamState(self.decoder, specs, self.allocate, lock, frozenset())
         spec = self.specs[network]
         return State({b.name: self.allocate(b) for b in spec.inputs if b.name in spec.kept.values()})
 
     def run(self, network: str, inputs: Any, state: State | None = None, commit: bool = True) -> dict[str, Tensor]:
         assert state is not None
+        if isinstance(state, StreamState):
+            return state.run(network, inputs)
         return self.passes.run(inputs, state, commit)
 
     def peak_bytes(self) -> int:
@@ -172,12 +201,37 @@ def found_beside_one(own: EngineRank, folder: Path) -> dict[str, float]:
     return found
 
 
+def decoded_beside_one(own: EngineRank) -> dict[str, float]:
+    """Three latents of a stream, beside PyTorch's; the histories in the end, and the next latent after those were read back."""
+    models, found = load_models(TINY, REPOSITORY / TINY.checkpoints), dict[str, float]()
+    one = {name: family_of(TINY).module(models, RECIPE, name) for name in DECODER}
+    latents = torch.randn(4, 1, TINY.vae.z_channels, 1, *TINY.latent_hw, generator=torch.Generator().manual_seed(2))
+    state, caches = own.new_state("vae_steady"), ()
+    for i, latent in enumerate(latents):
+        name = DECODER[min(i, 1)]
+        frames = own.run(name, {"latent": latent}, state)["frames"]
+        wanted, *caches = one[name](latent, *caches)
+        if own.comm.rank == 0:
+            found[f"frames {i}"] = float((frames - wanted).abs().max()) / 2 * 255  # of [-1, 1]
+        if i == 2:
+            whole = own.whole("vae_steady", state)
+            pairs = zip(whole.values(), caches, strict=True)
+            if own.comm.rank == 0:
+                found["histories"] = max(float((a - b).norm() / b.norm().clamp(min=1e-9)) for a, b in pairs)
+            state = own.new_state("vae_steady")
+            own.load("vae_steady", state, whole if own.comm.rank == 0 else None)
+    found["rows"] = next(iter(state.tensors.values())).shape[1]
+    return found
+
+
 @torch.no_grad()
 def main(rank: int, ranks: int, port: int, folder: Path) -> None:
     graphs.acquire_stream = lambda device, owner: None  # type: ignore[assignment]  # there is no GPU
     comm = Comm(rank, ranks, CPU, 100.0)
     comm.join(dist.TCPStore(LOOPBACK, port, ranks, is_master=rank == 0))
-    found = found_beside_one(EngineRank(OnCpu(comm, folder), comm), folder)
+    planner.STREAMS = (*planner.STREAMS, "fp32")  # type: ignore[assignment]  # so that steps are split as in bf16
+    own = EngineRank(OnCpu(comm, folder), comm)
+    found = found_beside_one(own, folder) | decoded_beside_one(own)
     if rank == 0:
         (folder / f"result_{ranks}.json").write_text(json.dumps(found, indent=1))
     comm.leave()

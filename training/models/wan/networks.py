@@ -14,13 +14,14 @@ from longtake.plugins.cross_attention.reference import dense_cross_attention
 from longtake.plugins.exchange import gather_heads, gather_tokens
 from longtake.plugins.pointwise import QK_NORM_EPS
 from longtake.training.models.family import ModelSet, Precision
-from longtake.training.models.network_spec import NETWORKS, ranks_of
+from longtake.training.models.network_spec import NETWORKS, rank_network, ranks_of
 from longtake.training.models.text.words import AnyTextEncoder
 from longtake.training.models.wan.dit import Attention, CausalDiT, Rope
 from longtake.training.models.wan.fused_block import fused_blocks
 from longtake.training.models.wan.vae import DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
 from longtake.training.models.wan.vae_codes import coded_convs
 from longtake.training.models.wan.vae_library import LibraryFirst, LibrarySteady
+from longtake.training.models.wan.vae_rows import RowsSteady
 
 
 class TextStep(nn.Module):
@@ -144,8 +145,11 @@ def network_module(models: ModelSet, recipe: Precision, name: str, exported: boo
     fused = exported and recipe.linears == "library"
     if name == "dit":
         return DiTStep(models.dit, recipe.cache, fused).eval()
-    if (ranks := ranks_of(name)) > 1:
+    ranks = ranks_of(name)
+    if ranks > 1 and name == rank_network(ranks):
         return RankDiTStep(models.dit, recipe.cache, ranks, fused).eval()
+    if ranks > 1 and name == rank_network(ranks, "vae_steady"):
+        return RowsSteady(models.vae, ranks).eval()
     if name in VAE_STEPS:
         decoder = recipe.vae_ops == "library" and "encoder" not in name
         coded = coded_convs(models.vae, recipe.vae_conv, models.convs) if decoder and not exported else {}

@@ -8,9 +8,9 @@ from __future__ import annotations
 from longtake.errors import LongtakeError
 from longtake.plugins.cache_format import cache_tensors
 from longtake.training.models.family import Precision
-from longtake.training.models.network_spec import NETWORKS, Binding, NetworkSpec, rank_network, ranks_of
+from longtake.training.models.network_spec import NETWORKS, Binding, NetworkSpec, rank_network, ranks_of, shared_network
 from longtake.training.models.presets import Preset
-from longtake.training.models.wan.vae_caches import decoder_cache_shapes, encoder_cache_shapes
+from longtake.training.models.wan.vae_caches import PATCH, decoder_cache_shapes, encoder_cache_shapes, rank_rows
 from longtake.training.models.wan.vae_codes import coded_caches
 
 
@@ -88,23 +88,25 @@ def dit_spec(preset: Preset, cache: str, ranks: int = 1) -> NetworkSpec:
     )
 
 
-def vae_spec(preset: Preset, name: str, vae_ops: str = "engine", vae_conv: str = "bf16") -> NetworkSpec:
+def vae_spec(preset: Preset, name: str, vae_ops: str = "engine", vae_conv: str = "bf16", ranks: int = 1) -> NetworkSpec:
     """One step of a VAE stream, in either direction.
 
     vae_first: one latent to one frame and fresh caches; vae_steady: one latent and caches to four frames.
     vae_encoder_first and vae_encoder_steady: the same from frames to latents, one group at a time.
     With `vae_ops` "library" the decoder's caches are [T, H, W, C], and vae_steady writes them in place; unless `vae_conv`
-    is "bf16" those of convolutions that run in 8-bit codes are codes.
+    is "bf16" those of convolutions that run in 8-bit codes are codes. Of several ranks each has rows of the frames, ghost
+    rows among them (`rank_rows`); the latent is whole.
     """
     encoder, first = name.startswith("vae_encoder"), name.endswith("first")
     ops = vae_ops == "library" and not encoder
     frames = 1 if first else preset.vae.stride[0]
     latent = Binding("latent", "fp32", (1, preset.vae.z_channels, 1, *preset.latent_hw))
-    video = Binding("frames", "fp32", (1, 3, frames, preset.height, preset.width))
+    height = preset.height if ranks == 1 else PATCH * rank_rows(preset, preset.height // PATCH, ranks)
+    video = Binding("frames", "fp32", (1, 3, frames, height, preset.width))
     shapes, prefix = (
         (encoder_cache_shapes(preset), "vae_encoder_cache")
         if encoder
-        else (decoder_cache_shapes(preset, ops), "vae_cache")
+        else (decoder_cache_shapes(preset, ops, ranks), "vae_cache")
     )
     coded = coded_caches(preset.vae) if ops and vae_conv != "bf16" else ("",) * len(shapes)
     caches = tuple(
@@ -114,7 +116,7 @@ def vae_spec(preset: Preset, name: str, vae_ops: str = "engine", vae_conv: str =
     pairs = tuple((f"{b.name}_out", b.name) for b in caches)
     source, result = (video, latent) if encoder else (latent, video)
     return NetworkSpec(
-        name,
+        name if ranks == 1 else rank_network(ranks, name),
         inputs=(source, *(() if first else caches)),
         outputs=(result, *(_out(b) for b in caches)),
         aliases=pairs if ops and not first else (),
@@ -128,8 +130,9 @@ def network_spec(preset: Preset, recipe: Precision, name: str) -> NetworkSpec:
         return text_encoder_spec(preset)
     if name == "context":
         return context_spec(preset)
-    if name == "dit" or ranks_of(name) > 1:
-        return dit_spec(preset, recipe.cache, ranks_of(name))
+    name, ranks = shared_network(name), ranks_of(name)
+    if name == "dit":
+        return dit_spec(preset, recipe.cache, ranks)
     if name in NETWORKS and name != "camera":
-        return vae_spec(preset, name, recipe.vae_ops, recipe.vae_conv)
+        return vae_spec(preset, name, recipe.vae_ops, recipe.vae_conv, ranks)
     raise LongtakeError("unknown network", got=name, expected=", ".join(NETWORKS))
