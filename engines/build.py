@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,16 +68,26 @@ def require_buildable(recipe: Recipe, flavour: Flavour, machine: str | None) -> 
 
 
 def build_recipe(
-    recipe: Recipe, onnx_folder: Path, out: Path, flavour: Flavour, machine: str | None, show_progress: bool = True
+    recipe: Recipe,
+    onnx_folder: Path,
+    out: Path,
+    flavour: Flavour,
+    machine: str | None,
+    show_progress: bool = True,
+    ranks: Sequence[str] = (),
 ) -> list[PlanResult]:
-    """Build every plan of `recipe` into `out`; plans that are up to date are left alone.
+    """Build every plan of `recipe` into `out`; plans that are up to date are left alone. ranks: networks of ranks that are
+    exported there, too.
 
     Raises:
         UnavailableError: this machine cannot build it, or lacks memory or disk for it.
         LongtakeError: an ONNX file is missing, does not parse, or does not match the spec.
     """
     require_buildable(recipe, flavour, machine)
-    names = family_of(recipe.model).networks(recipe.model)
+    names = [*family_of(recipe.model).networks(recipe.model), *ranks]
+    for stale in out.glob("*_of*.segments.json"):
+        if stale.name.partition(".")[0] not in ranks:
+            stale.unlink()  # of an earlier export
     jobs = [job for name in names for job in _jobs_of(recipe, name, onnx_folder / f"{name}.onnx", out)]
     require_resources(recipe, [job.source for job in jobs], out)
     return [_built(job, recipe, out, flavour, show_progress) for job in jobs]

@@ -11,8 +11,11 @@ from longtake.engines.tensor_types import bytes_of, tensor_types
 from longtake.errors import LongtakeError
 from longtake.formats.onnx_file import INLINE_BYTES, constants_of
 from longtake.formats.segmented_graph import TensorType
+from longtake.plugins import exchange
 from longtake.plugins.registry import op_named
 from longtake.plugins.spec import DOMAIN
+
+BETWEEN = (DOMAIN, exchange.DOMAIN)  # what runs between segments
 
 
 class GraphView:
@@ -42,13 +45,13 @@ class GraphView:
         self.max_depth = max(self.depth.values(), default=0)
 
     def _ops_and_views(self, nodes: list[NodeProto]) -> list[NodeProto]:
-        """What runs between segments: custom ops, and the reshapes that lead from one straight to others."""
-        read_inside = {i for n in nodes if n.domain != DOMAIN for i in n.input} | set(self.outputs)
-        computed = {o for n in nodes if n.domain == DOMAIN for o in n.output}
+        """What runs between segments: custom ops, exchanges among ranks, and the reshapes that lead from one straight to others."""
+        read_inside = {i for n in nodes if n.domain not in BETWEEN for i in n.input} | set(self.outputs)
+        computed = {o for n in nodes if n.domain in BETWEEN for o in n.output}
         return [
             n
             for n in nodes
-            if n.domain == DOMAIN
+            if n.domain in BETWEEN
             or (
                 n.op_type == "Reshape"
                 and n.input[0] in computed

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -20,9 +20,11 @@ from longtake.engines.tensor_types import value_info
 from longtake.errors import LongtakeError
 from longtake.formats.onnx_file import INLINE_BYTES
 from longtake.formats.segmented_graph import Segment, SegmentedGraph, Step, StepKind
+from longtake.plugins import exchange
 from longtake.plugins.spec import DOMAIN
 
 FLOATS = ("fp32", "fp16", "bf16")
+KINDS: dict[str, StepKind] = {DOMAIN: "op", exchange.DOMAIN: "exchange"}  # of what runs between segments, by domain
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def segments_from_onnx(model: onnx.ModelProto, network: str) -> CutNetwork:
     bodies = [_Body(view, depth) for depth in range(view.max_depth + 1)]
     bodies = [body for body in bodies if body.nodes]
     plans, models = _share_plans(view, bodies, network)
-    steps = list(_ordered_steps(view, {body.depth: body for body in bodies}))
+    steps = _in_place(_ordered_steps(view, {body.depth: body for body in bodies}))
     used = {name for step in steps for name in (*step.inputs, *step.outputs)} | set(view.outputs)
     graph = SegmentedGraph(
         network,
@@ -191,12 +193,26 @@ def _ordered_steps(view: GraphView, bodies: dict[int, _Body]) -> Iterable[Step]:
             yield from (_op_step("unpack", view.unpacks[name]) for name in body.weights if name in view.unpacks)
             yield Step("segment", body.plan, tuple(body.inputs), tuple(body.outputs))
         here = (op for op in view.ops if view.depth[op.output[0]] == depth)
-        yield from (_op_step("op" if op.domain == DOMAIN else "view", op) for op in here)
+        yield from (_op_step(KINDS.get(op.domain, "view"), op) for op in here)
+
+
+def _in_place(steps: Iterable[Step]) -> list[Step]:
+    """A halo is exchanged where the tensor lies: what reads its output reads its input."""
+    same: dict[str, str] = {}
+    out = []
+    for step in steps:
+        step = replace(step, inputs=tuple(same.get(name, name) for name in step.inputs))
+        if step.kind == "exchange" and step.name.startswith(exchange.HALO):
+            same[step.outputs[0]] = step.inputs[0]
+            step = replace(step, outputs=())
+        out.append(step)
+    return out
 
 
 def _op_step(kind: StepKind, node: NodeProto) -> Step:
     inputs = node.input[:1] if kind == "view" else node.input  # without the shape
-    return Step(kind, node.op_type, tuple(inputs), tuple(node.output))
+    ghost = next((f"_{a.i}" for a in node.attribute if kind == "exchange" and a.name == "ghost"), "")
+    return Step(kind, node.op_type + ghost, tuple(inputs), tuple(node.output))
 
 
 def _renamed(tensor: TensorProto, name: str) -> TensorProto:

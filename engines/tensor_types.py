@@ -11,6 +11,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 from longtake.dtypes import BY_ONNX, DTYPES
 from longtake.errors import LongtakeError
 from longtake.formats.segmented_graph import TensorType
+from longtake.plugins import exchange
 from longtake.plugins.registry import all_ops, op_named
 from longtake.plugins.shapes import infer_dtype, infer_shape
 from longtake.plugins.spec import DOMAIN
@@ -43,6 +44,8 @@ def tensor_types(model: onnx.ModelProto, constants: dict[str, TensorProto]) -> d
 def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) -> None:
     """An op's output has the type of the input that it is written over, or else what its spec says, if that is known."""
     for node in nodes:
+        if node.domain == exchange.DOMAIN:
+            _infer_exchange(node, types)
         if node.domain != DOMAIN or node.op_type not in all_ops() or node.input[0] not in types:
             continue
         spec = op_named(node.op_type).spec
@@ -58,6 +61,14 @@ def _infer_custom_ops(nodes: Iterable[NodeProto], types: dict[str, TensorType]) 
                     )
             if source is not None:
                 types.setdefault(output, source)
+
+
+def _infer_exchange(node: NodeProto, types: dict[str, TensorType]) -> None:
+    numbers = {attribute.name: attribute.i for attribute in node.attribute}
+    for name, output in zip(node.input, node.output, strict=True):
+        if (kind := types.get(name)) and output not in types:
+            shape = exchange.exchanged_shape(node.op_type, [int(size) for size in kind.shape], **numbers)
+            types[output] = TensorType(kind.dtype, shape)
 
 
 def _infer_standard_ops(model: onnx.ModelProto, types: dict[str, TensorType]) -> None:

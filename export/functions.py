@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
+from longtake.export.exchanges import translations
 from longtake.plugins.ops import torch_op
 from longtake.plugins.registry import all_ops
 from longtake.plugins.shapes import infer_dtype, infer_shape, shape_of, torch_dtype
@@ -94,7 +95,7 @@ def _infer_outputs(spec: OpSpec, context: Any) -> None:
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For torch.onnx.export's `custom_translation_table`: each torch op becomes its node of the `longtake` domain."""
     register_schemas()
-    return {torch_op(name): _translation(op.spec) for name, op in all_ops().items()}
+    return {torch_op(name): _translation(op.spec) for name, op in all_ops().items()} | translations()
 
 
 def _translation(spec: OpSpec) -> Callable[..., Any]:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.export.rewriter import Rewriter
+from longtake.plugins import exchange
 from longtake.plugins.codes import factor_of
+from longtake.plugins.exchange import HALO
 from longtake.plugins.registry import op_named
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.training.models.conv_calibration import UNKNOWN_PEAK, ConvCalibration
@@ -77,7 +79,9 @@ def _factor(rewriter: Rewriter, codes: ConvCodes, name: str) -> str:
 
 
 def _lower_steady(rewriter: Rewriter, codes: ConvCodes) -> list[str]:
-    convs = {node.input[0]: node for node in rewriter.graph.node if _name(node) in codes.chosen}
+    halos = {n.output[0]: n.input[0] for n in rewriter.graph.node if n.domain == exchange.DOMAIN and n.op_type == HALO}
+    reads = {node.input[0]: node for node in rewriter.graph.node if _name(node) in codes.chosen}
+    convs = {halos.get(name, name): node for name, node in reads.items()}  # a rank's halo lies between
     names = {_name(node) for node in convs.values()}
     if missing := sorted(codes.chosen.keys() - names):
         raise LongtakeError(
@@ -107,6 +111,8 @@ def _lower_steady(rewriter: Rewriter, codes: ConvCodes) -> list[str]:
             _op(rewriter, f"{node.op_type}_{codes.chosen[name]}", inputs, list(node.output))
         else:
             rewriter.nodes.append(node)
+    for name in reads.keys() & halos.keys() & types.keys():
+        types[name].type.tensor_type.elem_type = TensorProto.INT8
     _require_alone(rewriter, convs)
     return sorted(names)
 
@@ -116,7 +122,7 @@ def _require_alone(rewriter: Rewriter, convs: Mapping[str, NodeProto]) -> None:
     for node in rewriter.nodes:
         op = op_named(node.op_type) if node.domain == DOMAIN else None
         for name in set(node.input) & convs.keys():
-            if op is None or not (op.kernel_size and op.codes):
+            if node.op_type != HALO and (op is None or not (op.kernel_size and op.codes)):
                 raise LongtakeError(
                     "a convolution's input is read elsewhere, too",
                     got=node.name,

@@ -34,6 +34,7 @@ from longtake.provenance import versions
 from longtake.training.models.conv_calibration import ConvCalibration
 from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, meta_models
+from longtake.training.models.network_spec import shared_network
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.vae_codes import chosen_codes, codable_names, coded_caches
 from longtake.training.models.wan.vae_library import coded_ops
@@ -57,9 +58,10 @@ class PlainGraphs:
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
         """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
-        ops = recipe.vae_ops if name in DECODER else "engine"
-        linears = recipe.linears if name in LIBRARY_NETWORKS else LINEARS[0]
-        key = name, recipe.cache if name == "dit" else "", ops, linears
+        kind = shared_network(name)
+        ops = recipe.vae_ops if kind in DECODER else "engine"
+        linears = recipe.linears if kind in LIBRARY_NETWORKS else LINEARS[0]
+        key = name, recipe.cache if kind == "dit" else "", ops, linears
         if key not in self._graphs:
             family, plain = family_of(self.preset), replace(recipe, vae_conv="bf16")  # which is lowered from the other
             module = family.module(self.models, plain, name, exported=True)

@@ -15,6 +15,7 @@ from longtake.errors import IntegrityError
 from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP
 from longtake.export.rewriter import linear_name
 from longtake.formats.onnx_file import data_sizes, read_onnx, tensor_bytes
+from longtake.plugins import exchange
 from longtake.plugins.cache_format import cache_tensors
 from longtake.plugins.registry import all_ops, op_named
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
@@ -29,7 +30,8 @@ class Expected:
     """What an exported network must hold.
 
     linears: name -> (N, K) of each Linear lowered to 4 or 8 bits. layers: transformer layers with a K/V cache (0 if none).
-    library: whether the linears are ops that a library runs. streams: op name -> nodes of a VAE decoder.
+    library: whether the linears are ops that a library runs. streams: op name -> nodes of a VAE decoder. ranks: how many
+    share it; the graph of one of several runs cut or not at all, so its ops have no bodies.
     """
 
     spec: NetworkSpec
@@ -39,6 +41,7 @@ class Expected:
     linears: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     library: bool = False
     streams: Mapping[str, int] = field(default_factory=dict)
+    ranks: int = 1
 
     @property
     def custom_ops(self) -> Counter[str]:
@@ -88,8 +91,8 @@ def check_structure(path: Path, expected: Expected, skeleton: bool = False) -> N
         raise _broken(path, "is not valid ONNX", str(error)[:300], "a graph that onnx.checker accepts") from None
     _check_bindings(path, "inputs", model.graph.input, expected.spec.inputs)
     _check_bindings(path, "outputs", model.graph.output, expected.spec.outputs)
-    _check_domains(path, model, expected.precision)
-    _check_custom_ops(path, model, expected.custom_ops)
+    _check_domains(path, model, expected)
+    _check_custom_ops(path, model, expected)
     _check_weights(path, model, expected)
 
 
@@ -133,9 +136,10 @@ def _shown(binding: tuple[str, int, tuple[int | str, ...]]) -> str:
     return f"{name} {TensorProto.DataType.Name(dtype)} {list(shape)}"
 
 
-def _check_domains(path: Path, model: onnx.ModelProto, precision: str) -> None:
+def _check_domains(path: Path, model: onnx.ModelProto, expected: Expected) -> None:
     """Nodes are standard, ours or (nvfp4) TensorRT's: a leftover quantizer or aten node is of another domain."""
-    known = {*STANDARD_DOMAINS, DOMAIN, *([ACTIVATION_DOMAIN] if precision == "nvfp4" else [])}
+    known = {*STANDARD_DOMAINS, DOMAIN, *([ACTIVATION_DOMAIN] if expected.precision == "nvfp4" else [])}
+    known |= {exchange.DOMAIN} if expected.ranks > 1 else set()
     foreign = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain not in known})
     if foreign:
         raise _broken(path, "holds nodes that were not lowered", ", ".join(foreign), f"domains {sorted(known)}")
@@ -147,13 +151,17 @@ def _check_domains(path: Path, model: onnx.ModelProto, precision: str) -> None:
         raise _broken(path, "holds an unknown op", node.op_type, "ops of the ONNX standard") from None
 
 
-def _check_custom_ops(path: Path, model: onnx.ModelProto, wanted: Counter[str]) -> None:
+def _check_custom_ops(path: Path, model: onnx.ModelProto, expected: Expected) -> None:
+    wanted = expected.custom_ops
     nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     found = Counter(node.op_type for node in nodes)
     if found != wanted:
         raise _broken(path, "holds another number of custom ops", dict(found), dict(wanted))
     bodies = {function.name for function in model.functions if function.domain == DOMAIN}
-    if not set(wanted) <= bodies:
+    exchanges = Counter(node.op_type for node in model.graph.node if node.domain == exchange.DOMAIN)
+    if expected.ranks > 1 and expected.layers and set(exchanges.values()) != {expected.layers}:
+        raise _broken(path, "holds another number of exchanges", dict(exchanges), f"{expected.layers} of each")
+    if expected.ranks == 1 and not set(wanted) <= bodies:
         raise _broken(path, "lacks function bodies", sorted(bodies), sorted(wanted))
     for node in nodes:
         plugin = {a.name: helper.get_attribute_value(a) for a in node.attribute}

@@ -19,6 +19,7 @@ from longtake.accuracy.rows import LAYERS_FIX, require_gate, table, worst_of_kin
 from longtake.engines.build import PlanResult, build_recipe
 from longtake.errors import GateError, LongtakeError
 from longtake.export.package import PlainGraphs, export_package, inputs_digest, steps_of
+from longtake.export.ranks import add_rank_graphs, rank_graphs
 from longtake.export.weights import weights_from_folder
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import FAILED, PASSED, UNCHECKED, UNFINISHED, Checked, Export
@@ -27,8 +28,10 @@ from longtake.leftovers import locked
 from longtake.machine.flavour import Flavour
 from longtake.paths import REPOSITORY
 from longtake.runtime.budget.terms import terms_of
+from longtake.runtime.parallel.open import require_cut, require_split
 from longtake.training.models.checkpoint import weights_digests
 from longtake.training.models.load import load_models, read_side
+from longtake.training.models.network_spec import rank_network, ranks_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.quantize import modelopt
 from longtake.training.models.text.sentencepiece import carry_tokenizer
@@ -131,7 +134,7 @@ def check_parity(recipe: Recipe, checkpoints: Path, folder: Path, export: Export
         GateError: a row fails. Whatever ends the comparison early leaves the export marked as failed.
     """
     whole = [name for name, network in export.networks.items() if f"{name}.ort.onnx" in network.files]
-    left = [name for name in export.networks if name not in whole]
+    left = [name for name in export.networks if name not in whole and ranks_of(name) == 1]  # a rank alone runs nowhere
     replace(export, checked=UNFINISHED).write(folder)
     rows = []
     if whole:
@@ -163,6 +166,23 @@ def up_to_date(folder: Path, inputs: str) -> Export | None:
     return export if export.inputs == inputs else None
 
 
+def add_ranks(recipe: Recipe, onnx: Path, gpus: int, say: Say = log.info) -> None:
+    """Add to an export the graphs of one of `gpus` ranks, unless it has them; the next `build` makes its plans.
+
+    Raises:
+        UnavailableError: the recipe's engines cannot be ranks.
+        LongtakeError: as many cannot share the model.
+    """
+    require_split(recipe.model, gpus)
+    require_cut(recipe, gpus)
+    with locked(onnx):
+        export = Export.read(onnx)
+        export.require_recipe(recipe, onnx, weights=False)
+        if not {rank_network(gpus, name) for name in rank_graphs(recipe, gpus)} <= export.networks.keys():
+            say(f"  {onnx.parent.name}: the graphs of one of {gpus} ranks, PyTorch to ONNX")
+            add_rank_graphs(PlainGraphs(recipe.model, export.vocabulary or None), recipe, onnx, export, gpus)
+
+
 def build(
     recipe: Recipe,
     onnx: Path,
@@ -172,7 +192,7 @@ def build(
     force: bool = False,
     say: Say = log.info,
 ) -> list[PlanResult]:
-    """Build an export's plans, and describe the folder in bundle.json.
+    """Build an export's plans, those of ranks that it has the graphs of among them, and describe the folder in bundle.json.
 
     Raises:
         IntegrityError: an exported file is not what was exported; no plan is built from it.
@@ -183,7 +203,8 @@ def build(
         if line := export.checked.require(onnx, force):
             say(f"  {line}")
         export.require_recipe(recipe, onnx, weights=recipe.mode == "fused")
-        results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty())
+        ranks = [name for name in export.networks if ranks_of(name) > 1]
+        results = build_recipe(recipe, onnx, out, flavour, machine, sys.stderr.isatty(), ranks)
         bundle = Bundle.of(out, recipe, flavour, onnx, [result.path for result in results])
         replace(bundle, memory=terms_of(recipe, out)).write()
         return results

@@ -6,7 +6,7 @@ Everything happens in the current CUDA context, which is torch's (and TensorRT's
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from longtake.errors import LongtakeError
@@ -146,11 +146,28 @@ class Launcher(OpLauncher):
         driver.ensure_context()
         self.enqueue(self._calls, pointers, stream, workspace, table_len)
 
-    def enqueue(
-        self, calls: Sequence[Call], pointers: Sequence[int], stream: int, workspace: int, table_len: int
+    def launch_around(
+        self, between: Callable[[], None], pointers: Sequence[int], stream: int, workspace: int, table_len: int = 0
     ) -> None:
-        """Enqueue `calls`: those of the kernel that prepare() has loaded, maybe for other dims."""
-        for call, function in zip(calls, self._functions or ()):
+        """`launch` with what `between` enqueues behind the first of its kernels."""
+        self._check(pointers, workspace, table_len)
+        self.prepare()
+        driver.ensure_context()
+        self.enqueue(self._calls[:1], pointers, stream, workspace, table_len)
+        between()
+        self.enqueue(self._calls[1:], pointers, stream, workspace, table_len, first=1)
+
+    def enqueue(
+        self,
+        calls: Sequence[Call],
+        pointers: Sequence[int],
+        stream: int,
+        workspace: int,
+        table_len: int,
+        first: int = 0,
+    ) -> None:
+        """Enqueue `calls`: those of the kernel that prepare() has loaded, from the one at `first` on, maybe for other dims."""
+        for call, function in zip(calls, (self._functions or ())[first:]):
             values = self.arguments(call, pointers, workspace, table_len)
             driver.launch(function, call.grid, call.threads, stream, values, call.shared_bytes)
 

@@ -96,6 +96,8 @@ class Op:
         stream's first latent means one frame. repeats: frames made of each, by an op that only repeats.
     splits_by_frame: whether it may be run on some frames after others, each output frame from those at its place.
     codes: the 8-bit codes (codes.py) that a convolution reads, or that an op before one writes.
+    over_heads: whether its first launch finds the largest of something over all heads, fp32 in its workspace: where ranks
+        have some heads each, they must exchange it before the second.
     """
 
     spec: OpSpec
@@ -112,6 +114,7 @@ class Op:
     repeats: int = 0
     splits_by_frame: bool = False
     codes: str = ""
+    over_heads: bool = False
 
     @property
     def name(self) -> str:

@@ -236,7 +236,10 @@ def backend_from_source(
         LongtakeError: there is no such backend, or it does not fit the memory that is free.
     """
     if opening.gpus != 1:
-        return _sharded(source, asked, device, decode_device, opening.gpus)
+        from longtake.runtime.parallel.choose import shared_backend
+
+        held = source.recipe, source.engines, source.checkpoints, source.weights
+        return shared_backend(*held, asked, device, decode_device, opening.gpus)
     if asked == ORACLE:
         from longtake.runtime.backends.torch_oracle import TorchBackend
 
@@ -263,33 +266,6 @@ def backend_from_source(
     opened.weights = source.weights
     record_arenas(source.engines, opened)
     return opened
-
-
-def _sharded(
-    source: Source,
-    asked: str,
-    device: torch.device | str | None,
-    decode_device: torch.device | str | None,
-    gpus: int,
-) -> Backend:
-    """`gpus` ranks that share a stream. Raises LongtakeError for what one GPU alone can do."""
-    from longtake.runtime.parallel.open import sharded_backend
-
-    if asked not in ("auto", ORACLE):
-        raise UnavailableError(
-            f"backend {asked} runs on one GPU",
-            got=f"--backend {asked} with --gpus {gpus}",
-            expected=f"--backend {ORACLE}, which several can share",
-            fix="leave out --backend, or --gpus",
-        )
-    if decode_device is not None:
-        raise LongtakeError(
-            "GPUs that share a stream share its VAE, too",
-            got=f"--decode-device {decode_device}",
-            expected="--gpus alone",
-            fix="leave out --decode-device, or --gpus",
-        )
-    return sharded_backend(source.recipe, source.checkpoints, gpus, device)
 
 
 def _announce_memory(

@@ -20,16 +20,27 @@ from longtake.runtime.bench.gpu import device_from_name
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.plot import write_plot
 from longtake.runtime.bench.result import Figures, report_of, table, write_result
+from longtake.runtime.parallel.open import require_cut, require_devices, require_split
+from longtake.training.models.network_spec import rank_network
 
 EPILOG = """weights are random and made on the device, so no checkpoint is needed; speed does not depend on their values.
 examples:
   longtake bench --recipe wan2.2-ti2v-5b_fp8_sm90 --against torch
   longtake bench --recipe wan2.2-ti2v-5b_fp8_sm90 --more wan2.2-ti2v-5b_bf16_sm90 --against torch
   longtake bench --recipe wan2.2-ti2v-5b_bf16_sm90 --quick --networks dit
+  longtake bench --recipe wan2.2-ti2v-5b_fp8_sm90 --gpus 2
   longtake bench --recipe tiny_w4a16_sm90 --steps 2       # on a CPU: the reference backend, to try it out
 """
 # What one part may take of the whole limit: a part that hangs must not cost the others.
-PART_SECONDS = {"engine": 270, "torch": 150, "torch_vae": 120, "torch_compile": 200, "torch_autotune": 300}
+PART_SECONDS = {
+    "engine": 270,
+    "ranks": 270,
+    "torch": 150,
+    "torch_vae": 120,
+    "torch_compile": 200,
+    "torch_autotune": 300,
+}
+OURS = ("engine", "ranks")  # parts of each recipe; the others are PyTorch's, for all of them
 MODULE = "longtake.runtime.bench.worker"
 
 
@@ -46,6 +57,8 @@ def run(options: BenchOptions, others: MoreOptions) -> int:
     options, started = completed(options), time.perf_counter()
     options.require_plain()
     more = [of_another_recipe(options, name) for name in others.more]
+    if options.gpus > 1:
+        require_split(options.model, options.gpus)
     for one in (options, *more):
         prepare(one)
     runs: list[tuple[BenchOptions, dict[str, Figures]]] = [(one, {}) for one in (options, *more)]
@@ -59,9 +72,11 @@ def run(options: BenchOptions, others: MoreOptions) -> int:
         return figures
 
     for one, parts in runs:
-        parts["engine"] = measure("engine", one)
-        write_result(one.folder, report_of(one, parts))
-    for part in options.parts()[1:]:
+        for part in one.parts():
+            if part in OURS:
+                parts[part] = measure(part, one)
+                write_result(one.folder, report_of(one, parts))
+    for part in (part for part in options.parts() if part not in OURS):
         figures = measure(part, options)
         for one, parts in runs:
             parts[part] = figures
@@ -94,7 +109,9 @@ def of_another_recipe(options: BenchOptions, name: str) -> BenchOptions:
             fix="run the benchmark twice",
         )
     name = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
-    return replace(options, recipe=name, networks=("dit",), decode_device="", out=str(options.folder / recipe.name))
+    return replace(
+        options, recipe=name, networks=("dit",), decode_device="", gpus=1, out=str(options.folder / recipe.name)
+    )
 
 
 def prepare(options: BenchOptions) -> None:
@@ -106,17 +123,29 @@ def prepare(options: BenchOptions) -> None:
             _longtake("export", "--recipe", name, "--no-parity", *exports)
         checked = Export.read(onnx, digests=False).checked
     else:
-        if not (out / "bundle.json").is_file():
+        if options.gpus > 1:
+            require_cut(options.the_recipe, options.gpus)
+            require_devices(options.gpus, options.device or None)
+        if not built(out, options.gpus):
             if not Export.is_in(onnx):
                 _longtake("export", "--recipe", name, "--skeleton", *exports)
             places = [
                 *(["--onnx", str(onnx.parent)] if options.onnx else []),
                 *(["--out", str(out.parent)] if options.engines else []),
             ]
-            _longtake("engines", "--recipe", name, "--skeleton", *places, *(["--force"] if options.force else []))
+            ranks = ["--gpus", str(options.gpus)] if options.gpus > 1 else []
+            force = ["--force"] if options.force else []
+            _longtake("engines", "--recipe", name, "--skeleton", *places, *ranks, *force)
         checked = Bundle.read(out).checked
     if line := checked.require(onnx, options.force):
         print(line)
+
+
+def built(folder: Path, gpus: int) -> bool:
+    """Whether the plans are there, those of one of `gpus` ranks among them."""
+    if not (folder / "bundle.json").is_file():
+        return False
+    return gpus == 1 or f"{rank_network(gpus)}.segments.json" in Bundle.read(folder).files
 
 
 def _longtake(*words: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from longtake.chain import HowToExport, build, export
+from longtake.chain import HowToExport, add_ranks, build, export
 from longtake.commands.export import default_model
 from longtake.engines.build import PlanResult, require_buildable
 from longtake.errors import UnavailableError
@@ -14,8 +15,9 @@ from longtake.formats.exported import Export
 from longtake.formats.model_name import Model, asked_for, claim, folder_of, only_name_with
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_for, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
-from longtake.options import Command, option
+from longtake.options import Bounds, Command, check, option
 from longtake.provenance import resident_bytes
+from longtake.runtime.parallel.open import require_cut, require_split
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class EngineOptions:
     """build from graphs without weights, exported without checkpoints if need be (segmented recipes)"""
     force: bool = option(False)
     """build from an export that failed its comparison with PyTorch"""
+    gpus: Annotated[int, Bounds(1)] = option(1, metavar="P")
+    """also the plans of one of P GPUs that share a video (segmented recipes; docs/multi-gpu.md)"""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def run(options: EngineOptions) -> int:
@@ -47,12 +54,17 @@ def run(options: EngineOptions) -> int:
         names = [asked.recipe.name if asked.recipe else recipe_for(machine, preset)]
     recipes = [recipe_named(name) for name in names] if names else _buildable(machine)
     for recipe in recipes:  # what cannot be built is said before the first one starts
+        if options.gpus > 1:
+            require_split(recipe.model, options.gpus)
+            require_cut(recipe, options.gpus)
         require_buildable(recipe, flavour_of(recipe, machine), machine)
     for recipe in recipes:
         flavour = flavour_of(recipe, machine)
         print(f"{recipe.name}: {flavour.label} for compute capability {recipe.compute_capability}, {recipe.mode}")
         print(f"  {flavour.reason}")
         onnx, out = prepared(options, recipe, asked.model if asked else None)
+        if options.gpus > 1:
+            add_ranks(recipe, onnx, options.gpus, print)
         results = build(recipe, onnx, out, flavour, machine, options.force, print)
         print(format_results(results))
         print(f"  peak host memory {resident_bytes() / 1e9:.1f} GB")

@@ -111,7 +111,7 @@ class HowOptions:
     decode_device: str | None = option(None, metavar="cuda:N")
     """another GPU for the VAE (default: the same)"""
     gpus: int = option(1, metavar="P")
-    """GPUs of this machine that share the video, in PyTorch (docs/multi-gpu.md); with --device cpu, processes on the CPU"""
+    """GPUs of this machine that share the video (docs/multi-gpu.md); with --device cpu, processes on the CPU, in PyTorch"""
 
 
 @dataclass(frozen=True)

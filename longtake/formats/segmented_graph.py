@@ -9,7 +9,7 @@ from typing import Any, Literal
 from longtake.record import Kind
 
 KIND = Kind("a segmented network", "`longtake engines`", "build it again: longtake engines --recipe NAME")
-StepKind = Literal["segment", "op", "unpack", "view"]
+StepKind = Literal["segment", "op", "unpack", "view", "exchange"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Step:
 
     segment: run plan `name`. op: launch custom op `name`. unpack: like op, but all inputs are weights, and the output
     is needed only by the segment that follows, so it may live in reused scratch. view: the output is the input in
-    another shape, the same bytes.
+    another shape, the same bytes. exchange: all ranks trade parts of the inputs (plugins/exchange.py);
+    a halo is traded in place and has no output; "halo_2" has two ghost rows.
     """
 
     kind: StepKind

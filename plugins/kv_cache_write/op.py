@@ -75,6 +75,14 @@ def filled_cache(spec: OpSpec, dims: Dims, compute: torch.dtype, generator: torc
 
 
 OPS = tuple(
-    Op(_spec(fmt), REFERENCES[fmt], (_kernel(fmt == "nvfp4"),), SIZES, filled_cache, indices=((2,), (-1,)))
+    Op(
+        _spec(fmt),
+        REFERENCES[fmt],
+        (_kernel(fmt == "nvfp4"),),
+        SIZES,
+        filled_cache,
+        indices=((2,), (-1,)),
+        over_heads=fmt == "nvfp4",
+    )
     for fmt in CACHE_FORMATS
 )

@@ -45,9 +45,8 @@ def open_engines(options: BenchOptions) -> Backend:
         from longtake.runtime.backends.reference import ReferenceBackend
 
         return ReferenceBackend(export_folder(options), options.the_recipe, "no GPU here: timings are not figures")
-    folder = engine_folder(options)
-    onnx, dit = Bundle.read(folder).onnx, dit_networks(options.model) if "dit" in options.networks else ()
-    wanted = (*dit, *(("vae_first", "vae_steady") if "vae" in options.networks else ()))  # never the text encoder
+    folder, wanted = engine_folder(options), wanted_networks(options)
+    onnx = Bundle.read(folder).onnx
     decode_device = torch.device(options.decode_device) if options.decode_device else None
     places = {name: (decode_device or device) if name.startswith("vae") else device for name in wanted}
     from longtake.runtime.backends.trt.open import backend_from_engines
@@ -61,6 +60,12 @@ def open_engines(options: BenchOptions) -> Backend:
         decode_device=decode_device,
         weights={name: random_weights(onnx / f"{name}.onnx", place) for name, place in places.items()},
     )
+
+
+def wanted_networks(options: BenchOptions) -> tuple[str, ...]:
+    """What is loaded: never the text encoder."""
+    dit = dit_networks(options.model) if "dit" in options.networks else ()
+    return (*dit, *(("vae_first", "vae_steady") if "vae" in options.networks else ()))
 
 
 def dit_networks(preset: Preset) -> tuple[str, ...]:
@@ -83,8 +88,10 @@ def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
         finally:
             save({"memory": attempt(lambda: memory(backend, options, promised))})
         if backend.device.type == "cuda" and "dit" in options.networks:
+            from longtake.runtime.profile.gpu import pass_ms
+
             gc.collect()
-            save(figures | {"dit_pass_ms": attempt(lambda: dit_breakdown(backend))})  # after the peak was taken
+            save(figures | {"dit_pass_ms": attempt(lambda: pass_ms(backend))})  # after the peak was taken
         return figures
     finally:
         backend.close()
@@ -130,26 +137,6 @@ def memory(backend: Backend, options: BenchOptions, promised: dict[str, Any]) ->
     ]
     steps, peak = memory_rows(backend.memory_rows, promised), round(backend.peak_bytes() / 1e9, 3)
     return {"steps": steps, "terms": terms, "total_measured_gb": peak, "total_promised_gb": promised.get("total_gb")}
-
-
-def dit_breakdown(backend: Any) -> dict[str, float]:
-    """Milliseconds by kind of step ("segments" are linears and pointwise work), launched one by one; {} if uncut."""
-    from longtake.runtime.backends.segments.network import SegmentedNetwork
-    from longtake.runtime.profile.gpu import network_tensors, steps_profile
-
-    network = backend.networks["dit"]
-    if not isinstance(network, SegmentedNetwork):
-        return {}
-    tensors = network_tensors(backend, backend.specs["dit"])
-    torch.cuda.synchronize(backend.device)  # the inputs were written on another stream
-    with torch.no_grad(), torch.cuda.device(backend.device), torch.cuda.stream(torch.cuda.Stream(backend.device)):
-        rows = steps_profile(network, tensors, runs=3)[1:]
-    spent: dict[str, float] = {}
-    for row in rows:
-        _, kind, name = row["name"].split(maxsplit=2)
-        label = "segments" if kind == "segment" else name
-        spent[label] = spent.get(label, 0.0) + row["averageMs"]
-    return {label: round(ms, 3) for label, ms in spent.items()} | {"sum": round(sum(spent.values()), 3)}
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ NETWORKS = ("dit", "vae")
 AGAINST = ("torch",)
 PLAIN = ("wan",)  # the families whose networks are written out in plain PyTorch, to be measured against
 # Parts in the order they run, each in a process of its own: its memory is its own, and its failure or delay as well.
-PARTS = ("engine", "torch", "torch_vae", "torch_compile", "torch_autotune")
+PARTS = ("engine", "ranks", "torch", "torch_vae", "torch_compile", "torch_autotune")
 
 
 def networks_of(text: str) -> tuple[str, ...]:
@@ -49,6 +49,8 @@ class BenchOptions:
     """where networks run (default: the first GPU, or the CPU without one)"""
     decode_device: str = option("", metavar="cuda:N")
     """decode on this GPU (default: the same)"""
+    gpus: Annotated[int, Bounds(1)] = option(1, metavar="P")
+    """measure one video on P GPUs in the same run, too (segmented recipes; with --device cpu, on processes in PyTorch)"""
     out: str = option("", metavar="FOLDER")
     """where reports are written (default: runs/bench/RECIPE)"""
     seconds: Annotated[int, Bounds(10)] = option(540, metavar="S")
@@ -66,6 +68,12 @@ class BenchOptions:
             raise LongtakeError("bad --networks", got=",".join(self.networks), expected="dit, vae or dit,vae")
         if self.against not in ("", *AGAINST):
             raise LongtakeError("bad --against", got=self.against, expected=" | ".join(AGAINST))
+        if self.gpus > 1 and self.decode_device:
+            raise LongtakeError(
+                "--gpus and --decode-device are two ways to use a second GPU",
+                got=f"--gpus {self.gpus} --decode-device {self.decode_device}",
+                fix="leave one out",
+            )
 
     def require_plain(self) -> None:
         """Raise LongtakeError if PyTorch is to be measured beside a model that is not written out in it."""
@@ -105,7 +113,8 @@ class BenchOptions:
         """The parts to run, in order."""
         dit = ("torch", "torch_compile", *(("torch_autotune",) if self.autotune else ()))
         theirs = (*(dit if "dit" in self.networks else ()), *(("torch_vae",) if "vae" in self.networks else ()))
-        return tuple(part for part in PARTS if part == PARTS[0] or (self.against and part in theirs))
+        ours = ("engine", *(("ranks",) if self.gpus > 1 else ()))
+        return tuple(part for part in PARTS if part in ours or (self.against and part in theirs))
 
     def as_json(self) -> dict[str, Any]:
         """A JSON-ready description, read back by `options_from_json`."""

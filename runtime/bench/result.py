@@ -53,6 +53,7 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
         "sinks": "global and shot" if "cut" in family_of(preset).can else "first chunk",
         "warmup_chunks": options.warm_chunks,
         "chunks": options.steady_chunks,
+        "gpus": options.gpus,
         "fps": ours.get("fps", {}),
         "first_chunk_s": ours.get("first_chunk_s"),
         "stage_ms": ours.get("stage_ms", {}),
@@ -69,13 +70,17 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
 
 
 def ratios(parts: dict[str, Figures]) -> dict[str, float]:
-    """Our frames a second over PyTorch's, for every pair of rates that was measured; above 1 we are faster."""
+    """Our frames a second over PyTorch's, and several GPUs' over one's, for every pair of rates that was measured; above 1
+    we are, or they are, faster."""
     known = {}
     for name, (rate, part, theirs) in RATIOS.items():
         mine, other = (parts.get(p, {}).get("fps", {}).get(r) for p, r in (("engine", rate), (part, theirs)))
         if mine and other:
             known[name] = round(mine / other, 4)
-    return known
+    rates = {part: parts.get(part, {}).get("fps", {}) for part in ("engine", "ranks")}
+    several = {f"{rate}_ranks_vs_one": fps / rates["engine"][rate] for rate, fps in rates["ranks"].items()
+               if fps and rates["engine"].get(rate)}  # fmt: skip
+    return known | {name: round(ratio, 4) for name, ratio in several.items()}
 
 
 def budget_beside(ours: Figures) -> Figures | None:
@@ -123,6 +128,9 @@ def table(report: Figures) -> str:
     rows += [_roofline_row(name, row) for name, row in report["roofline"].items()]
     stages = "  ".join(f"{name} {ms:.2f}" for name, ms in report["stage_ms"].items())
     rows.append(f"  milliseconds: {stages}")
+    ranks = report["against"].get("ranks", {})
+    if told := ranks.get("communication"):
+        rows.append(f"  a clean pass on {ranks['gpus']} GPUs, step by step, in ms: {told}")
     if apart := report["engine"].get("dit_pass_ms"):
         rows.append(f"  a DiT pass, step by step, in ms: {apart}")
     if budget := report["budget"]:

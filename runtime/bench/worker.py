@@ -38,6 +38,10 @@ def measure_part(part: str, options: BenchOptions, out: Path) -> dict[str, Any]:
             from longtake.runtime.bench.engine_side import measure_engine
 
             save(measure_engine(options, save))
+        elif part == "ranks":
+            from longtake.runtime.bench.ranks_side import measure_ranks
+
+            save(measure_ranks(options, save))
         else:
             from longtake.runtime.bench.torch_side import measure_torch
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.parallel.processes import Followers, is_silence
-from longtake.runtime.parallel.rank import RankBackend
+from longtake.runtime.parallel.rank import Rank
 from longtake.runtime.parallel.sent import Sent
 
 CLOSE_S = 2.0
@@ -23,11 +23,15 @@ RESUME = "go on from the session that was saved last (--load-session), with as m
 
 
 class ShardedState(State):
-    """The first rank's part of a state, and the way to the others'."""
+    """The first rank's part of a state, `own`, and the way to the others'."""
 
-    def __init__(self, tensors: dict[str, Tensor], backend: ShardedBackend, network: str, number: int) -> None:
-        super().__init__(tensors)
-        self.backend, self.network, self.number = backend, network, number
+    def __init__(self, own: State, backend: ShardedBackend, network: str, number: int) -> None:
+        self.own, self.backend, self.network, self.number = own, backend, network, number
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """See State."""
+        return self.own.tensors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """See State.shapes."""
@@ -36,12 +40,12 @@ class ShardedState(State):
     def whole(self) -> dict[str, Tensor]:
         """See State.whole: gathered, so copies where ranks have parts."""
         with self.backend.command({"do": "whole", "state": self.number}):
-            return self.backend.own.whole(self.network, self)
+            return self.backend.own.whole(self.network, self.own)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """See State.load: every rank takes its part."""
         with self.backend.command({"do": "load", "state": self.number}):
-            self.backend.own.load(self.network, self, tensors)
+            self.backend.own.load(self.network, self.own, tensors)
 
 
 class ShardedBackend(Backend):
@@ -49,10 +53,10 @@ class ShardedBackend(Backend):
 
     name = "sharded"
 
-    def __init__(self, own: RankBackend, followers: Followers, reason: str) -> None:
+    def __init__(self, own: Rank, followers: Followers, reason: str) -> None:
         self.own, self.followers, self.reason = own, followers, reason
         self.device, self.preset, self.recipe, self.checkpoints = own.device, own.preset, own.recipe, own.checkpoints
-        self.weights = own.inner.weights
+        self.weights, self.made_of = own.inner.weights, own.inner.made_of
         self._turn = threading.Lock()
         self._sent, self._states = Sent(), itertools.count()
         self._forgotten: list[int] = []  # states that nobody uses: told with the next command
@@ -68,7 +72,7 @@ class ShardedBackend(Backend):
             return self.own.new_state(network)
         number = next(self._states)
         with self.command({"do": "new_state", "network": network, "state": number}):
-            state = ShardedState(self.own.new_state(network).tensors, self, network, number)
+            state = ShardedState(self.own.new_state(network), self, network, number)
         weakref.finalize(state, self._forgotten.append, number)
         return state
 
@@ -80,18 +84,24 @@ class ShardedBackend(Backend):
             return self.own.run(network, inputs, state, commit)
         with self._taken():
             told, sent = self._sent.described(inputs, self.specs[network].inputs[0].name)
-            number = state.number if isinstance(state, ShardedState) else None
+            number, held = (state.number, state.own) if isinstance(state, ShardedState) else (None, state)
             about = {"do": "run", "network": network, "state": number, "commit": commit, "inputs": told}
             with self._told(about):
                 for tensor in sent:
                     self.own.comm.send_all(tensor.to(self.device).contiguous())
-                outputs = self.own.run(network, inputs, state, commit)
+                outputs = self.own.run(network, inputs, held, commit)
                 self.own.comm.settle()
             if network == "context":  # every rank made it for itself
                 kept = {name: self._sent.add(tensor) for name, tensor in outputs.items()}
                 with self._told({"do": "keep", "tensors": kept}):
                     pass
             return outputs
+
+    def pass_ms(self) -> dict[str, float]:
+        """Milliseconds of a clean pass on the first rank by kind of step, exchanges among them, launched one by one by all
+        ranks alike; {} where a pass does not consist of steps."""
+        with self.command({"do": "pass_ms"}):
+            return self.own.pass_ms()
 
     @contextmanager
     def command(self, about: dict[str, Any]) -> Iterator[None]:

@@ -69,6 +69,63 @@ class Comm:
         """The way back."""
         return gather_heads(x_BLHD, dist.group.WORLD)
 
+    def trade_tokens(self, xs: Sequence[Tensor], outs: Sequence[Tensor], staged: Sequence[Tensor]) -> None:
+        """`gather_tokens` without batch of several at once, each [L, H, D], into memory that is there: `outs`, and `staged` of
+        the sizes of `xs`, where what goes to one rank is put side by side."""
+        sent = []
+        for x, stage in zip(xs, staged, strict=True):
+            by_rank = x.unflatten(1, (self.world, -1)).transpose(0, 1)
+            sent.append(stage.view(by_rank.shape))
+            sent[-1].copy_(by_rank)
+        self._trade(sent, [out.unflatten(0, (self.world, -1)) for out in outs])
+
+    def trade_heads(self, xs: Sequence[Tensor], outs: Sequence[Tensor], staged: Sequence[Tensor]) -> None:
+        """The way back, from [P L, H / P, D]."""
+        sent = [x.unflatten(0, (self.world, -1)) for x in xs]
+        received = [stage.view(by_rank.shape) for stage, by_rank in zip(staged, sent, strict=True)]
+        self._trade(sent, received)
+        for out, by_rank in zip(outs, received, strict=True):
+            out.unflatten(1, (self.world, -1)).copy_(by_rank.transpose(0, 1))
+
+    def trade_rows(self, x: Tensor, ghost: int, staged: Sequence[Tensor]) -> None:
+        """Renew the ghost rows of x [T, G + rows + G, X, C] in place: the neighbours' outermost rows, zeros at the picture's edge.
+        staged: memory for four times [T, G, X, C]: what goes to the rank before and behind, and comes from them."""
+        mine, (first, last, above, below) = x.narrow(1, ghost, x.shape[1] - 2 * ghost), staged
+        ops = []
+        if self.rank > 0:
+            first.copy_(mine[:, :ghost])
+            ops += [dist.P2POp(dist.isend, first, self.rank - 1), dist.P2POp(dist.irecv, above, self.rank - 1)]
+        if self.rank < self.world - 1:
+            last.copy_(mine[:, mine.shape[1] - ghost :])
+            ops += [dist.P2POp(dist.irecv, below, self.rank + 1), dist.P2POp(dist.isend, last, self.rank + 1)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+        for place, given, there in (
+            (x[:, :ghost], above, self.rank > 0),
+            (x[:, x.shape[1] - ghost :], below, self.rank < self.world - 1),
+        ):
+            place.copy_(given) if there else place.zero_()
+
+    def take_rows(self, x: Tensor, ghost: int, out: Tensor) -> None:
+        """This rank's rows of whole frames x [T, Y, X, C] with their ghost rows, to `out` [T, Y / P + 2 G, X, C]."""
+        rows = x.shape[1] // self.world
+        begin, end = rows * self.rank - ghost, rows * (self.rank + 1) + ghost
+        out.zero_()
+        inside = x[:, max(begin, 0) : min(end, x.shape[1])]
+        out[:, max(-begin, 0) :][:, : inside.shape[1]].copy_(inside)
+
+    def _trade(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """Row i of each of `sent` [P, ...] goes to rank i, and row i of each of `received` comes from it: in one group."""
+        ops = []
+        for peer in range(self.world):
+            for mine, theirs in zip(sent, received, strict=True):
+                if peer == self.rank:
+                    theirs[peer].copy_(mine[peer])
+                else:
+                    ops += [dist.P2POp(dist.isend, mine[peer], peer), dist.P2POp(dist.irecv, theirs[peer], peer)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+
     def largest(self, x: Tensor) -> Tensor:
         """`x` with the largest of all ranks, written over."""
         dist.all_reduce(x, dist.ReduceOp.MAX)

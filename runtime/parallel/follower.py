@@ -16,20 +16,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import Recipe
 from longtake.record import record_from_json
 from longtake.runtime.backends.base import State
 from longtake.runtime.backends.torch_modules import CheckpointBackend, TorchModules
 from longtake.runtime.backends.torch_oracle import TorchBackend
+from longtake.runtime.backends.trt.backend import TrtBackend
+from longtake.runtime.backends.trt.open import backend_from_engines
+from longtake.runtime.bench.random_weights import random_weights
 from longtake.runtime.parallel.comm import LOOPBACK, Comm
 from longtake.runtime.parallel.processes import is_silence
-from longtake.runtime.parallel.rank import RankBackend
+from longtake.runtime.parallel.rank import ROW_NETWORKS, EngineRank, Rank, RankBackend
+from longtake.training.models.network_spec import rank_network
+
+SHARED = ("context", "dit")  # networks of engines that every rank runs, and the decoder where it is built by rows
 
 
 @dataclass(frozen=True)
 class Opening:
     """What a rank is started with, its first line. port: of the first rank's store. threads: of a CPU's rank. dtype: of
-    checkpoints as they are; "" for what the recipe makes of them, in fp32."""
+    checkpoints as they are; "" for what the recipe makes of them, in fp32. engines: a folder of built ones, in place of
+    PyTorch. networks: of them, those that the first rank loads; () for all. made_up: on random weights."""
 
     recipe: Recipe
     checkpoints: str | None
@@ -40,12 +48,15 @@ class Opening:
     patience: float
     threads: int
     dtype: str = ""
+    engines: str = ""
+    networks: tuple[str, ...] = ()
+    made_up: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Read back by `record_from_json`."""
         return {**vars(self), "recipe": asdict(self.recipe.whole)}
 
-    def opened(self) -> RankBackend:
+    def opened(self) -> Rank:
         """This rank's part, its ranks not joined yet."""
         device = torch.device(self.device)
         if device.type == "cuda":
@@ -53,18 +64,34 @@ class Opening:
         elif self.threads:
             torch.set_num_threads(self.threads)
         checkpoints = Path(self.checkpoints) if self.checkpoints else None
+        comm = Comm(self.rank, self.world, device, self.patience)
+        if self.engines:
+            return EngineRank(self._engines(device, checkpoints, comm), comm)
         inner: TorchModules
         if self.dtype and checkpoints:
             inner = CheckpointBackend(self.recipe.read.model, checkpoints, self.dtype, device)
         else:
             inner = TorchBackend(self.recipe.read, checkpoints=checkpoints, device=device)
-        return RankBackend(inner, Comm(self.rank, self.world, device, self.patience))
+        return RankBackend(inner, comm)
+
+    def _engines(self, device: torch.device, checkpoints: Path | None, comm: Comm) -> TrtBackend:
+        """Its plans; but for the first rank, those that all run."""
+        folder, networks = Path(self.engines), self.networks
+        if self.rank:
+            built = Bundle.read(folder).files
+            rows = f"{rank_network(self.world, 'vae_steady')}.segments.json" in built
+            networks = tuple(n for n in (*SHARED, *(ROW_NETWORKS if rows else ())) if not networks or n in networks)
+        options: dict[str, Any] = {"networks": networks or None, "checkpoints": checkpoints, "comm": comm}
+        if self.made_up:
+            onnx = Bundle.read(folder).onnx
+            options["weights"] = {name: random_weights(onnx / f"{name}.onnx", device) for name in networks}
+        return backend_from_engines("segmented", folder, device, f"one of {self.world} ranks", **options)
 
 
 class Follower:
     """Does commands, each by the first word of it."""
 
-    def __init__(self, own: RankBackend) -> None:
+    def __init__(self, own: Rank) -> None:
         self.own = own
         self.states: dict[int, tuple[str, State]] = {}
         self.kept: dict[int, Tensor] = {}
@@ -90,6 +117,9 @@ class Follower:
     def do_keep(self, command: Mapping[str, Any]) -> None:
         self.kept |= {n: self.made[name] for name, n in command["tensors"].items() if n is not None}
         self.made = {}
+
+    def do_pass_ms(self, command: Mapping[str, Any]) -> None:
+        self.own.pass_ms()
 
     def do_whole(self, command: Mapping[str, Any]) -> None:
         self.own.whole(*self.states[command["state"]])

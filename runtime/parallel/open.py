@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 
 from longtake.errors import LongtakeError, UnavailableError
+from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import Recipe
 from longtake.runtime.parallel.backend import ShardedBackend
 from longtake.runtime.parallel.comm import LOOPBACK
 from longtake.runtime.parallel.follower import Opening
 from longtake.runtime.parallel.processes import SETTINGS, Followers
+from longtake.training.models.network_spec import rank_network
 from longtake.training.models.presets import Preset
 
 PATIENCE_S = 120.0  # that one rank waits for another within a command
@@ -31,21 +33,29 @@ def sharded_backend(
     device: torch.device | str | None = None,
     patience: float = PATIENCE_S,
     dtype: str = "",
+    engines: Path | None = None,
+    networks: tuple[str, ...] = (),
+    made_up: bool = False,
 ) -> ShardedBackend:
-    """`recipe` in PyTorch on `gpus` ranks of this host. device: "cpu" for processes over gloo instead of GPUs. dtype: see
-    follower.Opening.
+    """`recipe` on `gpus` ranks of this host, on the plans in `engines` or in PyTorch. device: "cpu" for processes over gloo
+    instead of GPUs. dtype, networks, made_up: see follower.Opening.
 
     Raises:
         LongtakeError: the model cannot be shared by as many.
-        UnavailableError: they are not there, are not alike, or a rank does not start.
+        UnavailableError: they are not there, are not alike, or a rank does not start; or no such engines.
     """
     require_split(recipe.model, gpus)
+    if engines is not None:
+        require_rank_plans(engines, gpus, device)
     devices = require_devices(gpus, device)
     with _settings():
         store = _store(gpus)
         threads = max(1, torch.get_num_threads() // gpus) if devices[0] == "cpu" else 0
         place = str(checkpoints) if checkpoints else None
-        first = Opening(recipe, place, 0, gpus, devices[0], store.port, patience, threads, dtype)
+        built = str(engines) if engines else ""
+        first = Opening(
+            recipe, place, 0, gpus, devices[0], store.port, patience, threads, dtype, built, networks, made_up
+        )
         rest = [replace(first, rank=rank, device=devices[rank]).as_json() for rank in range(1, gpus)]
         followers = Followers(rest)
         try:
@@ -61,7 +71,8 @@ def sharded_backend(
             raise
     over = "NCCL" if own.device.type == "cuda" else "gloo"
     decoder = "the VAE by rows" if own.by_rows else "the VAE on the first: this recipe's decoder is not cut"
-    return ShardedBackend(own, followers, f"PyTorch in {dtype or 'fp32'} on {gpus} ranks over {over}, {decoder}")
+    what = "TensorRT's segments" if engines else f"PyTorch in {dtype or 'fp32'}"
+    return ShardedBackend(own, followers, f"{what} on {gpus} ranks over {over}, {decoder}")
 
 
 def _store(ranks: int) -> dist.TCPStore:
@@ -100,6 +111,37 @@ def require_split(preset: Preset, gpus: int) -> None:
             got=f"{preset.latent_hw[0]} latent rows",
             expected=f"{gpus} or more",
             fix="fewer --gpus",
+        )
+
+
+def require_cut(recipe: Recipe, gpus: int) -> None:
+    """Raise UnavailableError for engines that cannot be ranks: the exchanges run between segments."""
+    if recipe.mode != "segmented":
+        raise UnavailableError(
+            f"backend {recipe.mode} runs on one GPU",
+            got=f"--gpus {gpus}, recipe {recipe.name}",
+            expected="a recipe with mode: segmented, whose engines are cut where ranks exchange",
+            fix="leave out --gpus, or choose another recipe",
+        )
+
+
+def require_rank_plans(folder: Path, gpus: int, device: torch.device | str | None = None) -> None:
+    """Raise LongtakeError unless the engines in `folder` can be `gpus` ranks."""
+    bundle = Bundle.read(folder)
+    require_cut(bundle.recipe, gpus)
+    if device is not None and torch.device(device).type == "cpu":
+        raise UnavailableError(
+            "engines run on GPUs",
+            got=f"--gpus {gpus} --device cpu with backend segmented",
+            expected="GPUs, or PyTorch on the CPU",
+            fix="--backend torch",
+        )
+    if f"{rank_network(gpus)}.segments.json" not in bundle.files:
+        raise UnavailableError(
+            f"the engines in {folder} are not built for {gpus} ranks",
+            got=f"--gpus {gpus}, no plans of {rank_network(gpus)}",
+            expected="plans of one rank's tokens and heads",
+            fix=f"longtake engines --recipe {bundle.recipe.name} --gpus {gpus}",
         )
 
 

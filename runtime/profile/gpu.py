@@ -28,6 +28,24 @@ def backend_profile(backend: TrtBackend, name: str, runs: int) -> list[dict[str,
     raise TypeError(f"network {name} is neither whole nor cut: {type(network).__name__}")
 
 
+def pass_ms(backend: Any) -> dict[str, float]:
+    """Milliseconds of a clean pass by kind of step ("segments" are linears and pointwise work), launched one by one; {} if
+    uncut."""
+    network = backend.networks["dit"]
+    if not isinstance(network, SegmentedNetwork):
+        return {}
+    tensors = network_tensors(backend, backend.specs["dit"])
+    torch.cuda.synchronize(backend.device)  # the inputs were written on another stream
+    with torch.no_grad(), torch.cuda.device(backend.device), torch.cuda.stream(torch.cuda.Stream(backend.device)):
+        rows = steps_profile(network, tensors, runs=3)[1:]
+    spent: dict[str, float] = {}
+    for row in rows:
+        _, kind, name = row["name"].split(maxsplit=2)
+        label = "segments" if kind == "segment" else name
+        spent[label] = spent.get(label, 0.0) + row["averageMs"]
+    return {label: round(ms, 3) for label, ms in spent.items()} | {"sum": round(sum(spent.values()), 3)}
+
+
 def network_tensors(backend: TrtBackend, spec: NetworkSpec) -> dict[str, Tensor]:
     """Every binding of a network on the device; an output written over an input is that input's tensor."""
     tensors = {b.name: backend.allocate(b) for b in (*spec.inputs, *spec.outputs)}

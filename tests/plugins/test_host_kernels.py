@@ -5,6 +5,7 @@ Both thread orders are tried: a barrier that is missing shows in one of them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from longtake.plugins.cache_format import CACHE_FORMATS, SIZES
 from longtake.plugins.cases import op_inputs
+from longtake.plugins.launch import Launcher
 from longtake.plugins.nvfp4_dequantize.op import OPS as DEQUANTIZE
 from longtake.plugins.registry import op_named
 
@@ -29,6 +31,36 @@ def test_write(host_device: Any, fmt: str, reverse: bool) -> None:
         wanted = op_named(op).reference(*inputs)
         got = host_device.run(op, *inputs)
         assert all(torch.equal(g, w) for g, w in zip(got, wanted if isinstance(wanted, tuple) else (wanted,)))
+
+
+def test_ranks_write_the_codes_of_one_gpu(host_device: Any) -> None:
+    """Two launches with the largest of all ranks put between them, each rank with half of the heads."""
+    op, dims = op_named("kv_cache_write_nvfp4"), {"S": 2, "L": 70, "H": 4, "D": 32}
+    k, v, *cache, slot = op_inputs(op.name, dims, "bf16", (1,), 5)
+    k[:, 3] *= 9  # the largest is one rank's
+    wanted = op.reference(k, v, *cache, slot)
+    launchers = [Launcher(op, {**dims, "H": 2}) for _ in range(2)]
+    spaces = [torch.zeros(launcher.workspace_bytes, dtype=torch.uint8) for launcher in launchers]
+    parts = [
+        [t.chunk(2, -2)[rank].contiguous() if t.dim() > 2 else t.clone() for t in (k, v, *cache)] for rank in (0, 1)
+    ]
+    addresses = [[t.data_ptr() for t in (*own, slot, *own[2:])] for own in parts]
+    whole = [None, None]  # what each has found, as it is known once both have
+
+    def first(rank: int) -> None:
+        whole[rank] = spaces[rank].view(torch.float32).clone()
+        raise InterruptedError
+
+    for rank, launcher in enumerate(launchers):
+        with pytest.raises(InterruptedError):
+            launcher.launch_around(partial(first, rank), addresses[rank], 0, spaces[rank].data_ptr())
+    largest = torch.maximum(*whole)
+    for rank, launcher in enumerate(launchers):
+        space = spaces[rank].view(torch.float32)
+        launcher.launch_around(partial(space.copy_, largest), addresses[rank], 0, spaces[rank].data_ptr())
+    values, scales = (torch.cat([own[i] for own in parts], -2) for i in (2, 3))
+    assert torch.equal(values, wanted[0]) and torch.equal(scales, wanted[1])
+    assert all(torch.equal(own[4], wanted[2]) for own in parts)
 
 
 def test_many_writes_are_equal_to_the_last_bit(host_device: Any) -> None:

@@ -15,6 +15,22 @@ NETWORKS = (
 )  # fmt: skip
 
 
+def rank_network(ranks: int, network: str = "dit") -> str:
+    """The name of what one of `ranks` GPUs that share `network` runs of it."""
+    return f"{network}_of{ranks}"
+
+
+def ranks_of(network: str) -> int:
+    """How many ranks share the network of which `network` is one's part; 1 of any other network."""
+    name, _, ranks = network.partition("_of")
+    return int(ranks) if name in NETWORKS and ranks.isdecimal() else 1
+
+
+def shared_network(network: str) -> str:
+    """The network of which `network` is a rank's part; any other one is itself."""
+    return network.partition("_of")[0] if ranks_of(network) > 1 else network
+
+
 @dataclass(frozen=True)
 class Binding:
     """One network input or output. dtype is "fp32", "bf16", "int32" or "int8"; a str dimension is dynamic."""

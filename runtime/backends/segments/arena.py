@@ -169,14 +169,14 @@ def _placed_in_order(groups: Iterable[Sequence[Piece]]) -> tuple[dict[str | int,
 
 
 def step_scratch(graph: SegmentedGraph, segments: Mapping[str, int], ops: Mapping[int, int]) -> list[int]:
-    """Scratch bytes of each step, from those of the segments by name and of the ops by step; one segment's contexts
+    """Scratch bytes of each step, from those of the segments by name and of the others by step; one segment's contexts
     are given as much wherever they run."""
     return [segments[step.name] if step.kind == "segment" else ops.get(i, 0) for i, step in enumerate(graph.steps)]
 
 
 def aliases_of(step: Step) -> dict[str, str]:
     """Outputs of a step that are written over one of its inputs."""
-    if step.kind == "segment":
+    if step.kind in ("segment", "exchange"):
         return {}
     if step.kind == "view":
         return {step.outputs[0]: step.inputs[0]}

@@ -20,11 +20,12 @@ from longtake.formats.bundle import Bundle
 from longtake.formats.onnx_file import WeightSource, weights_from_onnx
 from longtake.formats.segmented_graph import SegmentedGraph, Step, segment_spec
 from longtake.plugins.conv.reference import library_weight
-from longtake.plugins.launch import OpLauncher
+from longtake.plugins.launch import Launcher, OpLauncher
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_for
 from longtake.plugins.shapes import dims_from_shapes
 from longtake.runtime.backends.segments.arena import aliases_of, aligned, step_scratch, storage_bytes
+from longtake.runtime.backends.segments.exchanges import Exchanges
 from longtake.runtime.backends.segments.planner import PlannedSteps, planned_steps
 from longtake.runtime.backends.trt.engine import EngineHost, Scratch, TrtContext, TrtEngine
 
@@ -68,7 +69,8 @@ class SegmentedNetwork:
     it after `run`, so networks that run one after another may share it, and `scratch` of whole plans with it.
     attention: what the recipe wants sink attention computed in, "bf16" or "fp8". shared: weights on the device by name,
     of networks that may have some in common (the two of a VAE decoder do); they are kept once. engines: the segments'
-    engines by name, where they are loaded already. bundle: what the plans must belong to.
+    engines by name, where they are loaded already. bundle: what the plans must belong to. exchanges: of a network that is
+    a rank's.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class SegmentedNetwork:
         shared: dict[str, Tensor] | None = None,
         engines: Mapping[str, TrtEngine] | None = None,
         bundle: Bundle | None = None,
+        exchanges: Exchanges | None = None,
     ) -> None:
+        self.exchanges = exchanges
         self.host, self.device, self.arena, self.exported = host, host.device, arena, graph
         self.contexts_per_step, self.attention = contexts_per_step, attention
         own = {} if engines else {s.name: host.load(s.name, segment_spec(s), bundle) for s in graph.segments}
@@ -143,6 +147,9 @@ class SegmentedNetwork:
         ops = {i: step for i, step in enumerate(self.graph.steps) if step.kind in ("op", "unpack")}
         self._launchers = {i: self._launcher(step) for i, step in ops.items()}
         own = {i: launcher.workspace_bytes for i, launcher in self._launchers.items()}
+        if self.exchanges:
+            steps = [(i, step) for i, step in enumerate(self.graph.steps) if step.kind == "exchange"]
+            own |= {i: self.exchanges.scratch_bytes(self.graph, step) for i, step in steps}
         self.step_scratch = step_scratch(self.graph, self._segment_scratch, own)
         self._offsets, self._places, size = self.plan.layout(self._segment_scratch, own)
         self.arena.reserve(size)
@@ -191,6 +198,10 @@ class SegmentedNetwork:
             return
         if step.kind == "view":
             return  # it has its own place, or rather the one of what it shows, since `prepare`
+        if step.kind == "exchange":
+            assert self.exchanges is not None
+            self.exchanges.run(step, values, self._scratch(index))
+            return
         aliases = aliases_of(step)
         values |= {output: values[source] for output, source in aliases.items()}
         if write or not aliases:
@@ -206,8 +217,17 @@ class SegmentedNetwork:
         pointers = [values[name].data_ptr() for name in (*step.inputs, *step.outputs)]
         inputs = zip(op_named(step.name).spec.inputs, step.inputs, strict=True)
         table_length = next((values[name].numel() for spec, name in inputs if spec.shape == ("W",)), 0)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        self._launchers[index].launch(pointers, stream, self.arena.address + self._places[index], table_length)
+        stream, launcher = torch.cuda.current_stream(self.device).cuda_stream, self._launchers[index]
+        workspace = self.arena.address + self._places[index]
+        if self.exchanges and launcher.op.over_heads and isinstance(launcher, Launcher):
+            between = partial(self.exchanges.largest, self._scratch(index)[: launcher.workspace_bytes])
+            launcher.launch_around(between, pointers, stream, workspace, table_length)
+        else:
+            launcher.launch(pointers, stream, workspace, table_length)
+
+    def _scratch(self, index: int) -> Tensor:
+        """uint8, what a step may use while it runs."""
+        return self.arena.memory[self._places[index] : self._places[index] + self.step_scratch[index]]
 
 
 def _channels_last_weights(step: Step) -> list[str]:

@@ -66,6 +66,8 @@ class _Shortening:
                 elif any(self.tensors[n] != self.steady.tensors[n] for n in step.inputs):
                     return None  # made for other sizes
                 self.steps.append(step)
+            elif step.kind == "exchange":
+                self._exchange(step)
             elif not self._op(step):
                 return None
         if self.tail is None or not self.exact:
@@ -85,6 +87,12 @@ class _Shortening:
             tensors={name: self.tensors[name] for name in sorted(names)},
         )  # fmt: skip
         return FirstSteps(shared(PlannedSteps(graph, self.inside)), frames, pairs, self.tail, head=len(self.steps) - 1)
+
+    def _exchange(self, step: Step) -> None:
+        """Add an exchange of rows, at as many frames as there are."""
+        for out in step.outputs:
+            self._sized(out, int(self.tensors[step.inputs[0]].shape[0]))
+        self.steps.append(step)
 
     def _op(self, step: Step) -> bool:
         """Add a custom op at one frame, unless it is left out; False if it is none that this file knows."""
@@ -147,7 +155,9 @@ class FirstStep(SegmentedNetwork):
 
     def __init__(self, steady: SegmentedNetwork, first: FirstSteps) -> None:
         self.first = first
-        super().__init__(steady.host, first.plan.graph, steady.arena, engines=steady.engines)
+        super().__init__(
+            steady.host, first.plan.graph, steady.arena, engines=steady.engines, exchanges=steady.exchanges
+        )
         self._fixed |= {name: steady._fixed[name] for name in self.graph.weights}
         self._compiled = steady._compiled
 

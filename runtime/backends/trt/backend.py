@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,10 +22,12 @@ from longtake.runtime.backends.segments.arena import storage_bytes
 from longtake.runtime.backends.trt.engine import EngineHost, ReadPlan, Scratch, compute_capability_of
 from longtake.runtime.backends.trt.graphs import Passes
 from longtake.runtime.backends.trt.memory_log import MemoryLog
-from longtake.runtime.backends.trt.networks import Network, network_from_bundle, networks_in, verified_plans
+from longtake.runtime.backends.trt.networks import Network, network_from_bundle, networks_in, part_of, verified_plans
 from longtake.runtime.backends.trt.stream_lock import StreamLock
 from longtake.runtime.backends.trt.vae_stream import StreamState, caches_kept_twice
-from longtake.training.models.network_spec import Binding
+from longtake.runtime.parallel.comm import Comm
+from longtake.training.models.families import family_of
+from longtake.training.models.network_spec import Binding, rank_network
 
 DECODER = ("vae_first", "vae_steady")
 ENCODER = ("vae_encoder_first", "vae_encoder_steady")  # loaded while one is in use: few videos start from a picture
@@ -38,6 +41,7 @@ class TrtBackend(Backend):
         networks: which ones to load, by default all that the bundle has. The rest cannot be called.
         decode_device: the decoder's GPU, by default `device`.
         checkpoints: where a text or VAE encoder that is not among the plans comes from, by default the preset's.
+        comm: of one of several ranks that share a stream: its part of the DiT is loaded, and `specs` says so.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class TrtBackend(Backend):
         networks: Sequence[str] | None = None,
         decode_device: torch.device | None = None,
         checkpoints: Path | None = None,
+        comm: Comm | None = None,
     ) -> None:
         self.name = bundle.recipe.mode
         if not torch.cuda.is_available():
@@ -63,7 +68,14 @@ class TrtBackend(Backend):
         self.bundle, self.recipe, self.preset = bundle, bundle.recipe, bundle.recipe.model
         self.device = torch.device("cuda", device.index or 0)
         self.decode_device = torch.device("cuda", decode_device.index or 0) if decode_device else self.device
-        self.reason, self.checkpoints = reason, checkpoints
+        self.reason, self.checkpoints, self.comm = reason, checkpoints, comm
+        if comm:
+            parts = {name: part_of(name, comm, bundle) for name in ("dit", DECODER[1])}
+            if parts[DECODER[1]] != DECODER[1]:  # whose steps make a stream's first one, too
+                parts[DECODER[0]] = rank_network(comm.world, DECODER[0])
+            family = family_of(self.preset)
+            specs = {n: replace(family.spec(self.preset, self.recipe, part), name=n) for n, part in parts.items()}
+            self.specs = self.specs | specs
         self._flavour, self._weights = flavour, dict(weights or {})
         self.locks = {"denoise": StreamLock(self.device), "decode": StreamLock(self.decode_device)}
         self.memory = MemoryLog(self.device)
@@ -96,7 +108,8 @@ class TrtBackend(Backend):
         return Passes(self.networks["dit"], self.specs["dit"], self.allocate, self.device, cuda_graphs, captured)
 
     def _verified(self, names: Sequence[str], device: torch.device) -> dict[str, ReadPlan]:
-        return verified_plans(self.bundle, names, self._flavour, compute_capability_of(device))
+        parts = [part_of(name, self.comm, self.bundle) for name in names]
+        return verified_plans(self.bundle, parts, self._flavour, compute_capability_of(device))
 
     def _load(self, names: Sequence[str], device: torch.device) -> None:
         """Networks that run one after another: they share scratch, which those on another stream may not."""
@@ -111,7 +124,7 @@ class TrtBackend(Backend):
         # The steady decoder first: it can stand for the other one, or else its library says how both keep their weights.
         for name in sorted(names, key=lambda name: name != "vae_steady"):
             source, steady = self._weights.get(name), loaded.get("vae_steady")
-            loaded[name] = network_from_bundle(self.bundle, name, host, arena, shared, source, steady)
+            loaded[name] = network_from_bundle(self.bundle, name, host, arena, shared, source, steady, self.comm)
         for network in loaded.values():
             network.prepare()
         # What loading, quantizing and trying took in passing would stay with torch's allocator, to no use.

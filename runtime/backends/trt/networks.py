@@ -12,11 +12,13 @@ from longtake.formats.bundle import Bundle
 from longtake.formats.onnx_file import WeightSource
 from longtake.formats.segmented_graph import SegmentedGraph, segment_spec
 from longtake.machine.flavour import Flavour
+from longtake.runtime.backends.segments.exchanges import Exchanges
 from longtake.runtime.backends.segments.network import SegmentedNetwork
 from longtake.runtime.backends.segments.vae_first import FirstStep, first_steps
 from longtake.runtime.backends.trt.engine import EngineHost, ReadPlan, Scratch, TrtEngine, plan_of
+from longtake.runtime.parallel.comm import Comm
 from longtake.training.models.families import family_of
-from longtake.training.models.network_spec import NETWORKS
+from longtake.training.models.network_spec import NETWORKS, rank_network
 
 
 class Network(Protocol):
@@ -56,21 +58,32 @@ def network_from_bundle(
     shared: dict[str, Tensor],
     weights: WeightSource | None = None,
     steady: Network | None = None,
+    comm: Comm | None = None,
 ) -> Network:
     """Load one network: verified plans; a cut network's weights come from `weights`, or its verified ONNX file. A stream's
-    first step needs none if `steady`, its later ones' network, can do it."""
+    first step needs none if `steady`, its later ones' network, can do it. comm: of a rank, whose part of it is loaded."""
     if name == "vae_first" and isinstance(steady, SegmentedNetwork) and (first := first_steps(steady.exported)):
         return FirstStep(steady, first)
-    cut = bundle.folder / f"{name}.segments.json"
+    part = part_of(name, comm, bundle)
+    cut = bundle.folder / f"{part}.segments.json"
     if not cut.is_file():
         if weights is not None:
             raise LongtakeError(f"{name}.plan holds its own weights", got="other ones", fix="use a segmented recipe")
         return WholeNetwork(host.load(name, _spec(bundle, name), bundle), arena)
     bundle.check_file(cut)
     graph, attention = SegmentedGraph.read(cut), bundle.recipe.attention
-    network = SegmentedNetwork(host, graph, arena, attention=attention, shared=shared, bundle=bundle)
+    exchanges = Exchanges(comm) if comm and part != name else None
+    network = SegmentedNetwork(
+        host, graph, arena, attention=attention, shared=shared, bundle=bundle, exchanges=exchanges
+    )
     network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
+
+
+def part_of(network: str, comm: Comm | None, bundle: Bundle) -> str:
+    """The network that is run in place of `network`: by one of several ranks, its part, if that is built."""
+    part = rank_network(comm.world, network) if comm else network
+    return part if f"{part}.segments.json" in bundle.files else network
 
 
 def verified_plans(

@@ -1,4 +1,4 @@
-"""What a stream on several ranks does beside the same stream on one: `python ranks_at_work.py RANKS FOLDER DEVICE`.
+"""What a stream on several ranks does beside the same stream on one: `python ranks_at_work.py RANKS FOLDER DEVICE [ENGINES]`.
 
 Real processes, over gloo on the CPU or NCCL on GPUs, the shipped tiny model with its 4-bit cache. FOLDER/result.json is what was found;
 the tests beside it start this once a number of ranks, and judge. Not a test itself.
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from longtake.accuracy.ssim import ssim
 from longtake.errors import LongtakeError
+from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import recipe_named
 from longtake.paths import REPOSITORY
 from longtake.runtime.backends.torch_oracle import TorchBackend
+from longtake.runtime.backends.trt.open import backend_from_engines
 from longtake.runtime.generator import Generator
 from longtake.runtime.parallel.backend import ShardedBackend
 from longtake.runtime.parallel.open import sharded_backend
@@ -43,11 +45,11 @@ STUDENT = REPOSITORY / "training" / "checkpoints" / "tiny-4step"
 LIMIT_S, PATIENCE_S, HANG_S = 500, 100.0, 1.0
 
 
-def started(ranks: int, folder: Path, device: str) -> dict[str, Any]:
+def started(ranks: int, folder: Path, device: str, engines: Path | None = None) -> dict[str, Any]:
     """What a process of its own finds out."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "wb") as log:
-        command = [sys.executable, __file__, str(ranks), str(folder), device]
+        command = [sys.executable, __file__, str(ranks), str(folder), device, *([str(engines)] if engines else [])]
         done = subprocess.run(command, env=env, timeout=LIMIT_S, stdout=log, stderr=log, check=False)
     assert done.returncode == 0, (folder / "log").read_text()[-3000:]
     found: dict[str, Any] = json.loads((folder / "result.json").read_text())
@@ -68,13 +70,16 @@ def equal(got: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> float
 class Compared:
     """One rank and several, each with a generator."""
 
-    def __init__(self, ranks: int, folder: Path, device: str) -> None:
+    def __init__(self, ranks: int, folder: Path, device: str, engines: Path | None = None) -> None:
         self.folder, self.device = folder, torch.device(device)
+        bundle = Bundle.read(engines) if engines else None
+        self.recipe = bundle.recipe if bundle else RECIPE
+        self.preset = self.recipe.model
         self.many: ShardedBackend = sharded_backend(
-            RECIPE, None, ranks, None if device == "cuda" else device, PATIENCE_S
+            self.recipe, None, ranks, None if device == "cuda" else device, PATIENCE_S, engines=engines
         )
-        one = TorchBackend(RECIPE, device=self.device)
-        tokenize = tokenizer_for(PRESET, one.vocabulary, folder)
+        one: Any = backend_from_engines("segmented", engines) if engines else TorchBackend(RECIPE, device=self.device)
+        tokenize = tokenizer_for(self.preset, bundle.vocabulary if bundle else one.vocabulary, folder)
         self.one_generator, self.many_generator = Generator(one, tokenize), Generator(self.many, tokenize)
 
     def passes(self, alone: Session) -> dict[str, Any]:
@@ -88,18 +93,25 @@ class Compared:
         plan, generator = alone._position.slots.plan(False), torch.Generator().manual_seed(5)
         embeddings = torch.randn(1, 32, 128, generator=generator).to(self.device)
         context = [model.context(embeddings) for model in models]
-        latents = torch.randn(1, 16, PRESET.chunk_latents, *PRESET.latent_hw, generator=generator).to(self.device)
-        family, frames = alone.model.family, PRESET.chunk_latents
-        fixed = {**family.chunk_inputs(PRESET, 4, 1), **family.pass_inputs(PRESET, frames, 500.0, 1)}
+        latents = torch.randn(1, 16, self.preset.chunk_latents, *self.preset.latent_hw, generator=generator).to(
+            self.device
+        )
+        family, frames = alone.model.family, self.preset.chunk_latents
+        fixed = {**family.chunk_inputs(self.preset, 4, 1), **family.pass_inputs(self.preset, frames, 500.0, 1)}
         fixed = {name: tensor.to(self.device) for name, tensor in fixed.items()}
         for commit in (False, True):
             made = [
                 model.velocity(latents, {**fixed, **model.slots(plan), **text}, state, commit).clone()
                 for model, text, state in zip(models, context, states)
+                for _ in range(2)  # an engine's second pass of a kind is a CUDA graph's
             ]
+            found[f"again, commit {commit}"] = max(apart(made[1], made[0]), apart(made[3], made[2]))
+            made = made[1::2]
             found[f"velocity, commit {commit}"] = apart(made[1], made[0])
             found[f"largest, commit {commit}"] = float((made[1] - made[0]).abs().max())
         one, many = states[0].whole(), states[1].whole()
+        passes = getattr(self.many.own.inner, "passes", None)
+        found["graphs"] = len(passes.graphs) if passes else 0
         found |= {f"codes {what}": equal(many, one, what) for what in ("values", "scales")}
         found["amax"] = max(apart(many[name], one[name]) for name in one if "amax" in name)
         found["written"] = 1 - equal(many, whole, "values_0")
@@ -114,7 +126,7 @@ class Compared:
     def moved(self) -> dict[str, Any]:
         """A video on one rank beside one on many; saved after two chunks it goes on on one and on many, and from there,
         saved again, once more on both."""
-        found: dict[str, Any] = {"gate": vars(RECIPE.gate)}
+        found: dict[str, Any] = {"gate": vars(self.recipe.gate)}
         alone = self.one_generator.session(SCRIPT, **HOW)
         wanted = [next(alone) for _ in range(3)]
         found |= self.passes(alone)
@@ -182,8 +194,8 @@ def rounded(device: str) -> dict[str, Any]:
     }
 
 
-def main(ranks: int, folder: Path, device: str) -> None:
-    compared = Compared(ranks, folder, device)
+def main(ranks: int, folder: Path, device: str, engines: Path | None) -> None:
+    compared = Compared(ranks, folder, device, engines)
     found = compared.moved()
     found["lost"] = compared.lost(signal.SIGKILL if ranks == 2 else signal.SIGSTOP)
     compared.many.close()
@@ -193,4 +205,4 @@ def main(ranks: int, folder: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]) if sys.argv[4:] else None)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from longtake.chain import add_ranks
 from longtake.commands.main import main
 from longtake.errors import LongtakeError, UnavailableError
+from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import recipe_named
+from longtake.machine.flavour import Flavour
+from longtake.runtime.parallel import choose
 from longtake.runtime.parallel import open as opening
-from longtake.runtime.parallel.open import require_devices, require_split, sharded_backend
+from longtake.runtime.parallel.open import require_devices, require_rank_plans, require_split, sharded_backend
 from longtake.runtime.parallel.processes import Followers
 from longtake.runtime.sources import OpenOptions, Source, backend_from_source
 from longtake.training.models.presets import PRESETS, TINY, Preset
@@ -93,6 +97,46 @@ def test_engines_and_a_decode_device_are_for_one_gpu(asked: str, decode_device: 
     source = Source(recipe_named("tiny_w4a16_sm90"), Path("nowhere"), None, None)
     with pytest.raises(LongtakeError, match=what):
         backend_from_source(source, asked, "cpu", decode_device, OpenOptions(gpus=2))
+
+
+def bundle_of(folder: Path, recipe: str, *plans: str) -> Path:
+    """A folder of engines as far as the question goes for how many ranks they are."""
+    for plan in plans:
+        (folder / plan).write_text("{}")
+    flavour = Flavour("tensorrt_rtx", "1.6.1", None, "a test's", "")
+    Bundle.of(folder, recipe_named(recipe), flavour, folder, []).write()
+    return folder
+
+
+def test_engines_that_are_not_built_for_as_many_ranks(tmp_path: Path) -> None:
+    engines = bundle_of(tmp_path, "tiny_w4a16_sm90", "dit.segments.json", "dit_of2.segments.json")
+    require_rank_plans(engines, 2)
+    source = Source(recipe_named("tiny_w4a16_sm90"), Path("nowhere"), engines, None)
+    with pytest.raises(UnavailableError, match=r"(?s)are not built for 4 ranks.*--recipe tiny_w4a16_sm90 --gpus 4"):
+        backend_from_source(source, "segmented", None, None, OpenOptions(gpus=4))
+    with pytest.raises(UnavailableError, match=r"(?s)engines run on GPUs.*--backend torch"):
+        backend_from_source(source, "segmented", "cpu", None, OpenOptions(gpus=2))
+    nothing = Source(recipe_named("tiny_w4a16_sm90"), Path("nowhere"), None, None)
+    with pytest.raises(UnavailableError, match=r"(?s)no engines to share.*longtake engines.*--gpus 2"):
+        backend_from_source(nothing, "segmented", None, None, OpenOptions(gpus=2))
+
+
+def test_what_is_taken_for_ranks_without_being_asked_for(tmp_path: Path) -> None:
+    """Engines that are built for as many, else PyTorch; with PyTorch asked for, PyTorch."""
+    recipe, engines = recipe_named("tiny_w4a16_sm90"), bundle_of(tmp_path, "tiny_w4a16_sm90", "dit_of2.segments.json")
+    assert choose._chosen_engines(recipe, engines, "auto", None, 2) == engines
+    assert choose._chosen_engines(recipe, engines, "auto", None, 4) is None
+    assert choose._chosen_engines(recipe, engines, "auto", "cpu", 2) is None
+    assert choose._chosen_engines(recipe, engines, "torch", None, 2) is None
+
+
+def test_fused_engines_are_no_ranks(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"(?s)^backend fused runs on one GPU.*mode: segmented"):
+        require_rank_plans(bundle_of(tmp_path, "tiny_nvfp4_sm120", "dit_of2.segments.json"), 2)
+    with pytest.raises(UnavailableError, match="backend fused runs on one GPU"):
+        add_ranks(recipe_named("tiny_nvfp4_sm120"), tmp_path, 2)
+    with pytest.raises(LongtakeError, match="3 GPUs cannot share the heads of tiny evenly"):
+        add_ranks(recipe_named("tiny_w4a16_sm90"), tmp_path, 3)
 
 
 def test_the_command_refuses_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from longtake.errors import LongtakeError
 from longtake.plugins.cache_format import cache_tensors
 from longtake.plugins.cross_attention.reference import dense_cross_attention
+from longtake.plugins.exchange import gather_heads, gather_tokens
 from longtake.plugins.pointwise import QK_NORM_EPS
 from longtake.training.models.family import ModelSet, Precision
-from longtake.training.models.network_spec import NETWORKS
+from longtake.training.models.network_spec import NETWORKS, rank_network, ranks_of
 from longtake.training.models.text.words import AnyTextEncoder
 from longtake.training.models.wan.dit import Attention, CausalDiT, Rope
 from longtake.training.models.wan.fused_block import fused_blocks
 from longtake.training.models.wan.vae import DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
 from longtake.training.models.wan.vae_codes import coded_convs
 from longtake.training.models.wan.vae_library import LibraryFirst, LibrarySteady
+from longtake.training.models.wan.vae_rows import RowsSteady
 
 
 class TextStep(nn.Module):
@@ -105,6 +107,22 @@ class DiTStep(nn.Module):
         return self.read(q, k, v, *cache, table), cache
 
 
+class RankDiTStep(DiTStep):
+    """What one of `ranks` exports: a pass over its frames of a chunk, with its heads of the cache. See `wan.spec.dit_spec`."""
+
+    def __init__(self, dit: CausalDiT, cache: str, ranks: int, fused: bool = False) -> None:
+        super().__init__(dit, cache, fused)
+        self.ranks = ranks
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: list[Tensor], table: Tensor, write_slot: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See DiTStep.attention; q, k, v of this rank's tokens, and all heads."""
+        q, k, v = gather_tokens(q, k, v, self.ranks)
+        out, cache = super().attention(q, k, v, cache, table, write_slot)
+        return gather_heads(out, self.ranks), cache
+
+
 VAE_STEPS = {
     "vae_first": DecoderFirst,
     "vae_steady": DecoderSteady,
@@ -124,8 +142,14 @@ def network_module(models: ModelSet, recipe: Precision, name: str, exported: boo
         return TextStep(models.text).eval()
     if name == "context":
         return ContextStep(models.dit).eval()
+    fused = exported and recipe.linears == "library"
     if name == "dit":
-        return DiTStep(models.dit, recipe.cache, fused=exported and recipe.linears == "library").eval()
+        return DiTStep(models.dit, recipe.cache, fused).eval()
+    ranks = ranks_of(name)
+    if ranks > 1 and name == rank_network(ranks):
+        return RankDiTStep(models.dit, recipe.cache, ranks, fused).eval()
+    if ranks > 1 and name == rank_network(ranks, "vae_steady"):
+        return RowsSteady(models.vae, ranks).eval()
     if name in VAE_STEPS:
         decoder = recipe.vae_ops == "library" and "encoder" not in name
         coded = coded_convs(models.vae, recipe.vae_conv, models.convs) if decoder and not exported else {}

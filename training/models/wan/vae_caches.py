@@ -16,9 +16,29 @@ PAST = 2  # frames that a convolution over three sees of the past
 Cache = tuple[int, int, int]  # channels, frames, how many times smaller than the pixels on each side
 
 
-def decoder_cache_shapes(preset: Preset, ops: bool = False) -> list[tuple[int, ...]]:
-    """Shapes of the decoder's caches, in binding order: [1, C, T, H, W], or [T, H, W, C] as `ops` have them."""
-    return _shapes(_decoder_caches(preset.vae), preset, ops)
+def decoder_cache_shapes(preset: Preset, ops: bool = False, ranks: int = 1) -> list[tuple[int, ...]]:
+    """Shapes of the decoder's caches, in binding order: [1, C, T, H, W], or [T, H, W, C] as `ops` have them; or a rank's,
+    whose rows below the lowest resolution are its own and ghost rows."""
+    shapes = _shapes(_decoder_caches(preset.vae), preset, ops)
+    if ranks == 1:
+        return shapes
+    return [(t, rank_rows(preset, h, ranks), w, c) for t, h, w, c in shapes]
+
+
+def rank_rows(preset: Preset, rows: int, ranks: int) -> int:
+    """Rows of a frame that one of `ranks` has where the whole has `rows`: of the lowest resolution all, of others a share and
+    on either side as many ghost rows as `ghost_rows` says."""
+    return rows // ranks + 2 * ghost if (ghost := ghost_rows(preset, rows)) else rows
+
+
+def ghost_rows(preset: Preset, rows: int) -> int:
+    """One at the first resolution that ranks share, which upsampling doubles; 0 where they do not share."""
+    return rows // (2 * preset.latent_hw[0])
+
+
+def rows_divide(preset: Preset, ranks: int) -> bool:
+    """Whether `ranks` can share the decoder's rows evenly from the first upsampling on."""
+    return 2 * preset.latent_hw[0] % ranks == 0 and len(preset.vae.temporal_down) > 0
 
 
 def encoder_cache_shapes(preset: Preset) -> list[tuple[int, ...]]:

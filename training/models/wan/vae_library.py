@@ -46,18 +46,22 @@ class LibrarySteady(nn.Module):
 
     def forward(self, latent: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         coded = {id(self.vae.get_submodule(name.replace("/", "."))): conv for name, conv in self.coded.items()}
-        vae, walk = self.vae, _Walk(caches, self.in_place, coded)
+        vae, walk = self.vae, self.walk(caches, coded)
         mean, std = (buffer.float().view(-1, 1, 1, 1) for buffer in (vae.latent_mean, vae.latent_std))
         raw = (latent.float() * std + mean).to(vae.decoder.conv_in.conv.weight.dtype)
         x = walk.conv(channels_last(vae.post_quant(raw)).contiguous(), vae.decoder.conv_in)
         for stage in vae.decoder.stages:
             x = walk.middle(x, stage) if isinstance(stage, Middle) else walk.level(x, stage)
-        longer = walk.extend(x, vae.decoder.norm)
+        longer = walk.rows(walk.extend(x, vae.decoder.norm))
         patches = vae.decoder.conv_out.conv(channels_first(longer))
         return shuffle(patches).float().clamp(-1.0, 1.0), *walk.new
 
+    def walk(self, caches: Sequence[Tensor], coded: Mapping[int, Any]) -> Walk:
+        """What goes through the layers."""
+        return Walk(caches, self.in_place, coded)
 
-class _Walk:
+
+class Walk:
     """The layers over ops, caches consumed and produced in the order in which they run."""
 
     def __init__(self, caches: Sequence[Tensor], in_place: bool, coded: Mapping[int, Any]) -> None:
@@ -79,7 +83,12 @@ class _Walk:
         self, x: Tensor, layer: CausalConv3d, norm: RMSNorm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """A causal convolution that sees the past."""
-        return self.run(self.extend(x, norm, self._coded.get(id(layer.conv))), layer.conv, residual)
+        longer = self.extend(x, norm, self._coded.get(id(layer.conv)))
+        return self.run(self.rows(longer) if layer.conv.kernel_size[1] > 1 else longer, layer.conv, residual)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x as a convolution over rows wants it; a rank has rows of others to ask for."""
+        return x
 
     def run(self, x: Tensor, layer: nn.Conv3d, residual: Tensor | None = None) -> Tensor:
         """A convolution of frames that are there already, as codes if it runs in them."""
@@ -113,10 +122,9 @@ class _Walk:
         assert isinstance(up, Up)
         coded = self._coded.get(id(up.space))
         end, factor = ("", ()) if coded is None else (f"_{coded.codes}", (coded.factor,))
-        if up.time is None:
-            wide = getattr(self.ops, f"upsample_space{end}")(y, *factor)
-        else:
-            wide = getattr(self.ops, f"upsample_time{end}")(self.conv(y, up.time), *factor)
+        if up.time is not None:
+            y = self.conv(y, up.time)
+        wide = getattr(self.ops, f"upsample_{'space' if up.time is None else 'time'}{end}")(self.rows(y), *factor)
         main = self.run(wide, up.space)
         return (self.ops.duplicate_up if up.time is None else self.ops.duplicate_up_time)(x, main)
 
