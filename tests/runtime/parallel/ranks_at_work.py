@@ -161,7 +161,9 @@ class Compared:
         session.save(self.folder / "saved.safetensors")
         pipe = self.many.followers._processes[-1]
         self.many.own.comm.patience = HANG_S
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=HANG_S))
+        # NCCL's watchdog ends the whole process: ours must be the first to see it, as in Comm.join
+        watched = HANG_S * (4 if self.device.type == "cuda" else 1)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=watched))
         os.kill(pipe.pid, sign)
         said, start = [], time.monotonic()
         for _ in range(2):
