@@ -115,6 +115,10 @@ class Desk:
             self.registry.moves(session, state)
             self._tell()
 
+    async def known(self) -> frozenset[str]:
+        """Sessions that wait or run."""
+        return frozenset(self.registry.entries)
+
     async def state(self, session: str) -> str | None:
         return self.registry.state(session)
 

@@ -38,7 +38,8 @@ class Jobs:
     async def _clean(self) -> None:
         store, limits = self.front.store, self.front.limits
         while True:
-            for session in await asyncio.to_thread(store.expire, limits.parked_s, limits.kept_s):
+            known = await self.front.desk.known()
+            for session in await asyncio.to_thread(store.expire, limits.parked_s, limits.kept_s, spared=known):
                 log.info("expired", extra={"session": session})
             await asyncio.sleep(EXPIRE_EVERY)
 

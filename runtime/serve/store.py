@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from longtake.errors import IntegrityError, LongtakeError
@@ -110,13 +110,15 @@ class Store:
         (folder / "meta.json").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def expire(self, parked_s: float, kept_s: float, now: float | None = None) -> list[str]:
+    def expire(
+        self, parked_s: float, kept_s: float, now: float | None = None, spared: Container[str] = ()
+    ) -> list[str]:
         """Remove live sessions that nobody has touched for `parked_s`, jobs that ended `kept_s` ago, and folders that never
-        became a session."""
+        became a session. spared: who waits or runs."""
         now, gone = time.time() if now is None else now, []
         for folder in list(self.sessions.iterdir()):
             with contextlib.suppress(FileNotFoundError, LongtakeError):  # what is damaged is kept
-                if self._late(folder, parked_s, kept_s, now):
+                if folder.name not in spared and self._late(folder, parked_s, kept_s, now):
                     self.remove(folder.name) if ID.fullmatch(folder.name) else None
                     gone.append(folder.name)
         return gone

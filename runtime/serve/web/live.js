@@ -16,7 +16,7 @@ export const hooks = { draw() {}, frame() {}, moved() {} }; // of the screen: so
 export const films = new Films();
 export const meters = new Meters();
 // phase: idle | connecting | queued | live | moved | reconnecting | parked | ended | unsupported. reason: why nothing can be begun yet.
-export const state = { model: null, phase: "idle", reason: "", paused: false, selected: null, acked: -1, tries: 0, resumeAt: null, jump: null, first: null, again: 0, waits: false };
+export const state = { model: null, phase: "idle", reason: "", paused: false, selected: null, acked: -1, tries: 0, resumeAt: null, jump: null, first: null, again: 0, waits: false, away: false };
 export const player = new Player($("video"), { problem: onProblem, blocked: () => ($("unblock").hidden = false), frame: (...frame) => hooks.frame(...frame) });
 export const link = new Link({ message: onMessage, chunk: onChunk, closed: onClosed });
 export const now = () => $("video").currentTime;
@@ -189,6 +189,7 @@ export function onError(error) {
   if (error.code === "not_found" && player.film.length) return (finish("stopped"), notice("session", TEXT.errors.lost), draw());
   if (error.code === "not_found") reset();
   if (error.code === "quota" && performance.now() - link.left < MINE_MS && state.again < PATIENCE) return void (state.waits = true);
+  if (error.code === "not_ready" && toResume()) return void (state.away = true); // no worker is there just now
   if (["engines_differ", "chunk_failed", "failed", "worker_lost", "internal_error"].includes(error.code) && take()) finish("failed");
   const back = take() && { taken_over: TEXT.actions.takeBack, idle: TEXT.actions.resume, quota: TEXT.actions.resume, no_capacity: TEXT.actions.resume }[error.code];
   notice("session", words, back ? { name: back, run: () => resume(take().id, films.film(take()).length) } : null);
@@ -197,6 +198,7 @@ export function onError(error) {
 
 function onClosed(code) {
   if (state.waits) return void ((state.waits = false), setTimeout(() => state.phase === "connecting" && connect(state.first, state.again + 1), 500));
+  if (state.away) return ((state.away = false), reconnect(), draw());
   if (["ended", "idle"].includes(state.phase)) return draw();
   if ([4408, 4409].includes(code) && take()) {
     state.phase = "parked";
@@ -207,9 +209,12 @@ function onClosed(code) {
   draw();
 }
 
+// The session that is here, or that was asked for by the page's address.
+const toResume = () => take()?.id || (state.first?.type === "session.resume" ? state.first.session_id : "");
+
 // The server or the way to it is gone: what is here plays on, and the film goes on where it was once there is an answer.
 function reconnect() {
-  const id = take()?.id;
+  const id = toResume();
   state.phase = "reconnecting";
   state.tries += 1;
   if (state.tries === 3) notice("session", TEXT.errors.unreachable);
@@ -219,7 +224,7 @@ function reconnect() {
     if (state.phase !== "reconnecting") return;
     if (!there) return reconnect();
     dismiss("session");
-    if (id) resume(id, films.film(take()).length);
+    if (id) resume(id, take() ? films.film(take()).length : 0);
     else (state.phase = "idle", draw());
   }, Math.min(4000, 250 * 2 ** state.tries));
 }

@@ -290,6 +290,7 @@ def test_what_nobody_touches_expires(store: Store, generator: Any) -> None:
     (broken.folder / "end.json").write_text("{")
     for journal in (old, job, broken):
         os.utime(journal.folder, (1.0, 1.0))
+    assert store.expire(60.0, 60.0, spared={old.id}) == []
     assert store.expire(60.0, 60.0) == [old.id]
     job.finish("failed")
     assert store.expire(1e9, 60.0) == [] and store.expire(1e9, 60.0, time.time() + 61) == [job.id]

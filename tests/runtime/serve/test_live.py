@@ -171,6 +171,21 @@ def test_sessions_in_turn_equal_sessions_alone(start: Any) -> None:
     assert [live.bytes() for live in together] == alone
 
 
+def test_who_waits_longer_than_sessions_are_kept_is_not_swept_away(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtake.runtime.serve.jobs.EXPIRE_EVERY", 0.1)
+    server = start(pause_s=0.02, limits=Limits(user_sessions=8, parked_s=1))
+    first = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack", "window": 1})
+    first.until("video.start")
+    waiting = server.live(prompt=PROMPT, chunks=1)
+    waiting.until("session.queued")
+    for index in range(12):
+        first.chunk(index)
+        time.sleep(0.25)
+        first.send("session.ack", chunk=index)
+    first.close()
+    waiting.until("session.done")
+
+
 def test_a_queue_has_positions(start: Any) -> None:
     server = start(pause_s=0.01)
     first = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack"})
