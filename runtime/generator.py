@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.formats.memory import Budget
+from longtake.formats.model_name import checkpoints_named
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.camera import CameraPosition, require_cuts
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
@@ -108,7 +109,8 @@ class Generator:
         device: torch.device | str | None = None,
         gpus: int = 1,
     ) -> Self:
-        """Open a folder of checkpoints: dit.safetensors, and as far as they are there text_encoder and vae.
+        """Open a folder of checkpoints, or a shipped model's by its name: dit.safetensors, and as far as they are there
+        text_encoder and vae.
 
         With a DiT alone, sessions need `embeddings` and `decode=False`.
 
@@ -126,7 +128,7 @@ class Generator:
         """
         from longtake.runtime.checkpoints import checkpoint_backend, dit_side, export_of, tokenizer_of
 
-        folder = Path(folder)
+        folder = checkpoints_named(str(folder))
         side = dit_side(folder)
         preset = preset_named(side.preset)
         if backend == "torch":

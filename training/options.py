@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from longtake.errors import LongtakeError
-from longtake.formats.model_name import shipped
+from longtake.formats.model_name import checkpoints_named
 from longtake.options import DECISIVE, FREE, Bounds, OneOf, Text, option
 from longtake.training.data.returns import distance_span, distance_text
 from longtake.training.models.preset_files import preset_named
@@ -37,11 +37,6 @@ def chunk_text(choices: tuple[int, ...]) -> str:
     """What `chunk_choices` reads."""
     row = len(choices) > 1 and choices == tuple(range(choices[0], choices[-1] + 1))
     return f"{choices[0]}..{choices[-1]}" if row else ",".join(map(str, choices))
-
-
-def checkpoints_named(text: str) -> Path:
-    """A folder of checkpoints, or that of a shipped model by its name."""
-    return Path(text) if Path(text).is_dir() else shipped().get(text, Path(text))
 
 
 Chunks = Annotated[tuple[int, ...], Text(chunk_choices, chunk_text), Bounds(1, 10_000, 6)]

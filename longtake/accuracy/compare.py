@@ -16,11 +16,12 @@ from torch import Tensor
 
 from longtake.accuracy.cases import cases, random_text
 from longtake.accuracy.layers import BLOCK, layer_tensors, with_outputs
-from longtake.accuracy.parts import COMPUTED, SCALES, PartsRunner, channel_error, opened_view
+from longtake.accuracy.parts import COMPUTED, SCALES, PartsRunner, channel_error, opened_view, plain_points
 from longtake.accuracy.rows import Row
 from longtake.accuracy.runners import Feeds, Runner, TorchRunner, ViewRunner
+from longtake.accuracy.stored import stored_rows
 from longtake.formats.onnx_file import read_onnx
-from longtake.formats.recipe import Recipe
+from longtake.formats.recipe import LINEARS, Recipe
 from longtake.plugins.cache_format import CACHE_FORMATS, cache_tensors
 from longtake.training.models.families import family_of
 from longtake.training.models.load import Models
@@ -33,7 +34,15 @@ from longtake.training.models.quantize import apply_precision
 NVFP4_CACHE_GATE = 0.13
 # PyTorch and ONNX Runtime both compute in fp32 on the same numbers: 2e-5 apart where all is right, at most.
 EXACT_GATE = 3e-4
-OPENED = ("a prompt", "first chunk", "full window, writes")  # the cases that a network is also taken apart in
+PLAIN_GATE = 1e-4  # without codes, quantizers and an attention that is fed: 1e-6 at most
+OPENED = (
+    "a prompt",
+    "first chunk",
+    "full window, writes",
+    "start of a clip",
+    "second step",
+)  # the cases that a network is also taken apart in
+WIRING = "blocks that end in a sum, attentions that read the k and v written beside them"
 TEXT = ("text_encoder", "context")  # networks whose outputs the ones after them are fed with
 Differences = dict[str, tuple[float, float]]
 
@@ -78,16 +87,20 @@ def compare_networks(
         others += [backend(spec)] if chosen and backend else []
         run = TorchRunner(oracle, name, recipe, marked)
         parts = _parts(folder, oracle, run, spec, recipe) if chosen and view.is_file() else None
-        exact = parts is not None or not _quantized(spec, name)
+        quantized = _quantized(spec, name)
+        if chosen and parts is None and view.is_file() and recipe.linears == LINEARS[0] and "camera" not in family.can:
+            yield Row(name, "as wired", WIRING, "PyTorch", 1.0, 1.0, EXACT_GATE, part=True)
+        exact = parts is not None or not quantized
+        yield from stored_rows(run.module, name, folder / f"{name}.onnx") if chosen else ()
         for case, feeds in cases(oracle, recipe, name, text, run, generator):
             wanted = run(feeds)
             text = {b.name: wanted[b.name] for b in spec.outputs} if name in TEXT else text
             for other in others:
                 rows = _rows(spec, recipe, case, other.name, differences(spec, marked, wanted, other(feeds)))
                 viewed = isinstance(other, ViewRunner) and exact
-                yield from (_viewed(row, informs=parts is not None) for row in rows) if viewed else rows
+                yield from (_viewed(row, informs=quantized) for row in rows) if viewed else rows
             if parts and case in OPENED:
-                yield from _part_rows(parts, spec, case, feeds)
+                yield from _part_rows(parts, spec, case, feeds, quantized)
 
 
 def _quantized(spec: NetworkSpec, name: str) -> bool:
@@ -96,29 +109,31 @@ def _quantized(spec: NetworkSpec, name: str) -> bool:
 
 
 def _parts(folder: Path, oracle: Models, run: TorchRunner, spec: NetworkSpec, recipe: Recipe) -> PartsRunner | None:
-    """What compares a network part by part; None if no codes are chosen in it, or its graph isn't known so well."""
+    """What compares a network part by part; None if codes are chosen in it and its graph isn't known so well."""
     if not _quantized(spec, spec.name):
-        return None
-    view = opened_view(folder, spec.name, family_of(oracle.preset).linears(oracle.dit))
-    return None if view is None else PartsRunner(run.module, run.outputs, *view)
+        return PartsRunner(run.module, run.outputs, *plain_points(read_onnx(folder / f"{spec.name}.ort.onnx")))
+    found = opened_view(folder, spec.name, family_of(oracle.preset).linears(oracle.dit))
+    return None if found is None else PartsRunner(run.module, run.outputs, *found)
 
 
 def _viewed(row: Row, informs: bool) -> Row:
     """A row of the view, of which more is known than the recipe's gate: fp32 on both sides."""
-    return replace(row, informs=True) if informs else replace(row, gate=min(row.gate, EXACT_GATE))
+    return replace(row, informs=True) if informs else replace(row, gate=min(row.gate, PLAIN_GATE))
 
 
-def _part_rows(parts: PartsRunner, spec: NetworkSpec, case: str, feeds: Feeds) -> Iterator[Row]:
-    """Every part of one case, in the three scales; each must agree but for fp32's rounding."""
-    for scale, factors in SCALES.items():
-        wanted, got = parts(feeds, *factors)
+def _part_rows(parts: PartsRunner, spec: NetworkSpec, case: str, feeds: Feeds, quantized: bool) -> Iterator[Row]:
+    """Every part of one case, in each of the scales; each must agree but for fp32's rounding."""
+    gate = EXACT_GATE if quantized else PLAIN_GATE
+    for scale in list(SCALES)[0 if quantized else 1 :]:
+        wanted, got = parts(feeds, *SCALES[scale])
         whole = {name: value for name, value in wanted.items() if not name.endswith(COMPUTED)}
         errors = differences(spec, {}, whole, got)
         for tensor in parts.points.tensors:
-            name = tensor + COMPUTED
+            if (name := tensor + COMPUTED) not in got:
+                continue
             errors[parts.points.label(tensor)] = channel_error(wanted[name], got[name])
         for output, (error, largest) in errors.items():
-            row = Row(spec.name, case + scale, output, parts.name, error, largest, EXACT_GATE, part=True)
+            row = Row(spec.name, case + scale, output, parts.name, error, largest, gate, part=True)
             yield row
 
 

@@ -7,7 +7,8 @@ every block and of every attention. What PyTorch had there is fed on both sides,
 is fp32's own rounding. A wrong weight, scale, clamp or wire shows at its full size, whatever the model has learnt.
 
 Each case runs three times: with numbers as they come, far beyond the calibrated range (so that every clamp acts), and
-near nothing (so that every eps counts).
+near nothing (so that every eps counts). A network in which no codes are chosen is compared whole with numbers as they
+come, and opened for the other two: at the inputs of its LayerNorms and the outputs of its convolutions.
 
 Legend: C channels, the last dimension.
 """
@@ -15,9 +16,10 @@ Legend: C channels, the last dimension.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +43,26 @@ SCALES = {"": (1.0, 1.0), ", far out": (8.0, 1.0), ", near nothing": (1e-3, 1e-3
 
 @dataclass(frozen=True)
 class Points:
-    """Where a view is opened. inputs: module -> the tensor that it is given first. attention: (q, k, v) of each layer."""
+    """Where a view is opened. inputs: module -> the tensor that it is given first. attention: (q, k, v) of each layer.
+    outputs: module -> the tensor that it makes."""
 
     inputs: dict[str, str]
-    attention: tuple[tuple[str, str, str], ...]
+    attention: tuple[tuple[str, str, str], ...] = ()
+    outputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[str]:
-        return list(dict.fromkeys([*self.inputs.values(), *(name for layer in self.attention for name in layer)]))
+        attention = (name for layer in self.attention for name in layer)
+        return list(dict.fromkeys([*self.inputs.values(), *self.outputs.values(), *attention]))
 
     def label(self, tensor: str) -> str:
         """What a tensor is called in a table."""
         for module, name in self.inputs.items():
             if name == tensor:
                 return f"input of {module}"
+        for module, name in self.outputs.items():
+            if name == tensor:
+                return f"output of {module}"
         layer, which = next((i, qkv.index(tensor)) for i, qkv in enumerate(self.attention) if tensor in qkv)
         return f"{'qkv'[which]} of attention {layer}"
 
@@ -72,8 +80,32 @@ def points_of(view: onnx.ModelProto, graph: onnx.ModelProto, linears: Collection
         inputs[f"blocks.{i + 1}" if i + 1 < len(ends) else HEAD] = ends[f"blocks.{i}"]
     points = Points(inputs, tuple((read.input[0], read.input[1], read.input[2]) for read in reads))
     made = {name for node in view.graph.node for name in node.output}
-    same = all(write.input[:2] == read.input[1:3] for write, read in zip(writes, reads))
+    same = all(sorted(write.input[:2]) == sorted(read.input[1:3]) for write, read in zip(writes, reads))
     return points if same and made.issuperset(points.tensors) else None
+
+
+def plain_points(view: onnx.ModelProto) -> tuple[Points, onnx.ModelProto]:
+    """Where to open a view in which no codes are chosen, and that view: modules whose weight one node alone reads.
+
+    What a LayerNorm reads is made a tensor of its own there: the residual goes on with another.
+    """
+    readers = Counter(name for node in view.graph.node for name in node.input)
+    model, norms, convs = onnx.ModelProto(), {}, {}
+    model.CopyFrom(view)
+    del model.graph.node[:]
+    for node in view.graph.node:
+        module = module_name(node.input[1]) if len(node.input) > 1 and readers[node.input[1]] == 1 else None
+        added = model.graph.node.add()
+        if module and node.op_type == "LayerNormalization":
+            norms[module] = f"{node.output[0]}.normed"
+            added.CopyFrom(helper.make_node("Identity", [node.input[0]], [norms[module]]))
+            added = model.graph.node.add()
+        added.CopyFrom(node)
+        if module and node.op_type == "LayerNormalization":
+            added.input[0] = norms[module]
+        elif module and node.op_type == "Conv":
+            convs[module] = node.output[0]
+    return Points(norms, (), convs), model
 
 
 def opened(view: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
@@ -92,13 +124,14 @@ def opened(view: onnx.ModelProto, tensors: list[str]) -> onnx.ModelProto:
 
 
 class PartsRunner:
-    """One network's torch module and its view, both opened at the same points."""
+    """One network's torch module and its view, both opened at the same points; where codes are chosen at every one, else
+    at those of modules that PyTorch calls (what a library runs as one op, it does not)."""
 
     name = ViewRunner.name
 
     def __init__(self, module: nn.Module, outputs: list[str], points: Points, view: onnx.ModelProto) -> None:
-        self.module, self.outputs, self.points = module, outputs, points
-        self.view = ViewRunner(opened(view, points.tensors))
+        self.module, self.outputs, self.points, self.model = module, outputs, points, view
+        self.view: ViewRunner | None = None
 
     @torch.no_grad()
     def __call__(self, feeds: Feeds, linear: float, attention: float) -> tuple[Feeds, Feeds]:
@@ -114,6 +147,9 @@ class PartsRunner:
 
         with self._hooked(lambda name, value: take(name, value, linear), lambda n, v: take(n, v, attention)):
             wanted = dict(zip(self.outputs, self.module(*feeds.values())))
+        if self.view is None:
+            self.view = ViewRunner(opened(self.model, self.points.tensors if self.points.attention else list(fed)))
+            self.model = onnx.ModelProto()  # a large one's memory
         return wanted | computed, self.view({**feeds, **fed})
 
     @contextmanager
@@ -123,6 +159,9 @@ class PartsRunner:
                 if (module := submodule(self.module, name)) is not None:
                     hook = module.register_forward_pre_hook(_replacing(tensor, take))
                     stack.callback(hook.remove)
+            for name, tensor in self.points.outputs.items():
+                if (module := submodule(self.module, name)) is not None:
+                    stack.callback(module.register_forward_hook(_replacing_output(tensor, take)).remove)
             if self.points.attention:
                 step: Any = self.module
                 write, read = step.write, step.read
@@ -146,6 +185,10 @@ def _replacing(tensor: str, take: Callable[[str, Tensor], Tensor]) -> Any:
         return (take(tensor, given[0]), *given[1:])
 
     return hook
+
+
+def _replacing_output(tensor: str, take: Callable[[str, Tensor], Tensor]) -> Any:
+    return lambda module, given, output: take(tensor, output)
 
 
 def opened_view(folder: Path, network: str, linears: Collection[str]) -> tuple[Points, onnx.ModelProto] | None:

@@ -13,7 +13,8 @@ from longtake.errors import GateError
 class Row:
     """One compared tensor. error: relative L2; max_abs: the largest difference; gate: what is allowed. `layer` rows show
     where an error grows; only outputs and blocks can fail the gate. `part`: both sides were given the same numbers there,
-    and the error is that of the worst channel. `informs`: of a network that is judged by its parts."""
+    and the error is that of the worst channel. `informs`: of a network that is judged by its parts. `stored`: a weight as
+    the file holds it; its error is that of the worst element."""
 
     network: str
     case: str
@@ -25,6 +26,7 @@ class Row:
     layer: bool = False
     part: bool = False
     informs: bool = False
+    stored: bool = False
 
     @property
     def passed(self) -> bool:
@@ -41,6 +43,14 @@ class Row:
         return {**asdict(self), "passed": self.passed}
 
 
+TRAINING = "how well the model is trained plays no part"
+SAME_INPUTS = (
+    f": both sides are given the same numbers there, so that only fp32's rounding is left (2e-5 at most); {TRAINING}"
+)
+SAME_WEIGHTS = f": the file holds this weight in codes or bf16, and read back it must be the checkpoint's; {TRAINING}"
+STORED_FIX = (
+    "see whether these are the checkpoints that were exported (digests in export.json); if so, please report it"
+)
 LAYERS_FIX = "look for the layer where it begins: longtake check --layers"
 
 
@@ -49,17 +59,12 @@ def require_gate(rows: Sequence[Row], what: str, fix: str = LAYERS_FIX) -> None:
     failed = [row for row in rows if not row.passed]
     if failed:
         worst = max(failed, key=lambda row: row.error / row.gate if row.error == row.error else float("inf"))
-        meaning = (
-            ": both sides are given the same numbers there, so that only fp32's rounding is left (2e-5 at most); "
-            "how well the model is trained plays no part"
-            if worst.part
-            else ""
-        )
+        meaning = SAME_INPUTS if worst.part else SAME_WEIGHTS if worst.stored else ""
         raise GateError(
             f"{what}: {len(failed)} of {len(rows)} comparisons fail the accuracy gate",
             got=f"{worst.network}, {worst.case}, {worst.output}: relative error {worst.error:.2e} against {worst.against}",
             expected=f"at most {worst.gate:g}{meaning}",
-            fix=fix,
+            fix=STORED_FIX if worst.stored else fix,
         )
 
 
@@ -77,6 +82,8 @@ def kind_of(row: Row) -> str:
     """Outputs that differ in a number only are one kind; all inner layers of a network are one, and all its parts."""
     if row.part:
         return "each part by itself"
+    if row.stored:
+        return "weights as stored"
     if row.layer:
         return "Linears, convolutions"
     parts = row.output.replace(".", "_").removesuffix("_out").split("_")

@@ -23,7 +23,7 @@ from longtake.runtime.check.report import write_report
 from longtake.runtime.check.runners import BackendRunner
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import BACKEND_NAMES, OpenOptions, Source, backend_from_source, source_from_name
-from longtake.runtime.story import STORIES, story_from_script
+from longtake.runtime.story import STORIES, story_file, story_from_script
 from longtake.runtime.view import own_picture
 from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, load_models
@@ -73,7 +73,8 @@ def run(options: CheckOptions) -> int:
         print(f"backend {backend.name}: {backend.reason}")
         rows = _network_rows(options, recipe, source, models, backend)
         print("\n".join(table(rows)))
-        story = options.story or usual_story(models, backend)
+        named = options.story and (story_file(str(options.story)) or options.story)
+        story = named or usual_story(models, backend)
         sampling = sampling_of(source, story, options.steps)
         chunks, against = _chunk_rows(options, source, models, backend, story, sampling)
         if chunks:

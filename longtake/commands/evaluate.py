@@ -12,6 +12,7 @@ import torch
 
 from longtake.errors import LongtakeError
 from longtake.files import write_json
+from longtake.formats.model_name import checkpoints_named
 from longtake.options import Bounds, Command, OneOf, Text, option
 from longtake.outputs import claim_outputs
 from longtake.paths import REPOSITORY
@@ -26,7 +27,6 @@ from longtake.training.models.load import Models, load_models
 from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import Preset, SamplingConfig
 from longtake.training.models.side_file import SideFile
-from longtake.training.options import checkpoints_named
 from longtake.training.stages.vae import HELD_OUT_SEED, reconstructed, reconstruction_psnr
 from longtake.training.stages.validation import EVALUATION_SEED
 from longtake.video_span import FITS

@@ -67,6 +67,11 @@ def shipped() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/dit.safetensors"))}
 
 
+def checkpoints_named(text: str) -> Path:
+    """A folder of checkpoints, or that of a shipped model by its name."""
+    return Path(text) if Path(text).is_dir() else shipped().get(text, Path(text))
+
+
 def checked_name(name: str) -> str:
     """`name`, if a model may be called so. Raises LongtakeError otherwise."""
     if not NAME.fullmatch(name):

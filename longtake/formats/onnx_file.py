@@ -193,6 +193,11 @@ def tensor_value(tensor: TensorProto, path: Path) -> torch.Tensor:
     dtype = BY_ONNX.get(tensor.data_type)
     if dtype is None or not dtype.torch_name:
         raise LongtakeError(f"weight {tensor.name} has a dtype engines are not fed with", got=tensor.data_type)
+    return torch.from_numpy(tensor_content(tensor, path)).view(dtype.torch).reshape(tuple(tensor.dims))
+
+
+def tensor_content(tensor: TensorProto, path: Path) -> np.ndarray:
+    """The bytes [n] of one constant of the model in `path`, of any dtype, in memory of their own."""
     if uses_external_data(tensor):
         name, offset, length = _place(tensor, path)
         with readable(path):
@@ -212,7 +217,7 @@ def tensor_value(tensor: TensorProto, path: Path) -> torch.Tensor:
                 expected=tensor_bytes(tensor),
                 fix=RE_EXPORT,
             )
-    return torch.from_numpy(raw).view(dtype.torch).reshape(tuple(tensor.dims))
+    return raw
 
 
 def constants_of(model: onnx.ModelProto) -> dict[str, TensorProto]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 
 from longtake.errors import LongtakeError
+from longtake.formats.model_name import checkpoints_named
 from longtake.options import FREE, Bounds, OneOf, Text, check, option
 from longtake.plugins.nvfp4.reference import RULE_LIMITS
 from longtake.training.data.returns import require_room
@@ -16,7 +17,7 @@ from longtake.training.models.families import family_of
 from longtake.training.models.quantize import RULES, Rules
 from longtake.training.objective.error_recycling import RecyclingConfig
 from longtake.training.objective.noise import WEIGHTINGS
-from longtake.training.options import DIT, VAE, DataOptions, ModelOptions, Seeded, checkpoints_named
+from longtake.training.options import DIT, VAE, DataOptions, ModelOptions, Seeded
 
 
 @dataclass(frozen=True)
