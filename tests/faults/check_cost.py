@@ -4,7 +4,8 @@ PYTHONPATH=. python tests/faults/check_cost.py --engines FOLDER --backend refere
 
 Counted are the readers of JSON and YAML files with their digests of themselves, the comparison of manifests, and what is
 kept so that a chunk can be made again: in the run itself, because a second run without them differs by more than they
-take. It is processor time of the process. The digests of plans and weights are told, too; they are older, and not judged.
+take. Reading a file is counted whole, though it was read before there were checks: the figure is an upper bound. It is
+processor time of the process. The digests of plans and weights are told, too; they are older, and not judged.
 """
 
 from __future__ import annotations
