@@ -102,7 +102,7 @@ class RayOptions:
     fronts: Annotated[int, Bounds(1, 64)] = option(1, metavar="N")
     """processes that hold sockets (with --ray)"""
     gpus: Annotated[int, Bounds(0, 8)] = option(0, metavar="N")
-    """GPUs that share every video, in PyTorch (docs/multi-gpu.md); with --ray, GPUs of each worker, 0 for a CPU"""
+    """GPUs that share every video (docs/multi-gpu.md); with --ray, GPUs of each worker, 0 for a CPU"""
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -165,8 +165,10 @@ def opened(model: ModelOptions, gpus: int, say: Say) -> Generator:
     from longtake.runtime.generator import Generator
     from longtake.runtime.sources import OpenOptions
 
-    # Ranks are PyTorch: of an export they want the checkpoints' place, of engines nothing.
+    # Ranks need no engines of one GPU; those that are there may have been built for as many ranks.
     engines = model.engines or ready(model.model or STUDENT, "reference" if gpus > 1 else model.backend, say)
+    if gpus > 1 and model.engines is None and (engines.with_name("engines") / "bundle.json").is_file():
+        engines = engines.with_name("engines")
     say("the model is being opened")
     return Generator.from_engines(
         engines,

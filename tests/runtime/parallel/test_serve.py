@@ -12,10 +12,12 @@ import pytest
 from children import children
 from serving import PROMPT, Live, Process
 
+from longtake.commands import serve
 from longtake.commands.serve import ModelOptions, opened
 from longtake.errors import LongtakeError
 from longtake.formats.exported import Export
 from longtake.formats.recipe import recipe_named
+from longtake.runtime.generator import Generator
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_is_served(tmp_path: Path) -> None:
@@ -24,6 +26,21 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_served(tmp_path: Pa
     model = ModelOptions(engines=str(tmp_path), device="cpu", force=True)
     with pytest.raises(LongtakeError, match="3 GPUs cannot share the heads of tiny evenly"):
         opened(model, 3, lambda words: None)
+
+
+@pytest.mark.parametrize("built", (True, False))
+def test_ranks_get_the_engines_where_some_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "engines").mkdir()
+    if built:
+        (tmp_path / "engines" / "bundle.json").touch()
+    given: list[Path] = []
+    monkeypatch.setattr(serve, "ready", lambda name, backend, say: tmp_path / "onnx")
+    monkeypatch.setattr(Generator, "from_engines", lambda engines, *rest, **more: given.append(engines))
+    opened(ModelOptions(), 2, lambda words: None)
+    assert given == [tmp_path / ("engines" if built else "onnx")]
 
 
 @pytest.mark.slow  # three processes import torch

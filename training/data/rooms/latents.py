@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from longtake.training.data.base import item_generator
 from longtake.training.data.latent_cache import encode
 from longtake.training.data.loader import read_in_order
-from longtake.training.data.rooms.rooms import Rooms, Walkthrough
+from longtake.training.data.rooms.rooms import Rooms
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import AnyTextEncoder
 
@@ -42,14 +43,16 @@ class Walks:
 
 @dataclass(frozen=True)
 class WalkAt:
-    """Walk i of a seed, for the processes that render ahead: it depends on `seed` and i alone."""
+    """Of walk i of a seed its frames, poses, intrinsics and caption, for processes that render ahead: it depends on `seed` and i
+    alone."""
 
     rooms: Rooms
     seed: int
     frames: int
 
-    def __getitem__(self, index: int) -> Walkthrough:
-        return self.rooms.walk(item_generator(self.seed, index), self.frames)
+    def __getitem__(self, index: int) -> tuple[Tensor, np.ndarray, Tensor, str]:
+        walk = self.rooms.walk(item_generator(self.seed, index), self.frames)
+        return walk.frames, walk.poses, walk.intrinsics, walk.caption
 
 
 @torch.no_grad()
@@ -69,11 +72,13 @@ def walks_from_rooms(
     grid = torch.tensor([preset.latent_hw[1] / preset.width, preset.latent_hw[0] / preset.height] * 2)
     latents, poses, intrinsics, captions = [], [], [], []
     rendered = read_in_order(WalkAt(rooms, seed, frames), range(walks), min(workers, walks))
-    for walk in tqdm(rendered, total=walks, unit="walk", desc=f"encode {what}", dynamic_ncols=True):
-        video = walk.frames.transpose(0, 1)[None].to(device)
+    for seen, places, camera, caption in tqdm(
+        rendered, total=walks, unit="walk", desc=f"encode {what}", dynamic_ncols=True
+    ):
+        video = seen.transpose(0, 1)[None].to(device)
         latents.append(encode(vae, video).transpose(1, 2)[0])
-        poses.append(torch.from_numpy(walk.poses))
-        intrinsics.append((walk.intrinsics * grid).double())
-        captions.append(walk.caption)
+        poses.append(torch.from_numpy(places))
+        intrinsics.append((camera * grid).double())
+        captions.append(caption)
     tokens = text.tokenize(captions)
     return Walks(*(x.to(device) for x in (torch.stack(latents), tokens, torch.stack(poses), torch.stack(intrinsics))))
