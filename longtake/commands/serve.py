@@ -165,7 +165,7 @@ def opened(model: ModelOptions, gpus: int, say: Say) -> Generator:
     from longtake.runtime.generator import Generator
     from longtake.runtime.sources import OpenOptions
 
-    # Ranks are PyTorch: of an export they want the checkpoints' place, of engines nothing.
+    # Ranks of a model by its name are PyTorch, which wants an export's checkpoints; engines built for ranks are named.
     engines = model.engines or ready(model.model or STUDENT, "reference" if gpus > 1 else model.backend, say)
     say("the model is being opened")
     return Generator.from_engines(
