@@ -121,6 +121,7 @@ class Launcher(OpLauncher):
         self.dtype = dtype
         self.workspace_bytes = self.kernel.workspace_bytes(dims)
         self._arch = arch
+        self.addresses: dict[str, int] = {}  # more arguments of the kernels, by name
         self._calls = self.kernel.calls(dims)
         self._functions: list[Any] | None = None
 
@@ -174,7 +175,8 @@ class Launcher(OpLauncher):
     def arguments(self, call: Call, pointers: Sequence[int], workspace: int, table_len: int) -> tuple[int, ...]:
         """The values of a call's arguments: addresses and int32."""
         known = dict(zip(self.spec.names, pointers))
-        known |= {WORKSPACE: workspace, TABLE_LENGTH: table_len, **self.kernel.buffers(self.dims, workspace)}
+        known |= {WORKSPACE: workspace, TABLE_LENGTH: table_len, **self.addresses}
+        known |= self.kernel.buffers(self.dims, workspace)
         return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)
 
 

@@ -27,11 +27,13 @@ from longtake.plugins.sink_attention.window import (
 )
 from longtake.plugins.spec import Op
 
+KEPT, VERSION = "kept", "version"  # addresses, 0 where another layer's window takes the same memory
 HEAD_DIMS = (64, 128)
 TILE = 128  # rows of a tile: queries of a thread block, and keys whose products one running sum spans
 SUM_ROWS = 8  # more rows of the transposed values; one has ones, so that the product sums the probabilities up as well
 STAGES = 4  # tiles of keys, and of values, under way to a thread block
 MAX_PARTIALS = 256
+KEPT_BYTES = 16  # what window_fp8.cu notes of tiles that stay
 FACTORS_BYTES = 6 * 16  # enum Factor of factors.cuh, FACTOR_STRIDE floats apart
 _GROUPS = 3  # of 128 threads: one copies, two attend
 _BARRIERS = 8 * (1 + 4 * STAGES)
@@ -43,7 +45,7 @@ def buffers(dims: Dims) -> dict[str, int]:
     return {
         "window_k": tiles * row * dims["D"], "window_v": tiles * row * (dims["D"] + SUM_ROWS),
         "query8": blocks_of(dims["L"], TILE) * row * dims["D"],
-        "partial": 4 * (2 * dims["W"] + 1) * partials(dims), "factors": FACTORS_BYTES,
+        "partial": 4 * (2 * dims["W"] + 1) * partials(dims), "factors": FACTORS_BYTES, "kept_tiles": KEPT_BYTES,
     }  # fmt: skip
 
 
@@ -74,8 +76,8 @@ def _tile_calls(fmt: str, dims: Dims) -> tuple[Call, ...]:
     sizes = (dims["S"], TABLE_LENGTH, dims["L"], dims["H"])
     return (
         Call("window_amax", (blocks, panes), THREADS, (*read, "partial", dims["S"], units)),
-        Call("window_factors", (1, 1), THREADS, ("partial", "factors", panes, blocks)),
-        Call("window_tiles", (tiles, 3), THREADS, (*read, "factors", "query8", "window_k", "window_v", *sizes)),
+        Call("window_factors", (1, 1), THREADS, ("partial", "factors", KEPT, VERSION, panes, blocks)),
+        Call("window_tiles", (tiles, 3), THREADS, (*read, "factors", KEPT, "query8", "window_k", "window_v", *sizes)),
     )
 
 
@@ -101,7 +103,8 @@ def attend_kernel() -> Kernel:
 
 
 class HopperSinkAttention(WindowedAttention):
-    """See WindowedAttention. The workspace is aligned to ALIGNMENT.
+    """See WindowedAttention. The workspace is aligned to ALIGNMENT; where it is a layer's own (`launch_kept`), its window stays
+    from pass to pass.
 
     Raises LongtakeError if the heads are not of HEAD_DIMS.
     """
@@ -113,6 +116,7 @@ class HopperSinkAttention(WindowedAttention):
             expected = f"heads of {' or '.join(map(str, HEAD_DIMS))}"
             raise LongtakeError("no FP8 kernel for this attention", got=f"heads of {dims['D']}", expected=expected)
         super().__init__(op, dims, arch, tile_kernel(cache_format_of(op.spec)))
+        self.addresses = {KEPT: 0, VERSION: 0}
         self._attend = Launcher(op, self.dims, "bf16", arch, attend_kernel())
 
     def prepare(self) -> Launcher:
@@ -127,6 +131,18 @@ class HopperSinkAttention(WindowedAttention):
             expected = f"a multiple of {ALIGNMENT} bytes"
             raise LongtakeError("the workspace is not aligned", got=f"address {workspace:#x}", expected=expected)
         super().launch(pointers, stream, workspace, table_len)
+
+    def launch_kept(self, version: int, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
+        """`launch` in a workspace of zeros at first that nothing else writes: tiles of slots are made only when what they are
+        made of has changed.
+
+        version: device address of an int32, never 0, that is another one whenever the table or a slot it lists has changed.
+        """
+        self.addresses = {KEPT: addresses(self.dims, workspace)[0]["kept_tiles"], VERSION: version}
+        try:
+            self.launch(pointers, stream, workspace, table_len)
+        finally:
+            self.addresses = {KEPT: 0, VERSION: 0}
 
     def attend(self, pointers: Sequence[int], stream: int, workspace: int, table_len: int) -> None:
         """See WindowedAttention.attend."""

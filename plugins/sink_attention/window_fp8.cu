@@ -87,8 +87,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) window_amax(
 }
 
 // One thread block. `partials` is the amax launch's gridDim.x.
+// kept: null, or of a workspace that nobody else writes: [0] the `version` of what its tiles were made of, [1] and [2] whether
+// those of keys and of values that come from slots still stand. Scales are powers of two then: a pass's fresh block seldom
+// changes them.
 extern "C" __global__ void __launch_bounds__(THREADS) window_factors(
-    const float* __restrict__ partial, float* __restrict__ factors, int panes, int partials) {
+    const float* __restrict__ partial, float* __restrict__ factors, int* __restrict__ kept,
+    const int* __restrict__ version, int panes, int partials) {
   float largest[3] = {0.0f, 0.0f, 0.0f};  // of q, k, v
   for (int i = threadIdx.x; i < panes * partials; i += THREADS) {
     const int pane = i / partials, which = pane == panes - 1 ? 0 : 1 + pane % 2;
@@ -99,12 +103,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) window_factors(
 #pragma unroll
   for (int j = 0; j < 3; ++j) {
     const float found = block_max(largest[j]);
-    const float whole = found > SMALLEST ? found : 1.0f;
+    float whole = found > SMALLEST ? found : 1.0f;
     if (threadIdx.x == 0) {
+      if (kept && j) {
+        int exponent;
+        whole = frexpf(whole, &exponent) == 0.5f ? whole : ldexpf(1.0f, exponent);
+        kept[j] = kept[0] == *version && factors[(TO_Q + j) * FACTOR_STRIDE] == LARGEST / whole;
+      }
       factors[(DESCALE_Q + j) * FACTOR_STRIDE] = whole / LARGEST;
       factors[(TO_Q + j) * FACTOR_STRIDE] = LARGEST / whole;
     }
   }
+  if (kept && threadIdx.x == 0) kept[0] = *version;
 }
 
 // Tiles of TILE_ROWS rows of one head, as hopper_fp8.cu copies and multiplies them: [head, tile, ...].
@@ -127,13 +137,19 @@ __device__ __forceinline__ void transpose4(unsigned int a, unsigned int b, unsig
 
 extern "C" __global__ void __launch_bounds__(THREADS) window_tiles(
     const compute_t* __restrict__ q, const compute_t* __restrict__ k, const compute_t* __restrict__ v, CACHE,
-    const int* __restrict__ table, const float* __restrict__ factors, unsigned char* __restrict__ query8,
-    unsigned char* __restrict__ window_k, unsigned char* __restrict__ window_v, int slots, int entries, int tokens,
+    const int* __restrict__ table, const float* __restrict__ factors, const int* __restrict__ kept,
+    unsigned char* __restrict__ query8, unsigned char* __restrict__ window_k, unsigned char* __restrict__ window_v, int slots, int entries, int tokens,
     int heads) {
   __shared__ __align__(16) unsigned int turned[HEAD_DIM * TILE_ROWS / 4];
   const int head = blockIdx.x % heads, tile = blockIdx.x / heads, pane = blockIdx.y;
   const int rows = pane == 2 ? tokens : entries * tokens, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   if (tile >= tiles) return;
+  if (kept && pane != 2 && kept[1 + pane]) {
+    bool stands = true;  // of slots alone: a fresh block is another one in every pass
+    for (int e = tile * TILE_ROWS / tokens; e <= (min((tile + 1) * TILE_ROWS, rows) - 1) / tokens; ++e)
+      stands = stands && table[e] >= 0;
+    if (stands) return;
+  }
   const float scale = factors[(pane == 2 ? TO_Q : pane == 1 ? TO_V : TO_K) * FACTOR_STRIDE];
   unsigned char* base = pane == 2 ? query8 : pane == 1 ? window_v : window_k;
   const int features = pane == 1 ? HEAD_DIM + SUM_ROWS : HEAD_DIM;

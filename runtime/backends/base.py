@@ -32,6 +32,7 @@ class State:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
+        self.loads = 0  # how often other tensors were copied over it
 
     # What several ranks hold parts of (runtime/parallel), these three know as a whole.
 
@@ -45,6 +46,7 @@ class State:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy whole tensors of these names and shapes over the state, in place; the dtype may differ."""
+        self.loads += 1
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
 

@@ -58,6 +58,7 @@ def open_engines(options: BenchOptions) -> Backend:
         reason="random weights made on the device",
         networks=wanted,
         decode_device=decode_device,
+        kept_windows=options.kept_windows,
         weights={name: random_weights(onnx / f"{name}.onnx", place) for name, place in places.items()},
     )
 

@@ -70,6 +70,7 @@ class Rank(Backend):
 
     def load(self, network: str, state: State, tensors: Mapping[str, Tensor] | None) -> None:
         """Take this rank's part of the first rank's `tensors`."""
+        state.loads += 1
         for name, shape in self.whole_shapes(network).items():
             own = state.tensors[name]
             given = torch.empty(shape, dtype=own.dtype, device=self.device)

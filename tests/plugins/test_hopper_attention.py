@@ -89,6 +89,54 @@ def test_every_bit_is_where_it_belongs(host_device: Any, fmt: str, reverse: bool
         assert (out - exact).norm() <= 0.08 * exact.norm(), (dims, table)
 
 
+class Kept:
+    """A launcher with a workspace that nobody else writes."""
+
+    def __init__(self, fmt: str, dims: dict[str, int]) -> None:
+        self.launcher = HopperSinkAttention(op_named(f"sink_attention_{fmt}"), dims, arch="sm_90a")
+        self.memory = torch.zeros(self.launcher.workspace_bytes + 256, dtype=torch.uint8)
+        self.version = torch.zeros(1, dtype=torch.int32)
+
+    def run(self, inputs: tuple[Tensor, ...], version: int) -> Tensor:
+        out = torch.full_like(inputs[0], float("nan"))
+        self.version.fill_(version)
+        pointers, workspace = [t.data_ptr() for t in (*inputs, out)], -(-self.memory.data_ptr() // 256) * 256
+        self.launcher.launch_kept(self.version.data_ptr(), pointers, 0, workspace, inputs[-1].numel())
+        return out
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("fmt, tokens", (("nvfp4", 128), ("nvfp4", 200), ("bf16", 200)))
+def test_a_kept_window_is_what_a_new_one_would_be(host_device: Any, fmt: str, tokens: int, reverse: bool) -> None:
+    """Bit for bit, pass after pass with other queries and another fresh block; slots are read when the version changes, or a
+    louder block changes the scales, and at no other time."""
+    host_device.reverse = reverse
+    dims, table = {"S": 4, "L": tokens, "H": 1, "D": 128}, (2, 0, -1)
+    first = op_inputs(f"sink_attention_{fmt}", dims, "bf16", table, 3)
+    for tensor in first[1:3]:
+        tensor.mul_(0.3)  # the fresh block: slots have the largest
+    cache, kept = first[3:-1], Kept(fmt, dims)
+    wanted = kept.run(first, 1)
+    exact = window_of(fmt, first)
+    q, k, v = exact
+    truth = (torch.softmax(q @ k.transpose(1, 2) * q.shape[-1] ** -0.5, -1) @ v).transpose(0, 1)
+    assert (wanted.float() - truth).norm() <= 0.08 * truth.norm()
+    fresh = [t.flip(0).contiguous() for t in first[:3]]
+    following = (*fresh, *cache, first[-1])
+    anew = Kept(fmt, dims).run(following, 1)
+    silent = (*fresh, *(torch.zeros_like(t) if t.dtype != torch.float32 else t for t in cache), first[-1])
+    if (
+        tokens == 128
+    ):  # no tile is of a slot and the fresh block; and a slot's amax, of which the scale is made, is still read
+        assert torch.equal(kept.run(silent, 1), anew)
+    assert torch.equal(kept.run(following, 1), anew)
+    loud = (fresh[0], fresh[1] * 40, fresh[2] * 40, *cache, first[-1])
+    assert torch.equal(kept.run(loud, 1), Kept(fmt, dims).run(loud, 9))
+    changed = (*fresh, *(t.roll(1, 0).contiguous() for t in cache), first[-1])
+    assert torch.equal(kept.run(changed, 2), Kept(fmt, dims).run(changed, 1))
+    assert not torch.equal(kept.run(changed, 2), anew)
+
+
 def test_ones_stay_ones(host_device: Any) -> None:
     def change(*inputs: Tensor) -> None:
         for tensor in inputs[:4]:

@@ -50,6 +50,35 @@ def test_every_table_equals_the_reference(fmt: str, dims: dict[str, int], method
 
 
 @gpu
+@pytest.mark.parametrize("dims", [SMALL, ODD, LARGE], ids=["small", "odd", "large"])
+def test_a_kept_window_is_a_new_one_bit_for_bit(dims: dict[str, int]) -> None:
+    """Three passes of a chunk in a layer's own memory, beside each in new memory; and a replay of a CUDA graph of one."""
+    case, version = Attention("nvfp4", dims), torch.ones(1, dtype=torch.int32, device="cuda")
+    launcher = launcher_by(case.op, "wgmma", case.dims)
+    assert isinstance(launcher, HopperSinkAttention)
+    table = torch.tensor((0, 2, -1), dtype=torch.int32, device="cuda")
+    kept, anew = (torch.zeros(launcher.workspace_bytes, dtype=torch.uint8, device="cuda") for _ in range(2))
+
+    def launch(memory: torch.Tensor) -> torch.Tensor:
+        case.out.fill_(float("nan"))
+        stream = torch.cuda.current_stream().cuda_stream
+        launcher.launch_kept(version.data_ptr(), case.pointers(table), stream, memory.data_ptr(), 3)
+        return case.out.clone()
+
+    for _ in range(3):
+        assert torch.equal(launch(kept), launch(anew.zero_()))
+        assert relative_error(case.out, case.reference(table)) <= TOLERANCE["fp8"]
+        case.q.copy_(case.q.flip(0))
+        case.k.copy_(case.k.flip(0))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch(kept)
+    case.k.copy_(case.k.flip(0))
+    graph.replay()
+    assert torch.equal(case.out, launch(anew.zero_()))
+
+
+@gpu
 @pytest.mark.parametrize("method, kind", WAYS)
 def test_large_model(method: str, kind: str) -> None:
     case = Attention("nvfp4", LARGE)

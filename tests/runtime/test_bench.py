@@ -22,6 +22,7 @@ from longtake.runtime.bench import random_weights as weights
 from longtake.runtime.bench.measure import measure
 from longtake.runtime.bench.options import BenchOptions, options_from_json
 from longtake.runtime.bench.plot import write_plot
+from longtake.runtime.bench.ranks_side import communication, measure_ranks
 from longtake.runtime.bench.result import ratios, report_of, table
 from longtake.runtime.bench.roofline import chunk_work, dit_pass, roofline, vae_latent
 from longtake.runtime.bench.torch_backend import PlainTorchBackend
@@ -248,6 +249,39 @@ def test_the_report_has_what_makes_a_figure_honest(tmp_path: Path) -> None:
     json.dumps(report)
 
 
+def test_several_gpus_stand_beside_one_with_the_share_of_their_exchanges(tmp_path: Path) -> None:
+    ranks = {
+        "fps": {"dit": 81.0, "vae": None, "serial": 30.0},
+        "gpus": 2,
+        "backend": "sharded",
+        "machine": {"gpu": "X"},
+    }
+    steps = {"segments": 40.0, "sink_attention_nvfp4": 55.0, "gather_tokens": 3.0, "gather_heads": 2.0, "sum": 100.0}
+    ranks["communication"] = communication(steps)
+    assert ranks["communication"]["ms"] == 5.0 and ranks["communication"]["share"] == 0.05 and communication({}) == {}
+    options = BenchOptions(recipe="wan2.2-ti2v-5b_fp8_sm90", gpus=2)
+    report = report_of(options, {**SIDES, "ranks": ranks})
+    one = SIDES["engine"]["fps"]
+    assert report["gpus"] == 2 and report["ratio"]["dit_ranks_vs_one"] == pytest.approx(81 / one["dit"], abs=1e-4)
+    assert "vae_ranks_vs_one" not in report["ratio"]
+    assert "a clean pass on 2 GPUs" in table(report) and "'share': 0.05" in table(report)
+    write_plot(report, tmp_path / "bench.png")
+    assert options.parts() == ("engine", "ranks") and options_from_json(options.as_json()) == options
+
+
+@pytest.mark.slow
+def test_ranks_on_a_cpu_yield_every_figure() -> None:
+    """Processes over gloo, in PyTorch: to try it out."""
+    options = BenchOptions(
+        recipe="tiny_w4a16_sm90", gpus=2, device="cpu", steps=1, chunks=1, quick=True, networks=("dit",)
+    )
+    saved: list[dict] = []
+    figures = measure_ranks(options, saved.append)
+    assert figures["backend"] == "sharded" and "2 ranks over gloo" in figures["reason"]
+    assert figures["fps"]["dit"] > 0 and figures["first_chunk_s"] > 0
+    assert saved[0]["gpus"] == 2 and saved[-1]["communication"] == {}
+
+
 def test_options_survive_the_way_to_another_process() -> None:
     assert options_from_json(json.loads(json.dumps(OPTIONS.as_json()))) == OPTIONS
     assert BenchOptions(recipe="tiny_bf16_sm90", against="torch").parts() == (
@@ -277,6 +311,10 @@ def test_bad_options_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> 
     assert "bad --networks" in capsys.readouterr().err
     assert main(["bench", "--recipe", "tiny_bf16_sm9"]) == 2
     assert "did you mean 'tiny_bf16_sm90'" in capsys.readouterr().err
+    assert main(["bench", "--recipe", "tiny_bf16_sm90", "--gpus", "3"]) == 2
+    assert "3 GPUs cannot share the heads of tiny evenly" in capsys.readouterr().err
+    assert main(["bench", "--recipe", "tiny_bf16_sm90", "--gpus", "2", "--decode-device", "cuda:1"]) == 2
+    assert "two ways to use a second GPU" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -67,3 +67,30 @@ def test_inputs_are_copied_in_the_order_of_the_spec(passes: Passes) -> None:
     assert passes._inputs == [b.name for b in SPEC.inputs if not b.name.startswith("cache")]
     assert passes._inputs[:6] == ["latents", "timestep_sinusoid", "rope_cos", "rope_sin", "table", "write_slot"]
     assert passes.static_bytes == sum(tensor.nbytes for tensor in passes._static.values())
+
+
+def test_a_window_has_another_number_whenever_it_may_be_another(
+    passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another state, other content of one, another table, a pass that has written; not for the passes of a chunk."""
+
+    class Numbered(Noting):
+        window_version = torch.zeros(1, dtype=torch.int32)
+
+    monkeypatch.setattr(graphs, "SegmentedNetwork", Numbered)
+    passes.network = network = Numbered()
+    kept = set(SPEC.kept.values())
+    one, other = (State({b.name: allocate(b) for b in SPEC.inputs if b.name in kept}) for _ in range(2))
+    inputs = {b.name: allocate(b) for b in SPEC.inputs if b.name not in kept}
+    table = torch.tensor([0, 1, -1], dtype=torch.int32)
+
+    def number(state: State, table: torch.Tensor, commit: bool = False) -> int:
+        passes.run({**inputs, "table": table}, state, commit)
+        return int(network.window_version)
+
+    assert [number(one, table), number(one, table), number(one, table, commit=True)] == [1, 1, 1]
+    assert [number(one, table), number(one, table.clone()), number(other, table), number(one, table)] == [2, 3, 4, 5]
+    one.load(other.whole())
+    table_now = number(one, table)
+    table[1] = 2
+    assert [table_now, number(one, table), number(one, table)] == [6, 7, 7]

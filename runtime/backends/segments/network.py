@@ -24,6 +24,7 @@ from longtake.plugins.launch import Launcher, OpLauncher
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_for
 from longtake.plugins.shapes import dims_from_shapes
+from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.runtime.backends.segments.arena import aliases_of, aligned, step_scratch, storage_bytes
 from longtake.runtime.backends.segments.exchanges import Exchanges
 from longtake.runtime.backends.segments.planner import PlannedSteps, planned_steps
@@ -70,7 +71,8 @@ class SegmentedNetwork:
     attention: what the recipe wants sink attention computed in, "bf16" or "fp8". shared: weights on the device by name,
     of networks that may have some in common (the two of a VAE decoder do); they are kept once. engines: the segments'
     engines by name, where they are loaded already. bundle: what the plans must belong to. exchanges: of a network that is
-    a rank's.
+    a rank's. kept_windows: how many layers' windows lie in memory of their own, where attention keeps them between passes;
+    the caller then tells `window_version`, see HopperSinkAttention.launch_kept.
     """
 
     def __init__(
@@ -84,8 +86,11 @@ class SegmentedNetwork:
         engines: Mapping[str, TrtEngine] | None = None,
         bundle: Bundle | None = None,
         exchanges: Exchanges | None = None,
+        kept_windows: int = 0,
     ) -> None:
-        self.exchanges = exchanges
+        self.exchanges, self.kept_windows = exchanges, kept_windows
+        self.window_version = torch.zeros(1, dtype=torch.int32, device=host.device)
+        self._windows: dict[int, Tensor] = {}
         self.host, self.device, self.arena, self.exported = host, host.device, arena, graph
         self.contexts_per_step, self.attention = contexts_per_step, attention
         own = {} if engines else {s.name: host.load(s.name, segment_spec(s), bundle) for s in graph.segments}
@@ -147,6 +152,9 @@ class SegmentedNetwork:
         ops = {i: step for i, step in enumerate(self.graph.steps) if step.kind in ("op", "unpack")}
         self._launchers = {i: self._launcher(step) for i, step in ops.items()}
         own = {i: launcher.workspace_bytes for i, launcher in self._launchers.items()}
+        keeping = [i for i, launcher in self._launchers.items() if isinstance(launcher, HopperSinkAttention)]
+        for i in keeping[: self.kept_windows]:
+            self._windows[i] = torch.zeros(own.pop(i), dtype=torch.uint8, device=self.device)
         if self.exchanges:
             steps = [(i, step) for i, step in enumerate(self.graph.steps) if step.kind == "exchange"]
             own |= {i: self.exchanges.scratch_bytes(self.graph, step) for i, step in steps}
@@ -219,7 +227,10 @@ class SegmentedNetwork:
         table_length = next((values[name].numel() for spec, name in inputs if spec.shape == ("W",)), 0)
         stream, launcher = torch.cuda.current_stream(self.device).cuda_stream, self._launchers[index]
         workspace = self.arena.address + self._places[index]
-        if self.exchanges and launcher.op.over_heads and isinstance(launcher, Launcher):
+        if index in self._windows and isinstance(launcher, HopperSinkAttention):
+            window, version = self._windows[index].data_ptr(), self.window_version.data_ptr()
+            launcher.launch_kept(version, pointers, stream, window, table_length)
+        elif self.exchanges and launcher.op.over_heads and isinstance(launcher, Launcher):
             between = partial(self.exchanges.largest, self._scratch(index)[: launcher.workspace_bytes])
             launcher.launch_around(between, pointers, stream, workspace, table_length)
         else:

@@ -41,6 +41,8 @@ class TrtBackend(Backend):
         networks: which ones to load, by default all that the bundle has. The rest cannot be called.
         decode_device: the decoder's GPU, by default `device`.
         checkpoints: where a text or VAE encoder that is not among the plans comes from, by default the preset's.
+        kept_windows: how many layers keep their window, laid out for attention, between the passes of a chunk (178 MB each for
+            the 5B's in FP8); 0 lays out every window in every pass.
         comm: of one of several ranks that share a stream: its part of the DiT is loaded, and `specs` says so.
     """
 
@@ -56,6 +58,7 @@ class TrtBackend(Backend):
         decode_device: torch.device | None = None,
         checkpoints: Path | None = None,
         comm: Comm | None = None,
+        kept_windows: int = 0,
     ) -> None:
         self.name = bundle.recipe.mode
         if not torch.cuda.is_available():
@@ -68,7 +71,7 @@ class TrtBackend(Backend):
         self.bundle, self.recipe, self.preset = bundle, bundle.recipe, bundle.recipe.model
         self.device = torch.device("cuda", device.index or 0)
         self.decode_device = torch.device("cuda", decode_device.index or 0) if decode_device else self.device
-        self.reason, self.checkpoints, self.comm = reason, checkpoints, comm
+        self.reason, self.checkpoints, self.comm, self.kept_windows = reason, checkpoints, comm, kept_windows
         if comm:
             parts = {name: part_of(name, comm, bundle) for name in ("dit", DECODER[1])}
             if parts[DECODER[1]] != DECODER[1]:  # whose steps make a stream's first one, too
@@ -124,7 +127,9 @@ class TrtBackend(Backend):
         # The steady decoder first: it can stand for the other one, or else its library says how both keep their weights.
         for name in sorted(names, key=lambda name: name != "vae_steady"):
             source, steady = self._weights.get(name), loaded.get("vae_steady")
-            loaded[name] = network_from_bundle(self.bundle, name, host, arena, shared, source, steady, self.comm)
+            loaded[name] = network_from_bundle(
+                self.bundle, name, host, arena, shared, source, steady, self.comm, self.kept_windows
+            )
         for network in loaded.values():
             network.prepare()
         # What loading, quantizing and trying took in passing would stay with torch's allocator, to no use.

@@ -6,6 +6,7 @@ A kind is the length of each input of varying length (the slot table's), and whe
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,12 +15,17 @@ from torch import Tensor
 from longtake.cuda_streams import acquire_stream
 from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import NO_SLOT, State
+from longtake.runtime.backends.segments.network import SegmentedNetwork
 from longtake.runtime.backends.trt.networks import Network
 from longtake.training.models.network_spec import Binding, NetworkSpec
 
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 16  # window lengths times states in use; beyond it the oldest is dropped
+
+
+def gone() -> None:
+    """A reference to nothing."""
 
 
 class Passes:
@@ -47,6 +53,12 @@ class Passes:
         self._dynamic = {b.name for b in spec.inputs if isinstance(b.shape[0], str)}
         bindings = {b.name: b for b in (*spec.inputs, *spec.outputs)}
         self._static = {name: allocate(bindings[name]) for name in (*self._inputs, *self._results)}
+        self._last_state: Callable[[], State | None] = (
+            gone  # what the last pass read its window from, and by which table
+        )
+        self._tables: list[Tensor] = []
+        self._contents: tuple[int, list[int]] = 0, []
+        self._version = 0
 
     @property
     def static_bytes(self) -> int:
@@ -56,6 +68,7 @@ class Passes:
     def run(self, inputs: Mapping[str, Tensor], state: State, commit: bool) -> dict[str, Tensor]:
         """One pass, enqueued on torch's current stream. The results are buffers that the next pass overwrites."""
         tensors = self._filled(inputs if commit else {**inputs, self.spec.slot: NO_SLOT})
+        self._tell_window(inputs, state, commit)
         for output, name in self.spec.kept.items():
             tensors[name] = tensors[output] = state.tensors[name]
         # A graph replays on the addresses it was captured with, so all of them tell which one fits: a later state may
@@ -64,6 +77,19 @@ class Passes:
         key = (*lengths, int(commit), *(tensor.data_ptr() for tensor in state.tensors.values()))
         self._replay_or_run(key, tensors, commit)
         return {name: self._static[name] for name in self._results}
+
+    def _tell_window(self, inputs: Mapping[str, Tensor], state: State, commit: bool) -> None:
+        """Give the network another number where the window may be another one than the last pass's: another state or table,
+        the same with other content, or a slot that was written. The tables are held, so that no other takes their place."""
+        tables = [inputs[name] for name in sorted(self._dynamic)]
+        contents = state.loads, [table._version for table in tables]
+        same = self._last_state() is state and self._contents == contents
+        if not (same and all(one is other for one, other in zip(tables, self._tables, strict=True))):
+            self._version += 1
+        if isinstance(self.network, SegmentedNetwork):
+            self.network.window_version.fill_(self._version)
+        self._tables, self._contents = tables, contents
+        self._last_state = gone if commit else weakref.ref(state)  # what a pass writes, no earlier one has read
 
     def _filled(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy a pass's inputs to where the CUDA graphs read them; the slot comes from the host, so nobody waits for it."""

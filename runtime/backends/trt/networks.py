@@ -59,9 +59,11 @@ def network_from_bundle(
     weights: WeightSource | None = None,
     steady: Network | None = None,
     comm: Comm | None = None,
+    kept_windows: int = 0,
 ) -> Network:
     """Load one network: verified plans; a cut network's weights come from `weights`, or its verified ONNX file. A stream's
-    first step needs none if `steady`, its later ones' network, can do it. comm: of a rank, whose part of it is loaded."""
+    first step needs none if `steady`, its later ones' network, can do it. comm: of a rank, whose part of it is loaded.
+    kept_windows: see SegmentedNetwork."""
     if name == "vae_first" and isinstance(steady, SegmentedNetwork) and (first := first_steps(steady.exported)):
         return FirstStep(steady, first)
     part = part_of(name, comm, bundle)
@@ -74,8 +76,9 @@ def network_from_bundle(
     graph, attention = SegmentedGraph.read(cut), bundle.recipe.attention
     exchanges = Exchanges(comm) if comm and part != name else None
     network = SegmentedNetwork(
-        host, graph, arena, attention=attention, shared=shared, bundle=bundle, exchanges=exchanges
-    )
+        host, graph, arena, attention=attention, shared=shared, bundle=bundle, exchanges=exchanges,
+        kept_windows=kept_windows,
+    )  # fmt: skip
     network.load_weights_from(weights or bundle.onnx_file(f"{name}.onnx"))
     return network
 

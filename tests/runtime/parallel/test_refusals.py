@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from longtake.errors import LongtakeError, UnavailableError
 from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import recipe_named
 from longtake.machine.flavour import Flavour
+from longtake.record import record_from_json
 from longtake.runtime.parallel import choose
 from longtake.runtime.parallel import open as opening
+from longtake.runtime.parallel.follower import Opening
 from longtake.runtime.parallel.open import require_devices, require_rank_plans, require_split, sharded_backend
 from longtake.runtime.parallel.processes import Followers
 from longtake.runtime.sources import OpenOptions, Source, backend_from_source
@@ -128,6 +131,12 @@ def test_what_is_taken_for_ranks_without_being_asked_for(tmp_path: Path) -> None
     assert choose._chosen_engines(recipe, engines, "auto", None, 4) is None
     assert choose._chosen_engines(recipe, engines, "auto", "cpu", 2) is None
     assert choose._chosen_engines(recipe, engines, "torch", None, 2) is None
+
+
+def test_what_a_rank_is_started_with_survives_the_way_to_it(tmp_path: Path) -> None:
+    recipe = replace(recipe_named("tiny_w4a16_sm90"), vae_ops="library")
+    first = Opening(recipe, None, 1, 2, "cuda:1", 29500, 120.0, 0, "", str(tmp_path), ("context", "dit"), True)
+    assert record_from_json(Opening, json.loads(json.dumps(first.as_json()))).as_json() == first.as_json()
 
 
 def test_fused_engines_are_no_ranks(tmp_path: Path) -> None:
