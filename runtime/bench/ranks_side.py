@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -34,6 +35,7 @@ def measure_ranks(options: BenchOptions, save: Save) -> dict[str, Any]:
     try:
         figures = measure(backend, options, save)
         if "dit" in options.networks:
+            gc.collect()  # the session that was measured: its cache on every rank
             save(figures | {"communication": attempt(lambda: communication(backend.pass_ms()))})
         return figures
     finally:

@@ -108,6 +108,7 @@ class ShardedBackend(Backend):
         """The others do what `about` tells, while this rank does it inside."""
         with self._taken(), self._told(about), torch.no_grad():
             yield
+            self.own.comm.settle()
 
     @contextmanager
     def _taken(self) -> Iterator[None]:
@@ -129,6 +130,7 @@ class ShardedBackend(Backend):
             # Half-way through an exchange nobody knows who has had what: the ranks are of no use any more.
             self.failure = self._lost(self._reason(error))
             self.followers.end()
+            self.own.release()
             self.own.comm.leave(broken=True)
             if isinstance(error, Exception):
                 raise self.failure from error
@@ -168,6 +170,7 @@ class ShardedBackend(Backend):
             self._closed = True
             if idle and not self.failure:
                 self.followers.end(politely=True)
+                self.own.release()
                 self.own.comm.leave()
         if idle:
             self._turn.release()

@@ -6,6 +6,7 @@ Legend: B batch, L tokens, H heads, D head_dim, P ranks.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -18,6 +19,7 @@ from longtake.errors import UnavailableError
 from longtake.training.models.ulysses import gather_heads, gather_tokens
 
 POLL_S = 0.0005
+LEAVE_S = 10.0
 LOOPBACK = "127.0.0.1"
 
 
@@ -53,13 +55,16 @@ class Comm:
         )
 
     def leave(self, broken: bool = False) -> None:
-        """Leave the others. broken: one is lost, so nothing is waited for."""
+        """Leave the others. broken: one is lost, so nothing is waited for. NCCL may wait for ranks that are gone: not for ever."""
         if not dist.is_initialized():
             return
-        if broken and self.device.type == "cuda":
-            dist.distributed_c10d._abort_process_group()
-        else:
+        if self.device.type != "cuda":
             dist.destroy_process_group()
+            return
+        end = dist.distributed_c10d._abort_process_group if broken else dist.destroy_process_group
+        leaving = threading.Thread(target=end, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_S)
 
     def gather_tokens(self, x_BLHD: Tensor) -> Tensor:
         """[B, L / P, H, D] of this rank's tokens to [B, L, H / P, D] of its heads."""

@@ -81,7 +81,8 @@ class Opening:
             built = Bundle.read(folder).files
             rows = f"{rank_network(self.world, 'vae_steady')}.segments.json" in built
             networks = tuple(n for n in (*SHARED, *(ROW_NETWORKS if rows else ())) if not networks or n in networks)
-        options: dict[str, Any] = {"networks": networks or None, "checkpoints": checkpoints, "comm": comm}
+        chosen = networks if self.rank else networks or None  # a rank without a part loads nothing
+        options: dict[str, Any] = {"networks": chosen, "checkpoints": checkpoints, "comm": comm}
         if self.made_up:
             onnx = Bundle.read(folder).onnx
             options["weights"] = {name: random_weights(onnx / f"{name}.onnx", device) for name in networks}

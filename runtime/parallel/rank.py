@@ -57,6 +57,9 @@ class Rank(Backend):
         """See ShardedBackend.pass_ms."""
         return {}
 
+    def release(self) -> None:
+        """Give up what was captured with the communicator, which would wait for it."""
+
     def parts_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A pass's whole inputs with this rank's frames and tokens of those that ranks share."""
         part = self.comm.part
@@ -218,6 +221,11 @@ class EngineRank(Rank):
     def pass_ms(self) -> dict[str, float]:
         """See ShardedBackend.pass_ms."""
         return pass_ms(self.inner)
+
+    def release(self) -> None:
+        """See Rank.release."""
+        if passes := getattr(self.inner, "passes", None):
+            passes.release()
 
     def peak_bytes(self) -> int:
         """See Backend.peak_bytes."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,3 +96,12 @@ def test_a_window_has_another_number_whenever_it_may_be_another(
     table_now = number(one, table)
     table[1] = 2
     assert [table_now, number(one, table), number(one, table)] == [6, 7, 7]
+
+
+def test_graphs_are_destroyed_also_where_something_holds_them(passes: Passes) -> None:
+    held = [SimpleNamespace(ended=False) for _ in range(2)]
+    for number, graph in enumerate(held):
+        graph.reset = partial(setattr, graph, "ended", True)
+        passes.graphs[number,] = graph  # type: ignore[assignment]
+    passes.release()
+    assert not passes.graphs and all(graph.ended for graph in held)

@@ -108,7 +108,10 @@ class TrtBackend(Backend):
 
     def _new_passes(self, cuda_graphs: bool) -> Passes:
         captured = partial(self.memory.add, "a pass and its CUDA graph", "prompts' K/V and embeddings", "solver")
-        return Passes(self.networks["dit"], self.specs["dit"], self.allocate, self.device, cuda_graphs, captured)
+        settle = self.comm.settle if self.comm else None
+        return Passes(
+            self.networks["dit"], self.specs["dit"], self.allocate, self.device, cuda_graphs, captured, settle
+        )
 
     def _verified(self, names: Sequence[str], device: torch.device) -> dict[str, ReadPlan]:
         parts = [part_of(name, self.comm, self.bundle) for name in names]

@@ -32,7 +32,8 @@ class Passes:
     """Runs one network on states made for it.
 
     cuda_graphs: whether passes are captured. graphs: by kind and the addresses of the state they were captured with. captured:
-    called after each capture. The caller holds the lock of the network's scratch memory.
+    called after each capture. settle: waits for the pass before a capture; where others take part in it, not without end. The
+    caller holds the lock of the network's scratch memory.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Passes:
         device: torch.device,
         cuda_graphs: bool,
         captured: Callable[[], None],
+        settle: Callable[[], None] | None = None,
     ) -> None:
         self.network, self.spec, self.device = network, spec, device
         self.cuda_graphs, self._captured = cuda_graphs, captured
+        self._settle = settle or (lambda: torch.cuda.current_stream(device).synchronize())
         self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self._capture_stream = acquire_stream(device, self)
         self._inputs = [b.name for b in spec.inputs if b.name not in spec.kept.values()]
@@ -91,6 +94,12 @@ class Passes:
         self._tables, self._contents = tables, contents
         self._last_state = gone if commit else weakref.ref(state)  # what a pass writes, no earlier one has read
 
+    def release(self) -> None:
+        """Destroy the graphs, also those that a traceback still holds: a communicator does not end before what captured it."""
+        for graph in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
+
     def _filled(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy a pass's inputs to where the CUDA graphs read them; the slot comes from the host, so nobody waits for it."""
         tensors = {name: self._static[name] for name in self._results}
@@ -112,7 +121,7 @@ class Passes:
             self._captured()
 
     def _capture(self, key: tuple[int, ...], tensors: Mapping[str, Tensor], write: bool) -> None:
-        torch.cuda.current_stream(self.device).synchronize()
+        self._settle()
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the decode thread may allocate memory meanwhile. torch's own stream is one GPU's, the first's.

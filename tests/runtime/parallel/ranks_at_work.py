@@ -152,6 +152,7 @@ class Compared:
     def many_addresses(self, session: Session, found: dict[str, Any]) -> None:
         """What the first rank holds of a state is its heads."""
         own = session._state.positive.tensors["values_0"].shape
+        found["by rows"] = self.many.own.by_rows
         found["own heads"], found["all heads"] = own[3], session._state.positive.shapes()["values_0"][3]
 
     def lost(self, sign: int) -> dict[str, Any]:

@@ -13,16 +13,23 @@ from longtake.chain import HowToExport, add_ranks, build, export
 from longtake.engines.build import require_buildable
 from longtake.formats.recipe import recipe_named
 from longtake.machine.flavour import flavour_for, gpu_compute_capability
+from longtake.paths import REPOSITORY
 
 _spec = importlib.util.spec_from_file_location("ranks_at_work", Path(__file__).parent / "ranks_at_work.py")
 assert _spec and _spec.loader
 ranks_at_work: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(ranks_at_work)
+LIBRARY = REPOSITORY / "docs" / "recipes_library"
 RUNS = {
     "2 ranks": ((2, "cpu"), [pytest.mark.slow]),
     "4 ranks": ((4, "cpu"), [pytest.mark.slow]),
     "2 GPUs": ((2, "cuda"), [pytest.mark.gpu, pytest.mark.slow]),
-    "2 GPUs on engines": ((2, "engines"), [pytest.mark.gpu, pytest.mark.slow]),
+    "2 GPUs on engines": ((2, "tiny_w4a16_sm90"), [pytest.mark.gpu, pytest.mark.slow]),
+    "2 GPUs on engines, by rows": ((2, f"{LIBRARY}/tiny_fp8_library_sm90.yaml"), [pytest.mark.gpu, pytest.mark.slow]),
+    "2 GPUs on engines, codes by rows": (
+        (2, f"{LIBRARY}/tiny_fp8_conv8_sm90.yaml"),
+        [pytest.mark.gpu, pytest.mark.slow],
+    ),
 }
 PARAMS = [pytest.param(run, marks=marks, id=name) for name, (run, marks) in RUNS.items()]
 
@@ -34,16 +41,18 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if device != "cpu" and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs: {torch.cuda.device_count()} are here")
     place = tmp_path_factory.mktemp("ranks")
-    if device == "engines":
-        result = ranks_at_work.started(ranks, place, "cuda", engines_of_ranks(ranks, place))
-    else:
+    if device in ("cpu", "cuda"):
         result = ranks_at_work.started(ranks, place, device)
+    else:
+        result = ranks_at_work.started(ranks, place, "cuda", engines_of_ranks(device, ranks, place))
+        assert result["by rows"] == device.startswith(str(LIBRARY))
+        device = "engines"
     return {**result, "ranks": ranks, "device": device}
 
 
-def engines_of_ranks(ranks: int, place: Path) -> Path:
-    """The shipped model's engines, those of a rank among them."""
-    recipe, machine = recipe_named("tiny_w4a16_sm90"), gpu_compute_capability()
+def engines_of_ranks(name: str, ranks: int, place: Path) -> Path:
+    """The shipped model's engines by a recipe, those of a rank among them."""
+    recipe, machine = recipe_named(name), gpu_compute_capability()
     flavour = flavour_for(machine)
     require_buildable(recipe, flavour, machine)
     export(recipe, None, place / "onnx", HowToExport(parity=False))
