@@ -15,12 +15,13 @@ from torch import Tensor
 DOMAIN = "longtake.ranks"  # of the ONNX nodes
 GATHER_TOKENS, GATHER_HEADS, TAKE_ROWS, HALO = "gather_tokens", "gather_heads", "take_rows", "halo"
 TENSORS = {GATHER_TOKENS: ("q", "k", "v"), GATHER_HEADS: ("out",), TAKE_ROWS: ("x",), HALO: ("x",)}
-# In alphabetical order: torch's exporter matches them by the ONNX schema, which sorts its attributes.
-NUMBERS = {GATHER_TOKENS: ("ranks",), GATHER_HEADS: ("ranks",), TAKE_ROWS: ("ghost", "ranks"), HALO: ("ghost", "ranks")}
+# One each: torch's exporter matches several by the order of the ONNX schema's attributes, which have none.
+NUMBERS = {GATHER_TOKENS: ("ranks",), GATHER_HEADS: ("ranks",), TAKE_ROWS: ("ranks",), HALO: ("ghost",)}
+FIRST_GHOST = 1  # ghost rows on either side where whole frames are cut
 _TORCH = "longtake_ranks"
 
 
-def exchanged_shape(name: str, shape: Sequence[int], ranks: int, ghost: int = 0) -> tuple[int, ...]:
+def exchanged_shape(name: str, shape: Sequence[int], ranks: int = 1, ghost: int = FIRST_GHOST) -> tuple[int, ...]:
     """[L, H, D] of a rank's tokens to [P L, H / P, D] of its heads (`GATHER_TOKENS`), or back (`GATHER_HEADS`); [T, Y, X, C] of
     whole frames to [T, Y / P + 2 G, X, C] (`TAKE_ROWS`), which `HALO` leaves as it is."""
     if name == HALO:
@@ -62,11 +63,11 @@ def gather_heads(out: Tensor, ranks: int) -> Tensor:
     return torch.ops.longtake_ranks.gather_heads(out, ranks)  # type: ignore[no-any-return]
 
 
-def take_rows(x: Tensor, ranks: int, ghost: int) -> Tensor:
-    """A rank's rows of whole frames [T, Y, X, C], with ghost rows: [T, Y / P + 2 G, X, C]."""
-    return torch.ops.longtake_ranks.take_rows(x, ghost, ranks)  # type: ignore[no-any-return]
+def take_rows(x: Tensor, ranks: int) -> Tensor:
+    """A rank's rows of whole frames [T, Y, X, C], with `FIRST_GHOST` ghost rows: [T, Y / P + 2 G, X, C]."""
+    return torch.ops.longtake_ranks.take_rows(x, ranks)  # type: ignore[no-any-return]
 
 
-def halo(x: Tensor, ranks: int, ghost: int) -> Tensor:
+def halo(x: Tensor, ghost: int) -> Tensor:
     """x [T, Y / P + 2 G, X, C] with its ghost rows as the neighbours have them; where it is run, in place."""
-    return torch.ops.longtake_ranks.halo(x, ghost, ranks)  # type: ignore[no-any-return]
+    return torch.ops.longtake_ranks.halo(x, ghost)  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longtake.dtypes import DTYPES
 from longtake.formats.segmented_graph import SegmentedGraph, Step
-from longtake.plugins.exchange import GATHER_TOKENS, HALO, TAKE_ROWS
+from longtake.plugins.exchange import FIRST_GHOST, GATHER_TOKENS, HALO, TAKE_ROWS
 from longtake.runtime.backends.segments.arena import aligned, storage_bytes
 from longtake.runtime.parallel.comm import Comm
 
@@ -42,7 +42,7 @@ class Exchanges:
         name, ghost = _told(step)
         inputs, outputs = [values[n] for n in step.inputs], [values[n] for n in step.outputs]
         if name == TAKE_ROWS:
-            self.comm.take_rows(inputs[0], ghost, outputs[0])
+            self.comm.take_rows(inputs[0], FIRST_GHOST, outputs[0])
         elif name == HALO:
             frames, _, *rest = inputs[0].shape
             self.comm.trade_rows(inputs[0], ghost, _staged(scratch, inputs[0].dtype, [(frames, ghost, *rest)] * SIDES))
@@ -56,7 +56,7 @@ class Exchanges:
 
 
 def _told(step: Step) -> tuple[str, int]:
-    """The exchange, and its ghost rows."""
+    """The exchange, and a halo's ghost rows."""
     name, _, ghost = step.name.rpartition("_")
     return (name, int(ghost)) if ghost.isdecimal() else (step.name, 0)
 

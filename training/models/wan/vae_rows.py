@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longtake.plugins.exchange import halo, take_rows
+from longtake.plugins.exchange import FIRST_GHOST, halo, take_rows
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.models.wan.vae_layers import Level
 from longtake.training.models.wan.vae_library import LibrarySteady, Walk
@@ -40,7 +40,7 @@ class _RowsWalk(Walk):
 
     def rows(self, x: Tensor) -> Tensor:
         """See Walk.rows."""
-        return halo(x, self.ranks, self.ghost) if self.ghost else x
+        return halo(x, self.ghost) if self.ghost else x
 
     def level(self, x: Tensor, level: nn.Module) -> Tensor:
         """See Walk.level."""
@@ -51,5 +51,5 @@ class _RowsWalk(Walk):
         if self.ghost:
             self.ghost *= 2
             return out
-        self.ghost = 1
-        return take_rows(out, self.ranks, self.ghost)
+        self.ghost = FIRST_GHOST
+        return take_rows(out, self.ranks)
