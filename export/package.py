@@ -46,6 +46,7 @@ SOURCES = ("export", "plugins", "training/models", "formats")  # what an export 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "nvidia-modelopt")
 VIEW_BYTES = 1_900_000_000  # a view is one protobuf message, which must stay below 2 GiB
 Progress = Callable[[str], None]
+GraphKey = tuple[str, str, str, str]  # network, format of its cache, ops of the VAE, who computes linears
 
 
 class PlainGraphs:
@@ -54,7 +55,7 @@ class PlainGraphs:
     def __init__(self, preset: Preset, vocabulary: tuple[str, ...] | None = None) -> None:
         self.preset = preset
         self.models = meta_models(preset, vocabulary)
-        self._graphs: dict[tuple[str, str, str, str], onnx.ModelProto] = {}
+        self._graphs: dict[GraphKey, onnx.ModelProto] = {}
 
     def graph(self, name: str, recipe: Recipe) -> onnx.ModelProto:
         """A copy of the graph of network `name` as `recipe` needs it; its weights are references."""
@@ -63,12 +64,15 @@ class PlainGraphs:
         linears = recipe.linears if kind in LIBRARY_NETWORKS else LINEARS[0]
         key = name, recipe.cache if kind == "dit" else "", ops, linears
         if key not in self._graphs:
-            family, plain = family_of(self.preset), replace(recipe, vae_conv="bf16")  # which is lowered from the other
-            module = family.module(self.models, plain, name, exported=True)
-            self._graphs[key] = onnx_from_model(module, family.spec(self.preset, plain, name))
+            self._graphs[key] = self._traced(key, replace(recipe, vae_conv="bf16"))  # which is lowered from the other
         model = onnx.ModelProto()
         model.CopyFrom(self._graphs[key])
         return model
+
+    def _traced(self, key: GraphKey, recipe: Recipe) -> onnx.ModelProto:
+        family = family_of(self.preset)
+        module = family.module(self.models, recipe, key[0], exported=True)
+        return onnx_from_model(module, family.spec(self.preset, recipe, key[0]))
 
 
 def export_package(

@@ -22,8 +22,6 @@ from longtake.paths import REPOSITORY
 from longtake.record import Kind
 from longtake.settings import settings_from_environment
 from longtake.training.models.checkpoint import side_file, weights_digests
-from longtake.training.models.preset_files import preset_named
-from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 
 KIND = Kind("a model's card", "`longtake export`", "run `longtake export` again")
@@ -204,11 +202,6 @@ def _fitting(recipe: Recipe | None, model: Model) -> Recipe | None:
             fix=", ".join(recipe_names(model.preset)) or "write one: docs/add-a-recipe.md",
         )
     return recipe
-
-
-def preset_of(model: Model, recipe: Recipe | None = None) -> Preset:
-    """The preset of a model."""
-    return recipe.model if recipe is not None else preset_named(model.preset)
 
 
 def known_names() -> list[str]:

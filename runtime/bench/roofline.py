@@ -54,10 +54,9 @@ def linear_elements(preset: Preset) -> int:
     return dit.layers * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
 
 
-def dit_pass(preset: Preset, precision: str = "bf16", cache: str = "bf16", window: int | None = None) -> Work:
-    """One DiT pass over a chunk with `window` chunks in view, itself included (default: a full window)."""
-    dit, tokens, frames = preset.dit, preset.chunk_tokens, preset.chunk_latents
-    blocks = preset.window_chunks if window is None else window
+def dit_pass(preset: Preset, precision: str = "bf16", cache: str = "bf16") -> Work:
+    """One DiT pass over a chunk with a full window in view, itself included."""
+    dit, tokens, frames, blocks = preset.dit, preset.chunk_tokens, preset.chunk_latents, preset.window_chunks
     patch = dit.channels * math.prod(dit.patch)
     edges = 2 * tokens * dit.dim * 2 * patch
     time = 2 * frames * dit.dim * (dit.freq_dim + 7 * dit.dim)

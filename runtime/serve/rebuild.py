@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -89,10 +89,8 @@ def lengthened(position: Position, total: int) -> Position:
     return replace(position, script=(*position.script, Segment(prompt, missing)))
 
 
-def rebuild(
-    generator: Generator, journal: Journal, replayed: Callable[[int, int], None] = lambda done, of: None
-) -> Session:
-    """The session as its journal has it. replayed: is told how many chunks were fed, and of how many.
+def rebuild(generator: Generator, journal: Journal) -> Session:
+    """The session as its journal has it.
 
     Raises:
         OtherEnginesError: it was made with other engines.
@@ -105,10 +103,8 @@ def rebuild(
     session = begun(generator, journal)
     try:
         _restore(session, journal, count)
-        start = session.next_index
-        for index in range(start, count):
+        for index in range(session.next_index, count):
             session.replay(journal.latents(index), position_in(session, journal.chunk(index)))
-            replayed(index + 1 - start, count - start)
         if count and session.next_index == count:
             session.adopt(asked_since(journal, position_in(session, journal.chunk(count - 1))))
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from held_weights import weights_from_models
+from shared_graphs import SharedGraphs
 
 from longtake.export.package import PlainGraphs, export_package
 from longtake.formats.recipe import Recipe, recipe_named
@@ -25,8 +26,8 @@ def small_models() -> Models:
 
 
 @pytest.fixture(scope="session")
-def small_graphs(small_models: Models) -> PlainGraphs:
-    return PlainGraphs(small_models.preset)
+def small_graphs(small_models: Models, tmp_path_factory: pytest.TempPathFactory) -> PlainGraphs:
+    return SharedGraphs(small_models.preset, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

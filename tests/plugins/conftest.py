@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import zlib
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_folder import run_folder
 from torch import Tensor
 
 from longtake.plugins import driver
@@ -28,12 +30,15 @@ FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPI
 @cache
 def host_library(source: Path, functions: tuple[str, ...], options: tuple[str, ...], folder: Path) -> Any:
     """The kernels of `source` as a shared library with a `run_<function>` each."""
-    name = f"{source.parent.name}_{source.stem}_{zlib.crc32(repr(options).encode()):08x}"
-    exports = "".join(f"EXPORT({function})\n" for function in functions)
-    (folder / f"{name}.cpp").write_text(f'#include "host_cuda.h"\n#include "{source}"\n{exports}')
-    command = ["g++", *FLAGS, "-shared", f"-I{HERE}", f"-I{INCLUDE}", *options, f"{name}.cpp", "-o", f"{name}.so"]
-    subprocess.run(command, cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / f"{name}.so"))
+    name = f"{source.parent.name}_{source.stem}_{zlib.crc32(repr((functions, options)).encode()):08x}"
+    library, own = folder / f"{name}.so", f"{name}_{os.getpid()}"
+    if not library.exists():
+        exports = "".join(f"EXPORT({function})\n" for function in functions)
+        (folder / f"{own}.cpp").write_text(f'#include "host_cuda.h"\n#include "{source}"\n{exports}')
+        command = ["g++", *FLAGS, "-shared", f"-I{HERE}", f"-I{INCLUDE}", *options, f"{own}.cpp", "-o", f"{own}.so"]
+        subprocess.run(command, cwd=folder, check=True)
+        (folder / f"{own}.so").rename(library)
+    return ctypes.CDLL(str(library))
 
 
 class HostDevice:
@@ -92,9 +97,10 @@ class HostDevice:
 def host_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to compile the kernels as host C++")
-    folder = tmp_path_factory.mktemp("host_kernels")
-    header = ["-x", "c++-header", str(HERE / "host_cuda.h"), "-o", "host_cuda.h.gch"]  # compiled once, found first
+    folder, own = run_folder(tmp_path_factory, "host_kernels"), f"{os.getpid()}.gch"
+    header = ["-x", "c++-header", str(HERE / "host_cuda.h"), "-o", own]  # compiled once, found before the header itself
     subprocess.run(["g++", *FLAGS, *header], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+    (folder / own).rename(folder / "host_cuda.h.gch")
     return folder
 
 

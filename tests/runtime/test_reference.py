@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from held_weights import weights_from_models
+from shared_graphs import SharedGraphs
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
-from longtake.export.package import PlainGraphs, export_package
+from longtake.export.package import export_package
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.backends.reference import ReferenceBackend
@@ -48,9 +49,8 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="module")
 def exported(models: Models, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / recipe.onnx_name
-    export_package(
-        PlainGraphs(models.preset), recipe, folder, "inputs", lambda words: None, weights_from_models(models)
-    )
+    graphs = SharedGraphs(models.preset, tmp_path_factory)
+    export_package(graphs, recipe, folder, "inputs", lambda words: None, weights_from_models(models))
     return folder
 
 

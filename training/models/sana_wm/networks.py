@@ -5,8 +5,6 @@ Legend: C latent channels, F latent frames of a chunk, P tokens of a frame, H he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -126,9 +124,3 @@ def network_module(models: ModelSet, recipe: Precision, name: str, exported: boo
     if name in NETWORKS:
         return VAEStep(models.vae, encoder="encoder" in name).eval()
     raise LongtakeError("unknown network", got=name, expected=", ".join(NETWORKS))
-
-
-def names_of_state(preset: WorldPreset) -> Iterator[str]:
-    """Names of the transformer's state, in the order of its inputs."""
-    for layer in range(preset.dit.layers):
-        yield from (binding.name for binding in state_bindings(preset, layer))

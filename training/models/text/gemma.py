@@ -95,11 +95,6 @@ class GemmaText(nn.Module):
         self.config, self.checkpoints = config, checkpoints
 
     @property
-    def token_count(self) -> int:
-        """How many token ids there are."""
-        return self.config.vocabulary
-
-    @property
     def tokenizer(self) -> GemmaTokenizer:
         """Texts to token ids."""
         return GemmaTokenizer.open(self.checkpoints)
