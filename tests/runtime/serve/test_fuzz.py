@@ -272,13 +272,6 @@ def test_a_viewer_who_says_nothing_is_parked(start: Any) -> None:
     again.chunk(1)
 
 
-def test_a_viewer_who_waits_for_slow_chunks_is_not_idle(start: Any) -> None:
-    server = start(pause_s=0.3, limits=Limits(idle_s=0.5))
-    live = server.live(prompt=PROMPT, chunks=3, flow={"mode": "ack", "window": 1})
-    live.until("session.done", ack=True)
-    assert live.at[2] - live.at[1] > 2 * 0.5
-
-
 def token_server(start: Any, tmp_path: Path, **more: Any) -> Served:
     file = tmp_path / "tokens"
     file.write_text("anna:0123456789abcdef\nbela:fedcba9876543210\n")
