@@ -155,6 +155,7 @@ class Journal:
             try:
                 out.write(line.encode())
                 os.fsync(out.fileno())
+                self.touch()
             except OSError:
                 with contextlib.suppress(OSError):
                     out.truncate(before)
@@ -305,6 +306,10 @@ class Journal:
         """Say that it is over: "done", "stopped" or "failed"."""
         about = {"state": state, "reason": reason, "code": code, "at": time.time(), "chunks": self.count()}
         write_json(self.folder / END, about)
+
+    def touch(self) -> None:
+        """Somebody uses it: it expires later. A file that grows does not say so of its folder."""
+        os.utime(self.folder)
 
     def reopen(self) -> None:
         """It goes on after all."""

@@ -76,8 +76,9 @@ def _resumed(front: Front, user: str, message: Resume) -> Opening:
     if journal.meta.kind != "live":
         raise ServeError("not_found", "this is a job, not a live session", status=404)
     flow = _flow(front, message.flow, journal.meta.endless)
-    if (journal.end() or {}).get("state") == FAILED:  # it is tried again: by other engines, or after what broke it
-        with writing():
+    with writing():
+        journal.touch()
+        if (journal.end() or {}).get("state") == FAILED:  # it is tried again: by other engines, or after what broke it
             journal.reopen()
     return Opening(journal, flow, message.next_chunk)
 

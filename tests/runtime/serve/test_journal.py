@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -9,17 +10,21 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.runtime.serve.contract import Resume
 from longtake.runtime.serve.describe import description
 from longtake.runtime.serve.fork import Wish, fork
 from longtake.runtime.serve.fragments import codec_for
 from longtake.runtime.serve.journal import Journal, LeaseLostError, Meta
 from longtake.runtime.serve.keeping import keep_chunk
+from longtake.runtime.serve.limits import Limits
+from longtake.runtime.serve.openings import opened
 from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, steers_of
 from longtake.runtime.serve.store import Store, new_id
 from longtake.runtime.story import Segment
@@ -297,3 +302,20 @@ def test_what_nobody_touches_expires(store: Store, generator: Any) -> None:
     assert not job.folder.exists()
     assert [one.id for one in store.all()] == sorted([new.id, broken.id])
     assert replace(new.meta, user="x").user == "x" and store.bytes_of("local") > 0
+
+
+def test_a_change_and_a_resume_say_that_a_session_is_used(store: Store, generator: Any) -> None:
+    journal = begin(store, generator)
+    change = {"type": "change", "event_id": "a", "at_chunk": 0, "prompt": "night", "cut": False}
+    journal.append_event(change)
+    os.utime(journal.folder, (1.0, 1.0))
+    journal.append_event(change)
+    assert store.expire(60.0, 60.0) == []
+    os.utime(journal.folder, (1.0, 1.0))
+
+    async def ready() -> str:
+        return ""
+
+    front: Any = SimpleNamespace(ready=ready, own=lambda user, session: journal, limits=Limits())
+    asyncio.run(opened(front, "local", Resume(session_id=journal.id)))
+    assert store.expire(60.0, 60.0) == []
