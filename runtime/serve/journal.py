@@ -115,9 +115,12 @@ class Journal:
     # ---- the lease -----------------------------------------------------------------------------------------------
 
     def leased(self) -> int:
-        """The epoch of the newest lease; 0 if there was none."""
+        """The epoch of the newest lease; 0 if there was none. Raises IntegrityError if its file is damaged."""
         path = self.folder / LEASE
-        return int(read_json(path)["epoch"]) if path.exists() else 0
+        try:
+            return int(read_json(path)["epoch"]) if path.exists() else 0
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{path} is no lease", got=repr(error)[:80]) from None
 
     def take(self, epoch: int, worker: str) -> None:
         """Become the session's only writer. Raises LeaseLostError if a later lease is known."""
@@ -298,9 +301,16 @@ class Journal:
                 path.unlink(missing_ok=True)
 
     def end(self) -> dict[str, Any] | None:
-        """How it ended: {"state", "reason", "code", "at", "chunks"}; None as long as it can go on."""
+        """How it ended: {"state", "reason", "code", "at"}; None as long as it can go on. Failed, if its file is damaged."""
         path = self.folder / END
-        return dict(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            given = read_json(path)
+            return {**{key: str(given[key]) for key in ("state", "reason", "code")}, "at": float(given["at"])}
+        except (IntegrityError, KeyError, TypeError, ValueError):
+            about = {"state": "failed", "reason": "how it ended cannot be read", "code": "end_damaged"}
+            return {**about, "at": path.stat().st_mtime}
 
     def finish(self, state: str, reason: str = "", code: str = "") -> None:
         """Say that it is over: "done", "stopped" or "failed"."""

@@ -152,7 +152,11 @@ class DeskActor(Desk):
         current = await super().register(*facts)
         if not self._begun:
             self._begun = True
-            await self.jobs.begin()
+            try:
+                await self.jobs.begin()
+            except BaseException:
+                self._begun = False  # the next heartbeat tries again
+                raise
         return current
 
     async def add_job(self, session: str) -> None:
