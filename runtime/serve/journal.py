@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,17 @@ class Journal:
     # ---- live changes --------------------------------------------------------------------------------------------
 
     def events(self) -> list[dict[str, Any]]:
-        """What was asked for live, in order; a line that was never finished was never acknowledged, and does not count."""
+        """What was asked for live, in order; a line that was never finished was never acknowledged, and does not count.
+
+        Raises:
+            IntegrityError: a finished line is damaged.
+        """
         path = self.folder / EVENTS
-        if not path.exists():
-            return []
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        return [json.loads(line) for line in whole.splitlines() if line]
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+        try:
+            return [{**json.loads(line)} for line in whole.splitlines() if line]
+        except (TypeError, ValueError) as error:
+            raise IntegrityError(f"{path} is damaged", got=str(error)[:80], fix="start a new session") from None
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Keep an event; it is on disk when this returns."""
@@ -261,15 +267,16 @@ class Journal:
             raise IntegrityError(f"{path} was altered", got="another digest", expected="the one kept with it", fix=fix)
         return data
 
-    def intact(self) -> int:
-        """Chunks from the first one on whose files are what was written."""
+    def intact(self, readable: Callable[[dict[str, Any]], object] = lambda about: None) -> int:
+        """Chunks from the first one on whose files are what was written. readable: raises where what is told of one is not."""
         for index in range(self.count()):
             try:
                 about = self.chunk(index)
                 self._verified(about, "latents")
                 if about.get("media"):
                     self._verified(about, "media")
-            except (LongtakeError, KeyError):
+                readable(about)
+            except (LongtakeError, KeyError, TypeError, ValueError):
                 return index
         return self.count()
 

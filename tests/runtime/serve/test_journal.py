@@ -133,6 +133,31 @@ def test_a_damaged_chunk_is_made_again(store: Store, generator: Any, what: str) 
     assert film(again) == wanted
 
 
+@pytest.mark.parametrize("position", [None, [], {}, {"chunk": "x"}, "gone"])
+def test_a_chunk_whose_position_is_damaged_is_made_again(store: Store, generator: Any, position: Any) -> None:
+    journal = whole(store, generator)
+    wanted, path = film(journal), journal.folder / "000002.json"
+    about = {**journal.chunk(2), "position": position}
+    if position == "gone":
+        del about["position"]
+    path.write_text(json.dumps(about))
+    again = store.journal(journal.id)
+    again.take(2, "v")
+    session = rebuild(generator, again)
+    assert session.next_index == again.count() == 2
+    make(generator, again, 3, session)
+    assert film(again) == wanted
+
+
+@pytest.mark.parametrize("line", ["{", "7", "null", '"x"', "\\xff"])
+def test_a_damaged_change_is_said(store: Store, generator: Any, line: str) -> None:
+    journal = begin(store, generator)
+    change = {"type": "change", "event_id": "a", "at_chunk": 0, "prompt": "night", "cut": False}
+    (journal.folder / "events.jsonl").write_text(f"{line}\n{json.dumps(change)}\n")
+    with pytest.raises(IntegrityError, match="events.jsonl is damaged"):
+        journal.events()
+
+
 def test_only_the_newest_lease_writes(store: Store, generator: Any) -> None:
     journal = begin(store, generator)
     session = make(generator, journal, 1)
