@@ -38,11 +38,11 @@ class Jobs:
                     await self.add(journal, again=True)
             except (LongtakeError, OSError) as error:  # one that is damaged does not keep the others
                 log.warning("job %s is left out: %s", journal.id, error)
-        self._cleaning = asyncio.create_task(self._clean())
+        self._cleaning = self._cleaning or asyncio.create_task(self._clean())
 
     async def _clean(self) -> None:
-        store, limits = self.front.store, self.front.limits
         while True:
+            store, limits = self.front.store, self.front.limits  # a redeploy changes them
             try:
                 known = await self.front.desk.known()
                 for session in await asyncio.to_thread(store.expire, limits.parked_s, limits.kept_s, spared=known):
