@@ -42,7 +42,7 @@ async def opened(front: Front, user: str, message: Body) -> Opening:
     """
     if reason := await front.ready():
         code = "stopping" if front.leaving else "no_capacity"
-        raise ServeError(code, reason, status=503, retry_s=5)
+        raise ServeError(code, reason, status=503, retry_s=5, detail={"fix": "try again in some seconds"})
     if isinstance(message, Resume):
         return _resumed(front, user, message)
     asker = Asker(user, await front.about(), front.limits, front.codec)

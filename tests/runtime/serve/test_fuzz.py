@@ -258,7 +258,8 @@ def test_what_a_running_session_refuses(start: Any) -> None:
 def test_nobody_waits_for_a_first_message(start: Any) -> None:
     server = start(limits=Limits(first_message_s=0.3))
     live = Live(server.host)
-    assert live.next()["code"] == "idle" and live.closed() == 4408
+    told = live.next()
+    assert told["code"] == "idle" and told["longtake"]["fix"] and live.closed() == 4408
 
 
 def test_a_viewer_who_says_nothing_is_parked(start: Any) -> None:
