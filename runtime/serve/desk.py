@@ -64,8 +64,8 @@ class Desk:
         return not self.registry.stale(worker)
 
     async def begin_generation(self) -> int:
-        """A new deployment begins: workers of older ones get nothing new, and end. Its number."""
-        self.registry.generation += 1
+        """A new deployment begins: workers of older ones get nothing new, and end. Its number, above those of earlier desks."""
+        self.registry.generation = max(self.registry.generation + 1, time.time_ns())
         return self.registry.generation
 
     async def generation(self) -> int:

@@ -8,6 +8,7 @@ import logging
 import time
 from typing import Any
 
+from longtake.errors import LongtakeError
 from longtake.runtime.serve.desk import asked, drive
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.grants import ChangeRefusedError, Grant, WorkerLostError
@@ -30,17 +31,24 @@ class Jobs:
 
     async def begin(self) -> None:
         """Take up what an earlier process left."""
-        left = [one for one in self.front.store.all() if one.meta.kind == "video" and one.end() is None]
-        for journal in sorted(left, key=lambda one: one.meta.created):
-            await self.add(journal, again=True)
-        self._cleaning = asyncio.create_task(self._clean())
+        jobs = [one for one in self.front.store.all() if one.meta.kind == "video"]
+        for journal in sorted(jobs, key=lambda one: one.meta.created):
+            try:
+                if journal.end() is None:
+                    await self.add(journal, again=True)
+            except (LongtakeError, OSError) as error:  # one that is damaged does not keep the others
+                log.warning("job %s is left out: %s", journal.id, error)
+        self._cleaning = self._cleaning or asyncio.create_task(self._clean())
 
     async def _clean(self) -> None:
-        store, limits = self.front.store, self.front.limits
         while True:
-            known = await self.front.desk.known()
-            for session in await asyncio.to_thread(store.expire, limits.parked_s, limits.kept_s, spared=known):
-                log.info("expired", extra={"session": session})
+            store, limits = self.front.store, self.front.limits  # a redeploy changes them
+            try:
+                known = await self.front.desk.known()
+                for session in await asyncio.to_thread(store.expire, limits.parked_s, limits.kept_s, spared=known):
+                    log.info("expired", extra={"session": session})
+            except Exception:  # it is tried again
+                log.exception("the store could not be cleaned")
             await asyncio.sleep(EXPIRE_EVERY)
 
     async def add(self, journal: Journal, again: bool = False) -> None:

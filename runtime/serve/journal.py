@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,12 @@ class Journal:
     # ---- the lease -----------------------------------------------------------------------------------------------
 
     def leased(self) -> int:
-        """The epoch of the newest lease; 0 if there was none."""
+        """The epoch of the newest lease; 0 if there was none. Raises IntegrityError if its file is damaged."""
         path = self.folder / LEASE
-        return int(read_json(path)["epoch"]) if path.exists() else 0
+        try:
+            return int(read_json(path)["epoch"]) if path.exists() else 0
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"{path} is no lease", got=repr(error)[:80]) from None
 
     def take(self, epoch: int, worker: str) -> None:
         """Become the session's only writer. Raises LeaseLostError if a later lease is known."""
@@ -139,12 +143,17 @@ class Journal:
     # ---- live changes --------------------------------------------------------------------------------------------
 
     def events(self) -> list[dict[str, Any]]:
-        """What was asked for live, in order; a line that was never finished was never acknowledged, and does not count."""
+        """What was asked for live, in order; a line that was never finished was never acknowledged, and does not count.
+
+        Raises:
+            IntegrityError: a finished line is damaged.
+        """
         path = self.folder / EVENTS
-        if not path.exists():
-            return []
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        return [json.loads(line) for line in whole.splitlines() if line]
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+        try:
+            return [{**json.loads(line)} for line in whole.splitlines() if line]
+        except (TypeError, ValueError) as error:
+            raise IntegrityError(f"{path} is damaged", got=str(error)[:80], fix="start a new session") from None
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Keep an event; it is on disk when this returns."""
@@ -155,6 +164,7 @@ class Journal:
             try:
                 out.write(line.encode())
                 os.fsync(out.fileno())
+                self.touch()
             except OSError:
                 with contextlib.suppress(OSError):
                     out.truncate(before)
@@ -257,15 +267,16 @@ class Journal:
             raise IntegrityError(f"{path} was altered", got="another digest", expected="the one kept with it", fix=fix)
         return data
 
-    def intact(self) -> int:
-        """Chunks from the first one on whose files are what was written."""
+    def intact(self, readable: Callable[[dict[str, Any]], object] = lambda about: None) -> int:
+        """Chunks from the first one on whose files are what was written. readable: raises where what is told of one is not."""
         for index in range(self.count()):
             try:
                 about = self.chunk(index)
                 self._verified(about, "latents")
                 if about.get("media"):
                     self._verified(about, "media")
-            except (LongtakeError, KeyError):
+                readable(about)
+            except (LongtakeError, KeyError, TypeError, ValueError):
                 return index
         return self.count()
 
@@ -297,14 +308,25 @@ class Journal:
                 path.unlink(missing_ok=True)
 
     def end(self) -> dict[str, Any] | None:
-        """How it ended: {"state", "reason", "code", "at", "chunks"}; None as long as it can go on."""
+        """How it ended: {"state", "reason", "code", "at"}; None as long as it can go on. Failed, if its file is damaged."""
         path = self.folder / END
-        return dict(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            given = read_json(path)
+            return {**{key: str(given[key]) for key in ("state", "reason", "code")}, "at": float(given["at"])}
+        except (IntegrityError, KeyError, TypeError, ValueError):
+            about = {"state": "failed", "reason": "how it ended cannot be read", "code": "end_damaged"}
+            return {**about, "at": path.stat().st_mtime}
 
     def finish(self, state: str, reason: str = "", code: str = "") -> None:
         """Say that it is over: "done", "stopped" or "failed"."""
         about = {"state": state, "reason": reason, "code": code, "at": time.time(), "chunks": self.count()}
         write_json(self.folder / END, about)
+
+    def touch(self) -> None:
+        """Somebody uses it: it expires later. A file that grows does not say so of its folder."""
+        os.utime(self.folder)
 
     def reopen(self) -> None:
         """It goes on after all."""

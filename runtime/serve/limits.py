@@ -45,7 +45,7 @@ class Limits:
     user_sessions: Annotated[int, Bounds(1)] = option(1)
     """live sessions of one user at a time"""
     user_sockets: Annotated[int, Bounds(1)] = option(8)
-    """sockets that one user may have open beside those of his live sessions; one more is refused before its handshake"""
+    """sockets that one user may have open at one front beside those of his live sessions; one more gets no handshake"""
     user_jobs: Annotated[int, Bounds(1)] = option(4)
     """jobs of one user that wait or run"""
     user_bytes: Annotated[int, Bounds(1)] = option(20 * GB)

@@ -76,6 +76,12 @@ class Live:
         within = self.window is None or self.index - self.window <= self.shown
         return within and self.index - self.committed < AHEAD
 
+    @property
+    def waits_for_viewer(self) -> bool:
+        """Whether it goes on as soon as the viewer has seen more. A viewer who waits, for a chunk or for the device, is not waited for."""
+        watched = self.session is not None and self.window is not None and self.paused_at is None
+        return watched and self.settled and not self.may_begin()
+
     def wants_the_device(self) -> bool:
         """Whether the device thread has something to do for it."""
         if self.over:

@@ -42,7 +42,7 @@ async def opened(front: Front, user: str, message: Body) -> Opening:
     """
     if reason := await front.ready():
         code = "stopping" if front.leaving else "no_capacity"
-        raise ServeError(code, reason, status=503, retry_s=5)
+        raise ServeError(code, reason, status=503, retry_s=5, detail={"fix": "try again in some seconds"})
     if isinstance(message, Resume):
         return _resumed(front, user, message)
     asker = Asker(user, await front.about(), front.limits, front.codec)
@@ -76,8 +76,9 @@ def _resumed(front: Front, user: str, message: Resume) -> Opening:
     if journal.meta.kind != "live":
         raise ServeError("not_found", "this is a job, not a live session", status=404)
     flow = _flow(front, message.flow, journal.meta.endless)
-    if (journal.end() or {}).get("state") == FAILED:  # it is tried again: by other engines, or after what broke it
-        with writing():
+    with writing():
+        journal.touch()
+        if (journal.end() or {}).get("state") == FAILED:  # it is tried again: by other engines, or after what broke it
             journal.reopen()
     return Opening(journal, flow, message.next_chunk)
 

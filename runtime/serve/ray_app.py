@@ -26,6 +26,7 @@ from longtake.errors import LongtakeError
 from longtake.runtime.serve.app import app_from
 from longtake.runtime.serve.contract import ServeError
 from longtake.runtime.serve.desk import Desk
+from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.grants import ElsewhereError, Event, Grant, WorkerLostError
 from longtake.runtime.serve.jobs import Jobs, JobsElsewhere
 from longtake.runtime.serve.local import LocalWorkers
@@ -46,6 +47,17 @@ def _ask_desk(method: str, *words: Any, otherwise: Any = None, seconds: float = 
         return otherwise
 
 
+def _has_desk() -> bool:
+    """Whether there is a registry, be it one that restarts just now."""
+    try:
+        ray.get_actor(DESK, NAMESPACE)
+    except ValueError:
+        return False
+    except RayError:
+        pass  # the cluster does not answer now
+    return True
+
+
 class DeskProxy:
     """The registry's actor, by the methods of `Desk`. While it restarts it is asked again for `PATIENCE_S`."""
 
@@ -59,7 +71,8 @@ class DeskProxy:
                     raise error.cause from None
                 except (RayActorError, ValueError):
                     if time.monotonic() > until:
-                        raise ServeError("not_ready", "the registry is away", status=503, close=4503) from None
+                        how: Any = {"status": 503, "close": 4503, "detail": {"fix": "try again in some seconds"}}
+                        raise ServeError("not_ready", "the registry is away", **how) from None
                     await asyncio.sleep(0.2)
 
         return call
@@ -127,7 +140,7 @@ class Maker(LocalWorkers):
     def __init__(self, settings: Settings, open_model: Open, generation: int) -> None:
         generator, name = open_model(lambda words: None), serve.get_replica_context().replica_tag
         worker = self.worker = settings.worker(generator, settings.shared_store(), name, ray_meters(metrics))
-        facts = (name, slots_of(generator, settings.slots), generation, worker.describe())
+        facts = (settings, name, slots_of(generator, settings.slots), generation, worker.describe())
         threading.Thread(target=_beat, args=(worker, facts), daemon=True).start()
 
 
@@ -144,15 +157,29 @@ class DeskActor(Desk):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.limits, ray_meters(metrics))
-        front = settings.front(settings.shared_store(), self, RayWorkers(), silent())
-        self.jobs = front.jobs = Jobs(front)
-        self._begun = False
+        self.jobs, self._begun = Jobs(self._front(settings)), False
 
-    async def register(self, *facts: Any) -> bool:  # type: ignore[override]
+    def _front(self, settings: Settings) -> Front:
+        """Obey these settings from now on."""
+        front = settings.front(settings.shared_store(), self, RayWorkers(), silent())
+        limits, self.settings = settings.limits, settings
+        self.registry.user_sessions, self.registry.user_jobs = limits.user_sessions, limits.user_jobs
+        self.registry.queue = limits.queue
+        return front
+
+    async def register(self, settings: Settings, *facts: Any) -> bool:  # type: ignore[override]
+        """See `Desk`. settings: of the worker's deployment; those of the newest one count, also after a restart."""
         current = await super().register(*facts)
+        if current and settings != self.settings:
+            self._begun = self._begun and settings.store == self.settings.store  # else there may be other jobs
+            self.jobs.front = self._front(settings)
         if not self._begun:
             self._begun = True
-            await self.jobs.begin()
+            try:
+                await self.jobs.begin()
+            except BaseException:
+                self._begun = False  # the next heartbeat tries again
+                raise
         return current
 
     async def add_job(self, session: str) -> None:
@@ -174,6 +201,7 @@ class Entrance:
     async def check_health(self) -> None:
         """Called by Serve now and then: sockets move once a newer deployment has begun. A front without a registry is not ill."""
         with contextlib.suppress(TimeoutError, ServeError):
+            self.front.count_socket("", 0)  # Ray forgets what is not said again
             newest = await asyncio.wait_for(self.front.desk.generation(), HEARTBEAT_S)
             self.front.leaving = self.front.leaving or newest > self.generation
         for connection in list(self.front.connections) if self.front.leaving else ():
@@ -216,7 +244,7 @@ def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -
         fix = "set RAY_AUTH_MODE=token on every machine"
         raise LongtakeError("whoever reaches this cluster runs code on it", got="no RAY_AUTH_MODE", fix=fix)
     host, port = settings.host, settings.port or free_port(settings.host, 8000)
-    if not _ask_desk("generation"):  # nothing is deployed yet: whoever has the port is somebody else
+    if not _has_desk():  # nothing is deployed yet: whoever has the port is somebody else
         listening(host, port).close()
     kept = {"name": DESK, "get_if_exists": True, "max_restarts": -1, "lifetime": "detached", "num_cpus": 0}
     desk: Any = ray.remote(DeskActor).options(**kept, max_concurrency=1000).remote(settings)  # type: ignore[arg-type]
@@ -241,6 +269,8 @@ def _until_ended(desk: Any, generation: int, own: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ending.set())
     while not ending.wait(HEARTBEAT_S):
+        if not _has_desk():
+            return 0  # another command has ended all
         if not own and _ask_desk("generation", otherwise=0) > generation:
             return 0  # a newer deployment has taken over
     if _ask_desk("begin_generation"):

@@ -143,7 +143,8 @@ class Connection:
                 raise ServeError("not_started", "the first message begins, resumes or retakes a session", close=4400)
             return await opened(self.front, self.user, message)
         except TimeoutError:
-            await self.fail(ServeError("idle", "no first message came", close=IDLE_CLOSE))
+            detail = {"fix": "send it at once"}
+            await self.fail(ServeError("idle", "no first message came", close=IDLE_CLOSE, detail=detail))
         except ServeError as error:
             error.close = error.close or {404: 4404, 429: QUOTA, 503: BUSY}.get(error.status, 4400)
             await self.fail(error)

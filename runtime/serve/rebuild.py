@@ -96,7 +96,8 @@ def rebuild(generator: Generator, journal: Journal) -> Session:
         OtherEnginesError: it was made with other engines.
         IntegrityError: its description is damaged. Damaged chunks are put aside with those after them, and made again.
     """
-    count = journal.intact()
+    marker = generator.model.family.marker
+    count = journal.intact(lambda about: position_from_json(about["position"], marker))
     if count < journal.count():
         log.warning("session %s: chunk %d is damaged; it is made again from there", journal.id, count)
         journal.cut_back(count)

@@ -117,7 +117,7 @@ class Store:
         became a session. spared: who waits or runs."""
         now, gone = time.time() if now is None else now, []
         for folder in list(self.sessions.iterdir()):
-            with contextlib.suppress(FileNotFoundError, LongtakeError):  # what is damaged is kept
+            with contextlib.suppress(OSError, LongtakeError):  # what cannot be read is kept
                 if folder.name not in spared and self._late(folder, parked_s, kept_s, now):
                     self.remove(folder.name) if ID.fullmatch(folder.name) else None
                     gone.append(folder.name)

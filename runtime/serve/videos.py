@@ -183,7 +183,7 @@ class Videos:
             "progress": 100 if state == "completed" else min(99, 100 * done // max(1, total)),
             "created_at": int(meta.created),
             "completed_at": int(end["at"]) if end and state == "completed" else None,
-            "expires_at": int(end["at"] + self.front.limits.kept_s) if end else None,
+            "expires_at": int(end["at"] + self.front.limits.kept_s) if end and meta.kind == "video" else None,
             "seconds": f"{frames / meta.fps:g}",
             "size": f"{meta.width}x{meta.height}",
             "prompt": meta.script[0][0],

@@ -181,8 +181,7 @@ class Worker:
     def _watch_clocks(self) -> None:
         now = time.monotonic()
         for live in self.lives.values():
-            waits = live.window is not None and live.paused_at is None and live.settled and not live.may_begin()
-            idle = waits and now - live.touched > self.idle_s  # who waits for a slow chunk himself is not idle
+            idle = live.waits_for_viewer and now - live.touched > self.idle_s
             long = live.paused_at is not None and now - live.paused_at > self.paused_s
             if (idle or long) and not live.ending:
                 live.ending, live.why = "park", "idle" if idle else "paused"
@@ -226,7 +225,7 @@ class Worker:
             self._over(live, "parked", *store_full(error))
         else:
             with self._wake:
-                live.session, live.committed = session, journal.count()
+                live.session, live.committed, live.touched = session, journal.count(), time.monotonic()
             if count:
                 self.meters.observe("replay_seconds", time.monotonic() - begun)
             live.opened.set()
@@ -242,7 +241,8 @@ class Worker:
             self._over(live, "lost", str(error), "lease_lost")
             return
         with self._wake:
-            live.session, live.committed, before.session = before.session, live.journal.count(), None
+            live.session, live.touched, before.session = before.session, time.monotonic(), None
+            live.committed = live.journal.count()
         self._over(before, "lost", "taken over by another connection", "taken_over")
         if live.session is not None:
             live.opened.set()

@@ -12,6 +12,7 @@ from serving import Served
 
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.server import Settings
+from longtake.runtime.serve.store import Store
 
 Start = Callable[..., Served]
 
@@ -47,3 +48,13 @@ def start(make_toy: Any, make_generator: Any, tmp_path: Path) -> Iterator[Start]
 def server(start: Start) -> Served:
     """One that is as quick as it can be."""
     return start()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def generator(toy: Any, make_generator: Any) -> Any:
+    return make_generator(toy)

@@ -258,7 +258,8 @@ def test_what_a_running_session_refuses(start: Any) -> None:
 def test_nobody_waits_for_a_first_message(start: Any) -> None:
     server = start(limits=Limits(first_message_s=0.3))
     live = Live(server.host)
-    assert live.next()["code"] == "idle" and live.closed() == 4408
+    told = live.next()
+    assert told["code"] == "idle" and told["longtake"]["fix"] and live.closed() == 4408
 
 
 def test_a_viewer_who_says_nothing_is_parked(start: Any) -> None:
@@ -270,13 +271,6 @@ def test_a_viewer_who_says_nothing_is_parked(start: Any) -> None:
     again.until("video.start")
     again.send("session.ack", chunk=0)
     again.chunk(1)
-
-
-def test_a_viewer_who_waits_for_slow_chunks_is_not_idle(start: Any) -> None:
-    server = start(pause_s=0.3, limits=Limits(idle_s=0.5))
-    live = server.live(prompt=PROMPT, chunks=3, flow={"mode": "ack", "window": 1})
-    live.until("session.done", ack=True)
-    assert live.at[2] - live.at[1] > 2 * 0.5
 
 
 def token_server(start: Any, tmp_path: Path, **more: Any) -> Served:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -9,44 +10,23 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from journals import begin
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.runtime.serve.describe import description
+from longtake.runtime.serve.contract import Resume
 from longtake.runtime.serve.fork import Wish, fork
-from longtake.runtime.serve.fragments import codec_for
-from longtake.runtime.serve.journal import Journal, LeaseLostError, Meta
+from longtake.runtime.serve.journal import Journal, LeaseLostError
 from longtake.runtime.serve.keeping import keep_chunk
+from longtake.runtime.serve.limits import Limits
+from longtake.runtime.serve.openings import opened
 from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, steers_of
 from longtake.runtime.serve.store import Store, new_id
 from longtake.runtime.story import Segment
-
-SCRIPT = (("a red one", 2, False), ("a blue two", 3, True))
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def generator(toy: Any, make_generator: Any) -> Any:
-    return make_generator(toy)
-
-
-def begin(store: Store, generator: Any, **more: Any) -> Journal:
-    about, codec = description(generator), codec_for("h264", 128, 128, 24, "libx264")
-    given: dict[str, Any] = {
-        "id": new_id("live"), "kind": "live", "user": "local", "created": 1.0, "model": about["model"], "script": SCRIPT,
-        "seed": 3, "steps": 3, "guidance": 1.0, "negative_prompt": "", "shift": about["shift"], "solver": about["solver"],
-        "width": 128, "height": 128, "fps": 24, "codec": codec.name, "encoder": codec.encoder, "about": {"mime": "x"},
-    }  # fmt: skip
-    journal = store.create(Meta(**{**given, **more}))
-    journal.take(1, "w")
-    return journal
 
 
 def make(generator: Any, journal: Journal, count: int, session: Any = None) -> Any:
@@ -151,6 +131,31 @@ def test_a_damaged_chunk_is_made_again(store: Store, generator: Any, what: str) 
     assert session.next_index == again.count() == 2
     make(generator, again, 3, session)
     assert film(again) == wanted
+
+
+@pytest.mark.parametrize("position", [None, [], {}, {"chunk": "x"}, "gone"])
+def test_a_chunk_whose_position_is_damaged_is_made_again(store: Store, generator: Any, position: Any) -> None:
+    journal = whole(store, generator)
+    wanted, path = film(journal), journal.folder / "000002.json"
+    about = {**journal.chunk(2), "position": position}
+    if position == "gone":
+        del about["position"]
+    path.write_text(json.dumps(about))
+    again = store.journal(journal.id)
+    again.take(2, "v")
+    session = rebuild(generator, again)
+    assert session.next_index == again.count() == 2
+    make(generator, again, 3, session)
+    assert film(again) == wanted
+
+
+@pytest.mark.parametrize("line", ["{", "7", "null", '"x"', "\\xff"])
+def test_a_damaged_change_is_said(store: Store, generator: Any, line: str) -> None:
+    journal = begin(store, generator)
+    change = {"type": "change", "event_id": "a", "at_chunk": 0, "prompt": "night", "cut": False}
+    (journal.folder / "events.jsonl").write_text(f"{line}\n{json.dumps(change)}\n")
+    with pytest.raises(IntegrityError, match="events.jsonl is damaged"):
+        journal.events()
 
 
 def test_only_the_newest_lease_writes(store: Store, generator: Any) -> None:
@@ -287,7 +292,8 @@ def test_what_nobody_touches_expires(store: Store, generator: Any) -> None:
     old, new = begin(store, generator), begin(store, generator)
     job = begin(store, generator, id=new_id("video"), kind="video")
     broken = begin(store, generator, id=new_id("video"), kind="video")
-    (broken.folder / "end.json").write_text("{")
+    (broken.folder / "meta.json").write_text("{")
+    (broken.folder / "end.json").write_text("{}")
     for journal in (old, job, broken):
         os.utime(journal.folder, (1.0, 1.0))
     assert store.expire(60.0, 60.0, spared={old.id}) == []
@@ -295,5 +301,22 @@ def test_what_nobody_touches_expires(store: Store, generator: Any) -> None:
     job.finish("failed")
     assert store.expire(1e9, 60.0) == [] and store.expire(1e9, 60.0, time.time() + 61) == [job.id]
     assert not job.folder.exists()
-    assert [one.id for one in store.all()] == sorted([new.id, broken.id])
+    assert [one.id for one in store.all()] == [new.id] and broken.folder.exists()
     assert replace(new.meta, user="x").user == "x" and store.bytes_of("local") > 0
+
+
+def test_a_change_and_a_resume_say_that_a_session_is_used(store: Store, generator: Any) -> None:
+    journal = begin(store, generator)
+    change = {"type": "change", "event_id": "a", "at_chunk": 0, "prompt": "night", "cut": False}
+    journal.append_event(change)
+    os.utime(journal.folder, (1.0, 1.0))
+    journal.append_event(change)
+    assert store.expire(60.0, 60.0) == []
+    os.utime(journal.folder, (1.0, 1.0))
+
+    async def ready() -> str:
+        return ""
+
+    front: Any = SimpleNamespace(ready=ready, own=lambda user, session: journal, limits=Limits())
+    asyncio.run(opened(front, "local", Resume(session_id=journal.id)))
+    assert store.expire(60.0, 60.0) == []

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +42,36 @@ def metrics_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     head.wait(60)
 
 
-def deployed(folder: Path, port: int) -> Process:
-    return Process(folder / "store", "toy", "ray", "workers=2", "slots=2", f"port={port}", log=folder / "log")
+@pytest.fixture
+def deployed(metrics_port: int, tmp_path: Path) -> Iterator[Callable[[int], Process]]:
+    """Serves at a port of that cluster; what is not at its end then is killed."""
+    made: list[Process] = []
+
+    def begin(port: int) -> Process:
+        options = ("toy", "ray", "workers=2", "slots=2", f"port={port}")
+        made.append(Process(tmp_path / "store", *options, log=tmp_path / "log"))
+        return made[-1]
+
+    yield begin
+    for one in made:
+        if one.process.poll() is None:
+            one.kill()
 
 
-def test_a_redeploy_moves_every_session(metrics_port: int, start: Any, tmp_path: Path) -> None:
-    first = deployed(tmp_path, free_port("127.0.0.1", 8300))
+def test_a_redeploy_moves_every_session(metrics_port: int, start: Any, deployed: Callable[[int], Process]) -> None:
+    first = deployed(free_port("127.0.0.1", 8300))
     viewers = [Viewer(first.host, seed, chunks=40, pause_s=0.5) for seed in (1, 2, 3)]
-    answers, over, later = Counter[int](), threading.Event(), list[Process]()
+    answers, over, later = Counter[int | str](), threading.Event(), list[Process]()
 
     def ask() -> None:
         while not over.wait(0.1):
-            answers[httpx.get(f"{first.url}/v1/models", timeout=300).status_code] += 1
+            try:
+                answers[httpx.get(f"{first.url}/v1/models", timeout=300).status_code] += 1
+            except httpx.HTTPError as error:
+                answers[repr(error)] += 1
 
     def redeploy() -> None:
-        later.append(deployed(tmp_path, int(first.host.rpartition(":")[2])))
+        later.append(deployed(int(first.host.rpartition(":")[2])))
         assert first.process.wait(60) == 0
 
     asking = threading.Thread(target=ask)
@@ -75,8 +90,10 @@ def test_a_redeploy_moves_every_session(metrics_port: int, start: Any, tmp_path:
     assert later[0].kill(signal.SIGTERM) == 0
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_deployed(metrics_port: int, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_said_before_anything_is_deployed(
+    deployed: Callable[[int], Process], tmp_path: Path
+) -> None:
     with listening("127.0.0.1", free_port("127.0.0.1", 8400)) as taken:
         with pytest.raises(AssertionError, match="did not start"):
-            deployed(tmp_path, taken.getsockname()[1])
+            deployed(taken.getsockname()[1])
     assert "is taken" in (tmp_path / "log").read_text()
