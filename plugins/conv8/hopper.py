@@ -200,10 +200,7 @@ class HopperConv(OpLauncher):
         """Convolve something of odd sizes with a known answer, once for each kernel that is compiled: what fails must fail
         before the run. Raises UnavailableError."""
         kind: Any = type(self)
-        key = (kind, self.op.name, tuple(sorted(self.macros().items())), self.tile)
-        if key not in _TRIALS:
-            _TRIALS[key] = _trial_error(kind, self.op, self.macros(), self.tile)
-        error = _TRIALS[key]
+        error = _trial_error(kind, self.op, self.macros(), self.tile)
         if not error <= TRIAL_ERROR:  # a NaN is refused, too
             raise UnavailableError(
                 f"{self.op.name} through {self.method} is wrong",
@@ -216,6 +213,14 @@ _TRIALS: dict[tuple[Any, ...], float] = {}  # of each kernel that was tried in t
 
 
 def _trial_error(kind: type[HopperConv], op: Op, macros: Macros, tile: Tile) -> float:
+    """The error of one kernel, found out once in this process: an op cannot be hashed, its name can."""
+    key = (kind, op.name, tuple(sorted(macros.items())), tile)
+    if key not in _TRIALS:
+        _TRIALS[key] = _tried(kind, op, macros, tile)
+    return _TRIALS[key]
+
+
+def _tried(kind: type[HopperConv], op: Op, macros: Macros, tile: Tile) -> float:
     """The relative error of one kernel against its reference in fp64, and infinity if sums of ones are not what they are."""
     cut = macros["CUT"]
     n = tile.n + 8 if cut else 2 * tile.n
