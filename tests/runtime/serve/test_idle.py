@@ -44,9 +44,8 @@ def test_a_viewer_who_waits_for_slow_chunks_is_not_idle(start: Any, workers: lis
     server.live(prompt=PROMPT, chunks=3, flow=FLOW).until("session.done", ack=True)
 
 
-@pytest.mark.slow  # the server keeps who left for half a minute
 def test_a_viewer_who_waits_for_the_device_is_not_idle(start: Any, workers: list[Worker]) -> None:
-    server: Served = start(slots=2, limits=Limits(user_sessions=8))
+    server: Served = start(slots=2, limits=Limits(user_sessions=8, grace_s=0.5))
     told = server.live(prompt=PROMPT, endless=True, flow=FLOW)
     session = told.until("video.start")["session_id"]
     told.chunk(0, ack=True)
