@@ -66,11 +66,12 @@ def poses_from(given: Numbers) -> np.ndarray:
             fix="mend the file",
         )
     rotation = poses[:, :3, :3]
-    wrong = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
-    wrong = np.maximum(wrong, np.abs(poses[:, 3] - [0, 0, 0, 1]).max(1))
-    wrong = np.where(np.linalg.det(rotation) < 0, 2.0, wrong)
-    if wrong.max() > ORTHOGONAL:
-        frame = int(np.argmax(wrong > ORTHOGONAL))
+    with np.errstate(all="ignore"):  # huge numbers have products that are none
+        wrong = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
+        wrong = np.maximum(wrong, np.abs(poses[:, 3] - [0, 0, 0, 1]).max(1))
+        wrong = np.where(np.linalg.det(rotation) < 0, 2.0, wrong)
+    if not wrong.max() <= ORTHOGONAL:
+        frame = int(np.argmin(wrong <= ORTHOGONAL))
         raise LongtakeError(
             f"the pose of frame {frame} is no rigid motion",
             got=f"{wrong[frame]:.3g} from one",

@@ -125,6 +125,11 @@ def test_files(tmp_path: Path) -> None:
     assert of_frames(np.array([[1.0, 2, 3, 4], [3, 4, 5, 6]]), 3)[:, 0].tolist() == [1, 2, 3]
 
 
+HUGE = 1e200 * np.array(
+    [[1, 1, 0], [1, -1, 0], [0, 0, 1]]
+)  # products of inf - inf: no number, and no more than a bound
+
+
 def turned(change: Any) -> np.ndarray:
     poses = np.tile(np.eye(4), (4, 1, 1))
     change(poses)
@@ -138,6 +143,7 @@ def turned(change: Any) -> np.ndarray:
         (turned(lambda p: p[2].__setitem__((0, 3), np.nan)), r"pose of frame 2 is not finite"),
         (turned(lambda p: p[1].__imul__(1.1)), r"(?s)pose of frame 1 is no rigid motion.*without scale"),
         (turned(lambda p: p[3].__setitem__((0, 0), -1)), r"pose of frame 3 is no rigid motion"),
+        (turned(lambda p: p[2].__setitem__((slice(3), slice(3)), HUGE)), r"pose of frame 2 is no rigid motion"),
         (np.array(["a"]), r"no numbers"),
         ("nowhere.npy", r"(?s)nowhere.npy does not exist"),
     ],
