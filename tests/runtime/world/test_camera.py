@@ -125,11 +125,6 @@ def test_files(tmp_path: Path) -> None:
     assert of_frames(np.array([[1.0, 2, 3, 4], [3, 4, 5, 6]]), 3)[:, 0].tolist() == [1, 2, 3]
 
 
-HUGE = 1e200 * np.array(
-    [[1, 1, 0], [1, -1, 0], [0, 0, 1]]
-)  # products of inf - inf: no number, and no more than a bound
-
-
 def turned(change: Any) -> np.ndarray:
     poses = np.tile(np.eye(4), (4, 1, 1))
     change(poses)
