@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "add-an-op.md"
 STAGES = ("engines", "export", "runtime", "training")
-FILES = ("pyproject.toml", "tests/conftest.py", "tests/export/test_functions.py", "tests/structure")
+FILES = ("pyproject.toml", "tests/conftest.py", "tests/export/test_functions.py", "tests/helpers", "tests/structure")
 
 
 def blocks() -> list[tuple[str, str, str]]:
