@@ -166,9 +166,8 @@ def opened(model: ModelOptions, gpus: int, say: Say) -> Generator:
     from longtake.runtime.sources import OpenOptions
 
     # Ranks need no engines of one GPU; those that are there may have been built for as many ranks.
-    engines: Path | str = model.engines or ready(
-        model.model or STUDENT, "reference" if gpus > 1 else model.backend, say
-    )
+    backend = "reference" if gpus > 1 else model.backend
+    engines: Path | str = model.engines or ready(model.model or STUDENT, backend, say)
     if gpus > 1 and model.engines is None and (built := Path(engines).with_name("engines")).is_dir():
         engines = built if (built / "bundle.json").is_file() else engines
     say("the model is being opened")

@@ -71,15 +71,19 @@ class Rank(Backend):
         cuts = {name: self.cut_of(network, name) for name in state.tensors}
         return {name: self.comm.collected(t, *cut) if (cut := cuts[name]) else t for name, t in state.tensors.items()}
 
+    def from_first(self, shape: tuple[int, ...], like: Tensor, whole: Tensor | None) -> Tensor:
+        """The first rank's `whole` on every rank, in the dtype of `like`."""
+        given = torch.empty(shape, dtype=like.dtype, device=self.device)
+        if whole is not None:
+            given.copy_(whole)
+        return self.comm.send_all(given)
+
     def load(self, network: str, state: State, tensors: Mapping[str, Tensor] | None) -> None:
         """Take this rank's part of the first rank's `tensors`."""
         state.loads += 1
         for name, shape in self.whole_shapes(network).items():
             own = state.tensors[name]
-            given = torch.empty(shape, dtype=own.dtype, device=self.device)
-            if tensors is not None:
-                given.copy_(tensors[name])
-            self.comm.send_all(given)
+            given = self.from_first(shape, own, tensors[name] if tensors is not None else None)
             cut = self.cut_of(network, name)
             own.copy_(self.comm.part(given, *cut) if cut else given)
 
@@ -208,10 +212,7 @@ class EngineRank(Rank):
             return super().load(network, state, tensors)
         for name, shape in self.whole_shapes(network).items():
             own = state.tensors[name]
-            given = torch.empty(shape, dtype=own.dtype, device=self.device)
-            if tensors is not None:
-                given.copy_(tensors[name])
-            self.comm.send_all(given)
+            given = self.from_first(shape, own, tensors[name] if tensors is not None else None)
             if own.shape == given.shape:
                 own.copy_(given)
             else:

@@ -77,7 +77,7 @@ def test_a_window_has_another_number_whenever_it_may_be_another(
     """Another state, other content of one, another table, a pass that has written; not for the passes of a chunk."""
 
     class Numbered(Noting):
-        window_version = torch.zeros(1, dtype=torch.int32)
+        kept_windows, window_version = 1, torch.zeros(1, dtype=torch.int32)
 
     monkeypatch.setattr(graphs, "SegmentedNetwork", Numbered)
     passes.network = network = Numbered()

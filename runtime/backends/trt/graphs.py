@@ -89,7 +89,7 @@ class Passes:
         same = self._last_state() is state and self._contents == contents
         if not (same and all(one is other for one, other in zip(tables, self._tables, strict=True))):
             self._version += 1
-        if isinstance(self.network, SegmentedNetwork):
+        if isinstance(self.network, SegmentedNetwork) and self.network.kept_windows:
             self.network.window_version.fill_(self._version)
         self._tables, self._contents = tables, contents
         self._last_state = gone if commit else weakref.ref(state)  # what a pass writes, no earlier one has read

@@ -115,6 +115,16 @@ def test_a_line_that_was_not_finished_does_not_count(store: Store, generator: An
     assert [event["event_id"] for event in journal.events()] == ["a", "b"]
 
 
+def require_made_again(store: Store, generator: Any, journal: Journal, wanted: list[bytes]) -> None:
+    """The third chunk is made once more, and the film is the same."""
+    again = store.journal(journal.id)
+    again.take(2, "v")
+    session = rebuild(generator, again)
+    assert session.next_index == again.count() == 2
+    make(generator, again, 3, session)
+    assert film(again) == wanted
+
+
 @pytest.mark.parametrize("what", ["latents", "m4s", "json"])
 def test_a_damaged_chunk_is_made_again(store: Store, generator: Any, what: str) -> None:
     journal = whole(store, generator)
@@ -125,12 +135,7 @@ def test_a_damaged_chunk_is_made_again(store: Store, generator: Any, what: str) 
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 255
     victim.write_bytes(data)
-    again = store.journal(journal.id)
-    again.take(2, "v")
-    session = rebuild(generator, again)
-    assert session.next_index == again.count() == 2
-    make(generator, again, 3, session)
-    assert film(again) == wanted
+    require_made_again(store, generator, journal, wanted)
 
 
 @pytest.mark.parametrize("position", [None, [], {}, {"chunk": "x"}, "gone"])
@@ -141,12 +146,7 @@ def test_a_chunk_whose_position_is_damaged_is_made_again(store: Store, generator
     if position == "gone":
         del about["position"]
     path.write_text(json.dumps(about))
-    again = store.journal(journal.id)
-    again.take(2, "v")
-    session = rebuild(generator, again)
-    assert session.next_index == again.count() == 2
-    make(generator, again, 3, session)
-    assert film(again) == wanted
+    require_made_again(store, generator, journal, wanted)
 
 
 @pytest.mark.parametrize("line", ["{", "7", "null", '"x"', "\\xff"])
