@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from longtake.errors import IntegrityError
 from longtake.runtime.serve.auth import TICKET_S
-from longtake.runtime.serve.contract import ServeError
+from longtake.runtime.serve.contract import ServeError, refused
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.limits import NO_BODY_BYTES
 from longtake.runtime.serve.realtime import serve_socket
@@ -160,10 +161,15 @@ def _add_errors(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    async def damaged(_: Request, error: Exception) -> Response:
+        assert isinstance(error, IntegrityError)
+        return await ours(_, refused("damaged", error, status=409))
+
     async def defect(_: Request, error: Exception) -> Response:
         return response_of(ServeError("internal_error", "a defect; it is in the log", status=500))
 
     app.add_exception_handler(ServeError, ours)
+    app.add_exception_handler(IntegrityError, damaged)
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, defect)

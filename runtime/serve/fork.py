@@ -19,9 +19,9 @@ from typing import Any
 from longtake.errors import LongtakeError
 from longtake.runtime.retake import checked_start
 from longtake.runtime.serve.journal import INIT, Journal, Meta, fsynced
-from longtake.runtime.serve.rebuild import asked_since, lengthened, script_from, segments_of, steers_of
+from longtake.runtime.serve.rebuild import asked_since, lengthened, position_kept, script_from, segments_of, steers_of
 from longtake.runtime.serve.store import Store
-from longtake.runtime.state import Edit, Position, position_from_json
+from longtake.runtime.state import Edit, Position
 from longtake.runtime.story import Segment
 
 
@@ -80,9 +80,9 @@ class Ahead:
 
 
 def position_on_disk(journal: Journal, count: int) -> Position:
-    """Where a session stood after `count` chunks, with what was asked for since."""
+    """Where a session stood after `count` chunks, with what was asked for since. Raises IntegrityError if it is damaged."""
     if count:
-        position = position_from_json(journal.chunk(count - 1)["position"], KeptSlots)
+        position = position_kept(journal, count - 1, KeptSlots)
     else:
         edits = tuple(Edit(*entry) for entry in journal.meta.about.get("edits", ()))
         position = Position(segments_of(journal.meta.script), KeptSlots({}), edits=edits)
@@ -94,6 +94,7 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
 
     Raises:
         LongtakeError: there is no such chunk.
+        IntegrityError: what it needs of `source` is damaged.
     """
     count = source.count()
     start = checked_start(wish.from_chunk, count)
@@ -101,6 +102,8 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
     if source.meta.clip and start < first_media:
         raise LongtakeError("the clip itself cannot be taken again", got=start, expected=f"{first_media} or more")
     shared = _shared(source, start, wish)  # its last chunk was cut short: it is made again, whole, with the same result
+    for index in range(shared):
+        position_kept(source, index, KeptSlots)
     ahead = _ahead(source, count, shared, wish)
     longer = any(event["type"] == "extend" for event in source.events())  # then its length in frames holds no more
     meta = _described(replace(source.meta, frames=None) if longer else source.meta, ident, user, wish, shared, ahead)

@@ -79,6 +79,16 @@ class Meta:
         return int(self.about.get("total") or sum(int(entry[1]) for entry in self.script))
 
 
+def _checked(event: dict[str, Any]) -> dict[str, Any]:
+    """An event that has what its type needs. Raises KeyError or TypeError for another."""
+    needed: dict[str, type] = {"change": {"at_chunk": int, "cut": bool}, "extend": {"total": int}}.get(
+        event["type"], {}
+    )
+    if wrong := [key for key, kind in needed.items() if not isinstance(event[key], kind)]:
+        raise TypeError(f"{event['type']}: {wrong[0]} is {event[wrong[0]]!r}")
+    return {"prompt": None, **event}
+
+
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -151,8 +161,8 @@ class Journal:
         path = self.folder / EVENTS
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
         try:
-            return [{**json.loads(line)} for line in whole.splitlines() if line]
-        except (TypeError, ValueError) as error:
+            return [_checked({**json.loads(line)}) for line in whole.splitlines() if line]
+        except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{path} is damaged", got=str(error)[:80], fix="start a new session") from None
 
     def append_event(self, event: dict[str, Any]) -> None:
@@ -191,7 +201,7 @@ class Journal:
     def chunk(self, index: int) -> dict[str, Any]:
         """What is known of a chunk. Raises IntegrityError if its file is damaged."""
         given = read_json(self._path(index))
-        if not isinstance(given, dict) or given.get("chunk") != index:
+        if not isinstance(given, dict) or given.get("chunk") != index or not isinstance(given.get("prompt"), str):
             raise IntegrityError(f"{self._path(index)} is not chunk {index}", fix="it is made again on resuming")
         return given
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from longtake.errors import LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.runtime.serve.contract import Body, FlowBody, Resume, Retake, RetakeBody, ServeError, Start, refused
 from longtake.runtime.serve.flow import Flow, flow_for
 from longtake.runtime.serve.fork import Wish, fork
@@ -48,7 +48,10 @@ async def opened(front: Front, user: str, message: Body) -> Opening:
     asker = Asker(user, await front.about(), front.limits, front.codec)
     await front.room_for(user)
     if isinstance(message, Retake):
-        return await asyncio.to_thread(_retaken, front, asker, message)
+        try:
+            return await asyncio.to_thread(_retaken, front, asker, message)
+        except IntegrityError as error:
+            raise refused("damaged", error, close=1011) from None
     assert isinstance(message, Start)
     return await asyncio.to_thread(_begun, front, asker, message)
 
@@ -113,10 +116,12 @@ def wish_of(message: Retake | RetakeBody, asker: Asker, **more: object) -> Wish:
 
 
 def forked(front: Front, source: Journal, user: str, wish: Wish, kind: str) -> Journal:
-    """A new session that shares chunks of `source`. Raises ServeError."""
+    """A new session that shares chunks of `source`. Raises ServeError, or IntegrityError if they are damaged."""
     try:
         with writing():
             return fork(front.store, source, new_id(kind), user, wish)
+    except IntegrityError:
+        raise
     except LongtakeError as error:
         raise refused("bad_chunk", error, param="from_chunk") from None
 

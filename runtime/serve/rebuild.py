@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from longtake.runtime.start import one_a_chunk
 from longtake.runtime.state import Edit, Position, position_from_json, with_edit
 from longtake.runtime.story import Segment, fit_segments
 from longtake.runtime.view import View
+from longtake.training.models.family import Marker
 from longtake.training.models.sana_wm.actions import Pace
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,17 @@ def begun(generator: Generator, journal: Journal) -> Session:
     return session
 
 
-def position_in(session: Session, about: dict[str, Any]) -> Position:
-    """The position that a chunk was kept with: where the session stood after it."""
-    return position_from_json(about["position"], session.model.family.marker)
+def position_kept(journal: Journal, index: int, marker: Callable[[Mapping[str, Any]], Marker]) -> Position:
+    """The position that a chunk was kept with: where the session stood after it. `marker`: see `position_from_json`.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    try:
+        return position_from_json(journal.chunk(index)["position"], marker)
+    except (KeyError, TypeError, ValueError) as error:
+        fix = "resume its session, which makes the chunk again; or make the video anew"
+        raise IntegrityError(f"the position of chunk {index} is damaged", got=repr(error)[:80], fix=fix) from None
 
 
 def asked_since(journal: Journal, position: Position) -> Position:
@@ -105,9 +114,9 @@ def rebuild(generator: Generator, journal: Journal) -> Session:
     try:
         _restore(session, journal, count)
         for index in range(session.next_index, count):
-            session.replay(journal.latents(index), position_in(session, journal.chunk(index)))
+            session.replay(journal.latents(index), position_kept(journal, index, marker))
         if count and session.next_index == count:
-            session.adopt(asked_since(journal, position_in(session, journal.chunk(count - 1))))
+            session.adopt(asked_since(journal, position_kept(journal, count - 1, marker)))
         else:
             session.adopt(asked_since(journal, _first_position(session, journal)))
     except BaseException:
@@ -142,7 +151,8 @@ def _restore(session: Session, journal: Journal, count: int) -> None:
             continue
         try:
             snapshot = snapshot_from_file(path)
-            _check_own(snapshot.position, position_in(session, journal.chunk(chunk - 1)) if chunk else None)
+            marker = session.model.family.marker
+            _check_own(snapshot.position, position_kept(journal, chunk - 1, marker) if chunk else None)
             if journal.meta.parent and chunk <= journal.meta.from_chunk:  # a retake may have another seed from there on
                 snapshot = replace(snapshot, identity=replace(snapshot.identity, seed=journal.meta.seed))
             session.restore(snapshot)

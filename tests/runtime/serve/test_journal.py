@@ -149,7 +149,9 @@ def test_a_chunk_whose_position_is_damaged_is_made_again(store: Store, generator
     require_made_again(store, generator, journal, wanted)
 
 
-@pytest.mark.parametrize("line", ["{", "7", "null", '"x"', "\\xff"])
+@pytest.mark.parametrize(
+    "line", ["{", "7", "null", '"x"', "\\xff", "{}", '{"type": "extend", "total": "x"}', '{"type": "change"}']
+)
 def test_a_damaged_change_is_said(store: Store, generator: Any, line: str) -> None:
     journal = begin(store, generator)
     change = {"type": "change", "event_id": "a", "at_chunk": 0, "prompt": "night", "cut": False}

@@ -95,6 +95,30 @@ def test_a_retake_over_http(client: Any, server: Served) -> None:
     assert server.post(f"/v1/videos/{video.id}/retake", json={"from_chunk": 99}).json()["error"]["code"] == "bad_chunk"
 
 
+@pytest.mark.parametrize("field", ["position", "prompt"])
+@pytest.mark.parametrize("value", [None, "gone", {}, {"chunk": 2}, 7, []])
+def test_what_would_share_a_damaged_chunk_says_so(server: Served, field: str, value: Any) -> None:
+    """Taken again, remixed, extended, live: each is refused, and nothing of it is left."""
+    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "4"}).json()["id"]
+    server.wait_for(job)
+    journal = server.store.journal(job)
+    about = {**journal.chunk(last := journal.count() - 1), field: value}
+    if value == "gone":
+        del about[field]
+    (journal.folder / f"{last:06}.json").write_text(json.dumps(about))
+    answers = [
+        server.post(f"/v1/videos/{job}/retake", json={"from_chunk": last + 1}),
+        server.post(f"/v1/videos/{job}/remix", json={"prompt": PROMPT}),
+        server.post("/v1/videos/extensions", json={"video": {"id": job}, "seconds": "1"}),
+    ]
+    assert all(each.status_code == 409 and each.json()["error"]["code"] == "damaged" for each in answers), [
+        each.text for each in answers
+    ]
+    live = server.live(type="session.retake", session_id=job, from_chunk=last + 1)
+    assert live.until("error")["code"] == "damaged"
+    assert [one.id for one in server.store.all()] == [job]
+
+
 def test_an_extension_of_a_clip(client: Any, tmp_path: Path, make_toy: Any, start: Any) -> None:
     rows = np.random.default_rng(0).integers(0, 255, (40, 128, 128, 3), dtype=np.uint8)
     write_video(tmp_path / "clip.mp4", rows, 24)
