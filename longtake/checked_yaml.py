@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from longtake.errors import LongtakeError
@@ -29,15 +30,28 @@ class _Unfit(yaml.MarkedYAMLError):
         super().__init__(problem=problem, problem_mark=node.start_mark)
 
 
-class _Loader(yaml.SafeLoader):
+if yaml.__with_libyaml__:  # as every wheel is: its scanner is ten times as fast
+
+    class _Plain(Composer, yaml.CSafeLoader):
+        """SafeLoader, but that the text is scanned by libyaml. Nodes are composed in Python, where they can be checked."""
+
+        def __init__(self, text: str) -> None:
+            yaml.CSafeLoader.__init__(self, text)
+            Composer.__init__(self)
+
+else:
+    _Plain = yaml.SafeLoader  # type: ignore[assignment, misc]
+
+
+class _Loader(_Plain):
     """SafeLoader, strict. `depth`: how deep the value that is being composed lies."""
 
     depth = 0
 
     def compose_node(self, parent: Node | None, index: Any) -> Node:
         event = self.peek_event()
-        if getattr(event, "tag", None) is not None:
-            raise _Unfit(f"explicit tags, such as {event.tag!r}, are not taken", event)
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise _Unfit(f"explicit tags, such as {tag!r}, are not taken", event)
         if self.depth == DEEPEST:
             raise _Unfit(f"nested deeper than {DEEPEST} levels", event)
         self.depth += 1

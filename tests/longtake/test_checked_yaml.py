@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ def nested(levels: int, width: int) -> str:
     return "[" + ", ".join(rows) + "]"
 
 
+GOOD = "a: &x [1, 2.5, yes, null, é, '010']\nb: {<<: {c: 1}, d: *x}\n"
 BAD = {
     "a key twice": ("a: 1\nb:\n  c: 1\n  c: 2\n", "line 4, column 3: the key 'c' is there twice, first in line 3"),
     "a key twice, written otherwise": ("1: a\n0x1: b\n", "line 2, column 1: the key 1 is there twice"),
@@ -48,6 +50,22 @@ BAD = {
     "a key that is a list": ("? [a]\n: 1\n", "a key must be a word"),
     "two documents": ("a: 1\n---\nb: 2\n", "another document"),
 }
+
+
+def test_it_reads_the_same_without_libyaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longtake import checked_yaml
+
+    monkeypatch.setattr("yaml.__with_libyaml__", False)
+    spec = importlib.util.spec_from_file_location("in_python", checked_yaml.__file__)
+    assert spec is not None and spec.loader is not None
+    in_python = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(in_python)
+    for text in (text for text, _ in BAD.values()):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(LongtakeError, match="a.yaml is not valid YAML"):
+            in_python.read_yaml(tmp_path / "a.yaml", "story", "a mapping", "mend it")
+    (tmp_path / "a.yaml").write_text(GOOD)
+    assert in_python.read_yaml(tmp_path / "a.yaml", "story", "", "") == read(tmp_path, GOOD)
 
 
 @pytest.mark.parametrize(("text", "says"), BAD.values(), ids=BAD)
