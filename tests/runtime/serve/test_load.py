@@ -128,7 +128,7 @@ def soak(start: Any, seconds: float, figures: dict[str, Any]) -> None:
         one.start()
     for one in warm:
         one.join()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while time.monotonic() < until and own_threads()["longtake-decode"]:  # of sessions that are being parked
         time.sleep(0.1)
     held, threads, files = resident(), own_threads(), open_files()
@@ -138,7 +138,7 @@ def soak(start: Any, seconds: float, figures: dict[str, Any]) -> None:
     for viewer in viewers:
         viewer.join()
         assert viewer.failure is None and viewer.chunks > seconds / 10
-    until = time.monotonic() + 60  # the server gives up on a viewer who vanished after two missed pings, 40 s
+    until = time.monotonic() + 180  # the server gives up on a viewer who vanished after two missed pings, 40 s
     while time.monotonic() < until and (own_threads() - threads or len(open_files()) > len(files) + 8):
         time.sleep(0.1)
     grown, more = resident() - held, Counter(now := open_files()) - Counter(files)
