@@ -10,6 +10,7 @@
 
 LONGTAKE_CACHE_DIR, which LONGTAKE_HOME replaces, is still read in this version where LONGTAKE_HOME isn't set.
 RAY_AUTH_MODE is Ray's own: `longtake serve --ray` asks whether a cluster of several machines has it.
+So is RAY_ADDRESS, the cluster to join: one that does not answer is refused at once.
 """
 
 from __future__ import annotations
@@ -120,6 +121,11 @@ def configure_logging() -> None:
     """Send the project's log to stderr at the level of LONGTAKE_LOG; libraries stay at warning."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("longtake").setLevel(settings_from_environment().log_level.upper())
+
+
+def ray_address(environ: Mapping[str, str] | None = None) -> str:
+    """The Ray cluster to join; "" where none is named."""
+    return (os.environ if environ is None else environ).get("RAY_ADDRESS", "")
 
 
 def ray_auth_mode(environ: Mapping[str, str] | None = None) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,7 +36,7 @@ from longtake.runtime.serve.local import LocalWorkers
 from longtake.runtime.serve.meters import ray_meters, silent
 from longtake.runtime.serve.server import Open, Say, Settings, Size, free_port, listening, slots_of
 from longtake.runtime.serve.worker import Worker
-from longtake.settings import ray_auth_mode
+from longtake.settings import ray_address, ray_auth_mode
 
 APP, DESK, NAMESPACE = "longtake", "longtake-desk", "longtake"
 HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 30.0, 10
@@ -256,11 +259,33 @@ def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -
 
 
 def _connected() -> bool:
-    """Join the cluster that is there, else begin one of this machine, which ends with this process. Whether it was begun."""
-    with contextlib.suppress(ConnectionError):
-        ray.init("auto", namespace=NAMESPACE, log_to_driver=False)
+    """Join the cluster that is there, else begin one of this machine, which ends with this process. Whether it was begun.
+
+    Raises:
+        LongtakeError: the cluster that RAY_ADDRESS names does not answer.
+    """
+    named = ray_address()
+    if named and "://" not in named and not _answers(named):
+        fix = "begin it with `ray start --head`, or unset RAY_ADDRESS to serve on this machine alone"
+        raise LongtakeError("no Ray cluster answers", got=f"RAY_ADDRESS={named}", fix=fix)
+    kept = Path(
+        tempfile.gettempdir(), "ray", "ray_current_cluster"
+    )  # of the last `ray start`; it outlives a killed one
+    if named or not kept.exists() or _answers(kept.read_text().strip()):
+        with contextlib.suppress(ConnectionError):
+            ray.init("auto", namespace=NAMESPACE, log_to_driver=False)
+            return False
+    ray.init("local", namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
+    return True
+
+
+def _answers(address: str) -> bool:
+    """Whether anybody listens at "host:port". Ray itself would ask for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, ValueError):
         return False
-    ray.init(namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
     return True
 
 

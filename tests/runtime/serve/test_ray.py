@@ -17,9 +17,10 @@ import pytest
 from serving import FRONT, PROMPT, REGISTRY, WORKER, Process
 from viewers import Viewer, check, watched
 
+from longtake.errors import LongtakeError
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.meters import silent
-from longtake.runtime.serve.server import Settings
+from longtake.runtime.serve.server import Settings, listening
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'longtake[scale]'")
 pytestmark = pytest.mark.timeout(1800)
@@ -94,6 +95,33 @@ def test_a_command_whose_registry_is_gone_ends(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ray_app.signal, "signal", lambda *_: None)
     monkeypatch.setattr(ray_app, "HEARTBEAT_S", 0.01)
     assert ray_app._until_ended(None, 1, own=True) == 0
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_cluster_that_was_killed_is_not_waited_for(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray remembers the address of the last `ray start`, also of one that is gone, and asks it for minutes."""
+    from longtake.runtime.serve import ray_app
+
+    begun: list[str] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_app.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(ray_app.ray, "init", lambda address, **_: begun.append(address))
+    with listening("127.0.0.1", 0) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        if not there:
+            listener.close()
+        assert ray_app._connected() is not there
+        assert begun == ["auto" if there else "local"]
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        if there:
+            assert ray_app._connected() is False
+        else:
+            with pytest.raises(LongtakeError, match="no Ray cluster answers"):
+                ray_app._connected()
 
 
 @pytest.mark.slow
