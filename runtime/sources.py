@@ -38,7 +38,7 @@ class Source:
     checkpoints: where a text or VAE encoder that was not exported is loaded from; None for the preset's own folder.
     sampling: how this checkpoint is sampled (a student in few steps, without guidance); None: as the preset says.
     weights: see `Backend.weights`. memory: what the engines take on a GPU, where their bundle records it.
-    checked: whether the export was compared with PyTorch. model: its name.
+    checked: whether the export was compared with PyTorch. model: its name. export: what was read of it, not verified.
     """
 
     recipe: Recipe
@@ -51,6 +51,7 @@ class Source:
     memory: tuple[RecordedTerm, ...] = ()
     checked: Checked = UNRECORDED
     model: str = ""
+    export: Export | None = None
 
 
 def source_from_name(name: Path | str | None) -> Source:
@@ -188,6 +189,7 @@ def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
         export.weights_known,
         checked=export.checked,
         model=export.model,
+        export=export,
     )
 
 
@@ -252,7 +254,7 @@ def backend_from_source(
         from longtake.runtime.backends.reference import ReferenceBackend
 
         reference = ReferenceBackend(
-            source.onnx, source.recipe, choice.reason, checkpoints=source.checkpoints, runs=opening.runs
+            source.onnx, source.recipe, choice.reason, None, source.checkpoints, opening.runs, source.export
         )
         reference.weights = source.weights
         return reference

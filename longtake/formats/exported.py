@@ -135,12 +135,17 @@ class Export:
                 f"{folder} holds no exported model", expected=f"{NAME} in it", fix="run `longtake export`"
             )
         export = KIND.read(cls, path)
-        for name, expected in export.digests.items() if digests else ():
+        if digests:
+            export.verify(folder)
+        return export
+
+    def verify(self, folder: Path) -> None:
+        """Raise IntegrityError if a file of it, in `folder`, is missing or differs from what was exported."""
+        for name, expected in self.digests.items():
             file = folder / name
             got = sha256(file) if file.is_file() else "no file"
             if got != expected:
                 raise IntegrityError(f"{file} is not what was exported", got=got, expected=expected, fix=KIND.remake)
-        return export
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, atomically."""

@@ -22,12 +22,13 @@ class ReferenceBackend(HostBackend):
     name = "reference"
 
     def __init__(self, folder: Path, recipe: Recipe, reason: str = "asked for", preset: Preset | None = None,
-                 checkpoints: Path | None = None, runs: bool = True) -> None:  # fmt: skip
+                 checkpoints: Path | None = None, runs: bool = True, export: Export | None = None) -> None:  # fmt: skip
         """Verify and open the exported networks in `folder`; `preset` overrides the recipe's (tests use smaller ones).
 
         Args:
             checkpoints: where the VAE encoder and the text encoder come from if they were not exported.
             runs: False: verify the files, but open them only if they are called after all.
+            export: what was read of `folder`, if it was.
 
         Raises:
             LongtakeError: nothing is exported there, or it is of another recipe.
@@ -35,7 +36,8 @@ class ReferenceBackend(HostBackend):
             UnavailableError: ONNX Runtime is not installed.
         """
         super().__init__(recipe, reason, torch.device("cpu"), preset, checkpoints)
-        export = Export.read(folder)
+        export = export or Export.read(folder, digests=False)
+        export.verify(folder)
         export.require_recipe(recipe, folder)
         self._views = {name: folder / f"{name}.ort.onnx" for name in self.specs if name in export.networks}
         self._sessions: dict[str, Any] = {}

@@ -34,12 +34,8 @@ def test_a_check_that_takes_long_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_checks_cost_little(tmp_path: Path) -> None:
-    """A hundredth of a chunk. Of opening the tiny model, which takes less than a second, more than that; so its bound is time."""
+    """A hundredth of opening the tiny model, which takes a second, and of its chunks; other work may disturb some runs."""
     export = fault_runs.export_of(None, tmp_path / "export")
-    told = [check_cost.measure(export, "reference") for _ in range(4)][
-        1:
-    ]  # the first one imports; others may be disturbed
-    for chunk in ("first chunk", "second chunk"):
-        assert any(check_cost.held({chunk: each[chunk]}) for each in told), told
-    opening = [each["opening"] for each in told]
-    assert min(part["percent"] * part["s"] / 100 for part in opening) < 0.03, opening
+    told = [check_cost.measure(export, "reference") for _ in range(4)][1:]  # the first one imports
+    for part in told[0]:
+        assert any(check_cost.held({part: each[part]}) for each in told), told
