@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Sequence
-from pathlib import Path
+from multiprocessing.connection import Connection
 
 from longtake.paths import REPOSITORY
 
@@ -34,11 +34,17 @@ class Run:
     """A command, begun; `before` is run in its process first."""
 
     def __init__(self, words: Sequence[object], before: str = "") -> None:
-        number, name = tempfile.mkstemp(prefix="longtake-said-")
-        os.close(number)
-        self._said = Path(name)
-        self._process = FORKS.Process(target=_command, args=(list(map(str, words)), before, name))
+        self._said = bytearray()  # through a pipe: a limit on the size of files is none on what is said
+        self._reading, saying = FORKS.Pipe(duplex=False)
+        self._process = FORKS.Process(target=_command, args=(list(map(str, words)), before, saying))
         self._process.start()
+        saying.close()
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    def _listen(self) -> None:
+        while data := os.read(self._reading.fileno(), 1 << 16):
+            self._said += data
 
     def poll(self) -> int | None:
         """The exit code, minus a signal's number, or None."""
@@ -46,7 +52,7 @@ class Run:
 
     def said(self) -> str:
         """What it has said so far."""
-        return self._said.read_text(errors="replace")
+        return self._said.decode(errors="replace")
 
     def send_signal(self, number: int) -> None:
         if self._process.pid is not None and self.poll() is None:
@@ -62,16 +68,15 @@ class Run:
         if code is None:
             self.kill()
             raise TimeoutError(f"not ended after {seconds:g} s: {self.said()[-300:]}")
-        said = self.said()
-        self._said.unlink()
-        return code, said
+        self._reader.join(10)  # a process of its own, which outlives it, may hold the pipe
+        return code, self.said()
 
 
-def _command(words: list[str], before: str, said: str) -> None:
+def _command(words: list[str], before: str, saying: Connection) -> None:
     """In the child."""
-    number = os.open(said, os.O_WRONLY | os.O_APPEND)
-    os.dup2(number, 1)
-    os.dup2(number, 2)
+    os.dup2(saying.fileno(), 1)
+    os.dup2(saying.fileno(), 2)
+    saying.close()
     os.environ["LONGTAKE_THREADS"] = "1"
     exec("import resource, signal\n" + before, {})
     from longtake.commands.main import main

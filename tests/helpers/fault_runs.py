@@ -281,7 +281,7 @@ class Runs:
                 }
                 limit = f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
                 words = self.words(command, out) if command != "train" else [*self.words(command, out), "--stop-at", 2]
-                code, said = whole_process(words, limit)  # its output goes to a pipe, which is no file
+                code, said = done(words, limit)
                 failed += code != 0
                 row.check(code in (0, 2), f"{command}, {size} bytes: exit code {code}: {said[-200:]}")
                 row.check("Traceback" not in said, f"{command}, {size} bytes: {said[-300:]}")
