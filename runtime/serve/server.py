@@ -39,7 +39,8 @@ from longtake.runtime.serve.worker import Worker
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-PARK_S = 13.0  # in which everything is parked; the rest of the 15 s is for sockets and threads
+PARK_S = 11.0  # in which everything is parked after a signal; then sockets and threads have their time
+END_S = 14.5  # then the process ends, whatever a chunk or a thread still does: what was acknowledged is on disk
 FAILURE_EVERY = 0.5  # seconds
 
 Say = Callable[[str], None]
@@ -178,7 +179,10 @@ def serve(settings: Settings, open_model: Open, announce: Say) -> int:
         store = Store(root)
         settings.door(store)  # refused before anything listens
         opened = stack.enter_context(contextlib.closing(listening(settings.host, settings.port)))
-        return asyncio.run(served(settings, store, opened, open_model, announce, None))
+        late = threading.Timer(END_S, os._exit, (0,))
+        late.daemon = True
+        stack.callback(late.cancel)
+        return asyncio.run(served(settings, store, opened, open_model, announce, None, late.start))
 
 
 async def served(
@@ -188,15 +192,16 @@ async def served(
     open_model: Open,
     announce: Say,
     ending: asyncio.Event | None,
+    signalled: Callable[[], None] = lambda: None,
 ) -> int:
-    """See `serve`. ending: set by whoever wants it to end; by signals if None."""
+    """See `serve`. ending: set by whoever wants it to end; by signals if None: `signalled` is called at the first one."""
     meters = prometheus()
     desk, workers = Desk(settings.limits, meters), LocalWorkers()
     front = settings.front(store, desk, workers, meters, "the model is being opened")
     jobs = front.jobs = Jobs(front)
     server = http_server(app_from(front))
     if ending is None:
-        _on_signals(ending := asyncio.Event())
+        _on_signals(ending := asyncio.Event(), signalled)
     serving = asyncio.create_task(server.serve([opened]))
     opening = asyncio.create_task(_open(settings, front, workers, open_model))
     failure: BaseException | None = None
@@ -256,7 +261,7 @@ async def _end(front: Front, workers: LocalWorkers, jobs: Jobs) -> None:
         workers.worker.generator.close()
 
 
-def _on_signals(ending: asyncio.Event) -> None:
+def _on_signals(ending: asyncio.Event, signalled: Callable[[], None]) -> None:
     """The first signal ends in order, the second at once: what was acknowledged is on disk."""
     if threading.current_thread() is not threading.main_thread():
         return
@@ -266,6 +271,7 @@ def _on_signals(ending: asyncio.Event) -> None:
         if ending.is_set():
             os._exit(128 + number)
         ending.set()
+        signalled()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

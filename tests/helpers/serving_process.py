@@ -1,4 +1,4 @@
-"""Serve the student, with "ranks" on two of them, or with "toy" a toy, from a store until a signal comes: python serving_process.py STORE [toy|ranks] [slots=N] [user_sessions=N] [port=N]"""
+"""Serve the student, with "ranks" on two of them, or with "toy" a toy, with "slow_toy" one whose passes take half a minute, from a store until a signal comes: python serving_process.py STORE [toy|slow_toy|ranks] [slots=N] [user_sessions=N] [port=N]"""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def toy(pause_s: float = 0.0) -> Generator:
 
 def opened_toy(say: Any) -> Generator:
     return toy(0.03)
+
+
+def opened_slow_toy(say: Any) -> Generator:
+    return toy(30.0)
 
 
 def opened_tiny(say: Any) -> Generator:
@@ -52,5 +56,6 @@ if __name__ == "__main__":
         opening = opened_toy if "toy" in words else opened_tiny
         workers = next((int(word[8:]) for word in words if word.startswith("workers=")), 1)
         raise SystemExit(serve_ray(settings, opening, announce, Size(workers, workers)))
-    opening = opened_toy if "toy" in words else opened_ranks if "ranks" in words else opened_tiny
+    kinds = {"toy": opened_toy, "slow_toy": opened_slow_toy, "ranks": opened_ranks}
+    opening = next((kinds[word] for word in words if word in kinds), opened_tiny)
     raise SystemExit(serve(settings, opening, announce))

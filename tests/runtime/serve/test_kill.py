@@ -96,3 +96,18 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     resumed.chunk(0)
     assert resumed.chunk(at, ack=True)["prompt"] == "snow"
     assert again.kill(2) == 0
+
+
+@pytest.mark.slow
+def test_a_chunk_that_takes_long_holds_up_no_end(tmp_path: Path) -> None:
+    """Whoever restarts a server waits 15 s at most: what was acknowledged is on disk, and the chunk is made again."""
+    process = Process(tmp_path, "slow_toy")
+    live = Live(process.host, prompt=PROMPT, endless=True, seed=3, flow={"mode": "ack", "window": 1})
+    session = live.until("video.start")["session_id"]
+    at = live.interact("e1", prompt="snow")["at_chunk"]
+    begun = time.monotonic()
+    assert process.kill(15) == 0 and time.monotonic() - begun < 15
+    again = Process(tmp_path, "toy")
+    resumed = Live(again.host, type="session.resume", session_id=session, flow={"mode": "ack", "window": 1})
+    assert resumed.chunk(at, ack=True)["prompt"] == "snow"
+    assert again.kill(2) == 0
