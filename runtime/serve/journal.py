@@ -26,6 +26,7 @@ from longtake.files import atomic_path, read_json, write_json
 from longtake.record import Kind
 
 KIND = Kind("a session's description", "`longtake serve`", "start a new session")
+NEEDED: dict[str, dict[str, type]] = {"change": {"at_chunk": int, "cut": bool}, "extend": {"total": int}}  # of events
 END, META, EVENTS, LEASE, INIT = "end.json", "meta.json", "events.jsonl", "lease.json", "init.mp4"
 
 
@@ -81,9 +82,7 @@ class Meta:
 
 def _checked(event: dict[str, Any]) -> dict[str, Any]:
     """An event that has what its type needs. Raises KeyError or TypeError for another."""
-    needed: dict[str, type] = {"change": {"at_chunk": int, "cut": bool}, "extend": {"total": int}}.get(
-        event["type"], {}
-    )
+    needed = NEEDED.get(event["type"], {})
     if wrong := [key for key, kind in needed.items() if not isinstance(event[key], kind)]:
         raise TypeError(f"{event['type']}: {wrong[0]} is {event[wrong[0]]!r}")
     return {"prompt": None, **event}
