@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ class Meta:
 
 def _checked(event: dict[str, Any]) -> dict[str, Any]:
     """An event that has what its type needs. Raises KeyError or TypeError for another."""
-    needed = NEEDED.get(event["type"], {})
-    if wrong := [key for key, kind in needed.items() if not isinstance(event[key], kind)]:
-        raise TypeError(f"{event['type']}: {wrong[0]} is {event[wrong[0]]!r}")
+    for key, kind in NEEDED.get(event["type"], {}).items():
+        if not isinstance(event[key], kind):
+            raise TypeError(f"{event['type']}: {key} is {event[key]!r}")
     return {"prompt": None, **event}
 
 
@@ -349,6 +349,3 @@ class Journal:
                 with contextlib.suppress(FileNotFoundError):
                     total += one.stat().st_size
         return total
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self.meta)
