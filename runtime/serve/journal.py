@@ -258,8 +258,7 @@ class Journal:
         Raises:
             IntegrityError: they are not what was kept.
         """
-        about = self.chunk(index)
-        data = self._verified(about, "latents")
+        data = self._verified(self.chunk(index), "latents")
         try:
             return load(data)["latents"].to(torch.float32)
         except (SafetensorError, KeyError) as error:
