@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -155,13 +156,15 @@ class Runs:
             began = self._wait_for(process, out, 300)
             if command == "train" and number % 2:
                 self._until(process, partial(_is_beyond, out, step))
-            time.sleep(self.chance.random() * (1.5 if command == "train" else 4))
-            hit += process.poll() is None
+            time.sleep(self.chance.random() * (1.5 if command in ("train", "engines") else 4))
+            hit += (running := process.poll() is None)
             process.kill()
             process.end()
             row.check(_newest(out) >= step, f"{command} {number}: step {step} is lost")
             if began:
                 self._check_whole(row, command, out, f"{command} {number}")
+            if command == "engines" and not running:
+                shutil.rmtree(out)  # what is built already is not built again, so there would be nothing to hit
         code, said = done([*self.words(command, out), *self._again(command, out)])
         row.check(code == 0, f"{command}: the next run fails: {said[-200:]}")
         row.check(not leftovers(out), f"{command}: left over: {leftovers(out)[:3]}")
