@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import random
-import signal
 import shutil
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
