@@ -91,7 +91,8 @@ def _shape(one: Option) -> dict[str, Any]:
     """How argparse gathers an option's words."""
     if one.kind is bool:
         return {"action": "store_true"}
-    shape: dict[str, Any] = {"metavar": one.facts.get("metavar")}
+    number = "N" if one.kind in (int, float) else None
+    shape: dict[str, Any] = {"metavar": one.facts.get("metavar", number)}
     if choice := one.note(OneOf):
         shape["metavar"] = "{" + ",".join(choice.words) + "}"
     if one.facts.get("repeated"):
