@@ -37,7 +37,7 @@ from longtake.training.resume import (
     set_aside,
     sweep,
 )
-from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.base import Loss, Metric, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -304,7 +304,7 @@ class Trainer:
         }
 
 
-def backward(parts: Iterable[tuple[Tensor, dict[str, Metric]]]) -> dict[str, Metric]:
+def backward(parts: Iterable[Loss]) -> dict[str, Metric]:
     """Backward passes of a loss that comes in parts, each before the next is computed; the sums, "loss" among them."""
     total: dict[str, Metric] = {}
     for loss, metrics in parts:

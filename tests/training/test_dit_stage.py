@@ -80,7 +80,7 @@ EVERYTHING: dict[str, Any] = {
 def test_all_of_it_together_resumes_bit_identically(
     tmp_path: Path, small_preset: Preset, vae_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longtake.training.stages.dit.CALIBRATION_BATCHES", 1)
+    monkeypatch.setattr("longtake.training.stages.transformer.CALIBRATION_BATCHES", 1)
     chosen = options(small_preset, vae_folder, **EVERYTHING)
     straight = train(tmp_path / "a", chosen, 3)
     train(tmp_path / "b", chosen, 3, stop_at=1)
