@@ -11,7 +11,7 @@ from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.formats.exported import Export
 from longtake.formats.model_name import home
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.session_inputs import Tokenize
+from longtake.runtime.conditions import Tokenize
 from longtake.training.models.checkpoint import side_file, weights_digests
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile

@@ -17,9 +17,9 @@ from longtake.formats.model_name import checkpoints_named
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.camera import CameraPosition, require_cuts
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
+from longtake.runtime.conditions import Embeddings, Noise, SessionInputs, Tokenize
 from longtake.runtime.sampling import OnStep
 from longtake.runtime.session import Session
-from longtake.runtime.session_inputs import Embeddings, Noise, SessionInputs, Tokenize
 from longtake.runtime.session_options import Sampling, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import (
@@ -33,7 +33,7 @@ from longtake.runtime.start import Clip, Picture, Start, start_of, take_in
 from longtake.runtime.story import Script, Segment, Story, check_fits, fit_segments, frame_count, story_from_script
 from longtake.runtime.video_model import VideoModel
 from longtake.runtime.view import View, own_picture, require_picture
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import SamplingConfig
 
 log = logging.getLogger(__name__)

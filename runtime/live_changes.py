@@ -10,9 +10,8 @@ from typing import Any
 from longtake.errors import LongtakeError
 from longtake.runtime.camera import require_cuts, steered
 from longtake.runtime.session_options import SessionOptions
-from longtake.runtime.state import Edit, Position, with_edit
+from longtake.runtime.state import Edit, Position, Undecoded, with_edit
 from longtake.runtime.story import Segment, checked_chunks, checked_prompt
-from longtake.runtime.undecoded import Undecoded
 from longtake.runtime.video_model import VideoModel
 
 Record = Callable[[int], None]  # of the index of the first chunk that a live change shapes, or of the chunks in all

@@ -24,12 +24,11 @@ from longtake.out_of_memory import is_out_of_memory
 from longtake.runtime.camera import CameraPosition, cameras_of
 from longtake.runtime.chunk import Chunk, given_chunk
 from longtake.runtime.clock import StageClock
-from longtake.runtime.conditions import Conditioner
+from longtake.runtime.conditions import OWN, Conditioner, SessionInputs, Tokenize
 from longtake.runtime.decode import DecodeQueue, decode_queue
 from longtake.runtime.live_changes import LiveChanges
 from longtake.runtime.retake import Take, retaken
 from longtake.runtime.sampling import ChunkSampler, OnStep
-from longtake.runtime.session_inputs import OWN, SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import (
     FIRST_LATENT,
@@ -40,9 +39,8 @@ from longtake.runtime.snapshot import (
     load_tensors,
     snapshot_to_file,
 )
-from longtake.runtime.state import Position, SessionState
+from longtake.runtime.state import HandedOver, Position, SessionState, Undecoded
 from longtake.runtime.story import Segment, checked_prompt
-from longtake.runtime.undecoded import HandedOver, Undecoded
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Plan
 from longtake.training.models.sana_wm.actions import Walk
@@ -212,7 +210,7 @@ class Session(LiveChanges):
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
             camera = here.camera and here.camera.as_in(after.camera if after else None)
-            cameras, walk = cameras_of(camera, self.model.preset, here.chunk)
+            cameras, walk = cameras_of(camera, self.model.preset, here.chunk) if camera else ((), None)
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *cameras)
         with clock.stage("denoise"):
             sample = kept.transpose(1, 2) if kept is not None else given_BCFHW

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from longtake.config import whole_number
 from longtake.errors import LongtakeError
+from longtake.record import whole_number
 from longtake.runtime.story import checked_prompt
 from longtake.training.models.sampler import Schedule, Solver, schedule_from, schedule_of, solver_named
 

@@ -19,8 +19,7 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, json_value, require_disk
 from longtake.record import UNFIT, Kind, record_from_json
 from longtake.runtime.session_options import SessionOptions
-from longtake.runtime.state import Position, SessionState, position_from_json
-from longtake.runtime.undecoded import KEPT
+from longtake.runtime.state import KEPT, Position, SessionState, position_from_json
 from longtake.runtime.video_model import VideoModel
 from longtake.tensor_file import tensors_in
 from longtake.training.models.families import family_named

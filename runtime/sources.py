@@ -16,8 +16,8 @@ from longtake.formats.exported import UNRECORDED, Checked, Export
 from longtake.formats.memory import Budget, RecordedTerm, Use
 from longtake.formats.model_name import asked_for, folder_of, home, known_names, made_by, only_name_with
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
-from longtake.machine.capability import Choice, Machine, backend_for
-from longtake.machine.machine import has_module, machine_here
+from longtake.machine.capability import Choice, Machine, backend_for, has_module
+from longtake.machine.machine import machine_here
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.measured import record_arenas

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from longtake.checked_yaml import read_yaml
-from longtake.config import reject_unknown_keys, whole_number
 from longtake.errors import LongtakeError
+from longtake.record import reject_unknown_keys, whole_number
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.prompts import CUT_PREFIX
 

@@ -12,7 +12,7 @@ from longtake.formats.model_name import checkpoints_named
 from longtake.options import DECISIVE, FREE, Bounds, OneOf, Text, option
 from longtake.training.data.base import Dataset
 from longtake.training.data.returns import distance_span, distance_text
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.quantize import RULES, Rules
 from longtake.video_span import FITS

@@ -24,7 +24,7 @@ from longtake.training.convert.files import PLACES, read_container
 from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import PRESETS, WAN22_TI2V_5B, Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.gemma import KIND, NAME, GemmaSource, instruction_from_config

@@ -11,7 +11,7 @@ from longtake.errors import LongtakeError, nearest
 from longtake.paths import REPOSITORY
 from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.record import record_from_mapping
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import PRESETS, Preset, WorldPreset
 
 RECIPES = REPOSITORY / "engines" / "recipes"

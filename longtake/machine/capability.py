@@ -5,6 +5,7 @@ It drives the code path (`backend_for`), the tests' skip reasons and the error t
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -81,6 +82,14 @@ class Machine:
     flavour_version: str = ""
     onnxruntime: bool = True
     nvrtc: bool = True
+
+
+def has_module(name: str) -> bool:
+    """Whether `name` can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @dataclass(frozen=True)

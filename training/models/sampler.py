@@ -1,4 +1,4 @@
-"""From noise to latents: the schedule of a chunk, and the solvers that go down it (`SOLVERS`).
+"""From noise to latents: a chunk's noise, its schedule, and the solvers that go down it (`SOLVERS`).
 
 UniPC (order 2, bh2, x0 prediction, corrector) is a table of coefficients. Every step is a linear combination of tensors, so its
 coefficients are worked out once on the host in float64 and a step is a few multiply-adds on any device, in float32. Notation, for step i of N with flow sigmas:
@@ -12,6 +12,7 @@ Source of the formulas: Zhao et al., "UniPC" (2023), as LongLive 2.0 uses it for
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
+from longtake.training.models.presets import Preset
 
 # The training grid is 1 - k/1000 in float32; its largest entry starts the schedule.
 SIGMA_MAX = float(np.float32(0.999))
@@ -192,3 +194,11 @@ def solver_named(name: str) -> Callable[[Schedule], Solver]:
     if name not in SOLVERS:
         raise LongtakeError("unknown solver", got=repr(name), expected=", ".join(SOLVERS), fix="pass one of these")
     return SOLVERS[name]
+
+
+def noise_for_chunk(preset: Preset, seed: int, index: int) -> Tensor:
+    """Gaussian noise fp32 [1, F, C, H, W] of chunk `index`, drawn on the CPU: the same for every device and length."""
+    digest = hashlib.sha256(f"longtake noise 1:{seed}:{index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    shape = (1, preset.frames_of(index), preset.vae.z_channels, *preset.latent_hw)
+    return torch.randn(shape, generator=generator)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longtake.training.distill.rollout import Rollout, Story
-from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.sampler import noise_for_chunk
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.objective.chunk_pass import ChunkPass

@@ -23,8 +23,8 @@ from longtake.training.distill.world_stage import WorldDistillStage
 from longtake.training.models.checkpoint import read_side_file
 from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, load_models, random_models
-from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import TINY, Preset
+from longtake.training.models.sampler import noise_for_chunk
 from longtake.training.models.sana_wm.actions import poses_of_action
 from longtake.training.objective.walk_forcing import Walk
 

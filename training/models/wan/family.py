@@ -13,9 +13,8 @@ from longtake.training.models.presets import Preset
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.networks import network_module
-from longtake.training.models.wan.positions import frame_positions
 from longtake.training.models.wan.prompts import CUT_PREFIX, with_cut_prefix
-from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.rope import frame_positions, rope_tables, timestep_sinusoid
 from longtake.training.models.wan.slots import SlotTable, slots_from_json
 from longtake.training.models.wan.spec import network_spec, networks_of
 from longtake.training.models.wan.vae import CausalVAE
