@@ -49,11 +49,11 @@ class Kind:
                 f"{path} has no format number", got=repr(found)[:80], expected=expected, fix=self.remake
             )
         if found > self.format:
-            raise IntegrityError(f"{path} was made by a newer version of longtake", got=f"format {found}",
-                                 expected=expected, fix=f"update longtake, or {self.remake}")  # fmt: skip
+            what, got = f"{path} was made by a newer version of longtake", f"format {found}"
+            raise IntegrityError(what, got=got, expected=expected, fix=f"update longtake, or {self.remake}")
         if found < self.oldest:
-            raise IntegrityError(f"{path} was made by an older version of longtake", got=f"format {found}",
-                                 expected=expected, fix=self.remake)  # fmt: skip
+            what = f"{path} was made by an older version of longtake"
+            raise IntegrityError(what, got=f"format {found}", expected=expected, fix=self.remake)
 
     def read(self, cls: type[T], path: Path) -> T:
         """The record in a JSON file.

@@ -125,8 +125,8 @@ class VideoWriter:
     def _check(self, frames: np.ndarray) -> None:
         shape = tuple(frames.shape)
         if frames.dtype != np.uint8 or frames.ndim != 4 or shape[3] != 3 or shape[1] % 2 or shape[2] % 2:
-            raise LongtakeError("cannot write these frames as a video", got=f"{frames.dtype} {shape}",
-                                expected="uint8 [T, H, W, 3] with even H and W")  # fmt: skip
+            what = "cannot write these frames as a video"
+            raise LongtakeError(what, got=f"{frames.dtype} {shape}", expected="uint8 [T, H, W, 3] with even H and W")
         if self._container is not None and shape[1:3] != self._size:
             raise LongtakeError("a video's frames must all have one size", got=shape[1:3], expected=self._size)
         if self._container is None and self.frames:
@@ -219,9 +219,9 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """An input container and its first video stream that is no cover picture."""
     member = opened_member(path)
     if member is None and not path.is_file():
-        raise LongtakeError(f"{path} does not exist" if not path.exists() else f"{path} is not a file",
-                            got="a folder" if path.is_dir() else "nothing there", expected="a video file",
-                            fix="check the path")  # fmt: skip
+        what = f"{path} does not exist" if not path.exists() else f"{path} is not a file"
+        expected, fix = "a video file", "check the path"
+        raise LongtakeError(what, got="a folder" if path.is_dir() else "nothing there", expected=expected, fix=fix)
     if member is None and not path.stat().st_size:
         raise LongtakeError(f"{path} is empty", got="0 bytes", expected="a video file", fix="write it again")
     with member or contextlib.nullcontext(), as_error(path, "cannot read"), av.open(member or _url(path)) as container:
@@ -262,8 +262,8 @@ def _kind(stream: Any) -> str:
 def rate_of(path: Path, stream: Any) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
-        raise LongtakeError(f"{path} does not say its frame rate", expected="a video with a constant frame rate",
-                            fix="convert it to mp4")  # fmt: skip
+        what = f"{path} does not say its frame rate"
+        raise LongtakeError(what, expected="a video with a constant frame rate", fix="convert it to mp4")
     return Fraction(rate)
 
 

@@ -49,9 +49,9 @@ class SessionInputs:
         if isinstance(self.noise, Tensor):
             self._noise(preset, sum(segment.chunks for segment in script) - 1)
         if isinstance(self.embeddings, Tensor) and negative is not None:
-            raise LongtakeError("guidance needs embeddings of the negative prompt, too", got="one tensor for every prompt",
-                                expected="embeddings by prompt",
-                                fix=f"pass embeddings={{prompt: tensor, {negative!r}: tensor}}, or guidance=1")  # fmt: skip
+            what = "guidance needs embeddings of the negative prompt, too"
+            fix = f"pass embeddings={{prompt: tensor, {negative!r}: tensor}}, or guidance=1"
+            raise LongtakeError(what, got="one tensor for every prompt", expected="embeddings by prompt", fix=fix)
         if self.embeddings is not None:
             texts = [CUT_PREFIX * segment.cut + segment.prompt for segment in script]
             texts += [segment.prompt for segment in script if segment.chunks > 1]
@@ -79,9 +79,9 @@ class SessionInputs:
         wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
         if not isinstance(given, Tensor) or tuple(given.shape) != wanted:
             whole = f"; of the video {tuple(self.noise.shape)}" if isinstance(self.noise, Tensor) else ""
-            raise LongtakeError(f"the noise of chunk {chunk} does not fit", got=f"{_shape(given)}{whole}",
-                                expected=f"{wanted}: [1, F, C, H, W]", fix="pass a chunk's noise for each index, or the "
-                                "whole video's, chunk after chunk along F")  # fmt: skip
+            what = f"the noise of chunk {chunk} does not fit"
+            fix = "pass a chunk's noise for each index, or the whole video's, chunk after chunk along F"
+            raise LongtakeError(what, got=f"{_shape(given)}{whole}", expected=f"{wanted}: [1, F, C, H, W]", fix=fix)
         return given.detach().to("cpu", torch.float32, copy=True)
 
     def _embedding(self, preset: Preset, prompt: str) -> Tensor:
@@ -89,14 +89,15 @@ class SessionInputs:
         if isinstance(given, Mapping):
             given = given.get(prompt, given.get(prompt.removeprefix(CUT_PREFIX)))
         if given is None:
-            raise LongtakeError("no embeddings of this prompt were given", got=repr(prompt), expected="one of "
-                                f"{', '.join(map(repr, self.embeddings or ()))}", fix="add it to embeddings")  # fmt: skip
+            expected, fix = f"one of {', '.join(map(repr, self.embeddings or ()))}", "add it to embeddings"
+            raise LongtakeError("no embeddings of this prompt were given", got=repr(prompt), expected=expected, fix=fix)
         rows, (length, width) = given, (preset.dit.text_len, preset.dit.text_dim)
         if isinstance(rows, Tensor) and rows.ndim == 2:
             rows = rows[None]
         if not isinstance(rows, Tensor) or rows.ndim != 3 or rows.shape[::2] != (1, width) or rows.shape[1] > length:
-            raise LongtakeError("these embeddings do not fit", got=_shape(given), expected=f"(1, {length}, {width}) or fewer "
-                                "rows: [1, E, D]", fix="pass what the text encoder makes of the prompt")  # fmt: skip
+            expected = f"(1, {length}, {width}) or fewer rows: [1, E, D]"
+            fix = "pass what the text encoder makes of the prompt"
+            raise LongtakeError("these embeddings do not fit", got=_shape(given), expected=expected, fix=fix)
         return functional.pad(rows.detach().to(torch.float32), (0, 0, 0, length - rows.shape[1]))
 
 
@@ -201,11 +202,11 @@ def check_fit(tensors: Mapping[str, Tensor], spec: NetworkSpec) -> None:
     bindings = {binding.name: binding for binding in spec.inputs}
     for name, tensor in tensors.items():
         if name not in bindings:
-            raise LongtakeError(f"network {spec.name} has no input {name}", got=f"a chunk's condition {name}",
-                                expected=", ".join(bindings), fix="see the family's spec")  # fmt: skip
+            what, got = f"network {spec.name} has no input {name}", f"a chunk's condition {name}"
+            raise LongtakeError(what, got=got, expected=", ".join(bindings), fix="see the family's spec")
         wanted = bindings[name]
         sizes = tuple(n if isinstance(n, int) else m for n, m in zip(wanted.shape, tensor.shape, strict=False))
         if (len(wanted.shape), sizes, DTYPES[wanted.dtype]) != (tensor.ndim, tuple(tensor.shape), tensor.dtype):
-            raise LongtakeError(f"a chunk's condition {name} does not fit network {spec.name}",
-                                got=f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{wanted.dtype} {wanted.shape}",
-                                fix="see the family's chunk_inputs and pass_inputs")  # fmt: skip
+            what = f"a chunk's condition {name} does not fit network {spec.name}"
+            got, expected = f"{tensor.dtype} {tuple(tensor.shape)}", f"{wanted.dtype} {wanted.shape}"
+            raise LongtakeError(what, got=got, expected=expected, fix="see the family's chunk_inputs and pass_inputs")

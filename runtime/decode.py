@@ -142,8 +142,8 @@ class DecodeQueue:
     def _put(self, frames: Frames, latents: Tensor | None, ready: torch.cuda.Event | None) -> Frames:
         with self._closing:
             if self._closed:
-                raise LongtakeError(f"chunk {frames.index} cannot be decoded", got="a session that was closed meanwhile",
-                                    expected="an open one", fix="load the saved session, or start a new one")  # fmt: skip
+                what, fix = f"chunk {frames.index} cannot be decoded", "load the saved session, or start a new one"
+                raise LongtakeError(what, got="a session that was closed meanwhile", expected="an open one", fix=fix)
             before, self._last = self._last, frames  # an interrupt may come once it is queued
             try:
                 self._jobs.put((frames, latents, ready))

@@ -135,11 +135,11 @@ class Generator:
             opened = checkpoint_backend(preset, folder, dtype or "fp32", device, gpus)
             return cls(opened, tokenizer_of(preset, folder), sampling=side.sampled)
         if backend != "reference":
-            raise LongtakeError("a checkpoint has no such backend", got=repr(backend), expected="'torch' or 'reference'",
-                                fix="build engines for the others: make export engines")  # fmt: skip
+            what, fix = "a checkpoint has no such backend", "build engines for the others: make export engines"
+            raise LongtakeError(what, got=repr(backend), expected="'torch' or 'reference'", fix=fix)
         if dtype not in (None, "bf16"):
-            raise LongtakeError("an export stores its weights in bf16", got=f"dtype {dtype!r}", expected="dtype 'bf16'",
-                                fix="pass backend='torch' for fp32")  # fmt: skip
+            what, got = "an export stores its weights in bf16", f"dtype {dtype!r}"
+            raise LongtakeError(what, got=got, expected="dtype 'bf16'", fix="pass backend='torch' for fp32")
         return cls.from_engines(export_of(preset, folder), "reference", device)
 
     def session(
@@ -332,8 +332,8 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
     if given is None:
         return Sampling(steps=steps, guidance=guidance)
     if steps is not None or guidance is not None:
-        raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two",
-                            fix="pass sampling=Sampling(steps=4, guidance=1)")  # fmt: skip
+        fix = "pass sampling=Sampling(steps=4, guidance=1)"
+        raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two", fix=fix)
     return given
 
 

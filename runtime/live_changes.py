@@ -136,9 +136,9 @@ class LiveChanges:
             at = max(self._position.chunk + self._busy, self._undecoded.first_free)
             before = at - self._position.chunk - (self._busy and not self._scripted)
             if self._position.left <= before and not self.options.endless:
-                raise LongtakeError(f"the script ends before chunk {at}", got="a live change that nothing would show",
-                                    expected="a chunk still to come",
-                                    fix="call extend first, or start the session with endless=True")  # fmt: skip
+                what = f"the script ends before chunk {at}"
+                expected, fix = "a chunk still to come", "call extend first, or start the session with endless=True"
+                raise LongtakeError(what, got="a live change that nothing would show", expected=expected, fix=fix)
             after = self._position
             if camera is not None:
                 after = replace(after, camera=steered(after.camera, at, **camera)[0])

@@ -106,9 +106,9 @@ class Session(LiveChanges):
     def _turn(self, wanted: str, closed: bool = False, decoder_error: bool = True) -> Iterator[None]:
         """Be the session's only user. `closed`: it may be closed. `decoder_error`: one that nobody was told is raised."""
         if not self._using.acquire(blocking=False):
-            raise LongtakeError(f"the session is busy with chunk {self.next_index}", got=f"a call for {wanted}",
-                                expected="one caller at a time",
-                                fix="wait for the chunk, or give each thread a session of its own")  # fmt: skip
+            what = f"the session is busy with chunk {self.next_index}"
+            fix = "wait for the chunk, or give each thread a session of its own"
+            raise LongtakeError(what, got=f"a call for {wanted}", expected="one caller at a time", fix=fix)
         try:
             if not closed:
                 self._require_open(wanted)
@@ -140,8 +140,8 @@ class Session(LiveChanges):
 
     def _require_open(self, wanted: str) -> None:
         if self._closed or self.model.closed:
-            raise LongtakeError(f"the {'session' if self._closed else 'generator'} is closed", got=f"a call for {wanted}",
-                                expected="an open one", fix="load the saved session, or start a new one")  # fmt: skip
+            what, got = f"the {'session' if self._closed else 'generator'} is closed", f"a call for {wanted}"
+            raise LongtakeError(what, got=got, expected="an open one", fix="load the saved session, or start a new one")
 
     def feed(self, latents_BFCHW: Tensor, prompt: str, cut: bool = False) -> Chunk:
         """Take given latents, fp32 [1, F, C, H, W], as the next chunk: their K/V and the decoder's state, no sampling.
@@ -305,8 +305,8 @@ class Session(LiveChanges):
         check_same(snapshot.identity, self.identity)
         decoder = snapshot.decoder_tensors()
         if self._decoding and snapshot.position.chunk and not decoder:
-            raise LongtakeError("the snapshot has no decoder state", got="one of a session made with decode=False",
-                                fix="restore it into a session made with decode=False")  # fmt: skip
+            what, got = "the snapshot has no decoder state", "one of a session made with decode=False"
+            raise LongtakeError(what, got=got, fix="restore it into a session made with decode=False")
         with self._turn("another state", decoder_error=False):
             load_tensors(snapshot, self._state)
             if self._decoding:

@@ -101,10 +101,9 @@ def check_same(given: Identity, wanted: Identity) -> None:
         if each.name == "weights":
             _check_same_weights(have, want)
         elif have != want:
-            raise LongtakeError(
-                f"the saved session has another {each.name}", got=repr(have), expected=repr(want),
-                fix=f"use engines and options with {each.name} {have!r}, or start a new session",
-            )  # fmt: skip
+            what = f"the saved session has another {each.name}"
+            fix = f"use engines and options with {each.name} {have!r}, or start a new session"
+            raise LongtakeError(what, got=repr(have), expected=repr(want), fix=fix)
 
 
 def _check_same_weights(have: Mapping[str, str], want: Mapping[str, str]) -> None:
@@ -183,11 +182,11 @@ def snapshot_from_file(path: Path | str) -> Snapshot:
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if header.get("format") != FORMAT:
-        raise IntegrityError(f"{source} is not a saved session", got=header.get("format", "another safetensors file"),
-                             expected=FORMAT, fix="pass a file written by session.save or --save-session")  # fmt: skip
+        what, fix = f"{source} is not a saved session", "pass a file written by session.save or --save-session"
+        raise IntegrityError(what, got=header.get("format", "another safetensors file"), expected=FORMAT, fix=fix)
     if header.get("sha256") != _digest(header.get("session", ""), tensors):
-        raise IntegrityError(f"{source} was altered after it was saved", got="a wrong digest",
-                             expected="the digest in its header", fix="save the session again")  # fmt: skip
+        what, expected = f"{source} was altered after it was saved", "the digest in its header"
+        raise IntegrityError(what, got="a wrong digest", expected=expected, fix="save the session again")
     try:
         return _snapshot_from_json(source, json_value(header["session"]), tensors)
     except UNFIT as error:
@@ -200,8 +199,8 @@ def snapshot_from_file(path: Path | str) -> Snapshot:
 def _snapshot_from_json(source: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
     KIND.require_format(about.get("version"), source)
     if about.get("noise") != NOISE:
-        raise LongtakeError(f"{source} was saved by another version of longtake", got=f"noise {about.get('noise')}",
-                            expected=f"noise {NOISE}", fix=KIND.remake)  # fmt: skip
+        what = f"{source} was saved by another version of longtake"
+        raise LongtakeError(what, got=f"noise {about.get('noise')}", expected=f"noise {NOISE}", fix=KIND.remake)
     identity = record_from_json(Identity, about["identity"])
     if not 1 <= identity.steps <= MOST_STEPS or identity.shift <= 0:
         raise ValueError(f"steps {identity.steps}, shift {identity.shift}")

@@ -216,11 +216,9 @@ def _require(machine: Machine, recipe: Target, backend: str) -> Verdict:
     verdict = verdict_for(machine, recipe, backend)
     if verdict.usable:
         return verdict
-    raise UnavailableError(
-        f"backend {backend} cannot run recipe {recipe.name} here", got=verdict.reason,
-        expected=f"a machine that fits {recipe.name} ({recipe.precision}, compute capability "
-        f"{recipe.compute_capability})", fix=verdict.fix or None,
-    )  # fmt: skip
+    what = f"backend {backend} cannot run recipe {recipe.name} here"
+    expected = f"a machine that fits {recipe.name} ({recipe.precision}, compute capability {recipe.compute_capability})"
+    raise UnavailableError(what, got=verdict.reason, expected=expected, fix=verdict.fix or None)
 
 
 @dataclass(frozen=True)

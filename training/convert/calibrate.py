@@ -82,8 +82,9 @@ def measure(
     amax = read_amax(insert_quantizers(dit, run))
     bad = [name for name, sides in amax.items() if not all(0 < value < float("inf") for value in sides.values())]
     if bad:
-        raise IntegrityError(f"calibration gave no usable amax for {len(bad)} linears", got=", ".join(bad[:6]),
-                             expected="positive, finite", fix="check the weights, and the latents if given")  # fmt: skip
+        what = f"calibration gave no usable amax for {len(bad)} linears"
+        fix = "check the weights, and the latents if given"
+        raise IntegrityError(what, got=", ".join(bad[:6]), expected="positive, finite", fix=fix)
     return amax
 
 

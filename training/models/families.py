@@ -21,8 +21,8 @@ FAMILIES: dict[str, Family] = {
 def family_named(name: str) -> Family:
     """The family called `name`; an unknown name is an error that lists the known ones."""
     if name not in FAMILIES:
-        raise LongtakeError("unknown family", got=name, expected=", ".join(sorted(FAMILIES)),
-                            fix="set the preset's family to one of these")  # fmt: skip
+        fix = "set the preset's family to one of these"
+        raise LongtakeError("unknown family", got=name, expected=", ".join(sorted(FAMILIES)), fix=fix)
     return FAMILIES[name]
 
 
@@ -46,8 +46,8 @@ def preset_from_file(path: Path) -> Preset:
     family_of(preset)
     shipped = PRESETS.get(preset.name)
     if shipped not in (None, preset):
-        raise LongtakeError(f"preset {path} has the name of a shipped one, and says something else", got=preset,
-                            expected=shipped, fix="give the file another name")  # fmt: skip
+        what = f"preset {path} has the name of a shipped one, and says something else"
+        raise LongtakeError(what, got=preset, expected=shipped, fix="give the file another name")
     return preset
 
 

@@ -122,8 +122,8 @@ def read_side(path: Path, kind: str, preset: Preset) -> SideFile:
 
     side = read_side_file(path, kind=kind, preset=preset)
     if kind == "text_encoder" and preset.text.kind == "words" and side.vocabulary is None:
-        raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary", got="none",
-                             expected='"vocabulary": a list of words', fix=RETRAIN)  # fmt: skip
+        what = f"the side file of checkpoint {path} has no vocabulary"
+        raise IntegrityError(what, got="none", expected='"vocabulary": a list of words', fix=RETRAIN)
     return side
 
 

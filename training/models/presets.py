@@ -168,8 +168,8 @@ def is_file(path: Path) -> bool:
 def read_preset(path: Path, folder: Path) -> Preset:
     """The preset in a file. `folder`: what the path of its checkpoints starts from, by default checkpoints/NAME there."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.stem):
-        raise LongtakeError(f"a preset cannot be called {path.stem!r}", expected="letters, digits, dots and dashes",
-                            fix="give the file another name")  # fmt: skip
+        what = f"a preset cannot be called {path.stem!r}"
+        raise LongtakeError(what, expected="letters, digits, dots and dashes", fix="give the file another name")
     values = _values(path)
     family = values.get("family") if isinstance(values, dict) else None
     kind = PRESET_TYPES.get(family, Preset) if isinstance(family, str) else Preset

@@ -75,8 +75,8 @@ def schedule_from(timesteps: Sequence[float], shift: float = 1.0) -> Schedule:
     """
     falling = all(now > after for now, after in zip(timesteps, timesteps[1:]))
     if not (timesteps and falling and timesteps[0] <= 1000 and timesteps[-1] > 0):
-        raise LongtakeError("bad timesteps", got=tuple(timesteps), expected="numbers that fall from at most 1000 to above 0",
-                            fix="pass (999, 937, 833, 624)")  # fmt: skip
+        expected = "numbers that fall from at most 1000 to above 0"
+        raise LongtakeError("bad timesteps", got=tuple(timesteps), expected=expected, fix="pass (999, 937, 833, 624)")
     raw = [t / 1000 for t in timesteps]
     sigmas = [shift * s / (1 + (shift - 1) * s) for s in raw]
     return Schedule(tuple(timesteps if shift == 1 else (1000 * s for s in sigmas)), (*sigmas, 0.0))
@@ -121,8 +121,8 @@ def unipc_steps(schedule: Schedule) -> tuple[Step, ...]:
     """UniPC's coefficients. Raises LongtakeError for a schedule that starts at pure noise, where its logarithm has no end."""
     timesteps, sigmas = schedule.timesteps, schedule.sigmas
     if sigmas[0] >= 1:
-        raise LongtakeError("UniPC cannot start at pure noise", got=f"timestep {timesteps[0]}", expected="below 1000",
-                            fix="pass 999 as the first timestep, or solver='euler'")  # fmt: skip
+        what, fix = "UniPC cannot start at pure noise", "pass 999 as the first timestep, or solver='euler'"
+        raise LongtakeError(what, got=f"timestep {timesteps[0]}", expected="below 1000", fix=fix)
     steps = len(timesteps)
     orders = [min(2, steps - i, i + 1) for i in range(steps)]
     return tuple(

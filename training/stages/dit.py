@@ -174,10 +174,9 @@ class DiTStage(TransformerStage):
     def seek(self, position: dict[str, Any]) -> None:
         """Go on from there."""
         if self.cached_text and position.get("text_sha256", self.text_digest) != self.text_digest:
-            raise IntegrityError(
-                "the run to resume had another text encoder", got=f"sha256 {self.text_digest[:16]}…",
-                expected=f"sha256 {position['text_sha256'][:16]}…", fix="pass the --init that it began with",
-            )  # fmt: skip
+            what = "the run to resume had another text encoder"
+            got, expected = f"sha256 {self.text_digest[:16]}…", f"sha256 {position['text_sha256'][:16]}…"
+            raise IntegrityError(what, got=got, expected=expected, fix="pass the --init that it began with")
         self.batches.seek(position)
 
     def velocity(self, clips: Clips, noise: Noise) -> Tensor:

@@ -175,8 +175,9 @@ class _Reader:
                  if t.shape != self.shapes[n]]  # fmt: skip
         problems = wrong + [f"no {name}" for name in sorted(names - found.keys())]
         if problems:
-            raise IntegrityError("the weights aren't those of the text encoder", got="; ".join(problems[:6]),
-                                 expected="every weight of umT5 in its shape", fix="convert the checkpoint again")  # fmt: skip
+            what = "the weights aren't those of the text encoder"
+            got, expected = "; ".join(problems[:6]), "every weight of umT5 in its shape"
+            raise IntegrityError(what, got=got, expected=expected, fix="convert the checkpoint again")
         return found
 
 
