@@ -169,7 +169,9 @@ def _in_srgb(source: Path, picture: Any) -> Any:
 
 def _check_size(what: str, width: int, height: int) -> None:
     if min(width, height) < LEAST_SIDE or width * height > MOST_PIXELS:
-        raise LongtakeError(f"{what} is too {'small' if min(width, height) < LEAST_SIDE else 'large'}",
-                            got=f"{width}x{height} pixels",
-                            expected=f"at least {LEAST_SIDE} pixels a side and at most {MOST_PIXELS // 10**6} million",
-                            fix="pass a picture of about the video's own size")  # fmt: skip
+        kind, fix = (
+            "small" if min(width, height) < LEAST_SIDE else "large",
+            "pass a picture of about the video's own size",
+        )
+        expected = f"at least {LEAST_SIDE} pixels a side and at most {MOST_PIXELS // 10**6} million"
+        raise LongtakeError(f"{what} is too {kind}", got=f"{width}x{height} pixels", expected=expected, fix=fix)

@@ -244,10 +244,9 @@ def as_error(path: Path, what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise out_of_memory(error, f"at {path}") from error
         reading = what == "cannot read"
-        raise LongtakeError(
-            f"{what} {path}", got=str(error) or repr(error), expected="a playable video" if reading else None,
-            fix="make or fetch the file again" if reading else "check the folder's permissions and the free space",
-        ) from error  # fmt: skip
+        fix = "make or fetch the file again" if reading else "check the folder's permissions and the free space"
+        got, expected = str(error) or repr(error), "a playable video" if reading else None
+        raise LongtakeError(f"{what} {path}", got=got, expected=expected, fix=fix) from error
 
 
 def _url(path: Path) -> str:

@@ -141,8 +141,8 @@ def _checked(source: Path, latents: Tensor | None, names: list[str], preset: Pre
         f"latents of preset {preset.name}, [F, {', '.join(map(str, frame))}], F a multiple of {preset.chunk_latents}"
     )
     if latents is None:
-        raise LongtakeError(f"{source} holds no latents", got=", ".join(names)[:120] or "no tensors",
-                            expected=f"a tensor named {LATENTS!r}: {expected}", fix="pass a video, or name it so")  # fmt: skip
+        got, named = ", ".join(names)[:120] or "no tensors", f"a tensor named {LATENTS!r}: {expected}"
+        raise LongtakeError(f"{source} holds no latents", got=got, expected=named, fix="pass a video, or name it so")
     frames = latents[None] if latents.ndim == 4 else latents
     good = frames.ndim == 5 and frames.shape[0] == 1 and tuple(frames.shape[2:]) == frame
     if not good or not _is_whole(frames.shape[1], preset) or not frames.is_floating_point():

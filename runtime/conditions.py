@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -137,8 +138,8 @@ class Conditioner:
         lengths = {model.preset.frames_of(0), model.preset.chunk_latents}
         self._times = {
             (t, clean, frames): self._pass_inputs(t, clean, frames)
-            for t in (*timesteps, 0) for clean in (0, 1) for frames in lengths
-        }  # fmt: skip
+            for t, clean, frames in product((*timesteps, 0), (0, 1), lengths)
+        }
         self._kept: dict[str, Tensors] = {}
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 

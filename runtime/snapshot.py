@@ -32,7 +32,7 @@ OLD_NAME = re.compile(r"(positive|negative)\.(\d+)\.(\d+)")  # of version 1: sid
 FIRST_LATENT = "first_latent"  # tensor of a session that has yet to generate the chunk that starts from a picture
 UNREADABLE, FIX = "is no readable saved session", "pass a file written by --save-session, or start a new session"
 MOST_STEPS = 1000
-NOISE = 1  # version of conditions.noise_for_chunk: another one would continue with other noise
+NOISE = 1  # version of sampler.noise_for_chunk: another one would continue with other noise
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Identity:
 @dataclass(frozen=True)
 class Snapshot:
     """A session's state. Tensors are copies: "positive.NAME", "negative.NAME" (the model's state), "decoder.I", FIRST_LATENT,
-    and latents "kept.CHUNK" (see undecoded.py)."""
+    and latents "kept.CHUNK" (see state.py)."""
 
     identity: Identity
     position: Position
@@ -117,8 +117,10 @@ def _check_same_weights(have: Mapping[str, str], want: Mapping[str, str]) -> Non
             fix="use engines of the checkpoint that it was saved with, or start a new session",
         )
     if not known and (have or want):
-        log.warning("nothing says whether the saved session is of these weights: one of the two was made before that was "
-                    "recorded; go on only if the model is the same")  # fmt: skip
+        log.warning(
+            "nothing says whether the saved session is of these weights: one of the two was made before that was recorded; "
+            "go on only if the model is the same"
+        )
 
 
 def load_tensors(snapshot: Snapshot, into: SessionState) -> None:
@@ -159,8 +161,8 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 def snapshot_to_file(snapshot: Snapshot, path: Path | str) -> None:
     """Write `snapshot` to `path` as one file, atomically. Raises LongtakeError if the disk is too full."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in snapshot.tensors.items()}
-    about = {"version": KIND.format, "noise": NOISE, "identity": asdict(snapshot.identity),
-             "position": snapshot.position.as_json()}  # fmt: skip
+    about = {"version": KIND.format, "noise": NOISE}
+    about |= {"identity": asdict(snapshot.identity), "position": snapshot.position.as_json()}
     text = json.dumps(about, ensure_ascii=True, sort_keys=True)
     require_disk(Path(path).parent, sum(t.nbytes for t in tensors.values()) + (1 << 20))
     header = {"format": FORMAT, "session": text, "sha256": _digest(text, tensors)}

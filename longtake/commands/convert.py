@@ -216,9 +216,9 @@ def calibrate_vae(options: ConvertOptions, measure: CalibrationOptions) -> None:
     with tqdm(unit="clip", desc="calibrate the VAE", leave=False, dynamic_ncols=True) as bar:
         found = calibrate_vae_folder(options.preset, options.out, **measure.clips, progress=bar.update)
     counts = ", ".join(f"{count} in {codes}" for codes, count in found.counts.items())
-    cost = "" if found.psnr_db is None else (
-        f"; frames at {found.psnr_db:.1f} dB against bf16, the worst at {found.worst_frame_db:.1f}"
-    )  # fmt: skip
+    cost = ""
+    if found.psnr_db is not None:
+        cost = f"; frames at {found.psnr_db:.1f} dB against bf16, the worst at {found.worst_frame_db:.1f}"
     print(f"{options.out / 'vae.json'}: convolutions of the VAE's decoder, {counts}{cost} (recipes with vae_conv)")
 
 

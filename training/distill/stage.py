@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longtake.training.data.base import told
-from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
+from longtake.training.data.embedding_cache import CachedText
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
 from longtake.training.distill.base import DMDStage
 from longtake.training.distill.learnt import scored, scored_chunks
@@ -29,7 +29,7 @@ from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.objective.teacher_forcing import Noise
 from longtake.training.stages.base import Loss
 from longtake.training.stages.initial_models import leave_tokenizer
-from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
+from longtake.training.stages.precompute import Stories, embeddings_of, stories_of
 from longtake.training.stages.validation import EVALUATION_SEED
 
 HELD_OUT = 16
@@ -94,23 +94,11 @@ class DistillStage(DMDStage):
 
     def stories(self, split: str, count: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
-        options = self.options
-        return stories_from_dataset(
-            self.clips if split == "train" else self.held_out_clips, self.vae, self.vae_digest, self.text, self.preset,
-            cache_dir=options.cache_dir, workers=options.workers, stories=count, chunks=options.longest,
-            context="window", seed=seed, what=f"{split} stories",
-        )  # fmt: skip
+        return stories_of(self, split, count, seed, self.options.longest, "window")
 
     def cache_text(self, nothing: Tensor) -> CachedText | None:
         """Embeddings of all prompts and of `nothing` on disk, where there is a folder for them."""
-        if self.options.cache_dir is None:
-            return None
-        told = torch.cat((prompts_of(self.train, self.held_out), nothing.cpu()))
-        return embeddings_from_cache(
-            self.text, self.text_digest, told, self.preset,
-            cache_dir=self.options.cache_dir, device=self.device, autocast=self.autocast,
-            bf16=self.options.computes_in_bf16(self.device),
-        )  # fmt: skip
+        return embeddings_of(self, nothing.cpu())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int32 [P, E] -> fp32 embeddings [P, E, dim], computed or from the cache, without gradient."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.training.data.base import told
-from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
+from longtake.training.data.embedding_cache import CachedText
 from longtake.training.data.latent_cache import frozen_vae, vae_mismatch
 from longtake.training.models.quantize import insert_quantizers
 from longtake.training.models.wan.dit import Attend
@@ -29,7 +29,7 @@ from longtake.training.stages.conditioning import drop_text, give_pictures
 from longtake.training.stages.flat_batch import batch_of_tensors, extras_of, tensors_of
 from longtake.training.stages.initial_models import leave_tokenizer
 from longtake.training.stages.options import StageOptions
-from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
+from longtake.training.stages.precompute import Stories, embeddings_of, stories_of
 from longtake.training.stages.transformer import TransformerStage
 from longtake.training.stages.validation import EVALUATION_SEED, sampled_video
 
@@ -97,24 +97,11 @@ class DiTStage(TransformerStage):
 
     def cache(self, split: str, stories: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
-        options = self.options
-        dataset = self.clips if split == "train" else self.held_out_clips
-        digest = self.vae_digest if options.cache_dir else ""  # who only encodes into memory may have set `vae` alone
-        return stories_from_dataset(
-            dataset, self.vae, digest, self.text, self.preset,
-            cache_dir=options.cache_dir, workers=options.workers, stories=stories, chunks=max(options.chunks),
-            context=options.context, seed=seed, what=f"{split} stories",
-        )  # fmt: skip
+        return stories_of(self, split, stories, seed, max(self.options.chunks), self.options.context)
 
     def cache_text(self) -> CachedText | None:
         """Every prompt's embedding on disk, where the encoder is frozen and there is a folder for it."""
-        if self.options.cache_dir is None or self.options.trains_text:
-            return None
-        return embeddings_from_cache(
-            self.text, self.text_digest, prompts_of(self.train, self.held_out), self.preset,
-            cache_dir=self.options.cache_dir, device=self.device, autocast=self.autocast,
-            bf16=self.options.computes_in_bf16(self.device),
-        )  # fmt: skip
+        return None if self.options.trains_text else embeddings_of(self)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int32 [P, E] -> fp32 embeddings [P, E, dim], computed or from the cache."""
