@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from untrained import random_models
 
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
@@ -19,7 +20,6 @@ from longtake.training.data.latent_cache import LatentCache, cache_from_dataset,
 from longtake.training.data.named import dataset_from_name
 from longtake.training.data.stored_stories import stored_from_dataset
 from longtake.training.models.checkpoint import save_checkpoint
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.words import text_encoder_for
