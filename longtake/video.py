@@ -139,10 +139,10 @@ def write_video(path: Path | str, frames_THWC: np.ndarray, fps: int) -> None:
         writer.write(frames_THWC)
 
 
-def frames_from_video(
+def frames_one_by_one(
     path: Path | str, size_hw: tuple[int, int] | None = None, fps: float | None = None
-) -> tuple[np.ndarray, float]:
-    """All frames, uint8 [T, H, W, 3], and their rate; resized to `size_hw` and resampled to `fps` where given.
+) -> Iterator[np.ndarray]:
+    """All frames, uint8 [H, W, 3], as they are decoded; resized to `size_hw` and resampled to `fps` where given.
 
     Frames stand upright, as players show them. Resampling goes by time stamps: number k of the result is the frame that
     is to be seen at k / fps seconds, or the next one if that is nearer than half a frame.
@@ -150,16 +150,6 @@ def frames_from_video(
     Raises:
         LongtakeError: missing, not a video, without frames, or broken in the middle.
     """
-    source = Path(path)
-    with opened(source) as (_, stream):
-        rate = rate_of(source, stream)
-    return np.stack(list(frames_one_by_one(source, size_hw, fps))), fps or float(rate)
-
-
-def frames_one_by_one(
-    path: Path | str, size_hw: tuple[int, int] | None = None, fps: float | None = None
-) -> Iterator[np.ndarray]:
-    """The frames of `frames_from_video`, uint8 [H, W, 3], as they are decoded. Raises what that does."""
     source, count = Path(path), 0
     with opened(source) as (container, stream):
         for frame, begin, end in shown(source, stream, container.decode(stream), fps):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_rooms import train
 from untrained import random_models
+from walked import poses_of_action
 
 from longtake.accuracy.compare import recipe_models
 from longtake.errors import LongtakeError
@@ -26,7 +27,6 @@ from longtake.training.models.families import family_of
 from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.sampler import noise_for_chunk
-from longtake.training.models.sana_wm.actions import poses_of_action
 from longtake.training.objective.walk_forcing import Walk
 
 CHUNKS = 4
