@@ -161,7 +161,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 def snapshot_to_file(snapshot: Snapshot, path: Path | str) -> None:
     """Write `snapshot` to `path` as one file, atomically. Raises LongtakeError if the disk is too full."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in snapshot.tensors.items()}
-    about = {"version": KIND.format, "noise": NOISE}
+    about: dict[str, Any] = {"version": KIND.format, "noise": NOISE}
     about |= {"identity": asdict(snapshot.identity), "position": snapshot.position.as_json()}
     text = json.dumps(about, ensure_ascii=True, sort_keys=True)
     require_disk(Path(path).parent, sum(t.nbytes for t in tensors.values()) + (1 << 20))

@@ -17,7 +17,7 @@ Stories = LatentCache | StoredStories
 def stories_of(stage: Any, split: str, stories: int, seed: int, chunks: int, context: str) -> Stories:
     """Encoded stories of a split of a stage's data set, on its VAE's device; see `latent_cache.cache_from_dataset`."""
     options, dataset = stage.options, stage.clips if split == "train" else stage.held_out_clips
-    which = {"stories": stories, "chunks": chunks, "context": context, "seed": seed, "what": f"{split} stories"}
+    which = dict[str, Any](stories=stories, chunks=chunks, context=context, seed=seed, what=f"{split} stories")
     if options.cache_dir is None:
         return cache_from_dataset(dataset, stage.vae, stage.text, stage.preset, **which)
     which |= {"cache_dir": options.cache_dir, "workers": options.workers}
@@ -30,6 +30,6 @@ def embeddings_of(stage: Any, *more: Tensor) -> CachedText | None:
     if options.cache_dir is None:
         return None
     tokens = torch.cat([*(stories.tokens.flatten(0, 1).cpu() for stories in (stage.train, stage.held_out)), *more])
-    how = {"cache_dir": options.cache_dir, "device": device, "autocast": stage.autocast}
+    how: dict[str, Any] = {"cache_dir": options.cache_dir, "device": device, "autocast": stage.autocast}
     bf16 = options.computes_in_bf16(device)
     return embeddings_from_cache(stage.text, stage.text_digest, tokens, stage.preset, **how, bf16=bf16)
