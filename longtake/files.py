@@ -124,8 +124,8 @@ def require_folder(folder: Path | str) -> None:
     """Raise LongtakeError unless `folder` is one or can become one: before hours of work, not after."""
     for place in (Path(folder), *Path(folder).parents):
         if place.exists() and not place.is_dir():
-            raise LongtakeError(f"{folder} cannot be a folder", got=f"{place} is a file", expected="a folder",
-                                fix="choose another place with --out")  # fmt: skip
+            fix = "choose another place with --out"
+            raise LongtakeError(f"{folder} cannot be a folder", got=f"{place} is a file", expected="a folder", fix=fix)
 
 
 def require_disk(folder: Path | str, needed_bytes: int) -> None:

@@ -42,9 +42,9 @@ def pixels_from_file(path: Path | str) -> np.ndarray:
     """A picture as it is, uint8 [H, W, 3]; see `image_from_file` for its colours, and for what is raised."""
     source = Path(path)
     if not source.is_file():
-        raise LongtakeError(f"image {source} does not exist" if not source.exists() else f"image {source} is not a file",
-                            got="a folder" if source.is_dir() else "nothing there", expected="a picture file",
-                            fix="check the path")  # fmt: skip
+        what = f"image {source} does not exist" if not source.exists() else f"image {source} is not a file"
+        got = "a folder" if source.is_dir() else "nothing there"
+        raise LongtakeError(what, got=got, expected="a picture file", fix="check the path")
     return np.asarray(_opened(source))
 
 
@@ -123,8 +123,8 @@ def _opened(source: Path, held: io.BytesIO | None = None) -> Any:
                 colours.putalpha(clear.getchannel("A"))
                 return Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), colours).convert("RGB")
     except Image.DecompressionBombError:
-        raise LongtakeError(f"image {source} is too large", got="a size that PIL refuses to decode",
-                            expected=f"at most {MOST_PIXELS // 10**6} million", fix="shrink it first") from None  # fmt: skip
+        got, expected = "a size that PIL refuses to decode", f"at most {MOST_PIXELS // 10**6} million"
+        raise LongtakeError(f"image {source} is too large", got=got, expected=expected, fix="shrink it first") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         # PIL says "cannot identify" with the whole path; what matters is that it is no picture, or a broken one
         kind = "no picture of a known format" if isinstance(error, UnidentifiedImageError) else str(error)[:200]
@@ -141,9 +141,9 @@ def _eight_bits(source: Path, picture: Any, png: bool) -> Any:
     sixteen = picture.mode.startswith("I;16") or (png and picture.mode == "I")
     most = 65535.0 if sixteen else 1.0
     if (picture.mode == "I" and not sixteen) or not (grey.min() >= 0 and grey.max() <= most):
-        raise LongtakeError(f"image {source} is of numbers whose range is unknown",
-                            got=f"{'floats' if picture.mode == 'F' else 'integers'} from {grey.min():g} to {grey.max():g}",
-                            expected="8 bits, 16 bits, or floats from 0 to 1", fix="save it with 8 or 16 bits")  # fmt: skip
+        got = f"{'floats' if picture.mode == 'F' else 'integers'} from {grey.min():g} to {grey.max():g}"
+        expected, fix = "8 bits, 16 bits, or floats from 0 to 1", "save it with 8 or 16 bits"
+        raise LongtakeError(f"image {source} is of numbers whose range is unknown", got=got, expected=expected, fix=fix)
     scaled = Image.fromarray((grey * (255.0 / most)).round().astype(np.uint8))
     scaled.info = {key: value for key, value in picture.info.items() if key != "transparency"}
     return scaled
@@ -169,7 +169,9 @@ def _in_srgb(source: Path, picture: Any) -> Any:
 
 def _check_size(what: str, width: int, height: int) -> None:
     if min(width, height) < LEAST_SIDE or width * height > MOST_PIXELS:
-        raise LongtakeError(f"{what} is too {'small' if min(width, height) < LEAST_SIDE else 'large'}",
-                            got=f"{width}x{height} pixels",
-                            expected=f"at least {LEAST_SIDE} pixels a side and at most {MOST_PIXELS // 10**6} million",
-                            fix="pass a picture of about the video's own size")  # fmt: skip
+        kind, fix = (
+            "small" if min(width, height) < LEAST_SIDE else "large",
+            "pass a picture of about the video's own size",
+        )
+        expected = f"at least {LEAST_SIDE} pixels a side and at most {MOST_PIXELS // 10**6} million"
+        raise LongtakeError(f"{what} is too {kind}", got=f"{width}x{height} pixels", expected=expected, fix=fix)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import resource
 import sys
-from pathlib import Path
 
 from longtake.errors import LongtakeError
 
@@ -52,24 +50,3 @@ def out_of_memory(error: BaseException, doing: str = "") -> LongtakeError:
         expected="memory for all that is held at once: networks, caches, frames",
         fix="free memory or raise the limit (ulimit -v, a container's), or ask for less: a smaller --batch, --guidance 1",
     )
-
-
-def require_address_space(needed: int, what: str) -> None:
-    """Raise LongtakeError if the limit on this process's address space (ulimit -v) leaves less than `needed` bytes.
-
-    Where memory runs out in a library's thread, the process is aborted: what can be known before is said before.
-    """
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit in (resource.RLIM_INFINITY, -1):
-        return
-    try:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except (OSError, ValueError):
-        return
-    if limit - used < needed:
-        raise LongtakeError(
-            f"out of memory: {what} does not fit the limit on this process's address space",
-            got=f"{(limit - used) / 1e9:.2f} GB left of {limit / 1e9:.2f} GB",
-            expected=f"at least {needed / 1e9:.2f} GB",
-            fix="raise the limit (ulimit -v), or use fewer threads (LONGTAKE_THREADS=1 OMP_NUM_THREADS=1)",
-        )

@@ -24,7 +24,7 @@ from longtake.machine.flavour import flavour_for
 from longtake.machine.machine import machine_here
 from longtake.training.convert.files import read_container
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import PRESETS, Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.sentencepiece import carry_tokenizer

@@ -1,18 +1,21 @@
-"""Frozen dataclasses from files: JSON that one stage writes and another reads, and mappings that people write."""
+"""Frozen dataclasses from files: JSON that one stage writes and another reads, and mappings that people write.
+
+In what people write an unknown key is an error that names the nearest known one, and 7.0 is the whole number 7.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import operator
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from longtake.config import reject_unknown_keys
-from longtake.errors import IntegrityError, LongtakeError
+from longtake.errors import IntegrityError, LongtakeError, nearest
 from longtake.files import read_json, write_json
 
 T = TypeVar("T")
@@ -46,11 +49,11 @@ class Kind:
                 f"{path} has no format number", got=repr(found)[:80], expected=expected, fix=self.remake
             )
         if found > self.format:
-            raise IntegrityError(f"{path} was made by a newer version of longtake", got=f"format {found}",
-                                 expected=expected, fix=f"update longtake, or {self.remake}")  # fmt: skip
+            what, got = f"{path} was made by a newer version of longtake", f"format {found}"
+            raise IntegrityError(what, got=got, expected=expected, fix=f"update longtake, or {self.remake}")
         if found < self.oldest:
-            raise IntegrityError(f"{path} was made by an older version of longtake", got=f"format {found}",
-                                 expected=expected, fix=self.remake)  # fmt: skip
+            what = f"{path} was made by an older version of longtake"
+            raise IntegrityError(what, got=f"format {found}", expected=expected, fix=self.remake)
 
     def read(self, cls: type[T], path: Path) -> T:
         """The record in a JSON file.
@@ -206,3 +209,24 @@ def _first_that_fits(hints: tuple[Any, ...], value: Any, where: str) -> Any:
         except TypeError:
             continue
     raise TypeError(f"{where}: {value!r:.60}")
+
+
+def reject_unknown_keys(given: dict[str, Any], known: list[str], where: str) -> None:
+    """Raise LongtakeError naming the nearest known key for the first unknown one."""
+    for key in given:
+        if key not in known:
+            fix = nearest(key, known, f"remove {key!r}")
+            expected = "one of " + ", ".join(known)
+            raise LongtakeError(f"unknown key in {where}", got=repr(key), expected=expected, fix=fix)
+
+
+def whole_number(value: Any, what: str, fix: str) -> int:
+    """`value` as an int: 7, 7.0 or an integer of another library. Raises LongtakeError for 7.5, True, "7" and the rest."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise LongtakeError(f"bad {what}", got=repr(value), expected="a whole number", fix=fix)

@@ -125,8 +125,8 @@ class VideoWriter:
     def _check(self, frames: np.ndarray) -> None:
         shape = tuple(frames.shape)
         if frames.dtype != np.uint8 or frames.ndim != 4 or shape[3] != 3 or shape[1] % 2 or shape[2] % 2:
-            raise LongtakeError("cannot write these frames as a video", got=f"{frames.dtype} {shape}",
-                                expected="uint8 [T, H, W, 3] with even H and W")  # fmt: skip
+            what = "cannot write these frames as a video"
+            raise LongtakeError(what, got=f"{frames.dtype} {shape}", expected="uint8 [T, H, W, 3] with even H and W")
         if self._container is not None and shape[1:3] != self._size:
             raise LongtakeError("a video's frames must all have one size", got=shape[1:3], expected=self._size)
         if self._container is None and self.frames:
@@ -139,10 +139,10 @@ def write_video(path: Path | str, frames_THWC: np.ndarray, fps: int) -> None:
         writer.write(frames_THWC)
 
 
-def frames_from_video(
+def frames_one_by_one(
     path: Path | str, size_hw: tuple[int, int] | None = None, fps: float | None = None
-) -> tuple[np.ndarray, float]:
-    """All frames, uint8 [T, H, W, 3], and their rate; resized to `size_hw` and resampled to `fps` where given.
+) -> Iterator[np.ndarray]:
+    """All frames, uint8 [H, W, 3], as they are decoded; resized to `size_hw` and resampled to `fps` where given.
 
     Frames stand upright, as players show them. Resampling goes by time stamps: number k of the result is the frame that
     is to be seen at k / fps seconds, or the next one if that is nearer than half a frame.
@@ -150,16 +150,6 @@ def frames_from_video(
     Raises:
         LongtakeError: missing, not a video, without frames, or broken in the middle.
     """
-    source = Path(path)
-    with opened(source) as (_, stream):
-        rate = rate_of(source, stream)
-    return np.stack(list(frames_one_by_one(source, size_hw, fps))), fps or float(rate)
-
-
-def frames_one_by_one(
-    path: Path | str, size_hw: tuple[int, int] | None = None, fps: float | None = None
-) -> Iterator[np.ndarray]:
-    """The frames of `frames_from_video`, uint8 [H, W, 3], as they are decoded. Raises what that does."""
     source, count = Path(path), 0
     with opened(source) as (container, stream):
         for frame, begin, end in shown(source, stream, container.decode(stream), fps):
@@ -219,9 +209,9 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """An input container and its first video stream that is no cover picture."""
     member = opened_member(path)
     if member is None and not path.is_file():
-        raise LongtakeError(f"{path} does not exist" if not path.exists() else f"{path} is not a file",
-                            got="a folder" if path.is_dir() else "nothing there", expected="a video file",
-                            fix="check the path")  # fmt: skip
+        what = f"{path} does not exist" if not path.exists() else f"{path} is not a file"
+        expected, fix = "a video file", "check the path"
+        raise LongtakeError(what, got="a folder" if path.is_dir() else "nothing there", expected=expected, fix=fix)
     if member is None and not path.stat().st_size:
         raise LongtakeError(f"{path} is empty", got="0 bytes", expected="a video file", fix="write it again")
     with member or contextlib.nullcontext(), as_error(path, "cannot read"), av.open(member or _url(path)) as container:
@@ -244,10 +234,9 @@ def as_error(path: Path, what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise out_of_memory(error, f"at {path}") from error
         reading = what == "cannot read"
-        raise LongtakeError(
-            f"{what} {path}", got=str(error) or repr(error), expected="a playable video" if reading else None,
-            fix="make or fetch the file again" if reading else "check the folder's permissions and the free space",
-        ) from error  # fmt: skip
+        fix = "make or fetch the file again" if reading else "check the folder's permissions and the free space"
+        got, expected = str(error) or repr(error), "a playable video" if reading else None
+        raise LongtakeError(f"{what} {path}", got=got, expected=expected, fix=fix) from error
 
 
 def _url(path: Path) -> str:
@@ -262,8 +251,8 @@ def _kind(stream: Any) -> str:
 def rate_of(path: Path, stream: Any) -> Fraction:
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
-        raise LongtakeError(f"{path} does not say its frame rate", expected="a video with a constant frame rate",
-                            fix="convert it to mp4")  # fmt: skip
+        what = f"{path} does not say its frame rate"
+        raise LongtakeError(what, expected="a video with a constant frame rate", fix="convert it to mp4")
     return Fraction(rate)
 
 

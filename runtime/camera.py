@@ -236,12 +236,8 @@ def steers_from(cameras: Sequence[CameraPosition | None], start: int) -> tuple[S
     return tuple(held)
 
 
-def cameras_of(
-    camera: CameraPosition | None, preset: Preset, chunk: int
-) -> tuple[tuple[tuple[Tensor, Tensor], ...], Walk | None]:
-    """What a chunk's conditions are told of its cameras, nothing without one; and the walk after them."""
-    if camera is None:
-        return (), None
+def cameras_of(camera: CameraPosition, preset: Preset, chunk: int) -> tuple[tuple[tuple[Tensor, Tensor], ...], Walk]:
+    """What a chunk's conditions are told of its cameras; and the walk after them."""
     poses, intrinsics, walk = camera.take(preset, chunk)
     return ((poses, intrinsics),), walk
 

@@ -11,7 +11,7 @@ from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.formats.exported import Export
 from longtake.formats.model_name import home
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.session_inputs import Tokenize
+from longtake.runtime.conditions import Tokenize
 from longtake.training.models.checkpoint import side_file, weights_digests
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
@@ -29,9 +29,9 @@ def dit_side(folder: Path) -> SideFile:
     path = folder / "dit.safetensors"
     for file in (path, side_file(path)):
         if not file.is_file():
-            raise LongtakeError(f"{folder} holds no checkpoint", got=f"no {file.name}",
-                                expected="dit.safetensors and dit.json, as training and `longtake convert` write them",
-                                fix="pass the folder that has them")  # fmt: skip
+            what = f"{folder} holds no checkpoint"
+            expected = "dit.safetensors and dit.json, as training and `longtake convert` write them"
+            raise LongtakeError(what, got=f"no {file.name}", expected=expected, fix="pass the folder that has them")
     return SideFile.read(side_file(path))
 
 
@@ -45,9 +45,9 @@ def tokenizer_of(preset: Preset, folder: Path) -> Tokenize:
         return tokenizer_for(preset, None, folder)
 
     def refuse(prompts: list[str], length: int) -> Tensor:
-        raise LongtakeError("there is no text encoder for this prompt", got=f"no {path.name} in {folder}",
-                            expected="a text encoder, or embeddings",
-                            fix=f"pass embeddings={{{prompts[0]!r}: tensor}}, or copy the encoder there")  # fmt: skip
+        what = "there is no text encoder for this prompt"
+        fix = f"pass embeddings={{{prompts[0]!r}: tensor}}, or copy the encoder there"
+        raise LongtakeError(what, got=f"no {path.name} in {folder}", expected="a text encoder, or embeddings", fix=fix)
 
     return refuse
 
@@ -75,6 +75,6 @@ def export_of(preset: Preset, folder: Path) -> Path:
             continue
         if export and export.weights == wanted:
             return found
-    raise UnavailableError(f"nothing was exported from the checkpoint in {folder}", got=f"no export of its weights in {home()}",
-                           expected="one in bf16, for ONNX Runtime to run",
-                           fix=f"longtake export --recipe {preset.name}_bf16_sm90 --checkpoints {folder}")  # fmt: skip
+    what, got = f"nothing was exported from the checkpoint in {folder}", f"no export of its weights in {home()}"
+    fix = f"longtake export --recipe {preset.name}_bf16_sm90 --checkpoints {folder}"
+    raise UnavailableError(what, got=got, expected="one in bf16, for ONNX Runtime to run", fix=fix)

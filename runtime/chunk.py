@@ -57,6 +57,6 @@ def given_chunk(latents_BFCHW: Tensor, preset: Preset, chunk: int) -> Tensor:
     frames = preset.frames_of(chunk)
     wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
     if tuple(latents_BFCHW.shape) != wanted:
-        raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted,
-                            fix=f"cut the video into chunks of {frames} latents")  # fmt: skip
+        fix = f"cut the video into chunks of {frames} latents"
+        raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted, fix=fix)
     return latents_BFCHW.to(torch.float32).transpose(1, 2).contiguous()

@@ -48,15 +48,16 @@ def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
     count = count_frames(source, preset.fps)
     skip = count - _whole(count, preset)
     if skip == count:
-        raise LongtakeError(f"{source} is too short to go on from", got=f"{count} frames at {preset.fps} a second",
-                            expected=f"at least {frame_count(preset, 1)}, one chunk", fix="pass a longer clip")  # fmt: skip
+        what = f"{source} is too short to go on from"
+        got, expected = f"{count} frames at {preset.fps} a second", f"at least {frame_count(preset, 1)}, one chunk"
+        raise LongtakeError(what, got=got, expected=expected, fix="pass a longer clip")
     video = islice(frames_one_by_one(source, (preset.height, preset.width), preset.fps), skip, None)
     encoder = model.encoder()
     latents = [encoder.encode(group).to("cpu", copy=True) for group in _groups(video, preset.vae.stride[0])]
     whole = preset.first_frame(preset.whole_chunks(len(latents)))
     if not whole:  # the file said that it had more frames than came
-        raise LongtakeError(f"{source} ends too early", got=f"{len(latents)} latents",
-                            expected=f"at least {preset.frames_of(0)}", fix="convert it to mp4")  # fmt: skip
+        what, got = f"{source} ends too early", f"{len(latents)} latents"
+        raise LongtakeError(what, got=got, expected=f"at least {preset.frames_of(0)}", fix="convert it to mp4")
     log.info("%s: %d of %d frames, %d latents", source, count - skip, count, whole)
     return torch.stack(latents[:whole], dim=1)
 
@@ -77,8 +78,8 @@ def latents_from_frames(frames_THWC: np.ndarray, model: VideoModel) -> Tensor:
         )
     whole = _whole(shape[0], preset)
     if not whole:
-        raise LongtakeError("the clip is too short to encode", got=f"{shape[0]} frames at {preset.fps} a second",
-                            expected=f"at least {frame_count(preset, 1)}, one chunk", fix="pass a longer clip")  # fmt: skip
+        got, expected = f"{shape[0]} frames at {preset.fps} a second", f"at least {frame_count(preset, 1)}, one chunk"
+        raise LongtakeError("the clip is too short to encode", got=got, expected=expected, fix="pass a longer clip")
     size = preset.height, preset.width
     pixels = (image_from_pixels(frame, *size).permute(1, 2, 0) for frame in frames_THWC[:whole])
     bytes_ = (pixel.add(1).mul(127.5).round().to(torch.uint8).numpy() for pixel in pixels)
@@ -121,12 +122,14 @@ def _groups(frames: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
 def _latents_in(source: Path) -> tuple[Tensor | None, list[str]]:
     """The tensor called "latents", if there is one, and the names of all."""
     if not source.is_file():
-        raise LongtakeError(f"{source} does not exist" if not source.exists() else f"{source} is not a file",
-                            got="a folder" if source.is_dir() else "nothing there", expected="a file of latents", fix="check the path")  # fmt: skip
+        what = f"{source} does not exist" if not source.exists() else f"{source} is not a file"
+        got = "a folder" if source.is_dir() else "nothing there"
+        raise LongtakeError(what, got=got, expected="a file of latents", fix="check the path")
     with tensors_in(source, "is no readable file of latents", "write it again") as opened:
         if (opened.metadata() or {}).get("format") == SESSION_FORMAT:
-            raise LongtakeError(f"{source} is a saved session, not a clip", got="a file from --save-session",
-                                expected="a video or a file of latents", fix=f"load_session({str(source)!r}), or --load-session {source}")  # fmt: skip
+            what = f"{source} is a saved session, not a clip"
+            got, fix = "a file from --save-session", f"load_session({str(source)!r}), or --load-session {source}"
+            raise LongtakeError(what, got=got, expected="a video or a file of latents", fix=fix)
         names = list(opened.keys())
         latents = opened.get_tensor(LATENTS) if LATENTS in names else None
     return latents, names
@@ -138,15 +141,15 @@ def _checked(source: Path, latents: Tensor | None, names: list[str], preset: Pre
         f"latents of preset {preset.name}, [F, {', '.join(map(str, frame))}], F a multiple of {preset.chunk_latents}"
     )
     if latents is None:
-        raise LongtakeError(f"{source} holds no latents", got=", ".join(names)[:120] or "no tensors",
-                            expected=f"a tensor named {LATENTS!r}: {expected}", fix="pass a video, or name it so")  # fmt: skip
+        got, named = ", ".join(names)[:120] or "no tensors", f"a tensor named {LATENTS!r}: {expected}"
+        raise LongtakeError(f"{source} holds no latents", got=got, expected=named, fix="pass a video, or name it so")
     frames = latents[None] if latents.ndim == 4 else latents
     good = frames.ndim == 5 and frames.shape[0] == 1 and tuple(frames.shape[2:]) == frame
     if not good or not _is_whole(frames.shape[1], preset) or not frames.is_floating_point():
-        raise LongtakeError(f"the latents in {source} do not fit", got=f"{latents.dtype} {tuple(latents.shape)}",
-                            expected=expected, fix="encode the clip with this preset's VAE, or pass the video")  # fmt: skip
+        what, fix = f"the latents in {source} do not fit", "encode the clip with this preset's VAE, or pass the video"
+        raise LongtakeError(what, got=f"{latents.dtype} {tuple(latents.shape)}", expected=expected, fix=fix)
     frames = frames.float()  # first: torch cannot ask numbers of 8 bits
     if not bool(frames.isfinite().all()):
-        raise LongtakeError(f"the latents in {source} are not all finite", got="inf or nan", expected="numbers",
-                            fix="encode the clip again")  # fmt: skip
+        what = f"the latents in {source} are not all finite"
+        raise LongtakeError(what, got="inf or nan", expected="numbers", fix="encode the clip again")
     return frames.contiguous()

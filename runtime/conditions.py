@@ -1,6 +1,8 @@
 """What a chunk is conditioned on: prompt, timesteps, positions, noise. Worked out on the host, then moved once.
 
-Legend: F latent frames of a chunk, C channels, E text length, D text width.
+A caller may bring noise and text embeddings in place of what a session makes of seed and prompts.
+
+Legend: F latent frames of a chunk, C channels, H, W latent size, E text length, D text width.
 """
 
 from __future__ import annotations
@@ -8,17 +10,103 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from longtake.errors import LongtakeError
+from longtake.runtime.story import Segment
 from longtake.runtime.video_model import Tensors, VideoModel
 from longtake.training.models.network_spec import NetworkSpec
+from longtake.training.models.presets import Preset
+from longtake.training.models.sampler import noise_for_chunk
+from longtake.training.models.text.words import Tokenizer
+from longtake.training.models.wan.prompts import CUT_PREFIX
 
 MOST_EMBEDDINGS = 16  # prompts whose text embeddings are kept, in host memory: 8 MB each for the 5B model
 
+Tokenize = Callable[[list[str], int], Tensor]
+Noise = Callable[[int], Tensor] | Tensor  # of a chunk's index, [1, F, C, H, W]; or the whole video's, chunk after chunk
+Embeddings = Mapping[str, Tensor] | Tensor  # by prompt, or one for every prompt: [1, E, D] or [E, D], of E rows at most
+
 DTYPES = {"fp32": torch.float32, "int32": torch.int32}  # of conditions; what is computed from them may be anything
+
+
+@dataclass(frozen=True)
+class SessionInputs:
+    """noise, embeddings: see above; None: made of seed and prompt."""
+
+    noise: Noise | None = None
+    embeddings: Embeddings | None = None
+
+    def check(self, preset: Preset, script: Sequence[Segment], negative: str | None, tokenize: Tokenize) -> None:
+        """Raise LongtakeError where they don't suffice for `script`, or a small text encoder knows few of its words.
+
+        negative: the prompt of a guided session.
+        """
+        if isinstance(self.noise, Tensor):
+            self._noise(preset, sum(segment.chunks for segment in script) - 1)
+        if isinstance(self.embeddings, Tensor) and negative is not None:
+            what = "guidance needs embeddings of the negative prompt, too"
+            fix = f"pass embeddings={{prompt: tensor, {negative!r}: tensor}}, or guidance=1"
+            raise LongtakeError(what, got="one tensor for every prompt", expected="embeddings by prompt", fix=fix)
+        if self.embeddings is not None:
+            texts = [CUT_PREFIX * segment.cut + segment.prompt for segment in script]
+            texts += [segment.prompt for segment in script if segment.chunks > 1]
+            for text in texts if negative is None else [*texts, negative]:
+                self._embedding(preset, text)
+        elif isinstance(tokenize, Tokenizer):
+            texts = [*dict.fromkeys(segment.prompt for segment in script), *([negative] if negative else [])]
+            tokenize.check(texts)
+            for text in texts:
+                tokenize.check([text])
+
+    def noise_of(self, preset: Preset, seed: int) -> Callable[[int], Tensor]:
+        """Noise of a chunk, fp32 [1, F, C, H, W], on the CPU."""
+        return partial(noise_for_chunk, preset, seed) if self.noise is None else partial(self._noise, preset)
+
+    def embedding_of(self, model: VideoModel, tokenize: Tokenize) -> Callable[[str], Tensor]:
+        """Embeddings of a prompt, fp32 [1, E, D], rows of padding zero."""
+        if self.embeddings is not None:
+            return partial(self._embedding, model.preset)
+        return lambda prompt: model.text(tokenize([prompt], model.preset.text.length).to(model.device))
+
+    def _noise(self, preset: Preset, chunk: int) -> Tensor:
+        first, frames = preset.first_frame(chunk), preset.frames_of(chunk)
+        given = self.noise[:, first : first + frames] if isinstance(self.noise, Tensor) else self.noise(chunk)  # type: ignore[misc]
+        wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
+        if not isinstance(given, Tensor) or tuple(given.shape) != wanted:
+            whole = f"; of the video {tuple(self.noise.shape)}" if isinstance(self.noise, Tensor) else ""
+            what = f"the noise of chunk {chunk} does not fit"
+            fix = "pass a chunk's noise for each index, or the whole video's, chunk after chunk along F"
+            raise LongtakeError(what, got=f"{_shape(given)}{whole}", expected=f"{wanted}: [1, F, C, H, W]", fix=fix)
+        return given.detach().to("cpu", torch.float32, copy=True)
+
+    def _embedding(self, preset: Preset, prompt: str) -> Tensor:
+        given = self.embeddings
+        if isinstance(given, Mapping):
+            given = given.get(prompt, given.get(prompt.removeprefix(CUT_PREFIX)))
+        if given is None:
+            expected, fix = f"one of {', '.join(map(repr, self.embeddings or ()))}", "add it to embeddings"
+            raise LongtakeError("no embeddings of this prompt were given", got=repr(prompt), expected=expected, fix=fix)
+        rows, (length, width) = given, (preset.dit.text_len, preset.dit.text_dim)
+        if isinstance(rows, Tensor) and rows.ndim == 2:
+            rows = rows[None]
+        if not isinstance(rows, Tensor) or rows.ndim != 3 or rows.shape[::2] != (1, width) or rows.shape[1] > length:
+            expected = f"(1, {length}, {width}) or fewer rows: [1, E, D]"
+            fix = "pass what the text encoder makes of the prompt"
+            raise LongtakeError("these embeddings do not fit", got=_shape(given), expected=expected, fix=fix)
+        return functional.pad(rows.detach().to(torch.float32), (0, 0, 0, length - rows.shape[1]))
+
+
+OWN = SessionInputs()
+
+
+def _shape(given: object) -> object:
+    return tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
 
 
 @dataclass(frozen=True)
@@ -50,8 +138,8 @@ class Conditioner:
         lengths = {model.preset.frames_of(0), model.preset.chunk_latents}
         self._times = {
             (t, clean, frames): self._pass_inputs(t, clean, frames)
-            for t in (*timesteps, 0) for clean in (0, 1) for frames in lengths
-        }  # fmt: skip
+            for t, clean, frames in product((*timesteps, 0), (0, 1), lengths)
+        }
         self._kept: dict[str, Tensors] = {}
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -115,11 +203,11 @@ def check_fit(tensors: Mapping[str, Tensor], spec: NetworkSpec) -> None:
     bindings = {binding.name: binding for binding in spec.inputs}
     for name, tensor in tensors.items():
         if name not in bindings:
-            raise LongtakeError(f"network {spec.name} has no input {name}", got=f"a chunk's condition {name}",
-                                expected=", ".join(bindings), fix="see the family's spec")  # fmt: skip
+            what, got = f"network {spec.name} has no input {name}", f"a chunk's condition {name}"
+            raise LongtakeError(what, got=got, expected=", ".join(bindings), fix="see the family's spec")
         wanted = bindings[name]
         sizes = tuple(n if isinstance(n, int) else m for n, m in zip(wanted.shape, tensor.shape, strict=False))
         if (len(wanted.shape), sizes, DTYPES[wanted.dtype]) != (tensor.ndim, tuple(tensor.shape), tensor.dtype):
-            raise LongtakeError(f"a chunk's condition {name} does not fit network {spec.name}",
-                                got=f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{wanted.dtype} {wanted.shape}",
-                                fix="see the family's chunk_inputs and pass_inputs")  # fmt: skip
+            what = f"a chunk's condition {name} does not fit network {spec.name}"
+            got, expected = f"{tensor.dtype} {tuple(tensor.shape)}", f"{wanted.dtype} {wanted.shape}"
+            raise LongtakeError(what, got=got, expected=expected, fix="see the family's chunk_inputs and pass_inputs")

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from longtake.cuda_streams import acquire_stream
 from longtake.errors import LongtakeError
 from longtake.runtime.frames import HostRing, Staging
-from longtake.runtime.rewind import past_of
+from longtake.runtime.rewind import Past, past_of
 from longtake.runtime.video_model import Decoder, NetworkDecoder, VideoModel
 from longtake.training.models.presets import Preset
 
@@ -111,7 +112,7 @@ class DecodeQueue:
         )
         self.failed: Frames | None = None
         self.decoded = 0
-        self._past = past_of(decoder, past_latents)
+        self._past_latents = past_latents
         self._rewind_to: int | None = None
         self._last: Frames | None = None
         self._stream = acquire_stream(self.device, self) if self.device.type == "cuda" else None
@@ -121,6 +122,11 @@ class DecodeQueue:
         self._closing = threading.Lock()  # a chunk is queued before the end of the queue, or refused
         self._thread = threading.Thread(target=self._work, name="longtake-decode", daemon=True)
         self._thread.start()
+
+    @cached_property
+    def _past(self) -> Past:
+        """What of the decoder's past is kept, from the first chunk on."""
+        return past_of(self.decoder, self._past_latents)
 
     def submit(self, index: int, latents_BFCHW: Tensor) -> Frames:
         """Queue chunk `index`, fp32 [1, F, C, H, W], in place of what was submitted for it and for later ones before."""
@@ -136,8 +142,8 @@ class DecodeQueue:
     def _put(self, frames: Frames, latents: Tensor | None, ready: torch.cuda.Event | None) -> Frames:
         with self._closing:
             if self._closed:
-                raise LongtakeError(f"chunk {frames.index} cannot be decoded", got="a session that was closed meanwhile",
-                                    expected="an open one", fix="load the saved session, or start a new one")  # fmt: skip
+                what, fix = f"chunk {frames.index} cannot be decoded", "load the saved session, or start a new one"
+                raise LongtakeError(what, got="a session that was closed meanwhile", expected="an open one", fix=fix)
             before, self._last = self._last, frames  # an interrupt may come once it is queued
             try:
                 self._jobs.put((frames, latents, ready))

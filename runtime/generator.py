@@ -17,9 +17,9 @@ from longtake.formats.model_name import checkpoints_named
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.camera import CameraPosition, require_cuts
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
+from longtake.runtime.conditions import Embeddings, Noise, SessionInputs, Tokenize
 from longtake.runtime.sampling import OnStep
 from longtake.runtime.session import Session
-from longtake.runtime.session_inputs import Embeddings, Noise, SessionInputs, Tokenize
 from longtake.runtime.session_options import Sampling, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import (
@@ -33,7 +33,7 @@ from longtake.runtime.start import Clip, Picture, Start, start_of, take_in
 from longtake.runtime.story import Script, Segment, Story, check_fits, fit_segments, frame_count, story_from_script
 from longtake.runtime.video_model import VideoModel
 from longtake.runtime.view import View, own_picture, require_picture
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import SamplingConfig
 
 log = logging.getLogger(__name__)
@@ -135,11 +135,11 @@ class Generator:
             opened = checkpoint_backend(preset, folder, dtype or "fp32", device, gpus)
             return cls(opened, tokenizer_of(preset, folder), sampling=side.sampled)
         if backend != "reference":
-            raise LongtakeError("a checkpoint has no such backend", got=repr(backend), expected="'torch' or 'reference'",
-                                fix="build engines for the others: make export engines")  # fmt: skip
+            what, fix = "a checkpoint has no such backend", "build engines for the others: make export engines"
+            raise LongtakeError(what, got=repr(backend), expected="'torch' or 'reference'", fix=fix)
         if dtype not in (None, "bf16"):
-            raise LongtakeError("an export stores its weights in bf16", got=f"dtype {dtype!r}", expected="dtype 'bf16'",
-                                fix="pass backend='torch' for fp32")  # fmt: skip
+            what, got = "an export stores its weights in bf16", f"dtype {dtype!r}"
+            raise LongtakeError(what, got=got, expected="dtype 'bf16'", fix="pass backend='torch' for fp32")
         return cls.from_engines(export_of(preset, folder), "reference", device)
 
     def session(
@@ -332,8 +332,8 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
     if given is None:
         return Sampling(steps=steps, guidance=guidance)
     if steps is not None or guidance is not None:
-        raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two",
-                            fix="pass sampling=Sampling(steps=4, guidance=1)")  # fmt: skip
+        fix = "pass sampling=Sampling(steps=4, guidance=1)"
+        raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two", fix=fix)
     return given
 
 

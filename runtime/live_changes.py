@@ -10,9 +10,8 @@ from typing import Any
 from longtake.errors import LongtakeError
 from longtake.runtime.camera import require_cuts, steered
 from longtake.runtime.session_options import SessionOptions
-from longtake.runtime.state import Edit, Position, with_edit
+from longtake.runtime.state import Edit, Position, Undecoded, with_edit
 from longtake.runtime.story import Segment, checked_chunks, checked_prompt
-from longtake.runtime.undecoded import Undecoded
 from longtake.runtime.video_model import VideoModel
 
 Record = Callable[[int], None]  # of the index of the first chunk that a live change shapes, or of the chunks in all
@@ -137,9 +136,9 @@ class LiveChanges:
             at = max(self._position.chunk + self._busy, self._undecoded.first_free)
             before = at - self._position.chunk - (self._busy and not self._scripted)
             if self._position.left <= before and not self.options.endless:
-                raise LongtakeError(f"the script ends before chunk {at}", got="a live change that nothing would show",
-                                    expected="a chunk still to come",
-                                    fix="call extend first, or start the session with endless=True")  # fmt: skip
+                what = f"the script ends before chunk {at}"
+                expected, fix = "a chunk still to come", "call extend first, or start the session with endless=True"
+                raise LongtakeError(what, got="a live change that nothing would show", expected=expected, fix=fix)
             after = self._position
             if camera is not None:
                 after = replace(after, camera=steered(after.camera, at, **camera)[0])

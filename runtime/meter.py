@@ -17,8 +17,9 @@ DIT_STAGES = ("conditions", "denoise", "clean")
 class Meter:
     """The clock runs from the start. Call `add` for every chunk once its frames are on the host, then `figures`."""
 
-    def __init__(self) -> None:
-        self._started = self._latest = time.perf_counter()
+    def __init__(self, started: float | None = None) -> None:
+        """`started`: when, on time.perf_counter's clock, if not now."""
+        self._started = self._latest = time.perf_counter() if started is None else started
         self.first_chunk_s: float | None = None
         self.chunks = self.frames = 0
         self.prompts: dict[str, None] = {}

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.config import whole_number
 from longtake.errors import LongtakeError
+from longtake.record import whole_number
 from longtake.runtime.camera import CameraPosition, steers_from
 from longtake.runtime.state import Position
 from longtake.runtime.story import Segment

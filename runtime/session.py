@@ -24,12 +24,11 @@ from longtake.out_of_memory import is_out_of_memory
 from longtake.runtime.camera import CameraPosition, cameras_of
 from longtake.runtime.chunk import Chunk, given_chunk
 from longtake.runtime.clock import StageClock
-from longtake.runtime.conditions import Conditioner
+from longtake.runtime.conditions import OWN, Conditioner, SessionInputs, Tokenize
 from longtake.runtime.decode import DecodeQueue, decode_queue
 from longtake.runtime.live_changes import LiveChanges
 from longtake.runtime.retake import Take, retaken
 from longtake.runtime.sampling import ChunkSampler, OnStep
-from longtake.runtime.session_inputs import OWN, SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import (
     FIRST_LATENT,
@@ -40,9 +39,8 @@ from longtake.runtime.snapshot import (
     load_tensors,
     snapshot_to_file,
 )
-from longtake.runtime.state import Position, SessionState
+from longtake.runtime.state import HandedOver, Position, SessionState, Undecoded
 from longtake.runtime.story import Segment, checked_prompt
-from longtake.runtime.undecoded import HandedOver, Undecoded
 from longtake.runtime.video_model import VideoModel
 from longtake.training.models.family import Plan
 from longtake.training.models.sana_wm.actions import Walk
@@ -108,9 +106,9 @@ class Session(LiveChanges):
     def _turn(self, wanted: str, closed: bool = False, decoder_error: bool = True) -> Iterator[None]:
         """Be the session's only user. `closed`: it may be closed. `decoder_error`: one that nobody was told is raised."""
         if not self._using.acquire(blocking=False):
-            raise LongtakeError(f"the session is busy with chunk {self.next_index}", got=f"a call for {wanted}",
-                                expected="one caller at a time",
-                                fix="wait for the chunk, or give each thread a session of its own")  # fmt: skip
+            what = f"the session is busy with chunk {self.next_index}"
+            fix = "wait for the chunk, or give each thread a session of its own"
+            raise LongtakeError(what, got=f"a call for {wanted}", expected="one caller at a time", fix=fix)
         try:
             if not closed:
                 self._require_open(wanted)
@@ -142,8 +140,8 @@ class Session(LiveChanges):
 
     def _require_open(self, wanted: str) -> None:
         if self._closed or self.model.closed:
-            raise LongtakeError(f"the {'session' if self._closed else 'generator'} is closed", got=f"a call for {wanted}",
-                                expected="an open one", fix="load the saved session, or start a new one")  # fmt: skip
+            what, got = f"the {'session' if self._closed else 'generator'} is closed", f"a call for {wanted}"
+            raise LongtakeError(what, got=got, expected="an open one", fix="load the saved session, or start a new one")
 
     def feed(self, latents_BFCHW: Tensor, prompt: str, cut: bool = False) -> Chunk:
         """Take given latents, fp32 [1, F, C, H, W], as the next chunk: their K/V and the decoder's state, no sampling.
@@ -212,7 +210,7 @@ class Session(LiveChanges):
         with clock.stage("conditions"):
             prompt = self.model.family.prompt(segment.prompt, segment.cut, first=not here.chunk)
             camera = here.camera and here.camera.as_in(after.camera if after else None)
-            cameras, walk = cameras_of(camera, self.model.preset, here.chunk)
+            cameras, walk = cameras_of(camera, self.model.preset, here.chunk) if camera else ((), None)
             conditions = self._conditioner.for_chunk(here.chunk, shot, prompt, *cameras)
         with clock.stage("denoise"):
             sample = kept.transpose(1, 2) if kept is not None else given_BCFHW
@@ -307,8 +305,8 @@ class Session(LiveChanges):
         check_same(snapshot.identity, self.identity)
         decoder = snapshot.decoder_tensors()
         if self._decoding and snapshot.position.chunk and not decoder:
-            raise LongtakeError("the snapshot has no decoder state", got="one of a session made with decode=False",
-                                fix="restore it into a session made with decode=False")  # fmt: skip
+            what, got = "the snapshot has no decoder state", "one of a session made with decode=False"
+            raise LongtakeError(what, got=got, fix="restore it into a session made with decode=False")
         with self._turn("another state", decoder_error=False):
             load_tensors(snapshot, self._state)
             if self._decoding:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from longtake.config import whole_number
 from longtake.errors import LongtakeError
+from longtake.record import whole_number
 from longtake.runtime.story import checked_prompt
 from longtake.training.models.sampler import Schedule, Solver, schedule_from, schedule_of, solver_named
 
@@ -33,8 +33,8 @@ class Sampling:
         if self.timesteps is None:
             return
         if self.steps is not None:
-            raise LongtakeError("steps and timesteps say the same in two ways", got=f"{self.steps} and {self.timesteps}",
-                                expected="one of the two", fix="leave steps out")  # fmt: skip
+            what, got = "steps and timesteps say the same in two ways", f"{self.steps} and {self.timesteps}"
+            raise LongtakeError(what, got=got, expected="one of the two", fix="leave steps out")
         object.__setattr__(self, "timesteps", tuple(_number(t, "timestep") for t in self.timesteps))
         schedule_from(self.timesteps)
 
@@ -66,8 +66,8 @@ class SessionOptions:
         if not 0 <= self.seed < 2**63:
             raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass seed=7 (--seed 7)")
         if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
-            raise LongtakeError("bad guidance scale", got=self.guidance, expected=f"at most {MOST_GUIDANCE}, 1 for none",
-                                fix="pass guidance=3 (--guidance 3)")  # fmt: skip
+            what, expected = "bad guidance scale", f"at most {MOST_GUIDANCE}, 1 for none"
+            raise LongtakeError(what, got=self.guidance, expected=expected, fix="pass guidance=3 (--guidance 3)")
         if not 0 < _number(self.shift, "shift") <= 1000:
             raise LongtakeError("bad shift", got=self.shift, expected="above 0, 1 for none", fix="pass shift=5")
         if self.negative_prompt:

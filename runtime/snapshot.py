@@ -19,8 +19,7 @@ from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path, json_value, require_disk
 from longtake.record import UNFIT, Kind, record_from_json
 from longtake.runtime.session_options import SessionOptions
-from longtake.runtime.state import Position, SessionState, position_from_json
-from longtake.runtime.undecoded import KEPT
+from longtake.runtime.state import KEPT, Position, SessionState, position_from_json
 from longtake.runtime.video_model import VideoModel
 from longtake.tensor_file import tensors_in
 from longtake.training.models.families import family_named
@@ -33,7 +32,7 @@ OLD_NAME = re.compile(r"(positive|negative)\.(\d+)\.(\d+)")  # of version 1: sid
 FIRST_LATENT = "first_latent"  # tensor of a session that has yet to generate the chunk that starts from a picture
 UNREADABLE, FIX = "is no readable saved session", "pass a file written by --save-session, or start a new session"
 MOST_STEPS = 1000
-NOISE = 1  # version of conditions.noise_for_chunk: another one would continue with other noise
+NOISE = 1  # version of sampler.noise_for_chunk: another one would continue with other noise
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Identity:
 @dataclass(frozen=True)
 class Snapshot:
     """A session's state. Tensors are copies: "positive.NAME", "negative.NAME" (the model's state), "decoder.I", FIRST_LATENT,
-    and latents "kept.CHUNK" (see undecoded.py)."""
+    and latents "kept.CHUNK" (see state.py)."""
 
     identity: Identity
     position: Position
@@ -102,10 +101,9 @@ def check_same(given: Identity, wanted: Identity) -> None:
         if each.name == "weights":
             _check_same_weights(have, want)
         elif have != want:
-            raise LongtakeError(
-                f"the saved session has another {each.name}", got=repr(have), expected=repr(want),
-                fix=f"use engines and options with {each.name} {have!r}, or start a new session",
-            )  # fmt: skip
+            what = f"the saved session has another {each.name}"
+            fix = f"use engines and options with {each.name} {have!r}, or start a new session"
+            raise LongtakeError(what, got=repr(have), expected=repr(want), fix=fix)
 
 
 def _check_same_weights(have: Mapping[str, str], want: Mapping[str, str]) -> None:
@@ -119,8 +117,10 @@ def _check_same_weights(have: Mapping[str, str], want: Mapping[str, str]) -> Non
             fix="use engines of the checkpoint that it was saved with, or start a new session",
         )
     if not known and (have or want):
-        log.warning("nothing says whether the saved session is of these weights: one of the two was made before that was "
-                    "recorded; go on only if the model is the same")  # fmt: skip
+        log.warning(
+            "nothing says whether the saved session is of these weights: one of the two was made before that was recorded; "
+            "go on only if the model is the same"
+        )
 
 
 def load_tensors(snapshot: Snapshot, into: SessionState) -> None:
@@ -161,8 +161,8 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 def snapshot_to_file(snapshot: Snapshot, path: Path | str) -> None:
     """Write `snapshot` to `path` as one file, atomically. Raises LongtakeError if the disk is too full."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in snapshot.tensors.items()}
-    about = {"version": KIND.format, "noise": NOISE, "identity": asdict(snapshot.identity),
-             "position": snapshot.position.as_json()}  # fmt: skip
+    about: dict[str, Any] = {"version": KIND.format, "noise": NOISE}
+    about |= {"identity": asdict(snapshot.identity), "position": snapshot.position.as_json()}
     text = json.dumps(about, ensure_ascii=True, sort_keys=True)
     require_disk(Path(path).parent, sum(t.nbytes for t in tensors.values()) + (1 << 20))
     header = {"format": FORMAT, "session": text, "sha256": _digest(text, tensors)}
@@ -184,11 +184,11 @@ def snapshot_from_file(path: Path | str) -> Snapshot:
         header = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if header.get("format") != FORMAT:
-        raise IntegrityError(f"{source} is not a saved session", got=header.get("format", "another safetensors file"),
-                             expected=FORMAT, fix="pass a file written by session.save or --save-session")  # fmt: skip
+        what, fix = f"{source} is not a saved session", "pass a file written by session.save or --save-session"
+        raise IntegrityError(what, got=header.get("format", "another safetensors file"), expected=FORMAT, fix=fix)
     if header.get("sha256") != _digest(header.get("session", ""), tensors):
-        raise IntegrityError(f"{source} was altered after it was saved", got="a wrong digest",
-                             expected="the digest in its header", fix="save the session again")  # fmt: skip
+        what, expected = f"{source} was altered after it was saved", "the digest in its header"
+        raise IntegrityError(what, got="a wrong digest", expected=expected, fix="save the session again")
     try:
         return _snapshot_from_json(source, json_value(header["session"]), tensors)
     except UNFIT as error:
@@ -201,8 +201,8 @@ def snapshot_from_file(path: Path | str) -> Snapshot:
 def _snapshot_from_json(source: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> Snapshot:
     KIND.require_format(about.get("version"), source)
     if about.get("noise") != NOISE:
-        raise LongtakeError(f"{source} was saved by another version of longtake", got=f"noise {about.get('noise')}",
-                            expected=f"noise {NOISE}", fix=KIND.remake)  # fmt: skip
+        what = f"{source} was saved by another version of longtake"
+        raise LongtakeError(what, got=f"noise {about.get('noise')}", expected=f"noise {NOISE}", fix=KIND.remake)
     identity = record_from_json(Identity, about["identity"])
     if not 1 <= identity.steps <= MOST_STEPS or identity.shift <= 0:
         raise ValueError(f"steps {identity.steps}, shift {identity.shift}")

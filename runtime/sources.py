@@ -16,8 +16,8 @@ from longtake.formats.exported import UNRECORDED, Checked, Export
 from longtake.formats.memory import Budget, RecordedTerm, Use
 from longtake.formats.model_name import asked_for, folder_of, home, known_names, made_by, only_name_with
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
-from longtake.machine.capability import Choice, Machine, backend_for
-from longtake.machine.machine import has_module, machine_here
+from longtake.machine.capability import Choice, Machine, backend_for, has_module
+from longtake.machine.machine import machine_here
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.check import check_memory
 from longtake.runtime.budget.measured import record_arenas
@@ -68,8 +68,8 @@ def source_from_name(name: Path | str | None) -> Source:
     if Export.is_in(folder):
         return _source_from_export(folder)
     if folder.is_dir() and not (folder / "dit.safetensors").is_file():
-        raise LongtakeError(f"folder {folder} holds no engines", got="neither bundle.json nor export.json",
-                            expected="a folder made by `longtake engines` or `longtake export`", fix=BUILD_FIX)  # fmt: skip
+        what, expected = f"folder {folder} holds no engines", "a folder made by `longtake engines` or `longtake export`"
+        raise LongtakeError(what, got="neither bundle.json nor export.json", expected=expected, fix=BUILD_FIX)
     asked = asked_for(str(name))
     if asked.model is None and asked.recipe is not None:
         found = source_of_recipe(asked.recipe)
@@ -196,8 +196,8 @@ def _source_from_export(folder: Path, recipe: Recipe | None = None) -> Source:
 def require_checkpoints(folder: Path) -> Path:
     """`folder`, if it is one."""
     if not folder.is_dir():
-        raise LongtakeError(f"{folder} is no folder of checkpoints", expected="what `longtake convert` wrote",
-                            fix="pass the folder with text_encoder.safetensors")  # fmt: skip
+        fix = "pass the folder with text_encoder.safetensors"
+        raise LongtakeError(f"{folder} is no folder of checkpoints", expected="what `longtake convert` wrote", fix=fix)
     return folder
 
 
@@ -292,9 +292,9 @@ def _require_device(backend: str, device: torch.device | str | None, option: str
     except RuntimeError:
         raise LongtakeError("unknown device", got=device, expected="cuda:N or cpu", fix=f"leave out {option}") from None
     if asked.type != wanted or (wanted == "cuda" and (asked.index or 0) >= torch.cuda.device_count()):
-        raise UnavailableError(f"backend {backend} cannot use device {device}",
-                               got=f"{torch.cuda.device_count()} GPUs here", expected=f"{wanted} for this backend",
-                               fix=f"leave out {option}, or choose another --backend")  # fmt: skip
+        what = f"backend {backend} cannot use device {device}"
+        got, expected = f"{torch.cuda.device_count()} GPUs here", f"{wanted} for this backend"
+        raise UnavailableError(what, got=got, expected=expected, fix=f"leave out {option}, or choose another --backend")
 
 
 def choose_backend(source: Source, asked: str) -> Choice:

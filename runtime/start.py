@@ -43,8 +43,8 @@ class Start:
     def __post_init__(self) -> None:
         """Raise LongtakeError for both at once."""
         if self.image is not None and self.clip is not None:
-            raise LongtakeError("a video starts from an image or from a clip", got="both", expected="one of the two",
-                                fix="leave one out")  # fmt: skip
+            what = "a video starts from an image or from a clip"
+            raise LongtakeError(what, got="both", expected="one of the two", fix="leave one out")
 
     @property
     def told(self) -> dict[str, str]:
@@ -140,8 +140,8 @@ def start_of(
     if image is None and continue_from is None:
         image, continue_from = story.image, story.clip
     if clip is not None and continue_from is None:
-        raise LongtakeError("a clip's prompt was given, but no clip", got="no clip", expected="a clip to go on from",
-                            fix="pass continue_from=FILE (--continue-from FILE), too")  # fmt: skip
+        what, fix = "a clip's prompt was given, but no clip", "pass continue_from=FILE (--continue-from FILE), too"
+        raise LongtakeError(what, got="no clip", expected="a clip to go on from", fix=fix)
     told = story_from_script(clip).segments if clip is not None else story.clip_segments
     return Start(image, continue_from, told or (Segment(story.segments[0].prompt),))
 

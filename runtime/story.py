@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from longtake.checked_yaml import read_yaml
-from longtake.config import reject_unknown_keys, whole_number
 from longtake.errors import LongtakeError
+from longtake.record import reject_unknown_keys, whole_number
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.prompts import CUT_PREFIX
 
@@ -68,9 +68,9 @@ class Story:
     def __post_init__(self) -> None:
         """Raise LongtakeError where the story contradicts itself."""
         if self.image and self.clip:
-            raise LongtakeError(f"story {self.name}: a video starts from an image or from a clip",
-                                got=f"image {self.image} and clip {self.clip}", expected="one of the two",
-                                fix="leave one out")  # fmt: skip
+            what = f"story {self.name}: a video starts from an image or from a clip"
+            got = f"image {self.image} and clip {self.clip}"
+            raise LongtakeError(what, got=got, expected="one of the two", fix="leave one out")
 
     @property
     def chunks(self) -> int:
@@ -305,10 +305,8 @@ def check_fits(story: Story, preset: Preset, continued: bool | None = None) -> N
     ):
         stated = getattr(story, key)
         if stated is not None and stated != wanted:
-            raise LongtakeError(
-                f"story {story.name}: {key} does not fit preset {preset.name}",
-                got=stated, expected=wanted, fix=f"set {key}: {wanted}, or leave {key} out",
-            )  # fmt: skip
+            what = f"story {story.name}: {key} does not fit preset {preset.name}"
+            raise LongtakeError(what, got=stated, expected=wanted, fix=f"set {key}: {wanted}, or leave {key} out")
     if story.seconds is not None and abs(story.seconds - seconds) > 0.5 / preset.fps:
         raise LongtakeError(
             f"story {story.name}: the length does not fit preset {preset.name}",

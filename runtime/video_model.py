@@ -96,8 +96,8 @@ class VideoModel:
     def decoder(self) -> Decoder:
         """A decoder at the start of a video. Raises LongtakeError if there is no VAE."""
         if not self.backend.has("vae_first"):
-            raise LongtakeError("there is no VAE to decode with", got=f"no vae.safetensors in {self.backend.checkpoints}",
-                                expected="a VAE, or latents only", fix="pass decode=False, or copy the VAE there")  # fmt: skip
+            got, fix = f"no vae.safetensors in {self.backend.checkpoints}", "pass decode=False, or copy the VAE there"
+            raise LongtakeError("there is no VAE to decode with", got=got, expected="a VAE, or latents only", fix=fix)
         return NetworkDecoder(self.backend)
 
     def encoder(self) -> Encoder:

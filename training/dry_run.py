@@ -227,8 +227,8 @@ def describe(stage: str, options: StageOptions) -> list[str]:
         memory["text encoder, frozen, fp32"] = frozen
     lines, parts = [*size_lines(modules), *cost_lines(cost, memory)], options.accumulate
     if frozen and options.cache_dir is not None:
-        lines.insert(-1, f"before the first step the text encoder ({frozen / 1e9:,.3f} GB, frozen) reads prompts that "
-                         f"{options.cache_dir} does not have yet, then it leaves the GPU")  # fmt: skip
+        reads = f"reads prompts that {options.cache_dir} does not have yet, then it leaves the GPU"
+        lines.insert(-1, f"before the first step the text encoder ({frozen / 1e9:,.3f} GB, frozen) {reads}")
     if parts > 1:
         lines.insert(
             -1, f"with --accumulate {parts} a step is {parts} of these: so many times the arithmetic, no more memory"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from longtake.errors import LongtakeError
 from longtake.formats.model_name import checkpoints_named
 from longtake.options import DECISIVE, FREE, Bounds, OneOf, Text, option
+from longtake.training.data.base import Dataset
 from longtake.training.data.returns import distance_span, distance_text
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import TINY, Preset
 from longtake.training.models.quantize import RULES, Rules
 from longtake.video_span import FITS
@@ -111,6 +112,13 @@ class DataOptions:
     encoder is frozen (default: in memory)"""
     workers: Annotated[int, Bounds(0, 256, 4)] = option(0, metavar="N", resume=FREE)
     """processes that decode, or render, and read ahead (same order for any N)"""
+
+    def dataset(self, split: str, **folders: Any) -> Dataset:
+        """A split of the data set. folders: what else is told of those, see `dataset_from_name`."""
+        from longtake.training.data.named import dataset_from_name
+
+        told = {name: getattr(self, name) for name in ("preset", "fit", "held_out", "return_distance")}
+        return dataset_from_name(self.data, split=split, **told, **folders)
 
 
 @dataclass(frozen=True)

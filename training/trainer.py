@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from longtake.errors import LongtakeError, some
 from longtake.files import require_disk, require_folder, write_json
 from longtake.options import check
+from longtake.signals import first_interrupt
 from longtake.training.history import History
 from longtake.training.models.checkpoint import copy_checkpoint, save_checkpoint
 from longtake.training.models.quantize import plain_state
@@ -37,7 +36,7 @@ from longtake.training.resume import (
     set_aside,
     sweep,
 )
-from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.base import Loss, Metric, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class Trainer:
         self.prepare()
         try:
             begun, first = time.monotonic(), self.step
-            with _interrupt_flag(self):
+            with first_interrupt(self.interrupt):  # so that a step is never cut in two
                 for step in self.progress():
                     self.step = step
                     self.train_step()
@@ -148,6 +147,10 @@ class Trainer:
     def past(self, since: float, seconds: float) -> bool:
         """Whether more than `seconds` went by since then."""
         return time.monotonic() - since > seconds
+
+    def interrupt(self) -> None:
+        """Stop after the step at hand."""
+        self.interrupted = True
 
     def stop_asked(self) -> bool:
         """Whether Ctrl-C was pressed."""
@@ -304,7 +307,7 @@ class Trainer:
         }
 
 
-def backward(parts: Iterable[tuple[Tensor, dict[str, Metric]]]) -> dict[str, Metric]:
+def backward(parts: Iterable[Loss]) -> dict[str, Metric]:
     """Backward passes of a loss that comes in parts, each before the next is computed; the sums, "loss" among them."""
     total: dict[str, Metric] = {}
     for loss, metrics in parts:
@@ -324,23 +327,3 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
             expected="finite numbers",
             fix=BEFORE.format(path.parent),
         )
-
-
-@contextmanager
-def _interrupt_flag(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C only raises a flag, so that a step is never cut in two; a second one stops at once."""
-
-    def note(signum: int, frame: object) -> None:
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        trainer.interrupted = True
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -24,7 +24,7 @@ from longtake.training.convert.files import PLACES, read_container
 from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.convert.pending import Converted
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import PRESETS, WAN22_TI2V_5B, Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.gemma import KIND, NAME, GemmaSource, instruction_from_config
@@ -216,9 +216,9 @@ def calibrate_vae(options: ConvertOptions, measure: CalibrationOptions) -> None:
     with tqdm(unit="clip", desc="calibrate the VAE", leave=False, dynamic_ncols=True) as bar:
         found = calibrate_vae_folder(options.preset, options.out, **measure.clips, progress=bar.update)
     counts = ", ".join(f"{count} in {codes}" for codes, count in found.counts.items())
-    cost = "" if found.psnr_db is None else (
-        f"; frames at {found.psnr_db:.1f} dB against bf16, the worst at {found.worst_frame_db:.1f}"
-    )  # fmt: skip
+    cost = ""
+    if found.psnr_db is not None:
+        cost = f"; frames at {found.psnr_db:.1f} dB against bf16, the worst at {found.worst_frame_db:.1f}"
     print(f"{options.out / 'vae.json'}: convolutions of the VAE's decoder, {counts}{cost} (recipes with vae_conv)")
 
 

@@ -23,8 +23,8 @@ from longtake.training.data.latent_cache import cache_from_dataset
 from longtake.training.data.named import dataset_from_name
 from longtake.training.devices import device_named
 from longtake.training.models.checkpoint import side_file, weights_digests
+from longtake.training.models.families import preset_named
 from longtake.training.models.load import Models, load_models
-from longtake.training.models.preset_files import preset_named
 from longtake.training.models.presets import Preset, SamplingConfig
 from longtake.training.models.side_file import SideFile
 from longtake.training.stages.vae import HELD_OUT_SEED, reconstructed, reconstruction_psnr

@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from longtake.commands.failures import explained
 from longtake.commands.streams import open_standard_streams
 from longtake.errors import LongtakeError, nearest
-from longtake.out_of_memory import require_address_space
 from longtake.settings import configure_logging, settings_from_environment
 from longtake.signals import ended_by_signals
 from longtake.version import __version__
@@ -122,6 +123,27 @@ def _run(words: list[str]) -> int:
         require_address_space(LIBRARIES_BYTES + (threads - 1) * THREAD_BYTES, f"longtake {name}")
     command = importlib.import_module(COMMANDS[name][0]).COMMAND
     return int(command.run(*parsed(name, rest)) or 0)
+
+
+def require_address_space(needed: int, what: str) -> None:
+    """Raise LongtakeError if the limit on this process's address space (ulimit -v) leaves less than `needed` bytes.
+
+    Where memory runs out in a library's thread, the process is aborted: what can be known before is said before.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit in (resource.RLIM_INFINITY, -1):
+        return
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return
+    if limit - used < needed:
+        raise LongtakeError(
+            f"out of memory: {what} does not fit the limit on this process's address space",
+            got=f"{(limit - used) / 1e9:.2f} GB left of {limit / 1e9:.2f} GB",
+            expected=f"at least {needed / 1e9:.2f} GB",
+            fix="raise the limit (ulimit -v), or use fewer threads (LONGTAKE_THREADS=1 OMP_NUM_THREADS=1)",
+        )
 
 
 def overview() -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from longtake.options import Command, OneOf, Text, option
 from longtake.outputs import claim_checkpoints
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import Preset
 from longtake.training.random_weights import KINDS, write_random_checkpoints
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from longtake.checked_yaml import read_yaml
 from longtake.commands.options import Parser, converted
-from longtake.config import reject_unknown_keys
 from longtake.errors import LongtakeError, nearest
 from longtake.options import Command, Option, options_of
 from longtake.paths import REPOSITORY
+from longtake.record import reject_unknown_keys
 from longtake.training.resume import RUN_FILE
 
 RUNS = REPOSITORY / "training" / "run_files"  # a folder for each command

@@ -104,10 +104,11 @@ def run(
 
 def stage_named(name: str, options: StageOptions) -> Stage:
     """A stage, ready to be prepared."""
-    from longtake.training.stages import dit, vae, world
+    from longtake.training.stages.dit import DiTStage
+    from longtake.training.stages.vae import VAEStage
+    from longtake.training.stages.world import WorldStage
 
-    transformer = world if is_world(options) else dit
-    return {"dit": transformer, "vae": vae}[name].stage_from_options(options)  # type: ignore[attr-defined]
+    return {"dit": WorldStage if is_world(options) else DiTStage, "vae": VAEStage}[name](options)
 
 
 def is_world(options: StageOptions) -> bool:

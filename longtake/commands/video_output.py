@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +61,14 @@ class VideoOutput:
 
     def __init__(self, out: Path, fps: int, chunks: int) -> None:
         self.out, self.fps = out, fps
-        self.meter, self.sheet = Meter(), ContactSheet()
+        self.sheet, self._started = ContactSheet(), time.perf_counter()
         self._bar = tqdm(total=chunks, unit="chunk", desc="generating", file=sys.stderr, dynamic_ncols=True)
         self._writer: VideoWriter | None = None
+
+    @cached_property
+    def meter(self) -> Meter:
+        """Its clock has run since this was made."""
+        return Meter(self._started)
 
     def add(self, chunk: Chunk) -> None:
         """Write a chunk's frames; waits for the decoder."""

@@ -100,10 +100,8 @@ class Bundle:
         folder = Path(folder)
         path = folder / NAME
         if not path.is_file():
-            raise LongtakeError(
-                f"{folder} holds no engines", got=f"no {NAME}", expected="a folder written by `longtake engines`",
-                fix="longtake engines --recipe NAME",
-            )  # fmt: skip
+            what, expected = f"{folder} holds no engines", "a folder written by `longtake engines`"
+            raise LongtakeError(what, got=f"no {NAME}", expected=expected, fix="longtake engines --recipe NAME")
         told = KIND.content(path)
         told = {**told, "recipe": told.get("recipe_fields"), "folder": str(folder)}  # "recipe" is its name, for people
         bundle = KIND.record(cls, told, path)

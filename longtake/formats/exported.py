@@ -187,8 +187,8 @@ class Export:
         names = family_of(recipe.model).networks(recipe.model)
         missing = [name for name in names if name not in self.networks]
         if missing:
-            raise IntegrityError(f"{folder} lacks networks", got=f"no {', '.join(missing)}", expected=", ".join(names),
-                                 fix=f"{fix} --force")  # fmt: skip
+            what, lacks = f"{folder} lacks networks", f"no {', '.join(missing)}"
+            raise IntegrityError(what, got=lacks, expected=", ".join(names), fix=f"{fix} --force")
         for what, got, here in (
             ("another version of our ops", self.plugin_version, PLUGIN_VERSION),
             ("another version of longtake", self.versions.get("longtake", ""), __version__),
@@ -198,5 +198,5 @@ class Export:
                     f"the networks in {folder} were exported with {what}", got=got, expected=here, fix=f"{fix} --force"
                 )
         if weights and self.skeleton:
-            raise LongtakeError(f"the networks in {folder} have no weights", got="a skeleton",
-                                expected="networks exported from checkpoints", fix=f"{fix} --checkpoints FOLDER")  # fmt: skip
+            what, expected = f"the networks in {folder} have no weights", "networks exported from checkpoints"
+            raise LongtakeError(what, got="a skeleton", expected=expected, fix=f"{fix} --checkpoints FOLDER")

@@ -86,8 +86,8 @@ def readable(path: Path) -> Iterator[None]:
         if is_out_of_memory(error):
             raise out_of_memory(error, f"reading {path}") from None
         got = f"{type(error).__name__}: {str(error)[:200]}"
-        raise IntegrityError(f"{path} is not a readable ONNX model", got=got, expected="a file written by `longtake export`",
-                             fix=RE_EXPORT) from None  # fmt: skip
+        what = f"{path} is not a readable ONNX model"
+        raise IntegrityError(what, got=got, expected="a file written by `longtake export`", fix=RE_EXPORT) from None
 
 
 def all_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:

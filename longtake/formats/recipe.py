@@ -11,7 +11,7 @@ from longtake.errors import LongtakeError, nearest
 from longtake.paths import REPOSITORY
 from longtake.plugins.cache_format import CACHE_FORMATS
 from longtake.record import record_from_mapping
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import PRESETS, Preset, WorldPreset
 
 RECIPES = REPOSITORY / "engines" / "recipes"
@@ -80,24 +80,23 @@ class Recipe:
             ("vae_conv", VAE_CONVS),
         ):  # fmt: skip
             if getattr(self, key) not in allowed:
-                raise LongtakeError(f"recipe {self.name}: bad {key}", got=repr(getattr(self, key)),
-                                    expected=" | ".join(allowed), fix=f"set {key}: {allowed[0]}")  # fmt: skip
+                what, fix = f"recipe {self.name}: bad {key}", f"set {key}: {allowed[0]}"
+                raise LongtakeError(what, got=repr(getattr(self, key)), expected=" | ".join(allowed), fix=fix)
         if not re.fullmatch(r"[0-9]+\.[0-9]", self.compute_capability):
-            raise LongtakeError(f"recipe {self.name}: bad compute_capability", got=repr(self.compute_capability),
-                                expected="such as '12.0'", fix="compute_capability: '12.0'")  # fmt: skip
+            what, fix = f"recipe {self.name}: bad compute_capability", "compute_capability: '12.0'"
+            raise LongtakeError(what, got=repr(self.compute_capability), expected="such as '12.0'", fix=fix)
         if self.linears == "library" and (self.mode != "segmented" or self.precision not in ("fp8", "bf16")):
-            raise LongtakeError(f"recipe {self.name}: a library cannot run these linears",
-                                got=f"{self.precision}, {self.mode}", expected="fp8 or bf16, segmented",
-                                fix="set linears: engine")  # fmt: skip
+            what, got = f"recipe {self.name}: a library cannot run these linears", f"{self.precision}, {self.mode}"
+            raise LongtakeError(what, got=got, expected="fp8 or bf16, segmented", fix="set linears: engine")
         if self.vae_ops == "library" and self.mode != "segmented":
-            raise LongtakeError(f"recipe {self.name}: a library cannot run this VAE decoder", got=self.mode,
-                                expected="segmented", fix="set vae_ops: engine")  # fmt: skip
+            what = f"recipe {self.name}: a library cannot run this VAE decoder"
+            raise LongtakeError(what, got=self.mode, expected="segmented", fix="set vae_ops: engine")
         if self.vae_conv != "bf16" and self.vae_ops != "library":
-            raise LongtakeError(f"recipe {self.name}: an engine cannot run 8-bit convolutions", got=f"vae_conv: {self.vae_conv}",
-                                expected="vae_ops: library beside it", fix="set vae_conv: bf16")  # fmt: skip
+            what, got = f"recipe {self.name}: an engine cannot run 8-bit convolutions", f"vae_conv: {self.vae_conv}"
+            raise LongtakeError(what, got=got, expected="vae_ops: library beside it", fix="set vae_conv: bf16")
         if self.memory_gb < 0:
-            raise LongtakeError(f"recipe {self.name}: bad memory_gb", got=repr(self.memory_gb),
-                                expected="a whole number of at least 0", fix="set memory_gb: 0")  # fmt: skip
+            what, expected = f"recipe {self.name}: bad memory_gb", "a whole number of at least 0"
+            raise LongtakeError(what, got=repr(self.memory_gb), expected=expected, fix="set memory_gb: 0")
 
     @property
     def model(self) -> Preset:

@@ -5,6 +5,7 @@ It drives the code path (`backend_for`), the tests' skip reasons and the error t
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -83,6 +84,14 @@ class Machine:
     nvrtc: bool = True
 
 
+def has_module(name: str) -> bool:
+    """Whether `name` can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The table's answer for one backend; `usable` is anything but "no"."""
@@ -137,14 +146,15 @@ def lookup(backend: str, flavour: str, version: str, capability: str, precision:
     for row in TABLE:
         if _matches(row, backend, flavour, version, capability, precision):
             return Verdict(row.status, row.reason, row.fix)
-    if precision == "nvfp4" and _fits_without_precision(backend, flavour, version, capability):
-        return Verdict("no", f"{flavour} {version} has no FP4 arithmetic on compute capability {capability}",
-                       "use a w4a16 recipe (4-bit weights, bf16 arithmetic)")  # fmt: skip
-    if precision == "fp8" and _fits_without_precision(backend, flavour, version, capability):
-        return Verdict("no", f"compute capability {capability} has no FP8 arithmetic",
-                       "use a w4a16 recipe (4-bit weights, bf16 arithmetic)")  # fmt: skip
-    return Verdict("no", f"{flavour} {version} does not run {backend} plans on compute capability {capability}",
-                   "longtake doctor shows what fits this machine")  # fmt: skip
+    here = f"compute capability {capability}"
+    lacks = {
+        "nvfp4": f"{flavour} {version} has no FP4 arithmetic on {here}",
+        "fp8": f"{here} has no FP8 arithmetic",
+    }
+    if precision in lacks and _fits_without_precision(backend, flavour, version, capability):
+        return Verdict("no", lacks[precision], "use a w4a16 recipe (4-bit weights, bf16 arithmetic)")
+    reason = f"{flavour} {version} does not run {backend} plans on {here}"
+    return Verdict("no", reason, "longtake doctor shows what fits this machine")
 
 
 def _fits_without_precision(backend: str, flavour: str, version: str, capability: str) -> bool:
@@ -157,17 +167,17 @@ def verdict_for(machine: Machine, recipe: Target, backend: str) -> Verdict:
     if backend == "reference":
         return _reference_verdict(machine)
     if backend != recipe.mode:
-        return Verdict("no", f"recipe {recipe.name} is built {recipe.mode}, not {backend}",
-                       f"use --backend {recipe.mode}, or a {backend} recipe")  # fmt: skip
+        reason = f"recipe {recipe.name} is built {recipe.mode}, not {backend}"
+        return Verdict("no", reason, f"use --backend {recipe.mode}, or a {backend} recipe")
     if machine.compute_capability is None:
         return Verdict("no", "there is no NVIDIA GPU here", NO_GPU_FIX)
     if machine.flavour is None:
         return Verdict("no", "no TensorRT flavour is installed", FLAVOUR_FIX)
     here = lookup(backend, machine.flavour, machine.flavour_version, machine.compute_capability, recipe.precision)
     if here.usable and machine.compute_capability != recipe.compute_capability:
-        return Verdict("no", f"recipe {recipe.name} is for compute capability {recipe.compute_capability}, "
-                       f"this GPU has {machine.compute_capability}",
-                       "build a recipe for this GPU (longtake doctor lists them)")  # fmt: skip
+        wanted, has = recipe.compute_capability, machine.compute_capability
+        reason = f"recipe {recipe.name} is for compute capability {wanted}, this GPU has {has}"
+        return Verdict("no", reason, "build a recipe for this GPU (longtake doctor lists them)")
     if here.usable and not machine.nvrtc:
         return Verdict("no", "NVRTC, which compiles the plugin kernels, cannot be loaded", NVRTC_FIX)
     return here
@@ -207,11 +217,9 @@ def _require(machine: Machine, recipe: Target, backend: str) -> Verdict:
     verdict = verdict_for(machine, recipe, backend)
     if verdict.usable:
         return verdict
-    raise UnavailableError(
-        f"backend {backend} cannot run recipe {recipe.name} here", got=verdict.reason,
-        expected=f"a machine that fits {recipe.name} ({recipe.precision}, compute capability "
-        f"{recipe.compute_capability})", fix=verdict.fix or None,
-    )  # fmt: skip
+    what = f"backend {backend} cannot run recipe {recipe.name} here"
+    expected = f"a machine that fits {recipe.name} ({recipe.precision}, compute capability {recipe.compute_capability})"
+    raise UnavailableError(what, got=verdict.reason, expected=expected, fix=verdict.fix or None)
 
 
 @dataclass(frozen=True)

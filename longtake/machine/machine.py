@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from longtake.errors import UnavailableError
-from longtake.machine.capability import Machine
+from longtake.machine.capability import Machine, has_module
 from longtake.machine.flavour import Installed, choose, gpu_compute_capability, installed_flavours
 
 
@@ -17,14 +15,6 @@ def flavour_to_judge(capability: str | None, installed: list[Installed]) -> tupl
         whole = [flavour for flavour in installed if flavour.complete]
         return (whole[0].name, whole[0].version) if whole else (None, "")
     return chosen.name, chosen.version
-
-
-def has_module(name: str) -> bool:
-    """Whether `name` can be found, without importing it."""
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def machine_here() -> Machine:

@@ -51,8 +51,8 @@ class CheckpointBackend(TorchModules):
             IntegrityError: a file is damaged.
         """
         if dtype not in ("fp32", "bf16"):
-            raise LongtakeError("PyTorch does not run in this dtype", got=repr(dtype), expected="'fp32' or 'bf16'",
-                                fix="export a recipe of that precision: longtake export --recipe NAME")  # fmt: skip
+            expected, fix = "'fp32' or 'bf16'", "export a recipe of that precision: longtake export --recipe NAME"
+            raise LongtakeError("PyTorch does not run in this dtype", got=repr(dtype), expected=expected, fix=fix)
         self.dtype, recipe = dtype, checkpoint_recipe(preset, dtype)
         super().__init__(recipe, f"PyTorch in {dtype}", device or torch.device("cpu"), preset, folder)
         networks = [name for name in self.specs if name in family_of(preset).networks(preset)]

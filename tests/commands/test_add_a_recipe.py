@@ -20,8 +20,8 @@ from longtake.formats.recipe import Recipe, recipe_from_file, recipe_named
 from longtake.paths import REPOSITORY
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import source_from_name
+from longtake.training.models.families import preset_named
 from longtake.training.models.load import load_models, read_side
-from longtake.training.models.preset_files import preset_named
 
 pytestmark = pytest.mark.slow
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from films import frames_from_video
 from own_footage import write_own_clips
 
 from longtake.commands.main import main
@@ -16,7 +17,6 @@ from longtake.paths import REPOSITORY
 from longtake.training.data.folder import Folder
 from longtake.training.models.presets import TINY
 from longtake.training.models.text.words import default_vocabulary
-from longtake.video import frames_from_video
 
 PAGE = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
 COMMANDS = re.search(r"```sh\n(.*?)```", PAGE, re.DOTALL)[1].strip().splitlines()  # type: ignore[index]

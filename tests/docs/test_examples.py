@@ -15,13 +15,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from films import frames_from_video
 from PIL import Image
 from toy_backend import ToyBackend, toy_tokenize
 
 import longtake
 from longtake.paths import REPOSITORY
 from longtake.runtime.generator import Generator
-from longtake.video import frames_from_video
 
 FOLDER = REPOSITORY / "docs" / "examples"
 NOTEBOOK = FOLDER / "first_steps.ipynb"

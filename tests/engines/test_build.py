@@ -269,12 +269,13 @@ def test_a_folder_without_a_bundle_says_what_makes_one(bundle: Path, tmp_path: P
 
 def small_dit(precision: str, cache: str, folder: Path) -> PlanJob:
     """A DiT of two layers with random weights, exported and lowered."""
+    from untrained import random_models
+
     from longtake.export.files import write_onnx
     from longtake.export.functions import attach_functions
     from longtake.export.lower import lower
     from longtake.export.onnx_from_model import onnx_from_model
     from longtake.export.weights import stored_tensors
-    from longtake.training.models.load import random_models
     from longtake.training.models.presets import TINY
     from longtake.training.models.wan.networks import DiTStep
     from longtake.training.models.wan.spec import dit_spec

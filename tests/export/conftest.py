@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from held_weights import weights_from_models
 from shared_graphs import SharedGraphs
+from untrained import random_models
 
 from longtake.export.package import PlainGraphs, export_package
 from longtake.formats.recipe import Recipe, recipe_named
-from longtake.training.models.load import Models, random_models
+from longtake.training.models.load import Models
 from longtake.training.models.presets import TINY
 
 RECIPES = {"bf16": "tiny_bf16_sm89", "w4a16": "tiny_w4a16_sm89", "nvfp4": "tiny_nvfp4_sm120", "fp8": "tiny_fp8_sm90"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from untrained import random_models
 
 from longtake.accuracy.compare import compare_networks
 from longtake.accuracy.rows import require_gate
@@ -25,7 +26,6 @@ from longtake.formats.exported import Export
 from longtake.formats.onnx_file import read_onnx, weights_from_onnx
 from longtake.machine.flavour import flavour_for
 from longtake.plugins.spec import DOMAIN
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.networks import DiTStep

@@ -14,6 +14,7 @@ import pytest
 import torch
 from held_weights import weights_from_models
 from onnx import NodeProto, numpy_helper
+from untrained import random_models
 
 from longtake.accuracy.compare import compare_networks
 from longtake.accuracy.rows import Row, require_gate
@@ -23,7 +24,7 @@ from longtake.export.ort_view import ort_view
 from longtake.export.package import PlainGraphs
 from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Recipe, recipe_named
-from longtake.training.models.load import Models, load_models, random_models
+from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.quantize import insert_quantizers, read_amax
 from longtake.training.models.wan.rope import rope_tables

@@ -24,7 +24,7 @@ from longtake.out_of_memory import is_out_of_memory
 from longtake.paths import REPOSITORY
 from longtake.runtime.snapshot import FORMAT, KIND, NOISE, _digest, snapshot_from_file
 from longtake.training.experiment.pack import restore
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import TINY
 
 FULL = """

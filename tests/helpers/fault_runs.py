@@ -212,7 +212,7 @@ class Runs:
                     load_checkpoint(points[-1], kind=kind, preset="tiny")
                     self._check_curve(row, out, what)
             elif command == "generate" and (out / "v.mp4").exists():
-                from longtake.video import frames_from_video
+                from films import frames_from_video
 
                 frames_from_video(out / "v.mp4")
             elif command == "export" and Export.is_in(out / recipe_named(RECIPE).onnx_name):

@@ -29,7 +29,7 @@ from longtake.runtime.state import Edit, Position
 from longtake.runtime.story import Segment, story_from_file
 from longtake.training.data.captions import rows_of_table
 from longtake.training.models.checkpoint import load_into, save_checkpoint, side_file
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import TINY
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.slots import SlotTable

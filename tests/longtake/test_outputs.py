@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from films import frames_from_video
 
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
 from longtake.files import atomic_path, write_json
 from longtake.outputs import claim_checkpoints, claim_outputs, written_by_us
-from longtake.video import VideoWriter, frames_from_video
+from longtake.video import VideoWriter
 
 PROMPT = "a green seven drifts left over a sea background, soft light"
 

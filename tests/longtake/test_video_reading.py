@@ -10,9 +10,10 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from films import frames_from_video
 
 from longtake.errors import LongtakeError
-from longtake.video import VideoWriter, count_frames, frames_from_video, probe_video, write_video
+from longtake.video import VideoWriter, count_frames, probe_video, write_video
 
 # What the display matrix (xx, xy, yx, yy) makes of the coded picture, by numpy.
 TURNS = {

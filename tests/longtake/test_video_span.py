@@ -12,9 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from films import frames_from_video
 
 from longtake.errors import LongtakeError
-from longtake.video import count_frames, frames_from_video, write_video
+from longtake.video import count_frames, write_video
 from longtake.video_span import frames_between, look_at
 
 

@@ -21,9 +21,8 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.sampling import CancelledError
 from longtake.runtime.session import Session
 from longtake.runtime.video_model import Tensors
-from longtake.training.models.families import FAMILIES, family_named
+from longtake.training.models.families import FAMILIES, family_named, preset_named
 from longtake.training.models.load import Models
-from longtake.training.models.preset_files import preset_named
 from longtake.training.models.text.words import text_encoder_for, tokenize
 
 PAGE = REPOSITORY / "docs" / "add-a-family.md"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from untrained import random_models
 
 from longtake import chain
 from longtake.commands.main import main
@@ -40,7 +41,6 @@ from longtake.runtime.budget.use import budget_of
 from longtake.runtime.report import conditions_of_run
 from longtake.runtime.sources import OpenOptions, Source, backend_from_source, source_from_bundle
 from longtake.training.models.families import family_of
-from longtake.training.models.load import random_models
 from longtake.training.models.network_spec import NETWORKS
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B
 from longtake.training.models.wan.spec import dit_spec

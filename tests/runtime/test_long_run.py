@@ -14,15 +14,15 @@ import pytest
 import torch
 from engines_here import engines_of
 from torch import Tensor
+from untrained import random_models
 
 from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.generator import Generator
 from longtake.runtime.session import Session
 from longtake.runtime.video_model import Tensors
-from longtake.training.models.load import random_models
-from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import TINY
+from longtake.training.models.sampler import noise_for_chunk
 from longtake.training.models.wan.networks import DiTStep
 from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from longtake.paths import REPOSITORY
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 
 PAGE = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from held_weights import weights_from_models
 from shared_graphs import SharedGraphs
+from untrained import random_models
 
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.export.package import export_package
@@ -23,7 +24,7 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.session import Session
 from longtake.runtime.sources import Source, backend_from_source, choose_backend, source_from_name
 from longtake.runtime.story import Segment
-from longtake.training.models.load import Models, random_models
+from longtake.training.models.load import Models
 from longtake.training.models.presets import TINY
 from longtake.training.models.text.words import tokenize
 

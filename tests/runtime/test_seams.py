@@ -21,9 +21,8 @@ from longtake.runtime import checkpoints
 from longtake.runtime.story import Segment
 from longtake.training.models.checkpoint import save_checkpoint, weights_digests
 from longtake.training.models.load import load_models
-from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import TINY
-from longtake.training.models.sampler import UniPC, schedule_of
+from longtake.training.models.sampler import UniPC, noise_for_chunk, schedule_of
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.rope import rope_angles
 

@@ -23,9 +23,9 @@ from longtake.runtime.sampling import CancelledError
 from longtake.runtime.session import Session
 from longtake.runtime.snapshot import _digest
 from longtake.runtime.story import Segment
-from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import TINY
-from longtake.training.models.wan.positions import frame_positions
+from longtake.training.models.sampler import noise_for_chunk
+from longtake.training.models.wan.rope import frame_positions
 from longtake.training.models.wan.slots import visible_blocks
 from longtake.training.models.wan.window import shot_offsets
 

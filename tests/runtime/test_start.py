@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from untrained import random_models
 
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import recipe_named
@@ -24,7 +25,7 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.start import one_a_chunk
 from longtake.runtime.story import Segment, story_from_file
 from longtake.runtime.video_model import VideoModel
-from longtake.training.models.load import Models, load_models, random_models
+from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.text.words import tokenize
 from longtake.training.models.wan.rope import timestep_sinusoid

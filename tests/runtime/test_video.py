@@ -8,9 +8,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from films import frames_from_video
 
 from longtake.errors import LongtakeError
-from longtake.video import VideoWriter, frames_from_video, probe_video, write_video
+from longtake.video import VideoWriter, probe_video, write_video
 
 PALETTE = np.array([[230, 30, 30], [30, 200, 60], [40, 90, 250], [240, 240, 240], [20, 20, 20]], np.uint8)
 

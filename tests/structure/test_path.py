@@ -30,7 +30,7 @@ from longtake.training.models.text.words import default_vocabulary
 RECIPE = recipe_named("tiny_bf16_sm90")
 KINDS = {"int32": TensorProto.INT32, "int8": TensorProto.INT8}  # all others are fp32 there
 
-MOST_FILES = 60  # in which a function is called before the first pass
+MOST_FILES = 48  # in which a function is called before the first pass
 MOST_LAYERS = 5  # files that are in the middle of a call when the first pass begins
 NEVER = (
     "runtime/budget/",

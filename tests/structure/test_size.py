@@ -7,10 +7,10 @@ import subprocess
 import tree
 
 MOST_BYTES = 50_000_000  # of what git tracks: the tree travels whole to where it runs
-MOST_LINES = 60_578
+MOST_LINES = 60_344
 MOST_FILES_OVER_350_LINES = 0
 MOST_FUNCTIONS_OVER_60_LINES = 0
-MOST_HAND_LAID_LINES = 182
+MOST_HAND_LAID_LINES = 47
 
 
 def test_the_library_does_not_grow() -> None:

@@ -38,7 +38,7 @@ def encode_once(monkeypatch: pytest.MonkeyPatch, cached: dict[tuple[str, str], L
         return cached[what, context]
 
     monkeypatch.setattr("longtake.training.stages.precompute.cache_from_dataset", remembered)
-    monkeypatch.setattr("longtake.training.stages.dit.CALIBRATION_BATCHES", 1)
+    monkeypatch.setattr("longtake.training.stages.transformer.CALIBRATION_BATCHES", 1)
 
 
 @pytest.fixture(scope="module")

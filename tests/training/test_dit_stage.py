@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from untrained import random_models
 
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
@@ -19,7 +20,6 @@ from longtake.training.data.latent_cache import LatentCache, cache_from_dataset,
 from longtake.training.data.named import dataset_from_name
 from longtake.training.data.stored_stories import stored_from_dataset
 from longtake.training.models.checkpoint import save_checkpoint
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.words import text_encoder_for
@@ -80,7 +80,7 @@ EVERYTHING: dict[str, Any] = {
 def test_all_of_it_together_resumes_bit_identically(
     tmp_path: Path, small_preset: Preset, vae_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longtake.training.stages.dit.CALIBRATION_BATCHES", 1)
+    monkeypatch.setattr("longtake.training.stages.transformer.CALIBRATION_BATCHES", 1)
     chosen = options(small_preset, vae_folder, **EVERYTHING)
     straight = train(tmp_path / "a", chosen, 3)
     train(tmp_path / "b", chosen, 3, stop_at=1)

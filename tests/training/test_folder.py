@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from films import frames_from_video
 from folder_writer import write_digits_folder
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from longtake.training.models.presets import PRESETS, TINY, Preset
 from longtake.training.models.wan.prompts import CUT_PREFIX
 from longtake.training.stages.dit import DiTStage
 from longtake.training.stages.options import StageOptions
-from longtake.video import frames_from_video, write_video
+from longtake.video import write_video
 
 CPU = torch.device("cpu")
 MINI = replace(TINY, height=32, width=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ class Square(Stage):
     def prepare(self, device: torch.device) -> None:
         """Nothing to be prepared."""
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        return self.modules["dit"](torch.ones(1, 1)).square().mean(), {}
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        yield self.modules["dit"](torch.ones(1, 1)).square().mean(), {}
 
     def evaluate(self) -> dict[str, float]:
         return {"loss": 0.0}

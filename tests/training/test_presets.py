@@ -9,7 +9,7 @@ import pytest
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import recipe_from_file
-from longtake.training.models.preset_files import preset_from_file, preset_named
+from longtake.training.models.families import preset_from_file, preset_named
 from longtake.training.models.presets import PRESETS, SHIPPED, TINY, WAN22_TI2V_5B
 
 WHOLE = (SHIPPED / "tiny.yaml").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,10 @@ class Square(Stage):
         self.modules = {"square": nn.Linear(96, 96)}
         self.drawn = 0
     def prepare(self, device): pass
-    def loss(self, step, generator):
+    def losses(self, step, generator):
         x = torch.randn(8, 96, generator=generator)
         self.drawn += 8
-        return (self.modules["square"](x) - x).square().mean(), {}
+        yield (self.modules["square"](x) - x).square().mean(), {}
     def position(self): return {"taken": self.drawn}
     def seek(self, position): self.drawn = position["taken"]
     def evaluate(self): return {"loss": 0.0}
@@ -206,9 +207,9 @@ class Line(Stage):
 
     def prepare(self, device: torch.device) -> None: ...
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         self.latest = f"stories {[step, step + 1]}"
-        return self.modules["line"](torch.ones(1)).square().mean() * (float("inf") if step == 90 else 1.0), {}
+        yield self.modules["line"](torch.ones(1)).square().mean() * (float("inf") if step == 90 else 1.0), {}
 
     def evaluate(self) -> dict[str, float]:
         return {"loss": 0.0}

@@ -7,8 +7,7 @@ import torch
 
 from longtake.plugins.pointwise import apply_rope
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B, DiTConfig
-from longtake.training.models.wan.positions import frame_positions
-from longtake.training.models.wan.rope import pair_split, rope_tables, timestep_sinusoid
+from longtake.training.models.wan.rope import frame_positions, pair_split, rope_tables, timestep_sinusoid
 
 LARGE = DiTConfig(dim=256, ffn_dim=64, layers=1, heads=2, channels=16, text_dim=8, text_len=8)
 

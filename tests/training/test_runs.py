@@ -10,13 +10,13 @@ import torch
 import yaml
 from folder_writer import write_digits_folder
 from safetensors.torch import load_file
+from untrained import random_models
 
 from longtake.commands.main import main
 from longtake.files import read_json
 from longtake.training.data.latent_cache import cache_from_dataset
 from longtake.training.data.named import dataset_from_name
 from longtake.training.experiment.batched import Rollout, Sampling, Script
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import PRESETS, Preset
 from longtake.training.stages.validation import sampled_video
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from untrained import random_models
 
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import recipe_named
@@ -21,7 +22,6 @@ from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
 from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.sampler import schedule_of, unipc_steps
 from longtake.training.models.text.words import tokenize

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ class LineStage(Stage):
 
     def prepare(self, device: torch.device) -> None: ...
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         x = torch.randn(16, 1, generator=generator)
         loss = (self.modules["line"](x) - 2 * x).square().mean()
-        return (self.fault(step, loss) if self.fault else loss), {"x": float(x.mean())}
+        yield (self.fault(step, loss) if self.fault else loss), {"x": float(x.mean())}
 
     def evaluate(self) -> dict[str, float]:
         return {"loss": float((self.modules["line"].weight - 2).square())}

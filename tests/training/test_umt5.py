@@ -17,7 +17,7 @@ from longtake.training.models.checkpoint import check_state
 from longtake.training.models.network_spec import Binding, NetworkSpec
 from longtake.training.models.presets import WAN22_TI2V_5B, TextEncoderConfig
 from longtake.training.models.text.umt5 import UMT5, attended, relative_buckets
-from longtake.training.models.wan.networks import TextStep
+from longtake.training.models.text.words import TextStep
 
 CONFIG = TextEncoderConfig(kind="umt5", dim=64, layers=3, heads=4, length=48, ffn_dim=96, vocabulary=101)
 WAN_NAMES = {

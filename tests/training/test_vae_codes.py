@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from untrained import random_models
 
 from longtake.commands.main import main
 from longtake.errors import IntegrityError, LongtakeError
@@ -29,7 +30,7 @@ from longtake.runtime.backends.segments.planner import planned_steps
 from longtake.runtime.backends.segments.vae_first import first_steps
 from longtake.runtime.budget.recorded_steps import library_decoder_steps
 from longtake.training.models.conv_calibration import ConvCalibration, ConvInput
-from longtake.training.models.load import Models, load_models, random_models
+from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import TINY
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.wan.networks import network_module

@@ -82,8 +82,9 @@ def measure(
     amax = read_amax(insert_quantizers(dit, run))
     bad = [name for name, sides in amax.items() if not all(0 < value < float("inf") for value in sides.values())]
     if bad:
-        raise IntegrityError(f"calibration gave no usable amax for {len(bad)} linears", got=", ".join(bad[:6]),
-                             expected="positive, finite", fix="check the weights, and the latents if given")  # fmt: skip
+        what = f"calibration gave no usable amax for {len(bad)} linears"
+        fix = "check the weights, and the latents if given"
+        raise IntegrityError(what, got=", ".join(bad[:6]), expected="positive, finite", fix=fix)
     return amax
 
 
@@ -121,8 +122,11 @@ def read_latents(path: Path, preset: Preset, chunks: int) -> Tensor:
         or tuple(latents.shape[2:]) != wanted
         or latents.shape[1] < frames
     ):
-        raise LongtakeError(f"{path} has no latents to calibrate with",
-                            got=list(latents.shape) if isinstance(latents, Tensor) else "no tensor named latents",
-                            expected=f"latents [B, F >= {frames}, {', '.join(map(str, wanted))}]",
-                            fix="encode clips with this preset's VAE, or leave out --latents")  # fmt: skip
+        what, fix = (
+            f"{path} has no latents to calibrate with",
+            "encode clips with this preset's VAE, or leave out --latents",
+        )
+        got = list(latents.shape) if isinstance(latents, Tensor) else "no tensor named latents"
+        expected = f"latents [B, F >= {frames}, {', '.join(map(str, wanted))}]"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return latents[:, :frames].float()

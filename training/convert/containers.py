@@ -45,8 +45,8 @@ def choose(container: Mapping[str, Any], use_ema: bool = False) -> Chosen:
             fix="use model_te.pt (merged bf16) or model_4o6.pt (packed) of a later release",
         )
     if use_ema and "generator_ema" not in container:
-        raise LongtakeError("the file has no EMA weights", got=f"keys {some(container)}", expected='"generator_ema"',
-                            fix="leave out --use-ema")  # fmt: skip
+        what = "the file has no EMA weights"
+        raise LongtakeError(what, got=f"keys {some(container)}", expected='"generator_ema"', fix="leave out --use-ema")
     entries = ["generator_ema"] if use_ema else ["generator", "model", "generator_ema"]
     for name in entries:
         if isinstance(container.get(name), Mapping):
@@ -67,8 +67,8 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             names = {key: name.removeprefix(prefix) for key, name in names.items()}
     if len(set(names.values())) < len(names):
         twice = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
-        raise IntegrityError("keys are the same once wrappers' prefixes are removed", got=some(twice), expected="each once",
-                             fix="pass a file with one model")  # fmt: skip
+        what = "keys are the same once wrappers' prefixes are removed"
+        raise IntegrityError(what, got=some(twice), expected="each once", fix="pass a file with one model")
     return {names[key]: value for key, value in state.items()}
 
 
@@ -81,7 +81,7 @@ def _plain(key: str) -> str:
 def _tensors(where: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     other = sorted(str(key) for key, value in entry.items() if not isinstance(value, Tensor))
     if other or not entry:
-        raise IntegrityError(f"{where} is not a state dict", got=f"{some(other)} not tensors" if other else "no keys",
-                             expected='tensors by name, or "generator", "generator_ema", "model" or "generator_lora"',
-                             fix="pass a checkpoint of the generator")  # fmt: skip
+        what, got = f"{where} is not a state dict", f"{some(other)} not tensors" if other else "no keys"
+        expected = 'tensors by name, or "generator", "generator_ema", "model" or "generator_lora"'
+        raise IntegrityError(what, got=got, expected=expected, fix="pass a checkpoint of the generator")
     return dict(entry)

@@ -49,8 +49,8 @@ def read_container(path: Path, kind: str = "dit") -> dict[str, Any]:
         return dict(_read_safetensors(path))
     if path.suffix.lower() in TORCH_SUFFIXES:
         return _read_torch(path)
-    raise LongtakeError(f"{path} is not a weights file", got=f"suffix {path.suffix!r}",
-                        expected=f".safetensors, {', '.join(sorted(TORCH_SUFFIXES))}", fix="pass the weights file")  # fmt: skip
+    what, expected = f"{path} is not a weights file", f".safetensors, {', '.join(sorted(TORCH_SUFFIXES))}"
+    raise LongtakeError(what, got=f"suffix {path.suffix!r}", expected=expected, fix="pass the weights file")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -60,10 +60,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Any]:
     with open(path, "rb") as source:
         if source.read(2) != b"PK":
-            raise IntegrityError(
-                f"{path} is not a torch file that can be mapped", got="no zip archive: damaged, or of torch < 1.6",
-                expected="a file that torch >= 1.6 saved", fix=f"{AGAIN}; an old file: load and torch.save it again",
-            )  # fmt: skip
+            what = f"{path} is not a torch file that can be mapped"
+            expected, fix = "a file that torch >= 1.6 saved", f"{AGAIN}; an old file: load and torch.save it again"
+            raise IntegrityError(what, got="no zip archive: damaged, or of torch < 1.6", expected=expected, fix=fix)
     try:
         found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
@@ -75,11 +74,11 @@ def _read_torch(path: Path) -> dict[str, Any]:
             fix="where you trust it, save its state dict alone: safetensors.torch.save_file(state_dict, 'model.safetensors')",
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise IntegrityError(f"{path} is truncated or damaged",
-                             got=f"{path.stat().st_size} bytes: {str(error).splitlines()[0][:200]}", fix=AGAIN) from None  # fmt: skip
+        got = f"{path.stat().st_size} bytes: {str(error).splitlines()[0][:200]}"
+        raise IntegrityError(f"{path} is truncated or damaged", got=got, fix=AGAIN) from None
     if not isinstance(found, dict):
-        raise IntegrityError(f"{path} is not a state dict", got=type(found).__name__, expected="a dict of tensors",
-                             fix="pass the file of the weights")  # fmt: skip
+        what, expected = f"{path} is not a state dict", "a dict of tensors"
+        raise IntegrityError(what, got=type(found).__name__, expected=expected, fix="pass the file of the weights")
     return found
 
 
@@ -117,13 +116,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         )
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        raise IntegrityError(f"{index.parent} lacks {len(missing)} of {len(shards)} shards", got=f"no {', '.join(missing)}",
-                             expected=f"every file that {index.name} names", fix="download the missing files")  # fmt: skip
+        what = f"{index.parent} lacks {len(missing)} of {len(shards)} shards"
+        expected = f"every file that {index.name} names"
+        raise IntegrityError(what, got=f"no {', '.join(missing)}", expected=expected, fix="download the missing files")
     state: dict[str, Tensor] = {}
     for shard in shards:
         state.update(read_container(index.parent / shard))
     lost = sorted(names.keys() - state.keys())
     if lost:
-        raise IntegrityError(f"the shards of {index.parent} lack {len(lost)} tensors that {index.name} names",
-                             got=", ".join(lost[:10]), fix=AGAIN)  # fmt: skip
+        what = f"the shards of {index.parent} lack {len(lost)} tensors that {index.name} names"
+        raise IntegrityError(what, got=", ".join(lost[:10]), fix=AGAIN)
     return state

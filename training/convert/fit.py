@@ -33,9 +33,9 @@ def refuse_other_model(tensors: Mapping[str, Pending], preset: Preset) -> None:
     if got == wanted or (got[::2] == wanted[::2] and got not in MODELS and layers < preset.dit.layers):
         return
     name = MODELS.get(got, "another model")
-    raise LongtakeError(f"this is {name}: dim {got[0]}, {got[1]} layers", got=f"{got[2]} input channels",
-                        expected=f"preset {preset.name}: {_words(preset.dit)}",
-                        fix="pass the checkpoint of that model, or another --preset")  # fmt: skip
+    what, expected = f"this is {name}: dim {got[0]}, {got[1]} layers", f"preset {preset.name}: {_words(preset.dit)}"
+    fix = "pass the checkpoint of that model, or another --preset"
+    raise LongtakeError(what, got=f"{got[2]} input channels", expected=expected, fix=fix)
 
 
 def _words(config: DiTConfig) -> str:

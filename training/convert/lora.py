@@ -70,16 +70,16 @@ def pairs(state: Mapping[str, Tensor], linears: Collection[str] = ()) -> dict[st
         if of_kind := sorted(key for key in unknown if re.search(pattern, key)):
             raise not_plain(kind, some(of_kind))
     if unknown or not halves:
-        raise IntegrityError("this is not a LoRA", got=some(sorted(unknown)) or "no keys", fix="pass PEFT's LoRA file",
-                             expected="blocks.N.self_attn.q.lora_A.weight and ...lora_B.weight")  # fmt: skip
+        fix, expected = "pass PEFT's LoRA file", "blocks.N.self_attn.q.lora_A.weight and ...lora_B.weight"
+        raise IntegrityError("this is not a LoRA", got=some(sorted(unknown)) or "no keys", fix=fix, expected=expected)
     if twice:
-        raise IntegrityError("the LoRA has linears twice", got=some(sorted(twice)), expected="one adapter",
-                             fix="pass a file with one adapter")  # fmt: skip
+        what = "the LoRA has linears twice"
+        raise IntegrityError(what, got=some(sorted(twice)), expected="one adapter", fix="pass a file with one adapter")
     alone = sorted(f"{name} (only lora_{next(iter(half))})" for name, half in halves.items() if len(half) < 2)
     alone += sorted(f"{name} (only alpha)" for name in alphas.keys() - halves.keys())
     if alone:
-        raise IntegrityError(f"{len(alone)} LoRA pairs are not whole", got=some(alone), expected="lora_A and lora_B of each",
-                             fix="get the file again")  # fmt: skip
+        what = f"{len(alone)} LoRA pairs are not whole"
+        raise IntegrityError(what, got=some(alone), expected="lora_A and lora_B of each", fix="get the file again")
     return {name: Pair(half["A"], half["B"], alphas.get(name), stored[name]) for name, half in halves.items()}
 
 
@@ -95,15 +95,15 @@ def merge(
     merged, factors, found = dict(tensors), {}, pairs(lora, linears)
     strangers = sorted(name for name in found if f"{name}.weight" not in tensors)
     if strangers:
-        raise IntegrityError(f"the LoRA has {len(strangers)} linears that the model lacks", got=some(strangers),
-                             expected="blocks.N.{self_attn,cross_attn}.{q,k,v,o}, blocks.N.ffn.{0,2}",
-                             fix="pass the LoRA of this model")  # fmt: skip
+        what = f"the LoRA has {len(strangers)} linears that the model lacks"
+        expected = "blocks.N.{self_attn,cross_attn}.{q,k,v,o}, blocks.N.ffn.{0,2}"
+        raise IntegrityError(what, got=some(strangers), expected=expected, fix="pass the LoRA of this model")
     for name, pair in found.items():
         a, b, weight = pair.a, pair.b, tensors[f"{name}.weight"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(weight.shape):
-            raise IntegrityError(f"the LoRA doesn't fit {name}", got=f"A {list(a.shape)}, B {list(b.shape)}",
-                                 expected=f"A [rank, {weight.shape[1]}], B [{weight.shape[0]}, rank]",
-                                 fix="pass the LoRA of this model")  # fmt: skip
+            what = f"the LoRA doesn't fit {name}"
+            expected, fix = f"A [rank, {weight.shape[1]}], B [{weight.shape[0]}, rank]", "pass the LoRA of this model"
+            raise IntegrityError(what, got=f"A {list(a.shape)}, B {list(b.shape)}", expected=expected, fix=fix)
         factors[name] = scale.of(pair.stored, a.shape[0], pair.alpha)
         merged[f"{name}.weight"] = _sum(weight, a, b, factors[name])
     return merged, factors

@@ -54,8 +54,8 @@ def convert_dit(
     entry, about = chosen.name, chosen.about
     if not chosen.weights:
         if base is None:
-            raise LongtakeError("the file holds a LoRA only", got=f"{len(chosen.lora)} LoRA tensors",
-                                expected="the weights that it was trained on, too", fix="pass them with --base")  # fmt: skip
+            got, expected = f"{len(chosen.lora)} LoRA tensors", "the weights that it was trained on, too"
+            raise LongtakeError("the file holds a LoRA only", got=got, expected=expected, fix="pass them with --base")
         under = choose(base, use_ema and "generator_ema" in base)
         chosen, about, entry = under, under.about, f"{under.name} + {entry}"
         if not chosen.weights:
@@ -98,8 +98,9 @@ def convert_vae(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype 
     statistics = {"latent_mean": vae_keys.WAN22_LATENT_MEAN, "latent_std": vae_keys.WAN22_LATENT_STD}
     channels = preset.vae.z_channels
     if channels != len(vae_keys.WAN22_LATENT_MEAN) or not preset.vae.quant_convs:
-        raise LongtakeError(f"the VAE of preset {preset.name} is not of the Wan 2.2 kind", got=f"{channels} latent channels",
-                            expected=f"{len(vae_keys.WAN22_LATENT_MEAN)}", fix="convert for preset wan2.2-ti2v-5b")  # fmt: skip
+        what = f"the VAE of preset {preset.name} is not of the Wan 2.2 kind"
+        got, expected = f"{channels} latent channels", f"{len(vae_keys.WAN22_LATENT_MEAN)}"
+        raise LongtakeError(what, got=got, expected=expected, fix="convert for preset wan2.2-ti2v-5b")
     state = unwrapped(state.get("model_state", state.get("state_dict", state)))
     stock = vae_stock.is_stock(state)
     state = vae_stock.from_stock(state) if stock else state
@@ -120,8 +121,8 @@ def convert_text(state: Mapping[str, Any], preset: Preset, *, dtype: torch.dtype
         IntegrityError: keys missing, extra, unknown or of another shape.
     """
     if preset.text.kind != "umt5":
-        raise LongtakeError(f"preset {preset.name} has a text encoder of its own", got="umT5 weights",
-                            expected=f"kind {preset.text.kind}", fix="leave out --text")  # fmt: skip
+        what = f"preset {preset.name} has a text encoder of its own"
+        raise LongtakeError(what, got="umT5 weights", expected=f"kind {preset.text.kind}", fix="leave out --text")
     wan = "token_embedding.weight" in state
     lazy = {name: pending(value) for name, value in unwrapped(state).items()}
     tensors = text_keys.from_wan(lazy) if wan else text_keys.from_huggingface(lazy)
@@ -141,8 +142,9 @@ def shapes_of(preset: Preset, kind: str) -> Shapes:
 def _only_lora(container: Mapping[str, Any]) -> dict[str, Tensor]:
     chosen = choose(container)
     if not chosen.lora:
-        raise LongtakeError("the file given as LoRA holds no LoRA", got=f"{len(chosen.weights)} weights in {chosen.name!r}",
-                            expected="PEFT's, kohya's or ComfyUI's keys: ...lora_A.weight", fix="pass full weights with --dit")  # fmt: skip
+        what = "the file given as LoRA holds no LoRA"
+        got, fix = f"{len(chosen.weights)} weights in {chosen.name!r}", "pass full weights with --dit"
+        raise LongtakeError(what, got=got, expected="PEFT's, kohya's or ComfyUI's keys: ...lora_A.weight", fix=fix)
     return chosen.lora
 
 

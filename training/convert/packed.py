@@ -74,8 +74,8 @@ def rule_of(about: Mapping[str, Any], asked: str | None) -> str:
 def _shape(name: str, state: Mapping[str, Tensor]) -> tuple[int, int]:
     missing = [part for part in (SCALES, AMAX) if f"{name}.{part}" not in state]
     if missing:
-        raise IntegrityError(f"packed linear {name} is not whole", got=f"no {', '.join(missing)}",
-                             expected=f"{VALUES}, {SCALES}, {AMAX}", fix="get the file again")  # fmt: skip
+        what, expected = f"packed linear {name} is not whole", f"{VALUES}, {SCALES}, {AMAX}"
+        raise IntegrityError(what, got=f"no {', '.join(missing)}", expected=expected, fix="get the file again")
     values, scales = state[f"{name}.{VALUES}"], state[f"{name}.{SCALES}"]
     rows, columns, padded_rows, padded_columns = _metadata(name, state)
     wanted = {"values": padded_rows * padded_columns // 2, "scales": padded_rows * padded_columns // BLOCK, "amax": 1}

@@ -79,6 +79,6 @@ def made(name: str, tensor: Pending) -> Tensor:
     content = tensor.make().detach()
     extremes = content.aminmax() if content.numel() else ()  # both NaN if one element is; needs no memory
     if not all(torch.isfinite(extreme) for extreme in extremes):
-        raise IntegrityError(f"weight {name} is not finite", got="NaN or infinity", expected="finite numbers",
-                             fix="get the file again; training may have diverged")  # fmt: skip
+        fix = "get the file again; training may have diverged"
+        raise IntegrityError(f"weight {name} is not finite", got="NaN or infinity", expected="finite numbers", fix=fix)
     return content

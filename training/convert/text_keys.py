@@ -65,7 +65,7 @@ def _renamed(state: Mapping[str, Value], rules: Mapping[str, str], kind: str) ->
         names[key] = next((match.expand(name) for match, name in found), None)
     unknown = sorted(key for key, name in names.items() if name is None)
     if unknown:
-        raise IntegrityError(f"the weights aren't those of {kind} encoder", got=some(unknown, 6),
-                             expected=", ".join(rules.values()).replace(r"\1", "N").replace(r"\2", "X"),
-                             fix="pass the umT5 encoder's file")  # fmt: skip
+        what, fix = f"the weights aren't those of {kind} encoder", "pass the umT5 encoder's file"
+        expected = ", ".join(rules.values()).replace(r"\1", "N").replace(r"\2", "X")
+        raise IntegrityError(what, got=some(unknown, 6), expected=expected, fix=fix)
     return {str(names[key]): value for key, value in state.items()}

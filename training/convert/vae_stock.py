@@ -50,5 +50,6 @@ def diffusers_name(key: str) -> str:
 def refuse_wan21(shape: tuple[int, ...] | None) -> None:
     """Raise LongtakeError if `shape`, of the encoder's first convolution, is that of the Wan 2.1 VAE."""
     if shape is not None and len(shape) == 5 and shape[1] == 3:
-        raise LongtakeError("this is the Wan 2.1 VAE", got=f"a first convolution {list(shape)}: 3 colours, no pixel patches",
-                            expected="the Wan 2.2 VAE: 12 input channels, 48 latent channels", fix="pass Wan2.2_VAE.pth")  # fmt: skip
+        got = f"a first convolution {list(shape)}: 3 colours, no pixel patches"
+        expected = "the Wan 2.2 VAE: 12 input channels, 48 latent channels"
+        raise LongtakeError("this is the Wan 2.1 VAE", got=got, expected=expected, fix="pass Wan2.2_VAE.pth")

@@ -236,8 +236,8 @@ class Folder:
         raise self._hopeless(error)
 
     def _hopeless(self, error: LongtakeError | None) -> LongtakeError:
-        return LongtakeError(f"hardly any clip in {self.root} can be decoded", got=error and one_line(error),
-                             expected="playable mp4 files", fix="make them again")  # fmt: skip
+        what = f"hardly any clip in {self.root} can be decoded"
+        return LongtakeError(what, got=error and one_line(error), expected="playable mp4 files", fix="make them again")
 
     def _note_broken(self) -> None:
         """Name, once each, the clips that turned out broken, and stop if they are too many."""

@@ -20,8 +20,8 @@ from longtake.training.models.wan.dit import CausalDiT
 def add_adapters(dit: CausalDiT, names: tuple[str, ...], rank: int, alpha: float, seed: int = 0) -> None:
     """Freeze `dit` and give it an adapter of each name, in place; a new adapter changes nothing yet (B is 0)."""
     if rank < 1 or not alpha > 0:
-        raise LongtakeError("bad LoRA", got=f"rank {rank}, alpha {alpha}", expected="rank 1 or more, alpha above 0",
-                            fix="--lora-rank 128 --lora-alpha 128")  # fmt: skip
+        what, fix = "bad LoRA", "--lora-rank 128 --lora-alpha 128"
+        raise LongtakeError(what, got=f"rank {rank}, alpha {alpha}", expected="rank 1 or more, alpha above 0", fix=fix)
     from peft import LoraConfig, inject_adapter_in_model  # imports transformers, which takes seconds
 
     targets = linears_of(dit)

@@ -21,8 +21,7 @@ from torch import Tensor
 from longtake.training.models.presets import Preset
 from longtake.training.models.sampler import UniPC, schedule_of
 from longtake.training.models.wan.dit import CausalDiT
-from longtake.training.models.wan.positions import frame_positions
-from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.rope import frame_positions, rope_tables, timestep_sinusoid
 from longtake.training.models.wan.slots import visible_blocks
 from longtake.training.objective.chunk_pass import ChunkPass
 

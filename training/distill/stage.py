@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longtake.training.data.base import Dataset, told
-from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
+from longtake.training.data.base import told
+from longtake.training.data.embedding_cache import CachedText
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
-from longtake.training.data.named import dataset_from_name
 from longtake.training.distill.base import DMDStage
 from longtake.training.distill.learnt import scored, scored_chunks
 from longtake.training.distill.metadata import student_metadata
@@ -24,19 +22,18 @@ from longtake.training.distill.scene import Scene, SceneSampler
 from longtake.training.distill.scores import GraphedScorer, Scorer, critic_loss, dmd_gradient, dmd_loss, draw_levels
 from longtake.training.models.checkpoint import load_into
 from longtake.training.models.load import read_side
-from longtake.training.models.quantize import insert_quantizers, read_amax
 from longtake.training.models.text.words import TextEncoder, text_encoder_for
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.objective.accumulate import parts_of
 from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
 from longtake.training.objective.teacher_forcing import Noise
-from longtake.training.stages.base import Metric
+from longtake.training.stages.base import Loss
 from longtake.training.stages.initial_models import leave_tokenizer
-from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
+from longtake.training.stages.precompute import Stories, embeddings_of, stories_of
 from longtake.training.stages.validation import EVALUATION_SEED
 
 HELD_OUT = 16
-LossOf = Callable[[Scene, Noise], tuple[Tensor, dict[str, Metric]]]
+LossOf = Callable[[Scene, Noise], Loss]
 
 
 class DistillStage(DMDStage):
@@ -47,8 +44,7 @@ class DistillStage(DMDStage):
         preset, folder = options.preset, options.teacher
         text_file = folder / "text_encoder.safetensors"
         self.text = text_encoder_for(preset, read_side(text_file, "text_encoder", preset).vocabulary, folder)
-        self.clips = self.dataset("train")
-        self.held_out_clips = self.dataset("eval")
+        self.clips, self.held_out_clips = options.dataset("train"), options.dataset("eval")
         self.line = told(self.clips, self.held_out_clips, chunks=options.longest)
         if isinstance(self.text, TextEncoder):
             self.text.tokenizer.check(self.clips.captions)
@@ -57,8 +53,6 @@ class DistillStage(DMDStage):
         self.text_digest = load_into(self.text, text_file, kind="text_encoder", preset=preset).sha256
         self.cached_text: CachedText | None = None
         self.teacher_digest = load_into(self.teacher, folder / "dit.safetensors", kind="dit", preset=preset).sha256
-        self.modules: dict[str, nn.Module] = {}
-        self.critic_modules: dict[str, nn.Module] = {}
         self.rollout = Rollout(preset, options.student_steps, options.cache)
         self.scorer: Scorer = Scorer(preset, options.score_context)
         self.passes: ChunkPass | None = None
@@ -82,9 +76,7 @@ class DistillStage(DMDStage):
             self.text.to(device)
         self.nothing = self.embed(nothing)[0]
         self.networks = Networks(self.teacher, self.options, device)
-        self.networks.prepare(self.calibration(0))
-        generator, fake = self.networks.trained()
-        self.modules, self.critic_modules = {"dit": generator}, {"fake_score": fake}
+        self.start()
         if self.options.captures(device):
             self.capture()
 
@@ -100,47 +92,18 @@ class DistillStage(DMDStage):
         self.passes = GraphedChunkPass(dit, cache, dtype, self.autocast)
         self.scorer = GraphedScorer(self.preset, self.options.score_context, self.autocast)
 
-    def dataset(self, split: str) -> Dataset:
-        """A split of the data set."""
-        options = self.options
-        return dataset_from_name(
-            options.data,
-            self.preset,
-            split,
-            fit=options.fit,
-            held_out=options.held_out,
-            return_distance=options.return_distance,
-        )
-
     def stories(self, split: str, count: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
-        options = self.options
-        return stories_from_dataset(
-            self.clips if split == "train" else self.held_out_clips, self.vae, self.vae_digest, self.text, self.preset,
-            cache_dir=options.cache_dir, workers=options.workers, stories=count, chunks=options.longest,
-            context="window", seed=seed, what=f"{split} stories",
-        )  # fmt: skip
+        return stories_of(self, split, count, seed, self.options.longest, "window")
 
     def cache_text(self, nothing: Tensor) -> CachedText | None:
         """Embeddings of all prompts and of `nothing` on disk, where there is a folder for them."""
-        if self.options.cache_dir is None:
-            return None
-        told = torch.cat((prompts_of(self.train, self.held_out), nothing.cpu()))
-        return embeddings_from_cache(
-            self.text, self.text_digest, told, self.preset,
-            cache_dir=self.options.cache_dir, device=self.device, autocast=self.autocast,
-            bf16=self.options.computes_in_bf16(self.device),
-        )  # fmt: skip
+        return embeddings_of(self, nothing.cpu())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int32 [P, E] -> fp32 embeddings [P, E, dim], computed or from the cache, without gradient."""
         with torch.no_grad(), self.autocast():
             return (self.cached_text or self.text)(tokens)  # type: ignore[no-any-return]
-
-    def autocast(self) -> AbstractContextManager[None]:
-        # No cache: a weight cast under no_grad must not serve a pass that wants a gradient.
-        enabled = self.options.computes_in_bf16(self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     # ---- batches -------------------------------------------------------------------------------------------------
 
@@ -166,15 +129,15 @@ class DistillStage(DMDStage):
 
     # ---- losses --------------------------------------------------------------------------------------------------
 
-    def generator_losses(self, scene: Scene) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+    def generator_losses(self, scene: Scene) -> Iterator[Loss]:
         """`generator_loss` of a scene, in parts that add up to it."""
         return self.in_parts(self.generator_loss, scene)
 
-    def critic_losses(self, scene: Scene) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+    def critic_losses(self, scene: Scene) -> Iterator[Loss]:
         """`critic_loss` of a scene, in parts that add up to it."""
         return self.in_parts(self.critic_loss, scene)
 
-    def in_parts(self, loss_of: LossOf, scene: Scene) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+    def in_parts(self, loss_of: LossOf, scene: Scene) -> Iterator[Loss]:
         """A part's backward pass comes before the next part is asked for."""
         parts, noise = self.options.accumulate, self.score_noise(scene, self.device_generator)
         for number, (clips, drawn, share) in enumerate(parts_of(scene.clips, noise, parts)):
@@ -182,7 +145,7 @@ class DistillStage(DMDStage):
             loss, metrics = loss_of(scene.part(slice(number * size, (number + 1) * size)), drawn)
             yield loss * share, {name: value / parts for name, value in metrics.items()}
 
-    def generator_loss(self, scene: Scene, noise: Noise) -> tuple[Tensor, dict[str, Metric]]:
+    def generator_loss(self, scene: Scene, noise: Noise) -> Loss:
         """DMD's loss on the student's own video."""
         clips, text, video = scored(self.preset, scene, self.generate(scene, gradient=True))
         with torch.no_grad(), self.autocast():
@@ -192,17 +155,12 @@ class DistillStage(DMDStage):
         self.networks.generator()  # the backward pass is this one's
         return dmd_loss(video, gradient, clips.counted).float(), {"dmd_gradient": gradient.abs().mean()}
 
-    def critic_loss(self, scene: Scene, noise: Noise) -> tuple[Tensor, dict[str, Metric]]:
+    def critic_loss(self, scene: Scene, noise: Noise) -> Loss:
         """The fake score's flow loss on the student's video."""
         clips, text, _ = scored(self.preset, scene, self.generate(scene))
         with self.autocast():
             velocity = self.scorer.velocity(self.networks.fake(), text, clips, noise)
         return critic_loss(velocity, clips, noise), {}
-
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
-        """The critic's, of a batch of its own; the trainer of this stage takes both losses apart."""
-        scene = self.scene(generator)
-        return self.critic_loss(scene, self.score_noise(scene, self.device_generator))
 
     # ---- the rest of a stage -------------------------------------------------------------------------------------
 
@@ -238,25 +196,12 @@ class DistillStage(DMDStage):
             video = self.vae.decode(self.generate(self.held_out_scene())[:2])
         return ((video.float() * 0.5 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8).transpose(1, 2)
 
-    def calibration(self, step: int) -> Callable[[nn.Module], None]:
-        """A rollout that depends on the seed and `step` only, for ModelOpt to measure amax on."""
-
-        def run(dit: nn.Module) -> None:
-            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
-            index = torch.randint(len(self.train), (min(self.options.batch, 8),), generator=generator)
-            last = self.options.student_steps - 1
-            scene = self.scenes.of(index, max(self.options.chunks), last, generator)
-            with torch.no_grad(), self.autocast():
-                self.rollout(dit, scene.story, last)  # type: ignore[arg-type]
-
-        return run
-
-    def on_step(self, step: int) -> None:
-        """Calibrate again every `recalibrate` steps, under NVFP4."""
-        if step % self.options.recalibrate == 0:
-            self.networks.recalibrate(self.calibration(step))
+    def roll_out(self, dit: Any, index: Tensor, generator: torch.Generator) -> None:
+        last = self.options.student_steps - 1
+        scene = self.scenes.of(index, max(self.options.chunks), last, generator)
+        with torch.no_grad(), self.autocast():
+            self.rollout(dit, scene.story, last)
 
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What the student is, and how it is sampled: its steps, without guidance."""
-        amax = read_amax(insert_quantizers(self.networks.student(), self.calibration(0), rules=self.options.rules))
-        return {"dit": student_metadata(self.options, self.vae_digest, self.teacher_digest, amax)}
+        return {"dit": student_metadata(self.options, self.vae_digest, self.teacher_digest, self.amax())}

@@ -7,12 +7,11 @@ walk as a whole. The critic begins as the teacher. Text encoders stay as they ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
@@ -36,15 +35,14 @@ from longtake.training.models.checkpoint import load_into
 from longtake.training.models.families import family_of
 from longtake.training.models.load import read_side
 from longtake.training.models.presets import Preset
-from longtake.training.models.quantize import insert_quantizers, read_amax
 from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
 from longtake.training.objective.walk_forcing import Levels, flow_loss, predict
-from longtake.training.stages.base import Metric
+from longtake.training.stages.base import Loss
 from longtake.training.stages.validation import EVALUATION_SEED
 from longtake.training.stages.world import require_rooms
 
 HELD_OUT = 16
-LossOf = Callable[[WalkScene, Tensor, Levels], tuple[Tensor, dict[str, Metric]]]
+LossOf = Callable[[WalkScene, Tensor, Levels], Loss]
 
 
 def require_world_student(options: DistillOptions, sample_steps: int = 0) -> None:
@@ -85,8 +83,6 @@ class WorldDistillStage(DMDStage):
         self.teacher_digest, self.student_digest = side.sha256, begun.sha256
         self.context = str(side.facts.get("context", "full"))
         self.companions = [vae_checkpoint(self.preset, options.vae, start), start / "text_encoder.safetensors"]
-        self.modules: dict[str, nn.Module] = {}
-        self.critic_modules: dict[str, nn.Module] = {}
         self.schedule = student_schedule(self.preset, options.student_steps)
 
     def prepare(self, device: torch.device) -> None:
@@ -110,14 +106,7 @@ class WorldDistillStage(DMDStage):
         with torch.no_grad(), self.autocast():
             self.nothing = self.teacher_text(nothing)
         self.networks = Networks(self.teacher, self.options, device, self.first)
-        self.networks.prepare(self.calibration(0))
-        generator, fake = self.networks.trained()
-        self.modules, self.critic_modules = {"dit": generator}, {"fake_score": fake}
-
-    def autocast(self) -> AbstractContextManager[None]:
-        # No cache: a weight cast under no_grad must not serve a pass that wants a gradient.
-        enabled = self.options.computes_in_bf16(self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+        self.start()
 
     def scene(self, generator: torch.Generator) -> WalkScene:
         """Random walks of one length, and one exit step for all of them."""
@@ -153,22 +142,22 @@ class WorldDistillStage(DMDStage):
         levels = score_levels(self.preset, frames, batch, generator, self.context == "whole")
         return self.noise_like(scene.noise, generator), Levels(levels.frames.to(self.device))
 
-    def generator_losses(self, scene: WalkScene) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+    def generator_losses(self, scene: WalkScene) -> Iterator[Loss]:
         """See `DMDStage`."""
         return self.in_parts(self.generator_loss, scene)
 
-    def critic_losses(self, scene: WalkScene) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+    def critic_losses(self, scene: WalkScene) -> Iterator[Loss]:
         """See `DMDStage`."""
         return self.in_parts(self.critic_loss, scene)
 
-    def in_parts(self, loss_of: LossOf, scene: WalkScene) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+    def in_parts(self, loss_of: LossOf, scene: WalkScene) -> Iterator[Loss]:
         """A part's backward pass comes before the next part is asked for."""
         parts, (eps, levels) = self.options.accumulate, self.score_noise(scene, self.device_generator)
         for rows in (slice(n * self.options.batch, (n + 1) * self.options.batch) for n in range(parts)):
             loss, metrics = loss_of(scene.part(rows), eps[rows], Levels(levels.frames[rows]))
             yield loss / parts, {name: value / parts for name, value in metrics.items()}
 
-    def generator_loss(self, scene: WalkScene, eps: Tensor, levels: Levels) -> tuple[Tensor, dict[str, Metric]]:
+    def generator_loss(self, scene: WalkScene, eps: Tensor, levels: Levels) -> Loss:
         """DMD's loss on the student's own walks; their first frames do not count."""
         made = self.generate(scene, gradient=True)
         video, text = with_latents(scene.walks, made.detach()), scene.scored
@@ -186,7 +175,7 @@ class WorldDistillStage(DMDStage):
         gradient = walk_gradient(self.preset, own, real, fake, counted, self.context == "whole")
         return dmd_loss(made.transpose(1, 2), gradient, counted).float(), {"dmd_gradient": gradient.abs().mean()}
 
-    def critic_loss(self, scene: WalkScene, eps: Tensor, levels: Levels) -> tuple[Tensor, dict[str, Metric]]:
+    def critic_loss(self, scene: WalkScene, eps: Tensor, levels: Levels) -> Loss:
         """The fake score's flow loss on the student's walks."""
         with torch.no_grad():
             video = with_latents(scene.walks, self.generate(scene))
@@ -197,11 +186,6 @@ class WorldDistillStage(DMDStage):
         with self.autocast():
             velocity = predict(dit, self.preset, video, text, eps, levels, self.context)
         return flow_loss(velocity, video, eps, levels)[1]
-
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
-        """The critic's, of a batch of its own; the trainer of this stage takes both losses apart."""
-        scene = self.scene(generator)
-        return self.critic_loss(scene, *self.score_noise(scene, self.device_generator))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -220,28 +204,15 @@ class WorldDistillStage(DMDStage):
             "data_std": float(scene.walks.latents.std()),
         }
 
-    def calibration(self, step: int) -> Callable[[nn.Module], None]:
-        """A rollout that depends on the seed and `step` only, for ModelOpt to measure amax on."""
-
-        def run(dit: Any) -> None:
-            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
-            index = torch.randint(len(self.train), (min(self.options.batch, 8),), generator=generator)
-            last = self.options.student_steps - 1
-            scene = self.scene_of(self.train, index, max(self.options.chunks), last, generator)
-            with torch.no_grad(), self.autocast():
-                roll_out(dit, self.preset, scene, self.schedule, last)
-
-        return run
-
-    def on_step(self, step: int) -> None:
-        """Calibrate again every `recalibrate` steps, under NVFP4."""
-        if step % self.options.recalibrate == 0:
-            self.networks.recalibrate(self.calibration(step))
+    def roll_out(self, dit: Any, index: Tensor, generator: torch.Generator) -> None:
+        last = self.options.student_steps - 1
+        scene = self.scene_of(self.train, index, max(self.options.chunks), last, generator)
+        with torch.no_grad(), self.autocast():
+            roll_out(dit, self.preset, scene, self.schedule, last)
 
     def metadata(self) -> dict[str, dict[str, Any]]:
         """What the student is, and how it is sampled: its steps, without guidance."""
-        amax = read_amax(insert_quantizers(self.networks.student(), self.calibration(0), rules=self.options.rules))
-        facts = student_metadata(self.options, self.vae_digest, self.teacher_digest, amax)
+        facts = student_metadata(self.options, self.vae_digest, self.teacher_digest, self.amax())
         facts["sampling"] |= {"timesteps": list(self.schedule.timesteps)}
         facts["distillation"] |= {"cache": "bf16", "score_context": self.context, "student_sha256": self.student_digest}
         return {"dit": {**facts, "i2v": 1.0}}

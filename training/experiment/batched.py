@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from longtake.training.models.load import Models
-from longtake.training.models.noise import noise_for_chunk
-from longtake.training.models.sampler import UniPC, schedule_of
-from longtake.training.models.wan.positions import frame_positions
-from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.sampler import UniPC, noise_for_chunk, schedule_of
+from longtake.training.models.wan.rope import frame_positions, rope_tables, timestep_sinusoid
 from longtake.training.models.wan.slots import Sinks, plans_of
 from longtake.training.objective.chunk_pass import ChunkPass, GraphedChunkPass
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -85,18 +85,8 @@ class ExperimentOptions:
         """The size of the experiment."""
         made = Settings(start=self.start, seeds=self.seeds, teacher=self.teacher)
         made = replace(quick(made), seeds=self.seeds if self.seeds < 3 else 1) if self.quick else made
-        names = (
-            "base_steps",
-            "branch_steps",
-            "chunks",
-            "return_distance",
-            "stories",
-            "batch",
-            "distill_rollout",
-            "distill_steps",
-            "distill_seconds",
-        )
-        return replace(made, **{name: value for name in names if (value := getattr(self, name)) is not None})
+        names = {one.name for one in fields(Settings)} - {"seeds", "quick"}
+        return replace(made, **{name: value for name in names if (value := getattr(self, name, None)) is not None})
 
 
 def run(options: ExperimentOptions) -> int:

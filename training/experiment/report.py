@@ -84,8 +84,8 @@ def _short(result: dict[str, Any]) -> dict[str, Any]:
 def markdown(results: Results, settings: Settings, found: dict[str, Any], said: dict[str, Any], head: str) -> str:
     """All tables, after `head`."""
     parts = [head]
-    parts.append(_table("Same budget, held-out stories (mean ± standard deviation over seeds)", found["eval"],
-                        {"flow": "flow loss", "fidelity": "prompt fidelity"}))  # fmt: skip
+    budget = {"flow": "flow loss", "fidelity": "prompt fidelity"}
+    parts.append(_table("Same budget, held-out stories (mean ± standard deviation over seeds)", found["eval"], budget))
     parts.append(_table("A subject that returns after a cut, by sinks (NVFP4-aware, FP4 cache)", found["sinks"],
                         {"colour": "same colour", "given_colour": "given subject: same colour", "iou": "shape IoU", "iou_first": "… first chunk", "iou_last": "… last chunk",
                          "cosine": "embedding cosine", "agreement": "same digit seen", "fidelity_return": "prompted digit seen", "given_iou": "given subject: shape IoU", "given_agreement": "given: same digit seen"}))  # fmt: skip
@@ -154,7 +154,8 @@ def fill(page: Path, text: str, out: Path) -> None:
     for name in (*PICTURES, "sheet.png", "sheet.mp4", "results.json"):
         if (out / name).is_file():
             shutil.copyfile(out / name, folder / name)
-            links.append(f"![{Path(name).stem}]({page.stem}/{name})" if name.endswith("png") else f"[{name}]({page.stem}/{name})")  # fmt: skip
+            link = f"![{Path(name).stem}]" if name.endswith("png") else f"[{name}]"
+            links.append(f"{link}({page.stem}/{name})")
     head, rest = before.split(BEGIN, 1)
     inner = f"{BEGIN}\n{text}\n" + "\n\n".join(links) + f"\n{END}"
     with atomic_path(page) as partial:

@@ -111,9 +111,9 @@ def read_side_file(path: Path, *, kind: str, preset: str | Preset) -> SideFile:
             raise IntegrityError(f"checkpoint {path} is of another {key}", got=got, expected=wanted, fix=fix)
     own = {} if isinstance(preset, str) else preset.digests
     if kind in own and told.preset_digests.get(kind, own[kind]) != own[kind]:
-        raise IntegrityError(f"checkpoint {path} is of another preset {name!r}: its {kind} is described otherwise",
-                             got=f"sha256 {told.preset_digests[kind]}", expected=f"sha256 {own[kind]}",
-                             fix="give one of the preset files another name")  # fmt: skip
+        what = f"checkpoint {path} is of another preset {name!r}: its {kind} is described otherwise"
+        got, expected = f"sha256 {told.preset_digests[kind]}", f"sha256 {own[kind]}"
+        raise IntegrityError(what, got=got, expected=expected, fix="give one of the preset files another name")
     return told
 
 
@@ -235,8 +235,8 @@ def _train_fix(kind: str, preset: str | Preset, folder: Path) -> str:
     name = preset if isinstance(preset, str) else preset.name
     if name.startswith("wan"):
         option = {"vae": "--vae", "text_encoder": "--text"}.get(kind, "--dit")
-        return (f"convert it: longtake convert --preset {name} {option} RELEASED --out {folder}; or name another folder "
-                "with --checkpoints")  # fmt: skip
+        command = f"longtake convert --preset {name} {option} RELEASED --out {folder}"
+        return f"convert it: {command}; or name another folder with --checkpoints"
     stage = "vae" if kind == "vae" else "dit"
     shipped = REPOSITORY / "training" / "checkpoints" / "tiny"
     if not folder.is_dir():

@@ -19,7 +19,7 @@ from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 from longtake.training.models.text.words import AnyTextEncoder, text_encoder_for
-from longtake.training.models.wan.linears import Amax, weight_amax
+from longtake.training.models.wan.linears import Amax
 from longtake.training.models.wan.vae_codes import codable_names
 
 logger = logging.getLogger(__name__)
@@ -47,18 +47,6 @@ class Models:
     def vocabulary(self) -> tuple[str, ...]:
         """The text encoder's words, in token order; none where a tokenizer's file holds them."""
         return self.text.vocabulary
-
-
-def random_models(preset: Preset, seed: int = 0) -> Models:
-    """Untrained models whose outputs are not degenerate, with plausible amax: for tests and dry runs."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        family = family_of(preset)
-        dit = family.dit(preset)
-        dit.fill_head()
-        models = Models(preset, dit.eval(), family.vae(preset).eval(), text_encoder_for(preset).eval())
-    models.amax = {n: {"input": 5.0, "weight": weight_amax(dit, n)} for n in family.linears(dit)}
-    return models
 
 
 LARGE = 10**9  # parameters; a model with more keeps the dtype of its files, where a smaller one is worked on in fp32
@@ -122,8 +110,8 @@ def read_side(path: Path, kind: str, preset: Preset) -> SideFile:
 
     side = read_side_file(path, kind=kind, preset=preset)
     if kind == "text_encoder" and preset.text.kind == "words" and side.vocabulary is None:
-        raise IntegrityError(f"the side file of checkpoint {path} has no vocabulary", got="none",
-                             expected='"vocabulary": a list of words', fix=RETRAIN)  # fmt: skip
+        what = f"the side file of checkpoint {path} has no vocabulary"
+        raise IntegrityError(what, got="none", expected='"vocabulary": a list of words', fix=RETRAIN)
     return side
 
 

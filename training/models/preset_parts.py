@@ -111,8 +111,9 @@ class TextEncoderConfig:
             *(("ffn_dim", "vocabulary") * (self.kind in ("umt5", "gemma2"))),
         )
         if self.dim % self.heads:
-            raise LongtakeError("heads do not fit the text encoder", got=f"dim {self.dim}, heads {self.heads}",
-                                expected="dim a multiple of heads", fix="change dim or heads in the preset")  # fmt: skip
+            what = "heads do not fit the text encoder"
+            got, expected = f"dim {self.dim}, heads {self.heads}", "dim a multiple of heads"
+            raise LongtakeError(what, got=got, expected=expected, fix="change dim or heads in the preset")
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,12 @@ class Preset:
     def __post_init__(self) -> None:
         """Raise LongtakeError for a window without room for both sinks and the chunk itself, and for parts that don't fit."""
         if self.window_chunks < LEAST_WINDOW:
-            raise LongtakeError(f"preset {self.name}: the window is too small", got=f"{self.window_chunks} chunks",
-                                expected=f"{LEAST_WINDOW} or more: two sinks and the chunk itself",
-                                fix=f"set window_chunks: {LEAST_WINDOW}")  # fmt: skip
+            what, small = f"preset {self.name}: the window is too small", f"{self.window_chunks} chunks"
+            expected, fix = (
+                f"{LEAST_WINDOW} or more: two sinks and the chunk itself",
+                f"set window_chunks: {LEAST_WINDOW}",
+            )
+            raise LongtakeError(what, got=small, expected=expected, fix=fix)
         at_least(self, 1, "height", "width", "fps", "chunk_latents")
         at_least(self, 0, "shot_rope_offset", "first_chunk_latents")
         down, across = (self.vae.stride[i] * self.dit.patch[i] for i in (1, 2))
@@ -168,8 +171,8 @@ def is_file(path: Path) -> bool:
 def read_preset(path: Path, folder: Path) -> Preset:
     """The preset in a file. `folder`: what the path of its checkpoints starts from, by default checkpoints/NAME there."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", path.stem):
-        raise LongtakeError(f"a preset cannot be called {path.stem!r}", expected="letters, digits, dots and dashes",
-                            fix="give the file another name")  # fmt: skip
+        what = f"a preset cannot be called {path.stem!r}"
+        raise LongtakeError(what, expected="letters, digits, dots and dashes", fix="give the file another name")
     values = _values(path)
     family = values.get("family") if isinstance(values, dict) else None
     kind = PRESET_TYPES.get(family, Preset) if isinstance(family, str) else Preset
@@ -192,9 +195,8 @@ def _values(path: Path, above: tuple[Path, ...] = ()) -> Any:
     under = _values(beside, (*above, path.resolve()))
     if not isinstance(under, dict):
         return under
-    parts = {key: {**under[key], **value} for key, value in own.items()
-             if isinstance(value, dict) and isinstance(under.get(key), dict)}  # fmt: skip
-    return {**under, "checkpoints": "", **own, **parts}
+    both = [key for key, value in own.items() if isinstance(value, dict) and isinstance(under.get(key), dict)]
+    return {**under, "checkpoints": "", **own, **{key: {**under[key], **own[key]} for key in both}}
 
 
 PRESETS: dict[str, Preset] = {}

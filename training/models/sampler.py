@@ -1,4 +1,4 @@
-"""From noise to latents: the schedule of a chunk, and the solvers that go down it (`SOLVERS`).
+"""From noise to latents: a chunk's noise, its schedule, and the solvers that go down it (`SOLVERS`).
 
 UniPC (order 2, bh2, x0 prediction, corrector) is a table of coefficients. Every step is a linear combination of tensors, so its
 coefficients are worked out once on the host in float64 and a step is a few multiply-adds on any device, in float32. Notation, for step i of N with flow sigmas:
@@ -12,6 +12,7 @@ Source of the formulas: Zhao et al., "UniPC" (2023), as LongLive 2.0 uses it for
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
+from longtake.training.models.presets import Preset
 
 # The training grid is 1 - k/1000 in float32; its largest entry starts the schedule.
 SIGMA_MAX = float(np.float32(0.999))
@@ -73,8 +75,8 @@ def schedule_from(timesteps: Sequence[float], shift: float = 1.0) -> Schedule:
     """
     falling = all(now > after for now, after in zip(timesteps, timesteps[1:]))
     if not (timesteps and falling and timesteps[0] <= 1000 and timesteps[-1] > 0):
-        raise LongtakeError("bad timesteps", got=tuple(timesteps), expected="numbers that fall from at most 1000 to above 0",
-                            fix="pass (999, 937, 833, 624)")  # fmt: skip
+        expected = "numbers that fall from at most 1000 to above 0"
+        raise LongtakeError("bad timesteps", got=tuple(timesteps), expected=expected, fix="pass (999, 937, 833, 624)")
     raw = [t / 1000 for t in timesteps]
     sigmas = [shift * s / (1 + (shift - 1) * s) for s in raw]
     return Schedule(tuple(timesteps if shift == 1 else (1000 * s for s in sigmas)), (*sigmas, 0.0))
@@ -119,8 +121,8 @@ def unipc_steps(schedule: Schedule) -> tuple[Step, ...]:
     """UniPC's coefficients. Raises LongtakeError for a schedule that starts at pure noise, where its logarithm has no end."""
     timesteps, sigmas = schedule.timesteps, schedule.sigmas
     if sigmas[0] >= 1:
-        raise LongtakeError("UniPC cannot start at pure noise", got=f"timestep {timesteps[0]}", expected="below 1000",
-                            fix="pass 999 as the first timestep, or solver='euler'")  # fmt: skip
+        what, fix = "UniPC cannot start at pure noise", "pass 999 as the first timestep, or solver='euler'"
+        raise LongtakeError(what, got=f"timestep {timesteps[0]}", expected="below 1000", fix=fix)
     steps = len(timesteps)
     orders = [min(2, steps - i, i + 1) for i in range(steps)]
     return tuple(
@@ -192,3 +194,11 @@ def solver_named(name: str) -> Callable[[Schedule], Solver]:
     if name not in SOLVERS:
         raise LongtakeError("unknown solver", got=repr(name), expected=", ".join(SOLVERS), fix="pass one of these")
     return SOLVERS[name]
+
+
+def noise_for_chunk(preset: Preset, seed: int, index: int) -> Tensor:
+    """Gaussian noise fp32 [1, F, C, H, W] of chunk `index`, drawn on the CPU: the same for every device and length."""
+    digest = hashlib.sha256(f"longtake noise 1:{seed}:{index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    shape = (1, preset.frames_of(index), preset.vae.z_channels, *preset.latent_hw)
+    return torch.randn(shape, generator=generator)

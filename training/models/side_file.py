@@ -69,9 +69,8 @@ class SideFile:
 
     def write(self, path: Path) -> None:
         """Write it, atomically; what is not told is left out."""
-        told = {**vars(self), "facts": None, "amax": self.amax or None,
-                "preset_digests": self.preset_digests or None,
-                "convs": asdict(self.convs) if self.convs else None, **self.facts}  # fmt: skip
+        told = {**vars(self), "facts": None, "amax": self.amax or None, "preset_digests": self.preset_digests or None}
+        told |= {"convs": asdict(self.convs) if self.convs else None, **self.facts}
         KIND.write({key: value for key, value in told.items() if value is not None or key in self.facts}, path)
 
     def describes(self, tensors: Path) -> bool:

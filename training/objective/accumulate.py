@@ -30,8 +30,8 @@ def parts_of(clips: Clips, noise: Noise, parts: int) -> Iterator[tuple[Clips, No
     """
     size, rest = divmod(len(clips.latents), parts)
     if rest or not size:
-        raise LongtakeError("a batch can't be cut into equal parts", got=f"{len(clips.latents)} samples, {parts} parts",
-                            expected="a multiple", fix="choose another --accumulate")  # fmt: skip
+        what, got = "a batch can't be cut into equal parts", f"{len(clips.latents)} samples, {parts} parts"
+        raise LongtakeError(what, got=got, expected="a multiple", fix="choose another --accumulate")
     counted = clips.counted
     total = None if counted is None or parts == 1 else counted.sum().clamp(min=1)
     for start in range(0, len(clips.latents), size):

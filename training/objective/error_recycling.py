@@ -157,9 +157,14 @@ class ErrorRecycling:
 
     @torch.no_grad()
     def record(
-        self, clips: Clips, noise: Noise, velocity: Tensor, step: int, generator: torch.Generator,
+        self,
+        clips: Clips,
+        noise: Noise,
+        velocity: Tensor,
+        step: int,
+        generator: torch.Generator,
         gather: Gather | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Keep the errors of a step.
 
         Args:

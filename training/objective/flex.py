@@ -54,10 +54,8 @@ def tiled_mask(seen: Tensor, block_tokens: int, tile: int | None = None) -> Bloc
     """
     tile = tile or _tile(seen.shape[-1], block_tokens)
     if block_tokens % tile or tile % TILE:
-        raise LongtakeError(
-            "blocks don't divide into tiles of FlexAttention", got=f"{block_tokens} tokens a block, tiles of {tile}",
-            expected=f"multiples of {TILE}", fix="--attention blocks",
-        )  # fmt: skip
+        what, got = "blocks don't divide into tiles of FlexAttention", f"{block_tokens} tokens a block, tiles of {tile}"
+        raise LongtakeError(what, got=got, expected=f"multiples of {TILE}", fix="--attention blocks")
     pieces = block_tokens // tile
     whole = (seen if seen.dim() == 3 else seen[None])[:, None]
 
@@ -135,8 +133,7 @@ def chosen(asked: str, device: torch.device, chunks: int, block_tokens: int) -> 
         long = (2 * chunks - 1) * block_tokens >= LONG
         return long and fits and device.type == "cuda" and runs_on(device)
     if asked == "flex" and not (fits and device.type == "cuda" and runs_on(device)):
-        raise LongtakeError(
-            "FlexAttention can't train this here", got=f"device {device}, {block_tokens} tokens a chunk",
-            expected=f"a GPU with Triton, and a multiple of {TILE} tokens a chunk", fix="--attention auto",
-        )  # fmt: skip
+        got = f"device {device}, {block_tokens} tokens a chunk"
+        expected = f"a GPU with Triton, and a multiple of {TILE} tokens a chunk"
+        raise LongtakeError("FlexAttention can't train this here", got=got, expected=expected, fix="--attention auto")
     return asked == "flex"

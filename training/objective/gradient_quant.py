@@ -110,11 +110,11 @@ def quantize_gradients(dit: nn.Module, rules: Rules) -> None:
     for name in linears_of(dit):
         linear = dit.get_submodule(name)
         if not all(hasattr(linear, side) for side in SIDES.values()):
-            raise LongtakeError("gradients are quantized where weights and activations are", got=f"{name} without",
-                                expected="quantizers inserted first", fix="--precision nvfp4")  # fmt: skip
+            what, got = "gradients are quantized where weights and activations are", f"{name} without"
+            raise LongtakeError(what, got=got, expected="quantizers inserted first", fix="--precision nvfp4")
         if linear.in_features % BLOCK or linear.out_features % BLOCK:  # type: ignore[operator]
-            raise LongtakeError(f"the gradients of {name} don't divide into NVFP4 blocks", expected="multiples of 16",
-                                got=f"{linear.out_features} x {linear.in_features}")  # fmt: skip
+            what = f"the gradients of {name} don't divide into NVFP4 blocks"
+            raise LongtakeError(what, expected="multiples of 16", got=f"{linear.out_features} x {linear.in_features}")
         linear.gradient_rules = rules  # type: ignore[assignment]
         linear.forward = MethodType(quantized_forward, linear)  # type: ignore[method-assign, assignment]
     logger.warning("4-bit gradients are emulated: the numbers are those of 4 bits, the arithmetic and the time aren't")

@@ -25,10 +25,11 @@ from longtake.training.parallel.halo import encode_together
 from longtake.training.parallel.layout import Layout
 from longtake.training.parallel.ranks import Ranks
 from longtake.training.parallel.sharding import require_heads, shard, shard_dit, whole
-from longtake.training.stages.dit import CALIBRATION_BATCHES, DiTStage
+from longtake.training.stages.dit import DiTStage
 from longtake.training.stages.flat_batch import batch_of_tensors
 from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories
+from longtake.training.stages.transformer import CALIBRATION_BATCHES
 from longtake.training.stages.validation import one_step_video
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 Metric = float | Tensor
+Loss = tuple[Tensor, dict[str, Metric]]
 
 
 class Stage(ABC):
     """A training stage. `modules` are trained, averaged (EMA) and saved, each under its name.
 
     companions: frozen checkpoints copied beside its own at the end, so that --out is complete. line: what its data is.
-    A stage module `training/stages/<name>.py` offers `stage_from_options(options: StageOptions) -> Stage`.
     """
 
     name: str
@@ -30,15 +30,12 @@ class Stage(ABC):
         """Move to `device`, build data sets and caches. Called once, before anything else."""
 
     @abstractmethod
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
-        """Loss of one step and metrics (tensors stay on the device until they are logged).
+    def losses(self, step: int, generator: torch.Generator) -> Iterable[Loss]:
+        """Loss and metrics of one step, in parts to be added up: a part's backward pass comes before the next part is
+        asked for. Tensors stay on the device until they are logged.
 
         All randomness comes from `generator` (CPU), or from device generators seeded from it.
         """
-
-    def losses(self, step: int, generator: torch.Generator) -> Iterable[tuple[Tensor, dict[str, Metric]]]:
-        """What `loss` gives, in parts to be added up: a part's backward pass comes before the next part is asked for."""
-        return [self.loss(step, generator)]
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.training.data.base import Dataset, told
-from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
-from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
-from longtake.training.data.named import dataset_from_name
-from longtake.training.models.quantize import insert_quantizers, read_amax, recalibrate
+from longtake.training.data.base import told
+from longtake.training.data.embedding_cache import CachedText
+from longtake.training.data.latent_cache import frozen_vae, vae_mismatch
+from longtake.training.models.quantize import insert_quantizers
 from longtake.training.models.wan.dit import Attend
 from longtake.training.objective.accumulate import own_gradients, parts_of
 from longtake.training.objective.error_recycling import ErrorRecycling
@@ -25,39 +23,31 @@ from longtake.training.objective.flex import chosen, flex_attention_for
 from longtake.training.objective.gradient_quant import quantize_gradients
 from longtake.training.objective.graphed import GraphedLoss, Losses
 from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise, flow_loss, predict_velocity
-from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.base import Loss
 from longtake.training.stages.batches import BatchSampler
 from longtake.training.stages.conditioning import drop_text, give_pictures
 from longtake.training.stages.flat_batch import batch_of_tensors, extras_of, tensors_of
-from longtake.training.stages.initial_models import initial_models, leave_tokenizer
-from longtake.training.stages.metadata import dit_metadata
+from longtake.training.stages.initial_models import leave_tokenizer
 from longtake.training.stages.options import StageOptions
-from longtake.training.stages.precompute import Stories, prompts_of, stories_from_dataset
-from longtake.training.stages.validation import EVALUATION_SEED, held_out_loss, sampled_video
+from longtake.training.stages.precompute import Stories, embeddings_of, stories_of
+from longtake.training.stages.transformer import TransformerStage
+from longtake.training.stages.validation import EVALUATION_SEED, sampled_video
 
 HELD_OUT = 32
 SAMPLED = 2  # chunks that are shown
-CALIBRATION_BATCHES = 4
 
 logger = logging.getLogger(__name__)
 
 
-class DiTStage(Stage):
+class DiTStage(TransformerStage):
     """See `stages.base.Stage`."""
 
-    name = "dit"
-
     def __init__(self, options: StageOptions) -> None:
-        self.options, self.preset = options, options.preset
-        self.clips, self.held_out_clips = self.dataset("train"), self.dataset("eval")
+        folders = {name: getattr(options, name) for name in ("max_chunks_per_shot", "max_bad_share")}
+        self.clips, self.held_out_clips = (options.dataset(split, **folders) for split in ("train", "eval"))
         self.line = told(self.clips, self.held_out_clips, chunks=max(options.chunks))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            self.dit, self.text, self.text_digest = initial_models(options, self.clips.captions)
-        self.text.requires_grad_(options.trains_text)
+        super().__init__(options, self.clips.captions)
         self.cached_text: CachedText | None = None
-        self.companions = [vae_checkpoint(self.preset, options.vae, options.init)]
-        self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
         shift, recycling = self.preset.sampling.shift, options.recycling
         self.recycling = ErrorRecycling(recycling, shift) if recycling else None
         self.extras: tuple[str, ...] = ()
@@ -105,40 +95,13 @@ class DiTStage(Stage):
         if other is not None:
             logger.warning("%s (%s); it is taken, for --vae asks for it", other.what, other.got)
 
-    def dataset(self, split: str) -> Dataset:
-        """A split of the data set."""
-        options = self.options
-        return dataset_from_name(
-            options.data,
-            self.preset,
-            split,
-            options.max_chunks_per_shot,
-            options.max_bad_share,
-            options.fit,
-            options.held_out,
-            options.return_distance,
-        )
-
     def cache(self, split: str, stories: int, seed: int) -> Stories:
         """Encoded stories of a split of the data set."""
-        options = self.options
-        dataset = self.clips if split == "train" else self.held_out_clips
-        digest = self.vae_digest if options.cache_dir else ""  # who only encodes into memory may have set `vae` alone
-        return stories_from_dataset(
-            dataset, self.vae, digest, self.text, self.preset,
-            cache_dir=options.cache_dir, workers=options.workers, stories=stories, chunks=max(options.chunks),
-            context=options.context, seed=seed, what=f"{split} stories",
-        )  # fmt: skip
+        return stories_of(self, split, stories, seed, max(self.options.chunks), self.options.context)
 
     def cache_text(self) -> CachedText | None:
         """Every prompt's embedding on disk, where the encoder is frozen and there is a folder for it."""
-        if self.options.cache_dir is None or self.options.trains_text:
-            return None
-        return embeddings_from_cache(
-            self.text, self.text_digest, prompts_of(self.train, self.held_out), self.preset,
-            cache_dir=self.options.cache_dir, device=self.device, autocast=self.autocast,
-            bf16=self.options.computes_in_bf16(self.device),
-        )  # fmt: skip
+        return None if self.options.trains_text else embeddings_of(self)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens int32 [P, E] -> fp32 embeddings [P, E, dim], computed or from the cache."""
@@ -148,7 +111,7 @@ class DiTStage(Stage):
         enabled = self.options.computes_in_bf16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)  # for capture
 
-    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[Loss]:
         """Weighted flow loss of one random batch, in parts that add up to it (see `stages.base.Stage`)."""
         clips = self.batches.next(generator)
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
@@ -171,11 +134,6 @@ class DiTStage(Stage):
             yield weighted * share, {"flow": plain.detach() * share}
         if self.recycling:
             self.recycling.record(clips, noise, torch.cat(velocities), step, generator)
-
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
-        """The batch's loss, all parts together."""
-        found = list(self.losses(step, generator))
-        return torch.stack([loss for loss, _ in found]).sum(), {"flow": sum(metrics["flow"] for _, metrics in found)}
 
     def tensor_loss(self, latents: Tensor, tokens: Tensor, history: Tensor, offsets: Tensor, *noise: Tensor) -> Losses:
         """Weighted and plain flow loss of what `tensors_of` gives, and the velocity if errors are recycled."""
@@ -203,10 +161,9 @@ class DiTStage(Stage):
     def seek(self, position: dict[str, Any]) -> None:
         """Go on from there."""
         if self.cached_text and position.get("text_sha256", self.text_digest) != self.text_digest:
-            raise IntegrityError(
-                "the run to resume had another text encoder", got=f"sha256 {self.text_digest[:16]}…",
-                expected=f"sha256 {position['text_sha256'][:16]}…", fix="pass the --init that it began with",
-            )  # fmt: skip
+            what = "the run to resume had another text encoder"
+            got, expected = f"sha256 {self.text_digest[:16]}…", f"sha256 {position['text_sha256'][:16]}…"
+            raise IntegrityError(what, got=got, expected=expected, fix="pass the --init that it began with")
         self.batches.seek(position)
 
     def velocity(self, clips: Clips, noise: Noise) -> Tensor:
@@ -230,27 +187,14 @@ class DiTStage(Stage):
         if self.recycling:
             self.recycling.load_state(state)
 
-    def calibration(self, step: int, batches: int = 1) -> Callable[[nn.Module], None]:
-        """A run over training batches that depends on the seed and `step` only, for ModelOpt to measure amax on."""
+    def look(self, generator: torch.Generator) -> None:
+        clips = self.batches.random(generator)
+        self.velocity(clips, draw_noise(clips, self.preset.sampling.shift, generator))
 
-        def run(dit: nn.Module) -> None:
-            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
-            for _ in range(batches):
-                clips = self.batches.random(generator)
-                self.velocity(clips, draw_noise(clips, self.preset.sampling.shift, generator))
-
-        return run
-
-    def on_step(self, step: int) -> None:
-        """Calibrate again every `recalibrate` steps, under NVFP4."""
-        if self.options.precision == "nvfp4" and step % self.options.recalibrate == 0:
-            recalibrate(self.dit, self.calibration(step))
-
-    def evaluate(self) -> dict[str, float]:
-        """Flow loss on held-out stories at fixed noise; under NVFP4 with amax of the present weights."""
-        if self.options.precision == "nvfp4":
-            recalibrate(self.dit, self.calibration(0, CALIBRATION_BATCHES))
-        return held_out_loss(self.velocity, self.held_out, self.options, self.device)
+    def held_out_flow(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        clips = self.held_out.clips(index, max(self.options.chunks))
+        noise = draw_noise(clips, self.preset.sampling.shift, generator)
+        return flow_loss(self.velocity(clips, noise), clips, noise)
 
     def samples(self) -> Tensor | None:
         """A held-out story, and under it what the model makes of its prompts, sampled as it will be; one chunk on a CPU."""
@@ -262,27 +206,6 @@ class DiTStage(Stage):
         """The tokenizer of a text encoder that has one in a file."""
         leave_tokenizer(self.text, out)
 
-    def metadata(self) -> dict[str, dict[str, Any]]:
-        """Amax of the quantized linears (calibrated for the present weights), vocabulary, and what it was trained on."""
-        return dit_metadata(self.options, self.vae_digest, list(self.text.vocabulary), self.calibrated_amax())
-
-    def calibrated_amax(self) -> dict[str, dict[str, float]]:
-        """Amax for the present weights; a model trained in bf16 is measured on a quantized copy."""
-        calibrate = self.calibration(0, CALIBRATION_BATCHES)
-        if self.options.precision == "nvfp4":
-            recalibrate(self.dit, calibrate)
-            return read_amax(self.dit)
-        trained, self.dit = self.dit, copy.deepcopy(self.dit)
-        try:
-            return read_amax(insert_quantizers(self.dit, calibrate))
-        finally:
-            self.dit = trained
-
 
 def learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def stage_from_options(options: StageOptions) -> DiTStage:
-    """The stage `longtake train --stage dit` runs."""
-    return DiTStage(options)

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtake.training.data.base import Dataset
+from longtake.training.data.embedding_cache import CachedText, embeddings_from_cache
 from longtake.training.data.latent_cache import LatentCache, cache_from_dataset
 from longtake.training.data.stored_stories import StoredStories, stored_from_dataset
-from longtake.training.models.presets import Preset
-from longtake.training.models.text.words import AnyTextEncoder
-from longtake.training.models.wan.vae import CausalVAE
 
 Stories = LatentCache | StoredStories
 
 
-def stories_from_dataset(
-    dataset: Dataset,
-    vae: CausalVAE,
-    vae_digest: str,
-    text: AnyTextEncoder,
-    preset: Preset,
-    *,
-    cache_dir: Path | None,
-    workers: int,
-    **which: Any,
-) -> Stories:
-    """Encoded stories on the VAE's device.
-
-    Args:
-        which: stories, chunks, context, seed and what, as in `latent_cache.cache_from_dataset`.
-    """
-    if cache_dir is None:
-        return cache_from_dataset(dataset, vae, text, preset, **which)
-    return stored_from_dataset(dataset, vae, vae_digest, text, preset, cache_dir=cache_dir, workers=workers, **which)
+def stories_of(stage: Any, split: str, stories: int, seed: int, chunks: int, context: str) -> Stories:
+    """Encoded stories of a split of a stage's data set, on its VAE's device; see `latent_cache.cache_from_dataset`."""
+    options, dataset = stage.options, stage.clips if split == "train" else stage.held_out_clips
+    which = dict[str, Any](stories=stories, chunks=chunks, context=context, seed=seed, what=f"{split} stories")
+    if options.cache_dir is None:
+        return cache_from_dataset(dataset, stage.vae, stage.text, stage.preset, **which)
+    which |= {"cache_dir": options.cache_dir, "workers": options.workers}
+    return stored_from_dataset(dataset, stage.vae, stage.vae_digest, stage.text, stage.preset, **which)
 
 
-def prompts_of(*stories: Stories) -> Tensor:
-    """The tokens of every chunk, int32 [R, E], on the CPU."""
-    return torch.cat([some.tokens.flatten(0, 1).cpu() for some in stories])
+def embeddings_of(stage: Any, *more: Tensor) -> CachedText | None:
+    """Embeddings of all prompts of a stage's stories, and of tokens [R, E], on disk, where there is a folder for them."""
+    options, device = stage.options, stage.device
+    if options.cache_dir is None:
+        return None
+    tokens = torch.cat([*(stories.tokens.flatten(0, 1).cpu() for stories in (stage.train, stage.held_out)), *more])
+    how: dict[str, Any] = {"cache_dir": options.cache_dir, "device": device, "autocast": stage.autocast}
+    bf16 = options.computes_in_bf16(device)
+    return embeddings_from_cache(stage.text, stage.text_digest, tokens, stage.preset, **how, bf16=bf16)

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from longtake.options import recorded
 from longtake.training.data.base import told
-from longtake.training.data.named import dataset_from_name
 from longtake.training.models.checkpoint import load_into
 from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 from longtake.training.options import VAE
-from longtake.training.stages.base import Metric, Stage
+from longtake.training.stages.base import Loss, Stage
 from longtake.training.stages.options import StageOptions
 
 CLIP_FRAMES = (17, 29)  # of a VAE of stride 4
@@ -44,17 +43,7 @@ class VAEStage(Stage):
         self.vae.encoder.requires_grad_(not options.decoder_only)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.train, self.eval = (
-            dataset_from_name(
-                options.data,
-                self.preset,
-                split,
-                0,
-                options.max_bad_share,
-                options.fit,
-                options.held_out,
-                options.return_distance,
-            )
-            for split in ("train", "eval")
+            options.dataset(split, max_bad_share=options.max_bad_share) for split in ("train", "eval")
         )
         self.line = told(self.train, self.eval, frames=max(clip_frames(self.preset)))
 
@@ -73,12 +62,9 @@ class VAEStage(Stage):
         enabled = self.options.computes_in_bf16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
-        """L1 + MSE + edges of the reconstruction from noised latents, and a pull of the latents towards unit scale."""
-        return self.clip_loss(self.frames(generator), generator)
-
-    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
-        """Of several batches of one length, their mean in parts."""
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[Loss]:
+        """Of batches of one length, their mean in parts: L1 + MSE + edges of the reconstruction from noised latents, and a
+        pull of the latents towards unit scale."""
         frames, share = self.frames(generator), 1 / self.options.accumulate
         for _ in range(self.options.accumulate):
             loss, metrics = self.clip_loss(frames, generator)
@@ -88,8 +74,8 @@ class VAEStage(Stage):
         """A random length."""
         return clip_frames(self.preset)[int(torch.randint(len(CLIP_FRAMES), (), generator=generator))]
 
-    def clip_loss(self, frames: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
-        """`loss` of clips of so many frames."""
+    def clip_loss(self, frames: int, generator: torch.Generator) -> Loss:
+        """The loss of clips of so many frames."""
         video = self.train.clips(generator, frames, self.options.batch, self.device)
         self.device_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         with self.autocast():
@@ -158,8 +144,3 @@ def edge_loss(a: Tensor, b: Tensor) -> Tensor:
     """L1 of the differences between neighbouring pixels, so that outlines stay firm."""
     error = a - b
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-
-
-def stage_from_options(options: StageOptions) -> VAEStage:
-    """The stage `longtake train --stage vae` runs."""
-    return VAEStage(options)

@@ -1,4 +1,4 @@
-"""Held-out stories: the flow loss on them at fixed noise, and what the model makes of one of them.
+"""Held-out stories: the seed of the noise they are measured at, and what the model makes of one of them.
 
 Legend: N chunks, T frames.
 """
@@ -11,31 +11,16 @@ import torch
 from torch import Tensor
 
 from longtake.training.distill.rollout import Rollout, Story
-from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.sampler import noise_for_chunk
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.vae import CausalVAE
 from longtake.training.objective.chunk_pass import ChunkPass
-from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise, flow_loss
+from longtake.training.objective.teacher_forcing import Clips, Noise, draw_noise
 from longtake.training.stages.options import StageOptions
 from longtake.training.stages.precompute import Stories
 
 EVALUATION_SEED = 20_000_003
 Velocity = Callable[[Clips, Noise], Tensor]
-
-
-def held_out_loss(
-    velocity: Velocity, held_out: Stories, options: StageOptions, device: torch.device
-) -> dict[str, float]:
-    """Weighted ("loss") and plain ("flow") flow loss, the mean over all stories."""
-    generator = torch.Generator().manual_seed(EVALUATION_SEED)
-    size, totals = max(1, min(options.batch, 8)), torch.zeros(2)
-    for index in torch.arange(len(held_out)).split(size):
-        clips = held_out.clips(index.to(device), max(options.chunks))
-        noise = draw_noise(clips, options.preset.sampling.shift, generator)
-        with torch.no_grad():
-            totals += torch.stack(flow_loss(velocity(clips, noise), clips, noise)).cpu() * len(index)
-    loss, flow = (totals / len(held_out)).tolist()
-    return {"loss": loss, "flow": flow}
 
 
 class Guided(ChunkPass):

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.training.data.latent_cache import frozen_vae, vae_checkpoint, vae_mismatch
+from longtake.training.data.latent_cache import frozen_vae, vae_mismatch
 from longtake.training.data.rooms.latents import Walks, walks_from_rooms
 from longtake.training.data.rooms.rooms import Rooms
-from longtake.training.models.quantize import insert_quantizers, read_amax, recalibrate
+from longtake.training.models.quantize import insert_quantizers
 from longtake.training.objective.walk_forcing import FIRST_GIVEN, Levels, draw_levels, flow_loss, predict, spans_of
-from longtake.training.stages.base import Metric, Stage
-from longtake.training.stages.initial_models import initial_models
-from longtake.training.stages.metadata import dit_metadata
+from longtake.training.stages.base import Loss
 from longtake.training.stages.options import StageOptions
+from longtake.training.stages.transformer import TransformerStage
 from longtake.training.stages.validation import EVALUATION_SEED
 
 HELD_OUT = 32
-CALIBRATION_BATCHES = 4
 
 
 def require_world(options: StageOptions, sample_steps: int = 0) -> None:
@@ -57,21 +54,13 @@ def require_rooms(data: str, refused: Mapping[str, object]) -> None:
         raise LongtakeError("this is not for worlds", got=", ".join(asked), fix=f"leave {asked[0]} out")
 
 
-class WorldStage(Stage):
+class WorldStage(TransformerStage):
     """See `stages.base.Stage`."""
-
-    name = "dit"
 
     def __init__(self, options: StageOptions) -> None:
         require_world(options)
-        self.options, self.preset = options, options.preset
-        self.rooms = {split: Rooms(self.preset, split) for split in ("train", "eval")}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            self.dit, self.text, _ = initial_models(options, self.rooms["train"].captions)
-        self.text.requires_grad_(options.trains_text)
-        self.companions = [vae_checkpoint(self.preset, options.vae, options.init)]
-        self.modules: dict[str, nn.Module] = {"dit": self.dit, "text_encoder": self.text}
+        self.rooms = {split: Rooms(options.preset, split) for split in ("train", "eval")}
+        super().__init__(options, self.rooms["train"].captions)
         self.given = options.i2v or FIRST_GIVEN
 
     def prepare(self, device: torch.device) -> None:
@@ -122,7 +111,7 @@ class WorldStage(Stage):
         with self.autocast():
             return predict(self.dit, self.preset, walks, self.embed(walks.tokens), eps, levels, self.options.context)
 
-    def losses(self, step: int, generator: torch.Generator) -> Iterator[tuple[Tensor, dict[str, Metric]]]:
+    def losses(self, step: int, generator: torch.Generator) -> Iterator[Loss]:
         """Weighted flow loss of random batches, their mean in parts."""
         share = 1 / self.options.accumulate
         for _ in range(self.options.accumulate):
@@ -135,58 +124,15 @@ class WorldStage(Stage):
             loss, plain = flow_loss(self.velocity(walks, eps, levels), walks, eps, levels)
             yield loss * share, {"flow": plain.detach() * share}
 
-    def loss(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Metric]]:
-        """All parts together."""
-        found = list(self.losses(step, generator))
-        return torch.stack([loss for loss, _ in found]).sum(), {"flow": sum(metrics["flow"] for _, metrics in found)}
+    def look(self, generator: torch.Generator) -> None:
+        walks = self.batch(generator)
+        self.velocity(walks, *self.draw(walks, generator))
 
-    def calibration(self, step: int, batches: int = 1) -> Callable[[nn.Module], None]:
-        """A run over training batches that depends on the seed and `step` only, for ModelOpt to measure amax on."""
-
-        def run(dit: nn.Module) -> None:
-            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + step)
-            for _ in range(batches):
-                walks = self.batch(generator)
-                eps, levels = self.draw(walks, generator)
-                with torch.no_grad(), self.autocast():
-                    rows = self.embed(walks.tokens)
-                    predict(dit, self.preset, walks, rows, eps, levels, self.options.context)  # type: ignore[arg-type]
-
-        return run
-
-    def on_step(self, step: int) -> None:
-        """Calibrate again every `recalibrate` steps, under NVFP4."""
-        if self.options.precision == "nvfp4" and step % self.options.recalibrate == 0:
-            recalibrate(self.dit, self.calibration(step))
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Weighted ("loss") and plain ("flow") flow loss on held-out walks at fixed noise."""
-        if self.options.precision == "nvfp4":
-            recalibrate(self.dit, self.calibration(0, CALIBRATION_BATCHES))
-        generator, totals = torch.Generator().manual_seed(EVALUATION_SEED), torch.zeros(2)
-        for index in torch.arange(len(self.held_out)).split(max(1, min(self.options.batch, 8))):
-            walks = self.held_out.rows(index.to(self.device), self.preset, max(self.options.chunks))
-            eps, levels = self.draw(walks, generator)
-            both = flow_loss(self.velocity(walks, eps, levels), walks, eps, levels)
-            totals += torch.stack(both).cpu() * len(index)
-        loss, flow = (totals / len(self.held_out)).tolist()
-        return {"loss": loss, "flow": flow}
+    def held_out_flow(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        walks = self.held_out.rows(index, self.preset, max(self.options.chunks))
+        eps, levels = self.draw(walks, generator)
+        return flow_loss(self.velocity(walks, eps, levels), walks, eps, levels)
 
     def metadata(self) -> dict[str, dict[str, Any]]:
         """Amax of the quantized linears (calibrated for the present weights), vocabulary, and what it was trained on."""
-        facts = dit_metadata(self.options, self.vae_digest, list(self.text.vocabulary), self.calibrated_amax())
-        return {name: {**told, "i2v": self.given} for name, told in facts.items()}
-
-    def calibrated_amax(self) -> dict[str, dict[str, float]]:
-        """Amax for the present weights; a model trained in bf16 is measured on a quantized copy."""
-        calibrate = self.calibration(0, CALIBRATION_BATCHES)
-        if self.options.precision == "nvfp4":
-            recalibrate(self.dit, calibrate)
-            return read_amax(self.dit)
-        return read_amax(insert_quantizers(copy.deepcopy(self.dit), calibrate))
-
-
-def stage_from_options(options: StageOptions) -> WorldStage:
-    """The stage `longtake train --stage dit` runs for a preset with cameras."""
-    return WorldStage(options)
+        return {name: {**told, "i2v": self.given} for name, told in super().metadata().items()}

@@ -156,8 +156,8 @@ def _placed_in_order(groups: Iterable[Sequence[Piece]]) -> tuple[dict[str | int,
     done: list[Piece] = []
     for group in groups:
         # The group may begin anywhere but strictly between these.
-        taken = [(offsets[q.name] - p.shift - p.size, offsets[q.name] + q.size - p.shift)
-                 for p in group for q in done if p.meets(q)]  # fmt: skip
+        pairs = [(p, q, offsets[q.name]) for p in group for q in done if p.meets(q)]
+        taken = [(at - p.shift - p.size, at + q.size - p.shift) for p, q, at in pairs]
         begin = -min(p.shift for p in group)
         for start, stop in sorted(taken):
             if start >= begin:

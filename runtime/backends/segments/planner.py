@@ -94,8 +94,11 @@ def bytes_alive(plan: PlannedSteps) -> list[int]:
     first = {
         name: i for i, step in reversed(list(enumerate(graph.steps))) for name in step.outputs if name not in given
     }
-    return [sum(storage_bytes(graph.tensors[n]) for n, i in first.items() if i <= step <= last[n])
-            for step in range(len(graph.steps))]  # fmt: skip
+
+    def alive(step: int) -> int:
+        return sum(storage_bytes(graph.tensors[n]) for n, i in first.items() if i <= step <= last[n])
+
+    return [alive(step) for step in range(len(graph.steps))]
 
 
 def _last_use(graph: SegmentedGraph) -> dict[str, int]:
@@ -177,9 +180,8 @@ def _splits(graph: SegmentedGraph, i: int) -> bool:
     if op_named(step.name).repeats:
         follows = readers == [i + 1] and _kernel_size(graph.steps[i + 1]) == (1, 3, 3)
         made = graph.tensors[graph.steps[i + 1].outputs[0]] if follows else out
-        return follows and int(x.shape[0]) > 1 and _pane(made) % ALIGNMENT == 0 and (
-            graph.steps[i + 1].outputs[0] not in given
-        )  # fmt: skip
+        fits = int(x.shape[0]) > 1 and _pane(made) % ALIGNMENT == 0
+        return follows and fits and graph.steps[i + 1].outputs[0] not in given
     narrower = _pane(out) <= _pane(x)
     return int(out.shape[0]) > 1 and narrower and _last_use(graph)[step.inputs[0]] == i
 

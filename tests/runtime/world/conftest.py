@@ -9,12 +9,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from untrained import random_models  # noqa: E402
 from worlds import SMALL, small_preset  # noqa: E402
 
 from longtake.formats.recipe import Gate, Recipe  # noqa: E402
 from longtake.runtime.backends.torch_oracle import TorchBackend  # noqa: E402
 from longtake.runtime.generator import Generator  # noqa: E402
-from longtake.training.models.load import Models, random_models  # noqa: E402
+from longtake.training.models.load import Models  # noqa: E402
 from longtake.training.models.presets import Preset  # noqa: E402
 from longtake.training.models.text.words import tokenize  # noqa: E402
 

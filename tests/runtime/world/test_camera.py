@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from walked import poses_of_action
 from worlds import picture
 
 from longtake.errors import LongtakeError
@@ -20,7 +21,7 @@ from longtake.runtime.story import story_from_file
 from longtake.runtime.view import View
 from longtake.training.models.camera_poses import relative_poses
 from longtake.training.models.presets import PRESETS, Preset
-from longtake.training.models.sana_wm.actions import Pace, Walk, keys_of_frames, poses_of_action
+from longtake.training.models.sana_wm.actions import Pace, Walk, keys_of_frames
 from longtake.training.models.sana_wm.camera import chunk_maps, frames_of_latent
 
 

@@ -20,8 +20,8 @@ from longtake.runtime.sampling import CancelledError
 from longtake.runtime.session_options import Sampling
 from longtake.runtime.view import View
 from longtake.training.models.load import Models
-from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import Preset, WorldPreset
+from longtake.training.models.sampler import noise_for_chunk
 from longtake.training.models.sana_wm.attention import Camera
 from longtake.training.models.sana_wm.dit import Chunk as DiTChunk
 from longtake.training.models.sana_wm.memory import Memory

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.session import Session
-from longtake.training.models.preset_files import preset_from_file
+from longtake.training.models.families import preset_from_file
 from longtake.training.models.presets import Preset
 
 SMALL = "small"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from untrained import random_models
 
 from longtake.training.models.checkpoint import save_checkpoint
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.side_file import SideFile
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_distillation import RATE, stage_of
+from untrained import random_models
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json
@@ -17,7 +18,6 @@ from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.rollout import Rollout, Story
 from longtake.training.distill.scene import Scene
 from longtake.training.distill.trainer import DistillTrainer
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.slots import visible_blocks
 from longtake.training.models.wan.window import shot_offsets, window_history

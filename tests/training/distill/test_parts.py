@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small_distillation import RATE, stage_of
 from torch import Tensor
+from untrained import random_models
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json
@@ -22,7 +23,7 @@ from longtake.training.distill.scene import Scene
 from longtake.training.distill.scores import GraphedScorer
 from longtake.training.distill.stage import DistillStage
 from longtake.training.distill.trainer import DistillTrainer
-from longtake.training.models.load import load_models, random_models
+from longtake.training.models.load import load_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.text.words import TextEncoder
 from longtake.training.models.wan.linears import quantized_linears

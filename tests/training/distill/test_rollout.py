@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from untrained import random_models
 
 from longtake.formats.recipe import recipe_named
 from longtake.runtime.backends.torch_oracle import TorchBackend
@@ -12,10 +13,8 @@ from longtake.runtime.generator import Generator
 from longtake.runtime.story import Segment
 from longtake.runtime.video_model import VideoModel
 from longtake.training.distill.rollout import Rollout, Story
-from longtake.training.models.load import random_models
-from longtake.training.models.noise import noise_for_chunk
 from longtake.training.models.presets import TINY, Preset
-from longtake.training.models.sampler import flow_sigmas
+from longtake.training.models.sampler import flow_sigmas, noise_for_chunk
 from longtake.training.models.text.words import tokenize
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.family import Wan

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from untrained import random_models
 
 from longtake.training.distill.scores import Scorer, critic_loss, dmd_gradient, dmd_loss, draw_levels
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.window import window_history
 from longtake.training.objective.teacher_forcing import Clips, Noise

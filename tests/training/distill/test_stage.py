@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_distillation import RATE, stage_of
+from untrained import random_models
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json
@@ -15,7 +16,7 @@ from longtake.training.distill.lora import adapter_parameters, add_adapters, lor
 from longtake.training.distill.options import DistillOptions
 from longtake.training.distill.stage import DistillStage
 from longtake.training.distill.trainer import DistillTrainer
-from longtake.training.models.load import load_models, random_models
+from longtake.training.models.load import load_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.window import full_history

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from untrained import random_models
 
 from longtake.accuracy.compare import recipe_models
 from longtake.commands.main import main
@@ -27,7 +28,6 @@ from longtake.runtime.video_model import VideoModel
 from longtake.training.experiment import arithmetic
 from longtake.training.experiment.batched import SINKS, Rollout, Sampling, Script
 from longtake.training.experiment.classifier import DigitClassifier
-from longtake.training.models.load import random_models
 from longtake.training.models.wan.slots import SlotTable, plans_of
 from longtake.training.objective.chunk_pass import GraphedChunkPass, round_trip_kv
 

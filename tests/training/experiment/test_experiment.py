@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from untrained import random_models
 
 from longtake.commands.main import main as longtake
 from longtake.errors import LongtakeError
@@ -19,7 +20,6 @@ from longtake.training.experiment.report import BEGIN, END, fill, write_report
 from longtake.training.experiment.settings import Settings, quick
 from longtake.training.experiment.summary import claims, paired_interval, summary
 from longtake.training.experiment.units import units
-from longtake.training.models.load import random_models
 from longtake.training.models.presets import Preset
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from untrained import random_models
 
 from longtake.commands.main import main
 from longtake.plugins.pointwise import apply_rope
@@ -18,7 +19,7 @@ from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.evaluate import Eyes
 from longtake.training.experiment.probe import CONDITIONS, LEVELS, ROLES, Probe, returned
 from longtake.training.experiment.probe_tables import draw_probes, probe_tables
-from longtake.training.models.load import Models, random_models
+from longtake.training.models.load import Models
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.rope import rope_tables
 from longtake.training.models.wan.slots import plans_of

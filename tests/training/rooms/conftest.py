@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from small_rooms import train  # noqa: E402
 
-from longtake.training.models.preset_files import preset_from_file  # noqa: E402
+from longtake.training.models.families import preset_from_file  # noqa: E402
 from longtake.training.models.presets import Preset  # noqa: E402
 
 YAML = """

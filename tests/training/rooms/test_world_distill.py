@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from small_rooms import train
+from untrained import random_models
+from walked import poses_of_action
 
 from longtake.accuracy.compare import recipe_models
 from longtake.errors import LongtakeError
@@ -22,10 +24,9 @@ from longtake.training.distill.walks import WalkScene, roll_out, score_levels, s
 from longtake.training.distill.world_stage import WorldDistillStage
 from longtake.training.models.checkpoint import read_side_file
 from longtake.training.models.families import family_of
-from longtake.training.models.load import Models, load_models, random_models
-from longtake.training.models.noise import noise_for_chunk
+from longtake.training.models.load import Models, load_models
 from longtake.training.models.presets import TINY, Preset
-from longtake.training.models.sana_wm.actions import poses_of_action
+from longtake.training.models.sampler import noise_for_chunk
 from longtake.training.objective.walk_forcing import Walk
 
 CHUNKS = 4

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from small_rooms import train
+from untrained import random_models
 
 from longtake.errors import LongtakeError
 from longtake.training.data.rooms.latents import Walks, walks_from_rooms
 from longtake.training.data.rooms.rooms import Rooms
 from longtake.training.dry_run import describe
 from longtake.training.models.families import family_of
-from longtake.training.models.load import load_models, random_models
+from longtake.training.models.load import load_models
 from longtake.training.models.presets import Preset
 from longtake.training.models.sana_wm import memory
 from longtake.training.models.sana_wm.kit import PLAIN, Kit

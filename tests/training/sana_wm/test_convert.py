@@ -15,7 +15,7 @@ from torch import Tensor
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.training.convert.files import read_container
 from longtake.training.convert.models import convert_dit, convert_vae
-from longtake.training.models.preset_files import preset_from_file
+from longtake.training.models.families import preset_from_file
 from longtake.training.models.presets import Preset
 from longtake.training.models.sana_wm.dit import SanaWMDiT
 from longtake.training.models.sana_wm.vae import LTX2VAE

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtake.training.data import digits
 from longtake.training.data.rooms.pictures import COLOURS, PATTERNS, photograph, photographs_of, texture
 
 EYE = 1.5  # metres above the floor
@@ -80,20 +81,11 @@ class Room:
         )
 
 
-class Draw:
-    """Draws from a torch generator."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def unit(self) -> float:
-        return float(torch.rand((), generator=self.generator))
+class Draw(digits.Draw):
+    """With what rooms need besides."""
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * self.unit()
-
-    def pick(self, options: list[str] | tuple[str, ...]) -> str:
-        return options[int(torch.randint(len(options), (), generator=self.generator))]
 
     def seed(self) -> int:
         return int(torch.randint(2**40, (), generator=self.generator))

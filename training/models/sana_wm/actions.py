@@ -148,9 +148,3 @@ def roll_out(keys: Sequence[str], pace: Pace, start: Walk | None = None) -> tupl
         walk = walk.step(held, pace)
         poses.append(walk.pose)
     return np.array(poses).reshape(-1, 4, 4), walk
-
-
-def poses_of_action(action: str, pace: Pace | None = None) -> np.ndarray:
-    """The poses of an action string, fp32 [N + 1, 4, 4], the first of which is the identity."""
-    poses, _ = roll_out(keys_of_frames(action), pace or Pace())
-    return np.concatenate((np.eye(4)[None], poses)).astype(np.float32)

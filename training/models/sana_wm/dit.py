@@ -167,14 +167,6 @@ class SanaWMDiT(nn.Module):
             block.attn.reset_parameters()  # type: ignore[union-attr, operator]
             nn.init.zeros_(block.mlp.t_conv.weight)  # type: ignore[union-attr, arg-type]
 
-    def fill_head(self) -> None:
-        """Give weights to what starts as zeros: an untrained model's outputs are not degenerate then."""
-        nn.init.xavier_uniform_(self.final_layer.linear.weight)
-        nn.init.xavier_uniform_(self.plucker_embedder.proj.weight)
-        for block in self.blocks:
-            nn.init.xavier_uniform_(block.plucker_proj.weight)  # type: ignore[union-attr, arg-type]
-            nn.init.xavier_uniform_(block.attn.out_proj_cam.weight)  # type: ignore[union-attr, arg-type]
-
     @property
     def dtype(self) -> torch.dtype:
         return self.x_embedder.proj.weight.dtype

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from longtake.training.models.family import ModelSet, Precision
-from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset, WorldPreset
 from longtake.training.models.sana_wm.camera import chunk_maps
 from longtake.training.models.sana_wm.dit import SanaWMDiT
@@ -29,17 +24,11 @@ class SanaWM:
     keys: tuple[str, ...] = ("sana", "diffusers")
     can = frozenset({"camera"})
 
-    def networks(self, preset: Preset) -> tuple[str, ...]:
-        return networks_of(preset)
-
-    def spec(self, preset: Preset, recipe: Precision, network: str) -> NetworkSpec:
-        return network_spec(preset, recipe, network)
-
-    def module(self, models: ModelSet, recipe: Precision, network: str, exported: bool = False) -> nn.Module:
-        return network_module(models, recipe, network, exported)
-
-    def linears(self, dit: nn.Module) -> list[str]:
-        return quantized_linears(dit)
+    networks = staticmethod(networks_of)
+    spec = staticmethod(network_spec)
+    module = staticmethod(network_module)
+    linears = staticmethod(quantized_linears)
+    marker = staticmethod(turns_from_json)
 
     def network_of(self, parameter: str) -> str:
         if parameter.startswith("plucker_embedder") or ".plucker_proj" in parameter:
@@ -65,9 +54,6 @@ class SanaWM:
 
     def start(self, preset: Preset) -> Turns:
         return Turns(preset.window_chunks)
-
-    def marker(self, given: Mapping[str, Any]) -> Turns:
-        return turns_from_json(given)
 
     def chunk_inputs(self, preset: Preset, chunk: int, shot: int) -> dict[str, Tensor]:
         dit, first = preset.dit, preset.first_frame(chunk)

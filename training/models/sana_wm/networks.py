@@ -17,20 +17,10 @@ from longtake.training.models.sana_wm.dit import Chunk, SanaWMDiT
 from longtake.training.models.sana_wm.kit import PLAIN, Kit, registered
 from longtake.training.models.sana_wm.spec import dit_spec, slot_tokens, state_bindings
 from longtake.training.models.streaming_vae import VAEStep
+from longtake.training.models.text.words import TextStep
 
 MASKED = -10000.0  # added to the scores of padding, as the publisher does: not minus infinity
 FIXED_INPUTS = 11  # of the transformer, before what a prompt gives
-
-
-class TextStep(nn.Module):
-    """tokens int32 [1, E] -> embeddings fp32 [1, E, text_dim]."""
-
-    def __init__(self, text: nn.Module) -> None:
-        super().__init__()
-        self.text = text
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor]:
-        return (self.text(tokens),)
 
 
 class ContextStep(nn.Module):

@@ -106,8 +106,8 @@ def pin(pages: Tensor) -> None:
     """Page-lock host memory in place: torch's own pinned memory comes in powers of two, 16 GiB for 9."""
     result = torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.nbytes, PORTABLE)
     if int(result):
-        raise UnavailableError(f"{pages.nbytes / 1e9:.1f} GB of host memory can't be pinned", got=f"CUDA error {result}",
-                               fix="free host memory, or keep the text encoder in 8 bits or on the device")  # fmt: skip
+        got, fix = f"CUDA error {result}", "free host memory, or keep the text encoder in 8 bits or on the device"
+        raise UnavailableError(f"{pages.nbytes / 1e9:.1f} GB of host memory can't be pinned", got=got, fix=fix)
 
 
 def unpin(pages: Tensor) -> None:

@@ -68,8 +68,8 @@ class PieceTokenizer:
     def open(cls, folder: Path | None, vocabulary: int) -> PieceTokenizer:
         """The tokenizer in `folder`, read once a process."""
         if folder is None:
-            raise LongtakeError("the text encoder was made without a tokenizer", expected="a folder with tokenizer.json",
-                                fix="pass the folder to text_encoder_for or tokenizer_for")  # fmt: skip
+            what, expected = "the text encoder was made without a tokenizer", "a folder with tokenizer.json"
+            raise LongtakeError(what, expected=expected, fix="pass the folder to text_encoder_for or tokenizer_for")
         return _opened(Path(folder) / FILE, vocabulary)
 
     def __call__(self, texts: list[str], length: int) -> Tensor:
@@ -92,10 +92,9 @@ class PieceTokenizer:
         pad, end = self.pieces.token_to_id(PAD), self.pieces.token_to_id(END)
         size = self.pieces.get_vocab_size()
         if pad != 0 or end is None or size > vocabulary:
-            raise IntegrityError(
-                f"{self.path} is not umT5's tokenizer", got=f"{size} pieces, {PAD} {pad}, {END} {end}",
-                expected=f"at most {vocabulary} pieces, {PAD} 0 and an {END}", fix="use the file of google/umt5-xxl",
-            )  # fmt: skip
+            what = f"{self.path} is not umT5's tokenizer"
+            got, fix = f"{size} pieces, {PAD} {pad}, {END} {end}", "use the file of google/umt5-xxl"
+            raise IntegrityError(what, got=got, expected=f"at most {vocabulary} pieces, {PAD} 0 and an {END}", fix=fix)
         self.end: int = end
         self.appends_end = self.pieces.encode("").ids == [end]
 
@@ -129,8 +128,8 @@ def _missing(path: Path) -> LongtakeError:
     if (path.parent / SENTENCEPIECE).is_file():
         fix += (f"; or make it from {SENTENCEPIECE}, with transformers and sentencepiece installed: T5Tokenizer"
                 f".from_pretrained({str(path.parent)!r}, extra_ids=0).save_pretrained({str(path.parent)!r})")  # fmt: skip
-    return LongtakeError("the text encoder's tokenizer is missing", got=f"no {path}",
-                         expected="the tokenizer.json of google/umt5-xxl", fix=fix)  # fmt: skip
+    what = "the text encoder's tokenizer is missing"
+    return LongtakeError(what, got=f"no {path}", expected="the tokenizer.json of google/umt5-xxl", fix=fix)
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
@@ -139,8 +138,8 @@ def _read(path: Path) -> tokenizers.Tokenizer:
     try:
         pieces = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises Exception itself, whatever the file holds
-        raise IntegrityError(f"{path} is not a tokenizer", got=str(error)[:120], expected="Hugging Face's tokenizer.json",
-                             fix="copy the file again") from None  # fmt: skip
+        what, expected = f"{path} is not a tokenizer", "Hugging Face's tokenizer.json"
+        raise IntegrityError(what, got=str(error)[:120], expected=expected, fix="copy the file again") from None
     pieces.no_padding()
     pieces.no_truncation()
     return pieces

@@ -171,12 +171,13 @@ class _Reader:
 
     def __call__(self, names: set[str]) -> State:
         found = {name: tensor for name, tensor in self.source(names) if name in names}
-        wrong = [f"{n} {list(t.shape)} instead of {list(self.shapes[n])}" for n, t in found.items()
-                 if t.shape != self.shapes[n]]  # fmt: skip
-        problems = wrong + [f"no {name}" for name in sorted(names - found.keys())]
+        pairs = [(name, list(t.shape), list(self.shapes[name])) for name, t in found.items()]
+        problems = [f"{name} {got} instead of {wanted}" for name, got, wanted in pairs if got != wanted]
+        problems += [f"no {name}" for name in sorted(names - found.keys())]
         if problems:
-            raise IntegrityError("the weights aren't those of the text encoder", got="; ".join(problems[:6]),
-                                 expected="every weight of umT5 in its shape", fix="convert the checkpoint again")  # fmt: skip
+            what = "the weights aren't those of the text encoder"
+            got, expected = "; ".join(problems[:6]), "every weight of umT5 in its shape"
+            raise IntegrityError(what, got=got, expected=expected, fix="convert the checkpoint again")
         return found
 
 

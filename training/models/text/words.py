@@ -213,6 +213,17 @@ class TextEncoder(nn.Module):
         return self.norm(x).float() * word[..., None].to(torch.float32)
 
 
+class TextStep(nn.Module):
+    """Network "text_encoder": tokens int32 [1, E] -> embeddings fp32 [1, E, text_dim]."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        return (self.text(tokens),)
+
+
 AnyTextEncoder = TextEncoder | UMT5 | PretrainedText | GemmaText
 AnyTokenizer = Tokenizer | PieceTokenizer | PretrainedTokenizer | GemmaTokenizer
 

@@ -168,10 +168,6 @@ class CausalDiT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         nn.init.zeros_(self.head.head.weight)
 
-    def fill_head(self) -> None:
-        """Give the head weights, which start as zeros: an untrained model's outputs are not degenerate then."""
-        nn.init.xavier_uniform_(self.head.head.weight)
-
     @property
     def dtype(self) -> torch.dtype:
         return self.patch_embedding.weight.dtype

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
-
-from longtake.training.models.family import ModelSet, Precision
-from longtake.training.models.network_spec import NetworkSpec
 from longtake.training.models.presets import Preset
 from longtake.training.models.wan.dit import CausalDiT
 from longtake.training.models.wan.linears import quantized_linears
 from longtake.training.models.wan.networks import network_module
-from longtake.training.models.wan.positions import frame_positions
 from longtake.training.models.wan.prompts import CUT_PREFIX, with_cut_prefix
-from longtake.training.models.wan.rope import rope_tables, timestep_sinusoid
+from longtake.training.models.wan.rope import frame_positions, rope_tables, timestep_sinusoid
 from longtake.training.models.wan.slots import SlotTable, slots_from_json
 from longtake.training.models.wan.spec import network_spec, networks_of
 from longtake.training.models.wan.vae import CausalVAE
@@ -29,17 +23,11 @@ class Wan:
     can = frozenset({"cut"})
     keys: tuple[str, ...] = ("wan", "diffusers")  # training/convert/dit_keys.py, vae_keys.py, text_keys.py
 
-    def networks(self, preset: Preset) -> tuple[str, ...]:
-        return networks_of(preset)
-
-    def spec(self, preset: Preset, recipe: Precision, network: str) -> NetworkSpec:
-        return network_spec(preset, recipe, network)
-
-    def module(self, models: ModelSet, recipe: Precision, network: str, exported: bool = False) -> nn.Module:
-        return network_module(models, recipe, network, exported)
-
-    def linears(self, dit: nn.Module) -> list[str]:
-        return quantized_linears(dit)
+    networks = staticmethod(networks_of)
+    spec = staticmethod(network_spec)
+    module = staticmethod(network_module)
+    linears = staticmethod(quantized_linears)
+    marker = staticmethod(slots_from_json)
 
     def network_of(self, parameter: str) -> str:
         text = parameter.startswith("text_embedding") or ".cross_attn.norm_k" in parameter
@@ -61,9 +49,6 @@ class Wan:
 
     def start(self, preset: Preset) -> SlotTable:
         return SlotTable(preset.window_chunks)
-
-    def marker(self, given: Mapping[str, Any]) -> SlotTable:
-        return slots_from_json(given)
 
     def chunk_inputs(self, preset: Preset, chunk: int, shot: int) -> dict[str, Tensor]:
         cos, sin = rope_tables(preset.dit, frame_positions(preset, chunk, shot), preset.grid_hw)

@@ -1,4 +1,4 @@
-"""Which linears of the DiT recipes quantize, and the largest magnitudes that their scales come from."""
+"""Which linears of the DiT recipes quantize."""
 
 from __future__ import annotations
 
@@ -12,8 +12,3 @@ def quantized_linears(dit: nn.Module) -> list[str]:
     layers = len(dit.blocks)  # type: ignore[arg-type]
     own = [f"{a}.{p}" for a in ("self_attn", "cross_attn") for p in "qkvo"] + ["ffn.0", "ffn.2"]
     return [f"blocks.{i}.{name}" for i in range(layers) for name in own]
-
-
-def weight_amax(dit: nn.Module, name: str) -> float:
-    """max |W| of one linear."""
-    return float(dit.get_submodule(name).weight.detach().abs().amax())  # type: ignore[union-attr, operator]

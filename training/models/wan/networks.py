@@ -15,24 +15,13 @@ from longtake.plugins.exchange import gather_heads, gather_tokens
 from longtake.plugins.pointwise import QK_NORM_EPS
 from longtake.training.models.family import ModelSet, Precision
 from longtake.training.models.network_spec import NETWORKS, rank_network, ranks_of
-from longtake.training.models.text.words import AnyTextEncoder
+from longtake.training.models.text.words import TextStep
 from longtake.training.models.wan.dit import Attention, CausalDiT, Rope
 from longtake.training.models.wan.fused_block import fused_blocks
 from longtake.training.models.wan.vae import DecoderFirst, DecoderSteady, VAEEncoderFirst, VAEEncoderSteady
 from longtake.training.models.wan.vae_codes import coded_convs
 from longtake.training.models.wan.vae_library import LibraryFirst, LibrarySteady
 from longtake.training.models.wan.vae_rows import RowsSteady
-
-
-class TextStep(nn.Module):
-    """tokens int32 [1, E] -> embeddings fp32 [1, E, text_dim]."""
-
-    def __init__(self, text: AnyTextEncoder) -> None:
-        super().__init__()
-        self.text = text
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor]:
-        return (self.text(tokens),)
 
 
 class ContextStep(nn.Module):

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longtake.training.models.presets import DiTConfig
+from longtake.training.models.presets import DiTConfig, Preset
+
+
+def frame_positions(preset: Preset, chunk: int, shot: int) -> list[float]:
+    """Absolute temporal RoPE position of each latent frame; every shot begun so far inserts a gap."""
+    start = preset.first_frame(chunk) + shot * preset.shot_rope_offset
+    return [float(start + frame) for frame in range(preset.frames_of(chunk))]
 
 
 def pair_split(head_dim: int) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from longtake.options import OneOf, Text, option
-from longtake.training.models.preset_files import preset_named
+from longtake.training.models.families import preset_named
 from longtake.training.models.presets import WAN22_TI2V_5B, Preset
 from longtake.training.parallel.layout import MODES, NONE
 
