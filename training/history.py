@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,4 +105,14 @@ def _summary_writer(folder: Path, resume_step: int) -> Any:
     except ImportError:
         logger.warning("tensorboard isn't installed: the curves go to loss.json and loss.png only")
         return None
+    threading.excepthook = _told_once
     return SummaryWriter(str(folder), purge_step=resume_step or None)
+
+
+_before = threading.excepthook
+
+
+def _told_once(args: threading.ExceptHookArgs) -> None:
+    """What TensorBoard's thread raises is raised again by the next write: without a traceback between the lines."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        _before(args)

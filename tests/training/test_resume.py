@@ -346,3 +346,22 @@ def test_resume_points_say_where_the_run_stood(tmp_path: Path) -> None:
     side = read_json(tmp_path / "resume-0000002.json")
     assert side["position"] == {} and side["settings"] == {"data": "digits"} and side["kind"] == "resume-line"
     json.dumps(side)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_under_tensorboard_is_told_once(tmp_path: Path) -> None:
+    """Its thread fails first; the error is the next write's, and no traceback is printed between."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    from longtake.training.history import History
+
+    def full(self: object, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    history = History(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecordWriter, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            for step in range(1000):
+                history.add("train", step, {"loss": 1.0})
+                history.save()
