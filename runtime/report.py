@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from longtake.files import write_json
 from longtake.formats.memory import Budget
-from longtake.plugins.registry import op_named
+from longtake.plugins.registry import conv_ops
 from longtake.provenance import origin
 from longtake.runtime.backends.base import Backend
 from longtake.training.models.presets import Preset
@@ -81,8 +80,9 @@ def write_report(report: Report, path: Path | str) -> None:
 def conv_counts(backend: Any) -> dict[str, int]:
     """Convolutions of the VAE's later steps by what they run in; {} where they are no ops."""
     graph = getattr(getattr(backend, "networks", {}).get("vae_steady"), "exported", None)
-    ops = [op_named(step.name) for step in graph.steps if step.kind == "op"] if graph is not None else []
-    return dict(sorted(Counter(op.codes or "bf16" for op in ops if op.kernel_size).items()))
+    if graph is None:
+        return dict(getattr(backend, "vae_conv", {}))
+    return conv_ops(step.name for step in graph.steps if step.kind == "op")
 
 
 def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[str, Any]:

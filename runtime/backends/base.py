@@ -83,6 +83,11 @@ class Backend(ABC):
         return self.device
 
     @cached_property
+    def vae_conv(self) -> Mapping[str, int]:
+        """How many convolutions of the VAE decoder's later steps run in what, where that is known without its segments."""
+        return {}
+
+    @cached_property
     def specs(self) -> dict[str, NetworkSpec]:
         """The spec of every network that the preset's model consists of, whether or not it can be run here."""
         family = family_of(self.preset)

@@ -13,7 +13,7 @@ from longtake.training.models.presets import Preset
 
 NETWORKS = ("dit", "vae")
 AGAINST = ("torch",)
-PLAIN = ("wan",)  # the families whose networks are written out in plain PyTorch, to be measured against
+PLAIN = ("wan", "sana_wm")  # the families whose networks are written out in plain PyTorch, to be measured against
 # Parts in the order they run, each in a process of its own: its memory is its own, and its failure or delay as well.
 PARTS = ("engine", "ranks", "torch", "torch_vae", "torch_compile", "torch_autotune")
 

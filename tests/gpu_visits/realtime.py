@@ -1,0 +1,127 @@
+"""What one visit to two H200 runs for real time; each part stays under ten minutes and keeps its JSON. Not run yet.
+
+    python tests/gpu_visits/realtime.py test         # GPU tests of what is new here
+    python tests/gpu_visits/realtime.py build        # graphs and plans of the recipes below, for one and for two ranks
+    python tests/gpu_visits/realtime.py conv8        # 8-bit convolutions with PyTorch, eager and compiled, in the same run
+    python tests/gpu_visits/realtime.py windows      # no window kept, ten, and as many as the memory allows
+    python tests/gpu_visits/realtime.py steps2       # end to end with 2 steps
+    python tests/gpu_visits/realtime.py ranks        # one video on two GPUs beside one, 8-bit convolutions
+    python tests/gpu_visits/realtime.py write        # the cache write alone: its launches, and what it did before
+    python tests/gpu_visits/realtime.py world        # SANA-WM at full size and the tiny one, PyTorch in the same run
+    python tests/gpu_visits/realtime.py w4a16        # 4-bit weights beside compiled bf16 in the same run
+
+JSON goes to docs/measurements, or to --out. `windows` is before and after of one card in one visit. `--tiny` takes the small
+model's recipes, to try the parts out; on a CPU no figure is the product's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import conv8
+
+ROOT = Path(__file__).resolve().parents[2]
+NEW = ("test_bench_world.py", "test_bench.py", "test_passes.py", "test_second_gpu.py")
+PLUGINS = ("test_kernels.py", "test_window_kernels.py", "test_hopper_attention.py", "test_conv8.py")
+Part = Callable[[Path, bool], int]
+
+
+def recipe(name: str, tiny: bool) -> str:
+    """A recipe's name or file; the small model's."""
+    name = name.replace("wan2.2-ti2v-5b", "tiny") if tiny else name
+    library = conv8.RECIPES / f"{name}.yaml"
+    return str(library.relative_to(ROOT)) if library.is_file() else name
+
+
+FP8, CONV8, W4A16 = "wan2.2-ti2v-5b_fp8_sm90", "wan2.2-ti2v-5b_fp8_conv8_sm90", "wan2.2-ti2v-5b_w4a16_sm90"
+
+
+def bench(out: Path, name: str, *words: str) -> int:
+    """`longtake bench`, its report kept under `name`, with the command in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = conv8.longtake("bench", *words, "--out", folder)
+        found = Path(folder) / "bench.json"
+        if found.is_file():
+            report = json.loads(found.read_text(encoding="utf-8"))
+            told = f"longtake bench {' '.join(words)}"
+            text = json.dumps({**report, "command": told, "rerun_with": told}, indent=1)
+            (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        for log in Path(folder).glob("parts/*.log"):
+            if code:
+                print(f"---- {log.name}", log.read_text(encoding="utf-8")[-2000:], sep="\n")
+    return code
+
+
+def test(out: Path, tiny: bool) -> int:
+    files = [*(f"tests/runtime/{name}" for name in NEW), *(f"tests/plugins/{name}" for name in PLUGINS)]
+    return conv8.run(sys.executable, "-m", "pytest", "-m", "gpu", "-q", *files, "tests/runtime/parallel")
+
+
+def build(out: Path, tiny: bool) -> int:
+    codes = []
+    for name, gpus in ((CONV8, "2"), (FP8, "1"), (W4A16, "1")):
+        words = ("--recipe", recipe(name, tiny), "--skeleton")
+        codes.append(conv8.longtake("export", *words) or conv8.longtake("engines", *words, "--gpus", gpus))
+    return max(codes)
+
+
+def conv8_and_torch(out: Path, tiny: bool) -> int:
+    words = ("--recipe", recipe(CONV8, tiny), "--against", "torch", "--chunks", "3")
+    return bench(out, "bench_5b_conv8_against_torch_h200", *words)
+
+
+def windows(out: Path, tiny: bool) -> int:
+    words = ("--recipe", recipe(CONV8, tiny), "--chunks", "3", "--seconds", "180")
+    none = bench(out, "bench_5b_conv8_windows_0_h200", *words, "--kept-windows", "0")
+    ten = bench(out, "bench_5b_conv8_windows_10_h200", *words, "--kept-windows", "10")
+    return max(none, ten, bench(out, "bench_5b_conv8_windows_fit_h200", *words))
+
+
+def steps2(out: Path, tiny: bool) -> int:
+    return bench(out, "bench_5b_conv8_2steps_h200", "--recipe", recipe(CONV8, tiny), "--steps", "2", "--chunks", "3")
+
+
+def ranks(out: Path, tiny: bool) -> int:
+    return bench(out, "bench_5b_conv8_two_ranks_h200", "--recipe", recipe(CONV8, tiny), "--gpus", "2", "--chunks", "3")
+
+
+def write(out: Path, tiny: bool) -> int:
+    return conv8.longtake("bench", "kernels", "write", "--json", str(out / "cache_write_h200.json"))
+
+
+def world(out: Path, tiny: bool) -> int:
+    small = bench(
+        out, "bench_world_tiny_h200", "--recipe", "world-tiny_bf16_sm90", "--against", "torch", "--seconds", "250"
+    )
+    words = ("--recipe", "world-tiny_bf16_sm90" if tiny else "sana-wm_bf16_sm90", "--against", "torch", "--chunks", "3")
+    return max(small, bench(out, "bench_sana_wm_h200", *words, "--seconds", "300"))
+
+
+def w4a16(out: Path, tiny: bool) -> int:
+    words = ("--recipe", recipe(W4A16, tiny), "--networks", "dit", "--against", "torch", "--chunks", "2")
+    return bench(out, "bench_5b_w4a16_against_torch_h200", *words)
+
+
+PARTS: dict[str, Part] = {
+    "test": test, "build": build, "conv8": conv8_and_torch, "windows": windows, "steps2": steps2, "ranks": ranks,
+    "write": write, "world": world, "w4a16": w4a16,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "measurements")
+    parser.add_argument("--tiny", action="store_true", help="the small model's recipes")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    return PARTS[args.part](args.out, args.tiny)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
