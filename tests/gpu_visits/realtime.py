@@ -1,12 +1,13 @@
 """What one visit to two H200 runs for real time; each part stays under ten minutes and keeps its JSON. Not run yet.
 
+    python tests/gpu_visits/realtime.py tree         # where git is: the code before into build/house/before, for `write`
     python tests/gpu_visits/realtime.py test         # GPU tests of what is new here
     python tests/gpu_visits/realtime.py build        # graphs and plans of the recipes below, for one and for two ranks
     python tests/gpu_visits/realtime.py conv8        # 8-bit convolutions with PyTorch, eager and compiled, in the same run
     python tests/gpu_visits/realtime.py windows      # no window kept, ten, and as many as the memory allows
     python tests/gpu_visits/realtime.py steps2       # end to end with 2 steps
     python tests/gpu_visits/realtime.py ranks        # one video on two GPUs beside one, 8-bit convolutions
-    python tests/gpu_visits/realtime.py write        # the cache write alone: its launches, and what it did before
+    python tests/gpu_visits/realtime.py write        # the cache write alone, before and after: its launches, and whether its bits are the same
     python tests/gpu_visits/realtime.py world        # SANA-WM at full size and the tiny one, PyTorch in the same run
     python tests/gpu_visits/realtime.py w4a16        # 4-bit weights beside compiled bf16 in the same run
 
@@ -18,16 +19,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import conv8
+import house
+
+from longtake.provenance import origin
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW = ("test_bench_world.py", "test_bench.py", "test_passes.py", "test_second_gpu.py")
 PLUGINS = ("test_kernels.py", "test_window_kernels.py", "test_hopper_attention.py", "test_conv8.py")
+BEFORE = "24a6e5c"  # the last commit that packed the cache as it did before
 Part = Callable[[Path, bool], int]
 
 
@@ -90,8 +98,37 @@ def ranks(out: Path, tiny: bool) -> int:
     return bench(out, "bench_5b_conv8_two_ranks_h200", "--recipe", recipe(CONV8, tiny), "--gpus", "2", "--chunks", "3")
 
 
+def tree(out: Path, tiny: bool) -> int:
+    house.make_tree(BEFORE)
+    return 0
+
+
 def write(out: Path, tiny: bool) -> int:
-    return conv8.longtake("bench", "kernels", "write", "--json", str(out / "cache_write_h200.json"))
+    """Both trees in turns, twice: the same script, another `longtake` before it."""
+    rows: list[dict[str, Any]] = []
+    for side, place in tuple(house.SIDES.items()) * 2:
+        path = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+        words = [sys.executable, str(Path(__file__).with_name("cache_write.py"))]
+        done = subprocess.run(
+            words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240
+        )
+        print(side, done.stdout, done.stderr[-2000:], flush=True)
+        if done.returncode:
+            return done.returncode
+        rows.append({"side": side, **json.loads(done.stdout.splitlines()[-1])})
+    report = {
+        **origin(),
+        "kind": "bench",
+        "what": "the 4-bit cache write of one layer, alone, before and after: one card, alternating",
+        "command": "python tests/gpu_visits/realtime.py write",
+        "rerun_with": "",
+        "not_rerun_because": "it compares two commits: see command",
+        "before": BEFORE,
+        "gpu": rows[0]["gpu"],
+        "rows": rows,
+    }
+    (out / "cache_write_h200.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 def world(out: Path, tiny: bool) -> int:
@@ -108,7 +145,7 @@ def w4a16(out: Path, tiny: bool) -> int:
 
 
 PARTS: dict[str, Part] = {
-    "test": test, "build": build, "conv8": conv8_and_torch, "windows": windows, "steps2": steps2, "ranks": ranks,
+    "tree": tree, "test": test, "build": build, "conv8": conv8_and_torch, "windows": windows, "steps2": steps2, "ranks": ranks,
     "write": write, "world": world, "w4a16": w4a16,
 }  # fmt: skip
 
