@@ -30,7 +30,7 @@ class Report:
     start: the picture or clip that the video began with, and where its camera went, {} if it began with nothing.
     decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
     "apart"; see longtake/formats/memory.py), None on a CPU. vae_conv: how many of the VAE decoder's convolutions, those that are
-    ops, ran in which codes.
+    ops, ran in which codes. kept_windows: see `Backend.windows`.
     """
 
     kind: str
@@ -70,6 +70,7 @@ class Report:
     against: dict[str, Any] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
     vae_conv: dict[str, int] = field(default_factory=dict)
+    kept_windows: dict[str, Any] = field(default_factory=dict)
 
 
 def write_report(report: Report, path: Path | str) -> None:
@@ -108,6 +109,7 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
         "decode_device": str(backend.decode_device),
         "budget": budget.as_json() if budget else None,
         "vae_conv": conv_counts(backend),
+        "kept_windows": dict(backend.windows),
         "peak_of": "GPU memory" if on_gpu else "resident memory of the process (CPU)",
     }
 

@@ -34,6 +34,7 @@ DECODER = ("vae_first", "vae_steady")
 LANES = {"denoise": PLAIN, "decode": DECODER}
 WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}
 DECODER_CACHES, TWICE = "VAE caches", "caches twice"
+KEPT_WINDOWS = "kept windows"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class RecordedTerm:
 class Use:
     """How a recipe will be used. guided: a second cache, for the negative prompt. decode_apart: on another GPU.
 
-    engines: folder of plans, or None. recorded: the terms that their bundle records; () to work them out.
+    engines: folder of plans, or None. recorded: the terms that their bundle records; () to work them out. kept_windows: how
+    many layers keep their attention's window between passes.
     """
 
     guided: bool = False
@@ -69,6 +71,7 @@ class Use:
     encode: bool = False
     engines: Path | None = None
     recorded: tuple[RecordedTerm, ...] = ()
+    kept_windows: int = 0
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class BenchOptions:
     """decode on this GPU (default: the same)"""
     gpus: Annotated[int, Bounds(1)] = option(1, metavar="P")
     """measure one video on P GPUs in the same run, too (segmented recipes; with --device cpu, on processes in PyTorch)"""
-    kept_windows: Annotated[int, Bounds(0)] = option(0, metavar="LAYERS")
-    """layers that keep their window laid out between the passes of a chunk (0.2 GB each for the 5B; one GPU, FP8 attention)"""
+    kept_windows: Annotated[int, Bounds(0)] | None = option(None, metavar="LAYERS")
+    """layers that keep their window laid out between the passes of a chunk (default: as many as the memory allows)"""
     out: str = option("", metavar="FOLDER")
     """where reports are written (default: runs/bench/RECIPE)"""
     seconds: Annotated[int, Bounds(10)] = option(540, metavar="S")

@@ -61,6 +61,7 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
         "peak_of": "GPU memory of the process, from the driver" if machine.get("gpu") else "resident memory (CPU)",
         "budget": budget_beside(ours),
         "vae_conv": ours.get("vae_conv", {}),
+        "kept_windows": ours.get("kept_windows", {}),
         "agreement": agreement(parts),
         "roofline": roofline(recipe, options.steps, machine.get("gpu"), ours.get("stage_ms", {})),
         "error": ours.get("error"),
@@ -130,6 +131,8 @@ def table(report: Figures) -> str:
     rows.append(f"  milliseconds: {stages}")
     if counts := [f"{name} {_counts(side)}" for name, side in _sides(report).items() if side.get("vae_conv")]:
         rows.append(f"  convolutions of the VAE: {'; '.join(counts)}")
+    if kept := report["kept_windows"]:
+        rows.append(f"  windows kept between passes: {kept['layers']} of {kept['of']} layers, {kept['chosen']}")
     ranks = report["against"].get("ranks", {})
     if told := ranks.get("communication"):
         rows.append(f"  a clean pass on {ranks['gpus']} GPUs, step by step, in ms: {told}")

@@ -12,6 +12,7 @@ from longtake.formats.memory import Budget, Place, Use
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
 from longtake.machine.nvml import nvml
 from longtake.runtime.budget.use import budget_of
+from longtake.runtime.budget.windows import ASKED, FITTING, window_bytes, windows_that_fit
 
 
 def free_memory(device: torch.device) -> tuple[str, int]:
@@ -25,6 +26,18 @@ def free_memory(device: torch.device) -> tuple[str, int]:
             return name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
     except Exception:  # NVML raises its own types, and may be missing
         return name, int(torch.cuda.mem_get_info(index)[0])
+
+
+def kept_windows(
+    recipe: Recipe, use: Use, device: torch.device, asked: int | None, sessions: int = 1
+) -> tuple[int, str]:
+    """How many layers keep their attention's window, and why: as many as are asked for and there can be, or as many as fit
+    into what is free on `device` beside all that `use` takes."""
+    if not window_bytes(recipe):
+        return 0, ASKED
+    if asked is not None:
+        return min(asked, recipe.model.dit.layers), ASKED
+    return windows_that_fit(recipe, use, free_memory(device)[1], sessions), FITTING
 
 
 def check_memory(recipe: Recipe, use: Use, device: torch.device, decode_device: torch.device | None = None) -> Budget:

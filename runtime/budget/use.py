@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats.memory import MEASURED, Budget, Use, added_up
+from longtake.formats.memory import KEPT_WINDOWS, MEASURED, Budget, RecordedTerm, Use, added_up
 from longtake.formats.recipe import Recipe
 from longtake.training.models.presets import Preset
 
@@ -20,6 +20,10 @@ def budget_of(recipe: Recipe, use: Use = PLAIN_USE, preset: Preset | None = None
         from longtake.runtime.budget.terms import terms_of
 
         terms = terms_of(recipe, use.engines, preset)
+    if use.kept_windows:
+        from longtake.runtime.budget.windows import window_bytes
+
+        terms = (*terms, RecordedTerm(KEPT_WINDOWS, use.kept_windows * window_bytes(recipe, preset), "exact"))
     return added_up(recipe.name, terms, use, measured_arena(use.engines))
 
 

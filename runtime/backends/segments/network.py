@@ -109,6 +109,11 @@ class SegmentedNetwork:
         self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], OpLauncher] = {}
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """Bytes of the windows that layers keep."""
+        return tuple(window.nbytes for window in self._windows.values())
+
+    @property
     def weight_tensors(self) -> list[Tensor]:
         """The weights on the device."""
         return [self._fixed[name] for name in self.graph.weights]
@@ -154,7 +159,7 @@ class SegmentedNetwork:
         own = {i: launcher.workspace_bytes for i, launcher in self._launchers.items()}
         keeping = [i for i, launcher in self._launchers.items() if isinstance(launcher, HopperSinkAttention)]
         for i in keeping[: self.kept_windows]:
-            self._windows[i] = torch.zeros(own.pop(i), dtype=torch.uint8, device=self.device)
+            self._windows[i] = torch.zeros(own[i], dtype=torch.uint8, device=self.device)  # the arena stays as it is
         if self.exchanges:
             steps = [(i, step) for i, step in enumerate(self.graph.steps) if step.kind == "exchange"]
             own |= {i: self.exchanges.scratch_bytes(self.graph, step) for i, step in steps}
