@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_nam
 from longtake.machine.capability import Choice, Machine, backend_for
 from longtake.machine.machine import has_module, machine_here
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.budget.check import check_memory, kept_windows
+from longtake.runtime.budget.check import check_memory, check_ranks, kept_windows
 from longtake.runtime.budget.measured import record_arenas
 from longtake.runtime.budget.use import budget_of
 from longtake.training.models.presets import SamplingConfig
@@ -242,7 +243,8 @@ def backend_from_source(
         from longtake.runtime.parallel.choose import shared_backend
 
         held = source.recipe, source.engines, source.checkpoints, source.weights
-        return shared_backend(*held, asked, device, decode_device, opening.gpus)
+        before = partial(_announce_ranks, source, opening)
+        return shared_backend(*held, asked, device, decode_device, opening.gpus, before)
     if asked == ORACLE:
         from longtake.runtime.backends.torch_oracle import TorchBackend
 
@@ -280,16 +282,28 @@ def _announce_memory(
 ) -> tuple[int, str]:
     """Announce the memory budget, and raise LongtakeError if it is not free. How many layers keep their windows, and why."""
     recipe = source.recipe
-    sampling = source.sampling or recipe.model.sampling
-    guided = sampling.guidance != 1.0 if opening.guided is None else opening.guided
     apart = decode_device is not None and (decode_device.index or 0) != (device.index or 0)
-    use = Use(guided=guided, decode_apart=apart, encode=opening.encode, engines=source.engines, recorded=source.memory)
+    use = replace(_use_of(source, opening), decode_apart=apart)
     kept, chosen = kept_windows(recipe, use, device, opening.kept_windows, opening.sessions)
     use = replace(use, kept_windows=kept)
     opening.announce(budget_of(recipe, use))
     if opening.check:
         check_memory(recipe, use, device, decode_device)
     return kept, chosen
+
+
+def _announce_ranks(source: Source, opening: OpenOptions, devices: Sequence[str]) -> None:
+    """The same of engines on several GPUs that share a video: what each of them must have free."""
+    use = replace(_use_of(source, opening), ranks=len(devices))
+    opening.announce(budget_of(source.recipe, use))
+    if opening.check:
+        check_ranks(source.recipe, use, devices)
+
+
+def _use_of(source: Source, opening: OpenOptions) -> Use:
+    sampling = source.sampling or source.recipe.model.sampling
+    guided = sampling.guidance != 1.0 if opening.guided is None else opening.guided
+    return Use(guided=guided, encode=opening.encode, engines=source.engines, recorded=source.memory)
 
 
 def _require_device(backend: str, device: torch.device | str | None, option: str) -> None:

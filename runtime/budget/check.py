@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -57,6 +57,16 @@ def check_memory(recipe: Recipe, use: Use, device: torch.device, decode_device: 
     return budget
 
 
+def check_ranks(recipe: Recipe, use: Use, devices: Sequence[str]) -> Budget:
+    """The budget of the first of `use.ranks` GPUs that share a video, once each of them has that much memory free. Raises
+    LongtakeError."""
+    budget = budget_of(recipe, use)
+    for name, available in map(free_memory, map(torch.device, devices)):
+        if budget.peak["generate"] > available:
+            require_fits(budget, {"generate": (name, available)}, fixes_for(recipe, use, available, len(devices)))
+    return budget
+
+
 def require_fits(budget: Budget, free: Mapping[Place, tuple[str, int]], fixes: list[str]) -> None:
     """Raise LongtakeError with the figures if a GPU has less memory free than the budget says.
 
@@ -90,7 +100,7 @@ def fixes_for(recipe: Recipe, use: Use, free: int, gpus: int) -> list[str]:
     if use.guided:
         saved = now - budget_of(recipe, replace(use, guided=False)).peak["generate"]
         fixes.append(f"turn guidance off, which frees {saved / 1e9:.1f} GB (--guidance 1)")
-    if use.decode and not use.decode_apart:
+    if use.decode and not use.decode_apart and use.ranks == 1:
         moved = now - budget_of(recipe, replace(use, decode_apart=True)).peak["generate"]
         where = "--decode-device cuda:1" if gpus > 1 else "--decode-device, with a second GPU"
         fixes.append(f"decode on another GPU, which frees {moved / 1e9:.1f} GB ({where})")
