@@ -28,9 +28,15 @@ def open_ranks(options: BenchOptions) -> ShardedBackend:
         return sharded_backend(recipe, None, options.gpus, "cpu")
     folder, wanted = engine_folder(options), wanted_networks(options)
     return sharded_backend(
-        recipe, None, options.gpus, options.device or None, engines=folder, networks=wanted, made_up=True,
+        recipe,
+        None,
+        options.gpus,
+        options.device or None,
+        engines=folder,
+        networks=wanted,
+        made_up=True,
         before=partial(check_ranks, recipe, use_of_ranks(options)),
-    )  # fmt: skip
+    )
 
 
 def use_of_ranks(options: BenchOptions) -> Use:

@@ -62,9 +62,8 @@ def _elsewhere(*_: Any) -> Any:
     raise NotImplementedError("attention is called by the block, with the window's keys")
 
 
-KIT = Kit(
-    short_conv, gdn_scan, gdn_scan_camera, ray_prepare_gdn, ray_prepare_softmax, ray_restore, gated_filters, _elsewhere, slot_write
-)  # fmt: skip
+RAYS = (ray_prepare_gdn, ray_prepare_softmax, ray_restore)
+KIT = Kit(short_conv, gdn_scan, gdn_scan_camera, *RAYS, gated_filters, _elsewhere, slot_write)
 
 
 def world_block(
@@ -113,9 +112,14 @@ class PlainWorldBackend(Backend):
     """State, slots and inputs as the family's spec names them. compile: keyword arguments of torch.compile, None for eager."""
 
     def __init__(
-        self, recipe: Recipe, name: str, dit: SanaWMDiT | None, vae: LTX2VAE, device: torch.device,
+        self,
+        recipe: Recipe,
+        name: str,
+        dit: SanaWMDiT | None,
+        vae: LTX2VAE,
+        device: torch.device,
         compile: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert isinstance(recipe.model, WorldPreset)
         self.recipe, self.preset, self.device = recipe, recipe.model, device
         self.name, self.reason, self.library = name, f"PyTorch {torch.__version__}", "cudnn"

@@ -99,17 +99,19 @@ class TrtBackend(Backend):
         self.memory.add("trying its caches in place")
         self._load(others, self.device)
         self._plans.clear()
-        self.memory.add(
-            "loading the DiT", "weights, context", "weights, dit", "weights, text_encoder", "DiT working memory",
-            KEPT_WINDOWS,
-        )  # fmt: skip
-        if found := [size for network in self.networks.values() for size in getattr(network, "windows", ())]:
-            self.sizes[KEPT_WINDOWS] = sum(found)
-        self.windows = {"layers": len(found), "of": self.preset.dit.layers} if kept_windows else {}
+        terms = ("weights, context", "weights, dit", "weights, text_encoder", "DiT working memory", KEPT_WINDOWS)
+        self.memory.add("loading the DiT", *terms)
+        self.windows = self._windows() if kept_windows else {}
         if "dit" in self.networks:
             self.passes = self._new_passes(cuda_graphs)
             self.sizes["static buffers"] = self.passes.static_bytes
         self.memory.add("its buffers", "static buffers")
+
+    def _windows(self) -> dict[str, int]:
+        """See Backend.windows."""
+        found = [size for network in self.networks.values() for size in getattr(network, "windows", ())]
+        self.sizes[KEPT_WINDOWS] = sum(found)
+        return {"layers": len(found), "of": self.preset.dit.layers}
 
     def _new_passes(self, cuda_graphs: bool) -> Passes:
         captured = partial(self.memory.add, "a pass and its CUDA graph", "prompts' K/V and embeddings", "solver")
