@@ -12,7 +12,11 @@ from longtake.formats.memory import Budget, Place, Use
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
 from longtake.machine.nvml import nvml
 from longtake.runtime.budget.use import budget_of
-from longtake.runtime.budget.windows import ASKED, FITTING, window_bytes, windows_that_fit
+from longtake.runtime.budget.windows import window_bytes
+from longtake.training.models.presets import Preset
+
+SPARE_BYTES = 1_000_000_000  # left free: what a budget estimates may be more, and others use the GPU, too
+ASKED, FITTING = "as asked", "as the memory that is free allows"
 
 
 def free_memory(device: torch.device) -> tuple[str, int]:
@@ -26,6 +30,18 @@ def free_memory(device: torch.device) -> tuple[str, int]:
             return name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
     except Exception:  # NVML raises its own types, and may be missing
         return name, int(torch.cuda.mem_get_info(index)[0])
+
+
+def windows_that_fit(recipe: Recipe, use: Use, free: int, sessions: int = 1, preset: Preset | None = None) -> int:
+    """Layers whose window may stay laid out in what is left of `free` bytes once `use` has all it takes, and sessions beside
+    it their caches. None under guidance: two caches take turns then, and every pass finds the other one's window."""
+    size = window_bytes(recipe, preset)
+    if not size or use.guided:
+        return 0
+    budget = budget_of(recipe, replace(use, kept_windows=0), preset)
+    caches = sum(term.bytes for term in budget.terms if "cache" in term.name and term.place == "generate")
+    left = free - budget.peak["generate"] - (sessions - 1) * caches - SPARE_BYTES
+    return max(0, min((preset or recipe.model).dit.layers, left // size))
 
 
 def kept_windows(

@@ -19,8 +19,9 @@ from longtake.runtime.bench import engine_side
 from longtake.runtime.bench.options import BenchOptions
 from longtake.runtime.bench.result import report_of, table
 from longtake.runtime.budget import check
+from longtake.runtime.budget.check import SPARE_BYTES, windows_that_fit
 from longtake.runtime.budget.use import budget_of
-from longtake.runtime.budget.windows import SPARE_BYTES, window_bytes, windows_that_fit
+from longtake.runtime.budget.windows import window_bytes
 from longtake.runtime.sources import OpenOptions, Source, backend_from_source
 
 LARGE = recipe_named("wan2.2-ti2v-5b_fp8_sm90")
