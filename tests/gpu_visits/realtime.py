@@ -2,13 +2,16 @@
 
     python tests/gpu_visits/realtime.py tree         # where git is: the code before into build/house/before, for `write`
     python tests/gpu_visits/realtime.py test         # GPU tests of what is new here
-    python tests/gpu_visits/realtime.py build        # graphs and plans of the recipes below, for one and for two ranks
+    python tests/gpu_visits/realtime.py build        # graphs and plans for one and for two ranks, 8-bit convolutions
+    python tests/gpu_visits/realtime.py build_w4a16  # ... with 4-bit weights
+    python tests/gpu_visits/realtime.py build_world  # ... of SANA-WM
     python tests/gpu_visits/realtime.py conv8        # 8-bit convolutions with PyTorch, eager and compiled, in the same run
     python tests/gpu_visits/realtime.py windows      # no window kept, ten, and as many as the memory allows
     python tests/gpu_visits/realtime.py steps2       # end to end with 2 steps
     python tests/gpu_visits/realtime.py ranks        # one video on two GPUs beside one, 8-bit convolutions
     python tests/gpu_visits/realtime.py write        # the cache write alone, before and after: its launches, and whether its bits are the same
-    python tests/gpu_visits/realtime.py world        # SANA-WM at full size and the tiny one, PyTorch in the same run
+    python tests/gpu_visits/realtime.py world        # SANA-WM at full size with PyTorch, eager and compiled
+    python tests/gpu_visits/realtime.py world_tiny   # the small one likewise
     python tests/gpu_visits/realtime.py w4a16        # 4-bit weights beside compiled bf16 in the same run
 
 JSON goes to docs/measurements, or to --out. `windows` is before and after of one card in one visit. `--tiny` takes the small
@@ -46,7 +49,8 @@ def recipe(name: str, tiny: bool) -> str:
     return str(library.relative_to(ROOT)) if library.is_file() else name
 
 
-FP8, CONV8, W4A16 = "wan2.2-ti2v-5b_fp8_sm90", "wan2.2-ti2v-5b_fp8_conv8_sm90", "wan2.2-ti2v-5b_w4a16_sm90"
+CONV8, W4A16 = "wan2.2-ti2v-5b_fp8_conv8_sm90", "wan2.2-ti2v-5b_w4a16_sm90"
+WORLD, WORLD_TINY = "sana-wm_bf16_sm90", "world-tiny_bf16_sm90"
 
 
 def bench(out: Path, name: str, *words: str) -> int:
@@ -70,12 +74,13 @@ def test(out: Path, tiny: bool) -> int:
     return conv8.run(sys.executable, "-m", "pytest", "-m", "gpu", "-q", *files, "tests/runtime/parallel")
 
 
-def build(out: Path, tiny: bool) -> int:
-    codes = []
-    for name, gpus in ((CONV8, "2"), (FP8, "1"), (W4A16, "1")):
+def build(name: str, gpus: str = "1") -> Part:
+    def part(out: Path, tiny: bool) -> int:
         words = ("--recipe", recipe(name, tiny), "--skeleton")
-        codes.append(conv8.longtake("export", *words) or conv8.longtake("engines", *words, "--gpus", gpus))
-    return max(codes)
+        ranks = ("--gpus", gpus) if gpus != "1" else ()
+        return conv8.longtake("export", *words) or conv8.longtake("engines", *words, *ranks)
+
+    return part
 
 
 def conv8_and_torch(out: Path, tiny: bool) -> int:
@@ -132,11 +137,12 @@ def write(out: Path, tiny: bool) -> int:
 
 
 def world(out: Path, tiny: bool) -> int:
-    small = bench(
-        out, "bench_world_tiny_h200", "--recipe", "world-tiny_bf16_sm90", "--against", "torch", "--seconds", "250"
-    )
-    words = ("--recipe", "world-tiny_bf16_sm90" if tiny else "sana-wm_bf16_sm90", "--against", "torch", "--chunks", "3")
-    return max(small, bench(out, "bench_sana_wm_h200", *words, "--seconds", "300"))
+    words = ("--recipe", WORLD_TINY if tiny else WORLD, "--against", "torch", "--chunks", "3")
+    return bench(out, "bench_sana_wm_h200", *words)
+
+
+def world_tiny(out: Path, tiny: bool) -> int:
+    return bench(out, "bench_world_tiny_h200", "--recipe", WORLD_TINY, "--against", "torch")
 
 
 def w4a16(out: Path, tiny: bool) -> int:
@@ -145,8 +151,9 @@ def w4a16(out: Path, tiny: bool) -> int:
 
 
 PARTS: dict[str, Part] = {
-    "tree": tree, "test": test, "build": build, "conv8": conv8_and_torch, "windows": windows, "steps2": steps2, "ranks": ranks,
-    "write": write, "world": world, "w4a16": w4a16,
+    "tree": tree, "test": test, "build": build(CONV8, "2"), "build_w4a16": build(W4A16), "build_world": build(WORLD),
+    "conv8": conv8_and_torch, "windows": windows, "steps2": steps2, "ranks": ranks, "write": write, "world": world,
+    "world_tiny": world_tiny, "w4a16": w4a16,
 }  # fmt: skip
 
 
