@@ -270,8 +270,8 @@ def backend_from_source(
     places |= {"kept_windows": kept} if kept else {}
     opened = backend_from_engines(choice.backend, source.engines, reason=choice.reason, **places)
     opened.weights = source.weights
-    if kept:
-        opened.windows = {**opened.windows, "chosen": chosen}
+    if chosen:
+        opened.windows = {"layers": 0, "of": source.recipe.model.dit.layers, **opened.windows, "chosen": chosen}
         log.info("%(layers)s of %(of)s layers keep their window between passes, %(chosen)s", opened.windows)
     record_arenas(source.engines, opened)
     return opened

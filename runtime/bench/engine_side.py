@@ -86,7 +86,7 @@ def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
     save({"budget": promised})
     started = time.perf_counter()
     backend = open_engines(options, kept)
-    told = {**backend.windows, "chosen": chosen} if backend.windows else {}
+    told = {"layers": 0, "of": options.model.dit.layers, **backend.windows, "chosen": chosen} if chosen else {}
     save({"open_s": round(time.perf_counter() - started, 2), "kept_windows": told})
     try:
         try:

@@ -48,9 +48,9 @@ def kept_windows(
     recipe: Recipe, use: Use, device: torch.device, asked: int | None, sessions: int = 1
 ) -> tuple[int, str]:
     """How many layers keep their attention's window, and why: as many as are asked for and there can be, or as many as fit
-    into what is free on `device` beside all that `use` takes."""
+    into what is free on `device` beside all that `use` takes. (0, "") of a recipe that keeps none."""
     if not window_bytes(recipe):
-        return 0, ASKED
+        return 0, ""
     if asked is not None:
         return min(asked, recipe.model.dit.layers), ASKED
     return windows_that_fit(recipe, use, free_memory(device)[1], sessions), FITTING

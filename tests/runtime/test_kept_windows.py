@@ -74,7 +74,7 @@ class Opened:
     networks: dict[str, Any] = {}
 
     def __init__(self, kept: int) -> None:
-        self.windows = {"layers": kept, "of": LAYERS}
+        self.windows = {"layers": kept, "of": LAYERS} if kept else {}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,8 @@ class Opened:
     [
         (None, 3, 3, "as the memory that is free allows"),
         (5, 8, 5, "as asked"),
-        (0, 8, 0, ""),
+        (0, 8, 0, "as asked"),
+        (None, 0, 0, "as the memory that is free allows"),
         (99, 99, LAYERS, "as asked"),
     ],
 )
