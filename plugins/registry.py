@@ -5,6 +5,8 @@ Importing it imports the references (torch): no CUDA bindings, no TensorRT, no l
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 
 from longtake.errors import LongtakeError
@@ -82,3 +84,9 @@ def op_named(name: str) -> Op:
     if name not in all_ops():
         raise LongtakeError("unknown op", got=name, expected=", ".join(all_ops()))
     return all_ops()[name]
+
+
+def conv_ops(names: Iterable[str]) -> dict[str, int]:
+    """How many of these ops are convolutions that run in what: 8-bit codes, or "bf16"."""
+    ops = [op for op in map(op_named, names) if op.kernel_size]
+    return dict(sorted(Counter(op.codes or "bf16" for op in ops).items()))

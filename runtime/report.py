@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from longtake.files import write_json
 from longtake.formats.memory import Budget
-from longtake.plugins.registry import op_named
+from longtake.plugins.registry import conv_ops
 from longtake.provenance import origin
 from longtake.runtime.backends.base import Backend
 from longtake.training.models.presets import Preset
@@ -31,7 +30,7 @@ class Report:
     start: the picture or clip that the video began with, and where its camera went, {} if it began with nothing.
     decode_device: where the VAE ran. budget: what was announced before the run, term by term ("total_gb", "terms",
     "apart"; see longtake/formats/memory.py), None on a CPU. vae_conv: how many of the VAE decoder's convolutions, those that are
-    ops, ran in which codes.
+    ops, ran in which codes. kept_windows: see `Backend.windows`.
     """
 
     kind: str
@@ -71,6 +70,7 @@ class Report:
     against: dict[str, Any] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
     vae_conv: dict[str, int] = field(default_factory=dict)
+    kept_windows: dict[str, Any] = field(default_factory=dict)
 
 
 def write_report(report: Report, path: Path | str) -> None:
@@ -81,8 +81,9 @@ def write_report(report: Report, path: Path | str) -> None:
 def conv_counts(backend: Any) -> dict[str, int]:
     """Convolutions of the VAE's later steps by what they run in; {} where they are no ops."""
     graph = getattr(getattr(backend, "networks", {}).get("vae_steady"), "exported", None)
-    ops = [op_named(step.name) for step in graph.steps if step.kind == "op"] if graph is not None else []
-    return dict(sorted(Counter(op.codes or "bf16" for op in ops if op.kernel_size).items()))
+    if graph is None:
+        return dict(getattr(backend, "vae_conv", {}))
+    return conv_ops(step.name for step in graph.steps if step.kind == "op")
 
 
 def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[str, Any]:
@@ -108,6 +109,7 @@ def conditions_of_run(backend: Backend, budget: Budget | None = None) -> dict[st
         "decode_device": str(backend.decode_device),
         "budget": budget.as_json() if budget else None,
         "vae_conv": conv_counts(backend),
+        "kept_windows": dict(backend.windows),
         "peak_of": "GPU memory" if on_gpu else "resident memory of the process (CPU)",
     }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_nam
 from longtake.machine.capability import Choice, Machine, backend_for, has_module
 from longtake.machine.machine import machine_here
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.budget.check import check_memory
+from longtake.runtime.budget.check import check_memory, check_ranks, kept_windows
 from longtake.runtime.budget.measured import record_arenas
 from longtake.runtime.budget.use import budget_of
 from longtake.training.models.presets import SamplingConfig
@@ -208,7 +209,8 @@ class OpenOptions:
     guided: with classifier-free guidance (a second cache); None stands for the preset's own. encode: from a picture or
     clip. check: refuse what does not fit the memory that is free. runs: whether it will compute anything.
     force: take an export that failed its comparison with PyTorch. say: is told what is taken unchecked.
-    gpus: how many of this machine share a stream of video (runtime/parallel).
+    gpus: how many of this machine share a stream of video (runtime/parallel). kept_windows: layers that keep their attention's
+    window between passes; None: as many as the memory that is free allows. sessions: that will be open at a time.
     """
 
     guided: bool | None = None
@@ -219,6 +221,8 @@ class OpenOptions:
     force: bool = False
     say: Callable[[str], None] = log.warning
     gpus: int = 1
+    kept_windows: int | None = None
+    sessions: int = 1
 
 
 NOTHING_SPECIAL = OpenOptions()
@@ -241,7 +245,8 @@ def backend_from_source(
         from longtake.runtime.parallel.choose import shared_backend
 
         held = source.recipe, source.engines, source.checkpoints, source.weights
-        return shared_backend(*held, asked, device, decode_device, opening.gpus)
+        before = partial(_announce_ranks, source, opening)
+        return shared_backend(*held, asked, device, decode_device, opening.gpus, before)
     if asked == ORACLE:
         from longtake.runtime.backends.torch_oracle import TorchBackend
 
@@ -260,28 +265,47 @@ def backend_from_source(
         return reference
     generate = torch.device(device or "cuda:0")
     decode = None if decode_device is None else torch.device(decode_device)
-    _announce_memory(source, opening, generate, decode)
+    kept, chosen = _announce_memory(source, opening, generate, decode)
     from longtake.runtime.backends.trt.open import backend_from_engines
 
     places: dict[str, Any] = {"device": generate, "decode_device": decode, "checkpoints": source.checkpoints}
+    places |= {"kept_windows": kept} if kept else {}
     opened = backend_from_engines(choice.backend, source.engines, reason=choice.reason, **places)
     opened.weights = source.weights
+    if chosen:
+        opened.windows = {"layers": 0, "of": source.recipe.model.dit.layers, **opened.windows, "chosen": chosen}
+        log.info("%(layers)s of %(of)s layers keep their window between passes, %(chosen)s", opened.windows)
     record_arenas(source.engines, opened)
     return opened
 
 
 def _announce_memory(
     source: Source, opening: OpenOptions, device: torch.device, decode_device: torch.device | None
-) -> None:
-    """Announce the memory budget, and raise LongtakeError if it is not free."""
+) -> tuple[int, str]:
+    """Announce the memory budget, and raise LongtakeError if it is not free. How many layers keep their windows, and why."""
     recipe = source.recipe
-    sampling = source.sampling or recipe.model.sampling
-    guided = sampling.guidance != 1.0 if opening.guided is None else opening.guided
     apart = decode_device is not None and (decode_device.index or 0) != (device.index or 0)
-    use = Use(guided=guided, decode_apart=apart, encode=opening.encode, engines=source.engines, recorded=source.memory)
+    use = replace(_use_of(source, opening), decode_apart=apart)
+    kept, chosen = kept_windows(recipe, use, device, opening.kept_windows, opening.sessions)
+    use = replace(use, kept_windows=kept)
     opening.announce(budget_of(recipe, use))
     if opening.check:
         check_memory(recipe, use, device, decode_device)
+    return kept, chosen
+
+
+def _announce_ranks(source: Source, opening: OpenOptions, devices: Sequence[str]) -> None:
+    """The same of engines on several GPUs that share a video: what each of them must have free."""
+    use = replace(_use_of(source, opening), ranks=len(devices))
+    opening.announce(budget_of(source.recipe, use))
+    if opening.check:
+        check_ranks(source.recipe, use, devices)
+
+
+def _use_of(source: Source, opening: OpenOptions) -> Use:
+    sampling = source.sampling or source.recipe.model.sampling
+    guided = sampling.guidance != 1.0 if opening.guided is None else opening.guided
+    return Use(guided=guided, encode=opening.encode, engines=source.engines, recorded=source.memory)
 
 
 def _require_device(backend: str, device: torch.device | str | None, option: str) -> None:

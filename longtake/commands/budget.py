@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from longtake.errors import LongtakeError
 from longtake.formats.memory import Use, budget_table
 from longtake.formats.recipe import Recipe, recipe_named
-from longtake.options import Command, option
-from longtake.runtime.budget.check import check_memory
+from longtake.options import Bounds, Command, check, option
+from longtake.runtime.budget.check import check_memory, check_ranks
 from longtake.runtime.budget.use import budget_of
+from longtake.runtime.parallel.open import require_cut, require_devices, require_split
 from longtake.runtime.sources import Source, source_from_bundle, source_from_name, source_of_recipe
 from longtake.training.models.presets import SamplingConfig
 
 EPILOG = """examples:
   longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90
   longtake budget --recipe wan2.2-ti2v-5b_bf16_sm90 --guidance 3 --decode-device cuda:1
+  longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90 --gpus 2
   longtake budget --engines build/models/tiny-4step/tiny_w4a16_sm90/engines
 
 Engines that are built make more of the figures exact. Guidance other than 1 takes a second K/V cache; the export of a
@@ -44,13 +47,29 @@ class BudgetOptions:
     """check against this GPU (default: the first, if any)"""
     decode_device: str | None = option(None, metavar="cuda:N")
     """the GPU that decodes (default: the same)"""
+    gpus: Annotated[int, Bounds(1)] = option(1, metavar="P")
+    """GPUs that share the video: what the first of them takes, which takes the most (docs/multi-gpu.md)"""
     json: bool = option(False)
     """print JSON"""
+
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for what is out of bounds, and for two ways to use a second GPU."""
+        check(self)
+        if self.gpus > 1 and (self.decode_device or self.device):
+            raise LongtakeError(
+                "GPUs that share a video share its VAE, too, and are the first of this machine",
+                got=f"--gpus {self.gpus} with {'--decode-device' if self.decode_device else '--device'}",
+                expected="--gpus alone",
+                fix="leave one out",
+            )
 
 
 def run(options: BudgetOptions) -> int:
     """Print the budget; raise LongtakeError if it doesn't fit the GPU that is there."""
     recipe, source = _recipe(options)
+    if options.gpus > 1:
+        require_split(recipe.model, options.gpus)
+        require_cut(recipe, options.gpus)
     guidance, whose = _guidance(options.guidance, recipe, source.sampling if source else None)
     use = Use(
         guided=guidance != 1.0,
@@ -58,13 +77,16 @@ def run(options: BudgetOptions) -> int:
         encode=options.image,
         engines=source.engines if source else None,
         recorded=source.memory if source else (),
+        ranks=options.gpus,
     )
     budget = budget_of(recipe, use)
     if options.json:
         print(json.dumps({**budget.as_json(), "guidance": guidance}, indent=2), flush=True)
     else:
         print(f"{budget_table(budget)}\nguidance {guidance:g} ({whose})", flush=True)
-    if torch.cuda.is_available() or options.device is not None:
+    if options.gpus > 1 and torch.cuda.is_available():
+        check_ranks(recipe, use, require_devices(options.gpus, None))
+    elif torch.cuda.is_available() or options.device is not None:
         device = cuda_device(options.device or "cuda:0")
         check_memory(recipe, use, device, cuda_device(options.decode_device) if options.decode_device else None)
         if not options.json:

@@ -63,6 +63,7 @@ def _open_options(options: GenerateOptions, story: Story | None) -> OpenOptions:
         force=options.force,
         say=lambda line: print(line, file=sys.stderr),
         gpus=options.gpus,
+        kept_windows=options.kept_windows,
     )
 
 

@@ -52,6 +52,8 @@ class ModelOptions:
     """another GPU for the VAE (default: the same)"""
     sessions_per_worker: Annotated[int, Bounds(1, 64)] = option(1, metavar="N")
     """sessions at a time on one device, in turn; on a GPU no more than fit"""
+    kept_windows: Annotated[int, Bounds(0)] | None = option(None, metavar="LAYERS")
+    """layers that keep their window laid out between the passes of a chunk (default: as many as the memory allows)"""
     codec: Annotated[str, OneOf(("h264", "vp9", "av1"))] = option("h264")
     """how video is encoded unless a client asks otherwise"""
 
@@ -102,7 +104,7 @@ class RayOptions:
     fronts: Annotated[int, Bounds(1, 64)] = option(1, metavar="N")
     """processes that hold sockets (with --ray)"""
     gpus: Annotated[int, Bounds(0, 8)] = option(0, metavar="N")
-    """GPUs that share every video (docs/multi-gpu.md); with --ray, GPUs of each worker, 0 for a CPU"""
+    """GPUs that share every video (docs/multi-gpu.md); with --ray, of each worker; 0 for a CPU"""
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -140,18 +142,39 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         traces=door.traces,
         limits=limits,
     )
-    opening, bounds = partial(opened, model, 1 if ray.ray else ray.gpus or 1), ray.bounds
+    opening, bounds = partial(opened, model, ray.gpus or 1), ray.bounds
     if not ray.ray:
         return serve(settings, opening, announced)
     if importlib.util.find_spec("ray") is None:
         raise UnavailableError("--ray needs Ray Serve", got="no ray", fix="pip install 'longtake[serve,scale]'")
     from longtake.runtime.serve.ray_app import serve_ray
 
+    require_shared(model, ray.gpus)
     if (
         model.engines is None
     ):  # built once, here, before the workers look for it; on another machine they build their own
-        ready(model.model or STUDENT, model.backend, lambda words: None)
-    return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, ray.gpus))
+        ready(model.model or STUDENT, "reference" if ray.gpus > 1 else model.backend, lambda words: None)
+    return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, 0 if model.device == "cpu" else ray.gpus))
+
+
+def require_shared(model: ModelOptions, gpus: int) -> None:
+    """Raise LongtakeError for what a worker with `gpus` GPUs would refuse: Ray would start it again and again."""
+    if gpus < 2:
+        return
+    from longtake.preparation import model_and_recipe
+    from longtake.runtime.parallel.choose import require_shareable
+    from longtake.runtime.parallel.open import require_split
+    from longtake.runtime.sources import source_from_name
+    from longtake.training.models.preset_files import preset_named
+
+    require_shareable(model.backend, model.decode_device, gpus)
+    name = model.model or STUDENT
+    preset = (
+        source_from_name(model.engines).recipe.model
+        if model.engines
+        else preset_named(model_and_recipe(name)[0].preset)
+    )
+    require_split(preset, gpus)
 
 
 def announced(address: str) -> None:
@@ -176,7 +199,9 @@ def opened(model: ModelOptions, gpus: int, say: Say) -> Generator:
         model.backend,
         model.device,
         model.decode_device,
-        OpenOptions(force=model.force, say=say, gpus=gpus),
+        OpenOptions(
+            force=model.force, say=say, gpus=gpus, kept_windows=model.kept_windows, sessions=model.sessions_per_worker
+        ),
         checkpoints=model.checkpoints,
     )
 

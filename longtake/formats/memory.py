@@ -34,6 +34,7 @@ DECODER = ("vae_first", "vae_steady")
 LANES = {"denoise": PLAIN, "decode": DECODER}
 WORKING = {"denoise": "DiT working memory", "decode": "VAE working memory"}
 DECODER_CACHES, TWICE = "VAE caches", "caches twice"
+KEPT_WINDOWS = "kept windows"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class RecordedTerm:
 class Use:
     """How a recipe will be used. guided: a second cache, for the negative prompt. decode_apart: on another GPU.
 
-    engines: folder of plans, or None. recorded: the terms that their bundle records; () to work them out.
+    engines: folder of plans, or None. recorded: the terms that their bundle records; () to work them out. kept_windows: how
+    many layers keep their attention's window between passes. ranks: GPUs that share it; it is then the first one's, which
+    takes the most.
     """
 
     guided: bool = False
@@ -69,16 +72,20 @@ class Use:
     encode: bool = False
     engines: Path | None = None
     recorded: tuple[RecordedTerm, ...] = ()
+    kept_windows: int = 0
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What `recipe` takes. `apart`: what is taken at other times than the rest (the text encoder, the VAE encoder)."""
+    """What `recipe` takes. `apart`: what is taken at other times than the rest (the text encoder, the VAE encoder). ranks: GPUs
+    that share it, of the first of which this is."""
 
     recipe: str
     terms: tuple[Term, ...]
     apart: tuple[Term, ...] = ()
     one_gpu: bool = True
+    ranks: int = 1
 
     def total(self, place: Place | None = None) -> int:
         """Bytes of all terms, or of those on one of two GPUs."""
@@ -120,7 +127,9 @@ def added_up(recipe: str, terms: Iterable[RecordedTerm], use: Use, measured: Map
     if use.decode_apart:
         own.append(Term("CUDA context (decode)", CUDA_CONTEXT_BYTES, "estimated", "decode"))
     apart = [*by_time.get("prompt", ()), *(by_time.get("encode", ()) if use.encode else ())]
-    return Budget(recipe, tuple(own), tuple(Term(t.name, t.bytes, t.known) for t in apart), not use.decode_apart)
+    return Budget(
+        recipe, tuple(own), tuple(Term(t.name, t.bytes, t.known) for t in apart), not use.decode_apart, use.ranks
+    )
 
 
 def _refined(term: RecordedTerm, measured: Mapping[str, int]) -> RecordedTerm:
@@ -142,7 +151,10 @@ def budget_table(budget: Budget) -> str:
     rows = [
         (term.name, term.bytes, term.known + ("" if budget.one_gpu else f", {term.place} GPU")) for term in budget.terms
     ]
-    lines = [f"memory on the GPU, {budget.recipe}:"]
+    where = (
+        "the GPU" if budget.ranks == 1 else f"the first of {budget.ranks} GPUs that share a video, which takes the most"
+    )
+    lines = [f"memory on {where}, {budget.recipe}:"]
     lines += [f"  {name:34} {size / 1e9:8.3f} GB  {known}" for name, size, known in rows]
     if budget.one_gpu:
         lines.append(f"  {'all of it':34} {budget.total() / 1e9:8.3f} GB")

@@ -1,5 +1,5 @@
 // Quantize one block's K and V into slot *write_slot of the cache, in place. Outside 0..slots-1 nothing is touched.
-// k, v [L,H,D]; values [S,2,L,H,D/2], scales [S,2,L,H,D/16], amax [S,2] or cache [S,2,L,H,D]. gridDim.y: 0 is K, 1 is V.
+// k, v [L,H,D]; values [S,2,L,H,D/2], scales [S,2,L,H,D/16], amax [S,2] or cache [S,2,L,H,D]. Pane 0 is K, 1 is V.
 // A unit is 16 elements along D; `units` counts those of K (as many as of V).
 #if CACHE_NVFP4
 #include "codec.cuh"
@@ -27,20 +27,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) kv_cache_amax(
   if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = largest;
 }
 
-// Second launch: every thread block finishes the reduction for itself (partials <= THREADS), then packs its units.
+// Second launch: every thread block finishes the reduction for itself (partials <= THREADS), then packs its units. It goes from
+// the last units to the first ones, of K and V in turn: what the first launch read last still lies in the L2 cache.
 extern "C" __global__ void __launch_bounds__(THREADS) kv_cache_pack(
     const compute_t* __restrict__ k, const compute_t* __restrict__ v, const int* __restrict__ write_slot,
     const float* __restrict__ partial, unsigned char* __restrict__ values, unsigned char* __restrict__ scales,
     float* __restrict__ amax, int slots, int units, int partials) {
   const int slot = *write_slot;
   if (slot < 0 || slot >= slots) return;
-  const int pane = slot * 2 + blockIdx.y;
-  const float largest = block_max((int)threadIdx.x < partials ? partial[blockIdx.y * partials + threadIdx.x] : 0.0f);
-  if (blockIdx.x == 0 && threadIdx.x == 0) amax[pane] = largest;
-  const int unit = blockIdx.x * THREADS + threadIdx.x;
+  const int back = gridDim.x - 1 - blockIdx.x, which = back & 1, block = back >> 1;
+  const int pane = slot * 2 + which;
+  const float largest = block_max((int)threadIdx.x < partials ? partial[which * partials + threadIdx.x] : 0.0f);
+  if (block == 0 && threadIdx.x == 0) amax[pane] = largest;
+  const int unit = block * THREADS + threadIdx.x;
   if (unit >= units) return;
   float x[16];
-  load16((blockIdx.y ? v : k) + (size_t)unit * 16, x);
+  load16((which ? v : k) + (size_t)unit * 16, x);
   const Packed16 packed = pack16_mse(x, largest);
   const size_t place = (size_t)pane * units + unit;
   reinterpret_cast<uint2*>(values)[place] = make_uint2(packed.low, packed.high);

@@ -45,7 +45,7 @@ def _calls_nvfp4(dims: Dims) -> tuple[Call, ...]:
     packed = (*read, "values", "scales", "amax", slots, units, partials)
     return (
         Call("kv_cache_amax", (partials, 2), THREADS, (*read, slots, units)),
-        Call("kv_cache_pack", (blocks_of(units, THREADS), 2), THREADS, packed),
+        Call("kv_cache_pack", (2 * blocks_of(units, THREADS), 1), THREADS, packed),
     )
 
 

@@ -29,14 +29,27 @@ __device__ __forceinline__ Level decoded(float scaled, float amax) {
   return {product, __fdiv_rn(product, LIMIT_E2M1 * LIMIT_E4M3)};
 }
 
-// The level of magnitude code 0..7, from those of 1 and 3/2: the others are these times a power of two, which is exact,
-// or so small (amax below 1e-30) that every squared error is 0. So a block needs two divisions, not one an element.
-__device__ __forceinline__ float level_of(unsigned int code, const Level& one, const Level& one_and_half) {
-  const bool odd = (code & 1u) && code > 1u;
-  const float power = __uint_as_float((126u + (code >> 1)) << 23);
-  const float product = __fmul_rn(odd ? one_and_half.product : one.product, power);
-  const float quotient = __fmul_rn(odd ? one_and_half.quotient : one.quotient, power);
-  return code == 0u ? 0.0f : product <= 3.402823466e38f ? quotient : product;
+// A number rounded to E2M1's magnitudes, half to even, as fp32 and as its code. At and above 2^23 of its steps fp32 has the
+// step itself as its last place: adding that much rounds, and the sum's last bits are the count of steps. (One addition where
+// rintf and a conversion to integer would take a unit of a quarter of the rate each.)
+struct Rounded {
+  float magnitude;
+  unsigned int code;
+};
+
+__device__ __forceinline__ Rounded e2m1_rounded(float x) {
+  const float magnitude = fminf(fabsf(x), 6.0f);
+  const unsigned int binade = max(__float_as_uint(magnitude) >> 23, 127u);
+  const float steps = __uint_as_float((binade + 22u) << 23);
+  const float sum = __fadd_rn(magnitude, steps);
+  return {__fsub_rn(sum, steps), (2u * (binade - 127u) + (__float_as_uint(sum) & 7u)) | (x < 0.0f ? 8u : 0u)};
+}
+
+// What a rounded magnitude decodes to, from what 1 and 3/2 do: the others are these times a power of two, which is exact, or so
+// small (amax below 1e-30) that every squared error is 0. So a block needs two divisions, not one an element.
+__device__ __forceinline__ float level_of(float magnitude, float one, float one_and_half) {
+  const unsigned int bits = __float_as_uint(magnitude);
+  return __fmul_rn(bits & 0x400000u ? one_and_half : one, __uint_as_float(bits & 0x7f800000u));
 }
 
 // Quantize with block scale `code`; returns the sum of squared errors, added up pairwise by halves (8, 4, 2, 1).
@@ -45,13 +58,19 @@ __device__ __forceinline__ float pack16_with_scale(
   const float scale = float_from_e4m3(code);
   const float inverse = scale == 0.0f ? 0.0f : __fdiv_rn(1.0f, __fmul_rn(decode, scale));
   const Level one = decoded(scale, amax), one_and_half = decoded(__fmul_rn(1.5f, scale), amax);
+  const bool huge = !(__fmul_rn(one_and_half.product, 4.0f) <= 3.402823466e38f);  // then products decide, level by level
   float error[16];
   packed.low = packed.high = 0, packed.scale = code;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const unsigned int e2m1 = scale == 0.0f ? 0u : e2m1_from_float(__fmul_rn(x[i], inverse));
-    (i < 8 ? packed.low : packed.high) |= e2m1 << (4 * (i & 7));
-    const float difference = __fsub_rn(level_of(e2m1 & 7u, one, one_and_half), fabsf(x[i]));
+    const Rounded e2m1 = e2m1_rounded(scale == 0.0f ? 0.0f : __fmul_rn(x[i], inverse));
+    (i < 8 ? packed.low : packed.high) |= e2m1.code << (4 * (i & 7));
+    float level = level_of(e2m1.magnitude, one.quotient, one_and_half.quotient);
+    if (huge) {
+      const float product = level_of(e2m1.magnitude, one.product, one_and_half.product);
+      level = e2m1.magnitude == 0.0f ? 0.0f : product <= 3.402823466e38f ? level : product;
+    }
+    const float difference = __fsub_rn(level, fabsf(x[i]));
     error[i] = __fmul_rn(difference, difference);
   }
 #pragma unroll

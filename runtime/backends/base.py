@@ -61,6 +61,7 @@ class Backend(ABC):
     failure: why it runs no more networks, whoever asks; None while it does.
     networks, sizes, twice_bytes, memory_rows: of a backend on TensorRT plans, what the memory budget is compared with: the
     loaded networks by name, bytes by the name of the budget's term, bytes of caches kept twice, and `MemoryLog.rows`.
+    windows: how many layers keep their attention's window between passes ("layers", "of"), and why so many ("chosen").
     """
 
     name: str = ""
@@ -76,11 +77,17 @@ class Backend(ABC):
     sizes: Mapping[str, int] = {}
     twice_bytes: int = 0
     memory_rows: Sequence[Mapping[str, Any]] = ()
+    windows: Mapping[str, Any] = {}
 
     @cached_property
     def decode_device(self) -> torch.device:
         """Where the VAE decoder runs."""
         return self.device
+
+    @cached_property
+    def vae_conv(self) -> Mapping[str, int]:
+        """How many convolutions of the VAE decoder's later steps run in what, where that is known without its segments."""
+        return {}
 
     @cached_property
     def specs(self) -> dict[str, NetworkSpec]:

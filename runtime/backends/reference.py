@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from longtake.accuracy.ort_session import session_from_view
 from longtake.formats.exported import Export
+from longtake.formats.onnx_file import read_onnx
 from longtake.formats.recipe import Recipe
+from longtake.plugins.registry import conv_ops
+from longtake.plugins.spec import DOMAIN
 from longtake.runtime.backends.host import HostBackend
 from longtake.training.models.presets import Preset
 
@@ -45,6 +49,15 @@ class ReferenceBackend(HostBackend):
             for name in self._views:
                 if not name.startswith("vae_encoder"):  # opened when a video starts from a picture or clip
                     self._session(name)
+
+    @cached_property
+    def vae_conv(self) -> Mapping[str, int]:
+        """See Backend.vae_conv: of the ops in the exported graph."""
+        if self.recipe.vae_ops != "library":
+            return {}
+        view = self._views["vae_steady"]
+        nodes = read_onnx(view.with_name("vae_steady.onnx"), "none").graph.node
+        return conv_ops(node.op_type for node in nodes if node.domain == DOMAIN)
 
     def has(self, network: str) -> bool:
         """See Backend.has."""

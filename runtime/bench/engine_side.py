@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longtake.formats.bundle import Bundle
+from longtake.formats.memory import Use
 from longtake.formats.model_name import folder_of
 from longtake.runtime.backends.base import Backend
 from longtake.runtime.bench.gpu import device_from_name
@@ -38,8 +40,9 @@ def export_folder(options: BenchOptions) -> Path:
     return folder_of(Path(recipe.model.checkpoints).name if on_cpu else SKELETON, recipe) / "onnx"
 
 
-def open_engines(options: BenchOptions) -> Backend:
-    """The recipe's backend: its plans with random weights on a GPU; without one, ONNX Runtime on an exported package."""
+def open_engines(options: BenchOptions, kept: int = 0) -> Backend:
+    """The recipe's backend: its plans with random weights on a GPU; without one, ONNX Runtime on an exported package.
+    kept: how many layers keep their window."""
     device = device_from_name(options.device)
     if device.type == "cpu":
         from longtake.runtime.backends.reference import ReferenceBackend
@@ -58,7 +61,7 @@ def open_engines(options: BenchOptions) -> Backend:
         reason="random weights made on the device",
         networks=wanted,
         decode_device=decode_device,
-        kept_windows=options.kept_windows,
+        kept_windows=kept,
         weights={name: random_weights(onnx / f"{name}.onnx", place) for name, place in places.items()},
     )
 
@@ -78,11 +81,13 @@ def dit_networks(preset: Preset) -> tuple[str, ...]:
 
 def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
     """The figures of our side."""
-    promised = attempt(lambda: budget(options))  # before anything is allocated
+    kept, chosen = windows(options)  # before anything is allocated
+    promised = attempt(lambda: budget(options, kept))
     save({"budget": promised})
     started = time.perf_counter()
-    backend = open_engines(options)
-    save({"open_s": round(time.perf_counter() - started, 2)})
+    backend = open_engines(options, kept)
+    told = {"layers": 0, "of": options.model.dit.layers, **backend.windows, "chosen": chosen} if chosen else {}
+    save({"open_s": round(time.perf_counter() - started, 2), "kept_windows": told})
     try:
         try:
             figures = measure(backend, options, save)
@@ -98,23 +103,37 @@ def measure_engine(options: BenchOptions, save: Save) -> dict[str, Any]:
         backend.close()
 
 
-def budget(options: BenchOptions) -> dict[str, Any]:
+def windows(options: BenchOptions) -> tuple[int, str]:
+    """How many layers keep their window, and why; none without a GPU or the DiT."""
+    from longtake.runtime.budget.check import kept_windows
+
+    device = device_from_name(options.device)
+    if device.type == "cpu" or "dit" not in options.networks:
+        return 0, ""
+    return kept_windows(options.the_recipe, use_of(options), device, options.kept_windows)
+
+
+def budget(options: BenchOptions, kept: int) -> dict[str, Any]:
     """What `longtake budget` promises for this run."""
-    from longtake.formats.memory import Use, gigabytes
+    from longtake.formats.memory import gigabytes
     from longtake.runtime.budget.use import budget_of
 
+    promised = budget_of(options.the_recipe, replace(use_of(options), kept_windows=kept))
+    apart = {} if promised.one_gpu else {f"{place}_gb": gigabytes(promised.total(place)) for place in promised.peak}
+    return promised.as_json() | apart
+
+
+def use_of(options: BenchOptions) -> Use:
+    """What is run, for the budget."""
     folder = engine_folder(options)
     built = Bundle.read(folder) if (folder / "bundle.json").is_file() else None
-    use = Use(
+    return Use(
         decode="vae" in options.networks,
         encode="vae_encoder_first" in dit_networks(options.model),
         decode_apart=bool(options.decode_device),
         engines=folder if built else None,
         recorded=built.memory if built else (),
     )
-    promised = budget_of(options.the_recipe, use)
-    apart = {} if promised.one_gpu else {f"{place}_gb": gigabytes(promised.total(place)) for place in promised.peak}
-    return promised.as_json() | apart
 
 
 def memory(backend: Backend, options: BenchOptions, promised: dict[str, Any]) -> dict[str, Any]:

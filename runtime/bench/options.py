@@ -13,7 +13,7 @@ from longtake.training.models.presets import Preset
 
 NETWORKS = ("dit", "vae")
 AGAINST = ("torch",)
-PLAIN = ("wan",)  # the families whose networks are written out in plain PyTorch, to be measured against
+PLAIN = ("wan", "sana_wm")  # the families whose networks are written out in plain PyTorch, to be measured against
 # Parts in the order they run, each in a process of its own: its memory is its own, and its failure or delay as well.
 PARTS = ("engine", "ranks", "torch", "torch_vae", "torch_compile", "torch_autotune")
 
@@ -51,8 +51,8 @@ class BenchOptions:
     """decode on this GPU (default: the same)"""
     gpus: Annotated[int, Bounds(1)] = option(1, metavar="P")
     """measure one video on P GPUs in the same run, too (segmented recipes; with --device cpu, on processes in PyTorch)"""
-    kept_windows: Annotated[int, Bounds(0)] = option(0, metavar="LAYERS")
-    """layers that keep their window laid out between the passes of a chunk (0.2 GB each for the 5B; one GPU, FP8 attention)"""
+    kept_windows: Annotated[int, Bounds(0)] | None = option(None, metavar="LAYERS")
+    """layers that keep their window laid out between the passes of a chunk (default: as many as the memory allows)"""
     out: str = option("", metavar="FOLDER")
     """where reports are written (default: runs/bench/RECIPE)"""
     seconds: Annotated[int, Bounds(10)] = option(540, metavar="S")

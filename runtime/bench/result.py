@@ -60,6 +60,8 @@ def report_of(options: BenchOptions, parts: dict[str, Figures]) -> Figures:
         "peak_gb": ours.get("peak_gb"),
         "peak_of": "GPU memory of the process, from the driver" if machine.get("gpu") else "resident memory (CPU)",
         "budget": budget_beside(ours),
+        "vae_conv": ours.get("vae_conv", {}),
+        "kept_windows": ours.get("kept_windows", {}),
         "agreement": agreement(parts),
         "roofline": roofline(recipe, options.steps, machine.get("gpu"), ours.get("stage_ms", {})),
         "error": ours.get("error"),
@@ -121,13 +123,16 @@ def table(report: Figures) -> str:
     if not report["product_figures"]:
         rows.append("CPU timings: they show that the benchmark runs, and nothing else")
     rows.append(f"  {'':22} {'DiT':>9} {'VAE':>9} {'serial':>9} {'overlap':>9} {'first s':>9} {'peak GB':>9}")
-    for name, side in {"engine": report["engine"], **report["against"]}.items():
-        rows.append(_side_row(name if name != "engine" else f"longtake {side.get('backend', '')}", side))
+    rows += [_side_row(name, side) for name, side in _sides(report).items()]
     rows.append(f"  {'':22} frames a second, steady state; first chunk with warm networks and an empty cache")
     rows += [f"  {name:28} {value:6.3f}x" for name, value in report["ratio"].items()]
     rows += [_roofline_row(name, row) for name, row in report["roofline"].items()]
     stages = "  ".join(f"{name} {ms:.2f}" for name, ms in report["stage_ms"].items())
     rows.append(f"  milliseconds: {stages}")
+    if counts := [f"{name} {_counts(side)}" for name, side in _sides(report).items() if side.get("vae_conv")]:
+        rows.append(f"  convolutions of the VAE: {'; '.join(counts)}")
+    if kept := report["kept_windows"]:
+        rows.append(f"  windows kept between passes: {kept['layers']} of {kept['of']} layers, {kept['chosen']}")
     ranks = report["against"].get("ranks", {})
     if told := ranks.get("communication"):
         rows.append(f"  a clean pass on {ranks['gpus']} GPUs, step by step, in ms: {told}")
@@ -163,6 +168,14 @@ def memory_lines(memory: Figures) -> list[str]:
         measured = "-" if row["measured_gb"] is None else f"{row['measured_gb']:.3f}"
         lines.append(f"  {row['term']:32} {row['promised_gb']:8.3f} {measured:>8}  {row['known']}")
     return lines
+
+
+def _sides(report: Figures) -> dict[str, Figures]:
+    return {f"longtake {report['engine'].get('backend', '')}": report["engine"], **report["against"]}
+
+
+def _counts(side: Figures) -> str:
+    return ", ".join(f"{count} in {codes}" for codes, count in side["vae_conv"].items())
 
 
 def _side_row(name: str, side: Figures) -> str:

@@ -16,10 +16,11 @@ from longtake.training.models.presets import Preset, VAEConfig
 
 # Best library rates measured on one H100 SXM, FLOP/s (docs/benchmark.md says how): GEMM 7040x3072x3072 through
 # cuBLASLt in bf16 and, K = 14336, in FP8; attention 7040 x 28160 through cuDNN (whose FP8 sums are wrong, but as fast as that); 3x3x3 convolution, channels last.
+# No library convolves in 8 bits as fast as our kernel: that one over a whole latent, on an H200 (measurements/conv8_kernels_h200.json).
 HOPPER_RATES = {
     "gemm": {"bf16": 772e12, "fp8": 1398e12},
     "attention": {"bf16": 667e12, "fp8": 1056e12},
-    "convolution": {"bf16": 764e12},
+    "convolution": {"bf16": 764e12, "fp8": 1431e12, "int8": 1628e12, "calibrated": 1628e12},
 }
 HBM_BYTES_PER_S = {"H100": 3.35e12, "H200": 4.8e12}  # the vendor's figures
 GEMM_IN = {"bf16": "bf16", "w4a16": "bf16", "fp8": "fp8", "nvfp4": "fp8"}
@@ -117,7 +118,7 @@ def floor_seconds(work: Work, recipe: Recipe, gpu: str | None) -> float | None:
     compute = (
         work.gemm / HOPPER_RATES["gemm"][GEMM_IN[recipe.precision]]
         + work.attention / HOPPER_RATES["attention"][recipe.attention]
-        + work.convolution / HOPPER_RATES["convolution"]["bf16"]
+        + work.convolution / HOPPER_RATES["convolution"][recipe.vae_conv]
     )
     return max(compute, work.bytes / bandwidth)
 

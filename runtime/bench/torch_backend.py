@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
 from longtake.formats.recipe import Recipe
@@ -27,6 +27,8 @@ class PlainTorchBackend(Backend):
         self.recipe, self.preset, self.device = recipe, recipe.model, device
         self.name, self.reason = name, f"PyTorch {torch.__version__}"
         self._dit, self._decoder = dit, PlainDecoder(vae) if vae is not None else None
+        convs = vae.decoder.modules() if vae is not None else ()
+        self.vae_conv = {"bf16": many} if (many := sum(isinstance(layer, nn.Conv3d) for layer in convs)) else {}
         self._table: tuple[Tensor | None, tuple[int, int]] = (None, (0, 0))
 
     def has(self, network: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,11 @@ from longtake.formats.memory import Budget, Place, Use
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
 from longtake.machine.nvml import nvml
 from longtake.runtime.budget.use import budget_of
+from longtake.runtime.budget.windows import window_bytes
+from longtake.training.models.presets import Preset
+
+SPARE_BYTES = 1_000_000_000  # left free: what a budget estimates may be more, and others use the GPU, too
+ASKED, FITTING = "as asked", "as the memory that is free allows"
 
 
 def free_memory(device: torch.device) -> tuple[str, int]:
@@ -25,6 +30,30 @@ def free_memory(device: torch.device) -> tuple[str, int]:
             return name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
     except Exception:  # NVML raises its own types, and may be missing
         return name, int(torch.cuda.mem_get_info(index)[0])
+
+
+def windows_that_fit(recipe: Recipe, use: Use, free: int, sessions: int = 1, preset: Preset | None = None) -> int:
+    """Layers whose window may stay laid out in what is left of `free` bytes once `use` has all it takes, and sessions beside
+    it their caches. None under guidance: two caches take turns then, and every pass finds the other one's window."""
+    size = window_bytes(recipe, preset)
+    if not size or use.guided:
+        return 0
+    budget = budget_of(recipe, replace(use, kept_windows=0), preset)
+    caches = sum(term.bytes for term in budget.terms if "cache" in term.name and term.place == "generate")
+    left = free - budget.peak["generate"] - (sessions - 1) * caches - SPARE_BYTES
+    return max(0, min((preset or recipe.model).dit.layers, left // size))
+
+
+def kept_windows(
+    recipe: Recipe, use: Use, device: torch.device, asked: int | None, sessions: int = 1
+) -> tuple[int, str]:
+    """How many layers keep their attention's window, and why: as many as are asked for and there can be, or as many as fit
+    into what is free on `device` beside all that `use` takes. (0, "") of a recipe that keeps none."""
+    if not window_bytes(recipe):
+        return 0, ""
+    if asked is not None:
+        return min(asked, recipe.model.dit.layers), ASKED
+    return windows_that_fit(recipe, use, free_memory(device)[1], sessions), FITTING
 
 
 def check_memory(recipe: Recipe, use: Use, device: torch.device, decode_device: torch.device | None = None) -> Budget:
@@ -41,6 +70,16 @@ def check_memory(recipe: Recipe, use: Use, device: torch.device, decode_device: 
         free["decode"] = free_memory(decode_device)
     if any(needed > free[place][1] for place, needed in budget.peak.items()):  # the fixes take seconds to work out
         require_fits(budget, free, fixes_for(recipe, use, free["generate"][1], torch.cuda.device_count()))
+    return budget
+
+
+def check_ranks(recipe: Recipe, use: Use, devices: Sequence[str]) -> Budget:
+    """The budget of the first of `use.ranks` GPUs that share a video, once each of them has that much memory free. Raises
+    LongtakeError."""
+    budget = budget_of(recipe, use)
+    for name, available in map(free_memory, map(torch.device, devices)):
+        if budget.peak["generate"] > available:
+            require_fits(budget, {"generate": (name, available)}, fixes_for(recipe, use, available, len(devices)))
     return budget
 
 
@@ -77,7 +116,7 @@ def fixes_for(recipe: Recipe, use: Use, free: int, gpus: int) -> list[str]:
     if use.guided:
         saved = now - budget_of(recipe, replace(use, guided=False)).peak["generate"]
         fixes.append(f"turn guidance off, which frees {saved / 1e9:.1f} GB (--guidance 1)")
-    if use.decode and not use.decode_apart:
+    if use.decode and not use.decode_apart and use.ranks == 1:
         moved = now - budget_of(recipe, replace(use, decode_apart=True)).peak["generate"]
         where = "--decode-device cuda:1" if gpus > 1 else "--decode-device, with a second GPU"
         fixes.append(f"decode on another GPU, which frees {moved / 1e9:.1f} GB ({where})")

@@ -19,26 +19,41 @@ from longtake.formats.recipe import Recipe
 from longtake.formats.segmented_graph import SegmentedGraph
 from longtake.runtime.frames import staging_bytes
 from longtake.training.models.families import family_of
-from longtake.training.models.network_spec import Binding, NetworkSpec
+from longtake.training.models.network_spec import Binding, NetworkSpec, rank_network
 from longtake.training.models.presets import Preset, TextEncoderConfig
 from longtake.training.models.text.runner import KEPT
 
 # Without engines: tensors of the FFN's width, or of the decoder's largest activation, that are alive at once.
 FFN_TENSORS_ALIVE, DECODER_TENSORS_ALIVE = 3, 4.4
 NOTHING_VARIES: Mapping[str, int] = {}
+COMMUNICATOR_BYTES = 500_000_000  # NCCL's channels and buffers, also those that graphs have captured; not measured
+GHOST_ROWS = 2  # of a rank's latent, on both sides together: more than its share at every resolution
 SOLVER_LATENTS = 8  # noise, sample, corrected, predictions, velocity and its copy, in fp32
 
 
-def terms_of(recipe: Recipe, engines: Path | None = None, preset: Preset | None = None) -> tuple[RecordedTerm, ...]:
-    """What `recipe` takes, in any use; engines: folder of plans, where they are built. `preset` overrides the recipe's."""
+def terms_of(
+    recipe: Recipe, engines: Path | None = None, preset: Preset | None = None, ranks: int = 1
+) -> tuple[RecordedTerm, ...]:
+    """What `recipe` takes, in any use; engines: folder of plans, where they are built. `preset` overrides the recipe's. ranks:
+    GPUs that share it; what it takes on the first of them, which has the encoders, too."""
     model = preset or recipe.model
-    parts = (_generating(recipe, model, engines), _decoding(recipe, model, engines), _apart(recipe, model))
+    parts = (
+        _generating(recipe, model, engines, ranks),
+        _decoding(recipe, model, engines, ranks),
+        _apart(recipe, model),
+        [RecordedTerm("communicator", COMMUNICATOR_BYTES, "estimated")] * (ranks > 1),
+    )
     return tuple(term for part in parts for term in part)
 
 
-def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterable[RecordedTerm]:
+def part_of(network: str, ranks: int) -> str:
+    """What one of `ranks` GPUs runs of `network`."""
+    return network if ranks == 1 else rank_network(ranks, network)
+
+
+def _generating(recipe: Recipe, preset: Preset, engines: Path | None, ranks: int) -> Iterable[RecordedTerm]:
     family = family_of(preset)
-    dit, context = family.spec(preset, recipe, "dit"), family.spec(preset, recipe, "context")
+    dit, context = family.spec(preset, recipe, part_of("dit", ranks)), family.spec(preset, recipe, "context")
     camera = [family.spec(preset, recipe, "camera")] if "camera" in family.can else []
     names = [
         "context",
@@ -61,24 +76,26 @@ def _generating(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterabl
             for spec in camera
         ),
         RecordedTerm(prompt, kept + embeddings, "exact"),
-        RecordedTerm("solver", SOLVER_LATENTS * total_bytes(dit.outputs[:1], most), "exact"),
-        _working_term("denoise", recipe, preset, engines),
+        RecordedTerm("solver", SOLVER_LATENTS * ranks * total_bytes(dit.outputs[:1], most), "exact"),
+        _working_term("denoise", recipe, preset, engines, ranks),
         RecordedTerm(cached, cache, "exact", "guided"),
         RecordedTerm(prompt, kept, "exact", "guided"),
     ]
 
 
-def _decoding(recipe: Recipe, preset: Preset, engines: Path | None) -> Iterable[RecordedTerm]:
+def _decoding(recipe: Recipe, preset: Preset, engines: Path | None, ranks: int) -> Iterable[RecordedTerm]:
     family = family_of(preset)
-    steady, first = family.spec(preset, recipe, "vae_steady"), family.spec(preset, recipe, "vae_first")
+    ranks = ranks if recipe.vae_ops == "library" else 1  # another decoder is the first rank's alone
+    first, steady = (family.spec(preset, recipe, part_of(name, ranks)) for name in DECODER)
     known: Known = "exact" if recipe.vae_ops == "library" else "estimated"  # see formats/memory.py, which refines it
     frames = (preset.vae.stride[0], preset.height, preset.width, 3)
     own = total_bytes((steady.inputs[0], steady.outputs[0], first.inputs[0], first.outputs[0]))
+    own += total_bytes(family.spec(preset, recipe, DECODER[1]).outputs[:1]) * (ranks > 1)  # frames, gathered
     terms = [
         decoder_weights(recipe, preset, engines),
         RecordedTerm(DECODER_CACHES, total_bytes(steady.inputs[1:]), known),
         RecordedTerm("decode buffers", own + staging_bytes("cuda", frames), "exact"),
-        _working_term("decode", recipe, preset, engines),
+        _working_term("decode", recipe, preset, engines, ranks),
     ]
     return [replace(term, when="decode") for term in terms]
 
@@ -211,27 +228,30 @@ def _linear_parameters(preset: Preset, name: str) -> int:
 # ---- memory of the executor --------------------------------------------------------------------------------------
 
 
-def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | None) -> RecordedTerm:
+def _working_term(lane: str, recipe: Recipe, preset: Preset, engines: Path | None, ranks: int) -> RecordedTerm:
     """What is passed between segments and what a plan or op wants while it runs, in one arena for networks that take
     turns: exact as far as the plans' manifests tell, or estimated."""
-    sizes = [_network_working(recipe, engines, network) for network in LANES[lane]] if engines else []
+    sizes = [_network_working(recipe, engines, network, ranks) for network in LANES[lane]] if engines else []
     if found := [size for size in sizes if size is not None]:
         return RecordedTerm(WORKING[lane], max(found), "exact" if lane == "decode" else "estimated")
     estimate = _denoise_estimate if lane == "denoise" else _decode_estimate
-    return RecordedTerm(WORKING[lane], estimate(recipe, preset), "estimated")
+    return RecordedTerm(WORKING[lane], estimate(recipe, preset, ranks), "estimated")
 
 
-def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
-    """Arena bytes of a network among `engines`: None if it is not there, or its plans do not say what they want."""
+def _network_working(recipe: Recipe, engines: Path, network: str, ranks: int) -> int | None:
+    """Arena bytes of a network among `engines`, of a rank's part where that is built: None if it is not there, or its plans do
+    not say what they want."""
     from longtake.plugins.registry import op_named
     from longtake.runtime.backends.segments.arena import aligned
+    from longtake.runtime.backends.segments.exchanges import exchange_bytes
     from longtake.runtime.backends.segments.planner import planned_steps
     from longtake.runtime.backends.segments.vae_first import first_steps
 
-    graph = graph_of(engines, network)
+    graph = graph_of(engines, part_of(network, ranks)) or graph_of(engines, network)
     if graph is None:
         return scratch_of_plan(engines / f"{network}.plan")
-    steady = graph_of(engines, DECODER[1]) if network == DECODER[0] else None
+    later = graph_of(engines, part_of(DECODER[1], ranks)) or graph_of(engines, DECODER[1])
+    steady = later if network == DECODER[0] else None
     first = first_steps(steady) if steady else None  # the steady decoder's steps then stand for the first one's
     sizes = {
         s.name: scratch_of_plan(engines / f"{s.name}.plan") for s in (steady if first and steady else graph).segments
@@ -240,10 +260,12 @@ def _network_working(recipe: Recipe, engines: Path, network: str) -> int | None:
         return None
     scratch = {name: aligned(size or 1) for name, size in sizes.items()}
     plan = first.plan if first else planned_steps(graph, scratch)
-    steps = enumerate(plan.graph.steps)
     ops = {
-        i: _workspace(recipe, graph, i) for i, step in steps if step.kind == "op" and op_named(step.name).reads_table
+        i: _workspace(recipe, graph, i)
+        for i, step in enumerate(plan.graph.steps)
+        if step.kind == "op" and op_named(step.name).reads_table
     }
+    ops |= {i: exchange_bytes(plan.graph, step) for i, step in enumerate(plan.graph.steps) if step.kind == "exchange"}
     return plan.layout(scratch, ops)[2]
 
 
@@ -272,25 +294,31 @@ def scratch_of_plan(plan: Path) -> int | None:
         return None
 
 
-def _denoise_estimate(recipe: Recipe, preset: Preset) -> int:
-    """Tensors between segments, the FFN's inner ones (or the attention's window, which is less), unpacked weights."""
-    dit, tokens = preset.dit, max(preset.frames_of(0), preset.chunk_latents) * preset.frame_tokens
-    hidden = FFN_TENSORS_ALIVE * 2 * family_of(preset).widest(preset)
+def _denoise_estimate(recipe: Recipe, preset: Preset, ranks: int) -> int:
+    """Tensors between segments, the FFN's inner ones (or the attention's window, which is less), unpacked weights. Of several
+    ranks each has some of the tokens, of all of them some heads, and q, k and v once more while they travel."""
+    dit, tokens = preset.dit, max(preset.frames_of(0), preset.chunk_latents) * preset.frame_tokens // ranks
+    hidden = FFN_TENSORS_ALIVE * 2 * family_of(preset).widest(preset) // ranks
     if recipe.mode == "fused":
         return hidden
-    rows = 2 * tokens * (6 * dit.dim)  # q, k, v, the residual stream and what a segment hands on
+    rows = 2 * tokens * ((6 if ranks == 1 else 9) * dit.dim)  # q, k, v, the residual stream and what a segment hands on
     if recipe.linears == "library":  # step by step: the window laid out, or one inner tensor of the FFN
-        return rows + max(2 * preset.window_chunks * preset.chunk_tokens * 2 * dit.dim, hidden // FFN_TENSORS_ALIVE)
+        return rows + max(
+            2 * preset.window_chunks * preset.chunk_tokens * 2 * dit.dim // ranks, hidden // FFN_TENSORS_ALIVE
+        )
     packed = recipe.precision in ("w4a16", "nvfp4")
     unpacked = 2 * _linear_parameters(preset, "dit") // dit.layers if packed else 0  # one block's
     return rows + unpacked + hidden
 
 
-def _decode_estimate(recipe: Recipe, preset: Preset) -> int:
-    """Multiples of the largest activation. At the last upsampling its input, the shortcut, both enlarged and their sum are
+def _decode_estimate(recipe: Recipe, preset: Preset, ranks: int) -> int:
+    """Of several ranks each has a share of the rows and those of its neighbours that it reads. Multiples of the largest activation. At the last upsampling its input, the shortcut, both enlarged and their sum are
     alive. Where a library runs all but a few layers the steps are known; what is not is the scratch of those few."""
     if recipe.vae_ops == "library":
-        return _library_estimate(preset, recipe.vae_conv)
+        rows = preset.latent_hw[0]
+        return (
+            _library_estimate(preset, recipe.vae_conv) * min(rows, -(-rows // ranks) + GHOST_ROWS * (ranks > 1)) // rows
+        )
     return int(DECODER_TENSORS_ALIVE * 2 * family_of(preset).largest(preset))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from longtake.errors import LongtakeError
 from longtake.files import read_json, sha256
-from longtake.formats.memory import MEASURED, Budget, Use, added_up
+from longtake.formats.memory import KEPT_WINDOWS, MEASURED, Budget, RecordedTerm, Use, added_up
 from longtake.formats.recipe import Recipe
 from longtake.training.models.presets import Preset
 
@@ -15,12 +15,16 @@ PLAIN_USE = Use()
 
 def budget_of(recipe: Recipe, use: Use = PLAIN_USE, preset: Preset | None = None) -> Budget:
     """The budget of `recipe`; `preset` overrides the recipe's (tests use smaller ones)."""
-    terms = use.recorded
+    terms = use.recorded if use.ranks == 1 else ()
     if not terms:
         from longtake.runtime.budget.terms import terms_of
 
-        terms = terms_of(recipe, use.engines, preset)
-    return added_up(recipe.name, terms, use, measured_arena(use.engines))
+        terms = terms_of(recipe, use.engines, preset, use.ranks)
+    if use.kept_windows:
+        from longtake.runtime.budget.windows import window_bytes
+
+        terms = (*terms, RecordedTerm(KEPT_WINDOWS, use.kept_windows * window_bytes(recipe, preset), "exact"))
+    return added_up(recipe.name, terms, use, measured_arena(use.engines) if use.ranks == 1 else {})
 
 
 def measured_arena(engines: Path | None) -> dict[str, int]:

@@ -17,6 +17,7 @@ from longtake.runtime.backends.base import Backend, State
 from longtake.runtime.parallel.processes import Followers, is_silence
 from longtake.runtime.parallel.rank import Rank
 from longtake.runtime.parallel.sent import Sent
+from longtake.runtime.report import conv_counts
 
 CLOSE_S = 2.0
 RESUME = "go on from the session that was saved last (--load-session), with as many GPUs or with one"
@@ -56,7 +57,7 @@ class ShardedBackend(Backend):
     def __init__(self, own: Rank, followers: Followers, reason: str) -> None:
         self.own, self.followers, self.reason = own, followers, reason
         self.device, self.preset, self.recipe, self.checkpoints = own.device, own.preset, own.recipe, own.checkpoints
-        self.weights, self.made_of = own.inner.weights, own.inner.made_of
+        self.weights, self.made_of, self.vae_conv = own.inner.weights, own.inner.made_of, conv_counts(own.inner)
         self._turn = threading.Lock()
         self._sent, self._states = Sent(), itertools.count()
         self._forgotten: list[int] = []  # states that nobody uses: told with the next command

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,13 +29,25 @@ def shared_backend(
     device: Device,
     decode_device: Device,
     gpus: int,
+    before: Callable[[Sequence[str]], object] = lambda devices: None,
 ) -> ShardedBackend:
     """`gpus` ranks that share a stream. engines: the folder of those that are built, if any. weights: digests of theirs.
+    before: see sharded_backend.
 
     Raises:
         LongtakeError: what is asked for is for one GPU alone, or as many cannot share it.
         UnavailableError: engines are asked for and there are none, or GPUs that are not here.
     """
+    require_shareable(asked, decode_device, gpus)
+    chosen = _chosen_engines(recipe, engines, asked, device, gpus)
+    opened = sharded_backend(recipe, checkpoints, gpus, device, engines=chosen, before=before)
+    opened.weights = weights if chosen else opened.weights
+    log.info("backend: sharded (%s)", opened.reason)
+    return opened
+
+
+def require_shareable(asked: str, decode_device: Device, gpus: int) -> None:
+    """Raise LongtakeError for what one GPU alone can be asked for."""
     if asked not in ("auto", PYTORCH, "segmented"):
         raise UnavailableError(
             f"backend {asked} runs on one GPU",
@@ -50,11 +62,6 @@ def shared_backend(
             expected="--gpus alone",
             fix="leave out --decode-device, or --gpus",
         )
-    chosen = _chosen_engines(recipe, engines, asked, device, gpus)
-    opened = sharded_backend(recipe, checkpoints, gpus, device, engines=chosen)
-    opened.weights = weights if chosen else opened.weights
-    log.info("backend: sharded (%s)", opened.reason)
-    return opened
 
 
 def _chosen_engines(recipe: Recipe, engines: Path | None, asked: str, device: Device, gpus: int) -> Path | None:

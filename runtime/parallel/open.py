@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +36,11 @@ def sharded_backend(
     engines: Path | None = None,
     networks: tuple[str, ...] = (),
     made_up: bool = False,
+    before: Callable[[Sequence[str]], object] = lambda devices: None,
 ) -> ShardedBackend:
     """`recipe` on `gpus` ranks of this host, on the plans in `engines` or in PyTorch. device: "cpu" for processes over gloo
-    instead of GPUs. dtype, networks, made_up: see follower.Opening.
+    instead of GPUs. dtype, networks, made_up: see follower.Opening. before: is called with the
+    ranks' devices before anything is allocated on them, of engines, whose memory is known.
 
     Raises:
         LongtakeError: the model cannot be shared by as many.
@@ -48,6 +50,8 @@ def sharded_backend(
     if engines is not None:
         require_rank_plans(engines, gpus, device)
     devices = require_devices(gpus, device)
+    if engines is not None:
+        before(devices)
     with _settings():
         store = _store(gpus)
         threads = max(1, torch.get_num_threads() // gpus) if devices[0] == "cpu" else 0

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import signal
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 from ray.util import metrics
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, UnavailableError
 from longtake.runtime.serve.app import app_from
 from longtake.runtime.serve.contract import ServeError
 from longtake.runtime.serve.desk import Desk
@@ -37,6 +39,8 @@ from longtake.runtime.serve.meters import ray_meters, silent
 from longtake.runtime.serve.server import Open, Say, Settings, Size, free_port, listening, slots_of
 from longtake.runtime.serve.worker import Worker
 from longtake.settings import ray_address, ray_auth_mode
+
+log = logging.getLogger(__name__)
 
 APP, DESK, NAMESPACE = "longtake", "longtake-desk", "longtake"
 HEARTBEAT_S, PATIENCE_S, PATIENT_CALLS = 1.0, 30.0, 10
@@ -146,9 +150,24 @@ class Maker(LocalWorkers):
         facts = (settings, name, slots_of(generator, settings.slots), generation, worker.describe())
         threading.Thread(target=_beat, args=(worker, facts), daemon=True).start()
 
+    async def stream(self, grant: Grant, window: int | None) -> AsyncGenerator[Event]:
+        async with contextlib.aclosing(super().stream(grant, window)) as events:
+            async for event in events:
+                _end_if_failed(self._worker(grant))
+                yield event
+
+
+def _end_if_failed(worker: Worker) -> None:
+    """Ranks that have lost each other make no more chunks. The worker ends as if it was killed: Serve puts another one in its
+    place, and its sessions move."""
+    if failure := worker.generator.backend.failure:
+        log.error("worker %s ends: %s", worker.name, failure)
+        os._exit(failure.exit_code)
+
 
 def _beat(worker: Worker, facts: tuple[Any, ...]) -> None:
     while True:
+        _end_if_failed(worker)
         worker.meters.worker(facts[-1], worker.generator.backend.peak_bytes())  # Ray forgets what is not said again
         if not _ask_desk("register", *facts, worker.running(), otherwise=True):
             worker.drain()
@@ -243,6 +262,7 @@ def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -
     """
     settings.door(settings.shared_store())
     own = _connected()
+    require_gpus(size.gpus, ray.nodes())
     if len(ray.nodes()) > 1 and ray_auth_mode() != "token":
         fix = "set RAY_AUTH_MODE=token on every machine"
         raise LongtakeError("whoever reaches this cluster runs code on it", got="no RAY_AUTH_MODE", fix=fix)
@@ -256,6 +276,18 @@ def serve_ray(settings: Settings, open_model: Open, announce: Say, size: Size) -
     serve.run(deployed(settings, open_model, size, generation), name=APP, route_prefix="/")
     announce(f"http://{host}:{port}/")
     return _until_ended(desk, generation, own)
+
+
+def require_gpus(gpus: int, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UnavailableError if no machine of the cluster has as many GPUs as are to share a video: Ray would wait for one."""
+    most = max((int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"]), default=0)
+    if gpus > max(1, most):
+        raise UnavailableError(
+            f"{gpus} GPUs are asked for each worker and no machine of this cluster has as many",
+            got=f"--gpus {gpus}, at most {most} on one machine",
+            expected="GPUs of one machine, which share a video",
+            fix="fewer --gpus, or add such a machine to the cluster",
+        )
 
 
 def _connected() -> bool:

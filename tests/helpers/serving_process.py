@@ -49,11 +49,15 @@ if __name__ == "__main__":
     limits = Limits(user_sessions=int(given.get("user_sessions", 8)), user_jobs=16)
     settings = Settings(port=int(given.get("port", 0)), store=Path(store), slots=slots, limits=limits)
     if "ray" in words:
-        from serving_process import opened_tiny, opened_toy  # by their module's name, which other processes import
+        from serving_process import (
+            opened_ranks,
+            opened_tiny,
+            opened_toy,
+        )  # by their module's name, which other processes import
 
         from longtake.runtime.serve.ray_app import serve_ray
 
-        opening = opened_toy if "toy" in words else opened_tiny
+        opening = opened_toy if "toy" in words else opened_ranks if "ranks" in words else opened_tiny
         workers = next((int(word[8:]) for word in words if word.startswith("workers=")), 1)
         raise SystemExit(serve_ray(settings, opening, announce, Size(workers, workers)))
     kinds = {"toy": opened_toy, "slow_toy": opened_slow_toy, "ranks": opened_ranks}

@@ -72,6 +72,19 @@ def test_many_writes_are_equal_to_the_last_bit(host_device: Any) -> None:
             assert torch.equal(g, w), scale
 
 
+@pytest.mark.parametrize("most", (1e-37, 1e-30, 0.75, 6.0, 448.0, 2688.0, 3.3e38))
+def test_every_number_is_written_as_the_reference_does(host_device: Any, most: float) -> None:
+    """Every bf16 number up to `most`, in the order of the bits (blocks of neighbours) and mixed."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = torch.where(every.float().abs() <= most, every, torch.zeros(()).bfloat16())
+    mixed = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(1))]
+    op, dims = op_named("kv_cache_write_nvfp4"), {"S": 1, "L": 128, "H": 4, "D": 128}
+    rest = op_inputs(op.name, dims, "bf16", (0,), 0)[2:]
+    inputs = (every.view(128, 4, 128), mixed.view(128, 4, 128), *rest)
+    for got, wanted in zip(host_device.run(op.name, *inputs), op.reference(*inputs)):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("dtype, tolerance", (("bf16", 1e-2), ("fp32", 1e-5)))
 @pytest.mark.parametrize("fmt", CACHE_FORMATS)

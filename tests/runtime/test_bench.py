@@ -16,6 +16,7 @@ from longtake.commands.main import main
 from longtake.errors import LongtakeError
 from longtake.formats.model_name import folder_of
 from longtake.formats.recipe import recipe_named
+from longtake.paths import REPOSITORY
 from longtake.plugins.cross_attention.reference import dense_cross_attention
 from longtake.plugins.nvfp4.reference import Packed, dequantize
 from longtake.runtime.bench import random_weights as weights
@@ -45,6 +46,7 @@ SMALL = replace(
     height=64,
     width=96,
 )
+CONV8 = REPOSITORY / "docs" / "recipes_library" / "wan2.2-ti2v-5b_fp8_conv8_sm90.yaml"
 OPTIONS = BenchOptions(recipe="tiny_bf16_sm90", steps=2, chunks=2, warmup=0)
 
 
@@ -399,10 +401,52 @@ def test_the_compiled_dit_agrees_with_the_eager_one() -> None:
     assert float((out[0] - out[1]).norm() / out[0].norm()) < 0.02
 
 
-def test_a_world_is_not_measured_against_what_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_family_is_not_measured_against_what_there_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longtake.runtime.bench.options.PLAIN", ("wan",))
     words = ["bench", "--recipe", "world-tiny_bf16_sm90", "--against", "torch", "--out", str(tmp_path / "out")]
     assert main(words) == LongtakeError.exit_code
     said = capsys.readouterr().err
     assert "no plain PyTorch of this model" in said and "world-tiny" in said and "leave --against out" in said
     assert not (tmp_path / "out").exists()
     assert roofline(recipe_named("world-tiny_bf16_sm90"), 4, "NVIDIA H200", {}) == {}
+
+
+def test_the_report_says_what_convolutions_ran_in_on_both_sides(tmp_path: Path) -> None:
+    """By a recipe's file, as the command takes it."""
+    sides = {name: dict(side) for name, side in SIDES.items()}
+    sides["engine"]["vae_conv"] = {"bf16": 7, "fp8": 18, "int8": 15}
+    sides["torch"]["vae_conv"] = {"bf16": 42}
+    report = report_of(BenchOptions(recipe=str(CONV8), against="torch"), sides)
+    assert report["vae_conv"] == {"bf16": 7, "fp8": 18, "int8": 15}
+    told = "convolutions of the VAE: longtake segmented 7 in bf16, 18 in fp8, 15 in int8; torch 42 in bf16"
+    assert told in table(report)
+    slow, fast = (
+        report_of(BenchOptions(recipe=r), sides)["roofline"]["vae"]["floor_ms"]
+        for r in ("wan2.2-ti2v-5b_fp8_sm90", str(CONV8))
+    )
+    assert fast < 0.6 * slow  # the floor of 8-bit convolutions is another one
+
+
+@pytest.mark.slow
+def test_pytorch_stands_beside_convolutions_in_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command with the small model's recipe, both sides in one run, on the CPU: the decoder alone."""
+    words = [
+        "bench",
+        "--recipe",
+        str(CONV8).replace("wan2.2-ti2v-5b", "tiny"),
+        "--quick",
+        "--steps",
+        "1",
+        "--against",
+        "torch",
+    ]
+    words += ["--networks", "vae", "--device", "cpu", "--seconds", "3000"]  # it exports first, on whatever machine
+    words += ["--out", str(tmp_path / "out"), "--onnx", str(tmp_path / "onnx")]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    ours, theirs = report["vae_conv"], report["against"]["torch_vae"]["vae_conv"]
+    assert ours["fp8"] + ours["int8"] == 25 and set(theirs) == {"bf16"} and theirs["bf16"] >= sum(ours.values())
+    assert {"vae_vs_eager", "vae_vs_best_eager"} <= report["ratio"].keys()
+    assert "convolutions of the VAE: longtake reference" in capsys.readouterr().out

@@ -19,26 +19,27 @@ from longtake.runtime.parallel.comm import Comm
 SIDES = 4  # of a halo: to and from the rank before, to and from the one behind
 
 
+def exchange_bytes(graph: SegmentedGraph, step: Step) -> int:
+    """What a step takes while it runs: its tensors once more, in the order of the ranks they go to or come from; of a halo the
+    rows that travel."""
+    name, ghost = _told(step)
+    if name == TAKE_ROWS:
+        return 0
+    if name == HALO:
+        kind = graph.tensors[step.inputs[0]]
+        frames, _, columns, channels = (int(size) for size in kind.shape)
+        return SIDES * aligned(DTYPES[kind.dtype].bytes(frames * ghost * columns * channels))
+    return sum(storage_bytes(graph.tensors[name]) for name in step.inputs)
+
+
 class Exchanges:
     """Of one network. Nothing is allocated and nobody waits on the host, so a CUDA graph captures what is enqueued here."""
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
 
-    def scratch_bytes(self, graph: SegmentedGraph, step: Step) -> int:
-        """What a step takes while it runs: its tensors once more, in the order of the ranks they go to or come from; of a halo
-        the rows that travel."""
-        name, ghost = _told(step)
-        if name == TAKE_ROWS:
-            return 0
-        if name == HALO:
-            kind = graph.tensors[step.inputs[0]]
-            frames, _, columns, channels = (int(size) for size in kind.shape)
-            return SIDES * aligned(DTYPES[kind.dtype].bytes(frames * ghost * columns * channels))
-        return sum(storage_bytes(graph.tensors[name]) for name in step.inputs)
-
     def run(self, step: Step, values: Mapping[str, Tensor], scratch: Tensor) -> None:
-        """Enqueue one. scratch: uint8, `scratch_bytes` of it."""
+        """Enqueue one. scratch: uint8, `exchange_bytes` of it."""
         name, ghost = _told(step)
         inputs, outputs = [values[n] for n in step.inputs], [values[n] for n in step.outputs]
         if name == TAKE_ROWS:

@@ -26,7 +26,7 @@ from longtake.plugins.run import launcher_for
 from longtake.plugins.shapes import dims_from_shapes
 from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.runtime.backends.segments.arena import aliases_of, aligned, step_scratch, storage_bytes
-from longtake.runtime.backends.segments.exchanges import Exchanges
+from longtake.runtime.backends.segments.exchanges import Exchanges, exchange_bytes
 from longtake.runtime.backends.segments.planner import PlannedSteps, planned_steps
 from longtake.runtime.backends.trt.engine import EngineHost, Scratch, TrtContext, TrtEngine
 
@@ -109,6 +109,11 @@ class SegmentedNetwork:
         self._compiled: dict[tuple[str, tuple[tuple[str, int], ...]], OpLauncher] = {}
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """Bytes of the windows that layers keep."""
+        return tuple(window.nbytes for window in self._windows.values())
+
+    @property
     def weight_tensors(self) -> list[Tensor]:
         """The weights on the device."""
         return [self._fixed[name] for name in self.graph.weights]
@@ -154,10 +159,10 @@ class SegmentedNetwork:
         own = {i: launcher.workspace_bytes for i, launcher in self._launchers.items()}
         keeping = [i for i, launcher in self._launchers.items() if isinstance(launcher, HopperSinkAttention)]
         for i in keeping[: self.kept_windows]:
-            self._windows[i] = torch.zeros(own.pop(i), dtype=torch.uint8, device=self.device)
+            self._windows[i] = torch.zeros(own[i], dtype=torch.uint8, device=self.device)  # the arena stays as it is
         if self.exchanges:
             steps = [(i, step) for i, step in enumerate(self.graph.steps) if step.kind == "exchange"]
-            own |= {i: self.exchanges.scratch_bytes(self.graph, step) for i, step in steps}
+            own |= {i: exchange_bytes(self.graph, step) for i, step in steps}
         self.step_scratch = step_scratch(self.graph, self._segment_scratch, own)
         self._offsets, self._places, size = self.plan.layout(self._segment_scratch, own)
         self.arena.reserve(size)

@@ -14,6 +14,7 @@ from torch import Tensor
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.formats.bundle import Bundle
+from longtake.formats.memory import KEPT_WINDOWS
 from longtake.formats.onnx_file import WeightSource
 from longtake.formats.segmented_graph import TensorType
 from longtake.machine.flavour import Flavour
@@ -41,7 +42,7 @@ class TrtBackend(Backend):
         networks: which ones to load, by default all that the bundle has. The rest cannot be called.
         decode_device: the decoder's GPU, by default `device`.
         checkpoints: where a text or VAE encoder that is not among the plans comes from, by default the preset's.
-        kept_windows: how many layers keep their window, laid out for attention, between the passes of a chunk (178 MB each for
+        kept_windows: how many layers keep their window, laid out for attention, between the passes of a chunk (0.2 GB each for
             the 5B's in FP8); 0 lays out every window in every pass.
         comm: of one of several ranks that share a stream: its part of the DiT is loaded, and `specs` says so.
     """
@@ -98,13 +99,19 @@ class TrtBackend(Backend):
         self.memory.add("trying its caches in place")
         self._load(others, self.device)
         self._plans.clear()
-        self.memory.add(
-            "loading the DiT", "weights, context", "weights, dit", "weights, text_encoder", "DiT working memory"
-        )
+        terms = ("weights, context", "weights, dit", "weights, text_encoder", "DiT working memory", KEPT_WINDOWS)
+        self.memory.add("loading the DiT", *terms)
+        self.windows = self._windows() if kept_windows else {}
         if "dit" in self.networks:
             self.passes = self._new_passes(cuda_graphs)
             self.sizes["static buffers"] = self.passes.static_bytes
         self.memory.add("its buffers", "static buffers")
+
+    def _windows(self) -> dict[str, int]:
+        """See Backend.windows."""
+        found = [size for network in self.networks.values() for size in getattr(network, "windows", ())]
+        self.sizes[KEPT_WINDOWS] = sum(found)
+        return {"layers": len(found), "of": self.preset.dit.layers}
 
     def _new_passes(self, cuda_graphs: bool) -> Passes:
         captured = partial(self.memory.add, "a pass and its CUDA graph", "prompts' K/V and embeddings", "solver")

@@ -14,13 +14,15 @@ from typing import Any
 
 import httpx
 import pytest
+from children import children
 from serving import FRONT, PROMPT, REGISTRY, WORKER, Process
 from viewers import Viewer, check, watched
 
+from longtake.commands.main import main
 from longtake.errors import LongtakeError
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.meters import silent
-from longtake.runtime.serve.server import Settings, listening
+from longtake.runtime.serve.server import Settings, Size, listening
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'longtake[scale]'")
 pytestmark = pytest.mark.timeout(1800)
@@ -122,6 +124,93 @@ def test_a_cluster_that_was_killed_is_not_waited_for(
         else:
             with pytest.raises(LongtakeError, match="no Ray cluster answers"):
                 ray_app._connected()
+
+
+def test_each_worker_asks_for_the_gpus_that_share_its_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longtake.runtime.serve import ray_app
+
+    made: dict[str, dict[str, Any]] = {}
+
+    def deployment(**how: Any) -> Any:
+        made[how["name"]] = how
+        return lambda cls: SimpleNamespace(bind=lambda *words: words)
+
+    monkeypatch.setattr(ray_app.serve, "deployment", deployment)
+    ray_app.deployed(Settings(store=tmp_path), lambda say: None, Size(gpus=2), 1)
+    assert made["Maker"]["ray_actor_options"]["num_gpus"] == 2
+    assert "num_gpus" not in made["Entrance"]["ray_actor_options"]
+
+
+def test_a_cluster_without_a_machine_of_as_many_gpus_is_refused() -> None:
+    from longtake.runtime.serve.ray_app import require_gpus
+
+    nodes = [
+        {"Alive": True, "Resources": {"GPU": 2.0}},
+        {"Alive": False, "Resources": {"GPU": 8.0}},
+        {"Alive": True, "Resources": {}},
+    ]
+    for gpus in (0, 1, 2):
+        require_gpus(gpus, nodes)
+    require_gpus(1, [])  # a machine with one may come yet
+    with pytest.raises(
+        LongtakeError, match=r"(?s)4 GPUs are asked for each worker.*at most 2 on one machine.*fewer --gpus"
+    ):
+        require_gpus(4, nodes)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [(("--gpus", "3"), "3 GPUs cannot share the heads of tiny evenly"),
+     (("--gpus", "2", "--backend", "fused"), "backend fused runs on one GPU"),
+     (("--gpus", "2", "--decode-device", "cuda:1"), "share its VAE, too")],
+)  # fmt: skip
+def test_what_every_worker_would_refuse_is_refused_before_ray_begins(
+    words: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from longtake.runtime.serve import ray_app
+
+    monkeypatch.setattr(ray_app, "serve_ray", lambda *_: pytest.fail("it was deployed"))
+    assert main(["serve", "--ray", "--store", str(tmp_path), *words]) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_a_worker_whose_ranks_are_lost_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the process, as if it was killed: then its sessions move and Serve puts another one in its place."""
+    from longtake.runtime.serve import ray_app
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(ray_app.os, "_exit", end)
+    backend = SimpleNamespace(failure=None)
+    worker: Any = SimpleNamespace(name="one", generator=SimpleNamespace(backend=backend))
+    ray_app._end_if_failed(worker)
+    backend.failure = LongtakeError("the 2 ranks that share this video have lost each other")
+    with pytest.raises(SystemExit):
+        ray_app._end_if_failed(worker)
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_ranks_makes_videos_and_a_lost_rank_loses_nothing(tmp_path: Path) -> None:
+    """Over gloo, on the CPU. The rank that is killed ends its worker; another one, with ranks of its own, goes on."""
+    process = Process(tmp_path / "store", "ranks", "ray", log=tmp_path / "log")
+    try:
+        killed: list[int] = []
+
+        def kill() -> None:
+            (worker,) = process.children(WORKER)
+            (rank,) = children(worker)
+            killed.append(rank)
+            os.kill(rank, signal.SIGKILL)
+
+        (viewer,) = watched([Viewer(process.host, 1, chunks=4)], kill)
+        assert killed and sorted(viewer.seen) == list(range(4))
+    finally:
+        assert process.kill(signal.SIGTERM) == 0
 
 
 @pytest.mark.slow
