@@ -76,7 +76,9 @@ def image_from_picture(picture: Any, height: int, width: int) -> Tensor:
     """A PIL image as `image_from_file` takes a file: upright, in sRGB, transparency over black."""
     held = io.BytesIO()
     tag = {key: value for key in ("exif", "icc_profile") if (value := picture.info.get(key))}
-    picture.save(held, "PNG" if picture.mode not in ("CMYK", "YCbCr", "HSV", "LAB", "F") else "TIFF", **tag)
+    mode = {"HSV": "RGB", "RGBa": "RGBA", "La": "LA"}.get(picture.mode, picture.mode)  # what no file holds
+    png = mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") or (mode == "I" and picture.format == "PNG")
+    (picture if mode == picture.mode else picture.convert(mode)).save(held, "PNG" if png else "TIFF", **tag)
     return image_from_pixels(np.asarray(_opened(Path("the picture"), held)), height, width)
 
 

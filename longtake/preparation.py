@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from longtake.chain import HowToExport, build, export
 from longtake.engines.build import require_buildable
 from longtake.errors import GateError, LongtakeError, UnavailableError
 from longtake.export.lower import CALIBRATED
@@ -97,6 +96,8 @@ def prepared(model: Model, recipe: Recipe, on_cpu: bool = False, force: bool = F
     with locked(folder):
         if _is_current(target, model):  # another process made it meanwhile
             return target
+        from longtake.chain import HowToExport, build, export  # it loads for a second: not for what is there already
+
         claim(model)
         say = _say if sys.stderr.isatty() else log.info
         say(f"preparing {model.name} for {recipe.name} in {folder}: once, then it is found there")

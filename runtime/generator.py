@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -136,7 +137,7 @@ class Generator:
             return cls(opened, tokenizer_of(preset, folder), sampling=side.sampled)
         if backend != "reference":
             raise LongtakeError("a checkpoint has no such backend", got=repr(backend), expected="'torch' or 'reference'",
-                                fix="build engines for the others: make export engines")  # fmt: skip
+                                fix="for the others: longtake export and longtake engines, then Generator.from_engines")  # fmt: skip
         if dtype not in (None, "bf16"):
             raise LongtakeError("an export stores its weights in bf16", got=f"dtype {dtype!r}", expected="dtype 'bf16'",
                                 fix="pass backend='torch' for fp32")  # fmt: skip
@@ -338,7 +339,7 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
 
 
 def _scale(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise LongtakeError(
             "bad guidance scale", got=repr(value), expected="a number", fix="pass guidance=3 (--guidance 3)"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from longtake.config import whole_number
 from longtake.errors import LongtakeError
@@ -95,6 +96,6 @@ class SessionOptions:
 
 
 def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise LongtakeError(f"bad {what}", got=repr(value), expected="a number", fix="pass such as 5")
-    return value
+    return value if isinstance(value, int | float) else float(value)

@@ -218,7 +218,7 @@ def test_what_is_there_is_opened_and_what_failed_is_made_again(monkeypatch: pyte
         calls.append(folder)
         raise GateError("it differs")
 
-    monkeypatch.setattr(pretrained, "export", failing)
+    monkeypatch.setattr("longtake.chain.export", failing)
     model = model_in(STUDENT)
     folder = made("tiny-4step", weights=model.weights)
     assert pretrained.prepared(model, RECIPE, on_cpu=True) == folder and not calls
