@@ -69,7 +69,8 @@ class SessionOptions:
         if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
             raise LongtakeError("bad guidance scale", got=self.guidance, expected=f"at most {MOST_GUIDANCE}, 1 for none",
                                 fix="pass guidance=3 (--guidance 3)")  # fmt: skip
-        if not 0 < _number(self.shift, "shift") <= 1000:
+        object.__setattr__(self, "shift", _number(self.shift, "shift"))
+        if not 0 < self.shift <= 1000:
             raise LongtakeError("bad shift", got=self.shift, expected="above 0, 1 for none", fix="pass shift=5")
         if self.negative_prompt:
             checked_prompt(self.negative_prompt, "the negative prompt")
