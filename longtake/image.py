@@ -58,26 +58,38 @@ def image_from_pixels(pixels_HWC: np.ndarray, height: int, width: int) -> Tensor
     """
     from PIL import Image
 
-    pixels_HWC = _rgb(_bytes(pixels_HWC))
-    shape = tuple(pixels_HWC.shape)
-    if pixels_HWC.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
-        raise LongtakeError(
-            "this is not an image",
-            got=f"{pixels_HWC.dtype} {shape}",
-            expected="uint8 [H, W, 3], RGBA, grey or floats in 0..1",
-        )
-    _check_size("the image", shape[1], shape[0])
-    if shape[:2] != (height, width):
+    pixels_HWC = rgb_pixels(pixels_HWC)
+    if pixels_HWC.shape[:2] != (height, width):
         pixels_HWC = np.asarray(Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels_HWC.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
 def image_from_picture(picture: Any, height: int, width: int) -> Tensor:
     """A PIL image as `image_from_file` takes a file: upright, in sRGB, transparency over black."""
+    return image_from_pixels(pixels_from_picture(picture), height, width)
+
+
+def pixels_from_picture(picture: Any) -> np.ndarray:
+    """A PIL image as it is, uint8 [H, W, 3]."""
     held = io.BytesIO()
     tag = {key: value for key in ("exif", "icc_profile") if (value := picture.info.get(key))}
-    picture.save(held, "PNG" if picture.mode not in ("CMYK", "YCbCr", "HSV", "LAB", "F") else "TIFF", **tag)
-    return image_from_pixels(np.asarray(_opened(Path("the picture"), held)), height, width)
+    mode = {"HSV": "RGB", "RGBa": "RGBA", "La": "LA"}.get(picture.mode, picture.mode)  # what no file holds
+    png = mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") or (mode == "I" and picture.format == "PNG")
+    (picture if mode == picture.mode else picture.convert(mode)).save(held, "PNG" if png else "TIFF", **tag)
+    return np.asarray(_opened(Path("the picture"), held))
+
+
+def rgb_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of any kind that `image_from_pixels` takes as uint8 [H, W, 3]; raises what it does."""
+    pixels = _rgb(_bytes(pixels))
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise LongtakeError(
+            "this is not an image",
+            got=f"{pixels.dtype} {tuple(pixels.shape)}",
+            expected="uint8 [H, W, 3], RGBA, grey or floats in 0..1",
+        )
+    _check_size("the image", pixels.shape[1], pixels.shape[0])
+    return pixels
 
 
 def _bytes(pixels: np.ndarray) -> np.ndarray:

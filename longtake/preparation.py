@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from longtake.chain import HowToExport, build, export
 from longtake.engines.build import require_buildable
 from longtake.errors import GateError, LongtakeError, UnavailableError
 from longtake.export.lower import CALIBRATED
 from longtake.files import read_json, sha256, write_json
 from longtake.formats.exported import FAILED, Export
-from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in
+from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in, parts_of
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
 from longtake.leftovers import locked
 from longtake.machine.flavour import flavour_for
 from longtake.machine.machine import machine_here
+from longtake.settings import hub_cache
 from longtake.training.convert.files import read_container
 from longtake.training.convert.models import convert_dit, convert_text, convert_vae
 from longtake.training.models.families import preset_named
@@ -39,8 +38,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 def model_and_recipe(name_or_folder: str | Path, recipe: str | None = None) -> tuple[Model, Recipe | None]:
     """The model, its checkpoints in our form, and the recipe if one was named."""
     text = str(name_or_folder)
-    name, at, of_name = text.partition("@")
-    if at and recipe is not None and recipe != of_name:
+    name, of_name = parts_of(text)
+    if of_name is not None and recipe is not None and recipe != of_name:
         raise LongtakeError("two recipes are named", got=f"{of_name} and {recipe}", expected="one", fix="leave one out")
     chosen = recipe or of_name or None
     folder = Path(name)
@@ -97,6 +96,8 @@ def prepared(model: Model, recipe: Recipe, on_cpu: bool = False, force: bool = F
     with locked(folder):
         if _is_current(target, model):  # another process made it meanwhile
             return target
+        from longtake.chain import HowToExport, build, export  # it loads for a second: not for what is there already
+
         claim(model)
         say = _say if sys.stderr.isatty() else log.info
         say(f"preparing {model.name} for {recipe.name} in {folder}: once, then it is found there")
@@ -143,7 +144,7 @@ def _say(line: str) -> None:
 
 def _in_hub_cache(name: str) -> Path:
     """The newest snapshot of a hub's model in the local cache. Raises LongtakeError, with how to download, if there is none."""
-    root = Path(os.path.expanduser("~")) / ".cache" / "huggingface" / "hub" / f"models--{name.replace('/', '--')}"
+    root = hub_cache() / f"models--{name.replace('/', '--')}"
     snapshots = sorted((root / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
     if not snapshots:
         raise hub_error(name)

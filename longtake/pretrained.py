@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +18,8 @@ from longtake.runtime.meter import Meter
 from longtake.runtime.session import Session
 from longtake.runtime.sources import OpenOptions
 from longtake.runtime.story import Script
+
+READ = ("image", "continue_from")  # what `generate` may be given as files
 
 
 class Generator(runtime.Generator):
@@ -74,10 +78,15 @@ class Video:
         from longtake.video import write_video  # PyAV: not before it is needed
 
         path = Path(path)
-        require_mp4(path, f"video.save({str(path.with_suffix('.mp4'))!r})")
-        claim_outputs({"the video": path}, {})
+        claim_video(path, f"video.save({str(path.with_suffix('.mp4'))!r})")
         write_video(path, self.frames, self.fps)
         return path
+
+
+def claim_video(path: Path, fix: str, inputs: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Refuse a path that is no mp4's, or a file that is among `inputs` or that longtake did not write."""
+    require_mp4(path, fix)
+    claim_outputs({"the video": path}, {name: Path(it) for name, it in inputs.items() if isinstance(it, str | Path)})
 
 
 def generate(
@@ -97,7 +106,12 @@ def generate(
         seed: the same seed makes the same video.
         out: where it is saved, too.
         **more: what else `Generator.session` takes.
+
+    Raises:
+        LongtakeError: what was asked for cannot be made, or `out` is no mp4, an input, or a file that longtake did not write.
     """
+    if out is not None:  # before the work, not after it
+        claim_video(Path(out), f"out={str(Path(out).with_suffix('.mp4'))!r}", {name: more.get(name) for name in READ})
     with Generator.from_pretrained(model) as generator:
         with generator.session(prompt, seed, chunks=chunks, **more) as session:
             video = video_of(generator, session)

@@ -9,6 +9,7 @@
 | LONGTAKE_TRTEXEC    | path of trtexec, if it is not on PATH                             | (searched on PATH)            |
 
 LONGTAKE_CACHE_DIR, which LONGTAKE_HOME replaces, is still read in this version where LONGTAKE_HOME isn't set.
+HF_HUB_CACHE and HF_HOME are Hugging Face's: they say where models that were downloaded lie.
 RAY_AUTH_MODE is Ray's own: `longtake serve --ray` asks whether a cluster of several machines has it.
 So is RAY_ADDRESS, the cluster to join: one that does not answer is refused at once.
 """
@@ -131,3 +132,10 @@ def ray_address(environ: Mapping[str, str] | None = None) -> str:
 def ray_auth_mode(environ: Mapping[str, str] | None = None) -> str:
     """How a Ray cluster lets people in; "" where that is not said."""
     return (os.environ if environ is None else environ).get("RAY_AUTH_MODE", "").lower()
+
+
+def hub_cache(environ: Mapping[str, str] | None = None) -> Path:
+    """Where Hugging Face's tools keep what they downloaded."""
+    environ = os.environ if environ is None else environ
+    home = environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    return Path(environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -135,8 +136,13 @@ class Generator:
             opened = checkpoint_backend(preset, folder, dtype or "fp32", device, gpus)
             return cls(opened, tokenizer_of(preset, folder), sampling=side.sampled)
         if backend != "reference":
-            what, fix = "a checkpoint has no such backend", "build engines for the others: make export engines"
-            raise LongtakeError(what, got=repr(backend), expected="'torch' or 'reference'", fix=fix)
+            what, fix = (
+                "a checkpoint has no such backend",
+                "longtake export and longtake engines, then Generator.from_engines",
+            )
+            raise LongtakeError(
+                what, got=repr(backend), expected="'torch' or 'reference'", fix=f"for the others: {fix}"
+            )
         if dtype not in (None, "bf16"):
             what, got = "an export stores its weights in bf16", f"dtype {dtype!r}"
             raise LongtakeError(what, got=got, expected="dtype 'bf16'", fix="pass backend='torch' for fp32")
@@ -338,7 +344,7 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
 
 
 def _scale(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise LongtakeError(
             "bad guidance scale", got=repr(value), expected="a number", fix="pass guidance=3 (--guidance 3)"
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.out_of_memory import is_out_of_memory
+from longtake.outputs import claim_outputs
 from longtake.runtime.camera import CameraPosition, cameras_of
 from longtake.runtime.chunk import Chunk, given_chunk
 from longtake.runtime.clock import StageClock
@@ -318,7 +319,12 @@ class Session(LiveChanges):
                 self._position = snapshot.position
 
     def save(self, path: Path | str) -> None:
-        """Write a snapshot to `path` (.safetensors), atomically; `Generator.load_session` reads it."""
+        """Write a snapshot to `path` (.safetensors), atomically; `Generator.load_session` reads it.
+
+        Raises:
+            LongtakeError: a file is there that longtake did not write.
+        """
+        claim_outputs({"the session": Path(path)})
         snapshot_to_file(self.snapshot(), path)
 
     def close(self, discard: bool = False) -> None:

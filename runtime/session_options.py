@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from longtake.errors import LongtakeError
 from longtake.record import whole_number
@@ -68,7 +69,8 @@ class SessionOptions:
         if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
             what, expected = "bad guidance scale", f"at most {MOST_GUIDANCE}, 1 for none"
             raise LongtakeError(what, got=self.guidance, expected=expected, fix="pass guidance=3 (--guidance 3)")
-        if not 0 < _number(self.shift, "shift") <= 1000:
+        object.__setattr__(self, "shift", _number(self.shift, "shift"))
+        if not 0 < self.shift <= 1000:
             raise LongtakeError("bad shift", got=self.shift, expected="above 0, 1 for none", fix="pass shift=5")
         if self.negative_prompt:
             checked_prompt(self.negative_prompt, "the negative prompt")
@@ -95,6 +97,6 @@ class SessionOptions:
 
 
 def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise LongtakeError(f"bad {what}", got=repr(value), expected="a number", fix="pass such as 5")
-    return value
+    return value if isinstance(value, int | float) else float(value)

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from longtake.errors import LongtakeError
-from longtake.image import LEAST_SIDE, image_from_file, image_from_picture, image_from_pixels, pixels_from_file
+from longtake.image import (
+    LEAST_SIDE,
+    image_from_file,
+    image_from_pixels,
+    pixels_from_file,
+    pixels_from_picture,
+    rgb_pixels,
+)
 from longtake.image_cover import covering
 from longtake.runtime.clip import check_clip, latents_from_clip
 from longtake.runtime.session import Session
@@ -67,7 +74,16 @@ class Start:
         """The given picture as it is, uint8 [H, W, 3]."""
         if isinstance(self.image, (str, Path)):
             return pixels_from_file(self.image)
-        return np.asarray(self.image if isinstance(self.image, np.ndarray) else self.image.convert("RGB"))  # type: ignore[union-attr]
+        if isinstance(self.image, np.ndarray):
+            return rgb_pixels(self.image)
+        if hasattr(self.image, "getexif"):
+            return pixels_from_picture(self.image)
+        raise LongtakeError(
+            "this is not an image",
+            got=type(self.image).__name__,
+            expected="a path, a PIL image, or an array [H, W, 3]",
+            fix="pass one of these",
+        )
 
     def picture_hw(self, preset: Preset) -> tuple[int, int]:
         """Height and width of the given picture, the video's if there is none."""
@@ -93,23 +109,8 @@ class Start:
         if self.image is None:
             return None
         size = model.preset.height, model.preset.width
-        given = self.image
-        if "camera" in model.family.can:
-            pixels, _ = covering(self._pixels(), *size)
-            return model.encoder().encode(pixels[:, None]).clone()
-        if isinstance(given, np.ndarray):
-            pixels = image_from_pixels(given, *size)
-        elif isinstance(given, (str, Path)):
-            pixels = image_from_file(given, *size)
-        elif hasattr(given, "getexif"):
-            pixels = image_from_picture(given, *size)
-        else:
-            raise LongtakeError(
-                "this is not an image",
-                got=type(given).__name__,
-                expected="a path, a PIL image, or an array [H, W, 3]",
-                fix="pass one of these",
-            )
+        cover = "camera" in model.family.can
+        pixels = covering(self._pixels(), *size)[0] if cover else image_from_pixels(self._pixels(), *size)
         return model.encoder().encode(pixels[:, None]).clone()
 
 

@@ -235,12 +235,12 @@ def _read(source: Path) -> Any:
     if not source.is_file():
         raise LongtakeError(
             f"story {source} does not exist" if not source.exists() else f"story {source} is not a file",
-            fix="pass the path of a story, such as docs/stories/demo.yaml",
+            fix=f"pass the path of a story; shipped ones: {', '.join(sorted(path.name for path in STORIES.glob('*.yaml')))}",
         )
     return read_yaml(
         source,
         "story",
-        "a YAML mapping like docs/stories/demo.yaml",
+        "a YAML mapping with shots, such as the shipped demo.yaml",
         "mind the indentation, and put text that holds ': ' or '#' in quotes",
     )
 
@@ -266,7 +266,7 @@ def _validate(given: Any, name: str) -> None:
         f"story {name} does not fit the schema" + (f" at {where}" if where else ""),
         got=_shown(error.instance, error.validator),
         expected=_expected(error),
-        fix=error.schema.get("description") or "see docs/stories/demo.yaml",
+        fix=error.schema.get("description") or f"see {STORIES / 'demo.yaml'}",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -35,3 +36,25 @@ def test_a_report_can_be_run_again(path: Path) -> None:
 def test_the_experiment_s_results_say_where_they_come_from() -> None:
     results = json.loads((REPOSITORY / "docs" / "experiment" / "results.json").read_text(encoding="utf-8"))
     assert results["command"].startswith("longtake experiment") and len(results["commit"]) >= 7
+
+
+def test_readme_s_table_says_what_the_reports_say() -> None:
+    """Each cell, rounded: a row's own report, or what the first row's report measured PyTorch at."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Figures")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    head, _, *rows = rows
+    assert head[1:] == ["DiT alone", "VAE", "end to end", "peak memory"] and len(rows) == 5
+    linked = [re.search(r"\((docs/measurements/[\w.]+)\)", row[0]) for row in rows]
+    reports = [json.loads((REPOSITORY / found[1]).read_text(encoding="utf-8")) for found in linked if found]
+    against = {"eager": reports[0]["against"]["torch"], "compiled": reports[0]["against"]["torch_compile"]}
+    for row, found in zip(rows, linked):
+        report = reports.pop(0) if found else against[row[0].split()[-1]]
+        measured = [*(report["fps"].get(name) for name in ("dit", "vae", "end_to_end")), report["peak_gb"]]
+        for cell, figure in zip(row[1:], measured):
+            assert not cell or float(cell.split()[0]) == round(figure, 1), (row[0], cell, figure)
+    for figure, name, which in re.findall(
+        r"\[([\d.]+)[^\]]*\]\(docs/measurements/(\w+)(\.json)\)", text.split("Since then")[1]
+    ):
+        report = json.loads((REPOSITORY / "docs" / "measurements" / f"{name}{which}").read_text(encoding="utf-8"))
+        known = [report["fps"]] if "fps" in report else [one["fps"] for one in report["convolutions"].values()]
+        assert any(float(figure) in (round(fps["end_to_end"], 1), round(fps["end_to_end"])) for fps in known), name

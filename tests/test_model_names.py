@@ -126,6 +126,31 @@ def test_a_hub_id_is_answered_with_how_to_download_it(monkeypatch: pytest.Monkey
         assert "hf download Wan-AI/Wan2.2-TI2V-5B --local-dir" in said and "longtake convert --dit" in said
 
 
+def test_downloads_are_looked_for_where_hugging_face_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    snapshot = tmp_path / "hub" / "models--somebody--a-model" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    with pytest.raises(LongtakeError, match=f"{snapshot} holds no model"):
+        model_and_recipe("somebody/a-model")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(LongtakeError, match="hf download somebody/a-model"):
+        model_and_recipe("somebody/a-model")
+
+
+def test_an_at_in_a_folder_s_path_is_no_recipe(own: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(own, tmp_path / "me@work" / "mine")
+    plain, none = model_and_recipe(str(folder))
+    assert plain.checkpoints == folder and none is None and asked_for(str(folder)).model == plain
+    model, recipe = model_and_recipe(f"{folder}@{RECIPE.name}")
+    assert (model.checkpoints, recipe) == (folder, RECIPE) and asked_for(f"{folder}@{RECIPE.name}").recipe == RECIPE
+    odd = shutil.copytree(own, tmp_path / "mine@home")
+    with pytest.raises(LongtakeError, match="(?s)bad model name.*mine@home.*--name"):
+        asked_for(str(odd))
+
+
 def test_names_that_are_near() -> None:
     with pytest.raises(LongtakeError, match="did you mean 'tiny-4step'"):
         asked_for("tiny-4steps")
@@ -193,7 +218,7 @@ def test_what_is_there_is_opened_and_what_failed_is_made_again(monkeypatch: pyte
         calls.append(folder)
         raise GateError("it differs")
 
-    monkeypatch.setattr(pretrained, "export", failing)
+    monkeypatch.setattr("longtake.chain.export", failing)
     model = model_in(STUDENT)
     folder = made("tiny-4step", weights=model.weights)
     assert pretrained.prepared(model, RECIPE, on_cpu=True) == folder and not calls

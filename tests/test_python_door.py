@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from toy_backend import ToyBackend, toy_tokenize
 
 import longtake
-from longtake import CancelledError, LongtakeError, Step, Video
+from longtake import CancelledError, LongtakeError, Sampling, Step, Video
 from longtake.paths import REPOSITORY
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
@@ -31,6 +33,48 @@ def test_a_user_s_script_passes_mypy_strict(tmp_path: Path) -> None:
     done = subprocess.run([*words, str(script)], capture_output=True, text=True, cwd=REPOSITORY, timeout=500)
     assert done.returncode == 0, done.stdout
     assert len(script.read_text().splitlines()) >= 60
+
+
+FIRST = """
+from longtake import generate
+assert generate("a green seven rises", chunks=1, steps=1).frames.shape == (29, 128, 128, 3)
+"""
+SECOND = """
+import time
+from longtake import Generator
+for _ in range(2):
+    with Generator.from_pretrained("tiny-4step", device="cpu") as generator:
+        print(time.process_time(), time.perf_counter())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_second_call_opens_in_seconds(tmp_path: Path) -> None:
+    """Seconds of the process's own work, the start of Python and PyTorch included: a busy machine makes only others wait."""
+    home = {"LONGTAKE_HOME": str(tmp_path), "LONGTAKE_THREADS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(script: str) -> str:
+        words = [sys.executable, "-W", "ignore", "-c", script]
+        return subprocess.run(
+            words, env={**os.environ, **home}, cwd=REPOSITORY, stdout=-1, text=True, check=True
+        ).stdout
+
+    run(FIRST)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.onnx")}
+    begun = time.perf_counter()
+    fresh, again = (tuple(map(float, line.split())) for line in run(SECOND).splitlines())
+    print(
+        f"opened after {fresh[0]:.1f} s of work, {fresh[1] - begun:.1f} s by the clock; again in {again[0] - fresh[0]:.1f} s"
+    )
+    assert made and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.onnx")} == made
+    assert fresh[0] < 5 and again[0] - fresh[0] < 5
+
+
+def test_opening_what_is_there_does_not_load_the_exporter() -> None:
+    script = "import sys, longtake.pretrained, longtake.preparation; print('onnxscript' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 def test_every_public_name_is_there() -> None:
@@ -103,6 +147,46 @@ def test_things_tell_what_they_are(generator: Generator, tmp_path: Path) -> None
     (tmp_path / "theirs.mp4").write_bytes(b"not a video of ours")
     with pytest.raises(LongtakeError):
         video.save(tmp_path / "theirs.mp4")
+
+
+def test_a_place_for_the_video_is_looked_at_before_it_is_made(
+    generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(name: object) -> Generator:
+        raise AssertionError("the work begins")
+
+    monkeypatch.setattr(longtake.Generator, "from_pretrained", opened)
+    (tmp_path / "theirs.mp4").write_bytes(b"not a video of ours")
+    ours = Video(np.zeros((29, 16, 16, 3), np.uint8), 24, {}).save(tmp_path / "ours.mp4")
+    for out, more, said in (
+        ("x.avi", {}, r"(?s)must be an mp4.*out='.*x.mp4'"),
+        ("theirs.mp4", {}, "a file that longtake did not write"),
+        ("ours.mp4", {"continue_from": str(ours)}, "would replace continue_from: they are the same file"),
+    ):
+        with pytest.raises(LongtakeError, match=said):
+            longtake.generate("a seven", out=tmp_path / out, **more)
+    with pytest.raises(AssertionError, match="the work begins"):
+        longtake.generate("a seven", out=tmp_path / "ours.mp4")
+
+
+def test_a_session_is_not_saved_over_a_file_of_others(generator: Generator, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"theirs")
+    with generator.session("a seven") as session:
+        with pytest.raises(LongtakeError, match="the session would replace a file that longtake did not write"):
+            session.save(tmp_path / "photo.png")
+        session.save(tmp_path / "s.safetensors")
+        session.save(tmp_path / "s.safetensors")
+    assert (tmp_path / "photo.png").read_bytes() == b"theirs"
+
+
+def test_numbers_of_numpy_are_numbers(generator: Generator) -> None:
+    plain = Sampling(timesteps=(999, 500), shift=5, guidance=1)
+    theirs = Sampling(timesteps=tuple(np.float32([999, 500])), shift=np.float32(5), guidance=np.float32(1))
+    sessions = [generator.session("a seven", sampling=one, seed=np.int64(1)) for one in (plain, theirs)]  # type: ignore[arg-type]
+    assert torch.equal(*(next(session).latents for session in sessions))
+    for bad in ("3", True):
+        with pytest.raises(LongtakeError, match="bad guidance scale"):
+            generator.session("a seven", guidance=bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("image", [object(), 7, [[0]]])

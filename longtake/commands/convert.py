@@ -146,6 +146,12 @@ def check_options(options: ConvertOptions, measure: CalibrationOptions) -> None:
         )
     if (options.base or options.lora or options.use_ema) and not options.dit:
         raise LongtakeError("--base, --lora and --use-ema belong to --dit", fix="pass --dit, too")
+    if options.lora_scale is not None and not options.dit:
+        raise LongtakeError("--lora-scale belongs to --dit", fix="pass --dit, too")
+    if measure.latents and not measure.calibrate:
+        raise LongtakeError(
+            "--latents are what --calibrate measures with", got="no --calibrate", fix="pass --calibrate"
+        )
     if measure.chunks < 1 or measure.passes < 1:
         raise LongtakeError(
             "nothing to calibrate with", got=f"{measure.chunks} chunks, {measure.passes} passes", expected="1 or more"
@@ -184,6 +190,10 @@ def models_from(options: ConvertOptions) -> Iterator[Converted]:
             own_scale=scale or stored_scale(options.dit),
             packed_rule=options.packed_rule,
         )
+        if scale is not None and "lora" not in model.meta:
+            raise LongtakeError(
+                "--lora-scale without a LoRA", got=f"full weights in {options.dit}", fix="pass the LoRA with --lora"
+            )
         yield _from(model, options.dit, {"base": options.base, "lora": options.lora})
     if options.vae:
         weights = read_container(options.vae, "vae")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from longtake.commands.probes import (
     Finding,
@@ -24,6 +23,7 @@ from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_nam
 from longtake.machine.capability import FLAVOUR_FIX, NVRTC_FIX, Machine, Verdict, lookup, verdict_for
 from longtake.machine.machine import machine_here
 from longtake.options import Command, option
+from longtake.settings import settings_from_environment
 
 REFERENCE_NEEDS = ("PyTorch", "ONNX Runtime", "onnx", "safetensors", "PyAV")
 
@@ -66,7 +66,7 @@ def examine() -> Diagnosis:
         attempt("NVRTC", "compiling the plugin kernels", NVRTC_FIX, nvrtc_compiles),
         attempt("PyAV", "reading and writing mp4", "pip install av", pyav_works),
         trtexec_finding(),
-        disk_finding(Path.cwd()),
+        disk_finding(settings_from_environment().home),
     ]
     usable = {finding.name: finding.ok for finding in findings}
     machine = replace(machine_here(), onnxruntime=usable["ONNX Runtime"], nvrtc=usable["NVRTC"])
@@ -115,9 +115,10 @@ def run(options: DoctorOptions) -> int:
 def report(diagnosis: Diagnosis) -> list[str]:
     """The diagnosis as lines."""
     text = [f"{finding.name:16} {'' if finding.ok else '! '}{finding.found}" for finding in diagnosis.findings]
-    text += ["", f"{'recipe':20} {'runs here by':13} {'its own plans':28} why"]
+    wide = max(len(item.recipe) for item in diagnosis.recipes)
+    text += ["", f"{'recipe':{wide}} {'runs here by':13} {'its own plans':28} why"]
     for item in diagnosis.recipes:
-        text.append(f"{item.recipe:20} {item.backend:13} {item.native:28} {item.reason}")
+        text.append(f"{item.recipe:{wide}} {item.backend:13} {item.native:28} {item.reason}")
     if diagnosis.missing:
         missing = (f"  {item.name} ({item.needed_for}): {item.fix}" for item in diagnosis.missing)
         return [*text, "", "missing:", *missing]

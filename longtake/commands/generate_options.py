@@ -32,9 +32,9 @@ what is seen in the clip may be told shot by shot; without that it is what the f
       - prompt: a red two circles over a forest background, light from above
 
 examples:
-  longtake generate docs/stories/demo.yaml --model tiny-4step --out demo.mp4
+  longtake generate demo.yaml --model tiny-4step --out demo.mp4
   longtake generate --prompt "a white nine grows over a black background, soft light" --chunks 3
-  longtake generate docs/stories/demo.yaml --chunks 2 --save-session half.safetensors
+  longtake generate demo.yaml --chunks 2 --save-session half.safetensors
   longtake generate --load-session half.safetensors --out rest.mp4
   longtake generate --prompt "a green seven drifts left" --image first.png --chunks 3
   longtake generate --prompt "a green seven rises" --continue-from demo.mp4 --clip-prompt "a green seven drifts left"
@@ -50,7 +50,7 @@ class WhatOptions:
     """What to generate"""
 
     story: str | None = option(None, positional=True, metavar="STORY.yaml")
-    """such as docs/stories/demo.yaml (default: --prompt, or what a loaded session has left to do)"""
+    """such as demo.yaml (default: --prompt, or what a loaded session has left to do)"""
     prompt: tuple[str, ...] = option((), repeated=True, metavar="TEXT")
     """a prompt instead of a story; given several times, one chunk each, in their order (default: none)"""
     chunks: int | None = option(None, metavar="N")
@@ -157,7 +157,7 @@ class GenerateOptions(OutOptions, HowOptions, ViewOptions, WhatOptions):
             raise LongtakeError(
                 "nothing to generate",
                 expected="a story, --prompt or --load-session",
-                fix="longtake generate docs/stories/demo.yaml",
+                fix="longtake generate demo.yaml",
             )
         if self.backend not in (*BACKEND_NAMES, ORACLE):
             raise LongtakeError(

@@ -73,11 +73,11 @@ commands:
 EPILOG = """
 the usual way:
   longtake doctor                               what runs on this machine, and what is missing
-  longtake train --stage dit --data digits      train (or fine-tune) under NVFP4
+  longtake train --stage dit --data digits      train (or fine-tune); with --precision nvfp4 in 4 bits
   longtake distill --teacher runs/train --out runs/four    4 denoise steps a chunk instead of 16
   longtake export --recipe tiny_nvfp4_sm120     PyTorch to ONNX
   longtake engines --recipe tiny_nvfp4_sm120    ONNX to TensorRT
-  longtake generate docs/stories/demo.yaml      a story to an mp4
+  longtake generate demo.yaml                   a story to an mp4
   longtake serve                                a page on which one types and sees it
 """
 

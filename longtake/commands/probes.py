@@ -136,9 +136,14 @@ def trtexec_finding() -> Finding:
 
 
 def disk_finding(folder: Path) -> Finding:
-    """Free space where builds go."""
-    free = shutil.disk_usage(folder).free / 1e9
+    """Free space where builds go; `folder` need not be there yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free / 1e9
     ok = free >= LOW_DISK_GB
     return Finding(
-        "disk", f"{free:.1f} GB free in {folder}", ok, "" if ok else "free some space (make clean)", "builds"
+        "disk",
+        f"{free:.1f} GB free in {folder}",
+        ok,
+        "" if ok else f"free some space, such as models in {folder}",
+        "builds",
     )

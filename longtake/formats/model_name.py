@@ -175,18 +175,28 @@ class Asked:
     recipe: Recipe | None
 
 
+def parts_of(text: str) -> tuple[str, str | None]:
+    """The model and the recipe in "MODEL@RECIPE". An @ in a folder's own path parts nothing."""
+    if "@" not in text or Path(text).is_dir():
+        return text, None
+    before, _, after = text.rpartition("@")
+    if not Path(before).is_dir():
+        before, _, after = text.partition("@")
+    return before, after
+
+
 def asked_for(text: str) -> Asked:
     """What "MODEL", "MODEL@RECIPE", a recipe, or a folder of checkpoints (with or without @RECIPE) names.
 
     Raises:
         LongtakeError: it names nothing; says what is near, or how to download what has a hub's name.
     """
-    name, at, wanted = text.partition("@")
-    recipe = recipe_named(wanted) if at else None
+    name, wanted = parts_of(text)
+    recipe = None if wanted is None else recipe_named(wanted)
     model = model_in(Path(name)) if (Path(name) / "dit.safetensors").is_file() else card_of(name)
     if model is not None:
         return Asked(model, _fitting(recipe, model))
-    if not at and (name in recipe_names() or name.endswith((".yaml", ".yml"))):
+    if recipe is None and (name in recipe_names() or name.endswith((".yaml", ".yml"))):
         return Asked(None, recipe_named(name))
     if HUB_ID.fullmatch(name) and not Path(name).exists():
         raise hub_error(name)

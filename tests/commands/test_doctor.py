@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
 from longtake.commands import doctor, probes
-from longtake.formats.recipe import recipe_for, recipe_named
+from longtake.formats.recipe import recipe_for, recipe_named, recipe_names
 from longtake.machine import machine
 from longtake.machine.capability import Machine
 from longtake.machine.flavour import Installed
@@ -85,10 +86,29 @@ def test_a_probe_that_raises_becomes_a_finding() -> None:
     assert not found.ok and "libfoo.so" in found.found and found.fix == "pip install foo"
 
 
-def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes.shutil, "disk_usage", lambda _: argparse.Namespace(free=1e9))
-    found = probes.disk_finding(doctor.Path.cwd())
-    assert not found.ok and "1.0 GB free" in found.found and "make clean" in found.fix
+    found = probes.disk_finding(tmp_path / "models" / "not-there-yet")
+    assert not found.ok and "1.0 GB free" in found.found and "not-there-yet" in found.fix
+
+
+def test_the_disk_that_counts_is_the_one_of_exports_and_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path / "not-there-yet"))
+    assert _run() == 0
+    assert f"GB free in {tmp_path / 'not-there-yet'}" in capsys.readouterr().out
+
+
+def test_columns_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run() == 0
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = (line for line in lines if line.startswith("recipe "))
+    rows = [line for line in lines if line.split(" ")[0] in recipe_names()]
+    assert len(rows) == len(recipe_names())
+    for column in ("runs here by", "its own plans", "why"):
+        at = head.index(column)
+        assert all(row[at - 1] == " " and row[at] != " " for row in rows), column
 
 
 def test_the_command_line_reaches_it_and_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:

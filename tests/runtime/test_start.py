@@ -129,6 +129,22 @@ def test_pictures_of_any_kind_are_the_same_picture(kind: str) -> None:
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "La", "P", "PA", "RGBX", "RGBa", "HSV", "CMYK", "YCbCr", "F", "I;16"])
+def test_a_pil_image_of_any_mode_is_a_picture(mode: str) -> None:
+    if mode in ("F", "I;16"):
+        given = Image.fromarray(np.full((32, 32), *((1.0, np.float32) if mode == "F" else (65535, np.uint16))))
+    else:
+        between = {"PA": "P", "La": "LA", "RGBa": "RGBA"}.get(mode, "RGB")
+        given = Image.new("RGB", (32, 32), "white").convert(between).convert(mode)
+    assert given.mode == mode
+    assert image_from_picture(given, 32, 32).min() > 0.98
+
+
+def test_a_pil_image_of_integers_has_no_known_range() -> None:
+    with pytest.raises(LongtakeError, match="numbers whose range is unknown"):
+        image_from_picture(Image.fromarray(np.full((32, 32), 255, np.int32)), 32, 32)
+
+
 # ---- the first chunk -------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import builtins
 import csv
 import json
 import logging
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from longtake.errors import LongtakeError
+from longtake.training.data.captions import rows_of_table
 from longtake.training.data.clips import SHORT, ClipReader, clips_from_folder
 from longtake.training.data.folder import Folder
 from longtake.training.data.named import dataset_from_name
@@ -144,6 +146,31 @@ def test_one_line_says_what_there_is_and_why_something_is_not(films: Path, tmp_p
         assert part in line
 
 
+def test_captions_of_a_table_come_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('file_name,caption\n\na.mp4,"a man, laughing"\nb.mp4,a dog,\n')
+    assert [row["caption"] for row in rows_of_table(tmp_path / "a.csv")] == ["a man, laughing", "a dog"]
+    (tmp_path / "a.jsonl").write_text('{"file": "a.mp4", "caption": "one line\u2028another"}\n', encoding="utf-8")
+    assert [row["caption"] for row in rows_of_table(tmp_path / "a.jsonl")] == ["one line\u2028another"]
+
+
+@pytest.mark.timeout(60)  # whoever opens a pipe waits for ever
+@pytest.mark.parametrize("shots", [False, True])
+def test_pipes_and_broken_links_are_no_clips(films: Path, tmp_path: Path, shots: bool) -> None:
+    root = shutil.copytree(films, tmp_path / "clips")
+    with_txt(root)
+    folder = root
+    if shots:
+        folder = root / "video" / "film"
+        (root / "caption" / "film").mkdir(parents=True)
+        folder.mkdir(parents=True)
+        shutil.move(root / "one.mp4", folder / "0.mp4")
+        (root / "caption" / "film" / "0.txt").write_text("a film")
+    os.mkfifo(folder / "pipe.mp4")
+    (folder / "link.mp4").symlink_to("nowhere.mp4")
+    ignored = clips_from_folder(root, MINI).ignored
+    assert {path.name for path, why in ignored.items() if "broken link, or a pipe" in why} == {"pipe.mp4", "link.mp4"}
+
+
 def test_held_out_clips_are_as_many_as_asked_for(films: Path, tmp_path: Path) -> None:
     for number in range(8):
         shutil.copy(films / "one.mp4", tmp_path / f"{number}.mp4")
@@ -171,6 +198,10 @@ def test_tables_that_cannot_be_used_are_named(tmp_path: Path, monkeypatch: pytes
     assert "lacks a column" in spoilt(tmp_path, "b.csv", "nothing,caption\na,b\n")
     assert "line 2 of" in spoilt(tmp_path, "c.jsonl", '{"file": "a.mp4", "caption": "x"}\nno json\n')
     assert "is no table" in spoilt(tmp_path, "e.csv", "file_name,caption\na.mp4," + "x" * 200_000)
+    said = spoilt(tmp_path, "f.csv", "file_name,caption\na.mp4,a man laughs, in a car\n")  # half of it would be lost
+    assert "row 1 of" in said and "more fields than there are columns" in said and "in quotes" in said
+    assert "a column twice" in spoilt(tmp_path, "g.csv", "file_name,caption,caption\na.mp4,x,y\n")
+    assert "is no table" in spoilt(tmp_path, "h.csv", 'file_name,caption\na.mp4,"x\nb.mp4,y\n')  # two clips as one
     assert "is not UTF-8 text" in spoilt(tmp_path, "d.csv", b"file_name,caption\na.mp4,\xff\xfe\n")
     assert "does not exist" in spoilt(tmp_path, "e.csv", "file_name,caption\ngone.mp4,x\n")
     assert "no clips in" in spoilt(tmp_path, "f.csv", "file_name,caption\n")

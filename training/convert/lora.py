@@ -61,9 +61,9 @@ def pairs(state: Mapping[str, Tensor], linears: Collection[str] = ()) -> dict[st
             twice += [key] if side in halves.setdefault(name, {}) else []
             halves[name][side], stored[name] = tensor, found[1].removeprefix("base_model.model.")
         elif found := _ALPHA.fullmatch(plain):
-            alphas[_linear(found[1], underscored)] = (
-                float(tensor.float().reshape(-1)[0]) if tensor.numel() == 1 else 0.0
-            )
+            name = _linear(found[1], underscored)
+            twice += [key] if name in alphas else []
+            alphas[name] = _alpha(key, tensor)
         else:
             unknown.append(key)
     for kind, pattern in _OTHERS.items():
@@ -100,13 +100,25 @@ def merge(
         raise IntegrityError(what, got=some(strangers), expected=expected, fix="pass the LoRA of this model")
     for name, pair in found.items():
         a, b, weight = pair.a, pair.b, tensors[f"{name}.weight"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(weight.shape):
+        fits = (
+            a.ndim == b.ndim == 2 and 0 < a.shape[0] == b.shape[1] and (b.shape[0], a.shape[1]) == tuple(weight.shape)
+        )
+        if not fits:
             what = f"the LoRA doesn't fit {name}"
             expected, fix = f"A [rank, {weight.shape[1]}], B [{weight.shape[0]}, rank]", "pass the LoRA of this model"
             raise IntegrityError(what, got=f"A {list(a.shape)}, B {list(b.shape)}", expected=expected, fix=fix)
         factors[name] = scale.of(pair.stored, a.shape[0], pair.alpha)
         merged[f"{name}.weight"] = _sum(weight, a, b, factors[name])
     return merged, factors
+
+
+def _alpha(key: str, tensor: Tensor) -> float:
+    """A stored alpha. Raises IntegrityError unless it is one positive number: nothing, or NaN, would be merged."""
+    values = tensor.float().reshape(-1).tolist() if tensor.numel() == 1 else []
+    if not values or not 0 < values[0] < float("inf"):
+        raise IntegrityError(f"the LoRA's {key} is no alpha", got=values or f"a tensor {list(tensor.shape)}",
+                             expected="one positive number", fix="get the file again")  # fmt: skip
+    return float(values[0])
 
 
 def _linear(name: str, underscored: Mapping[str, str]) -> str:

@@ -109,11 +109,15 @@ def _by_peft(config: Any, where: str) -> LoraScale:
             (f"LoRA on weights changed by {name}" for name in CHANGED_BASES if base.startswith(name)), ""
         )
         if not other:
+            alphas = {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+            alpha, root = float(config["lora_alpha"]), config.get("use_rslora") or False
+            if root not in (True, False) or not all(math.isfinite(value) for value in (alpha, *alphas.values())):
+                raise ValueError("a word for a switch, or no number")
             return LoraScale(
-                float(config["lora_alpha"]),
+                alpha,
                 int(config["r"]),
-                bool(config.get("use_rslora")),
-                {key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+                bool(root),
+                alphas,
                 {key: int(value) for key, value in (config.get("rank_pattern") or {}).items()},
                 where=where,
             )
@@ -163,6 +167,6 @@ def _header(path: Path) -> dict[str, str]:
 
 def _number(text: str | None) -> bool:
     try:
-        return text is not None and float(text) > 0
+        return text is not None and 0 < float(text) < math.inf
     except ValueError:
         return False

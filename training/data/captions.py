@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +86,31 @@ def _csv(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() == ".json":
         return list_of_json(path) or []
     text = _text(path)
-    head = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=head.count)
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     try:
-        return [
-            {str(key): value for key, value in row.items() if key is not None}
-            for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        ]
+        head, *rows = [
+            row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row
+        ] or [[]]
     except csv.Error as error:
         raise LongtakeError(f"{path} is no table", got=str(error), expected="lines of a file and its caption") from None
+    if twice := [name for place, name in enumerate(head) if name and name in head[:place]]:
+        raise LongtakeError(
+            f"{path} has a column twice", got=twice[0], expected="each name once", fix="rename one of them"
+        )
+    for number, row in enumerate(rows, 1):
+        if any(row[len(head) :]):  # an unquoted comma in a caption: what stands behind it would be lost
+            raise LongtakeError(
+                f"row {number} of {path} has more fields than there are columns",
+                got=f"{delimiter.join(row)[:80]}",
+                expected=f"{len(head)} fields: {', '.join(head)}",
+                fix=f'put captions that hold a {delimiter!r} in quotes: "..."',
+            )
+    return [dict(zip_longest(head, row[: len(head)])) for row in rows]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             try:
                 row = json_value(line)

@@ -30,6 +30,7 @@ from longtake.training.data.captions import SUFFIXES as CAPTIONS
 from longtake.video import SUFFIXES
 
 FILMS = "not " + ", ".join(suffix[1:] for suffix in SUFFIXES)
+NO_FILE = "no file: a broken link, or a pipe"
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -131,6 +132,8 @@ def _of_folder(root: Path, finds: Finds, known: set[Path]) -> None:
     for path in sorted(path for path in root.rglob("*") if not path.is_dir() and path not in known):
         if any(part.startswith(".") for part in path.relative_to(root).parts):
             finds.ignored[path] = "hidden"
+        elif not path.is_file():
+            finds.ignored[path] = NO_FILE
         elif path.suffix.lower() in COMPRESSED:
             finds.ignored[path] = "compressed: unpack it"
         elif path.suffix.lower() not in (*SUFFIXES, *CAPTIONS):
@@ -171,8 +174,8 @@ def _of_shots(root: Path, finds: Finds, known: set[Path]) -> None:
             shot = _shot(path)
             if path in named or path in known:
                 continue
-            if path.name.startswith(".") or path.is_dir():
-                ignored[path] = "a folder" if path.is_dir() else "hidden"
+            if path.name.startswith(".") or not path.is_file():
+                ignored[path] = "a folder" if path.is_dir() else NO_FILE if not path.is_file() else "hidden"
             elif path.suffix.lower() not in suffixes:
                 ignored[path] = f"not {', '.join(suffix[1:] for suffix in suffixes)}"
             elif path.parent.parent != root / kind:

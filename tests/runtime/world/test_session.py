@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from worlds import digest, picture
 
@@ -39,6 +40,25 @@ def test_chunks_have_25_and_then_24_frames_and_begin_with_the_picture(generator:
     assert first.shape == chunks[0].latents[:, 0].shape
     given = generator.session(["a room"], image=picture(48, 64), view=WALK)
     assert torch.equal(next(given).latents[:, 0], first)
+
+
+@pytest.mark.parametrize("kind", ["float", "rgba", "PIL on its side"])
+def test_a_world_takes_pictures_of_any_kind(kind: str, generator: Generator) -> None:
+    plain = picture(48, 64)
+    turned = Image.fromarray(np.rot90(plain).copy())
+    turned.getexif()[0x0112] = 6  # a quarter to the right, and it stands
+    turned.info["exif"] = turned.getexif().tobytes()
+    clear = np.concatenate([plain, np.full((48, 64, 1), 255, np.uint8)], -1)
+    given = {"float": plain / 255, "rgba": clear, "PIL on its side": turned}[kind]
+    session = generator.session(["a room"], image=given, view=WALK, decode=False)
+    first = generator.model.encoder().encode(torch.from_numpy(plain).permute(2, 0, 1)[:, None] / 127.5 - 1.0)
+    assert torch.equal(next(session).latents[:, 0], first)
+
+
+def test_what_is_no_picture_is_refused_by_a_world(generator: Generator) -> None:
+    for given in (object(), [[0]], np.zeros((3, 48, 64), np.uint8)):
+        with pytest.raises(LongtakeError, match="this is not an image"):
+            generator.session(["a room"], image=given, view=WALK)  # type: ignore[arg-type]
 
 
 def plain_video(models: Models, recipe: Recipe, chunks: int, first: Tensor, view: View, seed: int) -> list[Tensor]:

@@ -196,6 +196,15 @@ def test_text_of_hugging_face_equals_wans(preset: Preset) -> None:
     assert torch.equal(model.state_dict()["embedding.weight"], theirs["shared.weight"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["--lora", "x.pt"], ["--calibrate", "--chunks", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--lora", "x.pt"],
+        ["--lora-scale", "0.5"],
+        ["--vae", "x.pth", "--latents", "x.safetensors"],
+        ["--calibrate", "--chunks", "0"],
+    ],
+)
 def test_arguments_that_mean_nothing(arguments: list[str], tmp_path: Path) -> None:
     assert main(["convert", *arguments, "--out", str(tmp_path)]) == 2

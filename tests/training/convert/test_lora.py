@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from longtake.commands.main import main
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.paths import REPOSITORY
 from longtake.training.convert.files import read_container
 from longtake.training.convert.lora_scale import LoraScale, stored_scale
 from longtake.training.convert.models import convert_dit
@@ -242,6 +244,49 @@ def test_other_kinds_of_a_configuration_are_named(tmp_path: Path, settings: dict
 def test_a_rank_that_is_not_the_stated_one(preset: Preset, dit_state: State, lora: State) -> None:
     with pytest.raises(IntegrityError, match="another rank than .* says\n  got: 4\n  expected: 8"):
         convert_dit(dit_state, preset, lora=lora, lora_scale=LoraScale(8.0, 8))
+
+
+@pytest.mark.parametrize("alpha", [torch.ones(3), torch.tensor(0.0), torch.tensor(float("nan")), torch.ones(0)])
+def test_an_alpha_that_is_no_number_merges_nothing_unseen(
+    alpha: Tensor, preset: Preset, dit_state: State, lora: State
+) -> None:
+    key = next(iter(lora)).partition(".lora_")[0] + ".alpha"
+    with pytest.raises(IntegrityError, match=r"q.alpha is no alpha[\s\S]*expected: one positive number"):
+        convert_dit(dit_state, preset, lora={**lora, key: alpha})
+
+
+def test_two_alphas_of_one_linear_are_refused(preset: Preset, dit_state: State, lora: State) -> None:
+    name = next(iter(lora)).partition(".lora_")[0].removeprefix("base_model.model.")
+    alphas = {f"{prefix}{name}.alpha": torch.tensor(4.0) for prefix in ("", "diffusion_model.")}
+    with pytest.raises(IntegrityError, match="linears twice"):
+        convert_dit(dit_state, preset, lora={**lora, **alphas})
+
+
+def test_a_lora_of_rank_0_does_not_fit(preset: Preset, dit_state: State, lora: State) -> None:
+    empty = {key: value[:0] if "lora_A" in key else value[:, :0] for key, value in lora.items()}
+    with pytest.raises(IntegrityError, match="doesn't fit blocks.0.self_attn.q"):
+        convert_dit(dit_state, preset, lora=empty, lora_scale=LoraScale(8.0))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_rslora": "false"}, {"lora_alpha": float("inf")}, {"alpha_pattern": {"q": "nan"}}]
+)
+def test_settings_that_are_no_numbers_are_not_guessed(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LongtakeError, match="doesn't say how a LoRA is scaled"):
+        stored_scale(tmp_path)
+
+
+def test_a_scale_or_a_base_that_changes_nothing_is_refused(
+    preset: Preset, dit_state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(LongtakeError, match="(?s)--base is the weights under.*full weights"):
+        convert_dit(dit_state, preset, base=dit_state)
+    whole = str(REPOSITORY / "training" / "checkpoints" / "tiny" / "dit.safetensors")
+    words = ["--preset", "tiny", "--dit", whole, "--lora-scale", "0.5", "--out", str(tmp_path / "out")]
+    assert main(["convert", *words]) == 2
+    assert "--lora-scale without a LoRA" in capsys.readouterr().err and not (tmp_path / "out" / "dit.json").exists()
 
 
 def test_two_adapters_in_one_file_are_refused(preset: Preset, dit_state: State, lora: State) -> None:
