@@ -110,8 +110,7 @@ class Generator:
         device: torch.device | str | None = None,
         gpus: int = 1,
     ) -> Self:
-        """Open a folder of checkpoints, or a shipped model's by its name: dit.safetensors, and as far as they are there
-        text_encoder and vae.
+        """Open a folder of checkpoints, or a shipped model's by its name: a DiT; its text encoder and VAE if they are there.
 
         With a DiT alone, sessions need `embeddings` and `decode=False`.
 
@@ -136,13 +135,9 @@ class Generator:
             opened = checkpoint_backend(preset, folder, dtype or "fp32", device, gpus)
             return cls(opened, tokenizer_of(preset, folder), sampling=side.sampled)
         if backend != "reference":
-            what, fix = (
-                "a checkpoint has no such backend",
-                "longtake export and longtake engines, then Generator.from_engines",
-            )
-            raise LongtakeError(
-                what, got=repr(backend), expected="'torch' or 'reference'", fix=f"for the others: {fix}"
-            )
+            what, expected = "a checkpoint has no such backend", "'torch' or 'reference'"
+            fix = "for the others: longtake export and longtake engines, then Generator.from_engines"
+            raise LongtakeError(what, got=repr(backend), expected=expected, fix=fix)
         if dtype not in (None, "bf16"):
             what, got = "an export stores its weights in bf16", f"dtype {dtype!r}"
             raise LongtakeError(what, got=got, expected="dtype 'bf16'", fix="pass backend='torch' for fp32")

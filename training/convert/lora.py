@@ -116,8 +116,8 @@ def _alpha(key: str, tensor: Tensor) -> float:
     """A stored alpha. Raises IntegrityError unless it is one positive number: nothing, or NaN, would be merged."""
     values = tensor.float().reshape(-1).tolist() if tensor.numel() == 1 else []
     if not values or not 0 < values[0] < float("inf"):
-        raise IntegrityError(f"the LoRA's {key} is no alpha", got=values or f"a tensor {list(tensor.shape)}",
-                             expected="one positive number", fix="get the file again")  # fmt: skip
+        what, got = f"the LoRA's {key} is no alpha", values or f"a tensor {list(tensor.shape)}"
+        raise IntegrityError(what, got=got, expected="one positive number", fix="get the file again")
     return float(values[0])
 
 
