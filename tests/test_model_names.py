@@ -67,6 +67,14 @@ def test_shipped_and_own_models_have_names(own: Path, home: Path) -> None:
     assert model_in(own).name == "other-name" and SideFile.read(side_file(own / "dit.safetensors")).sha256 == "a" * 64
 
 
+def test_a_mistyped_folder_is_said_to_be_none(own: Path) -> None:
+    with pytest.raises(LongtakeError, match="(?s)holds no model.*got: no such folder"):
+        model_in(own.parent / "mien")
+    (own / "dit.json").unlink()
+    with pytest.raises(LongtakeError, match="(?s)holds no model.*got: no dit.json"):
+        model_in(own)
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-4step"])
 def test_shipped_names_are_reserved(name: str, own: Path) -> None:
     with pytest.raises(LongtakeError, match=f"(?s)the name {name} is that of a shipped model.*--name my-{name}"):

@@ -102,7 +102,7 @@ def model_in(folder: Path, name: str | None = None) -> Model:
     if not path.is_file():
         raise LongtakeError(
             f"{folder} holds no model",
-            got=f"no {path.name}",
+            got=f"no {path.name}" if folder.is_dir() else "no such folder",
             expected="dit.safetensors and dit.json, as training and `longtake convert` write them",
             fix="pass the folder that has them",
         )

@@ -115,10 +115,12 @@ def merge(
 def _alpha(key: str, tensor: Tensor) -> float:
     """A stored alpha. Raises IntegrityError unless it is one positive number: nothing, or NaN, would be merged."""
     values = tensor.float().reshape(-1).tolist() if tensor.numel() == 1 else []
-    if not values or not 0 < values[0] < float("inf"):
-        what, got = f"the LoRA's {key} is no alpha", values or f"a tensor {list(tensor.shape)}"
-        raise IntegrityError(what, got=got, expected="one positive number", fix="get the file again")
-    return float(values[0])
+    if values and 0 < values[0] < float("inf"):
+        return float(values[0])
+    got = values[0] if values else f"a tensor {list(tensor.shape)}"
+    raise IntegrityError(
+        f"the LoRA's {key} is no alpha", got=got, expected="one positive number", fix="get the file again"
+    )
 
 
 def _linear(name: str, underscored: Mapping[str, str]) -> str:
