@@ -33,8 +33,6 @@ from typing import Any
 import conv8
 import house
 
-from longtake.provenance import origin
-
 ROOT = Path(__file__).resolve().parents[2]
 NEW = ("test_bench_world.py", "test_bench.py", "test_passes.py", "test_second_gpu.py")
 PLUGINS = ("test_kernels.py", "test_window_kernels.py", "test_hopper_attention.py", "test_conv8.py")
@@ -121,6 +119,9 @@ def write(out: Path, tiny: bool) -> int:
         if done.returncode:
             return done.returncode
         rows.append({"side": side, **json.loads(done.stdout.splitlines()[-1])})
+    sys.path.insert(0, str(ROOT))
+    from longtake.provenance import origin
+
     report = {
         **origin(),
         "kind": "bench",

@@ -49,11 +49,7 @@ if __name__ == "__main__":
     limits = Limits(user_sessions=int(given.get("user_sessions", 8)), user_jobs=16)
     settings = Settings(port=int(given.get("port", 0)), store=Path(store), slots=slots, limits=limits)
     if "ray" in words:
-        from serving_process import (
-            opened_ranks,
-            opened_tiny,
-            opened_toy,
-        )  # by their module's name, which other processes import
+        from serving_process import opened_ranks, opened_tiny, opened_toy  # by the name that other processes import
 
         from longtake.runtime.serve.ray_app import serve_ray
 

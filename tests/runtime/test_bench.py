@@ -19,7 +19,10 @@ from longtake.formats.recipe import recipe_named
 from longtake.paths import REPOSITORY
 from longtake.plugins.cross_attention.reference import dense_cross_attention
 from longtake.plugins.nvfp4.reference import Packed, dequantize
+from longtake.plugins.spec import DOMAIN
+from longtake.runtime.backends.reference import ReferenceBackend
 from longtake.runtime.bench import random_weights as weights
+from longtake.runtime.bench import torch_side
 from longtake.runtime.bench.measure import measure
 from longtake.runtime.bench.options import BenchOptions, options_from_json
 from longtake.runtime.bench.plot import write_plot
@@ -30,6 +33,7 @@ from longtake.runtime.bench.torch_backend import PlainTorchBackend
 from longtake.runtime.bench.torch_dit import PlainDiT
 from longtake.runtime.bench.torch_side import random_dit, random_vae
 from longtake.runtime.bench.torch_vae import DecoderState, PlainDecoder
+from longtake.runtime.report import conv_counts
 from longtake.training.models.presets import TINY, WAN22_TI2V_5B, DiTConfig, Preset
 from longtake.training.models.random_weights import fill
 from longtake.training.models.wan.dit import CausalDiT
@@ -429,24 +433,31 @@ def test_the_report_says_what_convolutions_ran_in_on_both_sides(tmp_path: Path) 
     assert fast < 0.6 * slow  # the floor of 8-bit convolutions is another one
 
 
-@pytest.mark.slow
-def test_pytorch_stands_beside_convolutions_in_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command with the small model's recipe, both sides in one run, on the CPU: the decoder alone."""
-    words = [
-        "bench",
-        "--recipe",
-        str(CONV8).replace("wan2.2-ti2v-5b", "tiny"),
-        "--quick",
-        "--steps",
-        "1",
-        "--against",
+@pytest.mark.parametrize("part", ["torch", "torch_vae"])
+def test_pytorch_stands_beside_convolutions_in_codes(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """PyTorch's side of a recipe that is named by its file: the same networks in bf16, session and decoder alone."""
+    small_options(monkeypatch)
+    tiny = str(CONV8).replace("wan2.2-ti2v-5b", "tiny")
+    options = BenchOptions(recipe=tiny, steps=1, quick=True, device="cpu", against="torch")
+    assert options.the_recipe.vae_conv == "calibrated" and options.parts() == (
+        "engine",
         "torch",
-    ]
-    words += ["--networks", "vae", "--device", "cpu", "--seconds", "3000"]  # it exports first, on whatever machine
-    words += ["--out", str(tmp_path / "out"), "--onnx", str(tmp_path / "onnx")]
-    assert main(words) == 0
-    report = json.loads((tmp_path / "out" / "bench.json").read_text())
-    ours, theirs = report["vae_conv"], report["against"]["torch_vae"]["vae_conv"]
-    assert ours["fp8"] + ours["int8"] == 25 and set(theirs) == {"bf16"} and theirs["bf16"] >= sum(ours.values())
-    assert {"vae_vs_eager", "vae_vs_best_eager"} <= report["ratio"].keys()
-    assert "convolutions of the VAE: longtake reference" in capsys.readouterr().out
+        "torch_vae",
+        "torch_compile",
+    )
+    monkeypatch.setattr(torch_side, "fastest_attention", lambda preset, device: ("cudnn", {"cudnn": 1.0}))
+    figures = torch_side.measure_torch(part, options, lambda figures: None)
+    assert set(figures["vae_conv"]) == {"bf16"} and figures["vae_conv"]["bf16"] > 25 and figures["fps"]["vae"] > 0
+
+
+def test_the_reference_counts_the_convolutions_of_its_graph(tmp_path: Path) -> None:
+    names = ("conv_3x3x3_fp8", "conv_3x3x3_int8", "conv_3x3x3_int8", "conv_1x1x1", "qk_norm_rope", "Add")
+    nodes = [onnx.helper.make_node(n, ["x"], ["y"], domain="" if n == "Add" else DOMAIN) for n in names]
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [out])), str(tmp_path / "vae_steady.onnx"))
+    backend = ReferenceBackend.__new__(ReferenceBackend)  # whose files are verified elsewhere
+    backend.recipe, backend._views = recipe_named(str(CONV8)), {"vae_steady": tmp_path / "vae_steady.ort.onnx"}
+    assert conv_counts(backend) == {"bf16": 1, "fp8": 1, "int8": 2}
+    backend = ReferenceBackend.__new__(ReferenceBackend)
+    backend.recipe = recipe_named("tiny_bf16_sm90")  # its decoder is no ops
+    assert conv_counts(backend) == {}
