@@ -174,7 +174,7 @@ def _op(name: str) -> Op:
     return all_ops()[name]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)  # more than there are ops, a few kilobytes each
 def _function_proto(name: str, dims: tuple[tuple[str, int], ...], opset: int) -> FunctionProto:
     """Export the reference of one op and wrap it: fp32 inside, the activation's dtype outside."""
     spec = _op(name).spec
