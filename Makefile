@@ -12,7 +12,7 @@ RECIPE ?= $(shell PYTHONPATH=$(CURDIR) $(PY) -m longtake doctor --pick)
 STORY ?= docs/stories/demo.yaml
 OUT ?= runs
 STEPS ?= 12
-# Processes that share the tests, a file at a time; one where there is a GPU, whose memory they would share
+# Processes that share the tests, a file at a time, the longest first (tests/helpers/longest.py); one where there is a GPU, whose memory they would share
 JOBS ?= $(if $(shell command -v nvidia-smi),1,$(shell nproc))
 # A model, or MODEL@RECIPE; what is made of it lies in $(LONGTAKE_HOME)/models/MODEL/RECIPE
 MODEL ?= tiny-4step
@@ -57,7 +57,7 @@ test-long: WHICH = long
 test-slow test-long: browser
 test test-slow test-long: $(READY)
 	@if [ $(JOBS) -gt 1 ] && $(PY) -c 'import xdist' 2>/dev/null; then \
-	  export OMP_NUM_THREADS=1 PARALLEL='-n $(JOBS) --dist loadfile'; fi; \
+	  export OMP_NUM_THREADS=1 PARALLEL='-n $(JOBS) --dist loadfile --no-loadscope-reorder'; fi; \
 	set -x; PYTHONPATH=$(CURDIR) $(PY) -m pytest -m '$(WHICH)' --durations 25 --durations-min 5 $$PARALLEL $(ARGS)
 
 # The figures of docs/faults.md, in minutes: make fuzz ARGS='--share 0.1'. What they must show is what they fail below.

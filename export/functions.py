@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from longtake.dtypes import DTYPES
 from longtake.errors import LongtakeError
 from longtake.export.exchanges import translations
+from longtake.export.torchlib import read_once
 from longtake.plugins.ops import torch_op
 from longtake.plugins.registry import all_ops
 from longtake.plugins.shapes import infer_dtype, infer_shape, shape_of, torch_dtype
@@ -173,7 +174,7 @@ def _op(name: str) -> Op:
     return all_ops()[name]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=256)  # more than there are ops, a few kilobytes each
 def _function_proto(name: str, dims: tuple[tuple[str, int], ...], opset: int) -> FunctionProto:
     """Export the reference of one op and wrap it: fp32 inside, the activation's dtype outside."""
     spec = _op(name).spec
@@ -260,13 +261,13 @@ def _dynamic_dims(tensor: TensorSpec, spec: OpSpec) -> dict[int, Any]:
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Mute the exporter's warnings about itself and about packages that are not needed."""
+    """Mute the exporter's warnings about itself and about packages that are not needed; read its translations once."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), read_once():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,5 +1,6 @@
-"""Skips `gpu` tests, with the reason, on a machine without an NVIDIA GPU; keeps the log level of each test its own; lets
-Ctrl-C and a closing terminal interrupt also where the suite was begun with them ignored (in the background, by nohup)."""
+"""Begins with the longest files; skips `gpu` tests, with the reason, on a machine without an NVIDIA GPU; keeps the log level
+of each test its own; lets Ctrl-C and a closing terminal interrupt also where the suite was begun with them ignored (in the
+background, by nohup)."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from longest import LONGEST
 
 from longtake.files import write_json
 from longtake.provenance import origin
@@ -35,7 +37,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every gpu test as skipped unless CUDA is there."""
+    """Order the files; mark every gpu test as skipped unless CUDA is there."""
+    here = Path(__file__).parent
+    order = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False here")

@@ -357,9 +357,10 @@ def require_passed(models: Models, recipe: Recipe, folder: Path, networks: Seque
 
 
 @pytest.mark.slow
-def test_a_right_graph_passes_and_some_wrong_ones_do_not(tmp_path: Path) -> None:
+def test_a_right_graph_passes_and_some_wrong_ones_do_not(small_graphs: PlainGraphs, tmp_path: Path) -> None:
     models, recipe = models_named("random"), recipe_named(RECIPES[0])
-    folder = exported(models, PlainGraphs(models.preset), recipe, tmp_path / "right", (*PLAIN, *QUANTIZED))
+    assert models.preset == small_graphs.preset
+    folder = exported(models, small_graphs, recipe, tmp_path / "right", (*PLAIN, *QUANTIZED))
     require_passed(models, recipe, folder, (*PLAIN, *QUANTIZED))
     faults = (
         "one_code_off",
