@@ -289,9 +289,12 @@ class Runs:
                 row.check(code in (0, 2), f"{command}, {size} bytes: exit code {code}: {said[-200:]}")
                 row.check("Traceback" not in said, f"{command}, {size} bytes: {said[-300:]}")
                 row.check(not leftovers(out), f"{command}, {size} bytes: left over {leftovers(out)[:3]}")
-                if command in ("generate", "train") and code:  # a run before may be put aside, whole
+                if (
+                    command in ("generate", "train") and code
+                ):  # training puts an earlier run aside; a video's report is replaced
                     now = {(path.name, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
-                    lost = [path.name for path, content in before.items() if (path.name, content) not in now]
+                    gone = {path: content for path, content in before.items() if (path.name, content) not in now}
+                    lost = [path.name for path in gone if command == "train" or not path.exists()]
                     row.check(not lost, f"{command}, {size} bytes: {lost[:3]} is gone")
             row.facts[command] = f"{failed} of {count} refused"
         return row

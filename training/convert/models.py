@@ -61,14 +61,9 @@ def convert_dit(
         if not chosen.weights:
             raise LongtakeError("the base holds a LoRA only, too", fix="pass the full weights with --base")
     elif base is not None:
-<<<<<<< HEAD
         what, got = "--base is the weights under a --dit that holds a LoRA only", "a --dit with full weights"
         fix = "leave out --base, or pass the LoRA with --lora"
         raise LongtakeError(what, got=got, expected="one of the two", fix=fix)
-=======
-        what = "--base is the weights under a --dit that holds a LoRA only"
-        raise LongtakeError(what, got="a --dit with full weights", fix="leave out --base, or pass the LoRA with --lora")
->>>>>>> days
     if lora is not None:
         loras.append((_only_lora(lora), lora_scale))
     return _dit(chosen.weights, preset, dtype, loras, rule_of(about, packed_rule), entry)
