@@ -29,4 +29,4 @@ def read_once() -> Iterator[None]:
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = before
+        ONNXRegistry.from_torchlib = before  # type: ignore[method-assign]
