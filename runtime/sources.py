@@ -221,7 +221,7 @@ class OpenOptions:
     force: bool = False
     say: Callable[[str], None] = log.warning
     gpus: int = 1
-    kept_windows: int | None = None
+    kept_windows: int | None = 0
     sessions: int = 1
 
 

@@ -112,8 +112,8 @@ class HowOptions:
     """another GPU for the VAE (default: the same)"""
     gpus: int = option(1, metavar="P")
     """GPUs of this machine that share the video (docs/multi-gpu.md); with --device cpu, processes on the CPU, in PyTorch"""
-    kept_windows: int | None = option(None, metavar="LAYERS")
-    """layers that keep their window laid out between the passes of a chunk (default: as many as the memory allows)"""
+    kept_windows: int = option(0, metavar="LAYERS")
+    """layers that keep their window laid out between the passes of a chunk (docs/kernels.md)"""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class GenerateOptions(OutOptions, HowOptions, ViewOptions, WhatOptions):
         """Raise LongtakeError for what nothing can be generated with."""
         if self.gpus < 1:
             raise LongtakeError("bad --gpus", got=self.gpus, expected="1 or more", fix="--gpus 2")
-        if self.kept_windows is not None and self.kept_windows < 0:
+        if self.kept_windows < 0:
             raise LongtakeError("bad --kept-windows", got=self.kept_windows, expected="0 or more", fix="leave it out")
         if self.model is not None and self.engines is not None:
             raise LongtakeError(

@@ -52,8 +52,8 @@ class ModelOptions:
     """another GPU for the VAE (default: the same)"""
     sessions_per_worker: Annotated[int, Bounds(1, 64)] = option(1, metavar="N")
     """sessions at a time on one device, in turn; on a GPU no more than fit"""
-    kept_windows: Annotated[int, Bounds(0)] | None = option(None, metavar="LAYERS")
-    """layers that keep their window laid out between the passes of a chunk (default: as many as the memory allows)"""
+    kept_windows: Annotated[int, Bounds(0)] = option(0, metavar="LAYERS")
+    """layers that keep their window laid out between the passes of a chunk (docs/kernels.md)"""
     codec: Annotated[str, OneOf(("h264", "vp9", "av1"))] = option("h264")
     """how video is encoded unless a client asks otherwise"""
 
