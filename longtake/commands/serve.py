@@ -165,7 +165,7 @@ def require_shared(model: ModelOptions, gpus: int) -> None:
     from longtake.runtime.parallel.choose import require_shareable
     from longtake.runtime.parallel.open import require_split
     from longtake.runtime.sources import source_from_name
-    from longtake.training.models.preset_files import preset_named
+    from longtake.training.models.families import preset_named
 
     require_shareable(model.backend, model.decode_device, gpus)
     name = model.model or STUDENT

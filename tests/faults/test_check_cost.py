@@ -6,7 +6,6 @@ import importlib.util
 import time
 from pathlib import Path
 
-import fault_runs
 import pytest
 
 from longtake.formats import exported
@@ -33,9 +32,8 @@ def test_a_check_that_takes_long_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_checks_cost_little(tmp_path: Path) -> None:
+def test_the_checks_cost_little(export: Path) -> None:
     """A hundredth of opening the tiny model, which takes a second, and of its chunks; other work may disturb some runs."""
-    export = fault_runs.export_of(None, tmp_path / "export")
     told = [check_cost.measure(export, "reference") for _ in range(4)][1:]  # the first one imports
     for part in told[0]:
         assert any(check_cost.held({part: each[part]}) for each in told), told

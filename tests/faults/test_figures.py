@@ -46,11 +46,6 @@ def test_a_row_that_does_not_hold_says_so(tmp_path: Path) -> None:
     assert any("ValueError" in wrong or "UnicodeDecodeError" in wrong for wrong in row.wrong) and "WRONG" in row.line()
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fault_runs.export_of(None, tmp_path_factory.mktemp("export"))
-
-
 @pytest.fixture
 def runs(export: Path, tmp_path: Path) -> Iterator[fault_runs.Runs]:
     yield fault_runs.Runs(export, tmp_path, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import fault_runs
 import pytest
 
 from longtake.files import read_json
@@ -39,9 +38,8 @@ def test_an_hour_goes_on_over_saved_sessions(calls: tuple[float, ...], tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_second_call_goes_on_where_the_first_one_saved(tmp_path: Path) -> None:
+def test_a_second_call_goes_on_where_the_first_one_saved(export: Path, tmp_path: Path) -> None:
     """The program itself, on a CPU."""
-    export = fault_runs.export_of(None, tmp_path / "export")
     for _ in range(2):
         row = gpu_soak.soak(export, tmp_path / "state", 0, "reference", settled=1, steps=1)
         assert gpu_soak.held(row), row

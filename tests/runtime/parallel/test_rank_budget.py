@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from untrained import random_models
 
 from longtake.commands.main import main
 from longtake.errors import LongtakeError
@@ -24,7 +25,6 @@ from longtake.runtime.parallel import open as opening
 from longtake.runtime.parallel.comm import Comm
 from longtake.runtime.parallel.rank import RankBackend
 from longtake.runtime.sources import OpenOptions, Source, backend_from_source
-from longtake.training.models.load import random_models
 
 TINY = recipe_named("tiny_w4a16_sm90")
 LARGE = recipe_named("wan2.2-ti2v-5b_fp8_sm90")
