@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longtake.errors import IntegrityError
 from longtake.runtime.serve.auth import TICKET_S
-from longtake.runtime.serve.contract import ServeError, refused
+from longtake.runtime.serve.contract import ServeError, damaged_video
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.limits import NO_BODY_BYTES
 from longtake.runtime.serve.realtime import serve_socket
@@ -162,8 +162,7 @@ def _add_errors(app: FastAPI) -> None:
         return response
 
     async def damaged(_: Request, error: Exception) -> Response:
-        assert isinstance(error, IntegrityError)
-        return await ours(_, refused("damaged", error, status=409))
+        return await ours(_, damaged_video(error))
 
     async def defect(_: Request, error: Exception) -> Response:
         return response_of(ServeError("internal_error", "a defect; it is in the log", status=500))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longtake.errors import LongtakeError
 
+log = logging.getLogger(__name__)
 Whole = Annotated[int, Field(strict=True)]
 Codecs = Literal["h264", "vp9", "av1"]
 # Fields of peers' requests that a model without them cannot obey: refused where they would change the result.
@@ -71,6 +73,13 @@ def refused(code: str, error: LongtakeError, **how: Any) -> ServeError:
     """A ServeError with what a LongtakeError says."""
     parts = {"got": error.got, "expected": error.expected, "fix": error.fix}
     return ServeError(code, error.what, detail={k: str(v)[:300] for k, v in parts.items() if v is not None}, **how)
+
+
+def damaged_video(error: Exception) -> ServeError:
+    """What a client is told of a file that was altered; which one it is stands in the log."""
+    log.warning("%s", error)
+    detail = {"fix": "resume its session, which makes damaged chunks again; or make the video anew"}
+    return ServeError("damaged", "what is kept of the video is damaged", status=409, close=1011, detail=detail)
 
 
 class Body(BaseModel):

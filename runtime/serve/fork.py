@@ -16,12 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longtake.errors import LongtakeError
+from longtake.errors import IntegrityError, LongtakeError
 from longtake.runtime.retake import checked_start
 from longtake.runtime.serve.journal import INIT, Journal, Meta, fsynced
-from longtake.runtime.serve.rebuild import asked_since, lengthened, position_kept, script_from, segments_of, steers_of
+from longtake.runtime.serve.rebuild import (
+    asked_since,
+    legible,
+    lengthened,
+    position_kept,
+    script_from,
+    segments_of,
+    steers_of,
+)
 from longtake.runtime.serve.store import Store
-from longtake.runtime.state import Edit, Position
+from longtake.runtime.state import Edit, Position, position_from_json
 from longtake.runtime.story import Segment
 
 
@@ -96,14 +104,21 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
         LongtakeError: there is no such chunk.
         IntegrityError: what it needs of `source` is damaged.
     """
+    with legible(source):
+        return _forked(store, source, ident, user, wish)
+
+
+def _forked(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Journal:
     count = source.count()
     start = checked_start(wish.from_chunk, count)
     first_media = int(source.meta.about.get("first_media", 0))
     if source.meta.clip and start < first_media:
         raise LongtakeError("the clip itself cannot be taken again", got=start, expected=f"{first_media} or more")
     shared = _shared(source, start, wish)  # its last chunk was cut short: it is made again, whole, with the same result
-    for index in range(shared):
-        position_kept(source, index, KeptSlots)
+    good = source.intact(shared, lambda about: position_from_json(about["position"], KeptSlots))
+    if good < shared:
+        fix = "resume its session, which makes the chunk again; or make the video anew"
+        raise IntegrityError(f"chunk {good} of the video is damaged", fix=fix)
     ahead = _ahead(source, count, shared, wish)
     longer = any(event["type"] == "extend" for event in source.events())  # then its length in frames holds no more
     meta = _described(replace(source.meta, frames=None) if longer else source.meta, ident, user, wish, shared, ahead)
@@ -111,6 +126,14 @@ def fork(store: Store, source: Journal, ident: str, user: str, wish: Wish) -> Jo
     meta = replace(meta, about={**meta.about, "steers": [*before, *ahead.steers]})
     folder = store.folder(ident)
     folder.mkdir(parents=True)
+    try:
+        return _shared_into(folder, source, shared, ahead, meta)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _shared_into(folder: Path, source: Journal, shared: int, ahead: Ahead, meta: Meta) -> Journal:
     for index in range(shared):
         _share_chunk(source, folder, index, ahead if index == shared - 1 else None)
     for name in (INIT, source.meta.image, source.meta.clip):

@@ -275,9 +275,9 @@ class Journal:
             raise IntegrityError(f"{path} was altered", got="another digest", expected="the one kept with it", fix=fix)
         return data
 
-    def intact(self, readable: Callable[[dict[str, Any]], object] = lambda about: None) -> int:
-        """Chunks from the first one on whose files are what was written. readable: raises where what is told of one is not."""
-        for index in range(self.count()):
+    def intact(self, most: int, readable: Callable[[dict[str, Any]], object] = lambda about: None) -> int:
+        """How many of the first `most` chunks are as they were written. readable: raises where what is told of one is not."""
+        for index in range(most):
             try:
                 about = self.chunk(index)
                 self._verified(about, "latents")
@@ -286,7 +286,7 @@ class Journal:
                 readable(about)
             except (LongtakeError, KeyError, TypeError, ValueError):
                 return index
-        return self.count()
+        return most
 
     def cut_back(self, count: int) -> None:
         """Put the chunks from `count` on aside, because one of them is damaged."""

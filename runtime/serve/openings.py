@@ -6,7 +6,17 @@ import asyncio
 from dataclasses import dataclass
 
 from longtake.errors import IntegrityError, LongtakeError
-from longtake.runtime.serve.contract import Body, FlowBody, Resume, Retake, RetakeBody, ServeError, Start, refused
+from longtake.runtime.serve.contract import (
+    Body,
+    FlowBody,
+    Resume,
+    Retake,
+    RetakeBody,
+    ServeError,
+    Start,
+    damaged_video,
+    refused,
+)
 from longtake.runtime.serve.flow import Flow, flow_for
 from longtake.runtime.serve.fork import Wish, fork
 from longtake.runtime.serve.front import Front, writing
@@ -51,7 +61,7 @@ async def opened(front: Front, user: str, message: Body) -> Opening:
         try:
             return await asyncio.to_thread(_retaken, front, asker, message)
         except IntegrityError as error:
-            raise refused("damaged", error, close=1011) from None
+            raise damaged_video(error) from None
     assert isinstance(message, Start)
     return await asyncio.to_thread(_begun, front, asker, message)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -33,6 +34,16 @@ class OtherEnginesError(LongtakeError):
 
 def segments_of(script: Iterable[Iterable[Any]]) -> tuple[Segment, ...]:
     return tuple(Segment(str(prompt), int(chunks), bool(cut)) for prompt, chunks, cut in script)
+
+
+@contextlib.contextmanager
+def legible(journal: Journal) -> Iterator[None]:
+    """Where what is kept of a session is read. Raises IntegrityError for what it cannot be."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fix = "resume its session, which makes damaged chunks again; or make the video anew"
+        raise IntegrityError(f"what is kept of {journal.id} is damaged", got=repr(error)[:80], fix=fix) from error
 
 
 def begun(generator: Generator, journal: Journal) -> Session:
@@ -66,11 +77,8 @@ def position_kept(journal: Journal, index: int, marker: Callable[[Mapping[str, A
     Raises:
         IntegrityError: it is damaged.
     """
-    try:
+    with legible(journal):
         return position_from_json(journal.chunk(index)["position"], marker)
-    except (KeyError, TypeError, ValueError) as error:
-        fix = "resume its session, which makes the chunk again; or make the video anew"
-        raise IntegrityError(f"the position of chunk {index} is damaged", got=repr(error)[:80], fix=fix) from None
 
 
 def asked_since(journal: Journal, position: Position) -> Position:
@@ -106,7 +114,7 @@ def rebuild(generator: Generator, journal: Journal) -> Session:
         IntegrityError: its description is damaged. Damaged chunks are put aside with those after them, and made again.
     """
     marker = generator.model.family.marker
-    count = journal.intact(lambda about: position_from_json(about["position"], marker))
+    count = journal.intact(journal.count(), lambda about: position_from_json(about["position"], marker))
     if count < journal.count():
         log.warning("session %s: chunk %d is damaged; it is made again from there", journal.id, count)
         journal.cut_back(count)

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -179,10 +180,17 @@ def serve(settings: Settings, open_model: Open, announce: Say) -> int:
         store = Store(root)
         settings.door(store)  # refused before anything listens
         opened = stack.enter_context(contextlib.closing(listening(settings.host, settings.port)))
-        late = threading.Timer(END_S, os._exit, (0,))
+        late = threading.Timer(END_S, _leave, (None if settings.store else root,))
         late.daemon = True
         stack.callback(late.cancel)
         return asyncio.run(served(settings, store, opened, open_model, announce, None, late.start))
+
+
+def _leave(temporary: Path | None) -> None:
+    """End the process now; a store of its own goes with it."""
+    if temporary is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    os._exit(0)
 
 
 async def served(

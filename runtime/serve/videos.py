@@ -24,7 +24,7 @@ from longtake.runtime.serve.front import Front, writing
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.openings import forked, wish_of
 from longtake.runtime.serve.pictures import film_of, shown_chunks, spritesheet, thumbnail
-from longtake.runtime.serve.rebuild import script_from
+from longtake.runtime.serve.rebuild import legible, script_from
 from longtake.runtime.serve.registry import QuotaError
 from longtake.runtime.serve.requests import (
     DEFAULT_SECONDS,
@@ -230,7 +230,8 @@ class Videos:
         async with body_of(request, Remix) as given:
             body: Remix = parsed(Remix, given.fields)
         checked_text(body.prompt, "the prompt", asker.limits)
-        script = script_from(source, 0, position_on_disk(source, source.count()))
+        with legible(source):
+            script = script_from(source, 0, position_on_disk(source, source.count()))
         story = tuple(Segment(body.prompt, one.chunks, one.cut) for one in script)
         total = sum(one.chunks for one in story)
         wish = Wish(

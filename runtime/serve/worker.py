@@ -339,7 +339,7 @@ class Worker:
         """Let the running chunk end, park every session, end the threads."""
         self.draining = True
         self.drain("")
-        until = time.monotonic() + (12 if park else 0)
+        until = time.monotonic() + (10 if park else 0)
         while self.lives and time.monotonic() < until:
             time.sleep(0.02)
         with self._wake:

@@ -91,7 +91,7 @@ def test_a_disk_that_fills_parks_a_session_which_goes_on(start: Any) -> None:
         assert error["code"] == "store_full" and live.closed() == 4503
         assert error["longtake"]["fix"] == "free space, then resume"
     kept = server.store.journal(session)
-    assert kept.count() == kept.intact() == 1 and kept.end() is None
+    assert kept.count() == kept.intact(1) == 1 and kept.end() is None
     again = server.live(type="session.resume", session_id=session, next_chunk=1)
     again.until("session.done")
     assert live.fragments() | again.fragments() == whole.fragments()

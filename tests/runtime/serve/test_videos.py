@@ -95,8 +95,8 @@ def test_a_retake_over_http(client: Any, server: Served) -> None:
     assert server.post(f"/v1/videos/{video.id}/retake", json={"from_chunk": 99}).json()["error"]["code"] == "bad_chunk"
 
 
-@pytest.mark.parametrize("field", ["position", "prompt"])
 @pytest.mark.parametrize("value", [None, "gone", {}, {"chunk": 2}, 7, []])
+@pytest.mark.parametrize("field", ["position", "prompt"])
 def test_what_would_share_a_damaged_chunk_says_so(server: Served, field: str, value: Any) -> None:
     """Taken again, remixed, extended, live: each is refused, and nothing of it is left."""
     job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "4"}).json()["id"]
@@ -114,9 +114,26 @@ def test_what_would_share_a_damaged_chunk_says_so(server: Served, field: str, va
     assert all(each.status_code == 409 and each.json()["error"]["code"] == "damaged" for each in answers), [
         each.text for each in answers
     ]
+    assert not any(str(server.store.root) in each.text for each in answers)
     live = server.live(type="session.retake", session_id=job, from_chunk=last + 1)
     assert live.until("error")["code"] == "damaged"
     assert [one.id for one in server.store.all()] == [job]
+    assert len(list((server.store.root / "sessions").iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["latents altered", "latents gone", "media gone"])
+def test_a_shared_file_that_was_altered_is_not_shared(server: Served, damage: str) -> None:
+    """A take with another seed would make the chunk otherwise than the film that it is taken from."""
+    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "4"}).json()["id"]
+    server.wait_for(job)
+    journal = server.store.journal(job)
+    what, how = damage.split()
+    path = journal.folder / journal.chunk(1)[what]
+    path.unlink() if how == "gone" else path.write_bytes(bytes(len(path.read_bytes())))
+    answer = server.post(f"/v1/videos/{job}/retake", json={"from_chunk": 3, "seed": 6})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "damaged")
+    assert len(list((server.store.root / "sessions").iterdir())) == 1
+    assert server.post(f"/v1/videos/{job}/retake", json={"from_chunk": 1, "seed": 6}).status_code == 200
 
 
 def test_an_extension_of_a_clip(client: Any, tmp_path: Path, make_toy: Any, start: Any) -> None:
