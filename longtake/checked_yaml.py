@@ -106,8 +106,10 @@ def read_yaml(path: Path, what: str, expected: str, fix: str) -> Any:
             expected=f"at most {MOST_BYTES}",
             fix=f"pass a YAML {what} file",
         )
+    text = ""
     try:
-        return _value(path.read_bytes().decode("utf-8"))
+        text = path.read_bytes().decode("utf-8")
+        return _value(text)
     except UnicodeDecodeError as error:
         raise LongtakeError(
             f"{what} {path} is not UTF-8 text, so it is not valid YAML",
@@ -119,6 +121,8 @@ def read_yaml(path: Path, what: str, expected: str, fix: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         got = line + str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+        if mark and got.endswith("found character that cannot start any token"):  # libyaml doesn't say which
+            got = got.replace("character", f"character {text.splitlines()[mark.line][mark.column]!r}")
         raise LongtakeError(f"{what} {path} is not valid YAML", got=got, expected=expected, fix=fix) from None
 
 

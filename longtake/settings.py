@@ -129,6 +129,12 @@ def ray_address(environ: Mapping[str, str] | None = None) -> str:
     return (os.environ if environ is None else environ).get("RAY_ADDRESS", "")
 
 
+def ray_cluster_file(environ: Mapping[str, str] | None = None) -> Path:
+    """Where Ray keeps the address of the last `ray start`, also of one that was killed."""
+    folder = (os.environ if environ is None else environ).get("RAY_TMPDIR") or tempfile.gettempdir()
+    return Path(folder, "ray", "ray_current_cluster")
+
+
 def ray_auth_mode(environ: Mapping[str, str] | None = None) -> str:
     """How a Ray cluster lets people in; "" where that is not said."""
     return (os.environ if environ is None else environ).get("RAY_AUTH_MODE", "").lower()

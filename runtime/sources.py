@@ -20,7 +20,7 @@ from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_nam
 from longtake.machine.capability import Choice, Machine, backend_for, has_module
 from longtake.machine.machine import machine_here
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.budget.check import check_memory, check_ranks, kept_windows
+from longtake.runtime.budget.check import check_memory, check_ranks, kept_windows, require_no_windows
 from longtake.runtime.budget.measured import record_arenas
 from longtake.runtime.budget.use import budget_of
 from longtake.training.models.presets import SamplingConfig
@@ -242,6 +242,7 @@ def backend_from_source(
         LongtakeError: there is no such backend, or it does not fit the memory that is free.
     """
     if opening.gpus != 1:
+        require_no_windows(opening.kept_windows, f"{opening.gpus} GPUs share the video")
         from longtake.runtime.parallel.choose import shared_backend
 
         held = source.recipe, source.engines, source.checkpoints, source.weights
@@ -258,6 +259,8 @@ def backend_from_source(
     if choice.backend == "reference" or source.engines is None:
         from longtake.runtime.backends.reference import ReferenceBackend
 
+        if opening.kept_windows:
+            require_no_windows(opening.kept_windows, f"backend {choice.backend}")
         reference = ReferenceBackend(
             source.onnx, source.recipe, choice.reason, None, source.checkpoints, opening.runs, source.export
         )

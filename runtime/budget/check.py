@@ -15,6 +15,7 @@ from longtake.runtime.budget.use import budget_of
 from longtake.runtime.budget.windows import window_bytes
 from longtake.training.models.presets import Preset
 
+OF_A_SESSION = ("cache", "prompts' K/V", "solver")  # what each session has of its own, by its terms' names
 SPARE_BYTES = 1_000_000_000  # left free: what a budget estimates may be more, and others use the GPU, too
 ASKED, FITTING = "as asked", "as the memory that is free allows"
 
@@ -39,9 +40,18 @@ def windows_that_fit(recipe: Recipe, use: Use, free: int, sessions: int = 1, pre
     if not size or use.guided:
         return 0
     budget = budget_of(recipe, replace(use, kept_windows=0), preset)
-    caches = sum(term.bytes for term in budget.terms if "cache" in term.name and term.place == "generate")
-    left = free - budget.peak["generate"] - (sessions - 1) * caches - SPARE_BYTES
+    own = [
+        term for term in budget.terms if any(word in term.name for word in OF_A_SESSION) and term.place == "generate"
+    ]
+    left = free - budget.peak["generate"] - (sessions - 1) * sum(term.bytes for term in own) - SPARE_BYTES
     return max(0, min((preset or recipe.model).dit.layers, left // size))
+
+
+def require_no_windows(asked: int | None, why: str) -> None:
+    """Raise LongtakeError if windows are asked for where none can be kept."""
+    if asked:
+        fix, expected = "leave --kept-windows out", "a recipe with 8-bit attention, on one Hopper GPU"
+        raise LongtakeError("no window can be kept", got=f"--kept-windows {asked}: {why}", expected=expected, fix=fix)
 
 
 def kept_windows(
@@ -50,6 +60,7 @@ def kept_windows(
     """How many layers keep their attention's window, and why: as many as are asked for and there can be, or as many as fit
     into what is free on `device` beside all that `use` takes. (0, "") of a recipe that keeps none."""
     if not window_bytes(recipe):
+        require_no_windows(asked, f"recipe {recipe.name} lays none out")
         return 0, ""
     if asked is not None:
         return min(asked, recipe.model.dit.layers), ASKED
@@ -107,7 +118,7 @@ def require_fits(budget: Budget, free: Mapping[Place, tuple[str, int]], fixes: l
 
 def fixes_for(recipe: Recipe, use: Use, free: int, gpus: int) -> list[str]:
     """What would make `recipe` fit into `free` bytes, or bring it nearer to that; the best first."""
-    fixes = []
+    fixes = ["keep fewer windows (--kept-windows 0 keeps none)"] if use.kept_windows else []
     for name, needed in _smaller_recipes(recipe, use):
         if needed <= free:
             fixes.append(f"take recipe {name}, which needs {needed / 1e9:.1f} GB (--engines {name})")

@@ -11,12 +11,10 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -38,7 +36,7 @@ from longtake.runtime.serve.local import LocalWorkers
 from longtake.runtime.serve.meters import ray_meters, silent
 from longtake.runtime.serve.server import Open, Say, Settings, Size, free_port, listening, slots_of
 from longtake.runtime.serve.worker import Worker
-from longtake.settings import ray_address, ray_auth_mode
+from longtake.settings import ray_address, ray_auth_mode, ray_cluster_file
 
 log = logging.getLogger(__name__)
 
@@ -296,17 +294,17 @@ def _connected() -> bool:
     Raises:
         LongtakeError: the cluster that RAY_ADDRESS names does not answer.
     """
-    named = ray_address()
-    if named and "://" not in named and not _answers(named):
-        fix = "begin it with `ray start --head`, or unset RAY_ADDRESS to serve on this machine alone"
-        raise LongtakeError("no Ray cluster answers", got=f"RAY_ADDRESS={named}", fix=fix)
-    kept = Path(
-        tempfile.gettempdir(), "ray", "ray_current_cluster"
-    )  # of the last `ray start`; it outlives a killed one
-    if named or not kept.exists() or _answers(kept.read_text().strip()):
-        with contextlib.suppress(ConnectionError):
+    named, kept = ray_address(), ray_cluster_file()
+    away = "://" not in named and ":" in named and not _answers(named)
+    if named != "local" and not away and (named or not kept.exists() or _answers(kept.read_text().strip())):
+        try:
             ray.init("auto", namespace=NAMESPACE, log_to_driver=False)
             return False
+        except ConnectionError:
+            away = named not in ("", "auto")
+    if away:
+        fix = "begin it with `ray start --head`, or unset RAY_ADDRESS to serve on this machine alone"
+        raise LongtakeError("no Ray cluster answers", got=f"RAY_ADDRESS={named}", fix=fix)
     ray.init("local", namespace=NAMESPACE, log_to_driver=False, include_dashboard=False)
     return True
 

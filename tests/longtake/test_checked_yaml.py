@@ -48,6 +48,7 @@ BAD = {
     "infinity": ("a: .inf", "'.inf' is no finite number"),
     "no number": ("a: .nan", "no finite number"),
     "a key that is a list": ("? [a]\n: 1\n", "a key must be a word"),
+    "a tab": ("a:\n\t- b\n", "line 2, column 1: found character '\\t' that cannot start any token"),
     "two documents": ("a: 1\n---\nb: 2\n", "another document"),
 }
 

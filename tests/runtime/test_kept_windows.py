@@ -136,3 +136,16 @@ def test_the_benchmark_chooses_likewise_and_its_report_says_so(monkeypatch: pyte
 def test_a_number_below_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--prompt", "x", "--kept-windows", "-1"]) == 2
     assert "bad --kept-windows" in capsys.readouterr().err
+
+
+def test_windows_are_refused_where_none_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    free(monkeypatch, 10**12)
+    for opening, why in (
+        (OpenOptions(kept_windows=3, gpus=2), "2 GPUs share the video"),
+        (OpenOptions(kept_windows=3), "backend reference"),
+    ):
+        with pytest.raises(LongtakeError, match=f"no window can be kept\n.*{why}"):
+            backend_from_source(Source(LARGE, Path("nowhere"), None, None), "reference", None, opening=opening)
+    with pytest.raises(LongtakeError, match="tiny_nvfp4_sm120 lays none out"):
+        check.kept_windows(recipe_named("tiny_nvfp4_sm120"), Use(), GPU, 3)
+    assert check.fixes_for(LARGE, Use(kept_windows=3), 10**9, 1)[0].startswith("keep fewer windows")

@@ -108,7 +108,7 @@ def test_a_cluster_that_was_killed_is_not_waited_for(
 
     begun: list[str] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray_app.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(ray_app.ray, "init", lambda address, **_: begun.append(address))
     with listening("127.0.0.1", 0) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
