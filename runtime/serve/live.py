@@ -39,6 +39,8 @@ class Live:
     ending: str = ""  # "stop", "park": at the next boundary
     why: str = ""
     attempts: int = 0
+    made: int = 0  # chunks, counted by the thread that makes them
+    handled: int = 0  # those of them that were kept, or failed to be, counted by the thread that keeps them
     failed_at: int | None = None
     touched: float = field(default_factory=time.monotonic)
     served: int = 0
@@ -73,6 +75,8 @@ class Live:
         """Whether its next chunk may be begun now."""
         if self.session is None or self.over or self.ending or self.paused_at is not None or self.exhausted:
             return False
+        if self.attempts and self.made != self.handled:
+            return False  # if it fails again, the session is over: nobody may write into it then
         within = self.window is None or self.index - self.window <= self.shown
         return within and self.index - self.committed < AHEAD
 

@@ -187,11 +187,10 @@ class Worker:
                 live.ending, live.why = "park", "idle" if idle else "paused"
 
     def _serve(self, live: Live) -> None:
-        if live.session is None:
-            if live.ending:
-                self._over(live, "stopped" if live.ending == "stop" else "parked", live.why)
-            else:
-                self._open(live)
+        if live.session is None and live.ending:
+            self._over(live, "stopped" if live.ending == "stop" else "parked", live.why)
+        elif live.session is None:
+            self._open(live)
         elif live.ending and not live.settled:
             return  # asked to end a moment ago: what was made is kept first
         elif live.ending == "stop":
@@ -263,7 +262,7 @@ class Worker:
                 known = error if isinstance(error, LongtakeError) else None
                 self._over(live, "failed", known.what if known else type(error).__name__, "chunk_failed", known)
             return
-        live.attempts = 0
+        live.attempts, live.made = 0, live.made + 1
         facts = {"position": session.position.as_json(), "began": begun}
         self._encoding.put((live, chunk, facts, state_after(session, chunk)))
 
@@ -318,6 +317,7 @@ class Worker:
                 log.exception("session %s: chunk %d is lost", live.grant.session, chunk.index)
                 known = error if isinstance(error, LongtakeError) else None
                 self._over(live, "failed", known.what if known else type(error).__name__, "chunk_failed", known)
+            live.handled += 1
             del job, chunk, state
 
     def _keep(self, live: Live, chunk: Chunk, facts: dict[str, Any], state: Snapshot | None) -> None:

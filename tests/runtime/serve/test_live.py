@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from pathlib import Path
 from typing import Any
 
 import av
@@ -282,6 +283,30 @@ def test_a_chunk_that_fails_is_tried_once_more(start: Any, where: str) -> None:
             again = server.live(type="session.resume", session_id=error["request_id"])
             again.until("session.done")
             assert again.fragments() == whole.fragments()
+
+
+def test_nobody_writes_into_a_session_that_has_failed(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk before the one that fails may still be on its way to the disk: its viewer resumes at once."""
+    from longtake.runtime.serve import journal
+
+    written = journal.fsynced
+
+    def late(path: Path, data: bytes) -> None:
+        written(path, data)
+        time.sleep(1.0 if path.suffix == ".m4s" else 0)
+
+    def broken(*_: Any) -> None:
+        time.sleep(0.2)
+        raise RuntimeError("broken")
+
+    server = start()
+    live = server.live(prompt=PROMPT, chunks=4, seed=3)
+    monkeypatch.setattr(journal, "fsynced", late)
+    live.chunk(0)
+    server.backends[-1].hook = broken
+    error = live.until("error")
+    fail(server.backends[-1], "denoise", 0)
+    server.live(type="session.resume", session_id=error["request_id"]).until("session.done")
 
 
 def fail(backend: Any, where: str, times: int) -> None:
