@@ -33,7 +33,7 @@ def test_every_message_is_documented_and_its_example_accepted(start: Any) -> Non
     """The examples of the AsyncAPI document are played to a server; every answer fits what is said of it."""
     document = json.loads((DOCS / "asyncapi.json").read_text())["channels"]["video"]["messages"]
     assert set(document) == {*MESSAGES, *SENT}
-    server = start(pause_s=0.005, limits=Limits(user_sessions=9, grace_s=0.5))
+    server = start(pause_s=0.02, limits=Limits(user_sessions=9, grace_s=0.5))
     answers: list[dict[str, Any]] = []
 
     def example(name: str, **more: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_a_session_from_start_to_done(server: Served) -> None:
 
 
 def test_a_change_lands_where_the_answer_says(start: Any) -> None:
-    server = start(pause_s=0.005)
+    server = start(pause_s=0.02)
     live = server.live(prompt=PROMPT, chunks=8, flow={"mode": "ack", "window": 2})
     live.chunk(1)
     at = live.interact("e1", prompt="night", cut=True)["at_chunk"]
@@ -88,7 +88,7 @@ def settled(server: Served, session: str) -> int:
 
 
 def test_pause_continue_extend_ping_snapshot(start: Any) -> None:
-    server = start(pause_s=0.003)
+    server = start(pause_s=0.01)
     live = server.live(prompt=PROMPT, chunks=4, flow={"mode": "ack", "window": 2})
     live.chunk(0)
     live.send("session.pause")
@@ -131,7 +131,7 @@ def state(server: Served, session: str) -> str:
 
 
 def test_resume_goes_on_byte_for_byte(start: Any, make_toy: Any) -> None:
-    server = start(pause_s=0.003, limits=Limits(user_sessions=8, grace_s=0.3))
+    server = start(pause_s=0.01, limits=Limits(user_sessions=8, grace_s=0.3))
     whole = server.live(prompt=PROMPT, chunks=6, seed=3)
     whole.until("session.done")
     live = server.live(prompt=PROMPT, chunks=6, seed=3, flow={"mode": "ack", "window": 2})
@@ -179,7 +179,7 @@ def test_sessions_in_turn_equal_sessions_alone(start: Any) -> None:
 
 def test_who_waits_longer_than_sessions_are_kept_is_not_swept_away(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longtake.runtime.serve.jobs.EXPIRE_EVERY", 0.1)
-    server = start(pause_s=0.003, limits=Limits(user_sessions=8, parked_s=1))
+    server = start(pause_s=0.02, limits=Limits(user_sessions=8, parked_s=1))
     first = server.live(prompt=PROMPT, endless=True, flow={"mode": "ack", "window": 1})
     first.until("video.start")
     waiting = server.live(prompt=PROMPT, chunks=1)
@@ -214,7 +214,7 @@ def test_a_queue_has_positions(start: Any) -> None:
 
 
 def test_retakes_live(start: Any) -> None:
-    server = start()
+    server = start(pause_s=0.01)
     live = server.live(prompt=PROMPT, chunks=6, seed=3, flow={"mode": "ack", "window": 1})
     session = live.until("video.start")["session_id"]
     live.chunk(0)

@@ -77,7 +77,7 @@ def test_a_viewer_of_a_session_whose_files_were_damaged_sees_all_of_it(start: An
     session = live.until("video.start")["session_id"]
     for chunk in range(4):
         live.chunk(chunk)
-        live.send("session.ack", chunk=chunk)
+        live.send("session.ack", chunk=min(chunk, 2))  # the last one is not begun: the session is parked, not done
     live.close()
     parked(server, session)
     journal = server.store.journal(session)

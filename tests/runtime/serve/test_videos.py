@@ -255,7 +255,7 @@ def test_more_bad_requests(server: Served) -> None:
 
 
 def test_quotas(start: Any) -> None:
-    server = start(pause_s=0.01, limits=Limits(user_jobs=2, user_sessions=1))
+    server = start(pause_s=0.05, limits=Limits(user_jobs=2, user_sessions=1))
     jobs = [server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "60"}) for _ in range(3)]
     assert [job.status_code for job in jobs] == [200, 200, 429]
     assert jobs[2].json()["error"]["code"] == "quota" and int(jobs[2].headers["retry-after"]) > 0
@@ -297,7 +297,7 @@ def test_a_job_says_when_it_expires_and_goes_with_its_files(start: Any) -> None:
 
 
 def test_jobs_make_room_for_people(start: Any) -> None:
-    server = start(pause_s=0.005)
+    server = start(pause_s=0.02)
     job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "10", "seed": 3}).json()["id"]
     live = server.live(prompt=PROMPT, chunks=2)
     live.until("session.done")
