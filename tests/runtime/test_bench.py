@@ -285,7 +285,7 @@ def test_ranks_on_a_cpu_yield_every_figure() -> None:
     figures = measure_ranks(options, saved.append)
     assert figures["backend"] == "sharded" and "2 ranks over gloo" in figures["reason"]
     assert figures["fps"]["dit"] > 0 and figures["first_chunk_s"] > 0
-    assert saved[0]["gpus"] == 2 and saved[-1]["communication"] == {}
+    assert saved[0]["budget"]["terms"] and saved[1]["gpus"] == 2 and saved[-1]["communication"] == {}
 
 
 def test_options_survive_the_way_to_another_process() -> None:
