@@ -124,15 +124,14 @@ def configure_logging() -> None:
     logging.getLogger("longtake").setLevel(settings_from_environment().log_level.upper())
 
 
-def ray_address(environ: Mapping[str, str] | None = None) -> str:
+def ray_address() -> str:
     """The Ray cluster to join; "" where none is named."""
-    return (os.environ if environ is None else environ).get("RAY_ADDRESS", "")
+    return os.environ.get("RAY_ADDRESS", "")
 
 
-def ray_cluster_file(environ: Mapping[str, str] | None = None) -> Path:
+def ray_cluster_file() -> Path:
     """Where Ray keeps the address of the last `ray start`, also of one that was killed."""
-    folder = (os.environ if environ is None else environ).get("RAY_TMPDIR") or tempfile.gettempdir()
-    return Path(folder, "ray", "ray_current_cluster")
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")
 
 
 def ray_auth_mode(environ: Mapping[str, str] | None = None) -> str:

@@ -153,7 +153,7 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
     if (
         model.engines is None
     ):  # built once, here, before the workers look for it; on another machine they build their own
-        ready(model.model or STUDENT, "reference" if ray.gpus > 1 else model.backend, lambda words: None)
+        ready(model, ray.gpus, lambda words: None)
     return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, 0 if model.device == "cpu" else ray.gpus))
 
 
@@ -168,12 +168,10 @@ def require_shared(model: ModelOptions, gpus: int) -> None:
     from longtake.training.models.families import preset_named
 
     require_shareable(model.backend, model.decode_device, gpus)
-    name = model.model or STUDENT
-    preset = (
-        source_from_name(model.engines).recipe.model
-        if model.engines
-        else preset_named(model_and_recipe(name)[0].preset)
-    )
+    if model.engines:
+        preset = source_from_name(model.engines).recipe.model
+    else:
+        preset = preset_named(model_and_recipe(model.model or STUDENT)[0].preset)
     require_split(preset, gpus)
 
 
@@ -188,9 +186,8 @@ def opened(model: ModelOptions, gpus: int, say: Say) -> Generator:
     from longtake.runtime.generator import Generator
     from longtake.runtime.sources import OpenOptions
 
-    # Ranks need no engines of one GPU; those that are there may have been built for as many ranks.
-    backend = "reference" if gpus > 1 else model.backend
-    engines: Path | str = model.engines or ready(model.model or STUDENT, backend, say)
+    engines: Path | str = model.engines or ready(model, gpus, say)
+    # Those that are there may have been built for as many ranks.
     if gpus > 1 and model.engines is None and (built := Path(engines).with_name("engines")).is_dir():
         engines = built if (built / "bundle.json").is_file() else engines
     say("the model is being opened")
@@ -206,14 +203,14 @@ def opened(model: ModelOptions, gpus: int, say: Say) -> Generator:
     )
 
 
-def ready(name: str, backend: str, say: Say) -> Path:
-    """The folder of a model's engines where they run here, else of its export."""
+def ready(options: ModelOptions, gpus: int, say: Say) -> Path:
+    """The folder of the model's engines where they run here, else of its export. Ranks need no engines of one GPU."""
     from longtake.preparation import best_recipe, model_and_recipe, prepared
 
-    model, recipe = model_and_recipe(name)
+    model, recipe = model_and_recipe(options.model or STUDENT)
     recipe = recipe or best_recipe(model)
     say(f"{model.name} is being made ready for {recipe.name}: once, in a minute or two")
-    return prepared(model, recipe, on_cpu=backend == "reference")
+    return prepared(model, recipe, on_cpu=gpus > 1 or options.backend == "reference")
 
 
 COMMAND = Command(

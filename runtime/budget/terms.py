@@ -312,8 +312,9 @@ def _denoise_estimate(recipe: Recipe, preset: Preset, ranks: int) -> int:
 
 
 def _decode_estimate(recipe: Recipe, preset: Preset, ranks: int) -> int:
-    """Of several ranks each has a share of the rows and those of its neighbours that it reads. Multiples of the largest activation. At the last upsampling its input, the shortcut, both enlarged and their sum are
-    alive. Where a library runs all but a few layers the steps are known; what is not is the scratch of those few."""
+    """Multiples of the largest activation. At the last upsampling its input, the shortcut, both enlarged and their sum are
+    alive. Of several ranks each has a share of the rows, and those of its neighbours that it reads. Where a
+    library runs all but a few layers the steps are known; what is not is the scratch of those few."""
     if recipe.vae_ops == "library":
         rows = preset.latent_hw[0]
         return (

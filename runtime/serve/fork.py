@@ -117,8 +117,7 @@ def _forked(store: Store, source: Journal, ident: str, user: str, wish: Wish) ->
     shared = _shared(source, start, wish)  # its last chunk was cut short: it is made again, whole, with the same result
     good = source.intact(shared, lambda about: position_from_json(about["position"], KeptSlots))
     if good < shared:
-        fix = "resume its session, which makes the chunk again; or make the video anew"
-        raise IntegrityError(f"chunk {good} of the video is damaged", fix=fix)
+        raise IntegrityError(f"chunk {good} of {source.id} is damaged")  # for the log: clients are told what helps
     ahead = _ahead(source, count, shared, wish)
     longer = any(event["type"] == "extend" for event in source.events())  # then its length in frames holds no more
     meta = _described(replace(source.meta, frames=None) if longer else source.meta, ident, user, wish, shared, ahead)
