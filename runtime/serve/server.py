@@ -40,8 +40,8 @@ from longtake.runtime.serve.worker import Worker
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-PARK_S = 11.0  # in which everything is parked after a signal; then sockets and threads have their time
-END_S = 14.0  # then the process ends, whatever a chunk or a thread still does: what was acknowledged is on disk
+PARK_S = 8.0  # in which everything is parked after a signal; then sockets and threads have their time
+END_S = 11.0  # then the process ends, whatever a chunk or a thread still does: what was acknowledged is on disk
 FAILURE_EVERY = 0.5  # seconds
 
 Say = Callable[[str], None]
@@ -261,7 +261,7 @@ async def _end(front: Front, workers: LocalWorkers, jobs: Jobs) -> None:
     jobs.end()
     if workers.worker is not None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.to_thread(workers.worker.close), PARK_S)
+            await asyncio.wait_for(asyncio.to_thread(workers.worker.close, PARK_S), PARK_S + 1)
     told = (asyncio.wait_for(connection.close(1001), 1) for connection in list(front.connections))
     await asyncio.gather(*told, return_exceptions=True)
     await front.settle(1.0)

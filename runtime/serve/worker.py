@@ -335,11 +335,11 @@ class Worker:
         if state is not None:
             keep_state(journal, state)
 
-    def close(self, park: bool = True) -> None:
-        """Let the running chunk end, park every session, end the threads."""
+    def close(self, within: float) -> None:
+        """Let the running chunk end and park every session, for `within` seconds at most; then end the threads."""
         self.draining = True
         self.drain("")
-        until = time.monotonic() + (10 if park else 0)
+        until = time.monotonic() + within
         while self.lives and time.monotonic() < until:
             time.sleep(0.02)
         with self._wake:
