@@ -90,7 +90,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     process.process.send_signal(15)
     begun = time.monotonic()
     code = process.kill(15)
-    assert code in (0, 143) and time.monotonic() - begun < 5
+    assert code in (0, 143) and time.monotonic() - begun < 8
     again = Process(tmp_path, "toy")
     resumed = Live(again.host, type="session.resume", session_id=session, flow={"mode": "ack", "window": 1})
     resumed.chunk(0)
