@@ -184,7 +184,7 @@ def test_who_waits_longer_than_sessions_are_kept_is_not_swept_away(start: Any, m
     first.until("video.start")
     waiting = server.live(prompt=PROMPT, chunks=1)
     waiting.until("session.queued")
-    for index in range(12):
+    for index in range(8):
         first.chunk(index)
         time.sleep(0.25)
         first.send("session.ack", chunk=index)

@@ -298,11 +298,11 @@ def test_a_job_says_when_it_expires_and_goes_with_its_files(start: Any) -> None:
 
 def test_jobs_make_room_for_people(start: Any) -> None:
     server = start(pause_s=0.02)
-    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "10", "seed": 3}).json()["id"]
+    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "6", "seed": 3}).json()["id"]
     live = server.live(prompt=PROMPT, chunks=2)
     live.until("session.done")
     assert server.get(f"/v1/videos/{job}").json()["status"] in ("queued", "in_progress")
     server.wait_for(job)
-    again = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "10", "seed": 3}).json()["id"]
+    again = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "6", "seed": 3}).json()["id"]
     server.wait_for(again)
     assert server.get(f"/v1/videos/{job}/content").content == server.get(f"/v1/videos/{again}/content").content
