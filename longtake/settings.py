@@ -134,13 +134,12 @@ def ray_cluster_file() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")
 
 
-def ray_auth_mode(environ: Mapping[str, str] | None = None) -> str:
+def ray_auth_mode() -> str:
     """How a Ray cluster lets people in; "" where that is not said."""
-    return (os.environ if environ is None else environ).get("RAY_AUTH_MODE", "").lower()
+    return os.environ.get("RAY_AUTH_MODE", "").lower()
 
 
-def hub_cache(environ: Mapping[str, str] | None = None) -> Path:
+def hub_cache() -> Path:
     """Where Hugging Face's tools keep what they downloaded."""
-    environ = os.environ if environ is None else environ
-    home = environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
-    return Path(environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()

@@ -52,7 +52,7 @@ class Checked:
     state: State = FAILED
     why: str = "no comparison with PyTorch is recorded"
 
-    def require(self, folder: Path, force: bool, fix: str = "") -> str | None:
+    def require(self, folder: Path, force: bool) -> str | None:
         """A line to say where the export in `folder` is taken without having passed; None where it has.
 
         Raises:
@@ -65,7 +65,7 @@ class Checked:
                 f"the export in {folder} is not known to compute what its checkpoint does",
                 got=f"failed: {self.why}",
                 expected="an export that passed its comparison with PyTorch",
-                fix=f"{fix or 'export it again: longtake export --force'}; --force (in Python force=True) takes it all the same",
+                fix="export it again: longtake export --force; --force (in Python force=True) takes it all the same",
             )
         return f"export {folder}: {self.state} ({self.why})" + (", taken by --force" if self.state == FAILED else "")
 

@@ -103,9 +103,9 @@ def vae_latent(preset: Preset) -> Work:
     return Work(0.0, scores, work, 2.0 * weights)
 
 
-def chunk_work(recipe: Recipe, steps: int, preset: Preset | None = None) -> dict[str, Work]:
+def chunk_work(recipe: Recipe, steps: int) -> dict[str, Work]:
     """Work of a steady chunk: "dit" (all passes and the clean one) and "vae"."""
-    preset = preset or recipe.model
+    preset = recipe.model
     passes = dit_pass(preset, recipe.precision, recipe.cache) * (steps + 1)
     return {"dit": passes, "vae": vae_latent(preset) * preset.chunk_latents}
 

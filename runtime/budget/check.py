@@ -13,7 +13,6 @@ from longtake.formats.recipe import Recipe, recipe_named, recipe_names
 from longtake.machine.nvml import nvml
 from longtake.runtime.budget.use import budget_of
 from longtake.runtime.budget.windows import window_bytes
-from longtake.training.models.presets import Preset
 
 OF_A_SESSION = ("cache", "prompts' K/V", "solver")  # what each session has of its own, by its terms' names
 SPARE_BYTES = 1_000_000_000  # left free: what a budget estimates may be more, and others use the GPU, too
@@ -33,18 +32,18 @@ def free_memory(device: torch.device) -> tuple[str, int]:
         return name, int(torch.cuda.mem_get_info(index)[0])
 
 
-def windows_that_fit(recipe: Recipe, use: Use, free: int, sessions: int = 1, preset: Preset | None = None) -> int:
+def windows_that_fit(recipe: Recipe, use: Use, free: int, sessions: int = 1) -> int:
     """Layers whose window may stay laid out in what is left of `free` bytes once `use` has all it takes, and sessions beside
     it their caches. None under guidance: two caches take turns then, and every pass finds the other one's window."""
-    size = window_bytes(recipe, preset)
+    size = window_bytes(recipe)
     if not size or use.guided:
         return 0
-    budget = budget_of(recipe, replace(use, kept_windows=0), preset)
+    budget = budget_of(recipe, replace(use, kept_windows=0))
     own = [
         term for term in budget.terms if any(word in term.name for word in OF_A_SESSION) and term.place == "generate"
     ]
     left = free - budget.peak["generate"] - (sessions - 1) * sum(term.bytes for term in own) - SPARE_BYTES
-    return max(0, min((preset or recipe.model).dit.layers, left // size))
+    return max(0, min(recipe.model.dit.layers, left // size))
 
 
 def require_no_windows(asked: int | None, why: str) -> None:
