@@ -43,6 +43,7 @@ MIXED: dict[str, tuple[str, ...]] = {
     "a manifest": ("dit.plan.json",),
     "a plan with its manifest": ("dit.plan", "dit.plan.json"),
     "two plans with manifests": ("context.plan", "context.plan.json", "vae_steady.plan", "vae_steady.plan.json"),
+    "what reads a picture": ("vae_encoder_first.plan", "vae_encoder_first.plan.json"),
     "the bundle": ("bundle.json",),
 }
 
@@ -105,6 +106,13 @@ def test_a_field_of_the_bundle_altered_with_all_digests_right(folder: Path, key:
         (folder / "bundle.json").write_text(json.dumps({**told, key: value}))
     else:
         reseal(folder, **{key: value})
+    with pytest.raises(LongtakeError, match="longtake engines --recipe"):
+        opened(folder)
+
+
+def test_an_export_that_is_a_link_to_itself(folder: Path) -> None:
+    (folder.parent / "round").symlink_to("round")
+    reseal(folder, onnx="../round")
     with pytest.raises(LongtakeError, match="longtake engines --recipe"):
         opened(folder)
 

@@ -160,3 +160,13 @@ def test_the_command_says_so_and_exits_with_4(tmp_path: Path, capsys: pytest.Cap
     assert main(["generate", "--prompt", "x", "--engines", str(tmp_path), "--out", str(tmp_path / "v.mp4")]) == 4
     said = capsys.readouterr().err
     assert "made by a newer version of longtake" in said and "format 24" in said and "fix: update longtake" in said
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, "x", [4, 1], {"steps": -5, "guidance": 1}, {"steps": True, "guidance": 1}, {"steps": 4, "guidance": 10**400}], ids=["no field", "text", "a list", "steps below 0", "steps a bool", "guidance without end"]
+)  # fmt: skip
+def test_an_export_tells_how_to_sample_or_is_refused(tmp_path: Path, sampling: object) -> None:
+    path, read = an_export(tmp_path)
+    exported.KIND.write({**read_json(path), "sampling": sampling}, path)  # with the right digest of itself
+    with pytest.raises(IntegrityError):
+        read()

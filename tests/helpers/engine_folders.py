@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
+
+import torch
 
 from longtake.files import read_json
 from longtake.formats import bundle as bundle_module
@@ -15,7 +19,9 @@ from longtake.formats.exported import Export
 from longtake.formats.plan import PlanManifest, plugin_identities
 from longtake.formats.recipe import recipe_named
 from longtake.machine.flavour import Flavour
-from longtake.runtime.backends.trt.networks import networks_in, verified_plans
+from longtake.runtime.backends.trt import backend
+from longtake.runtime.backends.trt.engine import ReadPlan
+from longtake.runtime.backends.trt.networks import verified_plans
 from longtake.training.models.families import family_of
 
 RECIPE = recipe_named("tiny_nvfp4_sm120")
@@ -43,10 +49,28 @@ def build(folder: Path, seed: int) -> Path:
     return folder
 
 
+class _Deserialises(Exception):
+    """A backend has come to where it would."""
+
+
 def opened(folder: Path) -> int:
-    """What a GPU backend does before it deserialises: the number of plans that it would."""
-    bundle = Bundle.read(folder)
-    return len(verified_plans(bundle, networks_in(bundle), RTX, "12.0"))
+    """Open it with the GPU backend, which ends where it would deserialise: the number of plans that it has looked at."""
+    found: list[str] = []
+
+    def looked(*given: Any) -> dict[str, ReadPlan]:
+        plans = verified_plans(*given)
+        found.extend(plans)
+        return plans
+
+    stand_ins = {"MemoryLog": Mock(), "StreamLock": Mock(), "compute_capability_of": lambda device: "12.0"}
+    with (
+        patch.object(torch.cuda, "is_available", lambda: True),
+        patch.multiple(backend, verified_plans=looked, **stand_ins),
+        patch.object(backend.TrtBackend, "_load", side_effect=_Deserialises),
+        contextlib.suppress(_Deserialises),
+    ):
+        backend.TrtBackend(Bundle.read(folder), RTX, torch.device("cuda"), "a test")
+    return len(found)
 
 
 def reseal(folder: Path, **changes: Any) -> None:

@@ -92,6 +92,7 @@ class TrtBackend(Backend):
         decoders = [name for name in wanted if name.startswith("vae") and name not in ENCODER]
         others = [name for name in wanted if not name.startswith("vae")]
         self._plans = self._verified(decoders, self.decode_device) | self._verified(others, self.device)
+        self._verified([name for name in wanted if name in ENCODER], self.device)  # loaded when a picture comes
         # The decoder first: finding out which caches can be in place needs two sets of them for a moment.
         self._load(decoders, self.decode_device)
         self.memory.add("loading the VAE", "weights, VAE decoder", "VAE working memory")
