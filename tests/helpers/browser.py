@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from serving import Live
+from serving import Live, children_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NO_CHROMIUM = "there is no Chromium: apt-get install --no-install-recommends chromium"
 FLAGS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-dev-shm-usage"]
 BUFFERED = "Array.from({length: video.buffered.length}, (_, i) => [video.buffered.start(i), video.buffered.end(i)])"
+
+
+@contextlib.contextmanager
+def chromium(start_s: float = 60) -> Iterator[Any]:
+    """Chromium, opened. Its driver may spin for ever when it starts (seen once): it is ended after `start_s`, and tried again."""
+    from playwright.sync_api import sync_playwright
+
+    def end_driver() -> None:
+        for pid in children_of(os.getpid(), "playwright/driver"):
+            os.kill(pid, signal.SIGKILL)
+
+    for left in (2, 1, 0):
+        late = threading.Timer(start_s, end_driver)
+        late.start()
+        try:
+            playwright = sync_playwright().start()
+            break
+        except Exception:
+            if not left:
+                raise
+        finally:
+            late.cancel()
+    opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    yield opened
+    opened.close()
+    playwright.stop()
 
 
 def until(page: Any, what: str, seconds: float = 120) -> Any:

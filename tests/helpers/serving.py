@@ -223,14 +223,19 @@ class Process:
         return self.process.wait(120)
 
     def children(self, title: str) -> list[int]:
-        """Ids of the processes that it started, or what it started, by a pattern of their titles."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-                if re.search(title, words) and _is_of(int(entry.name), self.process.pid):
-                    found.append(int(entry.name))
-        return sorted(found)
+        """See `children_of`."""
+        return children_of(self.process.pid, title)
+
+
+def children_of(parent: int, title: str) -> list[int]:
+    """Ids of the processes that a process started, or what it started, by a pattern of their titles."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            if re.search(title, words) and _is_of(int(entry.name), parent):
+                found.append(int(entry.name))
+    return sorted(found)
 
 
 def _is_of(pid: int, ancestor: int) -> bool:

@@ -13,12 +13,12 @@ from typing import Any
 import av
 import httpx
 import pytest
-from browser import BUFFERED, CHROMIUM, FLAGS, NO_CHROMIUM, blocks, session_of, shown, told, until
+from browser import BUFFERED, CHROMIUM, NO_CHROMIUM, blocks, chromium, session_of, shown, told, until
 from serving import PROMPT, Live, Process
 
 from longtake.runtime.story import story_from_file
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'longtake[dev]'")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'longtake[dev]'")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 OTHER = "a red three circles over a sunset background, soft light"
@@ -45,10 +45,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import BUFFERED, CHROMIUM, FLAGS, NO_CHROMIUM, blocks, session_of, shown, told, until
+from browser import BUFFERED, CHROMIUM, NO_CHROMIUM, blocks, chromium, session_of, shown, told, until
 from serving import PROMPT, WORKER, Process, Served
 
 from longtake.runtime.serve.journal import LEASE
 from longtake.runtime.serve.store import Store
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'longtake[scale]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'longtake[dev]'")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'longtake[dev]'")
 pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 
 
@@ -42,8 +42,8 @@ def maker(process: Process, store: Store, session: str) -> int:
 
 
 def plays_on(process: Process, start: Any, store: Store, kills: int) -> dict[str, Any]:
-    with sync_api.sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS).new_page()
+    with chromium() as opened:
+        page = opened.new_page()
         sockets, heard = [], list[str]()
         page.on(
             "websocket", lambda one: (sockets.append(one), one.on("framereceived", lambda f: heard.append(str(f)[:60])))
