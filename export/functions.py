@@ -252,10 +252,12 @@ def _dynamic_dims(tensor: TensorSpec, spec: OpSpec) -> dict[int, Any]:
     known = {"K/16": blocks, "K/2": 8 * blocks}
     most = dict(spec.most)
     known |= {
-        letter: torch.export.Dim(letter, min=1, max=most.get(letter, 1 << 20)) for letter in (*_DYNAMIC, *spec.free)
+        letter: torch.export.Dim(f"{letter}_", min=1, max=most.get(letter, 1 << 20))  # N alone is a function of sympy
+        for letter in (*_DYNAMIC, *spec.free)
     }
-    known["T"] = torch.export.Dim("T", min=frames, max=most.get("T", 1 << 20))
-    known |= {"T-2": torch.export.Dim.AUTO, **{f"2*{letter}": 2 * known[letter] for letter in "TYX"}}
+    known["T"] = torch.export.Dim("T_", min=frames, max=most.get("T", 1 << 20))
+    known |= {"T-2": torch.export.Dim.AUTO, "4*N": 4 * known["N"]}
+    known |= {f"2*{letter}": 2 * known[letter] for letter in "TYX"}
     return {i: known[formula] for i, formula in enumerate(tensor.shape) if formula in known}
 
 

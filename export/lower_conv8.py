@@ -1,8 +1,9 @@
 """Convolutions of a VAE decoder in 8-bit codes: which nodes of a graph of ops become which.
 
-    codes = norm_silu_extend, stream_extend or upsample_* with a factor, whichever makes what the convolution reads
+    codes = norm_silu_extend, stream_extend or encode* with a factor, whichever makes what the convolution reads
     y     = conv_*_fp8 or _int8 (codes, codes of W, a scale a channel, bias (, residual))
 
+An upsampling in front of a convolution leaves its place to encode* and the convolution to one that is folded (conv8).
 The histories become codes, so the graph's caches are INT8. The network of a stream's first step computes in bf16 and ends with
 a node a history that encodes it, so that the later steps find what they expect.
 """
@@ -23,7 +24,8 @@ from longtake.export.rewriter import Rewriter
 from longtake.plugins import exchange
 from longtake.plugins.codes import factor_of
 from longtake.plugins.exchange import HALO
-from longtake.plugins.registry import op_named
+from longtake.plugins.registry import coded_op, op_named
+from longtake.plugins.shapes import shape_of
 from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 from longtake.training.models.conv_calibration import UNKNOWN_PEAK, ConvCalibration
 from longtake.training.models.wan.vae_codes import CodedConv
@@ -94,21 +96,26 @@ def _lower_steady(rewriter: Rewriter, codes: ConvCodes) -> list[str]:
     for node in rewriter.graph.node:
         conv = convs.get(node.output[0]) if node.domain == DOMAIN else None
         if conv is not None:  # what makes the codes
-            name = _name(conv)
+            name, op = _name(conv), op_named(node.op_type)
+            if bool(op.repeats) != bool(op_named(conv.op_type).in_codes):
+                what, got = "only 1x3x3 convolutions behind an upsampling are folded", f"{name} behind {node.op_type}"
+                raise LongtakeError(what, got=got, fix="set vae_conv: bf16")
             inputs = list(node.input)
-            at = len(inputs) - 1 if op_named(node.op_type).extends_stream else len(inputs)
+            at = len(inputs) - 1 if op.extends_stream else len(inputs)
             inputs.insert(at, _factor(rewriter, codes, name))
-            _op(rewriter, f"{node.op_type}_{codes.chosen[name]}", inputs, list(node.output))
+            _op(rewriter, coded_op(node.op_type, codes.chosen[name]), inputs, list(node.output))
             for made in node.output:
                 if made in types:
                     types[made].type.tensor_type.elem_type = TensorProto.INT8
+                    for size in types[made].type.tensor_type.shape.dim[1:3] if op.repeats else ():
+                        size.dim_value //= 2  # the frame stays small
         elif _name(node) in names:
             name = _name(node)
-            shape = rewriter.weight_shape(node.input[1])
-            stored = rewriter.reference(f"{name}.weight.codes", TensorProto.INT8, shape)
-            scale = rewriter.reference(f"{name}.weight.scale", TensorProto.FLOAT, shape[:1])
-            inputs = [node.input[0], stored, scale, *node.input[2:]]
-            _op(rewriter, f"{node.op_type}_{codes.chosen[name]}", inputs, list(node.output))
+            op_type, plain = coded_op(node.op_type, codes.chosen[name]), rewriter.weight_shape(node.input[1])
+            shapes = [list(shape_of(t, {"N": plain[0], "C": plain[1]})) for t in op_named(op_type).spec.inputs[1:3]]
+            stored = rewriter.reference(f"{name}.weight.codes", TensorProto.INT8, shapes[0])
+            scale = rewriter.reference(f"{name}.weight.scale", TensorProto.FLOAT, shapes[1])
+            _op(rewriter, op_type, [node.input[0], stored, scale, *node.input[2:]], list(node.output))
         else:
             rewriter.nodes.append(node)
     for name in reads.keys() & halos.keys() & types.keys():

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, some
 from longtake.plugins.block_norm import op as block_norm
 from longtake.plugins.conv import op as conv
 from longtake.plugins.conv8 import op as conv8
@@ -82,8 +82,14 @@ def kernel_of(name: str) -> Kernel:
 def op_named(name: str) -> Op:
     """An op. Raises LongtakeError for an unknown name."""
     if name not in all_ops():
-        raise LongtakeError("unknown op", got=name, expected=", ".join(all_ops()))
+        again = "if another version made what holds it: longtake export --force, then longtake engines --force"
+        raise LongtakeError("unknown op", got=name, expected=some(all_ops(), 3), fix=again)
     return all_ops()[name]
+
+
+def coded_op(name: str, codes: str) -> str:
+    """The name of the op that does in 8-bit codes what op `name` does without."""
+    return f"{op_named(name).in_codes or name}_{codes}"
 
 
 def conv_ops(names: Iterable[str]) -> dict[str, int]:

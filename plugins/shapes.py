@@ -85,6 +85,7 @@ def dims_from_shapes(spec: OpSpec, shapes: Sequence[Sequence[int]]) -> dict[str,
             letter, _, divisor = expression.partition("/")
             if letter.isalpha():
                 dims.setdefault(letter, size * int(divisor or 1))
+    for tensor, shape in zip(spec.inputs, shapes):  # now: a formula may stand before its letter
         if len(shape) != len(tensor.shape) or tuple(shape) != shape_of(tensor, dims):
             known = ", ".join(f"{name}={size}" for name, size in dims.items())
             raise LongtakeError(

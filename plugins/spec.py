@@ -95,7 +95,8 @@ class Op:
     quantized: the op that gives the last output as E4M3 codes. first_frame: the op that stands for this one where a
         stream's first latent means one frame. repeats: frames made of each, by an op that only repeats.
     splits_by_frame: whether it may be run on some frames after others, each output frame from those at its place.
-    codes: the 8-bit codes (codes.py) that a convolution reads, or that an op before one writes.
+    codes: the 8-bit codes (codes.py) that a convolution reads, or that an op before one writes. in_codes: what it is
+        called in codes, without their name, if not as before: an upsampling and the convolution behind it are folded (conv8).
     over_heads: whether its first launch finds the largest of something over all heads, fp32 in its workspace: where ranks
         have some heads each, they must exchange it before the second.
     """
@@ -114,6 +115,7 @@ class Op:
     repeats: int = 0
     splits_by_frame: bool = False
     codes: str = ""
+    in_codes: str = ""
     over_heads: bool = False
 
     @property

@@ -3,9 +3,9 @@
 A row a shape and method, and what a latent takes. Methods: cudnn, our launcher's graph with bias and residual, the best of
 its plans; cudnn_plain, the product alone; torch, torch.nn.functional's convolution with cudnn.benchmark, channels last, with
 bias and without the residual; torch_out, our second launcher; cublaslt, 1x1x1 only; fp8 and int8, our kernel on 8-bit codes
-(all but the first shape and 1x1x1), fp8_fast without promoting sums, fp8_rows and int8_rows its fallback, fp8_late and
-int8_late without fetching the residual ahead. `error`: relative L2, against fp32 over some rows of one frame, of the same
-codes where codes are read. The best plan of `cudnn` is remembered for later starts.
+(all but the first shape and 1x1x1; 1x3x3 folded with the upsampling before it), fp8_fast without promoting sums, fp8_rows and
+int8_rows its fallback, fp8_late and int8_late without fetching the residual ahead. `error`: relative L2, against fp32 over some
+rows of one frame, of the same codes where codes are read. The best plan of `cudnn` is remembered for later starts.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from torch.nn import functional
 
 from longtake.options import Command, OneOf, check, option
 from longtake.plugins.bench.harness import Row, TableOptions, exit_code, milliseconds, note_of, relative_error
-from longtake.plugins.codes import coded_weight, encode, factor_of
+from longtake.plugins.codes import encode, factor_of
 from longtake.plugins.conv.cudnn_conv import CudnnConv, geometry, handle_of
 from longtake.plugins.conv.library import trial_tensors, views
 from longtake.plugins.conv.plans import choice_key, remember, timed_plans
 from longtake.plugins.conv.reference import library_weight
 from longtake.plugins.conv8.hopper import HopperConv, HopperRowsConv
-from longtake.plugins.registry import op_named
+from longtake.plugins.conv8.reference import FOLDED, stored_weight
+from longtake.plugins.registry import coded_op, op_named
 from longtake.plugins.run import launcher_by
+from longtake.plugins.shapes import shape_of
 from longtake.plugins.spec import Op
 
 # op, frames in, height, width, channels in, channels out, how often in a step
@@ -122,11 +124,15 @@ def measure(method: str, op: Op, dims: dict[str, int], options: ConvOptions) -> 
 def measure_codes(method: str, name: str, dims: dict[str, int], options: ConvOptions) -> Row:
     """The same of a convolution of codes: of SiLU of normal numbers, and of normal weights."""
     codes, (kind, changed) = method.split("_")[0], CODED[method]
-    op = op_named(f"{name}_{codes}")
+    op = op_named(coded_op(name, codes))
+    up = op.kernel_size == FOLDED
+    dims = {**dims, "Y": dims["Y"] // 2, "X": dims["X"] // 2} if up else dims
     plain = trial_tensors(op_named(name), dims)
     x, weight = functional.silu(plain["x"].float()), plain["weight"].permute(0, 4, 1, 2, 3)
     factor = factor_of(float(x.abs().max()), codes)
-    stored, worth = coded_weight(weight, codes)
+    stored, worth = stored_weight(weight, codes)
+    if up:
+        plain["out"] = plain["out"].new_empty(shape_of(op.spec.outputs[0], dims))
     tensors = {**plain, "x": encode(x * factor, codes), "weight": library_weight(stored), "scale": worth / factor}
     tensors = {tensor.name: tensors[tensor.name] for tensor in op.spec.tensors}
     del plain, x, weight, stored
@@ -137,7 +143,8 @@ def measure_codes(method: str, name: str, dims: dict[str, int], options: ConvOpt
     pointers = [tensor.data_ptr() for tensor in tensors.values()]
     ms = milliseconds(lambda: launcher.launch(pointers, torch.cuda.current_stream().cuda_stream), options.repeats)
     tile = launcher.tile
-    return {"ms": ms, "error": reference_error(op, tensors), "note": f"tile {tile.x}x{tile.y}x{tile.n}"}
+    flops, note = geometry(op, dims).flops, f"tile {tile.x}x{tile.y}x{tile.n}"
+    return {"ms": ms, "error": reference_error(op, tensors), "tflops": flops / ms / 1e9, "note": note}
 
 
 def _measure_plans(op: Op, dims: dict[str, int], tensors: dict[str, Tensor], fused: bool, options: ConvOptions) -> Row:
@@ -180,7 +187,7 @@ def rows(options: ConvOptions) -> Iterator[Row]:
                     if method in CODED
                     else measure(method, op, dims, options)
                 )
-                row["tflops"] = geometry(op, dims).flops / row["ms"] / 1e9
+                row.setdefault("tflops", geometry(op, dims).flops / row["ms"] / 1e9)
             except Exception as error:  # a method that fails must not end the run
                 row["note"] = note_of(error)
             torch.cuda.empty_cache()

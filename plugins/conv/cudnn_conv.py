@@ -39,6 +39,8 @@ def geometry(op: Op, dims: Dims) -> Geometry:
     """The sizes of a convolution op. dims: T, Y, X, C and N."""
     t, y, x, c, n = (dims[letter] for letter in "TYXCN")
     time, side, _ = op.kernel_size
+    if side == 2:  # four sets of weights, each for every other row and column of what comes out
+        return Geometry((t, c, y, x), (4 * n, c, side, side), (t, n, 2 * y, 2 * x), (1, 1))
     if time == 1:
         return Geometry((t, c, y, x), (n, c, side, side), (t, n, y, x), (side // 2,) * 2)
     if side == 1:

@@ -53,6 +53,7 @@ def _op(reference: Callable[..., Any], kernel: tuple[int, int, int], add: bool =
         methods=partial(_methods, product),
         otherwise="set vae_ops: engine in the recipe",
         splits_by_frame=kernel == (3, 3, 3) and not add,
+        in_codes="conv_1x3x3_up" if kernel == (1, 3, 3) else "",  # only ever behind an upsampling
     )
 
 

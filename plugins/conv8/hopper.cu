@@ -2,6 +2,8 @@
 //
 // x [T + p.kt - 1, Y, X, C] codes, weight [N, p.kt, SIDE, SIDE, C] codes, out [T, Y, X, N] bf16 = sum * scale[n] + bias[n]
 // (+ residual). The frame is padded by zeros, which the copies fill in; time is not. C is a multiple of 16, N of 8.
+// SIDE 2: out [T, 2Y, 2X, N]. Position (2y + py, 2x + px) is the convolution of rows y - 1 + py and y + py, columns alike, with
+// set 2 py + px of four sets of weights and scales: weight [4, N, 1, 2, 2, C], scale [4, N]. A tile is of one set.
 //
 // A thread block owns BX x BY positions of a frame and BN channels. One warp copies; two groups of four warps multiply, MB
 // blocks of 64 positions (8 x 8) each. Blocks stay and take tile after tile, those of neighbouring frames one after another,
@@ -17,11 +19,11 @@
 
 struct Conv {
   const unsigned short* bias;      // bf16 [N]
-  const float* scale;              // [N]
+  const float* scale;              // [N], or [4, N]
   const unsigned short* residual;  // bf16 [T,Y,X,N], or null
   unsigned short* out;             // bf16 [T,Y,X,N]
   int t, y, x, c, n, kt;           // t: frames that come out
-  int tiles_x, tiles_n, tiles;
+  int tiles_x, tiles_n, tiles;     // tiles_n: of all sets
 };
 
 #if WHOLE
@@ -34,6 +36,10 @@ constexpr int PITCH = HALO ? BX + SIDE - 1 : BX, ROWS = PITCH * (BY + SIDE - 1);
 constexpr int A_BYTES = ROWS * 128, A_STAGE = (A_BYTES + 1023) / 1024 * 1024, B_STAGE = BN * 128;
 constexpr int COPIES = HALO ? 1 : SIDE, SHIFTS = SIDE * SIDE / COPIES;  // copies of positions; shifts that each serves
 constexpr int MB = BX * BY / 128, NR = BN / 2, BLOCKS_X = BX / 8;
+constexpr int UP = SIDE == 2 ? 2 : 1;  // positions that come out for one that goes in, in both directions
+#if PROMOTE
+static_assert(SHIFTS % PROMOTE == 0, "sums go to fp32 after the last shift");
+#endif
 static_assert(A_STAGES * A_STAGE + B_STAGES * B_STAGE + 16 * (A_STAGES + B_STAGES) <= 232448, "shared memory");
 
 // Words of four neighbouring lanes change places: lane i's word j becomes lane j's word i.
@@ -53,12 +59,18 @@ __device__ __forceinline__ void transpose4(unsigned int (&w)[4], int q) {
   }
 }
 
-struct Place {  // of a tile
-  int n0, t, x0, y0;
+struct Place {  // of a tile; set: of weights
+  int n0, t, x0, y0, set;
 };
 __device__ __forceinline__ Place place_of(const Conv& p, int tile) {
-  const int m = tile / p.tiles_n, xy = m / p.t;
-  return {tile % p.tiles_n * BN, m % p.t, xy % p.tiles_x * BX, xy / p.tiles_x * BY};
+  const int m = tile / p.tiles_n, xy = m / p.t, n = tile % p.tiles_n, each = p.tiles_n / (UP * UP);
+  return {n % each * BN, m % p.t, xy % p.tiles_x * BX, xy / p.tiles_x * BY, n / each};
+}
+
+// Where the channels of a position of the small frame, or of the only one, lie in what comes out.
+__device__ __forceinline__ size_t row_of(const Conv& p, const Place& at, int y, int x) {
+  const int py = UP == 2 ? at.set / 2 : 0, px = UP == 2 ? at.set % 2 : 0;
+  return (((size_t)at.t * p.y * UP + y * UP + py) * p.x * UP + x * UP + px) * p.n;
 }
 
 // A ring of stages in shared memory: which one is next, and the parity that its barrier is waited for with.
@@ -79,18 +91,20 @@ __device__ __forceinline__ void copy_tiles(const Stages& s, const Map& map_x, co
   Ring<B_STAGES> b{0, 1};
   for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
     const Place at = place_of(p, tile);
+    const int x0 = at.x0 - SIDE / 2 + (UP == 2 ? at.set % 2 : 0), y0 = at.y0 - SIDE / 2 + (UP == 2 ? at.set / 2 : 0);
+    const int row = (UP == 2 ? at.set * p.n : 0) + at.n0;
     for (int dt = 0; dt < p.kt; ++dt)
       for (int c = 0; c < p.c; c += 128)
         for (int copy = 0; copy < COPIES; ++copy) {
           barrier_wait(s.a_free + a.stage, a.parity);
           barrier_expect(s.a_full + a.stage, A_BYTES);
-          copy_box(s.a + a.stage * A_STAGE, &map_x, c, at.x0 - SIDE / 2 + copy, at.y0 - SIDE / 2, at.t + dt, s.a_full + a.stage);
+          copy_box(s.a + a.stage * A_STAGE, &map_x, c, x0 + copy, y0, at.t + dt, s.a_full + a.stage);
           a.step();
           for (int i = 0; i < SHIFTS; ++i) {
             const int shift = HALO ? i : i * SIDE + copy;
             barrier_wait(s.b_free + b.stage, b.parity);
             barrier_expect(s.b_full + b.stage, B_STAGE);
-            copy_box(s.b + b.stage * B_STAGE, &map_w, (dt * SIDE * SIDE + shift) * p.c + c, at.n0, s.b_full + b.stage);
+            copy_box(s.b + b.stage * B_STAGE, &map_w, (dt * SIDE * SIDE + shift) * p.c + c, row, s.b_full + b.stage);
             b.step();
           }
         }
@@ -112,7 +126,8 @@ __device__ __forceinline__ void write_rows(const Conv& p, const Place& at, const
   for (int h = 0; h < 2; ++h) {
     const int y = at.y0 + block_y + 2 * warp + h, x = at.x0 + block_x + lane / 4;
     const bool inside = y < p.y && x < p.x;
-    const size_t row = (((size_t)at.t * p.y + (inside ? y : 0)) * p.x + (inside ? x : 0)) * p.n;
+    const size_t row = row_of(p, at, inside ? y : 0, inside ? x : 0);
+    const float* const scale = p.scale + (UP == 2 ? at.set * p.n : 0);
 #pragma unroll
     for (int g = 0; g < BN / 32; ++g) {
       const int mine = at.n0 + 32 * g + 8 * q;  // the eight channels that this lane loads and stores
@@ -130,7 +145,7 @@ __device__ __forceinline__ void write_rows(const Conv& p, const Place& at, const
         const int column = at.n0 + 32 * g + 8 * j + 2 * q;
         w[j] = 0u;
         if (CUT && column >= p.n) continue;
-        const float2 s = __ldg(reinterpret_cast<const float2*>(p.scale + column));
+        const float2 s = __ldg(reinterpret_cast<const float2*>(scale + column));
         const unsigned int b = __ldg(reinterpret_cast<const unsigned int*>(p.bias + column));
         const float low = fmaf((float)sum[16 * g + 4 * j + 2 * h], s.x, __uint_as_float(b << 16));
         const float high = fmaf((float)sum[16 * g + 4 * j + 2 * h + 1], s.y, __uint_as_float(b & 0xffff0000u));
@@ -149,7 +164,7 @@ __device__ __forceinline__ void fetch_rows(const Conv& p, const Place& at, int b
   for (int h = 0; h < 2; ++h) {
     const int y = at.y0 + block_y + 2 * warp + h, x = at.x0 + block_x + lane / 4;
     if (y < p.y && x < p.x && lane % 4 < BN / 64 && channel < p.n)
-      prefetch(p.residual + (((size_t)at.t * p.y + y) * p.x + x) * p.n + channel);
+      prefetch(p.residual + row_of(p, at, y, x) + channel);
   }
 }
 

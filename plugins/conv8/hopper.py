@@ -15,9 +15,11 @@ from longtake.errors import UnavailableError
 from longtake.plugins import driver
 from longtake.plugins.codes import encode
 from longtake.plugins.conv.reference import library_weight
+from longtake.plugins.conv8.reference import FOLDED
 from longtake.plugins.kernels import Dims, Macros, blocks_of
 from longtake.plugins.launch import OpLauncher
 from longtake.plugins.nvrtc import compile_cubin
+from longtake.plugins.shapes import shape_of
 from longtake.plugins.spec import Op
 
 SOURCE = Path(__file__).with_name("hopper.cu")
@@ -44,18 +46,18 @@ COST = {
 }  # of a product: what is copied for it is used fewer times by a smaller tile
 
 
-def tiles_of(tile: Tile, dims: Dims, frames: int) -> tuple[int, int, int]:
-    """How many cover a row, the channels, and everything."""
-    across, channels = blocks_of(dims["X"], tile.x), blocks_of(dims["N"], tile.n)
+def tiles_of(tile: Tile, dims: Dims, frames: int, sets: int = 1) -> tuple[int, int, int]:
+    """How many cover a row, the channels of all sets of weights, and everything: each is of one set."""
+    across, channels = blocks_of(dims["X"], tile.x), sets * blocks_of(dims["N"], tile.n)
     return across, channels, across * blocks_of(dims["Y"], tile.y) * frames * channels
 
 
-def tile_for(dims: Dims, frames: int, whole: bool, multiprocessors: int = MULTIPROCESSORS) -> Tile:
+def tile_for(dims: Dims, frames: int, whole: bool, multiprocessors: int = MULTIPROCESSORS, sets: int = 1) -> Tile:
     """The tile with which all is done first if every multiprocessor takes one after another. Sums that are promoted leave
     no registers for 256 channels."""
 
     def work(tile: Tile) -> float:
-        rounds = math.ceil(tiles_of(tile, dims, frames)[2] / multiprocessors)
+        rounds = math.ceil(tiles_of(tile, dims, frames, sets)[2] / multiprocessors)
         return rounds * tile.x * tile.y * tile.n * COST[tile]
 
     return min((tile for tile in COST if tile != WIDE or (whole and dims["N"] > CHANNELS)), key=work)
@@ -100,6 +102,7 @@ class HopperConv(OpLauncher):
                 expected="a multiple of 16 to a multiple of 8",
             )
         self._time, self._side, _ = op.kernel_size
+        self._sets = 4 if op.kernel_size == FOLDED else 1
         self._frames, self._whole = dims["T"] - self._time + 1, op.codes == "int8"
         self._arch, self._wanted_tile, self._multiprocessors = arch, tile, multiprocessors
         self._promote, self._ahead = (0 if self._whole else promote), ahead and "residual" in op.spec.names
@@ -110,7 +113,7 @@ class HopperConv(OpLauncher):
     def tile(self) -> Tile:
         """What a thread block computes at a time."""
         count = self._multiprocessors or MULTIPROCESSORS
-        return self._wanted_tile or tile_for(self.dims, self._frames, self._whole, count)
+        return self._wanted_tile or tile_for(self.dims, self._frames, self._whole, count, self._sets)
 
     @property
     def box(self) -> tuple[int, int]:
@@ -165,7 +168,7 @@ class HopperConv(OpLauncher):
         self.prepare()
         driver.ensure_context()
         known = dict(zip(self.spec.names, pointers))
-        across, channels, tiles = tiles_of(self.tile, self.dims, self._frames)
+        across, channels, tiles = tiles_of(self.tile, self.dims, self._frames, self._sets)
         sizes = _Sizes(
             known["bias"],
             known["scale"],
@@ -192,7 +195,7 @@ class HopperConv(OpLauncher):
             taps = self._time * self._side * self._side
             self._maps[x, weight] = (
                 driver.tensor_map(x, (c, across, y, t), (CHANNELS, *self.box, 1)),
-                driver.tensor_map(weight, (taps * c, n), (CHANNELS, self.tile.n)),
+                driver.tensor_map(weight, (taps * c, self._sets * n), (CHANNELS, self.tile.n)),
             )
         return self._maps[x, weight]
 
@@ -229,9 +232,9 @@ def _tried(kind: type[HopperConv], op: Op, macros: Macros, tile: Tile) -> float:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def run(x: torch.Tensor, weight: torch.Tensor, worth: float) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = torch.full((n,), worth, device="cuda")
+        scale = torch.full((weight.shape[0],), worth, device="cuda")
         bias = torch.randn(n, generator=generator, device="cuda").bfloat16()
-        shape = (2, dims["Y"], dims["X"], n)
+        shape = shape_of(op.spec.outputs[0], dims)
         rest = (
             [torch.randn(shape, generator=generator, device="cuda").bfloat16()] if "residual" in op.spec.names else []
         )
@@ -243,7 +246,7 @@ def _tried(kind: type[HopperConv], op: Op, macros: Macros, tile: Tile) -> float:
         )  # on the CPU: no TF32, no other kernel
         return out.cpu().float(), wanted.float()
 
-    shapes = ((dims["T"], dims["Y"], dims["X"], dims["C"]), (n, dims["C"], *op.kernel_size))
+    shapes = [shape_of(tensor, dims) for tensor in op.spec.inputs[:2]]
     x, weight = (encode(30 * torch.randn(s, generator=generator, device="cuda"), op.codes) for s in shapes)
     got, wanted = run(x, weight, 1 / (900 * weight[0].numel() ** 0.5))
     ones = [encode(torch.ones(s, device="cuda"), op.codes) for s in shapes]

@@ -12,6 +12,7 @@ from longtake.errors import UnavailableError
 from longtake.plugins.codes import decode
 from longtake.plugins.conv.cudnn_conv import geometry
 from longtake.plugins.conv8.hopper import HopperConv, HopperRowsConv
+from longtake.plugins.conv8.reference import FOLDED, spread
 from longtake.plugins.device_memory import on_stream, tensor_at
 from longtake.plugins.launch import LibraryLauncher
 from longtake.plugins.shapes import shape_of, torch_dtype
@@ -48,7 +49,9 @@ class WidenedConv(LibraryLauncher):
         convolution = torch.nn.functional.conv3d if len(sizes.padding) == 3 else torch.nn.functional.conv2d
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             product = convolution(x, weight, padding=sizes.padding).movedim(1, -1)
-        out = product.reshape(tensors["out"].shape) * tensors["scale"] + tensors["bias"].float()
+        scaled = product * tensors["scale"]
+        scaled = spread(scaled) if self.op.kernel_size == FOLDED else scaled.reshape(tensors["out"].shape)
+        out = scaled + tensors["bias"].float()
         if "residual" in tensors:
             out += tensors["residual"].float()
         tensors["out"].copy_(out)

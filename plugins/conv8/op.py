@@ -1,4 +1,7 @@
-"""Convolutions of 8-bit codes with one scale a channel, bias and perhaps residual: our kernel on Hopper, a library elsewhere."""
+"""Convolutions of 8-bit codes with one scale a channel, bias and perhaps residual: our kernel on Hopper, a library elsewhere.
+
+conv_1x3x3_up is an upsampling and the 1x3x3 convolution behind it in one, folded (see reference.py).
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from torch import Tensor
 
 from longtake.machine.capability import conv8_methods
 from longtake.plugins.codes import CODES, encode
-from longtake.plugins.conv8.reference import conv8
+from longtake.plugins.conv8.reference import FOLDED, conv8
 from longtake.plugins.kernels import Dims
 from longtake.plugins.shapes import shape_of
 from longtake.plugins.spec import Library, Op, OpSpec, TensorSpec
 
 METHODS = ("wgmma", "wgmma_rows", "torch")
-KERNELS = {"3x3x3": (3, 3, 3), "3x3x3_add": (3, 3, 3), "3x1x1": (3, 1, 1), "1x3x3": (1, 3, 3)}
+KERNELS = {"3x3x3": (3, 3, 3), "3x3x3_add": (3, 3, 3), "3x1x1": (3, 1, 1), "1x3x3_up": FOLDED}
 SIZES: tuple[dict[str, int], ...] = (
     {"T": 4, "Y": 12, "X": 20, "C": 128, "N": 128},
     {"T": 3, "Y": 7, "X": 5, "C": 48, "N": 32},
@@ -27,12 +30,14 @@ SIZES: tuple[dict[str, int], ...] = (
 
 def _spec(name: str, codes: str) -> OpSpec:
     kernel = KERNELS[name]
-    shape = (f"T-{kernel[0] - 1}" if kernel[0] > 1 else "T", "Y", "X", "N")
+    rows = "4*N" if kernel == FOLDED else "N"  # of weights
+    frame = ("2*Y", "2*X") if kernel == FOLDED else ("Y", "X")
+    shape = (f"T-{kernel[0] - 1}" if kernel[0] > 1 else "T", *frame, "N")
     residual = (TensorSpec("residual", "compute", shape),) if name.endswith("add") else ()
     inputs = (
         TensorSpec("x", "int8", ("T", "Y", "X", "C")),
-        TensorSpec("weight", "int8", ("N", "C", *map(str, kernel)), channels_last=True),
-        TensorSpec("scale", "fp32", ("N",)),
+        TensorSpec("weight", "int8", (rows, "C", *map(str, kernel)), channels_last=True),
+        TensorSpec("scale", "fp32", (rows,)),
         TensorSpec("bias", "compute", ("N",)),
         *residual,
     )

@@ -1,1 +1,1 @@
-"""The ops upsample_space, upsample_time, duplicate_up and duplicate_up_time: description, reference, kernels."""
+"""The ops upsample_*, duplicate_up* and encode_*: description, reference, kernels."""

@@ -1,6 +1,6 @@
 // Eight channels a thread, 16-byte loads and stores; gridDim.y: frames of x. `positions` are those of a frame of x, and
 // `width` is its row; each becomes 2 x 2 positions.
-// CODES: y is 8-bit codes of the numbers times factor[0]. SIDE 1: every position stays one.
+// CODES: y is 8-bit codes of the numbers times factor[0], and SIDE 1: every position stays one.
 #include "memory.cuh"
 
 #ifndef CODES

@@ -1,4 +1,4 @@
-"""Upsampling, and the shortcut beside it: one launch each, gridDim.y frames."""
+"""Upsampling, the shortcut beside it, and codes of frames: one launch each, gridDim.y frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from longtake.plugins.codes import CODES, LARGEST
 from longtake.plugins.kernels import Call, Dims, Kernel, Macros, blocks_of
 from longtake.plugins.spec import Op, OpSpec, TensorSpec
 from longtake.plugins.upsample.reference import (
-    coded_upsample,
     duplicate_up,
     duplicate_up_time,
     encode_frames,
@@ -44,48 +43,46 @@ def _call(function: str, channels: int, tensors: tuple[str, ...], dims: Dims) ->
     return (Call(function, grid, THREADS, (*tensors, positions, dims["X"])),)
 
 
-def _upsample_macros(time: int, codes: str, side: int, dims: Dims) -> Macros:
-    coded: Macros = {"CODES": 1 + CODES.index(codes), "SIDE": side} if codes else {}
+def _upsample_macros(time: int, codes: str, dims: Dims) -> Macros:
+    coded: Macros = {"CODES": 1 + CODES.index(codes), "SIDE": 1} if codes else {}
     return {"UPSAMPLE": 1, "CHANNELS": dims["C"] // time, "TIME": time, "THREADS": THREADS, **coded}
 
 
-def _upsample_kernel(time: int, codes: str = "", side: int = 2) -> Kernel:
+def _upsample_kernel(time: int, codes: str = "") -> Kernel:
     tensors = ("x", *(("factor",) if codes else ()), "out")
     return Kernel(
-        SOURCE, partial(_upsample_macros, time, codes, side), lambda dims: _call("upsample", dims["C"], tensors, dims)
+        SOURCE, partial(_upsample_macros, time, codes), lambda dims: _call("upsample", dims["C"], tensors, dims)
     )
 
 
-def _upsample(time: int, codes: str = "") -> Op:
-    """Repeat each position twice in both directions. `time` 2: the two halves of the channels are two frames. `codes`: what
-    comes out are codes of the numbers times `factor`."""
+def _upsample(time: int) -> Op:
+    """Repeat each position twice in both directions. `time` 2: the two halves of the channels are two frames."""
     shape = ("T", "2*Y", "2*X", "C") if time == 1 else ("2*T", "2*Y", "2*X", "C/2")
-    end = f"_{codes}" if codes else ""
-    name = ("upsample_space" if time == 1 else "upsample_time") + end
-    inputs, out = (FRAMES, *((FACTOR,) if codes else ())), TensorSpec("out", "int8" if codes else "compute", shape)
-    plain = upsample_space if time == 1 else upsample_time
     return Op(
-        OpSpec(name, inputs, (out,)),
-        partial(coded_upsample, time=time, codes=codes) if codes else plain,
-        ways=(_upsample_kernel(time, codes),),
+        OpSpec("upsample_space" if time == 1 else "upsample_time", (FRAMES,), (TensorSpec("out", "compute", shape),)),
+        upsample_space if time == 1 else upsample_time,
+        ways=(_upsample_kernel(time),),
         sizes=UP_SIZES,
-        inputs=partial(_beyond_range, codes) if codes else None,
-        first_frame="upsample_space" + end,
+        first_frame="upsample_space",
         repeats=time,
         splits_by_frame=True,
-        codes=codes,
+        in_codes="encode" if time == 1 else "encode_time",
     )
 
 
-def _encode(codes: str) -> Op:
-    """Frames as codes, every position once: how a stream's first step hands its histories to the later ones."""
-    inputs, out = (FRAMES, FACTOR), TensorSpec("out", "int8", ("T", "Y", "X", "C"))
+def _encode(time: int, codes: str) -> Op:
+    """Frames as codes of the numbers times `factor`, every position once: in front of a folded convolution (conv8), and how a
+    stream's first step hands its histories to the later ones. `time`: as above."""
+    shape = ("T", "Y", "X", "C") if time == 1 else ("2*T", "Y", "X", "C/2")
+    name = "encode" if time == 1 else "encode_time"
     return Op(
-        OpSpec(f"encode_{codes}", inputs, (out,)),
-        partial(encode_frames, codes=codes),
-        ways=(_upsample_kernel(1, codes, side=1),),
+        OpSpec(f"{name}_{codes}", (FRAMES, FACTOR), (TensorSpec("out", "int8", shape),)),
+        partial(encode_frames, time=time, codes=codes),
+        ways=(_upsample_kernel(time, codes),),
         sizes=UP_SIZES,
         inputs=partial(_beyond_range, codes),
+        first_frame=f"encode_{codes}",
+        codes=codes,
     )
 
 
@@ -129,6 +126,5 @@ OPS = (
     _upsample(2),
     _duplicate(1),
     _duplicate(2),
-    *(_upsample(time, codes) for codes in CODES for time in (1, 2)),
-    *map(_encode, CODES),
+    *(_encode(time, codes) for codes in CODES for time in (1, 2)),
 )

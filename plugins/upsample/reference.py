@@ -18,21 +18,20 @@ def upsample_space(x: Tensor) -> Tensor:
     return x[:, :, None, :, None].expand(t, y, 2, w, 2, c).reshape(t, 2 * y, 2 * w, c).contiguous()
 
 
+def _two_frames(x: Tensor) -> Tensor:
+    """x [T,Y,X,C] to [2T,Y,X,C/2]: the first half of the channels is the earlier frame."""
+    half = x.shape[-1] // 2
+    return torch.stack((x[..., :half], x[..., half : 2 * half]), 1).flatten(0, 1)
+
+
 def upsample_time(x: Tensor) -> Tensor:
     """x [T,Y,X,C] to [2T,2Y,2X,C/2]: the first half of the channels is the earlier frame."""
-    half = x.shape[-1] // 2
-    frames = torch.stack((x[..., :half], x[..., half : 2 * half]), 1)
-    return upsample_space(frames.flatten(0, 1))
+    return upsample_space(_two_frames(x))
 
 
-def encode_frames(x: Tensor, factor: Tensor, *, codes: str) -> Tensor:
-    """x [T,Y,X,C] to int8 codes of x times factor fp32 [1], of the same shape."""
-    return encode(x.to(torch.float32) * factor, codes)
-
-
-def coded_upsample(x: Tensor, factor: Tensor, *, time: int, codes: str) -> Tensor:
-    """`upsample_space` or, `time` 2, `upsample_time` of such codes: int8."""
-    return (upsample_space if time == 1 else upsample_time)(encode_frames(x, factor, codes=codes))
+def encode_frames(x: Tensor, factor: Tensor, *, time: int, codes: str) -> Tensor:
+    """x [T,Y,X,C] to int8 codes of x times factor fp32 [1], of the same shape or, `time` 2, [2T,Y,X,C/2] as above."""
+    return encode((x if time == 1 else _two_frames(x)).to(torch.float32) * factor, codes)
 
 
 def _duplicate_up(x: Tensor, y: Tensor, time: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtake.dtypes import BY_ONNX, DType
 from longtake.formats.onnx_file import constants_of, read_onnx, tensor_value
+from longtake.plugins.conv8.reference import FOLDED, FOLDS, folded
 from longtake.plugins.registry import op_named
 from longtake.plugins.spec import DOMAIN
 from longtake.training.models.random_weights import random_weight
@@ -82,7 +83,9 @@ def packed_parts(
     """The stored parts of one quantized weight, by initializer name; two a byte means NVFP4, one means FP8. `codes`: those of
     a convolution."""
     if codes:
-        return conv_parts(base, random_weight(base, tensors[f"{base}.codes"][1], device), codes)
+        shape = tensors[f"{base}.codes"][1]
+        plain = (shape[0] // 4, shape[1], *FOLDS) if shape[2:] == FOLDED else shape
+        return conv_parts(base, random_weight(base, plain, device), codes)
     rows, stored = tensors[f"{base}.values"][1]
     if f"{base}.scales" not in tensors:
         return fp8_parts(base, random_weight(base, (rows, stored), device))
@@ -116,10 +119,11 @@ def fp8_parts(base: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def conv_parts(base: str, weight: Tensor, codes: str) -> dict[str, Tensor]:
-    """A convolution's `weight` [N, C, t, y, x] as int8 codes and fp32 scale [N], for a graph without a calibration."""
+    """A convolution's `weight` [N, C, t, y, x], folded where it is, as int8 codes and fp32 scale, for a graph without a calibration."""
     from longtake.plugins.codes import coded_weight, factor_of
     from longtake.training.models.conv_calibration import UNKNOWN_PEAK
 
+    weight = folded(weight) if tuple(weight.shape[2:]) == FOLDS else weight
     pieces = [coded_weight(piece, codes) for piece in weight.split(max(1, CHUNK // weight[0].numel()))]
     worth = torch.cat([scale for _, scale in pieces]) / factor_of(UNKNOWN_PEAK, codes)
     return {f"{base}.codes": torch.cat([code for code, _ in pieces]), f"{base}.scale": worth}

@@ -68,16 +68,16 @@ def dit_pass(preset: Preset, precision: str = "bf16", cache: str = "bf16") -> Wo
     return Work(gemm, attention, 0.0, read + history + 4 * dit.layers * dit.text_len * dit.dim)
 
 
-def vae_latent(preset: Preset) -> Work:
-    """Decoding one steady latent: four pixel frames."""
+def vae_latent(preset: Preset, folded: bool = False) -> Work:
+    """Decoding one steady latent: four pixel frames. folded: upsampling and the convolution behind it are in one."""
     config, (height, width) = preset.vae, preset.latent_hw
     dims = [config.decoder_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
     ups, frames = tuple(reversed(config.temporal_down)), 1
     weights = work = scores = 0.0
 
-    def convolve(inputs: int, outputs: int, kernel: int) -> None:
+    def convolve(inputs: int, outputs: int, kernel: int, sets: int = 1) -> None:
         nonlocal weights, work
-        weights += inputs * outputs * kernel
+        weights += inputs * outputs * kernel * sets
         work += 2.0 * inputs * outputs * kernel * frames * height * width
 
     if config.quant_convs:
@@ -98,7 +98,7 @@ def vae_latent(preset: Preset) -> Work:
                 convolve(outputs, 2 * outputs, 3)
                 frames *= 2
             height, width = 2 * height, 2 * width
-            convolve(outputs, outputs, 9)
+            convolve(outputs, outputs, 4 if folded else 9, sets=4 if folded else 1)
     convolve(dims[-1], 12, 27)
     return Work(0.0, scores, work, 2.0 * weights)
 
@@ -107,7 +107,7 @@ def chunk_work(recipe: Recipe, steps: int) -> dict[str, Work]:
     """Work of a steady chunk: "dit" (all passes and the clean one) and "vae"."""
     preset = recipe.model
     passes = dit_pass(preset, recipe.precision, recipe.cache) * (steps + 1)
-    return {"dit": passes, "vae": vae_latent(preset) * preset.chunk_latents}
+    return {"dit": passes, "vae": vae_latent(preset, recipe.vae_conv != "bf16") * preset.chunk_latents}
 
 
 def floor_seconds(work: Work, recipe: Recipe, gpu: str | None) -> float | None:

@@ -173,8 +173,8 @@ def decoder_weights(recipe: Recipe, preset: Preset, engines: Path | None) -> Rec
 def weight_bytes(recipe: Recipe, preset: Preset, name: str) -> int:
     """Bytes of a network's weights as `recipe` stores them: its linears in its precision, the rest in bf16."""
     linears = _linear_parameters(preset, name) if name in ("dit", "context") else 0
-    coded = _coded_parameters(preset) if name == DECODER[1] and recipe.vae_conv != "bf16" else 0
-    return int(linears * stored_bytes(recipe.precision) + coded + (_parameters(preset, name) - linears - coded) * 2)
+    coded, codes = _coded_parameters(preset) if name == DECODER[1] and recipe.vae_conv != "bf16" else (0, 0)
+    return int(linears * stored_bytes(recipe.precision) + codes + (_parameters(preset, name) - linears - coded) * 2)
 
 
 def graph_of(engines: Path | None, name: str) -> SegmentedGraph | None:
@@ -210,12 +210,13 @@ def _parameters(preset: Preset, name: str) -> int:
     return sum(p.numel() for n, p in models["dit"].named_parameters() if network_of(n) == name)
 
 
-def _coded_parameters(preset: Preset) -> int:
-    """Weights of the VAE decoder's convolutions that are kept as 8-bit codes."""
-    from longtake.training.models.wan.vae_codes import codable
+def _coded_parameters(preset: Preset) -> tuple[int, int]:
+    """Weights of the VAE decoder's convolutions that are kept as 8-bit codes, and these: more where they are folded."""
+    from longtake.training.models.wan.vae_codes import CodedConv, codable
 
     vae: Any = _models(preset)["vae"]
-    return sum(layer.weight.numel() for layer in codable(vae).values())
+    weights = [layer.weight for layer in codable(vae).values()]
+    return sum(w.numel() for w in weights), sum(CodedConv(w, "fp8", 1.0).weight.numel() for w in weights)
 
 
 def _linear_parameters(preset: Preset, name: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.machine.capability import conv8_methods
@@ -20,13 +21,15 @@ from longtake.plugins.cases import op_inputs
 from longtake.plugins.codes import CODES, LARGEST, coded_weight, decode, encode, factor_of
 from longtake.plugins.conv.reference import library_weight
 from longtake.plugins.conv8 import hopper
-from longtake.plugins.conv8.hopper import LARGE, SMALL, WIDE, HopperConv, HopperRowsConv, Tile, tile_for
+from longtake.plugins.conv8.hopper import LARGE, SMALL, WIDE, HopperConv, HopperRowsConv, Tile, tile_for, tiles_of
 from longtake.plugins.conv8.library import WidenedConv
 from longtake.plugins.conv8.op import KERNELS, METHODS, OPS, SIZES
+from longtake.plugins.conv8.reference import folded, spread, stored_weight
 from longtake.plugins.nvfp4.formats import E4M3_VALUES
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_by, launcher_for
 from longtake.plugins.shapes import shape_of
+from longtake.plugins.upsample.reference import upsample_space
 from tests.plugins.conftest import host_library
 
 ops = pytest.mark.parametrize("op", [op.name for op in OPS])
@@ -73,6 +76,36 @@ def test_a_weight_has_a_scale_a_channel() -> None:
     assert factor_of(2.0, "int8") == 63.5 and factor_of(2.0, "fp8") == 112.0, "room above the peak where it is free"
 
 
+def test_a_folded_convolution_is_upsampling_and_the_convolution_behind_it() -> None:
+    """In fp64, frames of odd sizes, borders included; and what is coded is what is folded, each of four sets by its own peak."""
+    x, weight = torch.randn(2, 5, 7, 16).double(), torch.randn(24, 16, 1, 3, 3)
+    video = upsample_space(x).permute(3, 0, 1, 2)[None]
+    wanted = functional.conv3d(video, weight.double(), padding=(0, 1, 1))[0].permute(1, 2, 3, 0)
+    sets = functional.conv3d(x.permute(3, 0, 1, 2)[None], folded(weight).double(), padding=(0, 1, 1))[0]
+    got = spread(sets.permute(1, 2, 3, 0))
+    assert got.shape == wanted.shape == (2, 10, 14, 24) and relative_error(got, wanted) < 1e-6
+    for codes, limit in (("fp8", 0.03), ("int8", 0.012)):
+        stored, worth = stored_weight(weight, codes)
+        back = decode(stored, codes) * worth.view(-1, 1, 1, 1, 1)
+        assert stored.shape == (96, 16, 1, 2, 2) and worth.shape == (96,)
+        assert relative_error(back, folded(weight)) < limit
+    other = torch.randn(8, 16, 3, 3, 3)
+    assert torch.equal(stored_weight(other, "int8")[0], coded_weight(other, "int8")[0])
+
+
+def test_a_ranks_rows_of_a_folded_convolution_are_those_of_the_whole() -> None:
+    """With ghost rows of its neighbours around them, zeros beyond the picture; what is wrong at the edge stays in ghost rows."""
+    op, own = op_named("conv_1x3x3_up_int8"), 4
+    x, *rest = op_inputs(op.name, {"T": 2, "Y": 2 * own, "X": 5, "C": 16, "N": 8})
+    whole = op.reference(x, *rest)
+    for ghost in (1, 2):
+        around = functional.pad(x, (0, 0, 0, 0, ghost, ghost))
+        for first in (0, own):
+            rows = op.reference(around[:, first : first + own + 2 * ghost].contiguous(), *rest)
+            assert rows.shape[1] == 2 * (own + 2 * ghost)
+            assert torch.equal(rows[:, 2 * ghost : -2 * ghost], whole[:, 2 * first : 2 * (first + own)])
+
+
 def test_tiles_fill_the_multiprocessors() -> None:
     def chosen(y: int, x: int, n: int, frames: int, whole: bool) -> Tile:
         return tile_for({"Y": y, "X": x, "N": n}, frames, whole)
@@ -83,6 +116,13 @@ def test_tiles_fill_the_multiprocessors() -> None:
     assert chosen(44, 80, 1024, 1, False) == SMALL
     assert chosen(44, 80, 1024, 1, True) == WIDE
     assert chosen(4, 4, 64, 1, True) == SMALL
+    dims = {"Y": 44, "X": 80, "N": 136}
+    across, channels, tiles = tiles_of(LARGE, dims, 2, sets=4)
+    assert (across, channels, tiles) == (3, 8, 3 * 6 * 2 * 8), "a tile of channels is of one set of weights"
+    few = {"Y": 8, "X": 32, "N": 128}
+    assert tile_for(few, 33, False) == SMALL and tile_for(few, 33, False, sets=4) == LARGE, (
+        "four sets are 132 large ones"
+    )
 
 
 def host_map(address: int, sizes: Sequence[int], box: Sequence[int]) -> bytes:
@@ -132,7 +172,8 @@ def host_conv(host_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_kernels_text_equals_the_reference(host_conv: Any, name: str, codes: str, kind: Any, reverse: bool) -> None:
     op = op_named(f"conv_{name}_{codes}")
     tiles = (LARGE, WIDE) if codes == "int8" else (LARGE, SMALL)
-    for tile, dims in zip(tiles, (ODD, {**ODD, "N": 264, "X": 17, "C": 48})):
+    odd = {**ODD, "T": KERNELS[name][0] + 1}  # two frames come out
+    for tile, dims in zip(tiles, (odd, {**odd, "N": 264, "X": 17, "C": 48})):
         inputs = op_inputs(op.name, dims, "bf16")
         out = host_conv(kind(op, dims, tile=tile, multiprocessors=3), inputs, reverse)
         assert relative_error(out, op.reference(*inputs)) < LAST_BIT, (tile, dims)
@@ -140,7 +181,7 @@ def test_the_kernels_text_equals_the_reference(host_conv: Any, name: str, codes:
 
 @pytest.mark.parametrize("codes, reverse", (("fp8", False), ("int8", True)))
 def test_a_small_convolution_by_the_kernels_text(host_conv: Any, codes: str, reverse: bool) -> None:
-    op = op_named(f"conv_1x3x3_{codes}")
+    op = op_named(f"conv_1x3x3_up_{codes}")
     dims = {**FEW, "T": 1}
     inputs = op_inputs(op.name, dims, "bf16")
     out = host_conv(HopperConv(op, dims, multiprocessors=2), inputs, reverse)
@@ -149,11 +190,12 @@ def test_a_small_convolution_by_the_kernels_text(host_conv: Any, codes: str, rev
 
 @pytest.mark.long
 def test_sums_may_stay_in_the_tensor_cores(host_conv: Any) -> None:
-    op, dims = op_named("conv_1x3x3_fp8"), {**FEW, "T": 1, "C": 160}
-    inputs = op_inputs(op.name, dims, "bf16")
-    for promote in (0, 3):
-        out = host_conv(HopperConv(op, dims, promote=promote, tile=SMALL), inputs, False)
-        assert relative_error(out, op.reference(*inputs)) < LAST_BIT
+    for name, kind, every in (("3x3x3", HopperConv, 3), ("1x3x3_up", HopperConv, 4), ("1x3x3_up", HopperRowsConv, 2)):
+        op, dims = op_named(f"conv_{name}_fp8"), {**FEW, "C": 160}
+        inputs = op_inputs(op.name, dims, "bf16")
+        for promote in (0, every):
+            out = host_conv(kind(op, dims, promote=promote, tile=SMALL), inputs, False)
+            assert relative_error(out, op.reference(*inputs)) < LAST_BIT, (name, kind, promote)
 
 
 def test_it_compiles() -> None:
@@ -167,13 +209,14 @@ def test_it_compiles() -> None:
 def test_every_form_compiles(kind: Any, codes: str) -> None:
     sizes = {"T": 6, "Y": 176, "X": 320, "C": 512, "N": 512}
     tiles = (LARGE, SMALL, WIDE) if codes == "int8" else (LARGE, SMALL)
-    names = ("3x3x3_add", "3x1x1") if kind is HopperConv else ("3x3x3",)
+    names = ("3x3x3_add", "3x1x1", "1x3x3_up") if kind is HopperConv else ("3x3x3", "1x3x3_up")
     for name in names:
-        for tile in tiles if name == "3x3x3_add" else tiles[:1]:
+        for tile in tiles if name in ("3x3x3_add", "1x3x3_up") else tiles[:1]:
             launcher = kind(op_named(f"conv_{name}_{codes}"), sizes, tile=tile)
             assert launcher.cubin("sm_90a")[:4] == b"\x7fELF" and launcher.shared_bytes <= hopper.SHARED_BYTES
-    cut = kind(op_named(f"conv_1x3x3_{codes}"), {**sizes, "N": 136})
-    assert cut.macros()["CUT"] == 1 and cut.cubin("sm_90a")[:4] == b"\x7fELF"
+    for name in ("3x3x3", "1x3x3_up"):
+        cut = kind(op_named(f"conv_{name}_{codes}"), {**sizes, "N": 136})
+        assert cut.macros()["CUT"] == 1 and cut.cubin("sm_90a")[:4] == b"\x7fELF"
 
 
 @ops
@@ -211,7 +254,7 @@ def test_a_wrong_answer_at_the_start_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_addresses_must_be_aligned() -> None:
     with pytest.raises(LongtakeError, match="bad address of weight"):
-        HopperConv(op_named("conv_1x3x3_fp8"), SIZES[0]).launch([16, 24, 16, 16, 16], 0)
+        HopperConv(op_named("conv_1x3x3_up_fp8"), SIZES[0]).launch([16, 24, 16, 16, 16], 0)
 
 
 @pytest.mark.gpu
@@ -240,13 +283,14 @@ def test_every_method_equals_the_reference(op: str, method: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", (HopperConv, HopperRowsConv))
 @pytest.mark.parametrize("codes", CODES)
-def test_every_tile_equals_the_reference(kind: Any, codes: str) -> None:
-    op, dims = op_named(f"conv_3x3x3_add_{codes}"), {"T": 5, "Y": 21, "X": 50, "C": 272, "N": 264}
+@pytest.mark.parametrize("name", ("3x3x3_add", "1x3x3_up"))
+def test_every_tile_equals_the_reference(kind: Any, codes: str, name: str) -> None:
+    op, dims = op_named(f"conv_{name}_{codes}"), {"T": 5, "Y": 21, "X": 50, "C": 272, "N": 264}
     given = [tensor.cuda() for tensor in op_inputs(op.name, dims)]
     wanted = op.reference(*(tensor.cpu() for tensor in given))
     given[1] = library_weight(given[1])
     for tile in (LARGE, SMALL, WIDE) if codes == "int8" else (LARGE, SMALL):
-        for promote in (1, 3, 0):
+        for promote in (1, op.kernel_size[-1], 0):
             out = torch.full_like(wanted, float("nan"), device="cuda")
             launcher = kind(op, dims, tile=tile, promote=promote)
             launcher.launch([t.data_ptr() for t in (*given, out)], torch.cuda.current_stream().cuda_stream)

@@ -208,6 +208,21 @@ def test_vae_work_is_what_torch_counts(preset: Preset) -> None:
     assert vae_latent(preset).flops == pytest.approx(flops, rel=1e-9)
 
 
+def test_vae_work_in_codes_is_what_torch_counts_of_folded_convolutions() -> None:
+    """A product of 2x2 weights at every position that comes out, instead of one of 3x3."""
+    levels = [(TINY.vae.decoder_dim * m, i) for i, m in enumerate(reversed(TINY.vae.dim_mult))][:3]
+    frames, (height, width), fewer = 1, TINY.latent_hw, 0.0
+    for (channels, i), timed in zip(levels, reversed(TINY.vae.temporal_down)):
+        frames *= 2 if timed else 1
+        fewer += 2.0 * channels**2 * 5 * frames * height * width * 4 ** (i + 1)
+    plain, coded = (vae_latent(TINY, folded).convolution for folded in (False, True))
+    assert plain - coded == pytest.approx(fewer, rel=1e-9)
+    real = [vae_latent(WAN22_TI2V_5B, folded).convolution for folded in (False, True)]
+    assert real[1] / real[0] == pytest.approx(61.1 / 66.1, abs=2e-3)
+    recipe = recipe_named(str(CONV8))
+    assert chunk_work(recipe, 4)["vae"].convolution == real[1] * recipe.model.chunk_latents
+
+
 def test_the_real_model_needs_the_work_that_was_counted_before() -> None:
     """61 TFLOP of GEMM and 74 of attention a pass, 66.4 a latent in the VAE."""
     work = dit_pass(WAN22_TI2V_5B)

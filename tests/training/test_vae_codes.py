@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from untrained import random_models
 
 from longtake.commands.main import main
+from longtake.engines.segment import segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.export.functions import register_schemas
 from longtake.export.lower_conv8 import ConvCodes, lower_convs
@@ -22,6 +23,7 @@ from longtake.export.package import conv_codes
 from longtake.export.rewriter import reference
 from longtake.export.weights import weights_from_folder
 from longtake.formats.recipe import Recipe, recipe_named
+from longtake.formats.segmented_graph import SegmentedGraph
 from longtake.paths import REPOSITORY
 from longtake.plugins.codes import CODES, decode, factor_of
 from longtake.plugins.registry import op_named
@@ -185,8 +187,14 @@ def test_codes_take_half_of_the_memory() -> None:
     scratch = {segment.name: 0 for segment in coded.segments}
     assert planned_steps(coded, scratch).layout(scratch)[2] < planned_steps(plain, scratch).layout(scratch)[2]
     first = first_steps(coded)
-    assert first is not None and any(step.name == "upsample_space_fp8" for step in first.plan.graph.steps)
-    assert not any("3x1x1" in step.name or "upsample_time" in step.name for step in first.plan.graph.steps)
+    assert first is not None and Counter(step.name for step in first.plan.graph.steps)["encode_fp8"] == 3
+    assert not any("3x1x1" in step.name or "encode_time" in step.name for step in first.plan.graph.steps)
+    largest = max(t.shape[1] * t.shape[2] for t in coded.tensors.values() if t.dtype == "int8" and len(t.shape) == 4)
+    assert largest == TINY.latent_hw[0] * TINY.latent_hw[1] * 4**3, (
+        "the last level's rows; no codes of a frame beyond them"
+    )
+    up = next(name for name in coded.weights if name.endswith("resample/space.weight"))
+    assert coded.tensors[up].shape[2:] == (1, 2, 2) and coded.tensors[up].shape[0] == 4 * coded.tensors[up].shape[1]
 
 
 def small_graph(readers: int = 1) -> onnx.ModelProto:
@@ -219,6 +227,55 @@ def small_graph(readers: int = 1) -> onnx.ModelProto:
 
 def small_codes(codes: str) -> ConvCodes:
     return ConvCodes({"a.conv": codes}, ConvCalibration("", {"a.conv": ConvInput(4.0, 0.5)}), ("a.conv",))
+
+
+def up_graph(behind: str = "upsample_time") -> onnx.ModelProto:
+    """Upsampling and the convolution behind it, the frames' sizes told; or `behind` something else."""
+    register_schemas()
+    shapes = {
+        "y": (1, 4, 6, 32),
+        "wide": (2, 8, 12, 16),
+        "out": (2, 8, 12, 24),
+        "vae_cache_0": (2, 4, 6, 32),
+        "h": (2, 4, 6, 32),
+    }
+    values = {n: helper.make_tensor_value_info(n, TensorProto.BFLOAT16, s) for n, s in shapes.items()}
+    attributes = {"domain": DOMAIN, **PLUGIN_ATTRIBUTES}
+    given, made = (["y"], ["wide"]) if behind == "upsample_time" else (["y", "vae_cache_0"], ["wide", "h"])
+    nodes = [
+        helper.make_node(behind, given, made, **attributes),
+        helper.make_node("conv_1x3x3", ["wide", "a.conv.weight", "a.conv.bias"], ["out"], **attributes),
+    ]
+    sizes = (("a.conv.weight", (24, 16, 1, 3, 3)), ("a.conv.bias", (24,)))
+    initializers = [reference(n, TensorProto.BFLOAT16, list(s)) for n, s in sizes]
+    inputs, outputs = [values[n] for n in given], [values[n] for n in ("out", *made[1:])]
+    graph = helper.make_graph(nodes, "vae_steady", inputs, outputs, initializers, value_info=[values["wide"]])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)])
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_lowering_folds_an_upsampling_into_the_convolution_behind_it(codes: str) -> None:
+    model, lowered = (
+        up_graph(),
+        ConvCodes({"a.conv": codes}, ConvCalibration("", {"a.conv": ConvInput(4.0, 0.5)}), ("",)),
+    )
+    assert lower_convs(model, lowered, first=False) == ["a.conv"]
+    encode, conv = model.graph.node
+    assert encode.op_type == f"encode_time_{codes}" and list(encode.input) == ["y", "a_conv_factor"]
+    assert conv.op_type == f"conv_1x3x3_up_{codes}" and list(conv.input)[0] == "wide" == encode.output[0]
+    (wide,) = model.graph.value_info
+    assert [d.dim_value for d in wide.type.tensor_type.shape.dim] == [2, 4, 6, 16]
+    assert wide.type.tensor_type.elem_type == TensorProto.INT8
+    tensors, weight = {t.name: t for t in model.graph.initializer}, torch.randn(24, 16, 1, 3, 3)
+    content = lowered.content("a.conv", weight)
+    assert {n: tuple(t.shape) for n, t in content.items()} == {n: tuple(tensors[n].dims) for n in content}
+    onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+    y = torch.randn(1, 4, 6, 32)
+    coded = op_named(encode.op_type).reference(y, torch.tensor([factor_of(4.0, codes)]))
+    got = op_named(conv.op_type).reference(coded, *content.values(), torch.zeros(24))
+    wanted = op_named("conv_1x3x3").reference(op_named("upsample_time").reference(y), weight, torch.zeros(24))
+    assert (got - wanted).norm() < {"fp8": 0.05, "int8": 0.015}[codes] * wanted.norm()
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -257,8 +314,26 @@ def test_lowering_a_first_step_encodes_its_histories() -> None:
 def test_what_cannot_be_lowered_is_refused() -> None:
     with pytest.raises(LongtakeError, match="a convolution's input is read elsewhere, too"):
         lower_convs(small_graph(readers=2), small_codes("fp8"), first=False)
+    with pytest.raises(
+        LongtakeError,
+        match=r"only 1x3x3 convolutions behind an upsampling are folded\n  got: a.conv behind stream_extend",
+    ):
+        lower_convs(up_graph("stream_extend"), small_codes("fp8"), first=False)
     with pytest.raises(LongtakeError, match=r"not ops of the graph\n  got: \['b.conv'\]"):
         lower_convs(small_graph(), ConvCodes({"b.conv": "fp8"}), first=False)
+
+
+def test_what_was_exported_or_built_with_an_op_that_is_gone_is_refused_with_the_commands(tmp_path: Path) -> None:
+    refused = r"unknown op\n  got: upsample_time_fp8[\s\S]*longtake export --force, then longtake engines --force"
+    model = up_graph()
+    model.graph.node[0].op_type = "upsample_time_fp8"
+    with pytest.raises(LongtakeError, match=refused):  # an export, as it is built
+        segments_from_onnx(model, "vae_steady")
+    old = library_decoder_steps(TINY, "fp8")
+    steps = [replace(s, name="upsample_time_fp8") if s.name == "encode_time_fp8" else s for s in old.steps]
+    replace(old, steps=tuple(steps)).write(tmp_path / "vae_steady.segments.json")
+    with pytest.raises(LongtakeError, match=refused):  # engines, as they are opened
+        planned_steps(SegmentedGraph.read(tmp_path / "vae_steady.segments.json"), {s.name: 0 for s in old.segments})
 
 
 @pytest.mark.slow

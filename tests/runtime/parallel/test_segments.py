@@ -39,7 +39,7 @@ LIMIT_S = 400
 
 def op_rows(step: Step) -> bool:
     """Whether it is a convolution that sees other rows."""
-    return step.kind == "op" and op_named(step.name).kernel_size[1:2] == (3,)
+    return step.kind == "op" and op_named(step.name).kernel_size[1:2] in ((2,), (3,))
 
 
 def upsampled(graph: SegmentedGraph) -> set[str]:
@@ -141,8 +141,13 @@ def test_rows_that_travel_are_codes_where_the_convolution_reads_codes(graphs: Pl
     graph = segments_from_onnx(model, "vae_steady_of2").graph
     steps = list(graph.steps)
     coded = [step for step in steps if step.kind == "op" and op_named(step.name).codes and op_rows(step)]
-    assert len(coded) > 10
+    assert len(coded) > 10 and sum(step.name == "conv_1x3x3_up_int8" for step in coded) == 3
     halos = {step.inputs[0] for step in steps if step.kind == "exchange" and not step.outputs}
+    made = {step.outputs[0]: step for step in steps if step.kind == "op"}
+    for up in (step for step in coded if step.name == "conv_1x3x3_up_int8"):  # of its rows and ghost rows, doubled
+        (t, rows, columns, _), out = graph.tensors[up.inputs[0]].shape, graph.tensors[up.outputs[0]].shape
+        assert out[:3] == (t, 2 * rows, 2 * columns)
+        assert made[up.inputs[0]].inputs[0] in halos or rows == TINY.latent_hw[0], "rows of others before it, or all"
     assert all(graph.tensors[step.inputs[0]].dtype == "int8" for step in coded)
     assert (
         sum(graph.tensors[name].dtype == "int8" for name in halos)

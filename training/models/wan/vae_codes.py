@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import LongtakeError
-from longtake.plugins.codes import coded_weight, factor_of
+from longtake.plugins.codes import factor_of
+from longtake.plugins.conv8.reference import stored_weight
 from longtake.training.models.conv_calibration import FIX, ConvCalibration, ConvInput
 from longtake.training.models.presets import VAEConfig
 from longtake.training.models.wan.vae import CausalVAE
@@ -79,7 +80,10 @@ def counted(chosen: Mapping[str, str], total: int) -> dict[str, int]:
 
 
 class CodedConv(nn.Module):
-    """A convolution's codes [N,C,t,y,x] int8, scale [N] (of a product of codes) and factor [1] (of its input), both fp32."""
+    """A convolution's codes [N,C,t,y,x] int8, scale [N] (of a product of codes) and factor [1] (of its input), both fp32.
+
+    One behind an upsampling is folded before it is coded: [4N,C,1,2,2] and [4N]; see plugins/conv8/reference.py.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -89,7 +93,7 @@ class CodedConv(nn.Module):
         super().__init__()
         self.codes = codes
         factor = factor_of(peak, codes)
-        stored, worth = coded_weight(weight, codes)
+        stored, worth = stored_weight(weight, codes)
         self.register_buffer("weight", stored)
         self.register_buffer("scale", worth / factor)
         self.register_buffer("factor", torch.full((1,), factor, device=weight.device))

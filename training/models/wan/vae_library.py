@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtake.plugins.registry import coded_op
 from longtake.plugins.stream_extend.op import op_name
 from longtake.training.models.wan.vae import CausalVAE, DecoderFirst, shuffle
 from longtake.training.models.wan.vae_codes import CodedConv, coded_caches
@@ -97,7 +98,7 @@ class Walk:
         given = () if residual is None else (residual,)
         if coded is None:
             return getattr(self.ops, name)(x, layer.weight, layer.bias, *given)
-        return getattr(self.ops, f"{name}_{coded.codes}")(x, coded.weight, coded.scale, layer.bias, *given)
+        return getattr(self.ops, coded_op(name, coded.codes))(x, coded.weight, coded.scale, layer.bias, *given)
 
     def block(self, x: Tensor, block: ResBlock) -> Tensor:
         y = self.conv(x, block.conv1, block.norm1)
@@ -120,12 +121,11 @@ class Walk:
     def up(self, x: Tensor, y: Tensor, up: nn.Module) -> Tensor:
         """y upsampled and convolved, plus the level's input x with its channels unfolded."""
         assert isinstance(up, Up)
-        coded = self._coded.get(id(up.space))
-        end, factor = ("", ()) if coded is None else (f"_{coded.codes}", (coded.factor,))
+        coded, name = self._coded.get(id(up.space)), _upsampling(up)
+        name, factor = (name, ()) if coded is None else (coded_op(name, coded.codes), (coded.factor,))
         if up.time is not None:
             y = self.conv(y, up.time)
-        wide = getattr(self.ops, f"upsample_{'space' if up.time is None else 'time'}{end}")(self.rows(y), *factor)
-        main = self.run(wide, up.space)
+        main = self.run(getattr(self.ops, name)(self.rows(y), *factor), up.space)
         return (self.ops.duplicate_up if up.time is None else self.ops.duplicate_up_time)(x, main)
 
 
@@ -147,6 +147,10 @@ class LibraryFirst(DecoderFirst):
         return frames, *caches
 
 
+def _upsampling(up: Up) -> str:
+    return "upsample_space" if up.time is None else "upsample_time"
+
+
 def coded_ops(vae: CausalVAE, chosen: Mapping[str, str]) -> Counter[str]:
     """`library_ops` where convolutions run in codes: by name, which."""
     ops = library_ops(vae)
@@ -155,12 +159,12 @@ def coded_ops(vae: CausalVAE, chosen: Mapping[str, str]) -> Counter[str]:
         assert isinstance(layer, nn.Conv3d)
         conv = "conv_" + "x".join(map(str, layer.kernel_size)) + ("_add" if name.endswith("conv2.conv") else "")
         if isinstance(owner, Up):
-            before = "upsample_space" if owner.time is None else "upsample_time"
+            before = _upsampling(owner)
         else:
             before = op_name(norm=layer.kernel_size[1] > 1)  # a 3x1x1 one reads what no norm has changed
         for plain in (conv, before):
             ops[plain] -= 1
-            ops[f"{plain}_{codes}"] += 1
+            ops[coded_op(plain, codes)] += 1
     return +ops
 
 
