@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -81,7 +82,8 @@ def source_from_name(name: Path | str | None) -> Source:
     recipe = asked.recipe or recipe_named(recipe_for(machine_here().compute_capability, asked.model.preset))
     found = _source_in(folder_of(asked.model.name, recipe), recipe)
     if found is None:
-        raise _nothing(f"model {asked.model.name} and recipe {recipe.name}", recipe, asked.model.name)
+        told = "" if asked.model.shipped else shlex.quote(str(asked.model.checkpoints))  # nobody knows the name yet
+        raise _nothing(f"model {asked.model.name} and recipe {recipe.name}", recipe, asked.model.name, told)
     return found
 
 
@@ -89,8 +91,8 @@ def _default_name(recipe: Recipe) -> str:
     return Path(recipe.model.checkpoints).name
 
 
-def _nothing(what: str, recipe: Recipe, model: str) -> LongtakeError:
-    each = f"--model {model} --recipe {recipe.name}"
+def _nothing(what: str, recipe: Recipe, model: str, told: str = "") -> LongtakeError:
+    each = f"--model {told or model} --recipe {recipe.name}"
     return LongtakeError(
         f"nothing is built for {what}",
         got=f"no export and no engines in {folder_of(model, recipe)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from longtake.chain import HowToExport
 from longtake.commands import export as export_cli
-from longtake.commands.main import main
+from longtake.commands.main import main, parsed
 from longtake.errors import GateError, LongtakeError
 from longtake.formats import model_name
 from longtake.formats.exported import KIND, UNRECORDED, Checked, Export
@@ -118,6 +119,15 @@ def test_own_and_shipped_models_stand_side_by_side(own: Path) -> None:
         LongtakeError, match="(?s)nothing is built for model tiny-4step.*longtake export --model tiny-4step"
     ):
         source_from_name("tiny-4step")
+
+
+def test_what_to_do_about_a_folder_names_the_folder(own: Path) -> None:
+    """Its model's name is known once it was exported."""
+    with pytest.raises(LongtakeError) as caught:
+        source_from_name(str(own))
+    assert (
+        caught.value.fix is not None and f"longtake export --model {shlex.quote(str(own))} --recipe" in caught.value.fix
+    )
 
 
 def test_a_recipe_of_another_preset(own: Path) -> None:
@@ -265,3 +275,12 @@ def test_a_diffusers_folder_is_told_by_its_sizes(tmp_path: Path) -> None:
         LongtakeError, match="(?s)no preset fits the transformer.*'layers': 31.*longtake convert --preset"
     ):
         _preset_of(tmp_path)
+
+
+def test_training_takes_a_shipped_model_by_its_name_wherever_it_takes_a_folder() -> None:
+    for name, words, field in (
+        ("train", ["--stage", "dit", "--init", "tiny", "--vae", "tiny"], "init"),
+        ("distill", ["--teacher", "tiny", "--vae", "tiny"], "teacher"),
+    ):
+        given = {key: value for made in parsed(name, [*words, "--out", "x"]) for key, value in vars(made).items()}
+        assert given[field] == given["vae"] == model_name.shipped()["tiny"]

@@ -26,7 +26,7 @@ def description(generator: Generator) -> dict[str, Any]:
     )
     budget = generator.budget
     return {
-        "model": backend.recipe.name,
+        "model": "@".join(filter(None, (str(backend.made_of.get("model", "")), backend.recipe.name))),
         "preset": preset.name,
         "width": preset.width,
         "height": preset.height,

@@ -135,7 +135,7 @@ class Front:
         return {
             "kind": "serve",
             "preset": about.get("preset"),
-            "recipe": meta.model,
+            "recipe": meta.model.rpartition("@")[2],
             "backend": about.get("backend"),
             "gpu": about.get("gpu"),
             "resolution": f"{meta.width}x{meta.height}",

@@ -68,8 +68,8 @@ class Meters:
 
     def worker(self, about: Mapping[str, Any], used: int) -> None:
         """A worker is there. about: of `describe.description`; used: bytes of its memory."""
-        facts = {"recipe": about["model"], "backend": about["backend"], "gpu": str(about["gpu"] or "none")}
-        self.set("worker_info", 1, **facts, version=__version__)
+        facts = {"backend": about["backend"], "gpu": str(about["gpu"] or "none"), "version": __version__}
+        self.set("worker_info", 1, recipe=about["model"].rpartition("@")[2], **facts)
         self.set("gpu_memory_bytes", float(about["budget_bytes"] or 0), kind="budget")
         self.set("gpu_memory_bytes", float(used), kind="used")
 

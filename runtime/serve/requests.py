@@ -106,7 +106,7 @@ def view_of(story: Story | None) -> dict[str, Any]:
 
 def check_same_size(body: Video, about: dict[str, Any]) -> None:
     """Raise ServeError for a model, size or rate that is not served."""
-    if body.model not in (None, "", about["model"], about["preset"]):
+    if body.model not in (None, "", about["model"], *about["model"].split("@"), about["preset"]):
         detail = {"got": str(body.model)[:100], "expected": about["model"], "fix": "leave model out"}
         raise ServeError("model_not_found", "this model is not served here", status=404, param="model", detail=detail)
     width, height = about["width"], about["height"]

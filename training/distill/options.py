@@ -9,7 +9,8 @@ from typing import Annotated
 import torch
 
 from longtake.errors import LongtakeError
-from longtake.options import Bounds, OneOf, check, option
+from longtake.formats.model_name import checkpoints_named
+from longtake.options import Bounds, OneOf, Text, check, option
 from longtake.training.data.returns import require_room
 from longtake.training.distill.scores import CONTEXTS
 from longtake.training.models.families import family_of
@@ -27,9 +28,9 @@ REFERENCE_RATES = (1e-5, 2e-6)
 class MethodOptions:
     """Method"""
 
-    teacher: Path = option(names=("--init", "--teacher"), metavar="FOLDER")
-    """checkpoints of the trained model: dit and text_encoder"""
-    student: Path | None = option(None, metavar="FOLDER")
+    teacher: Annotated[Path, Text(checkpoints_named)] = option(names=("--init", "--teacher"), metavar="FOLDER|NAME")
+    """checkpoints of the trained model (dit and text_encoder), or a shipped model's name"""
+    student: Annotated[Path, Text(checkpoints_named)] | None = option(None, metavar="FOLDER|NAME")
     """worlds: what the student begins as, the chunk-causal model (default: the teacher)"""
     student_steps: int = option(4, names=("--steps-of-student", "--student-steps"), metavar="N")
     """denoise steps a chunk of the student"""

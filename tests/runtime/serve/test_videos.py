@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from serving import PROMPT, Served
+from toy_backend import ToyBackend
 
 from longtake.runtime.serve.limits import Limits
 from longtake.video import write_video
@@ -221,6 +222,17 @@ BAD = [
     ({"prompt": PROMPT, "input_reference": {"image_url": "file:///etc/passwd"}}, 400, "bad_image"),
     ({"prompt": PROMPT, "input_reference": {"image_url": "data:image/png;base64,AAAA"}}, 400, "not_supported"),
 ]
+
+
+def test_a_model_is_asked_for_by_any_of_its_names(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ToyBackend, "made_of", {"model": "mine"})
+    server = start()
+    (card,) = server.get("/v1/models").json()["data"]
+    assert card["id"] == "mine@tiny_bf16_sm90"
+    for name in ("mine", "tiny_bf16_sm90", card["id"]):
+        answer = server.post("/v1/videos", json={"prompt": PROMPT, "model": name})
+        assert answer.status_code == 200 and answer.json()["model"] == card["id"]
+    assert server.post("/v1/videos", json={"prompt": PROMPT, "model": "tiny-4step"}).status_code == 404
 
 
 @pytest.mark.parametrize(("body", "status", "code"), BAD)
