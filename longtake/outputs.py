@@ -77,6 +77,12 @@ def _check_place(name: str, path: Path) -> None:
                 expected="a file or a pipe",
                 fix=f"choose another name for {name}",
             )
+        place = next(place for place in path.absolute().parents if place.exists())
+        if mode is None and not is_special(path) and not os.access(place, os.W_OK):
+            what, fix = f"{name} cannot be written", "choose another folder"
+            raise LongtakeError(
+                what, got=f"{place} is not writable", expected="a folder that you may write to", fix=fix
+            )
         return
     if stat.S_ISDIR(mode):
         raise LongtakeError(f"{path} is a folder", expected="a file name", fix=f"pass {path}/NAME")

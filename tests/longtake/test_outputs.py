@@ -136,6 +136,16 @@ def test_folders_disks_and_sockets_are_refused(tmp_path: Path, monkeypatch: pyte
             claim_outputs({"--out": Path("socket")})
 
 
+def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda place, how: Path(place) != tmp_path)  # root may write everywhere
+    with pytest.raises(LongtakeError, match="--out cannot be written(.|\n)*is not writable"):
+        claim_outputs({"--out": tmp_path / "new" / "a.mp4"})
+    (tmp_path / "old").mkdir()
+    claim_outputs({"--out": tmp_path / "old" / "a.mp4"})
+
+
 def test_a_checkpoint_is_not_trained_onto_itself(tmp_path: Path) -> None:
     (tmp_path / "dit.safetensors").write_bytes(b"longtake")
     with pytest.raises(LongtakeError, match="dit.safetensors in --out would replace --init"):
