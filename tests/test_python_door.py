@@ -19,6 +19,7 @@ from longtake import CancelledError, LongtakeError, Sampling, Step, Video
 from longtake.paths import REPOSITORY
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
+from longtake.training.models.text.words import Tokenizer
 
 
 @pytest.fixture
@@ -202,3 +203,19 @@ def test_latents_of_numpy_are_a_clip(generator: Generator) -> None:
         assert session.next_index == 1
     with pytest.raises(LongtakeError, match="(?s)this is no clip.*torch or numpy"):
         generator.session("a seven", continue_from=3.0)  # type: ignore[arg-type]
+
+
+def test_a_live_prompt_of_unknown_words_is_refused_at_once() -> None:
+    words = Generator(ToyBackend(), Tokenizer(["a", "red", "two"]))
+    embeddings = {"a two": torch.zeros(1, 32, 128)}
+    with (
+        words.session("a red two", endless=True) as session,
+        words.session("a two", embeddings=embeddings, guidance=1) as given,
+    ):
+        for change in (session.change_prompt, session.cut, lambda prompt: session.extend(1, prompt)):
+            with pytest.raises(LongtakeError, match="(?s)does not know most of these words.*3 of 3.*such as a, red"):
+                change("quick brown fox")
+        with pytest.raises(LongtakeError, match="(?s)no embeddings of this prompt were given.*'a red two'.*'a two'"):
+            given.change_prompt("a red two")
+        assert next(session).prompt == "a red two" and session.cut("a two") == 1
+        assert given.cut("a two") == 0 and next(given).prompt == "a two"
