@@ -282,9 +282,7 @@ class Generator:
         Raises:
             LongtakeError: too short, not frames, or the model cannot encode.
         """
-        if isinstance(video, np.ndarray):
-            return latents_from_frames(video, self.model)
-        return latents_from_clip(video, self.model)
+        return (latents_from_clip if isinstance(video, (str, Path)) else latents_from_frames)(video, self.model)  # type: ignore[arg-type]
 
     def load_session(
         self,

@@ -201,8 +201,39 @@ def test_latents_of_numpy_are_a_clip(generator: Generator) -> None:
     latents = np.zeros((1, 8, 16, 8, 8), np.float32)
     with generator.session("a seven", continue_from=latents) as session:
         assert session.next_index == 1
-    with pytest.raises(LongtakeError, match="(?s)this is no clip.*torch or numpy"):
-        generator.session("a seven", continue_from=3.0)  # type: ignore[arg-type]
+    with generator.session("a seven") as session:
+        assert session.feed(latents[:, :8, :, ::-1], "a two").index == 0
+
+
+NAN = torch.full((1, 8, 16, 8, 8), float("nan"))
+FRAMES = np.zeros((29, 128, 128, 3), np.uint8)
+NO_LATENTS = [
+    (3.0, r"(?s)these are no latents.*float.*of torch or numpy.*generator.encode\(frames\)"),
+    ([FRAMES], r"(?s)these are no latents.*list"),
+    (np.array(["a"]), "these are no latents"),
+    (NAN, "latents.* are not all finite"),
+    (NAN.half() / 0, "latents.* are not all finite"),
+    (NAN.new_full(NAN.shape, float("inf")).numpy(), "latents.* are not all finite"),
+    (NAN.nan_to_num().int(), r"(?s)torch.int32 \(1, 8, 16, 8, 8\).*expected: .*, "),
+    (FRAMES, r"(?s)torch.uint8 \(29, 128, 128, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), NO_LATENTS)
+def test_what_are_no_latents_is_refused_in_words(generator: Generator, given: Any, said: str) -> None:
+    with generator.session("a seven") as session:
+        with pytest.raises(LongtakeError, match=said):
+            session.feed(given, "a seven")
+        assert session.next_index == 0
+    with pytest.raises(LongtakeError, match=said) as caught:
+        generator.session("a seven", continue_from=given)
+    assert "generator.encode(frames)" in str(caught.value) or "finite" in said
+
+
+@pytest.mark.parametrize("video", [[FRAMES[0]], 3, torch.zeros(29, 128, 128, 3), FRAMES.astype(np.float32), FRAMES[0]])
+def test_what_are_no_frames_is_refused_in_words(generator: Generator, video: Any) -> None:
+    with pytest.raises(LongtakeError, match=r"(?s)these are no frames.*expected: uint8 \[T, H, W, 3\].*np.stack"):
+        generator.encode(video)
 
 
 def test_a_live_prompt_of_unknown_words_is_refused_at_once() -> None:
