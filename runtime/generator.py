@@ -19,7 +19,7 @@ from longtake.runtime.backends.base import Backend
 from longtake.runtime.camera import CameraPosition, require_cuts
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
 from longtake.runtime.conditions import Embeddings, Noise, SessionInputs, Tokenize
-from longtake.runtime.sampling import OnStep
+from longtake.runtime.sampling import OnStep, checked_on_step
 from longtake.runtime.session import Session
 from longtake.runtime.session_options import Sampling, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
@@ -197,7 +197,7 @@ class Generator:
         options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         start, view = self._world(story, start, view)
-        return self._started(start, options, segments, SessionInputs(noise, embeddings), view, on_step)
+        return self._started(start, options, segments, SessionInputs(noise, embeddings), view, checked_on_step(on_step))
 
     def _started(
         self,

@@ -30,7 +30,9 @@ class Sampling:
     solver: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise LongtakeError for steps and timesteps at once, and for timesteps that are no schedule."""
+        """Raise LongtakeError for an unknown solver, steps and timesteps at once, and timesteps that are no schedule."""
+        if self.solver is not None:
+            solver_named(self.solver)
         if self.timesteps is None:
             return
         if self.steps is not None:

@@ -250,3 +250,27 @@ def test_a_live_prompt_of_unknown_words_is_refused_at_once() -> None:
             given.change_prompt("a red two")
         assert next(session).prompt == "a red two" and session.cut("a two") == 1
         assert given.cut("a two") == 0 and next(given).prompt == "a two"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"script": 3}, "(?s)this is no script.*got: 3.*a list of prompts.*fix"),
+        ({"script": {"shots": []}}, "(?s)this is no script.*shots.*a Story or its path"),
+        ({"script": None}, "this is no script"),
+        ({"script": []}, "(?s)the script is empty.*expected.*fix"),
+        ({"noise": NAN.numpy()}, r"(?s)this is no noise.*ndarray.*torch.as_tensor\(noise\)"),
+        ({"noise": 7}, "(?s)this is no noise.*int"),
+        ({"on_step": 3}, "(?s)on_step is no function.*got: 3.*a Step"),
+    ],
+)
+def test_what_a_session_cannot_use_is_refused_before_it_is_made(
+    generator: Generator, wrong: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(LongtakeError, match=said):
+        generator.session(**{"script": "a seven", **wrong})
+
+
+def test_an_unknown_solver_is_refused_when_it_is_named() -> None:
+    with pytest.raises(LongtakeError, match="(?s)unknown solver.*'ddim'.*unipc, euler"):
+        Sampling(solver="ddim")
