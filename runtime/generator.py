@@ -21,7 +21,7 @@ from longtake.runtime.clip import latents_from_clip, latents_from_frames
 from longtake.runtime.conditions import Embeddings, Noise, SessionInputs, Tokenize
 from longtake.runtime.sampling import OnStep, checked_on_step
 from longtake.runtime.session import Session
-from longtake.runtime.session_options import Sampling, SessionOptions
+from longtake.runtime.session_options import GUIDANCE_FIX, Sampling, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import (
     NOTHING_SPECIAL,
@@ -338,9 +338,7 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
 
 def _scale(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise LongtakeError(
-            "bad guidance scale", got=repr(value), expected="a number", fix="pass guidance=3 (--guidance 3)"
-        )
+        raise LongtakeError("bad guidance scale", got=repr(value), expected="a number", fix=GUIDANCE_FIX)
     return float(value)
 
 
