@@ -166,6 +166,15 @@ def test_a_place_for_the_video_is_looked_at_before_it_is_made(
     ):
         with pytest.raises(LongtakeError, match=said):
             longtake.generate("a seven", out=tmp_path / out, **more)
+    for wrong, said in (
+        ({"chunks": "2"}, "(?s)bad number of chunks.*'2'.*a whole number"),
+        ({"chunks": 0}, "bad number of chunks"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "nothing.yaml"}, "story nothing.yaml does not exist"),
+        ({"chunk": 2}, "(?s)unknown key in generate.*'chunk'.*did you mean 'chunks'"),
+    ):
+        with pytest.raises(LongtakeError, match=said):
+            longtake.generate(**{"prompt": "a seven", **wrong})  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="the work begins"):
         longtake.generate("a seven", out=tmp_path / "ours.mp4")
 
@@ -274,3 +283,17 @@ def test_what_a_session_cannot_use_is_refused_before_it_is_made(
 def test_an_unknown_solver_is_refused_when_it_is_named() -> None:
     with pytest.raises(LongtakeError, match="(?s)unknown solver.*'ddim'.*unipc, euler"):
         Sampling(solver="ddim")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", object()])
+def test_a_device_that_is_none_is_refused_in_words(device: Any) -> None:
+    said = "(?s)unknown device.*cuda:N.*leave out device" if device != "cuda:99" else "(?s)cuda:99 is not there.*cpu"
+    for opened in (longtake.Generator.from_pretrained, Generator.from_checkpoint):
+        with pytest.raises(LongtakeError, match=said):
+            opened("tiny-4step", device=device)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": "4"}, {"guidance": float("nan")}, {"guidance": "3"}])
+def test_the_fix_of_bad_sampling_is_the_model_s_own(generator: Generator, wrong: dict[str, Any]) -> None:
+    with pytest.raises(LongtakeError, match="fix: leave (steps|guidance) out for the model's own, or pass .*=[41] "):
+        generator.session("a seven", **wrong)
