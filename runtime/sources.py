@@ -254,8 +254,8 @@ def backend_from_source(
 
         return TorchBackend(source.recipe, device=device_named(device or "cpu"), checkpoints=source.checkpoints)
     choice = choose_backend(source, asked)
-    _require_device(choice.backend, device, "--device")
-    _require_device(choice.backend, decode_device, "--decode-device")
+    _require_device(choice.backend, device, "device (--device)")
+    _require_device(choice.backend, decode_device, "decode_device (--decode-device)")
     log.info("backend: %s (%s)", choice.backend, choice.reason)
     if choice.backend == "reference" or source.engines is None:
         from longtake.runtime.backends.reference import ReferenceBackend
