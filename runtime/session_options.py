@@ -12,7 +12,7 @@ from longtake.runtime.story import checked_prompt
 from longtake.training.models.sampler import STEPS_FIX, Schedule, Solver, schedule_from, schedule_of, solver_named
 
 MOST_GUIDANCE = 100
-GUIDANCE_FIX = "leave guidance out for the model's own, or pass guidance=1 (--guidance 1)"
+GUIDANCE_FIX = "pass guidance=1 (--guidance 1), or leave guidance out for the model's own"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from longtake.training.models.presets import Preset
 
 # The training grid is 1 - k/1000 in float32; its largest entry starts the schedule.
 SIGMA_MAX = float(np.float32(0.999))
-STEPS_FIX = "leave steps out for the model's own, or pass steps=4 (--steps 4)"
+STEPS_FIX = "pass steps=4 (--steps 4), or leave steps out for the model's own"
 
 
 @dataclass(frozen=True)
