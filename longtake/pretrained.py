@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -12,12 +13,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from longtake.devices import device_named
 from longtake.outputs import claim_outputs, require_mp4
+from longtake.record import reject_unknown_keys
 from longtake.runtime import generator as runtime
 from longtake.runtime.meter import Meter
 from longtake.runtime.session import Session
 from longtake.runtime.sources import OpenOptions
-from longtake.runtime.story import Script
+from longtake.runtime.story import Script, checked_chunks, story_from_script
 
 READ = ("image", "continue_from")  # what `generate` may be given as files
 
@@ -49,8 +52,9 @@ class Generator(runtime.Generator):
         """
         from longtake.preparation import best_recipe, model_and_recipe, prepared  # the exporter: as late
 
+        device = None if device is None else device_named(device)
+        on_cpu = device is not None and device.type == "cpu"
         model, wanted = model_and_recipe(name_or_folder, recipe)
-        on_cpu = device is not None and torch.device(device).type == "cpu"
         chosen = wanted or best_recipe(model, on_cpu)
         folder = prepared(model, chosen, on_cpu, force)
         backend = "reference" if on_cpu else "auto"
@@ -108,12 +112,14 @@ def generate(
         **more: what else `Generator.session` takes.
 
     Raises:
-        LongtakeError: what was asked for cannot be made, or `out` is no mp4, an input, or a file that longtake did not write.
+        LongtakeError: what was asked for cannot be made or is unknown, or `out` is no mp4, an input, or a file that longtake did not write.
     """
     if out is not None:  # before the work, not after it
         claim_video(Path(out), f"out={str(Path(out).with_suffix('.mp4'))!r}", {name: more.get(name) for name in READ})
+    reject_unknown_keys(more, [*list(signature(Generator.session).parameters)[2:], "model", "out"], "generate(...)")
+    script, chunks = story_from_script(prompt), None if chunks is None else checked_chunks(chunks)
     with Generator.from_pretrained(model) as generator:
-        with generator.session(prompt, seed, chunks=chunks, **more) as session:
+        with generator.session(script, seed, chunks=chunks, **more) as session:
             video = video_of(generator, session)
     if out is not None:
         video.save(out)

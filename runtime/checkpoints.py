@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longtake.devices import device_named
 from longtake.errors import IntegrityError, LongtakeError, UnavailableError
 from longtake.formats.exported import Export
 from longtake.formats.model_name import home
@@ -59,7 +60,7 @@ def checkpoint_backend(
     from longtake.runtime.backends.torch_modules import CheckpointBackend, checkpoint_recipe
 
     if gpus == 1:
-        return CheckpointBackend(preset, folder, dtype, torch.device(device or "cpu"))
+        return CheckpointBackend(preset, folder, dtype, device_named(device or "cpu"))
     from longtake.runtime.parallel.open import sharded_backend
 
     return sharded_backend(checkpoint_recipe(preset, dtype), folder, gpus, device, dtype=dtype)

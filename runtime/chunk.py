@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,15 +49,35 @@ class Chunk:
         return {**self.stage_ms, **({"decode": self.decoding.milliseconds} if decoded and self.decoding else {})}
 
 
-def given_chunk(latents_BFCHW: Tensor, preset: Preset, chunk: int) -> Tensor:
+def tensor_of(given: Any, also: str = "") -> Tensor:
+    """Latents of torch or numpy as a tensor of their own dtype. Raises LongtakeError, saying what is taken `also`."""
+    if isinstance(given, np.ndarray) and given.dtype.kind in "fiu":
+        given = torch.tensor(np.ascontiguousarray(given))
+    if isinstance(given, Tensor):
+        return given
+    expected, fix = f"{also}latents [1, F, C, h, w] of torch or numpy", "of frames, pass generator.encode(frames)"
+    raise LongtakeError("these are no latents", got=type(given).__name__, expected=expected, fix=fix)
+
+
+def finite(latents: Tensor, what: str) -> Tensor:
+    """`latents` in fp32. Raises LongtakeError for inf and nan."""
+    latents = latents.to(torch.float32)  # first: torch cannot ask numbers of 8 bits
+    if not bool(latents.isfinite().all()):
+        fix = "encode the clip again"
+        raise LongtakeError(f"{what} are not all finite", got="inf or nan", expected="numbers", fix=fix)
+    return latents
+
+
+def given_chunk(given: Tensor | np.ndarray, preset: Preset, chunk: int) -> Tensor:
     """Latents [1, F, C, H, W] of chunk `chunk` as the sampler has them, fp32 [1, C, F, H, W].
 
     Raises:
-        LongtakeError: they are not one chunk of this preset.
+        LongtakeError: they are not one chunk of this preset, or not all finite.
     """
-    frames = preset.frames_of(chunk)
+    latents_BFCHW, frames = tensor_of(given), preset.frames_of(chunk)
     wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
-    if tuple(latents_BFCHW.shape) != wanted:
+    if tuple(latents_BFCHW.shape) != wanted or not latents_BFCHW.is_floating_point():
+        got = f"{latents_BFCHW.dtype} {tuple(latents_BFCHW.shape)}"
         fix = f"cut the video into chunks of {frames} latents"
-        raise LongtakeError("these latents are not a chunk", got=tuple(latents_BFCHW.shape), expected=wanted, fix=fix)
-    return latents_BFCHW.to(torch.float32).transpose(1, 2).contiguous()
+        raise LongtakeError("these latents are not a chunk", got=got, expected=f"{wanted}, floats", fix=fix)
+    return finite(latents_BFCHW, "these latents").transpose(1, 2).contiguous()

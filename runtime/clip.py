@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtake.errors import LongtakeError
 from longtake.image import image_from_pixels
+from longtake.runtime.chunk import finite, tensor_of
 from longtake.runtime.snapshot import FORMAT as SESSION_FORMAT
 from longtake.runtime.story import frame_count
 from longtake.runtime.video_model import VideoModel
@@ -27,10 +28,10 @@ log = logging.getLogger(__name__)
 LATENTS = "latents"  # the tensor's name in a file of latents
 
 
-def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
+def latents_from_clip(path: Path | str | Tensor | np.ndarray, model: VideoModel) -> Tensor:
     """A clip's normalized latents, fp32 [1, F, C, h, w] on the CPU, F a whole number of chunks.
 
-    A file of latents is a safetensors file with one tensor "latents", [F, C, h, w] or [1, F, C, h, w].
+    A file of latents is a safetensors file with one tensor "latents", [F, C, h, w] or [1, F, C, h, w]; a tensor will do as well.
     A video is resampled to the preset's frame rate, by time stamps, and resized to its size, without cropping. Of what is not a whole
     number of chunks the *beginning* is left out: the new frames follow on the clip's last one. Only one group of frames
     is in memory at a time, so a clip may be of any length.
@@ -42,6 +43,8 @@ def latents_from_clip(path: Path | str, model: VideoModel) -> Tensor:
     """
     from longtake.video import count_frames, frames_one_by_one
 
+    if not isinstance(path, (str, Path)):
+        return _checked("continue_from", tensor_of(path, "a path, or "), [], model.preset)
     source, preset = Path(path), model.preset
     if source.suffix.lower() == ".safetensors":
         return _checked(source, *_latents_in(source), preset)
@@ -68,14 +71,11 @@ def latents_from_frames(frames_THWC: np.ndarray, model: VideoModel) -> Tensor:
     Raises:
         LongtakeError: they are none, too few for a chunk, or the model cannot encode.
     """
-    preset, shape = model.preset, frames_THWC.shape
-    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or shape[3] != 3:
-        raise LongtakeError(
-            "these are no frames",
-            got=f"{frames_THWC.dtype} {shape}",
-            expected="uint8 [T, H, W, 3]",
-            fix="pass RGB frames, 0 to 255",
-        )
+    preset, shape = model.preset, tuple(getattr(frames_THWC, "shape", ()))
+    if not isinstance(frames_THWC, np.ndarray) or frames_THWC.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        got = f"{getattr(frames_THWC, 'dtype', type(frames_THWC).__name__)} {shape or ''}"
+        fix = "pass RGB frames, 0 to 255, such as np.stack(pictures)"
+        raise LongtakeError("these are no frames", got=got, expected="uint8 [T, H, W, 3] of numpy", fix=fix)
     whole = _whole(shape[0], preset)
     if not whole:
         got, expected = f"{shape[0]} frames at {preset.fps} a second", f"at least {frame_count(preset, 1)}, one chunk"
@@ -135,7 +135,7 @@ def _latents_in(source: Path) -> tuple[Tensor | None, list[str]]:
     return latents, names
 
 
-def _checked(source: Path, latents: Tensor | None, names: list[str], preset: Preset) -> Tensor:
+def _checked(source: Path | str, latents: Tensor | None, names: list[str], preset: Preset) -> Tensor:
     frame = (preset.vae.z_channels, *preset.latent_hw)
     expected = (
         f"latents of preset {preset.name}, [F, {', '.join(map(str, frame))}], F a multiple of {preset.chunk_latents}"
@@ -146,10 +146,7 @@ def _checked(source: Path, latents: Tensor | None, names: list[str], preset: Pre
     frames = latents[None] if latents.ndim == 4 else latents
     good = frames.ndim == 5 and frames.shape[0] == 1 and tuple(frames.shape[2:]) == frame
     if not good or not _is_whole(frames.shape[1], preset) or not frames.is_floating_point():
-        what, fix = f"the latents in {source} do not fit", "encode the clip with this preset's VAE, or pass the video"
-        raise LongtakeError(what, got=f"{latents.dtype} {tuple(latents.shape)}", expected=expected, fix=fix)
-    frames = frames.float()  # first: torch cannot ask numbers of 8 bits
-    if not bool(frames.isfinite().all()):
-        what = f"the latents in {source} are not all finite"
-        raise LongtakeError(what, got="inf or nan", expected="numbers", fix="encode the clip again")
-    return frames.contiguous()
+        what, got = f"the latents in {source} do not fit", f"{latents.dtype} {tuple(latents.shape)}"
+        fix = "encode the clip with this preset's VAE (generator.encode(frames)), or pass the video"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
+    return finite(frames, f"the latents in {source}").contiguous()

@@ -42,6 +42,12 @@ class SessionInputs:
     noise: Noise | None = None
     embeddings: Embeddings | None = None
 
+    def __post_init__(self) -> None:
+        """Raise LongtakeError for noise that is none."""
+        if not (self.noise is None or isinstance(self.noise, Tensor) or callable(self.noise)):
+            expected, fix = "a function of a chunk's index, or a tensor", "pass torch.as_tensor(noise) for an array"
+            raise LongtakeError("this is no noise", got=_shape(self.noise), expected=expected, fix=fix)
+
     def check(self, preset: Preset, script: Sequence[Segment], negative: str | None, tokenize: Tokenize) -> None:
         """Raise LongtakeError where they don't suffice for `script`, or a small text encoder knows few of its words.
 

@@ -19,9 +19,9 @@ from longtake.runtime.backends.base import Backend
 from longtake.runtime.camera import CameraPosition, require_cuts
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
 from longtake.runtime.conditions import Embeddings, Noise, SessionInputs, Tokenize
-from longtake.runtime.sampling import OnStep
+from longtake.runtime.sampling import OnStep, checked_on_step
 from longtake.runtime.session import Session
-from longtake.runtime.session_options import Sampling, SessionOptions
+from longtake.runtime.session_options import GUIDANCE_FIX, Sampling, SessionOptions
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import (
     NOTHING_SPECIAL,
@@ -197,7 +197,7 @@ class Generator:
         options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
         segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
         start, view = self._world(story, start, view)
-        return self._started(start, options, segments, SessionInputs(noise, embeddings), view, on_step)
+        return self._started(start, options, segments, SessionInputs(noise, embeddings), view, checked_on_step(on_step))
 
     def _started(
         self,
@@ -282,9 +282,7 @@ class Generator:
         Raises:
             LongtakeError: too short, not frames, or the model cannot encode.
         """
-        if isinstance(video, np.ndarray):
-            return latents_from_frames(video, self.model)
-        return latents_from_clip(video, self.model)
+        return (latents_from_clip if isinstance(video, (str, Path)) else latents_from_frames)(video, self.model)  # type: ignore[arg-type]
 
     def load_session(
         self,
@@ -340,9 +338,7 @@ def _sampling(given: Sampling | None, steps: int | None, guidance: float | None)
 
 def _scale(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise LongtakeError(
-            "bad guidance scale", got=repr(value), expected="a number", fix="pass guidance=3 (--guidance 3)"
-        )
+        raise LongtakeError("bad guidance scale", got=repr(value), expected="a number", fix=GUIDANCE_FIX)
     return float(value)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.runtime.camera import require_cuts, steered
+from longtake.runtime.conditions import SessionInputs, Tokenize
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.state import Edit, Position, Undecoded, with_edit
 from longtake.runtime.story import Segment, checked_chunks, checked_prompt
@@ -24,6 +25,8 @@ class LiveChanges:
     """
 
     model: VideoModel
+    inputs: SessionInputs
+    tokenize: Tokenize
     options: SessionOptions
     _position: Position
     _undecoded: Undecoded
@@ -107,9 +110,14 @@ class LiveChanges:
             self._require_open("more chunks")
             here = self._position
             last = here.script[-1].prompt if here.script else here.prompt
-            text = checked_prompt(prompt or last, "the prompt to go on with")
+            text = self._checked(prompt or last, "the prompt to go on with", cut)
             record(here.chunk + here.left + chunks)
             self._position = replace(here, script=(*here.script, Segment(text, chunks, cut)))
+
+    def _checked(self, prompt: str, what: str, cut: bool) -> str:
+        """`prompt` if it is one, and can be encoded: else every call for its chunk would fail."""
+        self.inputs.check(self.model.preset, (Segment(checked_prompt(prompt, what), 1, cut),), None, self.tokenize)
+        return prompt
 
     def cancel(self) -> None:
         """Stop before the next pass: iteration raises CancelledError once, and nothing of that chunk is committed."""
@@ -129,7 +137,7 @@ class LiveChanges:
         if cut:
             require_cuts(self.model.family.can, "a cut")
         if prompt is not None:
-            checked_prompt(prompt, "the new shot's prompt" if cut else "the new prompt")
+            self._checked(prompt, "the new shot's prompt" if cut else "the new prompt", cut)
         self._look_back()
         with self._lock:
             self._require_open("a live change")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from longtake.errors import LongtakeError
 from longtake.runtime.backends.base import State
 from longtake.runtime.conditions import Conditioner, Conditions
 from longtake.runtime.session_options import SessionOptions
@@ -49,6 +50,15 @@ class Step:
 
 
 OnStep = Callable[[Step], object]
+
+
+def checked_on_step(on_step: OnStep | None) -> OnStep | None:
+    """`on_step` if it can be called, or None. Raises LongtakeError."""
+    if on_step is None or callable(on_step):
+        return on_step
+    raise LongtakeError(
+        "on_step is no function", got=repr(on_step), expected="one that takes a Step", fix="pass a function"
+    )
 
 
 class ChunkSampler:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,14 +145,14 @@ class Session(LiveChanges):
             what, got = f"the {'session' if self._closed else 'generator'} is closed", f"a call for {wanted}"
             raise LongtakeError(what, got=got, expected="an open one", fix="load the saved session, or start a new one")
 
-    def feed(self, latents_BFCHW: Tensor, prompt: str, cut: bool = False) -> Chunk:
-        """Take given latents, fp32 [1, F, C, H, W], as the next chunk: their K/V and the decoder's state, no sampling.
+    def feed(self, latents_BFCHW: Tensor | np.ndarray[Any, Any], prompt: str, cut: bool = False) -> Chunk:
+        """Take given latents, [1, F, C, H, W], as the next chunk: their K/V and the decoder's state, no sampling.
 
         That is how a video goes on from a clip. The script stays as it is, and live changes wait for the next chunk
         that is generated. Whatever is raised, the session is as it was.
 
         Raises:
-            LongtakeError: the latents are not one chunk of this preset, or the prompt is none.
+            LongtakeError: the latents are not one chunk of this preset, or not finite, or the prompt is none.
         """
         given = given_chunk(latents_BFCHW, self.model.preset, self._position.chunk).to(self.model.device)
         with self._turn("a chunk that is given"):

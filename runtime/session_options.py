@@ -9,9 +9,10 @@ from numbers import Real
 from longtake.errors import LongtakeError
 from longtake.record import whole_number
 from longtake.runtime.story import checked_prompt
-from longtake.training.models.sampler import Schedule, Solver, schedule_from, schedule_of, solver_named
+from longtake.training.models.sampler import STEPS_FIX, Schedule, Solver, schedule_from, schedule_of, solver_named
 
 MOST_GUIDANCE = 100
+GUIDANCE_FIX = "pass guidance=1 (--guidance 1), or leave guidance out for the model's own"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Sampling:
     solver: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise LongtakeError for steps and timesteps at once, and for timesteps that are no schedule."""
+        """Raise LongtakeError for an unknown solver, steps and timesteps at once, and timesteps that are no schedule."""
+        if self.solver is not None:
+            solver_named(self.solver)
         if self.timesteps is None:
             return
         if self.steps is not None:
@@ -61,14 +64,12 @@ class SessionOptions:
     def __post_init__(self) -> None:
         """Raise LongtakeError for what cannot be sampled. Seed and steps become ints: the noise is drawn from a seed's text."""
         object.__setattr__(self, "seed", whole_number(self.seed, "seed", "pass seed=7 (--seed 7)"))
-        object.__setattr__(
-            self, "steps", whole_number(self.steps, "number of denoise steps", "pass steps=16 (--steps 16)")
-        )
+        object.__setattr__(self, "steps", whole_number(self.steps, "number of denoise steps", STEPS_FIX))
         if not 0 <= self.seed < 2**63:
             raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass seed=7 (--seed 7)")
         if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
             what, expected = "bad guidance scale", f"at most {MOST_GUIDANCE}, 1 for none"
-            raise LongtakeError(what, got=self.guidance, expected=expected, fix="pass guidance=3 (--guidance 3)")
+            raise LongtakeError(what, got=self.guidance, expected=expected, fix=GUIDANCE_FIX)
         object.__setattr__(self, "shift", _number(self.shift, "shift"))
         if not 0 < self.shift <= 1000:
             raise LongtakeError("bad shift", got=self.shift, expected="above 0, 1 for none", fix="pass shift=5")

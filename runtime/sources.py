@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from longtake.devices import device_named, torch_device
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.formats.bundle import Bundle
 from longtake.formats.exported import UNRECORDED, Checked, Export
@@ -253,10 +254,10 @@ def backend_from_source(
     if asked == ORACLE:
         from longtake.runtime.backends.torch_oracle import TorchBackend
 
-        return TorchBackend(source.recipe, device=torch.device(device or "cpu"), checkpoints=source.checkpoints)
+        return TorchBackend(source.recipe, device=device_named(device or "cpu"), checkpoints=source.checkpoints)
     choice = choose_backend(source, asked)
-    _require_device(choice.backend, device, "--device")
-    _require_device(choice.backend, decode_device, "--decode-device")
+    _require_device(choice.backend, device, "device (--device)")
+    _require_device(choice.backend, decode_device, "decode_device (--decode-device)")
     log.info("backend: %s (%s)", choice.backend, choice.reason)
     if choice.backend == "reference" or source.engines is None:
         from longtake.runtime.backends.reference import ReferenceBackend
@@ -316,10 +317,7 @@ def _use_of(source: Source, opening: OpenOptions) -> Use:
 def _require_device(backend: str, device: torch.device | str | None, option: str) -> None:
     """Raise LongtakeError for a device that is none, UnavailableError for one that `backend` cannot use here."""
     wanted = "cpu" if backend == "reference" else "cuda"
-    try:
-        asked = torch.device(device or wanted)
-    except RuntimeError:
-        raise LongtakeError("unknown device", got=device, expected="cuda:N or cpu", fix=f"leave out {option}") from None
+    asked = torch.device(wanted) if device is None else torch_device(device, option)
     if asked.type != wanted or (wanted == "cuda" and (asked.index or 0) >= torch.cuda.device_count()):
         what = f"backend {backend} cannot use device {device}"
         got, expected = f"{torch.cuda.device_count()} GPUs here", f"{wanted} for this backend"

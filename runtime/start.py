@@ -99,7 +99,7 @@ class Start:
             LongtakeError: the picture or clip cannot be used, or `model` cannot encode.
         """
         try:
-            clip = latents_from_clip(self.clip, model) if isinstance(self.clip, (str, Path)) else _tensor(self.clip)
+            clip = None if self.clip is None else latents_from_clip(self.clip, model)
             return self._first_latent(model), clip
         finally:
             if model.device.type == "cuda":
@@ -112,19 +112,6 @@ class Start:
         cover = "camera" in model.family.can
         pixels = covering(self._pixels(), *size)[0] if cover else image_from_pixels(self._pixels(), *size)
         return model.encoder().encode(pixels[:, None]).clone()
-
-
-def _tensor(clip: Any) -> Tensor | None:
-    if clip is None or isinstance(clip, Tensor):
-        return clip
-    if isinstance(clip, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(clip, np.float32))
-    raise LongtakeError(
-        "this is no clip",
-        got=type(clip).__name__,
-        expected="a path, or latents [1, F, C, h, w] of torch or numpy",
-        fix="pass one of these",
-    )
 
 
 def start_of(

@@ -191,8 +191,10 @@ def story_from_script(script: Script) -> Story:
     if isinstance(script, str):
         file = story_file(script)
         return story_from_prompt(script, 1) if file is None else story_from_file(file)
-    if not script:
-        raise LongtakeError("the script is empty", got=repr(script), expected="at least one prompt")
+    if not isinstance(script, list | tuple) or not script:
+        what = "the script is empty" if isinstance(script, list | tuple) else "this is no script"
+        expected, fix = "a prompt, a list of prompts, a Story or its path", "pass such as 'a green seven rises'"
+        raise LongtakeError(what, got=f"{script!r:.80}", expected=expected, fix=fix)
     parts = [p if isinstance(p, Segment) else _segment(p, i == 0) for i, p in enumerate(script)]
     for i, part in enumerate(parts):
         checked_prompt(part.prompt, f"prompt {i} of the script")

@@ -19,6 +19,7 @@ from longtake import CancelledError, LongtakeError, Sampling, Step, Video
 from longtake.paths import REPOSITORY
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
+from longtake.training.models.text.words import Tokenizer
 
 
 @pytest.fixture
@@ -165,6 +166,15 @@ def test_a_place_for_the_video_is_looked_at_before_it_is_made(
     ):
         with pytest.raises(LongtakeError, match=said):
             longtake.generate("a seven", out=tmp_path / out, **more)
+    for wrong, said in (
+        ({"chunks": "2"}, "(?s)bad number of chunks.*'2'.*a whole number"),
+        ({"chunks": 0}, "bad number of chunks"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "nothing.yaml"}, "story nothing.yaml does not exist"),
+        ({"chunk": 2}, "(?s)unknown key in generate.*'chunk'.*did you mean 'chunks'"),
+    ):
+        with pytest.raises(LongtakeError, match=said):
+            longtake.generate(**{"prompt": "a seven", **wrong})  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="the work begins"):
         longtake.generate("a seven", out=tmp_path / "ours.mp4")
 
@@ -200,5 +210,90 @@ def test_latents_of_numpy_are_a_clip(generator: Generator) -> None:
     latents = np.zeros((1, 8, 16, 8, 8), np.float32)
     with generator.session("a seven", continue_from=latents) as session:
         assert session.next_index == 1
-    with pytest.raises(LongtakeError, match="(?s)this is no clip.*torch or numpy"):
-        generator.session("a seven", continue_from=3.0)  # type: ignore[arg-type]
+    with generator.session("a seven") as session:
+        assert session.feed(latents[:, :8, :, ::-1], "a two").index == 0
+
+
+NAN = torch.full((1, 8, 16, 8, 8), float("nan"))
+FRAMES = np.zeros((29, 128, 128, 3), np.uint8)
+NO_LATENTS = [
+    (3.0, r"(?s)these are no latents.*float.*of torch or numpy.*generator.encode\(frames\)"),
+    ([FRAMES], r"(?s)these are no latents.*list"),
+    (np.array(["a"]), "these are no latents"),
+    (NAN, "latents.* are not all finite"),
+    (NAN.half() / 0, "latents.* are not all finite"),
+    (NAN.new_full(NAN.shape, float("inf")).numpy(), "latents.* are not all finite"),
+    (NAN.nan_to_num().int(), r"(?s)torch.int32 \(1, 8, 16, 8, 8\).*expected: .*, "),
+    (FRAMES, r"(?s)torch.uint8 \(29, 128, 128, 3\)"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), NO_LATENTS)
+def test_what_are_no_latents_is_refused_in_words(generator: Generator, given: Any, said: str) -> None:
+    with generator.session("a seven") as session:
+        with pytest.raises(LongtakeError, match=said):
+            session.feed(given, "a seven")
+        assert session.next_index == 0
+    with pytest.raises(LongtakeError, match=said) as caught:
+        generator.session("a seven", continue_from=given)
+    assert "generator.encode(frames)" in str(caught.value) or "finite" in said
+
+
+@pytest.mark.parametrize("video", [[FRAMES[0]], 3, torch.zeros(29, 128, 128, 3), FRAMES.astype(np.float32), FRAMES[0]])
+def test_what_are_no_frames_is_refused_in_words(generator: Generator, video: Any) -> None:
+    with pytest.raises(LongtakeError, match=r"(?s)these are no frames.*expected: uint8 \[T, H, W, 3\].*np.stack"):
+        generator.encode(video)
+
+
+def test_a_live_prompt_of_unknown_words_is_refused_at_once() -> None:
+    words = Generator(ToyBackend(), Tokenizer(["a", "red", "two"]))
+    embeddings = {"a two": torch.zeros(1, 32, 128)}
+    with (
+        words.session("a red two", endless=True) as session,
+        words.session("a two", embeddings=embeddings, guidance=1) as given,
+    ):
+        for change in (session.change_prompt, session.cut, lambda prompt: session.extend(1, prompt)):
+            with pytest.raises(LongtakeError, match="(?s)does not know most of these words.*3 of 3.*such as a, red"):
+                change("quick brown fox")
+        with pytest.raises(LongtakeError, match="(?s)no embeddings of this prompt were given.*'a red two'.*'a two'"):
+            given.change_prompt("a red two")
+        assert next(session).prompt == "a red two" and session.cut("a two") == 1
+        assert given.cut("a two") == 0 and next(given).prompt == "a two"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"script": 3}, "(?s)this is no script.*got: 3.*a list of prompts.*fix"),
+        ({"script": {"shots": []}}, "(?s)this is no script.*shots.*a Story or its path"),
+        ({"script": None}, "this is no script"),
+        ({"script": []}, "(?s)the script is empty.*expected.*fix"),
+        ({"noise": NAN.numpy()}, r"(?s)this is no noise.*ndarray.*torch.as_tensor\(noise\)"),
+        ({"noise": 7}, "(?s)this is no noise.*int"),
+        ({"on_step": 3}, "(?s)on_step is no function.*got: 3.*a Step"),
+    ],
+)
+def test_what_a_session_cannot_use_is_refused_before_it_is_made(
+    generator: Generator, wrong: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(LongtakeError, match=said):
+        generator.session(**{"script": "a seven", **wrong})
+
+
+def test_an_unknown_solver_is_refused_when_it_is_named() -> None:
+    with pytest.raises(LongtakeError, match="(?s)unknown solver.*'ddim'.*unipc, euler"):
+        Sampling(solver="ddim")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", object()])
+def test_a_device_that_is_none_is_refused_in_words(device: Any) -> None:
+    said = "(?s)unknown device.*cuda:N.*leave out device" if device != "cuda:99" else "(?s)cuda:99 is not there.*cpu"
+    for opened in (longtake.Generator.from_pretrained, Generator.from_checkpoint):
+        with pytest.raises(LongtakeError, match=said):
+            opened("tiny-4step", device=device)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": "4"}, {"guidance": float("nan")}, {"guidance": "3"}])
+def test_the_fix_of_bad_sampling_is_the_model_s_own(generator: Generator, wrong: dict[str, Any]) -> None:
+    with pytest.raises(LongtakeError, match="fix: pass (steps=4|guidance=1) .*leave .* out for the model's own"):
+        generator.session("a seven", **wrong)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 
+from longtake.devices import torch_device
 from longtake.errors import LongtakeError
 from longtake.formats.memory import Use, budget_table
 from longtake.formats.recipe import Recipe, recipe_named
@@ -130,10 +131,7 @@ def _recipe(options: BudgetOptions) -> tuple[Recipe, Source | None]:
 
 def cuda_device(name: str) -> torch.device:
     """A GPU of this machine. Raises LongtakeError if there is none of that name."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise LongtakeError("unknown device", got=name, expected="cuda:N", fix="pass cuda:0") from None
+    device = torch_device(name, expected="cuda:N")
     if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
         raise LongtakeError(
             f"there is no GPU {name}",

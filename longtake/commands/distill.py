@@ -8,9 +8,9 @@ import torch
 
 from longtake.commands.run_files import RUNS
 from longtake.commands.training_run import WhereOptions, conclude, train_config
+from longtake.devices import device_named
 from longtake.options import Command
 from longtake.outputs import claim_checkpoints
-from longtake.training.devices import device_named
 from longtake.training.distill.options import DistillOptimizers, DistillOptions
 from longtake.training.models.families import family_of
 from longtake.training.models.quantize import modelopt

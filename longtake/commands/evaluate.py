@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 
+from longtake.devices import device_named
 from longtake.errors import LongtakeError
 from longtake.files import write_json
 from longtake.formats.model_name import checkpoints_named
@@ -21,7 +22,6 @@ from longtake.training.data.base import Dataset
 from longtake.training.data.folder import Folder
 from longtake.training.data.latent_cache import cache_from_dataset
 from longtake.training.data.named import dataset_from_name
-from longtake.training.devices import device_named
 from longtake.training.models.checkpoint import side_file, weights_digests
 from longtake.training.models.families import preset_named
 from longtake.training.models.load import Models, load_models

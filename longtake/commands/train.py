@@ -9,10 +9,10 @@ import torch
 
 from longtake.commands.run_files import RUNS
 from longtake.commands.training_run import WhereOptions, conclude, train_config
+from longtake.devices import device_named
 from longtake.errors import LongtakeError
 from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_checkpoints
-from longtake.training.devices import device_named
 from longtake.training.dry_run import describe
 from longtake.training.models.families import family_of
 from longtake.training.models.quantize import modelopt

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from longtake.devices import torch_device
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.formats.bundle import Bundle
 from longtake.formats.recipe import Recipe
@@ -133,7 +134,7 @@ def require_rank_plans(folder: Path, gpus: int, device: torch.device | str | Non
     """Raise LongtakeError unless the engines in `folder` can be `gpus` ranks."""
     bundle = Bundle.read(folder)
     require_cut(bundle.recipe, gpus)
-    if device is not None and torch.device(device).type == "cpu":
+    if device is not None and torch_device(device).type == "cpu":
         raise UnavailableError(
             "engines run on GPUs",
             got=f"--gpus {gpus} --device cpu with backend segmented",
@@ -160,7 +161,7 @@ def require_devices(
     Raises:
         UnavailableError: GPUs are missing, or not of one kind.
     """
-    if device is not None and torch.device(device).type == "cpu":
+    if device is not None and torch_device(device).type == "cpu":
         return ["cpu"] * gpus
     if device is not None:
         raise LongtakeError(

@@ -39,9 +39,7 @@ def taken(live: Live, change: Change) -> Ack:
 def _changed(live: Live, session: Session, change: Change) -> Ack:
     if change.extend:
         return _extended(live, session, change)
-    if change.prompt is not None:  # one that the text encoder refuses would fail when its chunk is made
-        session.tokenize([change.prompt], session.model.preset.text.length)
-    elif not change.cut and change.camera is None:
+    if change.prompt is None and not change.cut and change.camera is None:
         raise ChangeRefusedError("interaction_failed", "there is nothing to change")
 
     def record(at: int) -> None:

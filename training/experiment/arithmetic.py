@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.accuracy.ssim import frame_ssim
+from longtake.devices import device_named, name_of
 from longtake.options import Command, OneOf, option
 from longtake.provenance import command_line
 from longtake.training.data.digit_stories import Story
 from longtake.training.data.held_out_stories import mixed_stories
-from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.arms import PRESET, shipped, vae_of
 from longtake.training.experiment.batched import Rollout, Sampling, decode
 from longtake.training.experiment.evaluate import Eyes, judge_from, prompted_share

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import torch
 
+from longtake.devices import device_named, name_of
 from longtake.errors import LongtakeError
 from longtake.files import read_json, require_folder, write_json
 from longtake.options import Command, OneOf, option
-from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.pack import bring, restore
 from longtake.training.experiment.report import write_report
 from longtake.training.experiment.scheduler import Scheduler, Slot

@@ -23,11 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.accuracy.ssim import ssim
+from longtake.devices import device_named, name_of
 from longtake.options import Command, option
 from longtake.runtime.generator import Generator
 from longtake.training.data.digit_stories import Story
 from longtake.training.data.held_out_stories import mixed_stories
-from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.batched import Script
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.evaluate import EVERY, judge_from

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from longtake.devices import device_named, name_of
 from longtake.errors import LongtakeError
 from longtake.files import write_json
 from longtake.options import Bounds, Command, OneOf, option
 from longtake.provenance import command_line
 from longtake.training.data.held_out_stories import Cell, memory_stories
-from longtake.training.devices import device_named, name_of
 from longtake.training.experiment.arms import PRESET, shipped, vae_of
 from longtake.training.experiment.classifier import DigitClassifier
 from longtake.training.experiment.evaluate import Eyes

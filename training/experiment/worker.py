@@ -10,9 +10,9 @@ import time
 import traceback
 from pathlib import Path
 
+from longtake.devices import device_named
 from longtake.files import read_json, write_json
 from longtake.record import record_from_json
-from longtake.training.devices import device_named
 from longtake.training.experiment.bench import Bench
 from longtake.training.experiment.settings import Settings
 from longtake.training.experiment.units import units

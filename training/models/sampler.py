@@ -28,6 +28,7 @@ from longtake.training.models.presets import Preset
 
 # The training grid is 1 - k/1000 in float32; its largest entry starts the schedule.
 SIGMA_MAX = float(np.float32(0.999))
+STEPS_FIX = "pass steps=4 (--steps 4), or leave steps out for the model's own"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Schedule:
 def schedule_of(steps: int, shift: float = 5.0) -> Schedule:
     """`steps` steps, even before the shift. Raises LongtakeError for a count outside 1..1000."""
     if not 1 <= steps <= 1000:
-        raise LongtakeError("bad number of denoise steps", got=steps, expected="1 to 1000", fix="pass --steps 16")
+        raise LongtakeError("bad number of denoise steps", got=steps, expected="1 to 1000", fix=STEPS_FIX)
     return Schedule(model_timesteps(steps, shift), flow_sigmas(steps, shift))
 
 

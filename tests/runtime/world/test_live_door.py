@@ -180,6 +180,8 @@ def test_what_a_camera_cannot_do_is_said(start: Start) -> None:
         assert live.until("error")["code"] == code, data
     live.send("session.interaction", interaction={"event": {"cut": True}})
     assert live.until("error")["code"] == "not_supported"
+    live.send("session.interaction", interaction={"event": {"prompt": "quick brown fox jumps"}})
+    assert "most of these words" in live.until("error")["message"]
     live.send("session.stop")
     live.until("session.done")
     story = {"shots": [{"prompt": "a room"}], "camera": "/etc/passwd"}
