@@ -52,7 +52,7 @@ class Generator:
         sampling: SamplingConfig | None = None,
     ) -> None:
         """`budget`: the GPU memory that was announced for `backend`, if any was. `sampling`: the preset's if None."""
-        self.backend, self._tokenize, self.budget = backend, tokenize, budget
+        self.backend, self.tokenize, self.budget = backend, tokenize, budget
         self.model = VideoModel(backend)
         self.sampling = sampling or backend.preset.sampling
 
@@ -209,10 +209,10 @@ class Generator:
         on_step: OnStep | None,
     ) -> Session:
         """A session once everything is known; what can be refused is refused before anything is allocated."""
-        inputs.check(self.backend.preset, segments, options.negative, self._tokenize)
+        inputs.check(self.backend.preset, segments, options.negative, self.tokenize)
         camera = self._camera(view, start, segments, options.endless)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
-        session = Session(self.model, self._tokenize, segments, options, first, inputs, on_step, camera)
+        session = Session(self.model, self.tokenize, segments, options, first, inputs, on_step, camera)
         session.told = {**start.told, **({} if camera is None else view.told)}
         return take_in(session, clip_latents, start.segments)
 
@@ -307,7 +307,7 @@ class Generator:
             seed=saved.seed, steps=saved.steps, guidance=saved.guidance, negative_prompt=saved.negative_prompt,
             shift=saved.shift, decode=decode, endless=endless, solver=saved.solver, timesteps=saved.timesteps,
         )  # fmt: skip
-        session = Session(self.model, self._tokenize, (), options, inputs=SessionInputs(noise, embeddings))
+        session = Session(self.model, self.tokenize, (), options, inputs=SessionInputs(noise, embeddings))
         try:
             session.restore(snapshot)
         except BaseException:

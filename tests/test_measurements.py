@@ -33,6 +33,12 @@ def test_a_report_can_be_run_again(path: Path) -> None:
             assert (REPOSITORY / word).exists(), word
 
 
+def test_every_report_is_linked_from_a_page() -> None:
+    pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    assert not [path.name for path in REPORTS if f"measurements/{path.name})" not in text]
+
+
 def test_the_experiment_s_results_say_where_they_come_from() -> None:
     results = json.loads((REPOSITORY / "docs" / "experiment" / "results.json").read_text(encoding="utf-8"))
     assert results["command"].startswith("longtake experiment") and len(results["commit"]) >= 7

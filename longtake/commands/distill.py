@@ -11,6 +11,7 @@ from longtake.commands.training_run import WhereOptions, conclude, train_config
 from longtake.devices import device_named
 from longtake.options import Command
 from longtake.outputs import claim_checkpoints
+from longtake.training.data.named import require_dataset
 from longtake.training.distill.options import DistillOptimizers, DistillOptions
 from longtake.training.models.families import family_of
 from longtake.training.models.quantize import modelopt
@@ -57,6 +58,7 @@ def run(where: WhereOptions, how: RunOptions, options: DistillOptions, optimizer
 
     if config.resume:
         require_resume_point(config.out)
+    require_dataset(options.data)
     vae = options.vae and options.vae / "vae.safetensors"
     read = {"--teacher": options.teacher, "--student": options.student, "--vae": vae}
     claim_checkpoints(config.out, read, ("dit",))

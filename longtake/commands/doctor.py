@@ -16,6 +16,7 @@ from longtake.commands.probes import (
     onnxruntime_works,
     package,
     pyav_works,
+    serve_finding,
     torch_finding,
     trtexec_finding,
 )
@@ -65,6 +66,7 @@ def examine() -> Diagnosis:
         package("safetensors", "checkpoints", "pip install safetensors"),
         attempt("NVRTC", "compiling the plugin kernels", NVRTC_FIX, nvrtc_compiles),
         attempt("PyAV", "reading and writing mp4", "pip install av", pyav_works),
+        serve_finding(),
         trtexec_finding(),
         disk_finding(settings_from_environment().home),
     ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+from pathlib import Path
 
 from longtake.errors import LongtakeError
 from longtake.out_of_memory import is_out_of_memory, out_of_memory
+from longtake.settings import settings_from_environment
 
 WHOLE = "what was being written is not there under its final name; whatever was there before still is"
 CHOOSE = "or choose another place"
@@ -29,14 +32,17 @@ def explained(error: Exception) -> LongtakeError | None:
     if is_out_of_memory(error):
         return out_of_memory(error)
     if isinstance(error, OSError):
-        return _of_code(error.errno, _named(error), error)
+        home, name = settings_from_environment().home, os.path.realpath(str(error.filename2 or error.filename))
+        inside = Path(name).is_relative_to(os.path.realpath(home))
+        more = f"; or set LONGTAKE_HOME, which is {home}, to another folder" if inside else ""
+        return _of_code(error.errno, _named(error), error, more)
     code = RUST_CODE.search(str(error))
     return _of_code(int(code[1]), "a file", error) if code else None
 
 
-def _of_code(code: int | None, name: str, error: Exception) -> LongtakeError:
+def _of_code(code: int | None, name: str, error: Exception, more: str = "") -> LongtakeError:
     what, expected, fix = next((rest for codes, *rest in MEANINGS if code in codes), OTHER)
-    return LongtakeError(what.replace("{}", name), got=_first_line(error), expected=expected, fix=fix)
+    return LongtakeError(what.replace("{}", name), got=_first_line(error), expected=expected, fix=fix + more)
 
 
 def _named(error: OSError) -> str:

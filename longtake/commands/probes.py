@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from longtake.machine.nvml import nvml
 from longtake.settings import settings_from_environment
 
 LOW_DISK_GB = 5.0
+SERVE_NEEDS = ("fastapi", "uvicorn", "websockets", "multipart", "prometheus_client")
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,25 @@ def trtexec_finding() -> Finding:
     return Finding("trtexec", str(path) if path else "not installed (optional: profiling uses TensorRT from Python)")
 
 
+def serve_finding() -> Finding:
+    """Whether the packages of the extra "serve" are installed."""
+    if lacking := [name for name in SERVE_NEEDS if importlib.util.find_spec(name) is None]:
+        return Finding("serve", f"no {', '.join(lacking)}", False, "pip install 'longtake[serve]'", "longtake serve")
+    return Finding("serve", f"{', '.join(SERVE_NEEDS)} are installed", needed_for="longtake serve")
+
+
 def disk_finding(folder: Path) -> Finding:
-    """Free space where builds go; `folder` need not be there yet."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free / 1e9
+    """Free space where builds go, and whether they may; `folder` need not be there yet."""
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free / 1e9
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        found, fix = (
+            f"{folder} cannot be written to: {error.strerror}",
+            "set LONGTAKE_HOME to a folder that you can write to",
+        )
+        return Finding("disk", found, False, fix, "builds")
     ok = free >= LOW_DISK_GB
     return Finding(
         "disk",

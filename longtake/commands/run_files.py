@@ -16,7 +16,7 @@ from longtake.errors import LongtakeError, nearest
 from longtake.options import Command, Option, options_of
 from longtake.paths import REPOSITORY
 from longtake.record import reject_unknown_keys
-from longtake.training.resume import RUN_FILE
+from longtake.training.resume import RUN_FILE, require_resume_point
 
 RUNS = REPOSITORY / "training" / "run_files"  # a folder for each command
 DESCRIPTION = "description"
@@ -96,6 +96,8 @@ def told(given: Mapping[str, Any], command: Command) -> dict[str, Any]:
 
 def values_of_config(given: Mapping[str, Any], command: Command) -> dict[str, Any]:
     """What the run file says that was given with `--config`, over what the run that is resumed was told."""
+    if given.get("resume") and "out" in given:  # said before what only its run file would say is missed
+        require_resume_point(Path(given["out"]))
     kept = run_of_folder(given)
     values = values_of_file(kept, command) if kept else {}
     if command.runs is not None and "config" in given:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from longtake.commands.probes import serve_finding
 from longtake.commands.run_files import RUNS
 from longtake.errors import LongtakeError, UnavailableError
 from longtake.options import Bounds, Command, OneOf, check, option
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from longtake.runtime.serve.server import Say
 
 STUDENT = "tiny-4step"  # the model that is served where nothing else is named
-NEEDS = ("fastapi", "uvicorn", "websockets", "multipart", "prometheus_client")
 EPILOG = """examples:
   longtake serve                                 the tiny model; what is not built is built first
   longtake serve --model tiny-4step@tiny_bf16_sm89
@@ -123,9 +123,8 @@ class RayOptions:
 
 def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits) -> int:
     """Serve until a signal comes."""
-    if lacking := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
-        fix = "pip install 'longtake[serve]'"
-        raise UnavailableError("serving needs packages that are not installed", got=f"no {', '.join(lacking)}", fix=fix)
+    if not (found := serve_finding()).ok:
+        raise UnavailableError("serving needs packages that are not installed", got=found.found, fix=found.fix)
     from longtake.runtime.serve import logs
     from longtake.runtime.serve.server import Settings, Size, serve
 

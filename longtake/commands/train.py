@@ -13,6 +13,7 @@ from longtake.devices import device_named
 from longtake.errors import LongtakeError
 from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_checkpoints
+from longtake.training.data.named import require_dataset
 from longtake.training.dry_run import describe
 from longtake.training.models.families import family_of
 from longtake.training.models.quantize import modelopt
@@ -81,6 +82,7 @@ def run(
     if what.dry_run:
         print("\n".join(describe(what.stage, options)))
         return 0
+    require_dataset(options.data)
     kinds = ("vae",) if what.stage == "vae" else ("dit", "text_encoder")
     vae = options.vae and options.vae / "vae.safetensors"
     claim_checkpoints(config.out, {"--init": options.init, "--vae": vae}, kinds)

@@ -216,18 +216,7 @@ def _add_state(app: FastAPI, front: Front) -> None:
 
 def model_card(about: dict[str, Any], front: Front) -> dict[str, Any]:
     """OpenAI's model object, and what ours can."""
-    keys = (
-        "width",
-        "height",
-        "fps",
-        "first_chunk_frames",
-        "chunk_frames",
-        "chunk_s",
-        "steps",
-        "guidance",
-        "can",
-        "session_gb",
-    )
+    keys = "width height fps first_chunk_frames chunk_frames chunk_s steps guidance can session_gb".split()
     measured = front.measured()
     ours = {
         **{key: about[key] for key in keys},

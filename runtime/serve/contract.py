@@ -15,27 +15,10 @@ Whole = Annotated[int, Field(strict=True)]
 Codecs = Literal["h264", "vp9", "av1"]
 # Fields of peers' requests that a model without them cannot obey: refused where they would change the result.
 FOREIGN = (
-    "guidance_scale_2",
-    "boundary_ratio",
-    "flow_shift",
-    "true_cfg_scale",
-    "lora",
-    "extra_params",
-    "extra_body",
-    "num_outputs_per_prompt",
-    "n",
-    "vace_references",
-    "audio",
-    "generate_audio",
-)
-HARMLESS = (
-    "streaming_buffer_seconds",
-    "stream",
-    "response_format",
-    "quality",
-    "enable_teacache",
-    "max_sequence_length",
-)
+    "guidance_scale_2 boundary_ratio flow_shift true_cfg_scale lora extra_params extra_body num_outputs_per_prompt n "
+    "vace_references audio generate_audio"
+).split()
+HARMLESS = "streaming_buffer_seconds stream response_format quality enable_teacache max_sequence_length".split()
 
 
 class ServeError(Exception):

@@ -17,7 +17,7 @@ from longtake.runtime.serve.front import Front, writing
 from longtake.runtime.serve.grants import Ack, Change, Event, Grant
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.registry import ACTIVE, PAUSED
-from longtake.runtime.serve.requests import checked_text
+from longtake.runtime.serve.requests import Asker, checked_text
 from longtake.runtime.serve.store import new_id
 
 Handler = Callable[[Any], Awaitable[None]]
@@ -89,7 +89,7 @@ class Controls:
         if event.cut and not about["can"]["cut"]:
             raise ServeError("not_supported", "this model knows no cuts", detail={"fix": "leave cut out"})
         if event.prompt is not None:
-            checked_text(event.prompt, "the new prompt", self.to.front.limits)
+            checked_text(event.prompt, "the new prompt", Asker(self.to.user, about, self.to.front.limits))
         way = None if camera is None else way_of(camera, about["fps"])
         ident = body.event_id or f"e{secrets.token_hex(4)}"
         self.to.asked.setdefault(ident, time.monotonic())

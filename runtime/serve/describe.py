@@ -14,6 +14,7 @@ from longtake.runtime.serve.fragments import CODECS, codec_for, fragment
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.snapshot import identity_of
 from longtake.runtime.story import frame_count
+from longtake.training.models.text.words import Tokenizer
 
 
 def description(generator: Generator) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def description(generator: Generator) -> dict[str, Any]:
         "timesteps": list(preset.sampling.listed),
         "solver": model.family.solver,
         "codecs": {name: told for name in CODECS if (told := _codec(name, preset.width, preset.height, preset.fps))},
+        "words": generator.tokenize.vocabulary if isinstance(generator.tokenize, Tokenizer) else None,
         "can": {
             "prompt": True,
             "cut": can_cut(generator),

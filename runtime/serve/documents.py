@@ -12,6 +12,7 @@ from longtake.runtime.serve.contract import MESSAGES
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.local import LocalWorkers
+from longtake.runtime.serve.messages import EVENT_IDS
 from longtake.runtime.serve.meters import silent
 from longtake.runtime.serve.store import Store
 from longtake.version import __version__
@@ -25,17 +26,7 @@ SENT: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "video.chunk_metadata": (
         ("request_id", "kind", "transport_chunk_index", "generation_chunk_index", "num_frames", "byte_length")
-        + (
-            "started_event_ids",
-            "active_event_ids",
-            "completed_event_ids",
-            "first_frame",
-            "prompt",
-            "shot",
-            "cut",
-            "ms",
-            "visible",
-        ),
+        + (*EVENT_IDS, "first_frame", "prompt", "shot", "cut", "ms", "visible"),
         "Exactly one binary frame follows: a fragment, the first of a connection with the init segment before it.",
     ),
     "session.interaction.queued": (

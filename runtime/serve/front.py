@@ -119,11 +119,11 @@ class Front:
         keeps_up = None if chunk_s is None else chunk_s <= about.get("chunk_s", 0)
         return {"first_chunk_s": self._measured.get("first_chunk_s"), "chunk_s": chunk_s, "realtime": keeps_up}
 
-    def own(self, user: str, session: str) -> Journal:
-        """A user's own session. Raises ServeError not_found for anybody else's, too."""
+    def own(self, user: str, session: str, what: str = "session") -> Journal:
+        """A user's own session, called `what` there. Raises ServeError not_found for anybody else's, too."""
         journal = self.store.find(session)
         if journal is None or journal.meta.user != user:
-            raise ServeError("not_found", "there is no such session", status=404, detail={"got": session[:60]})
+            raise ServeError("not_found", f"there is no such {what}", status=404, detail={"got": session[:60]})
         return journal
 
     def report(self, journal: Journal) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def wish_of(message: Retake | RetakeBody, asker: Asker, **more: object) -> Wish:
     if message.prompt is not None and message.story is not None:
         raise ServeError("bad_request", "a prompt and a story were given", detail={"expected": "one of the two"})
     if message.prompt is not None:
-        checked_text(message.prompt, "the prompt", asker.limits)
+        checked_text(message.prompt, "the prompt", asker)
     if message.cut and not asker.about["can"]["cut"]:
         raise ServeError("not_supported", "this model knows no cuts", detail={"fix": "leave cut out"})
     if message.seed is not None and not 0 <= message.seed < 1 << 63:

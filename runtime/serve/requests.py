@@ -22,6 +22,7 @@ from longtake.runtime.serve.limits import Limits
 from longtake.runtime.session_options import SessionOptions
 from longtake.runtime.story import PATHS, Segment, Story, checked_prompt, fit_segments, story_from_mapping
 from longtake.training.models.sana_wm.actions import keys_of_frames
+from longtake.training.models.text.words import word_tokenizer
 from longtake.video import count_frames
 
 DEFAULT_SECONDS = 4.0
@@ -50,15 +51,17 @@ def frames_of(chunks: int, about: dict[str, Any]) -> int:
     return int(about["first_chunk_frames"] + (chunks - 1) * about["chunk_frames"]) if chunks else 0
 
 
-def checked_text(text: str, what: str, limits: Limits) -> str:
-    """A prompt. Raises ServeError bad_prompt, or too_large."""
+def checked_text(text: str, what: str, asker: Asker, read: bool = True) -> str:
+    """A prompt. Raises ServeError bad_prompt, also where a small text encoder is to `read` it and knows few of its words."""
+    most, words = asker.limits.prompt_bytes, asker.about["words"]
     try:
-        checked_prompt(text, what)
+        if (size := len(checked_prompt(text, what).encode())) > most:
+            expected = f"at most {most}"
+            raise LongtakeError(f"{what} is too long", got=f"{size} bytes", expected=expected, fix="shorten it")
+        if read and words is not None:
+            word_tokenizer(words).check([text])
     except LongtakeError as error:
         raise refused("bad_prompt", error, param="prompt") from None
-    if (size := len(text.encode())) > limits.prompt_bytes:
-        detail = {"got": f"{size} bytes", "expected": f"at most {limits.prompt_bytes}", "fix": "shorten it"}
-        raise ServeError("bad_prompt", f"{what} is too long", param="prompt", detail=detail)
     return text
 
 
@@ -86,7 +89,7 @@ def checked_story(given: dict[str, Any], asker: Asker) -> Story:
         detail = {"got": str(len(story.segments)), "expected": f"at most {limits.story_segments}"}
         raise ServeError("bad_story", "the story has too many segments", param="story", detail=detail)
     for segment in story.segments:
-        checked_text(segment.prompt, "a prompt of the story", limits)
+        checked_text(segment.prompt, "a prompt of the story", asker)
     if view_of(story) and not about["can"]["camera"]:
         raise ServeError(
             "not_supported", "this model has no camera", param="story", detail={"got": ", ".join(view_of(story))}
@@ -167,14 +170,14 @@ def described(body: Video, asker: Asker, ident: str, kind: str, *, endless: bool
     Raises:
         ServeError: something of it cannot be made here.
     """
-    about, limits = asker.about, asker.limits
+    about = asker.about
     check_same_size(body, about)
     if (body.prompt is None) == (body.story is None):
         what = "a prompt or a story is needed" if body.prompt is None else "a prompt and a story were given"
         raise ServeError("bad_request", what, param="prompt", detail={"expected": "one of the two"})
     story = checked_story(body.story, asker) if body.story is not None else None
     if story is None:
-        segments: tuple[Segment, ...] = (Segment(checked_text(body.prompt or "", "the prompt", limits)),)
+        segments: tuple[Segment, ...] = (Segment(checked_text(body.prompt or "", "the prompt", asker)),)
     else:
         segments = story.segments
     if endless and (body.num_frames is not None or body.chunks is not None or body.seconds is not None):
@@ -224,8 +227,10 @@ def _options(body: Video, story: Story | None, asker: Asker) -> SessionOptions:
     def first(*values: Any) -> Any:
         return next(value for value in values if value is not None)
 
-    if body.negative_prompt:
-        checked_text(body.negative_prompt, "the negative prompt", asker.limits)
+    guidance = float(first(body.guidance_scale, story and story.guidance, about["guidance"]))
+    negative: str = first(body.negative_prompt, story and story.negative_prompt, about["negative_prompt"])
+    if negative:
+        checked_text(negative, "the negative prompt", asker, guidance != 1)
     told = story.seed if story is not None and "seed" in (body.story or {}) else None
     steps = first(body.num_inference_steps, story and story.steps, about["steps"])
     if not 1 <= steps <= 1000:
@@ -236,8 +241,8 @@ def _options(body: Video, story: Story | None, asker: Asker) -> SessionOptions:
         return SessionOptions(
             seed=first(body.seed, told, secrets.randbelow(1 << 31)),
             steps=steps,
-            guidance=float(first(body.guidance_scale, story and story.guidance, about["guidance"])),
-            negative_prompt=first(body.negative_prompt, story and story.negative_prompt, about["negative_prompt"]),
+            guidance=guidance,
+            negative_prompt=negative,
             shift=1.0 if listed else about["shift"],
             solver=about["solver"],
             timesteps=listed,

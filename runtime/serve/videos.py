@@ -157,7 +157,7 @@ class Videos:
 
     async def retrieve(self, video: str, request: Request) -> JSONResponse:
         """How far a video is."""
-        return await self._answer(self.front.own(user_of(self.front, request), video))
+        return await self._answer(self.front.own(user_of(self.front, request), video, "video"))
 
     async def _answer(self, journal: Journal) -> JSONResponse:
         status = await self.status(journal)
@@ -201,10 +201,13 @@ class Videos:
 
     async def content(self, video: str, request: Request, variant: str = "video") -> Response:
         """The film as mp4, its first frame or a sheet of frames as PNG."""
-        journal = self.front.own(user_of(self.front, request), video)
+        journal = self.front.own(user_of(self.front, request), video, "video")
         end = journal.end()
-        if journal.meta.kind == "video" and (end is None or end["state"] == "failed") or not shown_chunks(journal):
-            detail = {"got": "failed" if end else "in progress", "fix": "wait until its status is completed"}
+        if end and end["state"] == "failed" and (journal.meta.kind == "video" or not shown_chunks(journal)):
+            words, detail = end["reason"] or "the video failed", {"got": "failed", "fix": "make the video anew"}
+            raise ServeError(end["code"] or "failed", words, status=404, detail=detail)
+        if journal.meta.kind == "video" and end is None or not shown_chunks(journal):
+            detail = {"got": "in progress", "fix": "wait until its status is completed"}
             raise ServeError("not_completed", "the video is not there yet", status=404, detail=detail)
         if variant == "video":
             path = await asyncio.to_thread(film_of, journal)
@@ -219,17 +222,17 @@ class Videos:
 
     async def delete(self, video: str, request: Request) -> dict[str, Any]:
         """Cancel it if it runs, and remove its files."""
-        journal = self.front.own(user_of(self.front, request), video)
+        journal = self.front.own(user_of(self.front, request), video, "video")
         await self.front.forget(journal)
         return {"id": video, "object": "video.deleted", "deleted": True}
 
     async def remix(self, video: str, request: Request) -> JSONResponse:
         """The same video, seed, length and cuts, of another prompt."""
         asker = await self._asker(request)
-        source = self.front.own(asker.user, video)
+        source = self.front.own(asker.user, video, "video")
         async with body_of(request, Remix) as given:
             body: Remix = parsed(Remix, given.fields)
-        checked_text(body.prompt, "the prompt", asker.limits)
+        checked_text(body.prompt, "the prompt", asker)
         with legible(source):
             script = script_from(source, 0, position_on_disk(source, source.count()))
         story = tuple(Segment(body.prompt, one.chunks, one.cut) for one in script)
@@ -242,7 +245,7 @@ class Videos:
     async def retake(self, video: str, request: Request) -> JSONResponse:
         """A new take from a chunk on; the chunks before it are shared."""
         asker = await self._asker(request)
-        source = self.front.own(asker.user, video)
+        source = self.front.own(asker.user, video, "video")
         async with body_of(request, RetakeBody) as given:
             body: RetakeBody = parsed(RetakeBody, given.fields)
         wish = wish_of(body, asker, bounded=True, kind="video")
@@ -265,7 +268,7 @@ class Videos:
                 fields["video"] = {"id": fields["video"]}
             body: Extension = parsed(Extension, fields)
         if body.prompt is not None:
-            checked_text(body.prompt, "the prompt", asker.limits)
+            checked_text(body.prompt, "the prompt", asker)
         frames = max(
             1, round(seconds_of(DEFAULT_SECONDS if body.seconds is None else body.seconds) * asker.about["fps"])
         )
@@ -281,7 +284,7 @@ class Videos:
             return self.front.store.create(with_clip(meta, self.front.store.folder(ident), data, asker, frames))
 
     async def _forked_on(self, asker: Asker, video: VideoReference, prompt: str | None, frames: int) -> JSONResponse:
-        source = self.front.own(asker.user, video.id)
+        source = self.front.own(asker.user, video.id, "video")
         count, meta = source.count(), source.meta
         if source.end() is None or not count:
             raise ServeError("not_completed", "a video is extended once it is completed", detail={"got": video.id})

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import importlib.util
 import json
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from longtake.commands import doctor, probes
+from longtake.commands import main as cli
 from longtake.formats.recipe import recipe_for, recipe_named, recipe_names
 from longtake.machine import machine
 from longtake.machine.capability import Machine
@@ -100,6 +105,38 @@ def test_the_disk_that_counts_is_the_one_of_exports_and_engines(
     assert f"GB free in {tmp_path / 'not-there-yet'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("home", ["file", "file/below", "/proc/nope", "read-only"])
+def test_a_home_that_cannot_be_written_to_is_said_with_its_variable(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    if home == "read-only":  # whoever runs the tests may write everywhere
+        denied = OSError(errno.EROFS, os.strerror(errno.EROFS))
+        monkeypatch.setattr(probes.tempfile, "TemporaryFile", Mock(side_effect=denied))
+    monkeypatch.setenv("LONGTAKE_HOME", folder := str(tmp_path / home))
+    assert _run() == 0
+    text = capsys.readouterr().out
+    assert f"! {folder} cannot be written to" in text
+    assert "disk (builds): set LONGTAKE_HOME to a folder that you can write to" in text
+
+
+def test_what_serving_needs_is_listed_and_looked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        probes.importlib.util, "find_spec", lambda name: None if name in ("fastapi", "uvicorn") else found(name)
+    )
+    assert _run() == 0
+    text = capsys.readouterr().out
+    assert "! no fastapi, uvicorn" in text and "serve (longtake serve): pip install 'longtake[serve]'" in text
+    assert cli.main(["serve"]) == 3
+    told = capsys.readouterr().err
+    assert "no fastapi, uvicorn" in told and "pip install 'longtake[serve]'" in told
+    monkeypatch.undo()
+    assert probes.serve_finding().ok
+
+
 def test_columns_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run() == 0
     lines = capsys.readouterr().out.splitlines()
@@ -112,10 +149,6 @@ def test_columns_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_command_line_reaches_it_and_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    import importlib.util
-
-    from longtake.commands import main as cli
-
     assert cli.main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["machine"]
     assert all(importlib.util.find_spec(module) for module, _ in cli.COMMANDS.values())

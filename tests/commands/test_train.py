@@ -52,6 +52,23 @@ def test_bad_input_is_one_clear_message(
     assert not list(tmp_path.glob("run/*.safetensors"))
 
 
+@pytest.mark.parametrize("command", ["train --stage dit", "distill --teacher tiny"])
+def test_data_that_is_not_there_is_said_before_anything_heavy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    for name in ("train", "distill"):
+        monkeypatch.setattr(f"longtake.commands.{name}.modelopt", lambda: pytest.fail("it was loaded"))
+    assert main([*command.split(), "--data", "/nowhere", "--out", str(tmp_path / "run")]) == 2
+    assert "no such data set" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_where_no_run_is_nothing_is_resumed(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
+    assert main([command, "--resume", "--out", str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert f"nothing to resume in {tmp_path / 'none'}" in said and "check --out" in said and "lacks" not in said
+
+
 def test_chunk_choices() -> None:
     assert chunk_choices("4..6") == (4, 5, 6) and chunk_choices("5") == (5,)
     assert chunk_choices("1,1,5") == (1, 1, 5)

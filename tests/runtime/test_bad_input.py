@@ -383,6 +383,18 @@ def test_what_the_system_refuses(
     assert says in refused(2, "inspect", "v.mp4", parts=("got:", "fix:"))
 
 
+@pytest.mark.parametrize(("place", "named"), [("home/models/x", True), ("elsewhere/x", False)])
+def test_what_is_refused_within_longtake_home_names_it(
+    place: str, named: bool, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path / "home"))
+    test_what_the_system_refuses(
+        refused, monkeypatch, NotADirectoryError(errno.ENOTDIR, "x", str(tmp_path / place)), "be used"
+    )
+    said = refused(2, "inspect", "v.mp4", parts=("a folder must be a folder",))
+    assert (f"or set LONGTAKE_HOME, which is {tmp_path / 'home'}, to another folder" in said) is named
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longtake.commands.inspect.describe", lambda path: [][0])
     with pytest.raises(IndexError):

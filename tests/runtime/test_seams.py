@@ -208,7 +208,7 @@ def test_a_dit_alone_takes_latents_and_embeddings(student: Generator, tmp_path: 
     for name in ("dit.safetensors", "dit.json"):
         shutil.copy(STUDENT / name, tmp_path)
     alone, prompt = Generator.from_checkpoint(tmp_path), "a green seven drifts left"
-    tokens = student._tokenize([prompt], TINY.text.length)
+    tokens = student.tokenize([prompt], TINY.text.length)
     embeddings = student.model.text(tokens)
     wanted = latents(student.session([prompt], seed=1, steps=1, decode=False))
     given = alone.session([prompt], seed=1, steps=1, decode=False, embeddings={prompt: embeddings})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import read_json
+from longtake.formats.model_name import HUB_ID, hub_error
 from longtake.tensor_file import read_tensors
 
 TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt"}
@@ -40,9 +41,9 @@ def read_container(path: Path, kind: str = "dit") -> dict[str, Any]:
     if path.is_dir():
         return _read_folder(path, kind)
     if not path.is_file():
-        raise LongtakeError(
-            f"{path} does not exist", expected="a .safetensors, .pt or .pth file, or a folder", fix="check the path"
-        )
+        named = HUB_ID.fullmatch(str(path)) and path.suffix not in {".safetensors", *TORCH_SUFFIXES}
+        fix = hub_error(str(path)).fix if named and not path.parent.exists() else "check the path"
+        raise LongtakeError(f"{path} does not exist", expected="a .safetensors, .pt or .pth file, or a folder", fix=fix)
     if path.stat().st_size == 0:
         raise IntegrityError(f"{path} is empty", got="0 bytes", fix=AGAIN)
     if path.suffix.lower() == ".safetensors":

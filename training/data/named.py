@@ -7,7 +7,17 @@ from pathlib import Path
 
 from longtake.errors import LongtakeError
 from longtake.training.data.base import SPLITS, Dataset
+from longtake.training.data.found import require_data
+from longtake.training.data.returns import RETURNING
 from longtake.training.models.presets import Preset
+
+DRAWN = ("digits", RETURNING, "rooms")
+
+
+def require_dataset(name: str) -> None:
+    """Raise LongtakeError for what is neither a known name nor a folder, table or tar; nothing is read."""
+    if name not in DRAWN:
+        require_data(name)
 
 
 def dataset_from_name(
@@ -28,7 +38,7 @@ def dataset_from_name(
         LongtakeError: neither a known name nor a folder, or a folder without a usable clip.
     """
     from longtake.training.data.digits import Digits, random_story, returning_story
-    from longtake.training.data.returns import RETURNING, distant_story
+    from longtake.training.data.returns import distant_story
 
     if split not in SPLITS:
         raise LongtakeError("unknown split", got=split, expected=" or ".join(SPLITS))
@@ -41,6 +51,5 @@ def dataset_from_name(
 
         return Rooms(preset, split)
     from longtake.training.data.folder import Folder
-    from longtake.training.data.found import require_data
 
     return Folder(require_data(str(name)), preset, split, max_chunks_per_shot, max_bad_share, fit, held_out)

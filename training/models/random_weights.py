@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 
 NORM_NAMES = (
-    "gamma",
-    "norm.weight",
-    "norm_q.weight",
-    "norm_k.weight",
-    "norm1.weight",
-    "norm2.weight",
-    "norm3.weight",
-    "layer_norm.weight",
-    "norm_cam.weight",
+    *("gamma", "layer_norm.weight", "norm_cam.weight", "norm_q.weight", "norm_k.weight"),
+    *("norm.weight", "norm1.weight", "norm2.weight", "norm3.weight"),
 )
 FIXED = {"A_log": 0.0, "dt_bias": -3.0, "latent_std": 1.0}  # gates would forget everything at once otherwise
 INLINE_BYTES = 1024  # formats.onnx_file.INLINE_BYTES, of bf16 values

@@ -10,19 +10,21 @@ from typing import Any
 import pytest
 from serving import Served
 
+from longtake.runtime.generator import Generator
 from longtake.runtime.serve.limits import Limits
 from longtake.runtime.serve.server import Settings
 from longtake.runtime.serve.store import Store
+from longtake.training.models.text.words import default_vocabulary, word_tokenizer
 
 Start = Callable[..., Served]
 
 
 @pytest.fixture
 def start(make_toy: Any, make_generator: Any, tmp_path: Path) -> Iterator[Start]:
-    """Starts servers over toys that take `pause_s` a pass: start(slots=2, limits=Limits(…))."""
+    """Starts servers over toys that take `pause_s` a pass: start(slots=2, limits=Limits(…)). words: they know the tiny model's."""
     running: list[Served] = []
 
-    def begin(pause_s: float = 0.0, store: Path | None = None, **settings: Any) -> Served:
+    def begin(pause_s: float = 0.0, store: Path | None = None, words: bool = False, **settings: Any) -> Served:
         backends: list[Any] = []
 
         def make() -> Any:
@@ -30,7 +32,7 @@ def start(make_toy: Any, make_generator: Any, tmp_path: Path) -> Iterator[Start]
             backends.append(backend)
             if pause_s:
                 backend.hook = lambda call: time.sleep(pause_s)
-            return make_generator(backend)
+            return Generator(backend, word_tokenizer(default_vocabulary())) if words else make_generator(backend)
 
         settings.setdefault("limits", Limits(user_sessions=8, user_jobs=8, grace_s=1.0))
         folder = store or tmp_path / "store"

@@ -14,6 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from serving import PROMPT, Served
 
+from longtake.errors import LongtakeError
 from longtake.paths import REPOSITORY
 from longtake.runtime.serve.contract import MESSAGES
 from longtake.runtime.serve.documents import SENT, asyncapi, openapi
@@ -154,6 +155,23 @@ def test_metrics_and_the_dashboard(start: Any) -> None:
     }
     assert asked <= {*found, f"{PREFIX}session_moves_total"} and len(asked) > 15
     assert {name for name in asked if "moves" in name} == {f"{PREFIX}session_moves_total"}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@pytest.mark.parametrize("made", [0, 1])
+def test_the_example_with_curl_ends_where_a_video_fails(start: Any, tmp_path: Path, made: int) -> None:
+    """The first one, or the take of it."""
+    server = start()
+
+    def broken(call: int) -> None:
+        if len(list(server.store.all())) > made:
+            raise LongtakeError("the toy is broken")
+
+    server.backends[0].hook = broken
+    command = ["sh", str(DOCS / "examples" / "curl.sh"), server.url]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "'message': 'the toy is broken'" in done.stderr, done.stderr
+    assert [(tmp_path / name).exists() for name in ("curl.mp4", "take.mp4")] == [bool(made), False]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from PIL import Image
 from serving import PROMPT, Served
 from toy_backend import ToyBackend
 
+from longtake.errors import LongtakeError
 from longtake.runtime.serve.limits import Limits
 from longtake.video import write_video
 
@@ -243,6 +244,49 @@ def test_bad_bodies(server: Served, body: dict[str, Any], status: int, code: str
     assert not list(server.store.sessions.iterdir())
 
 
+def test_a_prompt_of_unknown_words_is_refused_at_every_door(start: Any) -> None:
+    server = start(words=True)
+    plain = {"prompt": PROMPT, "seconds": "1", "guidance_scale": 1, "negative_prompt": "blurry, low quality"}
+    made = server.post("/v1/videos", json=plain)
+    assert made.status_code == 200, made.text  # without guidance nothing reads the negative prompt
+    video = server.wait_for(made.json()["id"])["id"]
+    unknown = "the quick brown fox jumps over it"
+    doors = {
+        "": {"prompt": unknown},
+        "?": {"prompt": PROMPT, "guidance_scale": 3, "negative_prompt": unknown},
+        "??": {"story": {"shots": [{"prompt": PROMPT}, {"prompt": unknown}]}},
+        f"/{video}/remix": {"prompt": unknown},
+        f"/{video}/retake": {"from_chunk": 0, "prompt": unknown},
+        "/extensions": {"video": {"id": video}, "prompt": unknown},
+    }
+    for path, body in doors.items():
+        answer = server.post(f"/v1/videos{path}", json=body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "bad_prompt", "prompt"), path
+        assert "does not know most of these words" in error["message"] and "'fox'" in error["longtake"]["got"]
+        assert "such as a, above" in error["longtake"]["expected"] and error["longtake"]["fix"]
+    live = server.live(prompt=unknown)
+    assert live.until("error")["code"] == "bad_prompt" and live.closed() == 4400
+    assert [one.id for one in server.store.all()] == [video]
+
+
+def test_a_failed_job_says_why_where_its_film_is_asked_for(start: Any) -> None:
+    server = start(pause_s=0.01)
+
+    def broken(call: int) -> None:
+        raise LongtakeError("the toy is broken")
+
+    server.backends[0].hook = broken
+    job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "1"}).json()["id"]
+    error = server.wait_for(job, "failed")["error"]
+    assert error == {"code": "chunk_failed", "message": "the toy is broken"}
+    for variant in ("video", "thumbnail"):
+        answer = server.get(f"/v1/videos/{job}/content?variant={variant}")
+        told = answer.json()["error"]
+        assert answer.status_code == 404 and {key: told[key] for key in error} == error
+        assert told["longtake"]["fix"] == "make the video anew"
+
+
 def test_more_bad_requests(server: Served) -> None:
     assert server.post("/v1/videos", content=b"{", headers={"content-type": "application/json"}).status_code == 400
     assert (
@@ -258,6 +302,7 @@ def test_more_bad_requests(server: Served) -> None:
     for path in ("video_0123456789abcdef", "..%2f..%2fetc", "x" * 300, "live_zz"):
         assert server.get(f"/v1/videos/{path}").status_code == 404
         assert server.get(f"/v1/videos/{path}/content").status_code == 404
+    assert server.get("/v1/videos/nope").json()["error"]["message"] == "there is no such video"
     assert server.post("/v1/videos/edits", json={}).json()["error"]["code"] == "not_supported"
     assert server.get("/v1/videos?limit=0").json()["error"]["code"] == "bad_request"
     assert server.get("/v1/videos?limit=x").status_code == 400

@@ -97,6 +97,10 @@ def test_truncated_files(suffix: str, keep: float, tmp_path: Path, dit_state: St
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(LongtakeError, match="does not exist"):
         read_container(tmp_path / "no.pt")
+    for name in ("weights/dit", "weights/dit.pt", str(tmp_path / "no")):
+        with pytest.raises(LongtakeError, match="does not exist") as caught:
+            read_container(Path(name))
+        assert ("hf download" in str(caught.value)) is (name == "weights/dit"), name
     with pytest.raises(LongtakeError, match=r"cannot tell which file[\s\S]*no weights file"):
         read_container(tmp_path)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")

@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-PICTURES = (
-    "astronaut",
-    "brick",
-    "clock",
-    "coffee",
-    "coins",
-    "flower",
-    "galaxies",
-    "grass",
-    "gravel",
-    "photographer",
-    "rocket",
-    "temple",
-)
+PICTURES = tuple("astronaut brick clock coffee coins flower galaxies grass gravel photographer rocket temple".split())
 PATTERNS = ("plain", "striped", "checked", "bricked", "mottled")
 WALL_COLOURS = ("red", "green", "blue", "yellow", "white", "grey", "brown", "violet")
 

@@ -151,13 +151,13 @@ class Tokenizer:
 
 
 @cache
-def _tokenizer(vocabulary: tuple[str, ...]) -> Tokenizer:
+def word_tokenizer(vocabulary: tuple[str, ...]) -> Tokenizer:
     return Tokenizer(vocabulary)
 
 
 def tokenize(texts: list[str], length: int, vocabulary: tuple[str, ...] | list[str] | None = None) -> Tensor:
     """Token ids of `texts`, int32 [P, length]; 0 is padding. `vocabulary` defaults to the shipped grammar's."""
-    return _tokenizer(default_vocabulary() if vocabulary is None else tuple(vocabulary))(texts, length)
+    return word_tokenizer(default_vocabulary() if vocabulary is None else tuple(vocabulary))(texts, length)
 
 
 class EncoderLayer(nn.Module):
@@ -197,7 +197,7 @@ class TextEncoder(nn.Module):
     @property
     def tokenizer(self) -> Tokenizer:
         """Texts to token ids."""
-        return _tokenizer(self.vocabulary)
+        return word_tokenizer(self.vocabulary)
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids of `texts` in this encoder's vocabulary, int32 [P, E]."""
@@ -265,7 +265,7 @@ def tokenizer_for(preset: Preset, vocabulary: Sequence[str] | None, folder: Path
     if preset.text.kind == "pretrained":
         return PretrainedText(preset.text).tokenizer if folder is None else pretrained_tokenizer(Path(folder) / FOLDER)
     _require_words(preset)
-    return _tokenizer(vocabulary_of(preset) if vocabulary is None else tuple(vocabulary))
+    return word_tokenizer(vocabulary_of(preset) if vocabulary is None else tuple(vocabulary))
 
 
 def _require_words(preset: Preset) -> None:
