@@ -69,7 +69,7 @@ def is_special(path: Path) -> bool:
 
 def _check_place(name: str, path: Path) -> None:
     mode = _mode(path)
-    if mode is None or is_special(path):
+    if is_special(path):
         if mode is not None and stat.S_IFMT(mode) in UNWRITABLE:
             raise LongtakeError(
                 f"{name} cannot be written",
@@ -77,12 +77,14 @@ def _check_place(name: str, path: Path) -> None:
                 expected="a file or a pipe",
                 fix=f"choose another name for {name}",
             )
-        place = next(place for place in path.absolute().parents if place.exists())
-        if mode is None and not is_special(path) and not os.access(place, os.W_OK):
-            what, fix = f"{name} cannot be written", "choose another folder"
-            raise LongtakeError(
-                what, got=f"{place} is not writable", expected="a folder that you may write to", fix=fix
-            )
+        return
+    place = next(
+        place for place in Path(os.path.realpath(path)).parents if place.exists()
+    )  # of the temporary file, too
+    if not os.access(place, os.W_OK):
+        what, got, fix = f"{name} cannot be written", f"{place} is not writable", "choose another folder"
+        raise LongtakeError(what, got=got, expected="a folder that you may write to", fix=fix)
+    if mode is None:
         return
     if stat.S_ISDIR(mode):
         raise LongtakeError(f"{path} is a folder", expected="a file name", fix=f"pass {path}/NAME")

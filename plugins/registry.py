@@ -82,7 +82,7 @@ def kernel_of(name: str) -> Kernel:
 def op_named(name: str) -> Op:
     """An op. Raises LongtakeError for an unknown name."""
     if name not in all_ops():
-        again = "if another version made what holds it: longtake export --force, then longtake engines --force"
+        again = "if another version made what holds it: longtake export --force, then longtake engines"
         raise LongtakeError("unknown op", got=name, expected=some(all_ops(), 3), fix=again)
     return all_ops()[name]
 

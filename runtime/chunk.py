@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +52,15 @@ class Chunk:
 
 def tensor_of(given: Any, also: str = "") -> Tensor:
     """Latents of torch or numpy as a tensor of their own dtype. Raises LongtakeError, saying what is taken `also`."""
-    if isinstance(given, np.ndarray) and given.dtype.kind in "fiu":
-        given = torch.tensor(np.ascontiguousarray(given))
+    got = type(given).__name__
+    if isinstance(given, np.ndarray):
+        got = f"{given.dtype} {given.shape}"
+        with contextlib.suppress(TypeError, ValueError):  # a dtype that torch does not know
+            given = torch.tensor(np.ascontiguousarray(given))
     if isinstance(given, Tensor):
         return given
     expected, fix = f"{also}latents [1, F, C, h, w] of torch or numpy", "of frames, pass generator.encode(frames)"
-    raise LongtakeError("these are no latents", got=type(given).__name__, expected=expected, fix=fix)
+    raise LongtakeError("these are no latents", got=got, expected=expected, fix=fix)
 
 
 def finite(latents: Tensor, what: str) -> Tensor:
@@ -72,7 +76,7 @@ def given_chunk(given: Tensor | np.ndarray, preset: Preset, chunk: int) -> Tenso
     """Latents [1, F, C, H, W] of chunk `chunk` as the sampler has them, fp32 [1, C, F, H, W].
 
     Raises:
-        LongtakeError: they are not one chunk of this preset, or not all finite.
+        LongtakeError: they are not one chunk of this preset.
     """
     latents_BFCHW, frames = tensor_of(given), preset.frames_of(chunk)
     wanted = (1, frames, preset.vae.z_channels, *preset.latent_hw)
@@ -80,4 +84,4 @@ def given_chunk(given: Tensor | np.ndarray, preset: Preset, chunk: int) -> Tenso
         got = f"{latents_BFCHW.dtype} {tuple(latents_BFCHW.shape)}"
         fix = f"cut the video into chunks of {frames} latents"
         raise LongtakeError("these latents are not a chunk", got=got, expected=f"{wanted}, floats", fix=fix)
-    return finite(latents_BFCHW, "these latents").transpose(1, 2).contiguous()
+    return latents_BFCHW.to(torch.float32).transpose(1, 2).contiguous()

@@ -29,7 +29,7 @@ LATENTS = "latents"  # the tensor's name in a file of latents
 
 
 def latents_from_clip(path: Path | str | Tensor | np.ndarray, model: VideoModel) -> Tensor:
-    """A clip's normalized latents, fp32 [1, F, C, h, w] on the CPU, F a whole number of chunks.
+    """A clip's normalized latents, fp32 [1, F, C, h, w], F a whole number of chunks.
 
     A file of latents is a safetensors file with one tensor "latents", [F, C, h, w] or [1, F, C, h, w]; a tensor will do as well.
     A video is resampled to the preset's frame rate, by time stamps, and resized to its size, without cropping. Of what is not a whole

@@ -105,19 +105,23 @@ class LiveChanges:
         record: as in `change_prompt`, but it is called with the number of chunks that the video then has.
         """
         chunks = checked_chunks(chunks)
+        if prompt:
+            self._checked(prompt, "the prompt to go on with", cut)
         self._look_back()
         with self._lock:
             self._require_open("more chunks")
             here = self._position
             last = here.script[-1].prompt if here.script else here.prompt
-            text = self._checked(prompt or last, "the prompt to go on with", cut)
+            text = checked_prompt(prompt or last, "the prompt to go on with")
             record(here.chunk + here.left + chunks)
             self._position = replace(here, script=(*here.script, Segment(text, chunks, cut)))
 
-    def _checked(self, prompt: str, what: str, cut: bool) -> str:
-        """`prompt` if it is one, and can be encoded: else every call for its chunk would fail."""
-        self.inputs.check(self.model.preset, (Segment(checked_prompt(prompt, what), 1, cut),), None, self.tokenize)
-        return prompt
+    def _checked(self, prompt: str, what: str, cut: bool) -> None:
+        """Raise LongtakeError unless `prompt` is one and can be encoded: else every call for its chunks would fail."""
+        asked = Segment(
+            checked_prompt(prompt, what), 2, cut
+        )  # a cut's second chunk reads the prompt without its prefix
+        replace(self.inputs, noise=None).check(self.model.preset, (asked,), None, self.tokenize)
 
     def cancel(self) -> None:
         """Stop before the next pass: iteration raises CancelledError once, and nothing of that chunk is committed."""

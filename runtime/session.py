@@ -24,7 +24,7 @@ from longtake.errors import LongtakeError
 from longtake.out_of_memory import is_out_of_memory
 from longtake.outputs import claim_outputs
 from longtake.runtime.camera import CameraPosition, cameras_of
-from longtake.runtime.chunk import Chunk, given_chunk
+from longtake.runtime.chunk import Chunk, finite, given_chunk
 from longtake.runtime.clock import StageClock
 from longtake.runtime.conditions import OWN, Conditioner, SessionInputs, Tokenize
 from longtake.runtime.decode import DecodeQueue, decode_queue
@@ -154,7 +154,8 @@ class Session(LiveChanges):
         Raises:
             LongtakeError: the latents are not one chunk of this preset, or not finite, or the prompt is none.
         """
-        given = given_chunk(latents_BFCHW, self.model.preset, self._position.chunk).to(self.model.device)
+        given = finite(given_chunk(latents_BFCHW, self.model.preset, self._position.chunk), "these latents")
+        given = given.to(self.model.device)
         with self._turn("a chunk that is given"):
             if self._position.chunk in self._undecoded.kept:
                 raise LongtakeError(

@@ -32,12 +32,20 @@ def explained(error: Exception) -> LongtakeError | None:
     if is_out_of_memory(error):
         return out_of_memory(error)
     if isinstance(error, OSError):
-        home, name = settings_from_environment().home, os.path.realpath(str(error.filename2 or error.filename))
-        inside = Path(name).is_relative_to(os.path.realpath(home))
-        more = f"; or set LONGTAKE_HOME, which is {home}, to another folder" if inside else ""
-        return _of_code(error.errno, _named(error), error, more)
+        return _of_code(error.errno, _named(error), error, _of_home(error))
     code = RUST_CODE.search(str(error))
     return _of_code(int(code[1]), "a file", error) if code else None
+
+
+def _of_home(error: OSError) -> str:
+    """What more helps if the system refused something in LONGTAKE_HOME."""
+    name = error.filename2 or error.filename
+    try:
+        home = settings_from_environment().home
+        inside = name is not None and Path(os.path.realpath(str(name))).is_relative_to(os.path.realpath(home))
+    except (OSError, ValueError, LongtakeError):  # a working folder that is gone, no place for a home
+        return ""
+    return f"; or set LONGTAKE_HOME, which is {home}, to another folder" if inside else ""
 
 
 def _of_code(code: int | None, name: str, error: Exception, more: str = "") -> LongtakeError:

@@ -20,6 +20,7 @@ from longtake.runtime.serve.contract import ServeError, damaged_video
 from longtake.runtime.serve.front import Front
 from longtake.runtime.serve.limits import NO_BODY_BYTES
 from longtake.runtime.serve.realtime import serve_socket
+from longtake.runtime.serve.requests import names_of
 from longtake.runtime.serve.users import user_of
 from longtake.runtime.serve.videos import videos_of
 from longtake.version import __version__
@@ -209,7 +210,7 @@ def _add_state(app: FastAPI, front: Front) -> None:
         """The same, by name."""
         user_of(front, request)
         card = model_card(await front.about(), front)
-        if model != card["id"]:
+        if model not in names_of(await front.about()):
             raise ServeError("model_not_found", "this model is not served here", status=404, param="model")
         return card
 

@@ -107,9 +107,14 @@ def view_of(story: Story | None) -> dict[str, Any]:
     return {key: value for key, value in view.items() if value is not None}
 
 
+def names_of(about: dict[str, Any]) -> set[str]:
+    """What a client may call the model that is served: NAME@RECIPE, each alone, and its preset."""
+    return {about["model"], *about["model"].split("@"), about["preset"]}
+
+
 def check_same_size(body: Video, about: dict[str, Any]) -> None:
     """Raise ServeError for a model, size or rate that is not served."""
-    if body.model not in (None, "", about["model"], *about["model"].split("@"), about["preset"]):
+    if body.model and body.model not in names_of(about):
         detail = {"got": str(body.model)[:100], "expected": about["model"], "fix": "leave model out"}
         raise ServeError("model_not_found", "this model is not served here", status=404, param="model", detail=detail)
     width, height = about["width"], about["height"]

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PARK_S = 8.0  # in which everything is parked after a signal; then sockets and threads have their time
-END_S = 11.0  # then the process ends, whatever a chunk or a thread still does: what was acknowledged is on disk
+END_S = 12.0  # then the process ends, whatever a chunk or a thread still does: what was acknowledged is on disk
 FAILURE_EVERY = 0.5  # seconds
 
 Say = Callable[[str], None]

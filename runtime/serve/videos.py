@@ -206,7 +206,10 @@ class Videos:
         if end and end["state"] == "failed" and (journal.meta.kind == "video" or not shown_chunks(journal)):
             words, detail = end["reason"] or "the video failed", {"got": "failed", "fix": "make the video anew"}
             raise ServeError(end["code"] or "failed", words, status=404, detail=detail)
-        if journal.meta.kind == "video" and end is None or not shown_chunks(journal):
+        if end is not None and not shown_chunks(journal):
+            detail = {"got": str(end["state"]), "fix": "make the video anew"}
+            raise ServeError("not_completed", "it ended before its first chunk", status=404, detail=detail)
+        if end is None and (journal.meta.kind == "video" or not shown_chunks(journal)):
             detail = {"got": "in progress", "fix": "wait until its status is completed"}
             raise ServeError("not_completed", "the video is not there yet", status=404, detail=detail)
         if variant == "video":

@@ -40,10 +40,11 @@ def chromium(start_s: float = 60) -> Iterator[Any]:
                 raise
         finally:
             late.cancel()
-    opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-    yield opened
-    opened.close()
-    playwright.stop()
+    try:
+        with playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS) as opened:
+            yield opened
+    finally:
+        playwright.stop()
 
 
 def until(page: Any, what: str, seconds: float = 120) -> Any:

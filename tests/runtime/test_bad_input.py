@@ -395,6 +395,15 @@ def test_what_is_refused_within_longtake_home_names_it(
     assert (f"or set LONGTAKE_HOME, which is {tmp_path / 'home'}, to another folder" in said) is named
 
 
+def test_what_is_refused_without_a_name_is_explained_where_the_working_folder_is_gone(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    test_what_the_system_refuses(refused, monkeypatch, FileNotFoundError(errno.ENOENT, "x"), "be used")
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longtake.commands.inspect.describe", lambda path: [][0])
     with pytest.raises(IndexError):

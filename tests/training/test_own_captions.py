@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,9 @@ def test_new_words_come_behind_the_old_ones_and_are_bounded() -> None:
     wider = extended(old, _many(300), 100)
     assert wider[: len(old)] == old and 0 < len(wider) - len(old) <= 100
     assert all(Tokenizer(wider).tokens(word) for word in _many(300))
+    begun = time.process_time()
+    assert len(Tokenizer(wider).tokens("aj" * 4000) or ()) > 100  # by every end of the rest it would be half a minute
+    assert time.process_time() - begun < 3
 
 
 def test_a_few_unknown_words_are_said_as_a_share_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -50,7 +50,7 @@ def test_resume_and_out_alone_go_on_as_told(tmp_path: Path, clips: Path, capsys:
     assert read_json(stopped / "vae.json")["fit"] == "pad"
     capsys.readouterr()
     assert main(["train", "--resume", "--out", str(tmp_path / "nowhere")]) == 2
-    assert "lacks --stage" in capsys.readouterr().err
+    assert "nothing to resume in" in capsys.readouterr().err
 
 
 def test_a_new_run_gets_a_new_folder_and_loses_nothing(

@@ -324,7 +324,7 @@ def test_what_cannot_be_lowered_is_refused() -> None:
 
 
 def test_what_was_exported_or_built_with_an_op_that_is_gone_is_refused_with_the_commands(tmp_path: Path) -> None:
-    refused = r"unknown op\n  got: upsample_time_fp8[\s\S]*longtake export --force, then longtake engines --force"
+    refused = r"unknown op\n  got: upsample_time_fp8[\s\S]*longtake export --force, then longtake engines"
     model = up_graph()
     model.graph.node[0].op_type = "upsample_time_fp8"
     with pytest.raises(LongtakeError, match=refused):  # an export, as it is built

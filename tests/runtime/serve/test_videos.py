@@ -233,6 +233,7 @@ def test_a_model_is_asked_for_by_any_of_its_names(start: Any, monkeypatch: pytes
     for name in ("mine", "tiny_bf16_sm90", card["id"]):
         answer = server.post("/v1/videos", json={"prompt": PROMPT, "model": name})
         assert answer.status_code == 200 and answer.json()["model"] == card["id"]
+        assert server.get(f"/v1/models/{name}").json()["id"] == card["id"]
     assert server.post("/v1/videos", json={"prompt": PROMPT, "model": "tiny-4step"}).status_code == 404
 
 
@@ -354,7 +355,7 @@ def test_a_job_says_when_it_expires_and_goes_with_its_files(start: Any) -> None:
 
 
 def test_jobs_make_room_for_people(start: Any) -> None:
-    server = start(pause_s=0.02)
+    server = start(pause_s=0.04)
     job = server.post("/v1/videos", json={"prompt": PROMPT, "seconds": "6", "seed": 3}).json()["id"]
     live = server.live(prompt=PROMPT, chunks=2)
     live.until("session.done")

@@ -59,14 +59,18 @@ def _spaced(sign: str) -> str:
     return sign if sign.isalnum() or sign == "_" or kind[0] == "M" else " "
 
 
-def tokens_of(word: str, ids: Mapping[str, int]) -> list[int] | None:
-    """The tokens of one word: itself, else its longest pieces from the left; None if there are none."""
+def tokens_of(word: str, ids: Mapping[str, int], longest: int | None = None) -> list[int] | None:
+    """The tokens of one word: itself, else its longest pieces from the left; None if there are none.
+
+    longest: characters of the longest piece, so that a word of thousands costs no more than a text of thousands.
+    """
     if word in ids:
         return [ids[word]]
     found: list[int] = []
     start = 0
     while start < len(word):
-        pieces = (((INSIDE if start else "") + word[start:end], end) for end in range(len(word), start, -1))
+        ends = range(min(len(word), start + (longest or len(word))), start, -1)
+        pieces = (((INSIDE if start else "") + word[start:end], end) for end in ends)
         piece, start = next((pair for pair in pieces if pair[0] in ids), ("", 0))
         if not piece:
             return None
@@ -88,6 +92,7 @@ class Tokenizer:
     def __init__(self, vocabulary: tuple[str, ...] | list[str]) -> None:
         self.vocabulary = tuple(vocabulary)
         self.ids = {word: i for i, word in enumerate((*RESERVED, *self.vocabulary))}
+        self.longest = max(map(len, self.ids))
         self.reported: set[str] = set()
         self.refuses = True
 
@@ -120,7 +125,7 @@ class Tokenizer:
 
     def tokens(self, word: str) -> list[int] | None:
         """The tokens of a word; None if it is unknown."""
-        return tokens_of(word, self.ids)
+        return tokens_of(word, self.ids, self.longest)
 
     def check(self, texts: Sequence[str]) -> None:
         """Say which words are unknown, if that was not said before. Raises LongtakeError if most are."""
