@@ -88,6 +88,10 @@ def begun(server: Served) -> Live:
     return server.live(prompt="a room", chunks=6, seed=3, image_reference=sent_picture(), flow=FLOW)
 
 
+def id_of(live: Live) -> str:
+    return str(next(one["session_id"] for one in live.messages if one["type"] == "video.start"))
+
+
 def test_a_camera_is_steered_as_from_python(start: Start, own: Generator) -> None:
     server = start()
     card = server.get("/v1/models").json()["data"][0]["longtake"]
@@ -157,6 +161,10 @@ def test_what_was_steered_outlives_a_server(start: Start) -> None:
         take = server.live(type="session.retake", session_id=session, from_chunk=first, next_chunk=0)
         session = take.until("video.start")["session_id"]
         take.until("session.done", ack=True)
+        made = take.fragments()
+        others = [index for index, data in whole.fragments().items() if made.get(index) != data]
+        kept = [server.store.journal(one).latents for one in (id_of(whole), session)]
+        assert not others, (first, [(index, torch.equal(*(latents(index) for latents in kept))) for index in others])
         assert take.bytes() == whole.bytes()
 
 
