@@ -152,11 +152,8 @@ def disk_finding(folder: Path) -> Finding:
         free = shutil.disk_usage(there).free / 1e9
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        found, fix = (
-            f"{folder} cannot be written to: {error.strerror}",
-            "set LONGTAKE_HOME to a folder that you can write to",
-        )
-        return Finding("disk", found, False, fix, "builds")
+        fix = "set LONGTAKE_HOME to a folder that you can write to"
+        return Finding("disk", f"{folder} cannot be written to: {error.strerror}", False, fix, "builds")
     ok = free >= LOW_DISK_GB
     return Finding(
         "disk",

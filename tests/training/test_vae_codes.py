@@ -197,32 +197,34 @@ def test_codes_take_half_of_the_memory() -> None:
     assert coded.tensors[up].shape[2:] == (1, 2, 2) and coded.tensors[up].shape[0] == 4 * coded.tensors[up].shape[1]
 
 
+def graph_of(
+    nodes: list[onnx.NodeProto],
+    shapes: dict[str, tuple[int, ...]],
+    weights: dict[str, tuple[int, ...]],
+    ends: tuple[list[str], list[str]],
+    between: str,
+) -> onnx.ModelProto:
+    """A steady decoder as the exporter leaves it, in bf16. ends: names of what goes in and comes out; between: of what is told."""
+    values = {n: helper.make_tensor_value_info(n, TensorProto.BFLOAT16, s) for n, s in shapes.items()}
+    initializers = [reference(n, TensorProto.BFLOAT16, list(s)) for n, s in weights.items()]
+    inputs, outputs = ([values[n] for n in names] for names in ends)
+    graph = helper.make_graph(nodes, "vae_steady", inputs, outputs, initializers, value_info=[values[between]])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)])
+
+
 def small_graph(readers: int = 1) -> onnx.ModelProto:
-    """norm_silu_extend and a convolution with residual, as the exporter leaves them; `readers` of what the norm makes."""
+    """norm_silu_extend and a convolution with residual; `readers` of what the norm makes."""
     register_schemas()
-    shape = {
-        "x": (1, 4, 4, 16),
-        "vae_cache_0": (2, 4, 4, 16),
-        "y": (3, 4, 4, 16),
-        "vae_cache_0_out": (2, 4, 4, 16),
-        "out": (1, 4, 4, 16),
-    }
-    values = {n: helper.make_tensor_value_info(n, TensorProto.BFLOAT16, s) for n, s in shape.items()}
+    frame, past, longer = (1, 4, 4, 16), (2, 4, 4, 16), (3, 4, 4, 16)
+    shapes = {"x": frame, "vae_cache_0": past, "y": longer, "vae_cache_0_out": past, "out": frame}
     attributes = {"domain": DOMAIN, **PLUGIN_ATTRIBUTES}
     nodes = [
         helper.make_node("norm_silu_extend", ["x", "g.gamma", "vae_cache_0"], ["y", "vae_cache_0_out"], **attributes),
         helper.make_node("conv_3x3x3_add", ["y", "a.conv.weight", "a.conv.bias", "x"], ["out"], **attributes),
         *(helper.make_node("Identity", ["y"], [f"copy{i}"]) for i in range(readers - 1)),
     ]
-    initializers = [
-        reference(n, TensorProto.BFLOAT16, list(s))
-        for n, s in (("g.gamma", (16,)), ("a.conv.weight", (16, 16, 3, 3, 3)), ("a.conv.bias", (16,)))
-    ]
-    graph = helper.make_graph(
-        nodes, "vae_steady", [values["x"], values["vae_cache_0"]], [values["out"], values["vae_cache_0_out"]], initializers,
-        value_info=[values["y"]],
-    )  # fmt: skip
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)])
+    weights = {"g.gamma": (16,), "a.conv.weight": (16, 16, 3, 3, 3), "a.conv.bias": (16,)}
+    return graph_of(nodes, shapes, weights, (["x", "vae_cache_0"], ["out", "vae_cache_0_out"]), "y")
 
 
 def small_codes(codes: str) -> ConvCodes:
@@ -232,25 +234,16 @@ def small_codes(codes: str) -> ConvCodes:
 def up_graph(behind: str = "upsample_time") -> onnx.ModelProto:
     """Upsampling and the convolution behind it, the frames' sizes told; or `behind` something else."""
     register_schemas()
-    shapes = {
-        "y": (1, 4, 6, 32),
-        "wide": (2, 8, 12, 16),
-        "out": (2, 8, 12, 24),
-        "vae_cache_0": (2, 4, 6, 32),
-        "h": (2, 4, 6, 32),
-    }
-    values = {n: helper.make_tensor_value_info(n, TensorProto.BFLOAT16, s) for n, s in shapes.items()}
+    small, large = (2, 4, 6, 32), (2, 8, 12, 16)
+    shapes = {"y": (1, 4, 6, 32), "wide": large, "out": (2, 8, 12, 24), "vae_cache_0": small, "h": small}
     attributes = {"domain": DOMAIN, **PLUGIN_ATTRIBUTES}
     given, made = (["y"], ["wide"]) if behind == "upsample_time" else (["y", "vae_cache_0"], ["wide", "h"])
     nodes = [
         helper.make_node(behind, given, made, **attributes),
         helper.make_node("conv_1x3x3", ["wide", "a.conv.weight", "a.conv.bias"], ["out"], **attributes),
     ]
-    sizes = (("a.conv.weight", (24, 16, 1, 3, 3)), ("a.conv.bias", (24,)))
-    initializers = [reference(n, TensorProto.BFLOAT16, list(s)) for n, s in sizes]
-    inputs, outputs = [values[n] for n in given], [values[n] for n in ("out", *made[1:])]
-    graph = helper.make_graph(nodes, "vae_steady", inputs, outputs, initializers, value_info=[values["wide"]])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)])
+    weights = {"a.conv.weight": (24, 16, 1, 3, 3), "a.conv.bias": (24,)}
+    return graph_of(nodes, shapes, weights, (given, ["out", *made[1:]]), "wide")
 
 
 @pytest.mark.parametrize("codes", CODES)

@@ -25,7 +25,8 @@ def vocabulary_from_texts(texts: Iterable[str], most: int = MOST) -> tuple[str, 
     if len(counts) <= most:
         return tuple(sorted(counts))
     ids = {piece: i for i, piece in enumerate(pieces_of(counts, most))}
-    used = {token for word in counts for token in tokens_of(word, ids) or ()}
+    longest = max(map(len, ids), default=0)
+    used = {token for word in counts for token in tokens_of(word, ids, longest) or ()}
     return tuple(sorted(piece for piece, token in ids.items() if token in used))
 
 
@@ -33,7 +34,8 @@ def extended(vocabulary: Sequence[str], texts: Iterable[str], most: int = MOST) 
     """`vocabulary`, its tokens where they were, with the words of `texts` that it cannot say behind them: `most` at most,
     beyond which pieces of the rarer ones take their places."""
     ids = {piece: i for i, piece in enumerate(vocabulary)}
-    counts = Counter(word for text in texts for word in words_of(text) if tokens_of(word, ids) is None)
+    longest = max(map(len, ids), default=0)
+    counts = Counter(word for text in texts for word in words_of(text) if tokens_of(word, ids, longest) is None)
     new = sorted(counts) if len(counts) <= most else pieces_of(counts, most)
     return (*vocabulary, *(piece for piece in new if piece not in ids))
 

@@ -59,17 +59,17 @@ def _spaced(sign: str) -> str:
     return sign if sign.isalnum() or sign == "_" or kind[0] == "M" else " "
 
 
-def tokens_of(word: str, ids: Mapping[str, int], longest: int | None = None) -> list[int] | None:
+def tokens_of(word: str, ids: Mapping[str, int], longest: int) -> list[int] | None:
     """The tokens of one word: itself, else its longest pieces from the left; None if there are none.
 
-    longest: characters of the longest piece, so that a word of thousands costs no more than a text of thousands.
+    longest: characters of the longest of `ids`, so that a word of thousands costs no more than a text of thousands.
     """
     if word in ids:
         return [ids[word]]
     found: list[int] = []
     start = 0
     while start < len(word):
-        ends = range(min(len(word), start + (longest or len(word))), start, -1)
+        ends = range(min(len(word), start + longest), start, -1)
         pieces = (((INSIDE if start else "") + word[start:end], end) for end in ends)
         piece, start = next((pair for pair in pieces if pair[0] in ids), ("", 0))
         if not piece:
