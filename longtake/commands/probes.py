@@ -155,10 +155,5 @@ def disk_finding(folder: Path) -> Finding:
         fix = "set LONGTAKE_HOME to a folder that you can write to"
         return Finding("disk", f"{folder} cannot be written to: {error.strerror}", False, fix, "builds")
     ok = free >= LOW_DISK_GB
-    return Finding(
-        "disk",
-        f"{free:.1f} GB free in {folder}",
-        ok,
-        "" if ok else f"free some space, such as models in {folder}",
-        "builds",
-    )
+    fix = "" if ok else f"free some space, such as models in {folder}"
+    return Finding("disk", f"{free:.1f} GB free in {folder}", ok, fix, "builds")

@@ -20,14 +20,16 @@ SUMS = [[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]] 
 
 
 def folded(weight: Tensor) -> Tensor:
-    """A weight [N,C,1,3,3] behind an upsampling to fp32 [4N,C,1,2,2] in front of it."""
+    """A weight [N,C,1,3,3], behind an upsampling, to fp32 [4N,C,1,2,2] in front of it; any other as it is."""
+    if tuple(weight.shape[2:]) != FOLDS:
+        return weight
     sums = torch.tensor(SUMS, device=weight.device)
     return torch.einsum("pai,qbj,nctij->pqnctab", sums, sums, weight.detach().float()).flatten(0, 2).contiguous()
 
 
 def stored_weight(weight: Tensor, codes: str) -> tuple[Tensor, Tensor]:
     """`coded_weight` of a convolution [N,C,t,y,x], folded where that can be."""
-    return coded_weight(folded(weight) if tuple(weight.shape[2:]) == FOLDS else weight, codes)
+    return coded_weight(folded(weight), codes)
 
 
 def spread(sets: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def conv_parts(base: str, weight: Tensor, codes: str) -> dict[str, Tensor]:
     from longtake.plugins.codes import coded_weight, factor_of
     from longtake.training.models.conv_calibration import UNKNOWN_PEAK
 
-    weight = folded(weight) if tuple(weight.shape[2:]) == FOLDS else weight
+    weight = folded(weight)
     pieces = [coded_weight(piece, codes) for piece in weight.split(max(1, CHUNK // weight[0].numel()))]
     worth = torch.cat([scale for _, scale in pieces]) / factor_of(UNKNOWN_PEAK, codes)
     return {f"{base}.codes": torch.cat([code for code, _ in pieces]), f"{base}.scale": worth}

@@ -105,9 +105,8 @@ def vae_latent(preset: Preset, folded: bool = False) -> Work:
 
 def chunk_work(recipe: Recipe, steps: int) -> dict[str, Work]:
     """Work of a steady chunk: "dit" (all passes and the clean one) and "vae"."""
-    preset = recipe.model
-    passes = dit_pass(preset, recipe.precision, recipe.cache) * (steps + 1)
-    return {"dit": passes, "vae": vae_latent(preset, recipe.vae_conv != "bf16") * preset.chunk_latents}
+    passes = dit_pass(recipe.model, recipe.precision, recipe.cache) * (steps + 1)
+    return {"dit": passes, "vae": vae_latent(recipe.model, recipe.vae_conv != "bf16") * recipe.model.chunk_latents}
 
 
 def floor_seconds(work: Work, recipe: Recipe, gpu: str | None) -> float | None:
