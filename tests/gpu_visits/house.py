@@ -1,4 +1,4 @@
-"""One visit to a GPU that compares two commits: `longtake bench` of the 5B fp8 recipe, alternating, on one card. Not run yet.
+"""One visit to a GPU that compares two commits: `longtake bench` of the 5B fp8 recipe, alternating, on one card.
 
     python tests/gpu_visits/house.py tree 769fc2a    # where git is: the old tree into build/house/before, which git ignores
     python tests/gpu_visits/house.py engines         # both trees export without weights and build, if that is not done yet
@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "house"
 SIDES = {"before": WORK / "before", "after": ROOT}
+KEPT = {"before": (), "after": ("--kept-windows", "0")}  # before, no layer kept its window between the passes of a chunk
 NOT_CARRIED = ("docs", "tests", "training/checkpoints")
 COMMITS = "commits.json"  # in the old tree: the machine of the visit has no history
 LIMIT_S = 570
@@ -83,7 +84,7 @@ def bench(side: str, run: int, recipe: str, deadline: float) -> dict[str, Any]:
     """The report of one run; one that is there already is read."""
     out = WORK / "bench" / f"{side}_{run}"
     if not (out / "bench.json").is_file() or report_in(out)["error"]:
-        words = ("--recipe", recipe, "--chunks", "2", "--warmup", "4", *places(side), "--out", str(out))
+        words = ("--recipe", recipe, "--chunks", "2", "--warmup", "4", *KEPT[side], *places(side), "--out", str(out))
         longtake(side, deadline, "bench", *words)
     return report_in(out)
 

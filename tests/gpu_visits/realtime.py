@@ -1,4 +1,4 @@
-"""What one visit to two H200 runs for real time; each part stays under ten minutes and keeps its JSON. Not run yet.
+"""What one visit to two H200 runs for real time; each part stays under ten minutes and keeps its JSON.
 
     python tests/gpu_visits/realtime.py tree         # where git is: the code before into build/house/before, for `write`
     python tests/gpu_visits/realtime.py test         # GPU tests of what is new here
@@ -15,7 +15,8 @@
     python tests/gpu_visits/realtime.py w4a16        # 4-bit weights beside compiled bf16 in the same run
 
 JSON goes to docs/measurements, or to --out. `windows` is before and after of one card in one visit. `--tiny` takes the small
-model's recipes, to try the parts out; on a CPU no figure is the product's.
+model's recipes, to try the parts out; on a CPU no figure is the product's. Not run yet: build with two ranks, build_world, ranks, write, world,
+world_tiny.
 """
 
 from __future__ import annotations

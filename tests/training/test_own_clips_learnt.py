@@ -1,4 +1,4 @@
-"""Eight clips of real footage, in full: a tuned model makes of a caption the clip that it stands for. Not run yet.
+"""Eight clips of real footage, in full: a tuned model makes of a caption the clip that it stands for.
 
     pytest -m long --basetemp OUT tests/training/test_own_clips_learnt.py
 
