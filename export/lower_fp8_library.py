@@ -134,7 +134,9 @@ class Fp8LibraryLowering:
             what = "linears of one input have another amax each"
             raise LongtakeError(what, got=amax, expected="the amax of their input", fix=fix)
         value = np.array([float(multiplier(torch.tensor(next(iter(amax.values())))))], np.float32)
-        name = f"{x}_factor".replace(".", "_")  # a dot is in names of parameters only, which a benchmark makes up
+        # By the first linear that reads it, not by the exporter's number for `x`: a rank's graph has other numbers. And no dot,
+        # which names of parameters alone have: a benchmark makes those up.
+        name = f"{names[0]}.input_factor".replace(".", "_")
         return self.rewriter.tensor(numpy_helper.from_array(value, name))
 
     def _op(self, op: str, inputs: Collection[str], outputs: list[str]) -> None:
