@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -23,6 +24,16 @@ def acquire_stream(device: torch.device, owner: object) -> torch.cuda.Stream:
         stream = waiting.pop() if waiting else torch.cuda.Stream(torch.device("cuda", index))
     weakref.finalize(owner, waiting.append, stream).atexit = False
     return stream
+
+
+@contextlib.contextmanager
+def on_own_stream(device: torch.device, owner: object) -> Iterator[None]:
+    """Inside, what this thread enqueues and waits for is a stream of its own: `.to("cpu")` does not wait for other threads' work.
+
+    So whatever is read must be whole already. Without a GPU nothing changes.
+    """
+    with torch.cuda.stream(acquire_stream(device, owner)) if device.type == "cuda" else contextlib.nullcontext():
+        yield
 
 
 def event_times(work: Callable[[], object], repeats: int) -> list[float]:

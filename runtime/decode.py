@@ -180,6 +180,11 @@ class DecodeQueue:
         self._settle_second_gpu()
         return copies
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of `state`, of a decoder by networks."""
+        return self.decoder.kept.bytes if isinstance(self.decoder, NetworkDecoder) else 0
+
     def load_state(self, tensors: list[Tensor]) -> None:
         """Continue from `tensors` (see Decoder.load_state); forgets an earlier error."""
         if self._last is not None:

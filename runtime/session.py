@@ -87,8 +87,6 @@ class Session(LiveChanges):
         here, state = self._position, "closed" if self._closed else "open"
         return f"<Session {state}: chunk {here.chunk} is next, {self.remaining} left, prompt {here.prompt!r:.60}>"
 
-    # ---- the chunk loop ------------------------------------------------------------------------------------------
-
     def __iter__(self) -> Iterator[Chunk]:
         return self
 
@@ -277,16 +275,19 @@ class Session(LiveChanges):
         """
         return retaken(self, self._takes, self._first, from_chunk, seed)
 
-    # ---- snapshots -----------------------------------------------------------------------------------------------
-
     @property
     def identity(self) -> Identity:
         """What a snapshot of this session fits."""
         inputs = self.inputs
         return identity_of(self.model, self.options, noise=inputs.noise is None, embeddings=inputs.embeddings is None)
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what a snapshot copies, but for latents."""
+        return self._state.bytes + (self._decoding.state_bytes if self._decoding else 0)
+
     def snapshot(self) -> Snapshot:
-        """A copy of the whole state, after everything generated is decoded."""
+        """A copy of the whole state, after everything generated is decoded; any thread may read it."""
         with self._turn("a snapshot", closed=True):
             return self._snapshot()
 
@@ -297,6 +298,7 @@ class Session(LiveChanges):
         tensors |= self._undecoded.tensors()
         if self._first is not None and self._position.chunk == 0:
             tensors[FIRST_LATENT] = self._first.clone()
+        self._synchronize()
         return Snapshot(self.identity, self._position, tensors)
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -183,6 +183,11 @@ class SessionState:
         """The shapes of `whole`."""
         return {f"{side}.{name}": s for side, state in self._sides.items() for name, s in state.shapes().items()}
 
+    @property
+    def bytes(self) -> int:
+        """Of `whole`."""
+        return sum(state.bytes for state in self._sides.values())
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy whole tensors over the state, in place."""
         for side, state in self._sides.items():

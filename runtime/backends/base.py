@@ -6,6 +6,7 @@ LongtakeError when it cannot be had; anything it raises during a call leaves no 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -34,7 +35,12 @@ class State:
         self.tensors = tensors
         self.loads = 0  # how often other tensors were copied over it
 
-    # What several ranks hold parts of (runtime/parallel), these three know as a whole.
+    # What several ranks hold parts of (runtime/parallel), these know as a whole.
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(math.prod(shape) * self.tensors[name].element_size() for name, shape in self.shapes().items())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""

@@ -26,7 +26,7 @@ from longtake.files import atomic_path
 
 BT709 = 1  # the code of the colour matrix, primaries and transfer that the stream is tagged with
 os.environ.setdefault("SVT_LOG", "1")  # else the AV1 encoder prints its settings for every fragment
-THREADS = 2  # fixed: what an encoder writes depends on how many it has
+LARGE = 640 * 480  # pixels; two threads keep up below
 ENDLESS = 100_000  # frames between two key frames: a fragment has one, its first
 ENCODERS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {  # the first that opens is taken
     "h264": (
@@ -58,6 +58,11 @@ class Codec:
         """Raise LongtakeError for a codec that there is not."""
         if self.name not in CODECS:
             raise LongtakeError("unknown codec", got=self.name, expected=" | ".join(CODECS), fix="leave codec out")
+
+    @property
+    def threads(self) -> int:
+        """Of the encoder. What it writes depends on how many it has, so it is a matter of the size, not of the machine."""
+        return 8 if self.width * self.height > LARGE else 2
 
     @property
     def options(self) -> dict[str, str]:
@@ -124,7 +129,7 @@ def _muxed(frames: np.ndarray, first_frame: int, number: int, codec: Codec) -> b
         stream: Any = container.add_stream(codec.encoder, rate=codec.fps, options=codec.options)
         stream.width, stream.height, stream.pix_fmt, stream.time_base = codec.width, codec.height, "yuv420p", tick
         context = stream.codec_context
-        context.gop_size, context.max_b_frames, context.thread_count = ENDLESS, 0, THREADS
+        context.gop_size, context.max_b_frames, context.thread_count = ENDLESS, 0, codec.threads
         context.colorspace = context.color_primaries = context.color_trc = BT709
         for index, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")

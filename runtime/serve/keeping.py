@@ -8,19 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from longtake.errors import LongtakeError
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.serve.fragments import Codec, fragment
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.serve.live import Live
-from longtake.runtime.session import Session
-from longtake.runtime.snapshot import Snapshot, snapshot_to_file
 from longtake.runtime.story import frame_count
 from longtake.training.models.presets import Preset
 
 log = logging.getLogger(__name__)
-
-SNAPSHOT_EVERY = 16  # chunks
 
 
 @dataclass(frozen=True)
@@ -43,24 +38,6 @@ def is_decoded(live: Live, chunk: Chunk) -> bool:
         elif chunk.index <= live.failed_at:
             raise
         return False  # those after it share its fate
-
-
-def state_after(session: Session, chunk: Chunk) -> Snapshot | None:
-    """The whole state, now and then. None, too, if it cannot be had: that a chunk was not decoded its frames will tell."""
-    if (chunk.index + 1) % SNAPSHOT_EVERY:
-        return None
-    try:
-        return session.snapshot()
-    except (LongtakeError, RuntimeError) as error:
-        log.warning("no state is kept after chunk %d: %s", chunk.index, error)
-        return None
-
-
-def keep_state(journal: Journal, state: Snapshot) -> None:
-    """Keep a whole state; older ones go."""
-    chunk = state.position.chunk
-    snapshot_to_file(state, journal.snapshot_path(chunk))
-    journal.keep_snapshots(chunk)
 
 
 def keep_chunk(journal: Journal, preset: Preset, chunk: Chunk, position: dict[str, Any]) -> Kept:

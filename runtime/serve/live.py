@@ -14,7 +14,7 @@ from longtake.runtime.serve.grants import Event, Grant
 from longtake.runtime.serve.journal import Journal
 from longtake.runtime.session import Session
 
-AHEAD = 2  # chunks made but not yet in the journal: one being decoded, one being encoded
+AHEAD = 2  # chunks that are not yet in the journal while the next is made: one being decoded, one being encoded
 
 
 def store_full(error: OSError) -> tuple[str, str, LongtakeError]:
@@ -78,7 +78,7 @@ class Live:
         if self.attempts and self.made != self.handled:
             return False  # if it fails again, the session is over: nobody may write into it then
         within = self.window is None or self.index - self.window <= self.shown
-        return within and self.index - self.committed < AHEAD
+        return within and self.index - self.committed <= AHEAD
 
     @property
     def waits_for_viewer(self) -> bool:

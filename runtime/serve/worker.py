@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from longtake.cuda_streams import on_own_stream
 from longtake.errors import LongtakeError
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
@@ -22,11 +23,12 @@ from longtake.runtime.serve.changes import taken
 from longtake.runtime.serve.describe import description
 from longtake.runtime.serve.grants import Ack, Change, ChangeRefusedError, Event, Grant, Running
 from longtake.runtime.serve.journal import Journal, LeaseLostError
-from longtake.runtime.serve.keeping import is_decoded, keep_chunk, keep_state, state_after
+from longtake.runtime.serve.keeping import is_decoded, keep_chunk
 from longtake.runtime.serve.live import Live, store_full
 from longtake.runtime.serve.logs import shown
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, take_in_clip
+from longtake.runtime.serve.states import StateKeeper, is_worth_keeping, keep_state, state_after
 from longtake.runtime.serve.store import Store
 from longtake.runtime.snapshot import Snapshot
 
@@ -48,6 +50,7 @@ class Worker:
         self._turn = 0
         self._wake = threading.Condition()
         self._encoding: queue.Queue[tuple[Live, Chunk, dict[str, Any], Snapshot | None] | None] = queue.Queue()
+        self._states = StateKeeper(name, generator.backend.device)
         self._threads = [
             threading.Thread(target=target, name=f"longtake-{name}", daemon=True)
             for name, target in (("device", self._run_device), ("encode", self._run_encoder))
@@ -73,8 +76,6 @@ class Worker:
                 if not live.ending:
                     live.ending, live.why = "park", why
             self._wake.notify_all()
-
-    # ---- what the front asks for: called in the event loop -----------------------------------------------------------
 
     async def stream(self, grant: Grant, window: int | None) -> AsyncGenerator[Event]:
         """Make the session's chunks for as long as this is iterated; events say what there is."""
@@ -148,8 +149,6 @@ class Worker:
         finally:
             with self._wake:
                 self._wake.notify_all()
-
-    # ---- the device thread ---------------------------------------------------------------------------------------
 
     def _run_device(self) -> None:
         while not self._closed:
@@ -270,8 +269,7 @@ class Worker:
         """Keep the whole state, so that resuming is quick; the journal alone would do."""
         assert live.session is not None
         try:
-            if live.committed and not any(chunk == live.committed for chunk, _ in live.journal.snapshots()):
-                live.journal.require_lease()
+            if is_worth_keeping(live.session, live.journal):
                 keep_state(live.journal, live.session.snapshot())
         except (LongtakeError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
             log.warning("session %s: its state is not kept: %s", live.grant.session, error)
@@ -301,24 +299,25 @@ class Worker:
         detail = {key: str(value) for key, value in detail.items() if value is not None}
         live.tell("end", state=state, reason=reason, code=code, detail=detail, chunks=live.committed)
 
-    # ---- the encoder's thread --------------------------------------------------------------------------------------
-
     def _run_encoder(self) -> None:
-        while (job := self._encoding.get()) is not None:
-            live, chunk, facts, state = job
-            try:
-                if not live.over and is_decoded(live, chunk):
-                    self._keep(live, chunk, facts, state)
-            except LeaseLostError as error:
-                self._over(live, "lost", error.what, "lease_lost")
-            except OSError as error:
-                self._over(live, "parked", *store_full(error))
-            except Exception as error:
-                log.exception("session %s: chunk %d is lost", live.grant.session, chunk.index)
-                known = error if isinstance(error, LongtakeError) else None
-                self._over(live, "failed", known.what if known else type(error).__name__, "chunk_failed", known)
-            live.handled += 1
-            del job, chunk, state
+        with on_own_stream(self.generator.backend.device, self):
+            while (job := self._encoding.get()) is not None:
+                self._encode(*job)
+                del job
+
+    def _encode(self, live: Live, chunk: Chunk, facts: dict[str, Any], state: Snapshot | None) -> None:
+        try:
+            if not live.over and is_decoded(live, chunk):
+                self._keep(live, chunk, facts, state)
+        except LeaseLostError as error:
+            self._over(live, "lost", error.what, "lease_lost")
+        except OSError as error:
+            self._over(live, "parked", *store_full(error))
+        except Exception as error:
+            log.exception("session %s: chunk %d is lost", live.grant.session, chunk.index)
+            known = error if isinstance(error, LongtakeError) else None
+            self._over(live, "failed", known.what if known else type(error).__name__, "chunk_failed", known)
+        live.handled += 1
 
     def _keep(self, live: Live, chunk: Chunk, facts: dict[str, Any], state: Snapshot | None) -> None:
         """Put a chunk into the journal, say that it is there."""
@@ -333,7 +332,7 @@ class Worker:
         self.meters.chunk(kept.ms, kept.frames, seconds, journal.meta.fps, kept.bytes)
         log.info("chunk", extra={"session": journal.id, "chunk": chunk.index, "ms": kept.ms})
         if state is not None:
-            keep_state(journal, state)
+            self._states.keep(journal, state)
 
     def close(self, within: float) -> None:
         """Let the running chunk end and park every session, for `within` seconds at most; then end the threads."""
@@ -348,3 +347,4 @@ class Worker:
         self._encoding.put(None)
         for thread in self._threads:
             thread.join(2)
+        self._states.close(2)
