@@ -141,3 +141,11 @@ def test_every_segment_builds(cut: CutNetwork, target: str) -> None:
     for segment in cut.graph.segments:
         plan, _ = engine_from_onnx(segment_job(segment, cut.models[segment.name]), target, flavour_for(None), False)
         assert plan
+
+
+def test_factors_are_named_by_what_reads_them(exported: Package) -> None:
+    """A rank's graph, in which the exporter counts otherwise, takes the factors of the whole network by name."""
+    model = read_onnx(exported[1] / "dit.onnx", "small")
+    factors = {tensor.name for tensor in model.graph.initializer if tensor.name.endswith("_factor")}
+    assert bool(factors) == (exported[0].precision == "fp8")
+    assert all(name.startswith(("blocks_0_", "blocks_1_")) for name in factors)
