@@ -20,8 +20,8 @@ THREADS = 256
 def _spec(scaled: bool) -> OpSpec:
     """E2M1 value x E4M3 block scale, exact in bf16, for whoever applies the tensor's scale to the product's output; `scaled`:
     times that scale as well, and rounded."""
-    inputs = (TensorSpec("values", "int8", ("N", "K/2")), TensorSpec("scales", "int8", ("N", "K/16")))
-    inputs += (TensorSpec("scale", "fp32", ()),) if scaled else ()
+    packed = TensorSpec("values", "int8", ("N", "K/2")), TensorSpec("scales", "int8", ("N", "K/16"))
+    inputs = (*packed, TensorSpec("scale", "fp32", ())) if scaled else packed
     name = "nvfp4_dequantize_scaled" if scaled else "nvfp4_dequantize"
     return OpSpec(name, inputs=inputs, outputs=(TensorSpec("weight", "compute", ("N", "K")),))
 

@@ -68,7 +68,9 @@ def test_a_weight_without_its_scale_is_refused(exported: Package, small_models, 
     recipe, folder = exported
     export, model = Export.read(folder), read_onnx(folder / "dit.onnx")
     shapes = {name: small_models.dit.get_parameter(f"{name}.weight").shape for name in export.networks["dit"].linears}
-    expected = Expected(dit_spec(small_models.preset, recipe.cache), "w4a16", recipe.cache, LAYERS, shapes, library=True)
+    expected = Expected(
+        dit_spec(small_models.preset, recipe.cache), "w4a16", recipe.cache, LAYERS, shapes, library=True
+    )
     check_structure(folder / "dit.onnx", expected)
     node = next(node for node in model.graph.node if node.op_type == "nvfp4_dequantize_scaled")
     node.op_type = "nvfp4_dequantize"
