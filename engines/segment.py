@@ -190,10 +190,16 @@ def _model_of(view: GraphView, body: _Body) -> onnx.ModelProto:
 def _ordered_steps(view: GraphView, bodies: dict[int, _Body]) -> Iterable[Step]:
     for depth in range(view.max_depth + 1):
         if body := bodies.get(depth):
-            yield from (_op_step("unpack", view.unpacks[name]) for name in body.weights if name in view.unpacks)
+            yield from _unpacked(view, body.weights)
             yield Step("segment", body.plan, tuple(body.inputs), tuple(body.outputs))
-        here = (op for op in view.ops if view.depth[op.output[0]] == depth)
-        yield from (_op_step(KINDS.get(op.domain, "view"), op) for op in here)
+        for op in (op for op in view.ops if view.depth[op.output[0]] == depth):
+            yield from _unpacked(view, op.input)
+            yield _op_step(KINDS.get(op.domain, "view"), op)
+
+
+def _unpacked(view: GraphView, names: Iterable[str]) -> Iterable[Step]:
+    """What unpacks those of `names` that are packed weights."""
+    return (_op_step("unpack", view.unpacks[name]) for name in names if name in view.unpacks)
 
 
 def _in_place(steps: Iterable[Step]) -> list[Step]:

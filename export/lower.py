@@ -8,9 +8,10 @@ nvfp4   y = Gemm( DQ(DQ(TRT_FP4DynamicQuantize(x))), DQ(DQ(W)), b )
         W as FLOAT4E2M1 and FLOAT8E4M3FN initializers; x quantized with its *calibrated* amax, block scales at run time
 fp8     see lower_fp8
 
-Where a library runs the linears (`library`), the products of fp8 and bf16 become ops of ours (bf16: with the bias, and
-with the GELU that follows, which the library computes on the way out; fp8: see lower_fp8_library), so that the graph is
-cut at them.
+Where a library runs the linears (`library`), the products become ops of ours, so that the graph is cut at them. In bf16
+they take the bias, and the GELU that follows, which the library computes on the way out. In w4a16 they do as well, and
+nvfp4_dequantize_scaled unpacks the weight right before each, g included: torch's bf16 products take no factor that lies on
+the device. For fp8 see lower_fp8_library.
 
 Lowering touches the graph only: packed weights go in as references (name, type, shape), and `packed_weight` makes their
 content from one weight at a time, when the files are written. So a graph of any size is lowered without its weights.
@@ -22,7 +23,7 @@ rule (`plugins.nvfp4.weight_format`), for weights: codes and scales of static_6 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -40,7 +41,7 @@ from longtake.plugins.spec import DOMAIN, PLUGIN_ATTRIBUTES
 
 ACTIVATION_DOMAIN = "trt"
 ACTIVATION_OP = "TRT_FP4DynamicQuantize"
-WEIGHT_OP = "nvfp4_dequantize"
+WEIGHT_OP, SCALED_WEIGHT_OP = "nvfp4_dequantize", "nvfp4_dequantize_scaled"
 
 
 Amax = Mapping[str, Mapping[str, float]]
@@ -61,14 +62,14 @@ def lower(
         linears: state-dict prefixes, "blocks.0.ffn.2".
         amax: linear name -> {"input": amax of the activation, "weight": amax of the weight}; see CALIBRATED.
             None stands for not known: the graph gets placeholders.
-        library: whether the products become ops that a library runs; in "fp8" and "bf16" only.
+        library: whether the products become ops that a library runs; not in "nvfp4".
 
     Raises:
         LongtakeError: a Linear is not a Gemm with a transposed weight, or has no usable amax.
     """
+    if library and precision in ("bf16", "w4a16"):
+        return _library_linears(model, linears, packed=precision == "w4a16")
     if precision == "bf16":
-        if library:
-            _library_linears(model, linears)
         return []
     rewriter = Rewriter(model)
     named = {linear_name(node): node for node in model.graph.node if linear_name(node) in linears}
@@ -89,9 +90,10 @@ def lower(
     return list(named)
 
 
-def _library_linears(model: onnx.ModelProto, linears: Collection[str]) -> None:
-    """Every Linear named in `linears` as a linear_bf16, or as a linear_gelu_bf16 where a GELU (tanh) alone reads it."""
-    rewriter, taken = Rewriter(model), set()
+def _library_linears(model: onnx.ModelProto, linears: Collection[str], packed: bool) -> list[str]:
+    """Every Linear named in `linears` as a linear_bf16, or as a linear_gelu_bf16 where a GELU (tanh) alone reads it; `packed`:
+    its weight unpacked right before it. Returns those whose weights are packed."""
+    rewriter, taken, unpacked = Rewriter(model), set(), list[str]()
     readers = Counter(name for node in model.graph.node for name in node.input)
     gelus = {n.input[0]: n for n in model.graph.node if is_tanh_gelu(n) and readers[n.input[0]] == 1}
     for node in model.graph.node:
@@ -99,13 +101,18 @@ def _library_linears(model: onnx.ModelProto, linears: Collection[str]) -> None:
             if node.output[0] not in taken:
                 rewriter.nodes.append(node)
             continue
-        _require_linear(node, linear_name(node))
+        _require_linear(node, name := linear_name(node))
+        x, weight, *bias = node.input
+        if packed:
+            weight = _unpacked_weight(rewriter, weight, SCALED_WEIGHT_OP, _packed_initializers(rewriter, weight, False))
+            unpacked.append(name)
         gelu = gelus.get(node.output[0])
         op, output = ("linear_gelu_bf16", gelu.output[0]) if gelu else ("linear_bf16", node.output[0])
         taken |= {output} if gelu else set()
-        rewriter.node(op, list(node.input), output, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
+        rewriter.node(op, [x, weight, *bias], output, domain=DOMAIN, **PLUGIN_ATTRIBUTES)
     rewriter.finish()
     _import_domains(model, DOMAIN)
+    return unpacked
 
 
 def packed_weight(
@@ -172,9 +179,13 @@ def _packed_initializers(rewriter: Rewriter, name: str, fp4: bool) -> tuple[str,
 def _weight_only(rewriter: Rewriter, gemm: NodeProto, input_amax: float) -> None:
     name, out = gemm.input[1], gemm.output[0]
     *packed, scale = _packed_initializers(rewriter, name, fp4=False)
-    weight = rewriter.node(WEIGHT_OP, packed, f"{name}.dequantized", domain=DOMAIN, **PLUGIN_ATTRIBUTES)
+    weight = _unpacked_weight(rewriter, name, WEIGHT_OP, packed)
     product = rewriter.node("Gemm", [gemm.input[0], weight], f"{out}.unscaled", transB=1)
     rewriter.scale_and_add(product, scale, gemm.input[2:], out)
+
+
+def _unpacked_weight(rewriter: Rewriter, name: str, op: str, packed: Sequence[str]) -> str:
+    return rewriter.node(op, list(packed), f"{name}.dequantized", domain=DOMAIN, **PLUGIN_ATTRIBUTES)
 
 
 def _weight_and_activation(rewriter: Rewriter, gemm: NodeProto, input_amax: float) -> None:

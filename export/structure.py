@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from longtake.dtypes import DTYPES
 from longtake.errors import IntegrityError
-from longtake.export.lower import ACTIVATION_DOMAIN, WEIGHT_OP
+from longtake.export.lower import ACTIVATION_DOMAIN, SCALED_WEIGHT_OP, WEIGHT_OP
 from longtake.export.rewriter import linear_name
 from longtake.formats.onnx_file import data_sizes, read_onnx, tensor_bytes
 from longtake.plugins import exchange
@@ -53,7 +53,7 @@ class Expected:
         ops = Counter({op.name: self.layers for op in all_ops().values() if slots <= set(op.spec.inputs)})
         ops["qk_norm_rope"] = self.layers
         if self.precision == "w4a16":
-            ops[WEIGHT_OP] = len(self.linears)
+            ops[SCALED_WEIGHT_OP if self.library else WEIGHT_OP] = len(self.linears)
         if self.library and self.layers:
             ops += self._library_ops()
         return +ops + Counter(self.streams)

@@ -180,7 +180,7 @@ class Launcher(OpLauncher):
         return tuple(a if isinstance(a, int) else known[a] for a in call.arguments)
 
 
-_SCALARS = (("1",), ("W",), ("S", "2"))  # read element by element, so the alignment of their type is enough
+_SCALARS = ((), ("1",), ("W",), ("S", "2"))  # read element by element, so the alignment of their type is enough
 
 
 def way_names(op: Op) -> str:

@@ -151,7 +151,7 @@ class Op:
     @property
     def unpacks_weight(self) -> bool:
         """Whether it makes a weight of 4-bit values and their scales."""
-        return [tensor.name for tensor in self.spec.inputs] == ["values", "scales"]
+        return self.spec.names[:2] == ("values", "scales")
 
     @property
     def of_frames(self) -> bool:

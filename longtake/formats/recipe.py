@@ -85,9 +85,9 @@ class Recipe:
         if not re.fullmatch(r"[0-9]+\.[0-9]", self.compute_capability):
             what, fix = f"recipe {self.name}: bad compute_capability", "compute_capability: '12.0'"
             raise LongtakeError(what, got=repr(self.compute_capability), expected="such as '12.0'", fix=fix)
-        if self.linears == "library" and (self.mode != "segmented" or self.precision not in ("fp8", "bf16")):
+        if self.linears == "library" and (self.mode != "segmented" or self.precision not in ("fp8", "bf16", "w4a16")):
             what, got = f"recipe {self.name}: a library cannot run these linears", f"{self.precision}, {self.mode}"
-            raise LongtakeError(what, got=got, expected="fp8 or bf16, segmented", fix="set linears: engine")
+            raise LongtakeError(what, got=got, expected="fp8, bf16 or w4a16, segmented", fix="set linears: engine")
         if self.vae_ops == "library" and self.mode != "segmented":
             what = f"recipe {self.name}: a library cannot run this VAE decoder"
             raise LongtakeError(what, got=self.mode, expected="segmented", fix="set vae_ops: engine")

@@ -35,7 +35,7 @@ class Step:
     """One thing to run, in order; `inputs` and `outputs` are tensors of the whole graph.
 
     segment: run plan `name`. op: launch custom op `name`. unpack: like op, but all inputs are weights, and the output
-    is needed only by the segment that follows, so it may live in reused scratch. view: the output is the input in
+    is needed only by the segment or op that follows, so it may live in reused scratch. view: the output is the input in
     another shape, the same bytes. exchange: all ranks trade parts of the inputs (plugins/exchange.py);
     a halo is traded in place and has no output; "halo_2" has two ghost rows.
     """

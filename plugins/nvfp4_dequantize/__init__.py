@@ -1,1 +1,1 @@
-"""The nvfp4_dequantize op: description, reference, kernel."""
+"""The nvfp4_dequantize ops: description, reference, kernel."""

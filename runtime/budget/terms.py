@@ -303,11 +303,10 @@ def _denoise_estimate(recipe: Recipe, preset: Preset, ranks: int) -> int:
     if recipe.mode == "fused":
         return hidden
     rows = 2 * tokens * ((6 if ranks == 1 else 9) * dit.dim)  # q, k, v, the residual stream and what a segment hands on
-    if recipe.linears == "library":  # step by step: the window laid out, or one inner tensor of the FFN
-        return rows + max(
-            2 * preset.window_chunks * preset.chunk_tokens * 2 * dit.dim // ranks, hidden // FFN_TENSORS_ALIVE
-        )
     packed = recipe.precision in ("w4a16", "nvfp4")
+    if recipe.linears == "library":  # step by step: the window laid out, or one inner tensor of the FFN and its weight
+        inner = hidden // FFN_TENSORS_ALIVE + 2 * packed * dit.dim * dit.ffn_dim
+        return rows + max(2 * preset.window_chunks * preset.chunk_tokens * 2 * dit.dim // ranks, inner)
     unpacked = 2 * _linear_parameters(preset, "dit") // dit.layers if packed else 0  # one block's
     return rows + unpacked + hidden
 

@@ -21,11 +21,12 @@ from longtake.export.functions import (
     translation_table,
 )
 from longtake.plugins.cases import op_inputs
+from longtake.plugins.nvfp4_dequantize.reference import decode_weight
 from longtake.plugins.registry import all_ops, kernel_ops, op_named
 from longtake.plugins.shapes import size_of
 from longtake.plugins.spec import DOMAIN
 
-MAKES_BF16 = ("nvfp4_dequantize", "linear_fp8")  # whatever the inputs' dtype
+MAKES_BF16 = ("nvfp4_dequantize", "nvfp4_dequantize_scaled", "linear_fp8")  # whatever the inputs' dtype
 S, L, H, D = 4, 24, 3, 32
 SIZES = {"S": S, "L": L, "H": H, "D": D, "T": 3, "P": 6, "F": 2, "Y": 5, "X": 4, "C": 16, "E": 5}
 FLOAT, BF16, INT8, INT32 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.INT32
@@ -114,8 +115,9 @@ def test_write_body_stores_the_same_bytes_as_the_reference(fmt: str) -> None:
             assert torch.equal(ours, theirs)
 
 
-def test_weight_body_is_bit_equal_and_serves_every_size() -> None:
-    model = onnx.inliner.inline_local_functions(model_of("nvfp4_dequantize"))
+@pytest.mark.parametrize("name, rest", [("nvfp4_dequantize", ()), ("nvfp4_dequantize_scaled", (torch.tensor(0.37),))])
+def test_weight_body_is_bit_equal_and_serves_every_size(name: str, rest: tuple[Tensor, ...]) -> None:
+    model = onnx.inliner.inline_local_functions(model_of(name))
     for node in model.graph.node:  # numpy has no bf16: read the exact values as fp32
         for attribute in node.attribute:
             if attribute.name == "to" and attribute.i == BF16:
@@ -124,8 +126,9 @@ def test_weight_body_is_bit_equal_and_serves_every_size() -> None:
     for rows, columns in ((1, 16), (48, 96), (256, 64)):
         values = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
         scales = torch.randint(0, 127, (rows, columns // 16), dtype=torch.int8)
-        expected = op_named("nvfp4_dequantize").reference(values, scales)
-        assert torch.equal(run(model, (values, scales))[0], expected.float())
+        exact = decode_weight(values, scales) * (rest[0] if rest else 1)
+        assert torch.equal(run(model, (values, scales, *rest))[0], exact)
+        assert torch.equal(op_named(name).reference(values, scales, *rest), exact.to(torch.bfloat16))
 
 
 def test_norm_and_rope_body_equals_the_reference() -> None:

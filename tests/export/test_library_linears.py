@@ -14,6 +14,7 @@ from longtake.engines.build import segment_job
 from longtake.engines.compile import engine_from_onnx
 from longtake.engines.segment import CutNetwork, segments_from_onnx
 from longtake.errors import IntegrityError, LongtakeError
+from longtake.export.files import write_onnx
 from longtake.export.package import export_package
 from longtake.export.structure import Expected, check_structure
 from longtake.formats.exported import Export
@@ -24,9 +25,9 @@ from longtake.paths import REPOSITORY
 from longtake.runtime.backends.segments.arena import aliases_of, memory_layout, storage_bytes
 from longtake.training.models.wan.spec import dit_spec
 
-pytestmark = pytest.mark.slow  # two exports
+pytestmark = pytest.mark.slow  # three exports
 
-PRECISIONS = ("fp8", "bf16")
+PRECISIONS = ("fp8", "bf16", "w4a16")
 Package = tuple[Recipe, Path]
 
 
@@ -61,6 +62,24 @@ def test_a_package_of_linears_in_the_engine_is_another(exported: Package, small_
         check_structure(folder / "dit.onnx", Expected(spec, recipe.precision, recipe.cache, 2))
 
 
+@pytest.mark.parametrize("exported", ["w4a16"], indirect=True)
+def test_a_weight_without_its_scale_is_refused(exported: Package, small_models, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """As it is where the engine multiplies, which applies the scale afterwards; a library does not."""
+    recipe, folder = exported
+    export, model = Export.read(folder), read_onnx(folder / "dit.onnx")
+    shapes = {name: small_models.dit.get_parameter(f"{name}.weight").shape for name in export.networks["dit"].linears}
+    expected = Expected(
+        dit_spec(small_models.preset, recipe.cache), "w4a16", recipe.cache, LAYERS, shapes, library=True
+    )
+    check_structure(folder / "dit.onnx", expected)
+    node = next(node for node in model.graph.node if node.op_type == "nvfp4_dequantize_scaled")
+    node.op_type = "nvfp4_dequantize"
+    del node.input[2]
+    write_onnx(model, tmp_path / "dit.onnx")
+    with pytest.raises(IntegrityError, match=r"another number of custom ops\n  got: .*'nvfp4_dequantize': 1"):
+        check_structure(tmp_path / "dit.onnx", expected)
+
+
 LAYERS = 2
 BETWEEN = {
     "norm_modulate": 1,
@@ -79,6 +98,8 @@ def test_a_layer_is_ops_and_nothing_of_it_is_left_to_the_engine(exported: Packag
     ops = Counter(step.name for step in cut.graph.steps if step.kind == "op")
     linears = {"linear_fp8": 4 * LAYERS - 1, "linear_rows_fp8": 4 * LAYERS + 1, "quantize_fp8": 2 * LAYERS,
                "gelu_quantize_fp8": LAYERS} if fp8 else {"linear_bf16": 7 * LAYERS, "linear_gelu_bf16": LAYERS}  # fmt: skip
+    unpacked = [step.name for step in cut.graph.steps if step.kind == "unpack"]
+    assert unpacked == ["nvfp4_dequantize_scaled"] * (8 * LAYERS if exported[0].precision == "w4a16" else 0)
     between = {f"{name}_fp8" if fp8 else name: count for name, count in BETWEEN.items()}
     cache = {f"kv_cache_write_{exported[0].cache}": LAYERS, f"sink_attention_{exported[0].cache}": LAYERS}
     assert ops == linears | between | OWN | cache
@@ -103,6 +124,20 @@ def test_no_segment_multiplies_by_a_weight_of_the_blocks(cut: CutNetwork) -> Non
     }
     read = {name for step in cut.graph.steps if step.kind == "segment" for name in step.inputs}
     assert not {name for name in packed if ".weight" in name} & read
+
+
+def test_a_packed_weight_is_unpacked_right_before_its_product(exported: Package, cut: CutNetwork) -> None:
+    """In memory that is free again right after it; 4 bits of it, and the scale, are what lies on the device."""
+    steps = cut.graph.steps
+    pairs = [(step, after) for step, after in zip(steps, steps[1:]) if step.kind == "unpack"]
+    assert bool(pairs) == (exported[0].precision == "w4a16")
+    for step, product in pairs:
+        (weight,) = step.outputs
+        assert product.name in ("linear_bf16", "linear_gelu_bf16") and product.inputs[1] == weight
+        assert [s for s in steps if weight in s.inputs] == [product] and weight not in cut.graph.weights
+        base = weight.removesuffix(".dequantized")
+        assert step.inputs == tuple(f"{base}.{part}" for part in ("values", "scales", "scale"))
+        assert set(step.inputs) <= set(cut.graph.weights) and cut.graph.tensors[weight].dtype == "bf16"
 
 
 def test_activations_cross_in_few_bits(exported: Package, cut: CutNetwork) -> None:

@@ -174,7 +174,7 @@ def test_properties_follow_from_the_spec() -> None:
         "sink_attention_bf16",
         "frame_attention",
     ]
-    assert [name for name, op in ops.items() if op.unpacks_weight] == ["nvfp4_dequantize"]
+    assert [name for name, op in ops.items() if op.unpacks_weight] == ["nvfp4_dequantize", "nvfp4_dequantize_scaled"]
     assert {op.runs_in for name, op in ops.items() if name.startswith(("linear", "conv", "cross"))} == {"library"}
     assert all(op.first_frame in ops for op in ops.values() if op.first_frame)
     assert all(op.quantized in ops for op in ops.values() if op.quantized)

@@ -1,7 +1,7 @@
 """Segmented execution: engine segments, the plugins' kernels launched between them, all on one stream.
 
 Weights are engine inputs, from a WeightSource (the exported ONNX file, by default); 4-bit ones stay 4-bit on the
-device and are unpacked just before the segment that needs them, into memory that is free again right after it.
+device and are unpacked just before the segment or op that needs them, into memory that is free again right after it.
 """
 
 from __future__ import annotations

@@ -58,6 +58,19 @@ def test_each_further_rank_takes_less_and_weights_stay() -> None:
     assert two.apart == one.apart  # the first rank has the encoders
 
 
+def test_each_rank_unpacks_whole_weights_for_a_library() -> None:
+    """One at a time, the largest beside its share of the FFN's inner tensor: more than its share of the window is."""
+    packed, model = recipe_named("wan2.2-ti2v-5b_w4a16_sm90"), LARGE.model
+    (one, four), (_, packed_four) = (
+        [terms(budget_of(recipe, Use(ranks=ranks)))["DiT working memory"] for ranks in (1, 4)]
+        for recipe in (LARGE, packed)
+    )
+    window = 4 * model.window_chunks * model.chunk_tokens * model.dit.dim // 4
+    inner = 2 * model.chunk_tokens * model.dit.ffn_dim // 4
+    assert packed_four - four == inner + 2 * model.dit.dim * model.dit.ffn_dim - window > 0
+    assert one == terms(budget_of(packed))["DiT working memory"]  # where the window is the larger
+
+
 def test_a_decoder_that_is_not_cut_is_the_first_ranks_alone() -> None:
     recipe = replace(LARGE, vae_ops="engine")
     one, two = (terms(budget_of(recipe, Use(ranks=ranks))) for ranks in (1, 2))
