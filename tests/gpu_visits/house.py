@@ -25,7 +25,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "house"
 SIDES = {"before": WORK / "before", "after": ROOT}
-KEPT = {"before": (), "after": ("--kept-windows", "0")}  # before, no layer kept its window between the passes of a chunk
+KEPT = {
+    "before": (),
+    "after": ("--kept-windows", "0"),
+}  # before, no layer kept its window between the passes of a chunk
 NOT_CARRIED = ("docs", "tests", "training/checkpoints")
 COMMITS = "commits.json"  # in the old tree: the machine of the visit has no history
 LIMIT_S = 570
