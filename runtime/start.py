@@ -24,6 +24,7 @@ from longtake.image import (
     rgb_pixels,
 )
 from longtake.image_cover import covering
+from longtake.runtime.chunk import tensor_of
 from longtake.runtime.clip import check_clip, latents_from_clip
 from longtake.runtime.session import Session
 from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
@@ -64,11 +65,15 @@ class Start:
         }
 
     def check(self) -> None:
-        """Raise LongtakeError for a file that cannot be used, as far as that is known without a model."""
+        """Raise LongtakeError for a picture or clip that cannot be used, as far as that is known without a model."""
         if isinstance(self.image, (str, Path)):
             image_from_file(self.image, LEAST_SIDE, LEAST_SIDE)
+        elif self.image is not None:
+            self._pixels()
         if isinstance(self.clip, (str, Path)):
             check_clip(Path(self.clip))
+        elif self.clip is not None:
+            tensor_of(self.clip, "a path, or ")
 
     def _pixels(self) -> np.ndarray:
         """The given picture as it is, uint8 [H, W, 3]."""

@@ -5,7 +5,6 @@ Legend: N frames.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from longtake.runtime.camera_files import (
     Numbers,
     default_intrinsics,
     intrinsics_from,
+    numbers_of,
     of_frames,
     poses_from,
 )
 from longtake.training.models.camera_poses import relative_poses
 from longtake.training.models.presets import SHIPPED, Preset
 from longtake.training.models.sana_wm.actions import Pace, keys_of_frames
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,17 +76,27 @@ class View:
                 "a camera has one path", got="action and camera", expected="one of the two", fix="leave one out"
             )
 
+    def check_values(self) -> None:
+        """Raise LongtakeError for keys, numbers and files that are none, as far as that is known without a model."""
+        self._pace(Pace.fps)
+        keys_of_frames(self.action or "none-1")
+        if self.camera is not None:
+            poses_from(self.camera)
+        if self.intrinsics is not None:
+            numbers_of(self.intrinsics, "the intrinsics")
+
+    def _pace(self, fps: float) -> Pace:
+        return Pace(
+            Pace.speed if self.speed is None else self.speed, Pace.turn if self.turn is None else self.turn, fps
+        )
+
     def position(self, preset: Preset, picture_hw: tuple[int, int], frames: int) -> CameraPosition:
         """The camera of a video of `frames` frames that starts from a picture of that size.
 
         Raises:
             LongtakeError: a path ends before the video, or something is no camera, no action or no intrinsics.
         """
-        pace = Pace(
-            Pace.speed if self.speed is None else self.speed,
-            Pace.turn if self.turn is None else self.turn,
-            float(preset.fps),
-        )
+        pace = self._pace(float(preset.fps))
         keys = () if self.action is None else keys_of_frames(self.action)
         poses = () if self.camera is None else _path(self.camera, frames)
         return CameraPosition(self._intrinsics(preset, picture_hw, frames), pace, keys=keys, poses=poses)
@@ -96,7 +104,6 @@ class View:
     def _intrinsics(self, preset: Preset, picture_hw: tuple[int, int], frames: int) -> Any:
         size = preset.height, preset.width
         if self.intrinsics is None:
-            log.warning("no intrinsics: a camera is assumed that sees 60 degrees across")
             values = default_intrinsics(*size)
         else:
             cover, _ = cover_of(picture_hw, *size)

@@ -14,6 +14,7 @@ from longtake.accuracy.compare import compare_networks
 from longtake.accuracy.rows import LAYERS_FIX, Row, require_gate, table
 from longtake.errors import LongtakeError
 from longtake.formats.exported import Export
+from longtake.formats.model_name import full_name, parts_of
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_outputs
@@ -103,8 +104,8 @@ def recipe_and_source(options: CheckOptions) -> tuple[Recipe, Source]:
             fix="pass --model tiny-4step",
         )
     recipe = None if options.recipe is None else recipe_named(options.recipe)
-    if options.model and recipe is not None and "@" not in options.model:
-        named = f"{options.model}@{options.recipe}"
+    if options.model and recipe is not None and parts_of(options.model)[1] is None:
+        named = full_name(options.model, options.recipe)
     source = source_from_name(named)
     if recipe is not None:
         source.recipe.require_same(recipe, options.engines or source.onnx)

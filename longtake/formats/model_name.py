@@ -185,6 +185,17 @@ def parts_of(text: str) -> tuple[str, str | None]:
     return before, after
 
 
+def full_name(model: str, recipe: str) -> str:
+    """NAME@RECIPE, as what is made of a model is told; the recipe alone where the model has no name."""
+    return f"{model}@{recipe}" if model else recipe
+
+
+def parts_of_full(name: str) -> tuple[str, str]:
+    """The model, "" if it has no name, and the recipe of what `full_name` made."""
+    model, _, recipe = name.rpartition("@")
+    return model, recipe
+
+
 def asked_for(text: str) -> Asked:
     """What "MODEL", "MODEL@RECIPE", a recipe, or a folder of checkpoints (with or without @RECIPE) names.
 
