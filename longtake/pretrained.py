@@ -18,9 +18,9 @@ from longtake.outputs import claim_outputs, require_mp4
 from longtake.record import reject_unknown_keys
 from longtake.runtime import generator as runtime
 from longtake.runtime.meter import Meter
-from longtake.runtime.request import Request
 from longtake.runtime.session import Session
 from longtake.runtime.sources import OpenOptions
+from longtake.runtime.start import Request
 from longtake.runtime.story import Script, story_from_script
 from longtake.training.models.families import preset_named
 

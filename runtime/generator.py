@@ -18,7 +18,6 @@ from longtake.runtime.backends.base import Backend
 from longtake.runtime.camera_files import DEFAULT_FIELD
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
 from longtake.runtime.conditions import Embeddings, Noise, SessionInputs, Tokenize
-from longtake.runtime.request import NO_VIEW, Request, camera_of, world_of
 from longtake.runtime.sampling import OnStep, checked_on_step
 from longtake.runtime.session import Session
 from longtake.runtime.session_options import Sampling, SessionOptions, sampling_of
@@ -30,7 +29,7 @@ from longtake.runtime.sources import (
     require_checkpoints,
     source_from_name,
 )
-from longtake.runtime.start import Clip, Picture, Start, take_in
+from longtake.runtime.start import NO_VIEW, Clip, Picture, Request, Start, camera_of, take_in, world_of
 from longtake.runtime.story import Script, Segment, check_fits
 from longtake.runtime.video_model import VideoModel
 from longtake.runtime.view import View

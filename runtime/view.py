@@ -78,8 +78,10 @@ class View:
 
     def check_values(self) -> None:
         """Raise LongtakeError for keys, numbers and files that are none, as far as that is known without a model."""
-        self._pace(Pace.fps)
-        keys_of_frames(self.action or "none-1")
+        if self.speed is not None or self.turn is not None:
+            self._pace(Pace.fps)
+        if self.action is not None:
+            keys_of_frames(self.action)
         if self.camera is not None:
             poses_from(self.camera)
         if self.intrinsics is not None:

@@ -16,11 +16,11 @@ from longtake.options import Command
 from longtake.outputs import claim_outputs, require_mp4
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
-from longtake.runtime.request import Request
 from longtake.runtime.sampling import CancelledError
 from longtake.runtime.session import Session
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import OpenOptions
+from longtake.runtime.start import Request
 from longtake.runtime.story import (
     Story,
     check_fits,
