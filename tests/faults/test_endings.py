@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -147,6 +149,26 @@ with locked(Path(sys.argv[1]), reads=len(sys.argv) > 2): print("in", flush=True)
     with locked(tmp_path, reads=True):  # readers share it
         second.communicate("go\n", timeout=30)
     assert first.returncode == second.returncode == 0
+
+
+def test_a_lock_of_another_user_is_taken_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is whole is found so, though nothing can be written there: whoever has to write is refused then."""
+    opened = os.open
+
+    def as_another_user(path: Any, flags: int, *rest: Any) -> int:
+        if str(path).endswith(".lock") and flags & (os.O_RDWR | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", as_another_user)
+    with pytest.raises(PermissionError, match=r"\.lock"), locked(tmp_path):
+        pass
+    os.close(opened(tmp_path / ".lock", os.O_CREAT | os.O_RDONLY))
+    with locked(tmp_path):
+        handle = opened(tmp_path / ".lock", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
 
 
 def archive(folder: Path, *names: str) -> Path:
