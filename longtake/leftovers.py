@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -57,30 +57,19 @@ def locked(folder: Path, reads: bool = False) -> Iterator[None]:
     how = fcntl.LOCK_SH if reads else fcntl.LOCK_EX
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock_file(folder / ".lock")
+        lock = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115
     except OSError:
         if not reads:
             raise
         yield
         return
-    with os.fdopen(lock):
+    with lock:
         try:
             fcntl.flock(lock, how | fcntl.LOCK_NB)
         except OSError:
             log.warning("another process is at work in %s; waiting for it", folder)
             fcntl.flock(lock, how)
         yield
-
-
-def _lock_file(path: Path) -> int:
-    """A handle of the lock file, made if it is missing. One of another user's is locked, too, if it can be read: what lies
-    there may be whole, and then there is nothing to write."""
-    try:
-        return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    except OSError:
-        with suppress(OSError):
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        raise
 
 
 def sweep_once(folder: Path) -> None:

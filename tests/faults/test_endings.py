@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import io
 import json
 import os
@@ -12,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +18,12 @@ import torch
 from fault_seeds import latents_from_file
 from safetensors.torch import save_file
 
+from longtake import chain
+from longtake.commands.failures import explained
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path
+from longtake.formats.exported import PASSED, Checked
+from longtake.formats.recipe import recipe_named
 from longtake.leftovers import locked, sweep, temporary_name
 from longtake.out_of_memory import is_out_of_memory
 from longtake.paths import REPOSITORY
@@ -151,24 +154,19 @@ with locked(Path(sys.argv[1]), reads=len(sys.argv) > 2): print("in", flush=True)
     assert first.returncode == second.returncode == 0
 
 
-def test_a_lock_of_another_user_is_taken_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is whole is found so, though nothing can be written there: whoever has to write is refused then."""
-    opened = os.open
-
-    def as_another_user(path: Any, flags: int, *rest: Any) -> int:
-        if str(path).endswith(".lock") and flags & (os.O_RDWR | os.O_WRONLY):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return opened(path, flags, *rest)
-
-    monkeypatch.setattr(os, "open", as_another_user)
-    with pytest.raises(PermissionError, match=r"\.lock"), locked(tmp_path):
-        pass
-    os.close(opened(tmp_path / ".lock", os.O_CREAT | os.O_RDONLY))
-    with locked(tmp_path):
-        handle = opened(tmp_path / ".lock", os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(handle)
+def test_a_whole_export_of_another_user_s_is_found_and_any_other_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, whole = recipe_named("tiny_bf16_sm90"), SimpleNamespace(checked=Checked(PASSED, ""), model="")
+    whole.recipe = recipe.whole
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    monkeypatch.setattr(chain, "up_to_date", lambda folder, inputs: whole)
+    said: list[str] = []
+    assert chain.export(recipe, None, tmp_path, chain.HowToExport(say=said.append)) is whole
+    assert "up to date, passed" in said[0]
+    with pytest.raises(PermissionError) as refused:
+        chain.export(recipe, None, tmp_path, chain.HowToExport(force=True, say=said.append))
+    assert f"no permission for {tmp_path}" in str(explained(refused.value)) and len(said) == 1
 
 
 def archive(folder: Path, *names: str) -> Path:
