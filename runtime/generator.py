@@ -189,10 +189,7 @@ class Generator:
         Raises:
             LongtakeError: the story is malformed or does not fit the preset, or what is given for it cannot be used.
         """
-        asked = Request(
-            script, seed, steps, guidance, sampling, noise, embeddings, negative_prompt, chunks, decode, endless, retakes,
-            image, continue_from, clip, on_step, view,
-        )  # fmt: skip
+        asked = Request(**{name: given for name, given in locals().items() if name != "self"})  # a test compares the names
         start = asked.start
         check_fits(asked.story, self.backend.preset, continued=start.clip is not None)
         options, segments = self._options(asked), asked.segments

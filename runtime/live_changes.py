@@ -116,8 +116,8 @@ class LiveChanges:
             here = self._position
             last = here.script[-1].prompt if here.script else here.prompt
             text = checked_prompt(prompt or last, "the prompt to go on with")
-            self.inputs.require_noise(self.model.preset, here.chunk + here.left + chunks)
-            record(here.chunk + here.left + chunks)
+            self.inputs.require_noise(self.model.preset, here.whole + chunks)
+            record(here.whole + chunks)
             self._position = replace(here, script=(*here.script, Segment(text, chunks, cut)))
 
     def _checked(self, prompt: str, what: str, cut: bool) -> None:

@@ -136,12 +136,9 @@ def _best_source() -> Source:
             if source and (fallback is None or (recipe.precision == "nvfp4" != fallback.recipe.precision)):
                 fallback = source
     if fallback is None:
-        raise LongtakeError(
-            "no engines and no exported networks are there",
-            got=f"nothing in {home()}",
-            expected="a model that was exported",
-            fix=BUILD_FIX,
-        )
+        what, got = "no engines and no exported networks are there", f"nothing in {home()}"
+        expected, fix = "a model that was exported", BUILD_FIX
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return fallback
 
 

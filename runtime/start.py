@@ -94,12 +94,9 @@ class Start:
             return rgb_pixels(self.image)
         if hasattr(self.image, "getexif"):
             return pixels_from_picture(self.image)
-        raise LongtakeError(
-            "this is not an image",
-            got=type(self.image).__name__,
-            expected="a path, a PIL image, or an array [H, W, 3]",
-            fix="pass one of these",
-        )
+        what, got = "this is not an image", type(self.image).__name__
+        expected, fix = "a path, a PIL image, or an array [H, W, 3]", "pass one of these"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
     def picture_hw(self, preset: Preset) -> tuple[int, int]:
         """Height and width of the given picture, the video's if there is none."""

@@ -65,12 +65,9 @@ class View:
     def check(self, can: frozenset[str], preset: Preset) -> None:
         """Raise LongtakeError where it is given to a model without cameras, or twice, or cannot be read."""
         if self.given and "camera" not in can:
-            raise LongtakeError(
-                f"preset {preset.name} has no camera",
-                got=", ".join(self.given),
-                expected="a prompt",
-                fix="leave it out, or take a preset of family sana_wm",
-            )
+            what, got = f"preset {preset.name} has no camera", ", ".join(self.given)
+            expected, fix = "a prompt", "leave it out, or take a preset of family sana_wm"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         if self.action is not None and self.camera is not None:
             raise LongtakeError(
                 "a camera has one path", got="action and camera", expected="one of the two", fix="leave one out"
@@ -125,23 +122,17 @@ def _told(value: Any) -> Any:
 def _path(camera: Numbers, frames: int) -> tuple[tuple[float, ...], ...]:
     poses = poses_from(camera)
     if len(poses) < frames:
-        raise LongtakeError(
-            "the camera's path ends before the video",
-            got=f"{len(poses)} poses",
-            expected=f"{frames}: one a frame",
-            fix="generate fewer chunks, or pass a longer path",
-        )
+        what, got = "the camera's path ends before the video", f"{len(poses)} poses"
+        expected, fix = f"{frames}: one a frame", "generate fewer chunks, or pass a longer path"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return tuple(tuple(pose) for pose in relative_poses(poses).reshape(len(poses), 16).tolist())
 
 
 def require_picture(clip: str) -> None:
     """Raise LongtakeError: a clip's frames have cameras, too, and nobody knows them."""
-    raise LongtakeError(
-        "a model with cameras does not go on from a clip",
-        got=f"clip {clip}, whose cameras are not known",
-        expected="a picture",
-        fix="pass --image FILE, or go on with a saved session: --load-session FILE",
-    )
+    what, got = "a model with cameras does not go on from a clip", f"clip {clip}, whose cameras are not known"
+    expected, fix = "a picture", "pass --image FILE, or go on with a saved session: --load-session FILE"
+    raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 def own_picture(preset: Preset) -> Path:
@@ -152,10 +143,7 @@ def own_picture(preset: Preset) -> Path:
     """
     path = SHIPPED / f"{preset.name}.png"
     if not path.is_file():
-        raise LongtakeError(
-            f"a video of preset {preset.name} starts from a picture",
-            got="none",
-            expected="a picture file",
-            fix="pass --image FILE",
-        )
+        what, got = f"a video of preset {preset.name} starts from a picture", "none"
+        expected, fix = "a picture file", "pass --image FILE"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return path

@@ -102,12 +102,9 @@ def of_another_recipe(options: BenchOptions, name: str) -> BenchOptions:
     """The same benchmark of another recipe's DiT. Raises LongtakeError for an unknown recipe or another preset."""
     recipe = recipe_named(name)
     if recipe.model != options.the_recipe.model:
-        raise LongtakeError(
-            "--more takes recipes of the same preset",
-            got=recipe.preset,
-            expected=options.the_recipe.preset,
-            fix="run the benchmark twice",
-        )
+        what, got = "--more takes recipes of the same preset", recipe.preset
+        expected, fix = options.the_recipe.preset, "run the benchmark twice"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     name = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
     return replace(
         options, recipe=name, networks=("dit",), decode_device="", gpus=1, out=str(options.folder / recipe.name)

@@ -105,7 +105,7 @@ def recipe_and_source(options: CheckOptions) -> tuple[Recipe, Source]:
         )
     recipe = None if options.recipe is None else recipe_named(options.recipe)
     if options.model and recipe is not None and parts_of(options.model)[1] is None:
-        named = full_name(options.model, options.recipe)
+        named = full_name(options.model, str(options.recipe))
     source = source_from_name(named)
     if recipe is not None:
         source.recipe.require_same(recipe, options.engines or source.onnx)
@@ -119,20 +119,14 @@ def models_of_export(recipe: Recipe, export: Export, checkpoints: Path | None) -
         LongtakeError: it is of another recipe, or was exported from other checkpoints.
     """
     if export.onnx_name != recipe.onnx_name:
-        raise LongtakeError(
-            f"the export is not of recipe {recipe.name}",
-            got=export.onnx_name,
-            expected=recipe.onnx_name,
-            fix=f"longtake export --recipe {recipe.name}",
-        )
+        what, got = f"the export is not of recipe {recipe.name}", export.onnx_name
+        expected, fix = recipe.onnx_name, f"longtake export --recipe {recipe.name}"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     models = load_models(recipe.model, checkpoints)
     if export.amax != models.amax:
-        raise LongtakeError(
-            "the networks were exported from other checkpoints",
-            got=f"amax of {checkpoints or 'the shipped ones'}",
-            expected="the amax in export.json",
-            fix="name the checkpoints that were exported with --checkpoints FOLDER",
-        )
+        what, got = "the networks were exported from other checkpoints", f"amax of {checkpoints or 'the shipped ones'}"
+        expected, fix = "the amax in export.json", "name the checkpoints that were exported with --checkpoints FOLDER"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return models
 
 

@@ -135,12 +135,9 @@ def _session(generator: Generator, options: GenerateOptions, story: Story | None
             print(f"clip: {session.next_index} chunks taken in; the video written is what comes after them", flush=True)
         return session
     if story is not None and (story.image or story.clip):
-        raise LongtakeError(
-            "a saved session has begun already",
-            got=f"story {story.name} starts from a picture or clip",
-            expected="a story without one",
-            fix="leave out --load-session",
-        )
+        what, got = "a saved session has begun already", f"story {story.name} starts from a picture or clip"
+        expected, fix = "a story without one", "leave out --load-session"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     if story is not None:
         check_fits(story, generator.backend.preset)
     session = generator.load_session(options.load_session)
@@ -159,12 +156,9 @@ def _total(session: Session, asked: int | None) -> int:
     if asked is not None and asked > left:
         session.extend(asked - left)
     if asked is None and not left:
-        raise LongtakeError(
-            "the saved session has nothing left to do",
-            got=f"{session.next_index} chunks generated",
-            expected="a story, --prompt or --chunks to go on with",
-            fix="pass --chunks 2",
-        )
+        what, got = "the saved session has nothing left to do", f"{session.next_index} chunks generated"
+        expected, fix = "a story, --prompt or --chunks to go on with", "pass --chunks 2"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return left if asked is None else asked
 
 

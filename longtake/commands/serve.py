@@ -61,12 +61,9 @@ class ModelOptions:
         """Raise LongtakeError for what is out of bounds, and for two models."""
         check(self)
         if self.model is not None and self.engines is not None:
-            raise LongtakeError(
-                "--model and --engines both name what is served",
-                got=f"{self.model} and {self.engines}",
-                expected="one of them",
-                fix="leave one out",
-            )
+            what, got = "--model and --engines both name what is served", f"{self.model} and {self.engines}"
+            expected, fix = "one of them", "leave one out"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 @dataclass(frozen=True)

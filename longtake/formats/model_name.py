@@ -75,12 +75,9 @@ def checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise LongtakeError("bad model name", got=repr(name), expected=RULE, fix="pass --name my-model")
     if name in shipped():
-        raise LongtakeError(
-            f"the name {name} is that of a shipped model",
-            got=repr(name),
-            expected="a name of your own",
-            fix=f"pass --name my-{name}",
-        )
+        what, got = f"the name {name} is that of a shipped model", repr(name)
+        expected, fix = "a name of your own", f"pass --name my-{name}"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return name
 
 
