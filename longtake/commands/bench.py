@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from longtake.devices import torch_device
 from longtake.errors import LongtakeError
 from longtake.files import read_json, write_json
 from longtake.formats.bundle import Bundle
@@ -56,6 +57,8 @@ def run(options: BenchOptions, others: MoreOptions) -> int:
     """Measure and report; 1 if a part failed (the others are reported all the same)."""
     options, started = completed(options), time.perf_counter()
     options.require_plain()
+    for name, given in (("--device", options.device), ("--decode-device", options.decode_device)):
+        torch_device(given or "cpu", name)  # before anything is exported
     more = [of_another_recipe(options, name) for name in others.more]
     if options.gpus > 1:
         require_split(options.model, options.gpus)
