@@ -103,12 +103,9 @@ class GraphView:
     def type_of(self, name: str) -> TensorType:
         """The dtype and shape of a tensor. Raises LongtakeError if they are not known."""
         if name not in self.types:
-            raise LongtakeError(
-                "a tensor between segments has no known shape",
-                got=name,
-                expected="shapes of all intermediate tensors in the ONNX file",
-                fix="export again with shape inference",
-            )
+            what, got = "a tensor between segments has no known shape", name
+            expected, fix = "shapes of all intermediate tensors in the ONNX file", "export again with shape inference"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         return self.types[name]
 
     def is_weight(self, name: str) -> bool:

@@ -160,12 +160,9 @@ def _sizes(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[t
 
 def _bind(dims: dict[str, int], letter: str, size: int, node: NodeProto) -> None:
     if dims.setdefault(letter, size) != size:
-        raise LongtakeError(
-            f"the custom ops of one model must agree on {letter}",
-            got=f"{size} at node {node.name or node.op_type}",
-            expected=dims[letter],
-            fix="export layers of different sizes into different models",
-        )
+        what, got = f"the custom ops of one model must agree on {letter}", f"{size} at node {node.name or node.op_type}"
+        expected, fix = dims[letter], "export layers of different sizes into different models"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 def _op(name: str) -> Op:
@@ -221,12 +218,9 @@ def _exported_reference(op: Op, dims: Mapping[str, int], opset: int) -> GraphPro
     letters = {letter for t in spec.inputs for formula in t.shape for letter in formula if letter.isalpha()}
     unknown = sorted(letters - {*dims, *_DYNAMIC, *spec.free})
     if unknown:
-        raise LongtakeError(
-            f"the sizes of {spec.name} are not known",
-            got=dict(dims),
-            expected=f"also {', '.join(unknown)}",
-            fix="declare the shapes of the cache inputs in the graph",
-        )
+        what, got = f"the sizes of {spec.name} are not known", dict(dims)
+        expected, fix = f"also {', '.join(unknown)}", "declare the shapes of the cache inputs in the graph"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     with torch.no_grad(), quiet_exporter():
         program: Any = torch.onnx.export(
             Variadic(op.reference).eval(),

@@ -130,12 +130,9 @@ def _require_alone(rewriter: Rewriter, convs: Mapping[str, NodeProto]) -> None:
         op = op_named(node.op_type) if node.domain == DOMAIN else None
         for name in set(node.input) & convs.keys():
             if node.op_type != HALO and (op is None or not (op.kernel_size and op.codes)):
-                raise LongtakeError(
-                    "a convolution's input is read elsewhere, too",
-                    got=node.name,
-                    expected=name,
-                    fix="set vae_conv: bf16",
-                )
+                what, got = "a convolution's input is read elsewhere, too", node.name
+                expected, fix = name, "set vae_conv: bf16"
+                raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 def _encode_caches(rewriter: Rewriter, codes: ConvCodes) -> None:

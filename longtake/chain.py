@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -70,11 +72,14 @@ def export(recipe: Recipe, checkpoints: Path | None, folder: Path, how: HowToExp
     Raises:
         GateError: it was compared with PyTorch and differs; the files stay, marked as failed.
     """
-    with locked(folder):
-        return _export(recipe, checkpoints, folder, how)
+    kept = folder.is_dir() and not os.access(
+        folder, os.W_OK
+    )  # another user's: what is whole there is found all the same
+    with locked(folder, reads=kept):
+        return _export(recipe, checkpoints, folder, how, kept)
 
 
-def _export(recipe: Recipe, checkpoints: Path | None, folder: Path, how: HowToExport) -> Export:
+def _export(recipe: Recipe, checkpoints: Path | None, folder: Path, how: HowToExport, kept: bool = False) -> Export:
     source = checkpoints if checkpoints is not None else REPOSITORY / recipe.model.checkpoints
     if recipe.model.text.kind != "words" and not how.skeleton:
         carry_tokenizer(source, folder)
@@ -90,6 +95,8 @@ def _export(recipe: Recipe, checkpoints: Path | None, folder: Path, how: HowToEx
             f"{folder.name}: up to date, {_told(package.checked)} (checkpoints and code unchanged; --force exports again)"
         )
         return package
+    if package is None and kept:  # before the work, not after it
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     if package is None:
         package = _exported(recipe, source, folder, inputs, how)
     return check_parity(recipe, source, folder, package, how.say) if how.parity and not how.skeleton else package

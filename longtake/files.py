@@ -135,9 +135,6 @@ def require_disk(folder: Path | str, needed_bytes: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
-        raise LongtakeError(
-            f"not enough disk space for {folder}",
-            got=f"{free / 1e9:.2f} GB free",
-            expected=f"at least {needed_bytes / 1e9:.2f} GB",
-            fix="free some space or choose another folder",
-        )
+        what, got = f"not enough disk space for {folder}", f"{free / 1e9:.2f} GB free"
+        expected, fix = f"at least {needed_bytes / 1e9:.2f} GB", "free some space or choose another folder"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)

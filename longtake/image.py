@@ -98,12 +98,9 @@ def _bytes(pixels: np.ndarray) -> np.ndarray:
         return pixels
     least, most = (float(f(pixels)) if pixels.size else 0.0 for f in (np.min, np.max))
     if not (least >= 0.0 and most <= 1.0):
-        raise LongtakeError(
-            "the image's numbers are of unknown range",
-            got=f"{pixels.dtype} from {least:g} to {most:g}",
-            expected="floats from 0 to 1, or uint8",
-            fix="scale it: pixels / 255",
-        )
+        what, got = "the image's numbers are of unknown range", f"{pixels.dtype} from {least:g} to {most:g}"
+        expected, fix = "floats from 0 to 1, or uint8", "scale it: pixels / 255"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return np.asarray(np.rint(pixels * 255), np.uint8)
 
 

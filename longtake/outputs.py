@@ -36,20 +36,14 @@ def claim_outputs(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
     for place, (name, path) in enumerate(named.items()):
         for other, earlier in list(named.items())[:place]:
             if _same(path, earlier) and not is_special(path):
-                raise LongtakeError(
-                    f"{other} and {name} are the same file",
-                    got=path,
-                    expected="a file each",
-                    fix=f"choose another name for {name}",
-                )
+                what, got = f"{other} and {name} are the same file", path
+                expected, fix = "a file each", f"choose another name for {name}"
+                raise LongtakeError(what, got=got, expected=expected, fix=fix)
         for source, file in read:
             if _same(path, file):
-                raise LongtakeError(
-                    f"{name} would replace {source}: they are the same file",
-                    got=path,
-                    expected="another file",
-                    fix=f"choose another name for {name}",
-                )
+                what, got = f"{name} would replace {source}: they are the same file", path
+                expected, fix = "another file", f"choose another name for {name}"
+                raise LongtakeError(what, got=got, expected=expected, fix=fix)
         _check_place(name, path)
 
 

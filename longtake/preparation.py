@@ -57,12 +57,9 @@ def model_and_recipe(name_or_folder: str | Path, recipe: str | None = None) -> t
         )
     asked = asked_for(f"{name}@{chosen}" if chosen else name)
     if asked.model is None:
-        raise LongtakeError(
-            "this names a recipe, not a model",
-            got=repr(text),
-            expected="a model's name or folder",
-            fix=f"pass 'tiny-4step@{text}'",
-        )
+        what, got = "this names a recipe, not a model", repr(text)
+        expected, fix = "a model's name or folder", f"pass 'tiny-4step@{text}'"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return asked.model, asked.recipe
 
 

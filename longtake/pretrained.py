@@ -20,7 +20,9 @@ from longtake.runtime import generator as runtime
 from longtake.runtime.meter import Meter
 from longtake.runtime.session import Session
 from longtake.runtime.sources import OpenOptions
-from longtake.runtime.story import Script, checked_chunks, story_from_script
+from longtake.runtime.start import Request
+from longtake.runtime.story import Script, story_from_script
+from longtake.training.models.families import preset_named
 
 READ = ("image", "continue_from")  # what `generate` may be given as files
 
@@ -117,9 +119,12 @@ def generate(
     if out is not None:  # before the work, not after it
         claim_video(Path(out), f"out={str(Path(out).with_suffix('.mp4'))!r}", {name: more.get(name) for name in READ})
     reject_unknown_keys(more, [*list(signature(Generator.session).parameters)[2:], "model", "out"], "generate(...)")
-    script, chunks = story_from_script(prompt), None if chunks is None else checked_chunks(chunks)
+    request = Request(story_from_script(prompt), seed, chunks=chunks, **more).check()
+    from longtake.preparation import model_and_recipe  # the exporter: as late
+
+    request.check_for(preset_named(model_and_recipe(model)[0].preset))
     with Generator.from_pretrained(model) as generator:
-        with generator.session(script, seed, chunks=chunks, **more) as session:
+        with generator.session(request.script, seed, chunks=chunks, **more) as session:
             video = video_of(generator, session)
     if out is not None:
         video.save(out)

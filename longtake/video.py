@@ -289,12 +289,9 @@ def shown(
         if last is None and time:
             before, count = time, moments_before(time - half, fps)
         if time - before > LONGEST_STILL:
-            raise LongtakeError(
-                f"{path} stands still for too long",
-                got=f"{float(time - before):.0f} s without a new frame",
-                expected=f"at most {LONGEST_STILL} s",
-                fix="cut the pause out, or convert it to mp4",
-            )
+            what, got = f"{path} stands still for too long", f"{float(time - before):.0f} s without a new frame"
+            expected, fix = f"at most {LONGEST_STILL} s", "cut the pause out, or convert it to mp4"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         if last is not None:
             until = max(count, moments_before(time - half, fps))
             yield last, count, until

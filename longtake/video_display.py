@@ -34,12 +34,9 @@ def display_matrix(frame: av.VideoFrame) -> Matrix:
         return UPRIGHT
     signs = [0 if abs(value) < SLANT * most else 1 if value > 0 else -1 for value in (xx, xy, yx, yy)]
     if sorted(map(abs, signs)) != [0, 0, 1, 1] or abs(signs[0]) != abs(signs[3]):
-        raise LongtakeError(
-            "the video is turned by an odd angle",
-            got=f"display matrix {[xx, xy, yx, yy]}",
-            expected="quarter turns and flips",
-            fix="convert it, which turns it upright",
-        )
+        what, got = "the video is turned by an odd angle", f"display matrix {[xx, xy, yx, yy]}"
+        expected, fix = "quarter turns and flips", "convert it, which turns it upright"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return signs[0], signs[1], signs[2], signs[3]
 
 

@@ -90,12 +90,9 @@ class CameraPosition:
             rest, walk = _way_to(self.walk, way, moves)
         elif steer is None and self.poses:
             if len(self.poses) < start + count:
-                raise LongtakeError(
-                    f"the camera's path ends before chunk {chunk}",
-                    got=f"{len(self.poses)} poses",
-                    expected=f"{start + count}: one a frame",
-                    fix="steer the session, or start it with a longer path",
-                )
+                what, got = f"the camera's path ends before chunk {chunk}", f"{len(self.poses)} poses"
+                expected, fix = f"{start + count}: one a frame", "steer the session, or start it with a longer path"
+                raise LongtakeError(what, got=got, expected=expected, fix=fix)
             rest = [np.array(pose).reshape(4, 4) for pose in self.poses[start + len(first) : start + count]]
             walk = self.walk.at(rest[-1])
         else:
@@ -170,12 +167,9 @@ def steer_from(
     ways = {"action": action, "pose": pose, "velocity": velocity, "target": target}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
-        raise LongtakeError(
-            "a camera is steered in one way at a time",
-            got=" and ".join(given) or "nothing",
-            expected="action, pose, velocity or target",
-            fix="pass action='w', or action='' to let go",
-        )
+        what, got = "a camera is steered in one way at a time", " and ".join(given) or "nothing"
+        expected, fix = "action, pose, velocity or target", "pass action='w', or action='' to let go"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     if action is not None:
         return Steer(at, keys=checked_keys(action))
     if pose is not None:
@@ -245,9 +239,6 @@ def cameras_of(camera: CameraPosition, preset: Preset, chunk: int) -> tuple[tupl
 def require_cuts(can: frozenset[str], wanted: str) -> None:
     """Raise LongtakeError if a model that `can` do these has no cuts."""
     if "cut" not in can:
-        raise LongtakeError(
-            "this model has no cuts",
-            got=wanted,
-            expected="one shot",
-            fix="write the later prompts under `then`, or start another video",
-        )
+        what, got = "this model has no cuts", wanted
+        expected, fix = "one shot", "write the later prompts under `then`, or start another video"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)

@@ -59,12 +59,9 @@ def poses_from(given: Numbers) -> np.ndarray:
     finite = np.isfinite(poses).all((1, 2))
     if not finite.all():
         frame = int(np.argmin(finite))
-        raise LongtakeError(
-            f"the pose of frame {frame} is not finite",
-            got=poses[frame].tolist(),
-            expected="numbers",
-            fix="mend the file",
-        )
+        what, got = f"the pose of frame {frame} is not finite", poses[frame].tolist()
+        expected, fix = "numbers", "mend the file"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     rotation = poses[:, :3, :3]
     with np.errstate(all="ignore"):  # huge numbers have products that are none
         wrong = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max((1, 2))
@@ -91,12 +88,9 @@ def intrinsics_from(given: Numbers, height: int, width: int) -> np.ndarray:
     if values.shape[-2:] == (3, 3) and values.ndim in (2, 3):
         values = np.stack([values[..., i, j] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2))], -1)
     if values.ndim not in (1, 2) or values.shape[-1] != 4 or not len(values):
-        raise LongtakeError(
-            "these are no intrinsics",
-            got=values.shape,
-            expected="(4,), (3, 3), (frames, 4) or (frames, 3, 3)",
-            fix="pass fx, fy, cx, cy",
-        )
+        what, got = "these are no intrinsics", values.shape
+        expected, fix = "(4,), (3, 3), (frames, 4) or (frames, 3, 3)", "pass fx, fy, cx, cy"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     rows = values.reshape(-1, 4)
     with np.errstate(divide="ignore", invalid="ignore"):
         fields = np.degrees(2 * np.arctan(np.array([width, height]) / 2 / rows[:, :2]))

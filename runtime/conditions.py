@@ -48,13 +48,19 @@ class SessionInputs:
             expected, fix = "a function of a chunk's index, or a tensor", "pass torch.as_tensor(noise) for an array"
             raise LongtakeError("this is no noise", got=_shape(self.noise), expected=expected, fix=fix)
 
+    def require_noise(self, preset: Preset, chunks: int, endless: bool = False) -> None:
+        """Raise LongtakeError unless noise in one tensor holds that of `chunks` chunks. Of a function nobody knows."""
+        if isinstance(self.noise, Tensor) and endless:
+            what, fix = "noise in one tensor ends, an endless session does not", "pass noise as a function"
+            raise LongtakeError(what, got=_shape(self.noise), expected="a function of a chunk's index", fix=fix)
+        if isinstance(self.noise, Tensor) and chunks:
+            self._noise(preset, chunks - 1)
+
     def check(self, preset: Preset, script: Sequence[Segment], negative: str | None, tokenize: Tokenize) -> None:
-        """Raise LongtakeError where they don't suffice for `script`, or a small text encoder knows few of its words.
+        """Raise LongtakeError where embeddings don't suffice for `script`, or a small text encoder knows few of its words.
 
         negative: the prompt of a guided session.
         """
-        if isinstance(self.noise, Tensor):
-            self._noise(preset, sum(segment.chunks for segment in script) - 1)
         if isinstance(self.embeddings, Tensor) and negative is not None:
             what = "guidance needs embeddings of the negative prompt, too"
             fix = f"pass embeddings={{prompt: tensor, {negative!r}: tensor}}, or guidance=1"

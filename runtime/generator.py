@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +15,12 @@ from longtake.errors import LongtakeError
 from longtake.formats.memory import Budget
 from longtake.formats.model_name import checkpoints_named
 from longtake.runtime.backends.base import Backend
-from longtake.runtime.camera import CameraPosition, require_cuts
+from longtake.runtime.camera_files import DEFAULT_FIELD
 from longtake.runtime.clip import latents_from_clip, latents_from_frames
 from longtake.runtime.conditions import Embeddings, Noise, SessionInputs, Tokenize
 from longtake.runtime.sampling import OnStep, checked_on_step
 from longtake.runtime.session import Session
-from longtake.runtime.session_options import GUIDANCE_FIX, Sampling, SessionOptions
+from longtake.runtime.session_options import Sampling, SessionOptions, sampling_of
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import (
     NOTHING_SPECIAL,
@@ -30,15 +29,14 @@ from longtake.runtime.sources import (
     require_checkpoints,
     source_from_name,
 )
-from longtake.runtime.start import Clip, Picture, Start, start_of, take_in
-from longtake.runtime.story import Script, Segment, Story, check_fits, fit_segments, frame_count, story_from_script
+from longtake.runtime.start import NO_VIEW, Clip, Picture, Request, Start, camera_of, take_in, world_of
+from longtake.runtime.story import Script, Segment, check_fits
 from longtake.runtime.video_model import VideoModel
-from longtake.runtime.view import View, own_picture, require_picture
+from longtake.runtime.view import View
 from longtake.training.models.families import preset_named
 from longtake.training.models.presets import SamplingConfig
 
 log = logging.getLogger(__name__)
-NO_VIEW = View()
 
 
 class Generator:
@@ -85,6 +83,7 @@ class Generator:
         from longtake.training.models.text.words import tokenizer_for
 
         source = source_from_name(engines)
+        opening.known(source.recipe.model)
         if line := source.checked.require(source.onnx, opening.force):
             opening.say(line)
         if checkpoints is not None:
@@ -190,14 +189,17 @@ class Generator:
         Raises:
             LongtakeError: the story is malformed or does not fit the preset, or what is given for it cannot be used.
         """
-        story = story_from_script(script)
-        start = start_of(story, image, continue_from, clip)
-        check_fits(story, self.backend.preset, continued=start.clip is not None)
-        asked = _sampling(sampling, steps, guidance)
-        options = self._options(story, asked, seed, negative_prompt, decode=decode, endless=endless, retakes=retakes)
-        segments = story.segments if chunks is None else fit_segments(story.segments, chunks)
-        start, view = self._world(story, start, view)
-        return self._started(start, options, segments, SessionInputs(noise, embeddings), view, checked_on_step(on_step))
+        asked = Request(
+            **{name: given for name, given in locals().items() if name != "self"}
+        )  # a test compares the names
+        start = asked.start
+        check_fits(asked.story, self.backend.preset, continued=start.clip is not None)
+        options, segments = self._options(asked), asked.segments
+        checked_on_step(on_step)
+        start, view = world_of(asked.story, start, view, self.backend.preset)
+        if "camera" in self.model.family.can and asked.start.image is None:
+            log.warning("no picture was given: the video starts from %s", start.image)
+        return self._started(start, options, segments, SessionInputs(noise, embeddings), view, on_step)
 
     def _started(
         self,
@@ -209,57 +211,36 @@ class Generator:
         on_step: OnStep | None,
     ) -> Session:
         """A session once everything is known; what can be refused is refused before anything is allocated."""
-        inputs.check(self.backend.preset, segments, options.negative, self.tokenize)
-        camera = self._camera(view, start, segments, options.endless)
+        preset = self.backend.preset
+        inputs.check(preset, segments, options.negative, self.tokenize)
+        camera = camera_of(view, start, preset, segments, options.endless)
+        if camera is not None and view.intrinsics is None:
+            log.warning("no intrinsics: a camera is assumed that sees %g degrees across", DEFAULT_FIELD)
         first, clip_latents = start.encoded(self.model)  # before the caches are allocated
+        taken_in = 0 if clip_latents is None else preset.whole_chunks(clip_latents.shape[1])
+        inputs.require_noise(preset, taken_in + sum(segment.chunks for segment in segments), options.endless)
         session = Session(self.model, self.tokenize, segments, options, first, inputs, on_step, camera)
         session.told = {**start.told, **({} if camera is None else view.told)}
         return take_in(session, clip_latents, start.segments)
 
-    def _world(self, story: Story, start: Start, view: View) -> tuple[Start, View]:
-        """What a model with cameras starts from: a picture always, and a view. Raises LongtakeError for what it cannot do."""
-        preset, can = self.backend.preset, self.model.family.can
-        view = view.over(View(story.action, story.camera, story.intrinsics, story.speed, story.turn))
-        view.check(can, preset)
-        if any(segment.cut for segment in story.segments):
-            require_cuts(can, f"story {story.name} with a cut")
-        if "camera" in can and start.clip is not None:
-            require_picture(start.told["clip"])
-        if "camera" in can and start.image is None:
-            start = replace(start, image=own_picture(preset))
-            log.warning("no picture was given: the video starts from %s", start.image)
-        return start, view
-
-    def _camera(self, view: View, start: Start, segments: tuple[Segment, ...], endless: bool) -> CameraPosition | None:
-        if "camera" not in self.model.family.can:
-            return None
-        if endless and view.camera is not None:
-            raise LongtakeError(
-                "a camera's path ends, an endless session does not",
-                got="both",
-                expected="one of the two",
-                fix="pass an action, or steer the session",
-            )
-        frames = frame_count(self.backend.preset, sum(segment.chunks for segment in segments))
-        return view.position(self.backend.preset, start.picture_hw(self.backend.preset), frames)
-
-    def _options(
-        self, story: Story, asked: Sampling, seed: int | None, negative_prompt: str | None, **how: bool
-    ) -> SessionOptions:
+    def _options(self, request: Request) -> SessionOptions:
         """What is asked for, else the story's, else the checkpoint's."""
+        story, asked = request.story, sampling_of(request.sampling, request.steps, request.guidance)
         own = self.backend.preset.sampling.listed
         told = asked.steps or story.steps or self.sampling.steps
         listed = own if asked.shift is None and told == len(own) else ()
         timesteps = asked.timesteps or listed
         return SessionOptions(
-            seed=_first(seed, story.seed),
+            seed=_first(request.seed, story.seed),
             steps=len(timesteps) or _first(asked.steps, story.steps, self.sampling.steps),
-            guidance=_scale(_first(asked.guidance, story.guidance, self.sampling.guidance)),
-            negative_prompt=_first(negative_prompt, story.negative_prompt, self.backend.preset.negative_prompt),
+            guidance=_first(asked.guidance, story.guidance, self.sampling.guidance),
+            negative_prompt=_first(request.negative_prompt, story.negative_prompt, self.backend.preset.negative_prompt),
             shift=_first(asked.shift, 1.0 if timesteps else self.sampling.shift),
             solver=_first(asked.solver, self.model.family.solver),
             timesteps=timesteps,
-            **how,
+            decode=request.decode,
+            endless=request.endless,
+            retakes=request.retakes,
         )
 
     def __repr__(self) -> str:
@@ -325,21 +306,6 @@ class Generator:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _sampling(given: Sampling | None, steps: int | None, guidance: float | None) -> Sampling:
-    if given is None:
-        return Sampling(steps=steps, guidance=guidance)
-    if steps is not None or guidance is not None:
-        fix = "pass sampling=Sampling(steps=4, guidance=1)"
-        raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two", fix=fix)
-    return given
-
-
-def _scale(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise LongtakeError("bad guidance scale", got=repr(value), expected="a number", fix=GUIDANCE_FIX)
-    return float(value)
 
 
 def _first(*values: Any) -> Any:

@@ -103,6 +103,9 @@ class LiveChanges:
         """Append `chunks` chunks to the script, of `prompt` or of its last prompt, with or without a cut before them.
 
         record: as in `change_prompt`, but it is called with the number of chunks that the video then has.
+
+        Raises:
+            LongtakeError: the prompt is none, the session is closed, or noise that it was given ends before that.
         """
         chunks = checked_chunks(chunks)
         if prompt:
@@ -113,7 +116,8 @@ class LiveChanges:
             here = self._position
             last = here.script[-1].prompt if here.script else here.prompt
             text = checked_prompt(prompt or last, "the prompt to go on with")
-            record(here.chunk + here.left + chunks)
+            self.inputs.require_noise(self.model.preset, here.whole + chunks)
+            record(here.whole + chunks)
             self._position = replace(here, script=(*here.script, Segment(text, chunks, cut)))
 
     def _checked(self, prompt: str, what: str, cut: bool) -> None:
@@ -121,7 +125,7 @@ class LiveChanges:
         asked = Segment(
             checked_prompt(prompt, what), 2, cut
         )  # a cut's second chunk reads the prompt without its prefix
-        replace(self.inputs, noise=None).check(self.model.preset, (asked,), None, self.tokenize)
+        self.inputs.check(self.model.preset, (asked,), None, self.tokenize)
 
     def cancel(self) -> None:
         """Stop before the next pass: iteration raises CancelledError once, and nothing of that chunk is committed."""

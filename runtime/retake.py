@@ -43,12 +43,9 @@ def checked_start(from_chunk: int, chunks: int) -> int:
     """`from_chunk` if it is one of `chunks` chunks, or the one after them. Raises LongtakeError."""
     start = whole_number(from_chunk, "chunk to retake from", "pass 0 for all of it")
     if not 0 <= start <= chunks:
-        raise LongtakeError(
-            "there is no such chunk to retake from",
-            got=start,
-            expected=f"0 to {chunks}",
-            fix="pass a chunk that was made",
-        )
+        what, got = "there is no such chunk to retake from", start
+        expected, fix = f"0 to {chunks}", "pass a chunk that was made"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return start
 
 

@@ -154,14 +154,12 @@ class Session(LiveChanges):
         """
         given = finite(given_chunk(latents_BFCHW, self.model.preset, self._position.chunk), "these latents")
         given = given.to(self.model.device)
+        self.inputs.require_noise(self.model.preset, self._position.whole + 1)
         with self._turn("a chunk that is given"):
             if self._position.chunk in self._undecoded.kept:
-                raise LongtakeError(
-                    f"chunk {self._position.chunk} has yet to be decoded",
-                    got="another one for its place",
-                    expected="a call for the next chunk",
-                    fix="call next(session) first",
-                )
+                what, got = f"chunk {self._position.chunk} has yet to be decoded", "another one for its place"
+                expected, fix = "a call for the next chunk", "call next(session) first"
+                raise LongtakeError(what, got=got, expected=expected, fix=fix)
             segment = Segment(checked_prompt(prompt, "the clip's prompt"), 1, cut and self._position.chunk > 0)
             return self._attempt(segment, given)
 
@@ -312,6 +310,7 @@ class Session(LiveChanges):
         if self._decoding and snapshot.position.chunk and not decoder:
             what, got = "the snapshot has no decoder state", "one of a session made with decode=False"
             raise LongtakeError(what, got=got, fix="restore it into a session made with decode=False")
+        self.inputs.require_noise(self.model.preset, snapshot.position.whole, self.options.endless)
         with self._turn("another state", decoder_error=False):
             load_tensors(snapshot, self._state)
             if self._decoding:

@@ -43,6 +43,16 @@ class Sampling:
         schedule_from(self.timesteps)
 
 
+def sampling_of(given: Sampling | None, steps: int | None, guidance: float | None) -> Sampling:
+    """`given`, or the two that are a part of it. Raises LongtakeError for both."""
+    if given is None:
+        return Sampling(steps=steps, guidance=guidance)
+    if steps is not None or guidance is not None:
+        fix = "pass sampling=Sampling(steps=4, guidance=1)"
+        raise LongtakeError("steps and guidance are part of sampling", got="both", expected="one of the two", fix=fix)
+    return given
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """guidance 1 turns classifier-free guidance off. endless: go on when the script ends. retakes: keep every chunk's latents.
@@ -67,6 +77,10 @@ class SessionOptions:
         object.__setattr__(self, "steps", whole_number(self.steps, "number of denoise steps", STEPS_FIX))
         if not 0 <= self.seed < 2**63:
             raise LongtakeError("bad seed", got=self.seed, expected="0 to 2^63 - 1", fix="pass seed=7 (--seed 7)")
+        if isinstance(self.guidance, bool) or not isinstance(self.guidance, Real):
+            got = repr(self.guidance)
+            raise LongtakeError("bad guidance scale", got=got, expected="a number", fix=GUIDANCE_FIX)
+        object.__setattr__(self, "guidance", float(self.guidance))
         if not (math.isfinite(self.guidance) and abs(self.guidance) <= MOST_GUIDANCE):
             what, expected = "bad guidance scale", f"at most {MOST_GUIDANCE}, 1 for none"
             raise LongtakeError(what, got=self.guidance, expected=expected, fix=GUIDANCE_FIX)

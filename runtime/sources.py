@@ -25,7 +25,7 @@ from longtake.runtime.backends.base import Backend
 from longtake.runtime.budget.check import check_memory, check_ranks, kept_windows, require_no_windows
 from longtake.runtime.budget.measured import record_arenas
 from longtake.runtime.budget.use import budget_of
-from longtake.training.models.presets import SamplingConfig
+from longtake.training.models.presets import Preset, SamplingConfig
 
 log = logging.getLogger(__name__)
 
@@ -136,12 +136,9 @@ def _best_source() -> Source:
             if source and (fallback is None or (recipe.precision == "nvfp4" != fallback.recipe.precision)):
                 fallback = source
     if fallback is None:
-        raise LongtakeError(
-            "no engines and no exported networks are there",
-            got=f"nothing in {home()}",
-            expected="a model that was exported",
-            fix=BUILD_FIX,
-        )
+        what, got = "no engines and no exported networks are there", f"nothing in {home()}"
+        expected, fix = "a model that was exported", BUILD_FIX
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return fallback
 
 
@@ -214,6 +211,7 @@ class OpenOptions:
     force: take an export that failed its comparison with PyTorch. say: is told what is taken unchecked.
     gpus: how many of this machine share a stream of video (runtime/parallel). kept_windows: layers that keep their attention's
     window between passes; None: as many as the memory that is free allows. sessions: that will be open at a time.
+    known: is told the preset before anything is opened, and may refuse.
     """
 
     guided: bool | None = None
@@ -226,6 +224,7 @@ class OpenOptions:
     gpus: int = 1
     kept_windows: int | None = 0
     sessions: int = 1
+    known: Callable[[Preset], None] = lambda preset: None
 
 
 NOTHING_SPECIAL = OpenOptions()

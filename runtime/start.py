@@ -1,12 +1,15 @@
-"""What a video starts from: nothing, a picture that is its first frame, or a clip that it goes on from.
+"""What is asked of a session, and what its video starts from: nothing, a picture that is its first frame, or a clip.
+
+What can be refused before a model is opened is refused then: what is missing of a model takes minutes to make.
 
 Legend: F latent frames, C latent channels, h, w latent size, H, W sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,16 +27,25 @@ from longtake.image import (
     rgb_pixels,
 )
 from longtake.image_cover import covering
+from longtake.runtime.camera import CameraPosition, require_cuts
+from longtake.runtime.chunk import tensor_of
 from longtake.runtime.clip import check_clip, latents_from_clip
+from longtake.runtime.conditions import Embeddings, Noise, SessionInputs
+from longtake.runtime.sampling import OnStep, checked_on_step
 from longtake.runtime.session import Session
-from longtake.runtime.story import Script, Segment, Story, fit_segments, story_from_script
+from longtake.runtime.session_options import Sampling, SessionOptions, sampling_of
+from longtake.runtime.story import Script, Segment, Story, check_fits, fit_segments, frame_count, story_from_script
 from longtake.runtime.video_model import VideoModel
+from longtake.runtime.view import View, own_picture, require_picture
+from longtake.training.models.families import family_of
 from longtake.training.models.presets import Preset
 
 # A file; pixels, uint8 or floats in 0..1, [H, W, 3], [H, W, 4] or [H, W]; or a PIL image
 Picture: TypeAlias = "Path | str | np.ndarray[Any, Any] | Image.Image"
 # A video, a file of latents, or normalized latents fp32 [1, F, C, h, w], of torch or numpy
 Clip: TypeAlias = "Path | str | Tensor | np.ndarray[Any, Any]"
+
+NO_VIEW = View()
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,11 +76,15 @@ class Start:
         }
 
     def check(self) -> None:
-        """Raise LongtakeError for a file that cannot be used, as far as that is known without a model."""
+        """Raise LongtakeError for a picture or clip that cannot be used, as far as that is known without a model."""
         if isinstance(self.image, (str, Path)):
             image_from_file(self.image, LEAST_SIDE, LEAST_SIDE)
+        elif self.image is not None:
+            self._pixels()
         if isinstance(self.clip, (str, Path)):
             check_clip(Path(self.clip))
+        elif self.clip is not None:
+            tensor_of(self.clip, "a path, or ")
 
     def _pixels(self) -> np.ndarray:
         """The given picture as it is, uint8 [H, W, 3]."""
@@ -78,12 +94,9 @@ class Start:
             return rgb_pixels(self.image)
         if hasattr(self.image, "getexif"):
             return pixels_from_picture(self.image)
-        raise LongtakeError(
-            "this is not an image",
-            got=type(self.image).__name__,
-            expected="a path, a PIL image, or an array [H, W, 3]",
-            fix="pass one of these",
-        )
+        what, got = "this is not an image", type(self.image).__name__
+        expected, fix = "a path, a PIL image, or an array [H, W, 3]", "pass one of these"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
     def picture_hw(self, preset: Preset) -> tuple[int, int]:
         """Height and width of the given picture, the video's if there is none."""
@@ -159,3 +172,90 @@ def one_a_chunk(segments: tuple[Segment, ...]) -> Iterator[Segment]:
     for segment in segments:
         for index in range(segment.chunks):
             yield Segment(segment.prompt, 1, segment.cut and index == 0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The parameters of `Generator.session`."""
+
+    script: Script
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampling: Sampling | None = None
+    noise: Noise | None = None
+    embeddings: Embeddings | None = None
+    negative_prompt: str | None = None
+    chunks: int | None = None
+    decode: bool = True
+    endless: bool = False
+    retakes: bool = False
+    image: Picture | None = None
+    continue_from: Clip | None = None
+    clip: Script | None = None
+    on_step: OnStep | None = None
+    view: View = NO_VIEW
+
+    @cached_property
+    def story(self) -> Story:
+        return story_from_script(self.script)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The script, as long as the video is to be."""
+        return self.story.segments if self.chunks is None else fit_segments(self.story.segments, self.chunks)
+
+    @property
+    def start(self) -> Start:
+        return start_of(self.story, self.image, self.continue_from, self.clip)
+
+    def check(self) -> Request:
+        """This, unless no model could make it: raises what `Generator.session` would."""
+        asked, story = sampling_of(self.sampling, self.steps, self.guidance), self.story
+        told = {"seed": self.seed, "negative_prompt": self.negative_prompt, **vars(asked)}
+        told = {name: getattr(story, name, None) if value is None else value for name, value in told.items()}
+        SessionOptions(**{name: value for name, value in told.items() if value is not None})  # type: ignore[arg-type]
+        checked_on_step(self.on_step)
+        SessionInputs(self.noise, self.embeddings)
+        self.view.over(view_of(story)).check_values()
+        self.start.check()
+        _ = self.segments
+        return self
+
+    def check_for(self, preset: Preset) -> None:
+        """Raise what `Generator.session` would, as far as the model's preset tells."""
+        start, segments = self.start, self.segments
+        check_fits(self.story, preset, continued=start.clip is not None)
+        start, view = world_of(self.story, start, self.view, preset)
+        camera_of(view, start, preset, segments, self.endless)
+        # How long a clip is, which is part of the video, shows when it is encoded: then the noise may yet be too short.
+        SessionInputs(self.noise).require_noise(preset, sum(segment.chunks for segment in segments), self.endless)
+
+
+def view_of(story: Story) -> View:
+    """Where a story's camera goes."""
+    return View(story.action, story.camera, story.intrinsics, story.speed, story.turn)
+
+
+def world_of(story: Story, start: Start, view: View, preset: Preset) -> tuple[Start, View]:
+    """What a model with cameras starts from: a picture always, and a view. Raises LongtakeError for what it cannot do."""
+    can, view = family_of(preset).can, view.over(view_of(story))
+    view.check(can, preset)
+    if any(segment.cut for segment in story.segments):
+        require_cuts(can, f"story {story.name} with a cut")
+    if "camera" in can and start.clip is not None:
+        require_picture(start.told["clip"])
+    return replace(start, image=own_picture(preset)) if "camera" in can and start.image is None else start, view
+
+
+def camera_of(
+    view: View, start: Start, preset: Preset, segments: Sequence[Segment], endless: bool
+) -> CameraPosition | None:
+    """Where the camera of a model with cameras is before the first frame. Raises LongtakeError for what is no way of one."""
+    if "camera" not in family_of(preset).can:
+        return None
+    if endless and view.camera is not None:
+        what, fix = "a camera's path ends, an endless session does not", "pass an action, or steer the session"
+        raise LongtakeError(what, got="both", expected="one of the two", fix=fix)
+    frames = frame_count(preset, sum(segment.chunks for segment in segments))
+    return view.position(preset, start.picture_hw(preset), frames)

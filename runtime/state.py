@@ -69,6 +69,11 @@ class Position:
         """Chunks the script still holds."""
         return sum(segment.chunks for segment in self.script)
 
+    @property
+    def whole(self) -> int:
+        """Chunks of the video, those made and those that the script still holds."""
+        return self.chunk + self.left
+
     def upcoming(self, endless: bool) -> Segment | None:
         """The next chunk as a segment of one chunk, live changes included; None at the end of the script."""
         if self.script:

@@ -5,7 +5,6 @@ Legend: N frames.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from longtake.runtime.camera_files import (
     Numbers,
     default_intrinsics,
     intrinsics_from,
+    numbers_of,
     of_frames,
     poses_from,
 )
 from longtake.training.models.camera_poses import relative_poses
 from longtake.training.models.presets import SHIPPED, Preset
 from longtake.training.models.sana_wm.actions import Pace, keys_of_frames
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,16 +65,29 @@ class View:
     def check(self, can: frozenset[str], preset: Preset) -> None:
         """Raise LongtakeError where it is given to a model without cameras, or twice, or cannot be read."""
         if self.given and "camera" not in can:
-            raise LongtakeError(
-                f"preset {preset.name} has no camera",
-                got=", ".join(self.given),
-                expected="a prompt",
-                fix="leave it out, or take a preset of family sana_wm",
-            )
+            what, got = f"preset {preset.name} has no camera", ", ".join(self.given)
+            expected, fix = "a prompt", "leave it out, or take a preset of family sana_wm"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         if self.action is not None and self.camera is not None:
             raise LongtakeError(
                 "a camera has one path", got="action and camera", expected="one of the two", fix="leave one out"
             )
+
+    def check_values(self) -> None:
+        """Raise LongtakeError for keys, numbers and files that are none, as far as that is known without a model."""
+        if self.speed is not None or self.turn is not None:
+            self._pace(Pace.fps)
+        if self.action is not None:
+            keys_of_frames(self.action)
+        if self.camera is not None:
+            poses_from(self.camera)
+        if self.intrinsics is not None:
+            numbers_of(self.intrinsics, "the intrinsics")
+
+    def _pace(self, fps: float) -> Pace:
+        return Pace(
+            Pace.speed if self.speed is None else self.speed, Pace.turn if self.turn is None else self.turn, fps
+        )
 
     def position(self, preset: Preset, picture_hw: tuple[int, int], frames: int) -> CameraPosition:
         """The camera of a video of `frames` frames that starts from a picture of that size.
@@ -84,11 +95,7 @@ class View:
         Raises:
             LongtakeError: a path ends before the video, or something is no camera, no action or no intrinsics.
         """
-        pace = Pace(
-            Pace.speed if self.speed is None else self.speed,
-            Pace.turn if self.turn is None else self.turn,
-            float(preset.fps),
-        )
+        pace = self._pace(float(preset.fps))
         keys = () if self.action is None else keys_of_frames(self.action)
         poses = () if self.camera is None else _path(self.camera, frames)
         return CameraPosition(self._intrinsics(preset, picture_hw, frames), pace, keys=keys, poses=poses)
@@ -96,7 +103,6 @@ class View:
     def _intrinsics(self, preset: Preset, picture_hw: tuple[int, int], frames: int) -> Any:
         size = preset.height, preset.width
         if self.intrinsics is None:
-            log.warning("no intrinsics: a camera is assumed that sees 60 degrees across")
             values = default_intrinsics(*size)
         else:
             cover, _ = cover_of(picture_hw, *size)
@@ -116,23 +122,17 @@ def _told(value: Any) -> Any:
 def _path(camera: Numbers, frames: int) -> tuple[tuple[float, ...], ...]:
     poses = poses_from(camera)
     if len(poses) < frames:
-        raise LongtakeError(
-            "the camera's path ends before the video",
-            got=f"{len(poses)} poses",
-            expected=f"{frames}: one a frame",
-            fix="generate fewer chunks, or pass a longer path",
-        )
+        what, got = "the camera's path ends before the video", f"{len(poses)} poses"
+        expected, fix = f"{frames}: one a frame", "generate fewer chunks, or pass a longer path"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return tuple(tuple(pose) for pose in relative_poses(poses).reshape(len(poses), 16).tolist())
 
 
 def require_picture(clip: str) -> None:
     """Raise LongtakeError: a clip's frames have cameras, too, and nobody knows them."""
-    raise LongtakeError(
-        "a model with cameras does not go on from a clip",
-        got=f"clip {clip}, whose cameras are not known",
-        expected="a picture",
-        fix="pass --image FILE, or go on with a saved session: --load-session FILE",
-    )
+    what, got = "a model with cameras does not go on from a clip", f"clip {clip}, whose cameras are not known"
+    expected, fix = "a picture", "pass --image FILE, or go on with a saved session: --load-session FILE"
+    raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 def own_picture(preset: Preset) -> Path:
@@ -143,10 +143,7 @@ def own_picture(preset: Preset) -> Path:
     """
     path = SHIPPED / f"{preset.name}.png"
     if not path.is_file():
-        raise LongtakeError(
-            f"a video of preset {preset.name} starts from a picture",
-            got="none",
-            expected="a picture file",
-            fix="pass --image FILE",
-        )
+        what, got = f"a video of preset {preset.name} starts from a picture", "none"
+        expected, fix = "a picture file", "pass --image FILE"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return path

@@ -33,6 +33,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+@pytest.mark.parametrize(("model", "name"), [("mine", f"mine@{RECIPE.name}"), ("", RECIPE.name)])
+def test_a_full_name_is_put_together_and_cut_in_one_place(model: str, name: str) -> None:
+    assert model_name.full_name(model, RECIPE.name) == name
+    assert model_name.parts_of_full(name) == (model, RECIPE.name)
+    others = [path for path in tree_of_serving() if '"@"' in path.read_text()]
+    assert not others, "cut it with parts_of_full"
+
+
+def tree_of_serving() -> list[Path]:
+    return sorted((Path(model_name.__file__).parents[2] / "runtime" / "serve").glob("*.py"))
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """A checkpoint folder called mine, of a DiT alone; its digest is of no file."""

@@ -19,6 +19,7 @@ from longtake import CancelledError, LongtakeError, Sampling, Step, Video
 from longtake.paths import REPOSITORY
 from longtake.runtime.chunk import Chunk
 from longtake.runtime.generator import Generator
+from longtake.runtime.view import View
 from longtake.training.models.text.words import Tokenizer
 
 
@@ -82,6 +83,32 @@ def test_every_public_name_is_there() -> None:
     for name in longtake.__all__:
         assert getattr(longtake, name) is not None
     assert longtake.Generator.__mro__[1] is Generator
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"seed": -1}, "bad seed"),
+        ({"steps": "4"}, "bad number of denoise steps"),
+        ({"guidance": "2"}, "bad guidance scale"),
+        ({"sampling": Sampling(steps=4), "steps": 4}, "steps and guidance are part of sampling"),
+        ({"noise": [1.0]}, "this is no noise"),
+        ({"on_step": 3}, "on_step is no function"),
+        ({"image": 3}, "this is not an image"),
+        ({"chunks": 0}, "bad number of chunks"),
+        ({"chunks": 2, "noise": torch.zeros(1, 8, 16, 16, 16)}, "the noise of chunk 1 does not fit"),
+        ({"view": View(action="w-24")}, "preset tiny has no camera"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_the_model_is_made_ready(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], says: str
+) -> None:
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was made ready")
+
+    monkeypatch.setattr(longtake.Generator, "from_pretrained", opened)
+    with pytest.raises(LongtakeError, match=says):
+        longtake.generate("a green seven rises", **given)
 
 
 def test_a_string_is_a_prompt_or_a_story(generator: Generator, tmp_path: Path) -> None:

@@ -45,12 +45,9 @@ def parts_before(stage: str, options: StageOptions, optimizer: OptimizerConfig) 
     parts = parts_of(side, options.init)
     _require_new_seed(path, parts, options.seed)
     if optimizer.warmup < 1:
-        raise LongtakeError(
-            "a continued run has a new optimizer, which needs a warm-up",
-            got="--warmup 0",
-            expected="1 or more",
-            fix="--warmup 200",
-        )
+        what, got = "a continued run has a new optimizer, which needs a warm-up", "--warmup 0"
+        expected, fix = "1 or more", "--warmup 200"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return parts
 
 

@@ -321,9 +321,6 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise LongtakeError rather than save a number that isn't one."""
     bad = [name for name, x in tensors.items() if x.is_floating_point() and not bool(x.isfinite().all())]
     if bad:
-        raise LongtakeError(
-            f"training diverged: {path.name} is not written, for its numbers are not finite",
-            got=some(bad, 3),
-            expected="finite numbers",
-            fix=BEFORE.format(path.parent),
-        )
+        what, got = f"training diverged: {path.name} is not written, for its numbers are not finite", some(bad, 3)
+        expected, fix = "finite numbers", BEFORE.format(path.parent)
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from longtake.devices import torch_device
 from longtake.errors import LongtakeError
 from longtake.files import read_json, write_json
 from longtake.formats.bundle import Bundle
@@ -56,6 +57,8 @@ def run(options: BenchOptions, others: MoreOptions) -> int:
     """Measure and report; 1 if a part failed (the others are reported all the same)."""
     options, started = completed(options), time.perf_counter()
     options.require_plain()
+    for name, given in (("--device", options.device), ("--decode-device", options.decode_device)):
+        torch_device(given or "cpu", name)  # before anything is exported
     more = [of_another_recipe(options, name) for name in others.more]
     if options.gpus > 1:
         require_split(options.model, options.gpus)
@@ -102,12 +105,9 @@ def of_another_recipe(options: BenchOptions, name: str) -> BenchOptions:
     """The same benchmark of another recipe's DiT. Raises LongtakeError for an unknown recipe or another preset."""
     recipe = recipe_named(name)
     if recipe.model != options.the_recipe.model:
-        raise LongtakeError(
-            "--more takes recipes of the same preset",
-            got=recipe.preset,
-            expected=options.the_recipe.preset,
-            fix="run the benchmark twice",
-        )
+        what, got = "--more takes recipes of the same preset", recipe.preset
+        expected, fix = options.the_recipe.preset, "run the benchmark twice"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     name = str(Path(name).resolve()) if name.endswith((".yaml", ".yml")) else name
     return replace(
         options, recipe=name, networks=("dit",), decode_device="", gpus=1, out=str(options.folder / recipe.name)

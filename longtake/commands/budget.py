@@ -112,12 +112,9 @@ def _recipe(options: BudgetOptions) -> tuple[Recipe, Source | None]:
         asked = source.recipe if options.recipe is None else recipe_named(options.recipe)
         source.recipe.require_same(asked, options.engines)
         if asked.name != source.recipe.name:
-            raise LongtakeError(
-                f"{options.engines} holds engines of another recipe",
-                got=source.recipe.name,
-                expected=options.recipe,
-                fix="leave out --recipe",
-            )
+            what, got = f"{options.engines} holds engines of another recipe", source.recipe.name
+            expected, fix = options.recipe, "leave out --recipe"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         return source.recipe, source
     if options.recipe is None:
         raise LongtakeError(
@@ -133,12 +130,9 @@ def cuda_device(name: str) -> torch.device:
     """A GPU of this machine. Raises LongtakeError if there is none of that name."""
     device = torch_device(name, expected="cuda:N")
     if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
-        raise LongtakeError(
-            f"there is no GPU {name}",
-            got=f"{torch.cuda.device_count()} GPUs here",
-            expected="cuda:N",
-            fix="leave it out, or name a GPU that is there",
-        )
+        what, got = f"there is no GPU {name}", f"{torch.cuda.device_count()} GPUs here"
+        expected, fix = "cuda:N", "leave it out, or name a GPU that is there"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return torch.device("cuda", device.index or 0)
 
 

@@ -14,6 +14,7 @@ from longtake.accuracy.compare import compare_networks
 from longtake.accuracy.rows import LAYERS_FIX, Row, require_gate, table
 from longtake.errors import LongtakeError
 from longtake.formats.exported import Export
+from longtake.formats.model_name import full_name, parts_of
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.options import Command, OneOf, option
 from longtake.outputs import claim_outputs
@@ -103,8 +104,8 @@ def recipe_and_source(options: CheckOptions) -> tuple[Recipe, Source]:
             fix="pass --model tiny-4step",
         )
     recipe = None if options.recipe is None else recipe_named(options.recipe)
-    if options.model and recipe is not None and "@" not in options.model:
-        named = f"{options.model}@{options.recipe}"
+    if options.model and recipe is not None and parts_of(options.model)[1] is None:
+        named = full_name(options.model, str(options.recipe))
     source = source_from_name(named)
     if recipe is not None:
         source.recipe.require_same(recipe, options.engines or source.onnx)
@@ -118,20 +119,14 @@ def models_of_export(recipe: Recipe, export: Export, checkpoints: Path | None) -
         LongtakeError: it is of another recipe, or was exported from other checkpoints.
     """
     if export.onnx_name != recipe.onnx_name:
-        raise LongtakeError(
-            f"the export is not of recipe {recipe.name}",
-            got=export.onnx_name,
-            expected=recipe.onnx_name,
-            fix=f"longtake export --recipe {recipe.name}",
-        )
+        what, got = f"the export is not of recipe {recipe.name}", export.onnx_name
+        expected, fix = recipe.onnx_name, f"longtake export --recipe {recipe.name}"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     models = load_models(recipe.model, checkpoints)
     if export.amax != models.amax:
-        raise LongtakeError(
-            "the networks were exported from other checkpoints",
-            got=f"amax of {checkpoints or 'the shipped ones'}",
-            expected="the amax in export.json",
-            fix="name the checkpoints that were exported with --checkpoints FOLDER",
-        )
+        what, got = "the networks were exported from other checkpoints", f"amax of {checkpoints or 'the shipped ones'}"
+        expected, fix = "the amax in export.json", "name the checkpoints that were exported with --checkpoints FOLDER"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return models
 
 

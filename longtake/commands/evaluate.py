@@ -166,12 +166,13 @@ def run(options: EvaluateOptions) -> int:
     side = dit_side(options.checkpoints)
     preset = options.preset or preset_named(side.preset)
     device = device_named(options.device)
+    train = dataset_from_name(options.data, preset, "train", fit=options.fit, held_out=options.held_out)
     models = load_models(preset, options.checkpoints)
     for module in (models.dit, models.vae, models.text):
         module.to(device)
     evaluation = Evaluation(options, models, side, device)
-    if line := evaluation.data("train").line:
-        print(line)
+    if train.line:
+        print(train.line)
     for said in parts(evaluation):
         print(said)
     if options.report:

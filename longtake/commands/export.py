@@ -68,12 +68,9 @@ def exports_of(options: ExportOptions) -> list[tuple[Recipe, Model]]:
     asked = asked_for(options.model) if options.model is not None else None
     model = asked.model if asked else None
     if asked is not None and model is None:
-        raise LongtakeError(
-            "--model names a recipe",
-            got=options.model,
-            expected="a model, or MODEL@RECIPE",
-            fix=f"pass --recipe {options.model}",
-        )
+        what, got = "--model names a recipe", options.model
+        expected, fix = "a model, or MODEL@RECIPE", f"pass --recipe {options.model}"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     if options.checkpoints is not None and not options.skeleton:
         model = model_in(options.checkpoints, options.name)
     names: Sequence[str] = options.recipe

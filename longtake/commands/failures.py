@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from longtake.errors import LongtakeError
 from longtake.out_of_memory import is_out_of_memory, out_of_memory
@@ -39,7 +40,7 @@ def explained(error: Exception) -> LongtakeError | None:
 
 def _of_home(error: OSError) -> str:
     """What more helps if the system refused something in LONGTAKE_HOME."""
-    name = error.filename2 or error.filename
+    name = _file_of(error)
     try:
         home = settings_from_environment().home
         inside = name is not None and Path(os.path.realpath(str(name))).is_relative_to(os.path.realpath(home))
@@ -53,8 +54,13 @@ def _of_code(code: int | None, name: str, error: Exception, more: str = "") -> L
     return LongtakeError(what.replace("{}", name), got=_first_line(error), expected=expected, fix=fix + more)
 
 
+def _file_of(error: OSError) -> Any:
+    """What the system refused, as it was named there; of two names the second, which was to be made. None if it says none."""
+    return error.filename2 or error.filename
+
+
 def _named(error: OSError) -> str:
-    name = error.filename2 or error.filename
+    name = _file_of(error)
     shown = str(name) if name is not None else "a file"
     return shown if len(shown) <= 120 else shown[:117] + "..."
 

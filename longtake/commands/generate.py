@@ -20,7 +20,7 @@ from longtake.runtime.sampling import CancelledError
 from longtake.runtime.session import Session
 from longtake.runtime.snapshot import snapshot_from_file
 from longtake.runtime.sources import OpenOptions
-from longtake.runtime.start import start_of
+from longtake.runtime.start import Request
 from longtake.runtime.story import (
     Story,
     check_fits,
@@ -37,20 +37,19 @@ def run(options: GenerateOptions) -> int:
     """Check everything that can be checked, open the engines, generate."""
     story = _story(options)
     out = _output(options, story)
-    if story is not None:
-        start_of(story, options.image, options.continue_from, _clip_words(options)).check()
+    request = None if options.load_session or story is None else _request(options, story).check()
     with Generator.from_engines(
         options.model or options.engines,
         options.backend,
         options.device,
         options.decode_device,
-        _open_options(options, story),
+        _open_options(options, story, request),
         options.checkpoints,
     ) as generator:
         return generate(generator, options, story, out)
 
 
-def _open_options(options: GenerateOptions, story: Story | None) -> OpenOptions:
+def _open_options(options: GenerateOptions, story: Story | None, request: Request | None) -> OpenOptions:
     """What the backend is opened for; the memory it takes is printed before it takes any."""
     asked = options.guidance if options.guidance is not None else story.guidance if story else None
     if options.load_session:
@@ -64,7 +63,16 @@ def _open_options(options: GenerateOptions, story: Story | None) -> OpenOptions:
         say=lambda line: print(line, file=sys.stderr),
         gpus=options.gpus,
         kept_windows=options.kept_windows,
+        known=lambda preset: request.check_for(preset) if request else None,
     )
+
+
+def _request(options: GenerateOptions, story: Story) -> Request:
+    """The new session that is asked for."""
+    names = ("seed", "steps", "guidance", "negative_prompt", "image", "continue_from", "view")
+    given = {name: getattr(options, name) for name in names}
+    # A camera's path must be as long as all that is asked for, so that is told at the start.
+    return Request(story, clip=_clip_words(options), chunks=max(options.chunks or 0, story.chunks), **given)
 
 
 def generate(generator: Generator, options: GenerateOptions, story: Story | None, out: Path) -> int:
@@ -121,24 +129,15 @@ def _story(options: GenerateOptions) -> Story | None:
 def _session(generator: Generator, options: GenerateOptions, story: Story | None) -> Session:
     """A new session, or a saved one with the story after what it still had to do."""
     if not options.load_session:
-        given = {
-            key: getattr(options, key) for key in ("steps", "guidance", "negative_prompt", "image", "continue_from")
-        }
-        # A camera's path must be as long as all that is asked for, so that is told at the start.
-        chunks = max(options.chunks or 0, story.chunks) if story is not None else None
-        session = generator.session(
-            story or (), seed=options.seed, clip=_clip_words(options), view=options.view, chunks=chunks, **given
-        )
+        assert story is not None  # the options say so
+        session = generator.session(**vars(_request(options, story)))
         if session.next_index:
             print(f"clip: {session.next_index} chunks taken in; the video written is what comes after them", flush=True)
         return session
     if story is not None and (story.image or story.clip):
-        raise LongtakeError(
-            "a saved session has begun already",
-            got=f"story {story.name} starts from a picture or clip",
-            expected="a story without one",
-            fix="leave out --load-session",
-        )
+        what, got = "a saved session has begun already", f"story {story.name} starts from a picture or clip"
+        expected, fix = "a story without one", "leave out --load-session"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     if story is not None:
         check_fits(story, generator.backend.preset)
     session = generator.load_session(options.load_session)
@@ -157,12 +156,9 @@ def _total(session: Session, asked: int | None) -> int:
     if asked is not None and asked > left:
         session.extend(asked - left)
     if asked is None and not left:
-        raise LongtakeError(
-            "the saved session has nothing left to do",
-            got=f"{session.next_index} chunks generated",
-            expected="a story, --prompt or --chunks to go on with",
-            fix="pass --chunks 2",
-        )
+        what, got = "the saved session has nothing left to do", f"{session.next_index} chunks generated"
+        expected, fix = "a story, --prompt or --chunks to go on with", "pass --chunks 2"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return left if asked is None else asked
 
 

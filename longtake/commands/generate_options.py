@@ -155,9 +155,7 @@ class GenerateOptions(OutOptions, HowOptions, ViewOptions, WhatOptions):
             self._check_loading()
         elif not self.prompt and not self.story:
             raise LongtakeError(
-                "nothing to generate",
-                expected="a story, --prompt or --load-session",
-                fix="longtake generate demo.yaml",
+                "nothing to generate", expected="a story, --prompt or --load-session", fix="longtake generate demo.yaml"
             )
         if self.backend not in (*BACKEND_NAMES, ORACLE):
             raise LongtakeError(

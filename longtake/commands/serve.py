@@ -61,12 +61,9 @@ class ModelOptions:
         """Raise LongtakeError for what is out of bounds, and for two models."""
         check(self)
         if self.model is not None and self.engines is not None:
-            raise LongtakeError(
-                "--model and --engines both name what is served",
-                got=f"{self.model} and {self.engines}",
-                expected="one of them",
-                fix="leave one out",
-            )
+            what, got = "--model and --engines both name what is served", f"{self.model} and {self.engines}"
+            expected, fix = "one of them", "leave one out"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -141,6 +138,7 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
         traces=door.traces,
         limits=limits,
     )
+    require_places(model)
     opening, bounds = partial(opened, model, ray.gpus or 1), ray.bounds
     if not ray.ray:
         return serve(settings, opening, announced)
@@ -154,6 +152,18 @@ def run(model: ModelOptions, door: DoorOptions, ray: RayOptions, limits: Limits)
     ):  # built once, here, before the workers look for it; on another machine they build their own
         ready(model, ray.gpus, lambda words: None)
     return serve_ray(settings, opening, announced, Size(*bounds, ray.fronts, 0 if model.device == "cpu" else ray.gpus))
+
+
+def require_places(model: ModelOptions) -> None:
+    """Raise LongtakeError for a device or a folder that is none: before the model is exported and built, not after it."""
+    from longtake.devices import torch_device
+    from longtake.runtime.sources import require_checkpoints
+
+    for name, given in (("--device", model.device), ("--decode-device", model.decode_device)):
+        if given is not None:
+            torch_device(given, name)
+    if model.checkpoints is not None:
+        require_checkpoints(model.checkpoints)
 
 
 def require_shared(model: ModelOptions, gpus: int) -> None:

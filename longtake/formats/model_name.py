@@ -75,12 +75,9 @@ def checked_name(name: str) -> str:
     if not NAME.fullmatch(name):
         raise LongtakeError("bad model name", got=repr(name), expected=RULE, fix="pass --name my-model")
     if name in shipped():
-        raise LongtakeError(
-            f"the name {name} is that of a shipped model",
-            got=repr(name),
-            expected="a name of your own",
-            fix=f"pass --name my-{name}",
-        )
+        what, got = f"the name {name} is that of a shipped model", repr(name)
+        expected, fix = "a name of your own", f"pass --name my-{name}"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return name
 
 
@@ -183,6 +180,17 @@ def parts_of(text: str) -> tuple[str, str | None]:
     if not Path(before).is_dir():
         before, _, after = text.partition("@")
     return before, after
+
+
+def full_name(model: str, recipe: str) -> str:
+    """NAME@RECIPE, as what is made of a model is told; the recipe alone where the model has no name."""
+    return f"{model}@{recipe}" if model else recipe
+
+
+def parts_of_full(name: str) -> tuple[str, str]:
+    """The model, "" if it has no name, and the recipe of what `full_name` made."""
+    model, _, recipe = name.rpartition("@")
+    return model, recipe
 
 
 def asked_for(text: str) -> Asked:

@@ -56,12 +56,9 @@ def require_shareable(asked: str, decode_device: Device, gpus: int) -> None:
             fix="leave out --backend, or --gpus",
         )
     if decode_device is not None:
-        raise LongtakeError(
-            "GPUs that share a stream share its VAE, too",
-            got=f"--decode-device {decode_device}",
-            expected="--gpus alone",
-            fix="leave out --decode-device, or --gpus",
-        )
+        what, got = "GPUs that share a stream share its VAE, too", f"--decode-device {decode_device}"
+        expected, fix = "--gpus alone", "leave out --decode-device, or --gpus"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 def _chosen_engines(recipe: Recipe, engines: Path | None, asked: str, device: Device, gpus: int) -> Path | None:

@@ -164,12 +164,9 @@ def require_devices(
     if device is not None and torch_device(device).type == "cpu":
         return ["cpu"] * gpus
     if device is not None:
-        raise LongtakeError(
-            "--gpus takes the first GPUs of this machine",
-            got=f"--device {device}",
-            expected="--device cpu, or none",
-            fix="choose them with CUDA_VISIBLE_DEVICES",
-        )
+        what, got = "--gpus takes the first GPUs of this machine", f"--device {device}"
+        expected, fix = "--device cpu, or none", "choose them with CUDA_VISIBLE_DEVICES"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     there = torch.cuda.device_count() if there is None else there
     if there < gpus:
         raise UnavailableError(

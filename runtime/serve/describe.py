@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from longtake.errors import LongtakeError
+from longtake.formats.model_name import full_name
 from longtake.runtime.generator import Generator
 from longtake.runtime.serve.fragments import CODECS, codec_for, fragment
 from longtake.runtime.session_options import SessionOptions
@@ -27,7 +28,7 @@ def description(generator: Generator) -> dict[str, Any]:
     )
     budget = generator.budget
     return {
-        "model": "@".join(filter(None, (str(backend.made_of.get("model", "")), backend.recipe.name))),
+        "model": full_name(str(backend.made_of.get("model", "")), backend.recipe.name),
         "preset": preset.name,
         "width": preset.width,
         "height": preset.height,

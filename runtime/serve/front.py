@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from longtake.formats.model_name import parts_of_full
 from longtake.runtime.serve.auth import Door
 from longtake.runtime.serve.contract import ServeError
 from longtake.runtime.serve.grants import ChangeRefusedError, WorkerLostError, Workers
@@ -135,7 +136,7 @@ class Front:
         return {
             "kind": "serve",
             "preset": about.get("preset"),
-            "recipe": meta.model.rpartition("@")[2],
+            "recipe": parts_of_full(meta.model)[1],
             "backend": about.get("backend"),
             "gpu": about.get("gpu"),
             "resolution": f"{meta.width}x{meta.height}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from longtake.formats.model_name import parts_of_full
 from longtake.version import __version__
 
 PREFIX = "longtake_"
@@ -69,7 +70,7 @@ class Meters:
     def worker(self, about: Mapping[str, Any], used: int) -> None:
         """A worker is there. about: of `describe.description`; used: bytes of its memory."""
         facts = {"backend": about["backend"], "gpu": str(about["gpu"] or "none"), "version": __version__}
-        self.set("worker_info", 1, recipe=about["model"].rpartition("@")[2], **facts)
+        self.set("worker_info", 1, recipe=parts_of_full(about["model"])[1], **facts)
         self.set("gpu_memory_bytes", float(about["budget_bytes"] or 0), kind="budget")
         self.set("gpu_memory_bytes", float(used), kind="used")
 

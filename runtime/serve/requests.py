@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.errors import LongtakeError
+from longtake.formats.model_name import parts_of_full
 from longtake.runtime.serve.contract import ServeError, Video, refused
 from longtake.runtime.serve.journal import Meta
 from longtake.runtime.serve.limits import Limits
@@ -109,7 +110,7 @@ def view_of(story: Story | None) -> dict[str, Any]:
 
 def names_of(about: dict[str, Any]) -> set[str]:
     """What a client may call the model that is served: NAME@RECIPE, each alone, and its preset."""
-    return {about["model"], *about["model"].split("@"), about["preset"]}
+    return {about["model"], *parts_of_full(about["model"]), about["preset"]}
 
 
 def check_same_size(body: Video, about: dict[str, Any]) -> None:

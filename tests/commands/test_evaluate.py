@@ -58,3 +58,14 @@ def test_the_shipped_model_on_digits(tmp_path: Path, capsys: pytest.CaptureFixtu
     told = read_json(tmp_path / "e.json")
     assert told["psnr_db"] > 28 and 0 < told["flow"] < 0.5 and told["fidelity"] > 0.4  # of four videos; chance is 0.1
     assert "the judge sees the prompted digit" in capsys.readouterr().out
+
+
+def test_data_that_is_none_is_refused_before_the_models_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("models were loaded")
+
+    monkeypatch.setattr("longtake.commands.evaluate.load_models", loaded)
+    assert main(["evaluate", "--checkpoints", "tiny", "--data", "nothing", "--device", "cpu"]) == 2
+    assert "no such data set" in capsys.readouterr().err

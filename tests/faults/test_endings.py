@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,12 @@ import torch
 from fault_seeds import latents_from_file
 from safetensors.torch import save_file
 
+from longtake import chain
+from longtake.commands.failures import explained
 from longtake.errors import IntegrityError, LongtakeError
 from longtake.files import atomic_path
+from longtake.formats.exported import PASSED, Checked
+from longtake.formats.recipe import recipe_named
 from longtake.leftovers import locked, sweep, temporary_name
 from longtake.out_of_memory import is_out_of_memory
 from longtake.paths import REPOSITORY
@@ -147,6 +152,21 @@ with locked(Path(sys.argv[1]), reads=len(sys.argv) > 2): print("in", flush=True)
     with locked(tmp_path, reads=True):  # readers share it
         second.communicate("go\n", timeout=30)
     assert first.returncode == second.returncode == 0
+
+
+def test_a_whole_export_of_another_user_s_is_found_and_any_other_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, whole = recipe_named("tiny_bf16_sm90"), SimpleNamespace(checked=Checked(PASSED, ""), model="")
+    whole.recipe = recipe.whole
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    monkeypatch.setattr(chain, "up_to_date", lambda folder, inputs: whole)
+    said: list[str] = []
+    assert chain.export(recipe, None, tmp_path, chain.HowToExport(say=said.append)) is whole
+    assert "up to date, passed" in said[0]
+    with pytest.raises(PermissionError) as refused:
+        chain.export(recipe, None, tmp_path, chain.HowToExport(force=True, say=said.append))
+    assert f"no permission for {tmp_path}" in str(explained(refused.value)) and len(said) == 1
 
 
 def archive(folder: Path, *names: str) -> Path:

@@ -395,6 +395,16 @@ def test_what_is_refused_within_longtake_home_names_it(
     assert (f"or set LONGTAKE_HOME, which is {tmp_path / 'home'}, to another folder" in said) is named
 
 
+def test_of_two_names_that_which_was_to_be_made_is_told(
+    refused: Callable[..., str], monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LONGTAKE_HOME", str(tmp_path / "home"))
+    made = str(tmp_path / "home" / "made")
+    error = PermissionError(errno.EACCES, "x", str(tmp_path / "temporary"), None, made)
+    test_what_the_system_refuses(refused, monkeypatch, error, f"no permission for {made}\n")
+    assert "or set LONGTAKE_HOME" in refused(2, "inspect", "v.mp4", parts=("no permission",))
+
+
 def test_what_is_refused_without_a_name_is_explained_where_the_working_folder_is_gone(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

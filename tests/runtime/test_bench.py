@@ -476,3 +476,16 @@ def test_the_reference_counts_the_convolutions_of_its_graph(tmp_path: Path) -> N
     backend = ReferenceBackend.__new__(ReferenceBackend)
     backend.recipe = recipe_named("tiny_bf16_sm90")  # its decoder is no ops
     assert conv_counts(backend) == {}
+
+
+@pytest.mark.parametrize("option", ["--device", "--decode-device"])
+def test_a_device_that_is_none_is_refused_before_anything_is_exported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    def prepared(options: object) -> None:
+        raise AssertionError("it was made ready")
+
+    monkeypatch.setattr("longtake.commands.bench.prepare", prepared)
+    assert main(["bench", "--recipe", "tiny_bf16_sm90", option, "banana"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown device" in said and f"leave out {option}" in said

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ import pytest
 import torch
 
 from longtake.commands.main import main
+from longtake.formats.recipe import recipe_named
 from longtake.runtime.generator import Generator
 from longtake.runtime.snapshot import snapshot_from_file
+from longtake.runtime.start import Request
 
 STORY = """
 seed: 3
@@ -195,6 +199,49 @@ def test_engines_that_are_not_there(story: str, capsys: Any, arguments: list[str
     error = capsys.readouterr().err
     for part in parts:
         assert part in error, error
+
+
+NO_MODEL = [
+    (["--seed", "-1"], "bad seed"),
+    (["--steps", "0"], "bad number of denoise steps"),
+    (["--guidance", "1000"], "bad guidance scale"),
+    (["--negative-prompt", "x" * 5000], "the negative prompt is too long"),
+    (["--action", "q-1"], "unknown key"),
+    (["--speed", "99"], "bad speed"),
+    (["--camera", "none.npy"], "the camera poses none.npy does not exist"),
+    (["--image", "none.png"], "none.png"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), NO_MODEL)
+def test_what_no_model_could_make_is_refused_before_one_is_opened(
+    story: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, words: list[str], says: str
+) -> None:
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr(Generator, "from_engines", classmethod(opened))
+    assert main(["generate", story, *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_what_this_preset_cannot_make_is_refused_before_its_networks_are_opened(
+    story: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    source = type("Source", (), {"recipe": recipe_named("tiny_bf16_sm90")})
+    monkeypatch.setattr("longtake.runtime.generator.source_from_name", lambda name: source)
+    assert main(["generate", story, "--action", "w-24"]) == 2
+    assert "preset tiny has no camera" in capsys.readouterr().err
+    Path(story).write_text(STORY + "height: 704\n")
+    assert main(["generate", story]) == 2
+    assert "height does not fit preset tiny" in capsys.readouterr().err
+
+
+def test_a_request_is_what_a_session_takes() -> None:
+    asked = [*signature(Generator.session).parameters][1:]
+    assert asked == [field.name for field in fields(Request)]
+    for name, parameter in list(signature(Generator.session).parameters.items())[2:]:
+        assert parameter.default == getattr(Request, name), name
 
 
 def test_a_story_of_another_preset(story: str, opened: Any, capsys: Any) -> None:

@@ -66,13 +66,35 @@ def test_noise_that_does_not_fit_is_refused_before_the_first_chunk(
     assert not toy.count
 
 
+def test_noise_that_cannot_last_is_refused_where_more_is_asked_for(
+    make_toy: Any, make_generator: Make, tmp_path: Path
+) -> None:
+    generator, noise = make_generator(make_toy()), torch.randn(1, 16, 16, 8, 8)
+    clip = torch.zeros(1, 8, 16, 8, 8)
+    with pytest.raises(LongtakeError, match="the noise of chunk 2 does not fit"):  # the clip's chunk counts
+        generator.session(["x"] * 2, noise=noise, continue_from=clip, **PLAIN)
+    with pytest.raises(LongtakeError, match="(?s)an endless session does not.*fix: pass noise as a function"):
+        generator.session(["x"], noise=noise, endless=True, **PLAIN)
+    with generator.session(["x"] * 2, noise=noise, decode=False, **PLAIN) as session:
+        with pytest.raises(LongtakeError, match="the noise of chunk 2 does not fit"):
+            session.feed(clip, "y")  # which moves the script's last chunk to where there is no noise
+        next(session)
+        session.save(tmp_path / "half.safetensors")
+    with pytest.raises(LongtakeError, match="the noise of chunk 1 does not fit"):
+        generator.load_session(tmp_path / "half.safetensors", noise=noise[:, :8], decode=False)
+    with generator.load_session(tmp_path / "half.safetensors", noise=noise, decode=False) as session:
+        assert len(list(session)) == 1
+    with generator.session(["x"], noise=noise, **PLAIN) as session:
+        session.extend(1)
+        assert len(list(session)) == 2
+
+
 def test_noise_that_ends_or_is_none_leaves_the_session_as_it_was(toy: Any, make_generator: Make) -> None:
     session = make_generator(toy).session(["x"], noise=torch.randn(1, 8, 16, 8, 8), **PLAIN)
     next(session)
-    session.extend(1)
-    with pytest.raises(LongtakeError, match="the noise of chunk 1 does not fit"):
-        next(session)
-    assert session.next_index == 1
+    with pytest.raises(LongtakeError, match=r"the noise of chunk 1 does not fit\n  got: \(1, 0(.|\n)*expected: \(1, 8"):
+        session.extend(1)
+    assert (session.next_index, session.remaining) == (1, 0)
     session = make_generator(toy).session(["x"], noise=lambda chunk: [1.0], **PLAIN)
     with pytest.raises(LongtakeError, match="the noise of chunk 0 does not fit\n  got: list"):
         next(session)

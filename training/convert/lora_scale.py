@@ -147,12 +147,9 @@ def _matching(patterns: Mapping[str, Value], linear: str, default: Value | None)
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", linear)), default)
     except re.error as error:
-        raise LongtakeError(
-            "a pattern of the LoRA's configuration is no regular expression",
-            got=error.pattern,
-            expected="PEFT's rank_pattern and alpha_pattern",
-            fix="pass --lora-scale",
-        ) from None
+        what, got = "a pattern of the LoRA's configuration is no regular expression", error.pattern
+        expected, fix = "PEFT's rank_pattern and alpha_pattern", "pass --lora-scale"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix) from None
 
 
 def _header(path: Path) -> dict[str, str]:

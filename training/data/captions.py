@@ -64,12 +64,9 @@ def rows_of_table(path: Path) -> list[dict[str, Any]]:
     columns = list(rows[0]) if rows else []
     for names in (FILE_COLUMNS, CAPTION_COLUMNS):
         if rows and column_of(columns, names) is None:
-            raise LongtakeError(
-                f"{path} lacks a column",
-                got=", ".join(columns),
-                expected=f"one of {', '.join(names)}",
-                fix="rename the column",
-            )
+            what, got = f"{path} lacks a column", ", ".join(columns)
+            expected, fix = f"one of {', '.join(names)}", "rename the column"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return rows
 
 
@@ -127,12 +124,9 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
     except ImportError:
-        raise LongtakeError(
-            f"{path} needs a package that is not installed",
-            got="no pyarrow",
-            expected="the extra `data`",
-            fix="pip install 'longtake[data]', or write the table as csv",
-        ) from None
+        what, got = f"{path} needs a package that is not installed", "no pyarrow"
+        expected, fix = "the extra `data`", "pip install 'longtake[data]', or write the table as csv"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix) from None
     try:
         rows: list[dict[str, Any]] = read_table(path).to_pylist()
     except (ArrowException, OSError) as error:

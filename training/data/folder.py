@@ -301,12 +301,9 @@ class Folder:
     def _held_out(self, count: int, asked: int | None) -> int:
         """How many of so many samples are for evaluation. Raises LongtakeError if none is left to train on."""
         if asked is not None and asked >= count:
-            raise LongtakeError(
-                "nothing is left to train on",
-                got=f"{count} clips or films, --held-out {asked}",
-                expected=f"at most {count - 1}",
-                fix="--held-out 0",
-            )
+            what, got = "nothing is left to train on", f"{count} clips or films, --held-out {asked}"
+            expected, fix = f"at most {count - 1}", "--held-out 0"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         return count // HELD_OUT_EVERY if asked is None else asked
 
     def _of_split(self, samples: list[list[Clip]]) -> list[list[Clip]]:

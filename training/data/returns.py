@@ -25,12 +25,9 @@ def distance_span(text: str) -> tuple[int, ...]:
     except ValueError:
         span = (0, 0)
     if not 1 <= span[0] <= span[1]:
-        raise LongtakeError(
-            "bad --return-distance",
-            got=repr(text),
-            expected="N or N..M with 1 <= N <= M",
-            fix="--return-distance 3..40",
-        )
+        what, got = "bad --return-distance", repr(text)
+        expected, fix = "N or N..M with 1 <= N <= M", "--return-distance 3..40"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return span
 
 
@@ -44,12 +41,9 @@ def require_room(data: str, chunks: tuple[int, ...], distance: tuple[int, ...] |
     if distance is None:
         return
     if data != RETURNING:
-        raise LongtakeError(
-            "only one data set has a return distance",
-            got=f"--data {data}",
-            expected=RETURNING,
-            fix=f"--data {RETURNING}, or leave --return-distance out",
-        )
+        what, got = "only one data set has a return distance", f"--data {data}"
+        expected, fix = RETURNING, f"--data {RETURNING}, or leave --return-distance out"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     if max(chunks) < distance[0] + 2:
         raise LongtakeError(
             "the stories are too short for a subject to return from so far",

@@ -64,20 +64,14 @@ def steps_of(folder: Path) -> int | None:
 
 def _require_cell_and_names(options: ProbeOptions) -> None:
     if options.between > options.distance:
-        raise LongtakeError(
-            "a chunk shows one subject",
-            got=f"--between {options.between} in --distance {options.distance}",
-            expected=f"1 to {options.distance} subjects",
-            fix=f"--between {options.distance}",
-        )
+        what, got = "a chunk shows one subject", f"--between {options.between} in --distance {options.distance}"
+        expected, fix = f"1 to {options.distance} subjects", f"--between {options.distance}"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     names = [folder.name for folder in options.checkpoints]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise LongtakeError(
-            "two checkpoints of one name: their figures could not be told apart",
-            got=", ".join(twice),
-            expected="folders with names of their own",
-            fix="rename one, or run the command once for each",
-        )
+        what, got = "two checkpoints of one name: their figures could not be told apart", ", ".join(twice)
+        expected, fix = "folders with names of their own", "rename one, or run the command once for each"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 def run(options: ProbeOptions) -> int:

@@ -94,12 +94,9 @@ class Settings:
                 )
         known = self.start in ("random", "shipped") or (Path(self.start) / "dit.safetensors").is_file()
         if not known:
-            raise LongtakeError(
-                "nothing to start from",
-                got=self.start,
-                expected="random, shipped or a folder with dit.safetensors",
-                fix="--start shipped",
-            )
+            what, got = "nothing to start from", self.start
+            expected, fix = "random, shipped or a folder with dit.safetensors", "--start shipped"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
     def as_json(self) -> dict[str, Any]:
         """Everything that makes this experiment the one it is."""

@@ -39,12 +39,9 @@ class DiTConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, *(name for name in vars(self) if name not in ("eps", "rope_theta")))
         if self.dim % self.heads or (self.dim // self.heads) % 16:
-            raise LongtakeError(
-                "heads do not fit the DiT",
-                got=f"dim {self.dim}, heads {self.heads}",
-                expected="dim / heads a multiple of 16",
-                fix="change dim or heads in the preset",
-            )
+            what, got = "heads do not fit the DiT", f"dim {self.dim}, heads {self.heads}"
+            expected, fix = "dim / heads a multiple of 16", "change dim or heads in the preset"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
     @property
     def head_dim(self) -> int:

@@ -232,12 +232,9 @@ def check_quantizers(dit: nn.Module, names: list[str]) -> None:
         if name.endswith(tuple(SIDES.values())) and module.is_enabled
     }
     if enabled != set(names):
-        raise LongtakeError(
-            "ModelOpt quantized other linears than asked",
-            got=sorted(enabled ^ set(names))[:6],
-            expected=f"{len(names)} linears",
-            fix="install the pinned nvidia-modelopt",
-        )
+        what, got = "ModelOpt quantized other linears than asked", sorted(enabled ^ set(names))[:6]
+        expected, fix = f"{len(names)} linears", "install the pinned nvidia-modelopt"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:

@@ -62,12 +62,9 @@ def share(latents: int, ranks: int, rank: int) -> tuple[int, int]:
         LongtakeError: it can't be cut into equal parts.
     """
     if latents % ranks:
-        raise LongtakeError(
-            "the clip can't be cut evenly",
-            got=f"{latents} latents for {ranks} ranks",
-            expected=f"a multiple of {ranks}",
-            fix="cut the clip, or use fewer ranks",
-        )
+        what, got = "the clip can't be cut evenly", f"{latents} latents for {ranks} ranks"
+        expected, fix = f"a multiple of {ranks}", "cut the clip, or use fewer ranks"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     each = latents // ranks
     return rank * each, (rank + 1) * each
 

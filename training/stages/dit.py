@@ -151,12 +151,9 @@ class DiTStage(TransformerStage):
     def require_position(self, position: dict[str, Any]) -> None:
         """Raise LongtakeError if the captions are no longer those whose words the run began with."""
         if position.get("words", len(self.text.vocabulary)) != len(self.text.vocabulary):
-            raise LongtakeError(
-                "the run to resume had other captions",
-                got=f"{len(self.text.vocabulary)} words known now",
-                expected=f"{position['words']}",
-                fix="put the captions back, or start anew with --init and another --out",
-            )
+            what, got = "the run to resume had other captions", f"{len(self.text.vocabulary)} words known now"
+            expected, fix = f"{position['words']}", "put the captions back, or start anew with --init and another --out"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
 
     def seek(self, position: dict[str, Any]) -> None:
         """Go on from there."""

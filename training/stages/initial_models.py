@@ -60,12 +60,9 @@ def new_text_encoder(options: StageOptions, captions: Sequence[str]) -> AnyTextE
     if options.text_encoder is not None:
         return pretrained_text(preset.text, options.text_encoder)
     if preset.text.kind == "pretrained":
-        raise LongtakeError(
-            f"preset {preset.name} reads a pretrained text encoder",
-            got="none",
-            expected=EXPECTED,
-            fix="pass its folder with --text-encoder",
-        )
+        what, got = f"preset {preset.name} reads a pretrained text encoder", "none"
+        expected, fix = EXPECTED, "pass its folder with --text-encoder"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return text_encoder_for(preset)
 
 
@@ -73,12 +70,9 @@ def text_encoder_from(options: StageOptions, folder: Path, captions: Sequence[st
     """The text encoder of --init and its digest; one that learns gets a new row for each new word."""
     preset, path = options.preset, folder / "text_encoder.safetensors"
     if options.text_encoder is not None:
-        raise LongtakeError(
-            "--init brings its own text encoder",
-            got=f"--text-encoder {options.text_encoder}",
-            expected="one of the two",
-            fix="leave --text-encoder out, or --init",
-        )
+        what, got = "--init brings its own text encoder", f"--text-encoder {options.text_encoder}"
+        expected, fix = "one of the two", "leave --text-encoder out, or --init"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     words = read_side(path, "text_encoder", preset).vocabulary
     text = text_encoder_for(preset, words, folder)
     if not (options.trains_text and isinstance(text, TextEncoder)):

@@ -150,3 +150,22 @@ def test_two_signals_and_a_read_only_store(tmp_path: Path) -> None:
     process = Process(tmp_path / "store", "toy")
     assert httpx.get(f"{process.url}/ready", timeout=10).status_code == 200
     assert process.kill(signal.SIGINT) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--device", "banana"], "(?s)unknown device.*banana.*leave out --device"),
+        (["--decode-device", "banana"], "(?s)unknown device.*leave out --decode-device"),
+        (["--checkpoints", "none"], "none is no folder of checkpoints"),
+    ],
+)
+def test_places_that_are_none_are_refused_before_anything_is_made_or_listens(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
+) -> None:
+    def served(*_: Any) -> None:
+        raise AssertionError("it serves")
+
+    monkeypatch.setattr("longtake.runtime.serve.server.serve", served)
+    with pytest.raises(LongtakeError, match=says):
+        run(*parsed("serve", words))

@@ -58,12 +58,9 @@ def checked_keys(keys: str, where: str = "the action") -> str:
     for key in lower:
         if key not in KEYS:
             near = min(KEYS, key=lambda known: _apart(key, known))
-            raise LongtakeError(
-                f"unknown key in {where}",
-                got=repr(key),
-                expected=f"{' '.join(KEYS)} or none",
-                fix=f"did you mean {near!r}?",
-            )
+            what, got = f"unknown key in {where}", repr(key)
+            expected, fix = f"{' '.join(KEYS)} or none", f"did you mean {near!r}?"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
     return "".join(key for key in KEYS if key in lower)
 
 

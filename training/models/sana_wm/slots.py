@@ -48,12 +48,9 @@ class Turns:
     def plan(self, cut: bool) -> Turns:
         """See `family.Marker`; raises LongtakeError for a cut, which the model does not have."""
         if cut:
-            raise LongtakeError(
-                "this model has no cuts",
-                got=f"a cut at chunk {self.count}",
-                expected="one shot",
-                fix="leave the cut out, or start another video",
-            )
+            what, got = "this model has no cuts", f"a cut at chunk {self.count}"
+            expected, fix = "one shot", "leave the cut out, or start another video"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         return self
 
     def as_json(self) -> dict[str, Any]:

@@ -52,12 +52,9 @@ class GemmaSource:
             )
         source = KIND.read(cls, path)
         if not (Path(source.folder) / "config.json").is_file():
-            raise LongtakeError(
-                f"Gemma is not where {path} says",
-                got=source.folder,
-                expected="a folder with config.json",
-                fix=KIND.remake,
-            )
+            what, got = f"Gemma is not where {path} says", source.folder
+            expected, fix = "a folder with config.json", KIND.remake
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         return source
 
     @property

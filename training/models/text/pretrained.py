@@ -37,12 +37,9 @@ class PretrainedTokenizer:
         from tokenizers import Tokenizer
 
         if not path.is_file():
-            raise LongtakeError(
-                "the text encoder's tokenizer is missing",
-                got=f"no {path}",
-                expected=EXPECTED,
-                fix=f"copy the encoder's {FILE} to {path}",
-            )
+            what, got = "the text encoder's tokenizer is missing", f"no {path}"
+            expected, fix = EXPECTED, f"copy the encoder's {FILE} to {path}"
+            raise LongtakeError(what, got=got, expected=expected, fix=fix)
         try:
             self.file = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain exceptions, whatever the file holds
@@ -149,12 +146,9 @@ def pretrained_text(config: TextEncoderConfig, folder: Path) -> PretrainedText:
 
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing or not list(folder.glob("*.safetensors")):
-        raise LongtakeError(
-            f"{folder} holds no text encoder",
-            got=f"no {', '.join(missing) or '*.safetensors'}",
-            expected=EXPECTED,
-            fix="check --text-encoder",
-        )
+        what, got = f"{folder} holds no text encoder", f"no {', '.join(missing) or '*.safetensors'}"
+        expected, fix = EXPECTED, "check --text-encoder"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     text = PretrainedText(config, folder)
     known = type(AutoConfig.for_model(**_described(folder))) in AutoModelForTextEncoding._model_mapping
     kind = AutoModelForTextEncoding if known else AutoModel
