@@ -1,5 +1,5 @@
 // Sixteen elements at a time between global memory and fp32 registers. No CUDA header is needed: the bf16
-// conversions are written out, so the same text also compiles as host C++ (tests/plugins/host_cuda.h).
+// conversions are an instruction or written out, so the same text also compiles as host C++ (tests/plugins/host_cuda.h).
 #pragma once
 
 #if COMPUTE_BF16

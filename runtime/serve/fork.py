@@ -140,7 +140,8 @@ def _shared_into(folder: Path, source: Journal, shared: int, ahead: Ahead, meta:
             _link(source.folder / name, folder / name)
     for chunk, path in source.snapshots():
         if chunk <= shared:
-            _link(path, folder / path.name)
+            with contextlib.suppress(FileNotFoundError):  # a newer one takes its place: the chunks will do
+                _link(path, folder / path.name)
             break
     return Journal.create(folder, meta)
 

@@ -295,11 +295,10 @@ class Journal:
             os.replace(self._path(index), self.folder / f"{index:06}.broken")
             index += 1
         self._known = min(self._known, count)
+        self.keep_snapshots()
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:06}.json"
-
-    # ---- the rest ------------------------------------------------------------------------------------------------
 
     def snapshot_path(self, chunk: int) -> Path:
         return self.folder / f"state-{chunk:06}.safetensors"
@@ -309,11 +308,12 @@ class Journal:
         found = [(int(path.stem.split("-")[1]), path) for path in self.folder.glob("state-*.safetensors")]
         return sorted(found, reverse=True)
 
-    def keep_snapshots(self, newest: int) -> None:
-        """Remove whole states older than that of chunk `newest`."""
-        for chunk, path in self.snapshots():
-            if chunk < newest:
-                path.unlink(missing_ok=True)
+    def keep_snapshots(self) -> None:
+        """Remove whole states that are ahead of the chunks, and of the others all but the newest."""
+        found, count = self.snapshots(), self.count()
+        newest = next((chunk for chunk, _ in found if chunk <= count), None)
+        for path in (path for chunk, path in found if chunk != newest):
+            path.unlink(missing_ok=True)
 
     def end(self) -> dict[str, Any] | None:
         """How it ended: {"state", "reason", "code", "at"}; None as long as it can go on. Failed, if its file is damaged."""

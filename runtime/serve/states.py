@@ -1,22 +1,25 @@
 """Whole states beside a journal's chunks: which are worth their bytes, and the thread that writes them.
 
 A state saves whoever resumes one pass for each chunk before it. It takes megabytes with a small model and gigabytes with a large
-one, so a large one is kept seldom; and neither the device nor the encoder waits for its disk.
+one, so a large one is kept seldom. While a session runs, neither the device nor the encoder waits for its disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import queue
 import threading
+import weakref
+from collections.abc import Callable
 
 import torch
 
 from longtake.cuda_streams import on_own_stream
 from longtake.errors import LongtakeError
 from longtake.runtime.chunk import Chunk
-from longtake.runtime.serve.journal import Journal
+from longtake.runtime.serve.journal import Journal, LeaseLostError
 from longtake.runtime.session import Session
 from longtake.runtime.snapshot import Snapshot, snapshot_to_file
 
@@ -33,56 +36,62 @@ def chunks_between(size: int) -> int:
 
 def is_worth_keeping(session: Session, journal: Journal) -> bool:
     """Whether a session that is put aside is sooner resumed from its state than by making the chunks since the last one again."""
-    last = max((chunk for chunk, _ in journal.snapshots()), default=0)
-    return (journal.count() - last) * BYTES_A_CHUNK >= session.state_bytes and journal.count() > last
-
-
-def state_after(session: Session, chunk: Chunk) -> Snapshot | None:
-    """The whole state, now and then. None, too, if it cannot be had: that a chunk was not decoded its frames will tell."""
-    if (chunk.index + 1) % chunks_between(session.state_bytes):
-        return None
-    try:
-        return session.snapshot()
-    except (LongtakeError, RuntimeError) as error:
-        log.warning("no state is kept after chunk %d: %s", chunk.index, error)
-        return None
+    count = journal.count()
+    last = max((chunk for chunk, _ in journal.snapshots() if chunk <= count), default=0)
+    return count > last and (count - last) * BYTES_A_CHUNK >= session.state_bytes
 
 
 def keep_state(journal: Journal, state: Snapshot) -> None:
     """Keep a whole state; older ones go.
 
     Raises:
-        LeaseLostError, OSError: another worker has the session; the disk is full, or gone.
+        LeaseLostError, OSError: another worker has the session, or it was deleted; the disk is full, or gone.
     """
     journal.require_lease()
-    chunk = state.position.chunk
-    snapshot_to_file(state, journal.snapshot_path(chunk))
-    journal.keep_snapshots(chunk)
+    path = journal.snapshot_path(state.position.chunk)
+    snapshot_to_file(state, path)
+    try:
+        journal.require_lease()  # writing took its time
+    except LeaseLostError:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()  # of a session that was deleted meanwhile
+        raise
+    journal.keep_snapshots()
 
 
 class StateKeeper:
-    """Writes states in a thread of its own, one at a time; one that comes meanwhile is left out."""
+    """Takes states and writes them, in a thread of its own. While one is in memory no other is taken: it may be gigabytes."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
-        self._jobs: queue.Queue[tuple[Journal, Snapshot] | None] = queue.Queue(1)
+        self._jobs: queue.SimpleQueue[tuple[Journal, Snapshot] | None] = queue.SimpleQueue()
+        self._last: Callable[[], Snapshot | None] = lambda: None
         self._thread = threading.Thread(target=self._run, name=f"longtake-{name}", daemon=True)
         self._thread.start()
 
+    def state_after(self, session: Session, chunk: Chunk) -> Snapshot | None:
+        """The whole state, now and then. None, too, if it cannot be had: that a chunk was not decoded its frames will tell."""
+        try:
+            if (chunk.index + 1) % chunks_between(session.state_bytes):
+                return None
+            if self._last() is not None:
+                log.info("no state is kept after chunk %d: the one before is still being written", chunk.index)
+                return None
+            state = session.snapshot()
+        except (LongtakeError, RuntimeError) as error:
+            log.warning("no state is kept after chunk %d: %s", chunk.index, error)
+            return None
+        self._last = weakref.ref(state)
+        return state
+
     def keep(self, journal: Journal, state: Snapshot) -> None:
         """Have a state written soon. What goes wrong is in the log: the journal alone would do."""
-        try:
-            self._jobs.put_nowait((journal, state))
-        except queue.Full:
-            chunk = state.position.chunk - 1
-            log.info("session %s: no state is kept after chunk %d: older ones are being written", journal.id, chunk)
+        self._jobs.put((journal, state))
 
     def close(self, within: float) -> None:
         """Let what is being written end, for `within` seconds at most."""
-        try:
-            self._jobs.put(None, timeout=within)
-        except queue.Full:
-            return
+        self._jobs.put(None)
         self._thread.join(within)
 
     def _run(self) -> None:
@@ -91,6 +100,7 @@ class StateKeeper:
                 journal, state = job
                 try:
                     keep_state(journal, state)
-                except (LongtakeError, OSError, RuntimeError) as error:
-                    log.warning("session %s: its state is not kept: %s", journal.id, error)
+                except Exception as error:  # safetensors has one of its own
+                    told = str(error)  # the error itself, in a log that keeps it, would keep the state
+                    log.warning("session %s: its state is not kept: %s", journal.id, told)
                 del job, state

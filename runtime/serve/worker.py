@@ -28,7 +28,7 @@ from longtake.runtime.serve.live import Live, store_full
 from longtake.runtime.serve.logs import shown
 from longtake.runtime.serve.meters import Meters
 from longtake.runtime.serve.rebuild import OtherEnginesError, rebuild, take_in_clip
-from longtake.runtime.serve.states import StateKeeper, is_worth_keeping, keep_state, state_after
+from longtake.runtime.serve.states import StateKeeper, is_worth_keeping, keep_state
 from longtake.runtime.serve.store import Store
 from longtake.runtime.snapshot import Snapshot
 
@@ -263,7 +263,7 @@ class Worker:
             return
         live.attempts, live.made = 0, live.made + 1
         facts = {"position": session.position.as_json(), "began": begun}
-        self._encoding.put((live, chunk, facts, state_after(session, chunk)))
+        self._encoding.put((live, chunk, facts, self._states.state_after(session, chunk)))
 
     def _park(self, live: Live) -> None:
         """Keep the whole state, so that resuming is quick; the journal alone would do."""
@@ -271,7 +271,7 @@ class Worker:
         try:
             if is_worth_keeping(live.session, live.journal):
                 keep_state(live.journal, live.session.snapshot())
-        except (LongtakeError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
+        except Exception as error:  # the journal alone will do
             log.warning("session %s: its state is not kept: %s", live.grant.session, error)
         self._over(live, "parked", live.why)
 
