@@ -72,9 +72,7 @@ def export(recipe: Recipe, checkpoints: Path | None, folder: Path, how: HowToExp
     Raises:
         GateError: it was compared with PyTorch and differs; the files stay, marked as failed.
     """
-    kept = folder.is_dir() and not os.access(
-        folder, os.W_OK
-    )  # another user's: what is whole there is found all the same
+    kept = folder.is_dir() and not os.access(folder, os.W_OK)  # another user's: what is whole there is found
     with locked(folder, reads=kept):
         return _export(recipe, checkpoints, folder, how, kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -84,15 +85,34 @@ def best_recipe(model: Model, on_cpu: bool = False) -> Recipe:
 
 
 def prepared(model: Model, recipe: Recipe, on_cpu: bool = False, force: bool = False) -> Path:
-    """The folder to open: engines where this machine runs them, else the export. Made under a lock if missing."""
+    """The folder to open: engines where this machine runs them, else the export. Made under a lock if missing.
+
+    Raises:
+        LongtakeError: it is missing and cannot be made, for one because the place is not ours to write to.
+    """
     folder = model.folder(recipe)
     flavour = None if on_cpu else _native(recipe)
     target = folder / ("onnx" if flavour is None else "engines")
     if _is_current(target, model):
         return target
+    try:
+        _make(model, recipe, folder, flavour, force)
+    except OSError as error:
+        place = Path(error.filename or folder)
+        ours = home() in (place, *place.parents) or place in home().parents
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not ours:
+            raise
+        what, expected = f"{model.name} is not prepared, and cannot be", "a folder that can be written to"
+        fix = "set LONGTAKE_HOME to a folder of yours"
+        raise LongtakeError(what, got=place, expected=expected, fix=fix) from None
+    return target
+
+
+def _make(model: Model, recipe: Recipe, folder: Path, flavour: Any, force: bool) -> None:
+    target = folder / ("onnx" if flavour is None else "engines")
     with locked(folder):
         if _is_current(target, model):  # another process made it meanwhile
-            return target
+            return
         from longtake.chain import HowToExport, build, export  # it loads for a second: not for what is there already
 
         claim(model)
@@ -107,7 +127,6 @@ def prepared(model: Model, recipe: Recipe, on_cpu: bool = False, force: bool = F
                 log.warning("%s", error)
         if flavour is not None:
             build(recipe, folder / "onnx", folder / "engines", flavour, machine_here().compute_capability, force)
-    return target
 
 
 def _native(recipe: Recipe) -> Any:

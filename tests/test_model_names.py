@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import shutil
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from longtake.formats import model_name
 from longtake.formats.exported import KIND, UNRECORDED, Checked, Export
 from longtake.formats.model_name import asked_for, card_of, checked_name, claim, model_in, write_name
 from longtake.formats.recipe import recipe_named
-from longtake.preparation import model_and_recipe
+from longtake.preparation import model_and_recipe, prepared
 from longtake.runtime.generator import Generator
 from longtake.runtime.sources import source_from_name
 from longtake.training.models.checkpoint import side_file
@@ -296,3 +297,19 @@ def test_training_takes_a_shipped_model_by_its_name_wherever_it_takes_a_folder()
     ):
         given = {key: value for made in parsed(name, [*words, "--out", "x"]) for key, value in vars(made).items()}
         assert given[field] == given["vae"] == model_name.shipped()["tiny"]
+
+
+def test_a_home_that_cannot_be_written_to_is_said_in_words(
+    home: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    model = model_in(own, "mine")
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(LongtakeError, match="mine is not prepared, and cannot be") as caught:
+        prepared(model, recipe_named("tiny_nvfp4_sm120"), on_cpu=True)
+    assert "LONGTAKE_HOME" in str(caught.value.fix)
+    with pytest.raises(PermissionError):  # of something else: as it is
+        monkeypatch.setattr("longtake.preparation.locked", lambda folder: refused(Path("/elsewhere")))
+        prepared(model, recipe_named("tiny_nvfp4_sm120"), on_cpu=True)
