@@ -300,7 +300,7 @@ def test_nobody_writes_into_a_session_that_has_failed(start: Any, monkeypatch: p
         raise RuntimeError("broken")
 
     server = start()
-    live = server.live(prompt=PROMPT, chunks=4, seed=3)
+    live = server.live(prompt=PROMPT, chunks=6, seed=3)
     monkeypatch.setattr(journal, "fsynced", late)
     live.chunk(0)
     server.backends[-1].hook = broken
