@@ -142,7 +142,7 @@ def test_the_5b_transformer_exports_without_its_weights(tmp_path: Path, layers: 
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     found = json.loads(done.stdout)
     assert found["peak"] < 3e9 and found["seconds"] < 60, found
-    assert found["segments"] == 3
+    assert found["segments"] == 2
     shapes = {
         t.name: tuple(t.dims) for t in onnx.load(tmp_path / "dit.onnx", load_external_data=False).graph.initializer
     }
