@@ -94,12 +94,12 @@ def _default_name(recipe: Recipe) -> str:
 
 def _nothing(what: str, recipe: Recipe, model: str, told: str = "") -> LongtakeError:
     each = f"--model {told or model} --recipe {recipe.name}"
-    plans = f", then longtake engines {each}" if machine_here().compute_capability else ""  # a CPU runs the export
+    then = f", then longtake engines {each}" if machine_here().compute_capability else ""  # a CPU runs the export
     return LongtakeError(
         f"nothing is built for {what}",
         got=f"no export and no engines in {folder_of(model, recipe)}",
         expected="networks that were exported, or engines built from them",
-        fix=f"longtake export {each}{plans}",
+        fix=f"longtake export {each}{then}",
     )
 
 
