@@ -189,9 +189,8 @@ class Generator:
         Raises:
             LongtakeError: the story is malformed or does not fit the preset, or what is given for it cannot be used.
         """
-        asked = Request(
-            **{name: given for name, given in locals().items() if name != "self"}
-        )  # a test compares the names
+        # A test compares the names.
+        asked = Request(**{name: given for name, given in locals().items() if name != "self"})
         start = asked.start
         check_fits(asked.story, self.backend.preset, continued=start.clip is not None)
         options, segments = self._options(asked), asked.segments

@@ -138,11 +138,9 @@ def _shared_into(folder: Path, source: Journal, shared: int, ahead: Ahead, meta:
     for name in (INIT, source.meta.image, source.meta.clip):
         if name and (source.folder / name).exists():
             _link(source.folder / name, folder / name)
-    for chunk, path in source.snapshots():
-        if chunk <= shared:
-            with contextlib.suppress(FileNotFoundError):  # a newer one takes its place: the chunks will do
-                _link(path, folder / path.name)
-            break
+    for _, path in source.snapshots(shared)[:1]:
+        with contextlib.suppress(FileNotFoundError):  # a newer one takes its place: the chunks will do
+            _link(path, folder / path.name)
     return Journal.create(folder, meta)
 
 

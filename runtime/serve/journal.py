@@ -303,16 +303,15 @@ class Journal:
     def snapshot_path(self, chunk: int) -> Path:
         return self.folder / f"state-{chunk:06}.safetensors"
 
-    def snapshots(self) -> list[tuple[int, Path]]:
-        """Whole states by the chunk that comes next, the newest first."""
+    def snapshots(self, most: float = float("inf")) -> list[tuple[int, Path]]:
+        """Whole states by the chunk that comes next, the newest first; none ahead of chunk `most`."""
         found = [(int(path.stem.split("-")[1]), path) for path in self.folder.glob("state-*.safetensors")]
-        return sorted(found, reverse=True)
+        return sorted((one for one in found if one[0] <= most), reverse=True)
 
     def keep_snapshots(self) -> None:
         """Remove whole states that are ahead of the chunks, and of the others all but the newest."""
-        found, count = self.snapshots(), self.count()
-        newest = next((chunk for chunk, _ in found if chunk <= count), None)
-        for path in (path for chunk, path in found if chunk != newest):
+        found, newest = self.snapshots(), self.snapshots(self.count())[:1]
+        for _, path in (one for one in found if one not in newest):
             path.unlink(missing_ok=True)
 
     def end(self) -> dict[str, Any] | None:

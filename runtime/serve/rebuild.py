@@ -154,9 +154,7 @@ def steers_of(journal: Journal) -> list[dict[str, Any]]:
 
 def _restore(session: Session, journal: Journal, count: int) -> None:
     """Take over the newest whole state that is not ahead of the chunks; one that is damaged, or another session's, is passed over."""
-    for chunk, path in journal.snapshots():
-        if chunk > count:
-            continue
+    for chunk, path in journal.snapshots(count):
         try:
             snapshot = snapshot_from_file(path)
             marker = session.model.family.marker

@@ -37,7 +37,7 @@ def chunks_between(size: int) -> int:
 def is_worth_keeping(session: Session, journal: Journal) -> bool:
     """Whether a session that is put aside is sooner resumed from its state than by making the chunks since the last one again."""
     count = journal.count()
-    last = max((chunk for chunk, _ in journal.snapshots() if chunk <= count), default=0)
+    last = next((chunk for chunk, _ in journal.snapshots(count)), 0)
     return count > last and (count - last) * BYTES_A_CHUNK >= session.state_bytes
 
 
