@@ -48,8 +48,10 @@ def own(recipe: Recipe, models: Models) -> Generator:
 
 @pytest.fixture
 def start(recipe: Recipe, models: Models, tmp_path: Path) -> Iterator[Start]:
-    """Starts servers over one store."""
+    """Starts servers over one store, by PyTorch on one thread, as `serving.tiny` does."""
     running: list[Served] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def begin() -> Served:
         settings = Settings(store=tmp_path / "store", limits=Limits(user_sessions=8, grace_s=0.3))
@@ -64,6 +66,7 @@ def start(recipe: Recipe, models: Models, tmp_path: Path) -> Iterator[Start]:
     for server in running:
         if server._thread.is_alive():
             server.end()
+    torch.set_num_threads(threads)
 
 
 def asked(live: Live, chunk: int) -> None:
