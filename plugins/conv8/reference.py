@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from longtake.plugins.codes import coded_weight, decode
 
-FOLDS, FOLDED = (1, 3, 3), (1, 2, 2)  # kernels: what is behind an upsampling only, and what it becomes
+FOLDS, FOLDED = (1, 3, 3), (1, 2, 2)  # kernels behind an upsampling; folded: 4/9 of the products, 16/9 of the weights
 SUMS = [[[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]  # of rows, by place and row of two
 
 
