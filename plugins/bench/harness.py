@@ -15,6 +15,7 @@ from torch import Tensor
 from longtake.cuda_streams import event_times
 from longtake.errors import UnavailableError
 from longtake.files import write_json
+from longtake.machine.memory_rate import memory_rate
 from longtake.options import option
 from longtake.plugins.kernels import Dims
 from longtake.plugins.launch import OpLauncher
@@ -22,7 +23,6 @@ from longtake.plugins.shapes import shape_of, torch_dtype
 from longtake.plugins.spec import Op
 
 Row = dict[str, Any]
-PEAK = 3.35e12  # bytes a second of an H100's memory
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,13 @@ def measure(op: Op, dims: Dims, launcher: OpLauncher, inputs: list[Tensor], repe
     del wanted
     ms = milliseconds(work, repeats)
     gb_s = sum(t.nbytes for t in (*inputs, *outputs)) / ms / 1e6
-    return {"ms": ms, "gb_s": gb_s, "of_peak": gb_s * 1e9 / PEAK, "error": error}
+    return {"ms": ms, **memory_use(gb_s), "error": error}
+
+
+def memory_use(gb_s: float) -> Row:
+    """GB/s and, on a GPU whose memory's rate is known, the share of it."""
+    rate = memory_rate(torch.cuda.get_device_name())
+    return {"gb_s": gb_s, **({"of_peak": gb_s * 1e9 / rate} if rate else {})}
 
 
 def note_of(error: Exception) -> str:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from longtake.options import Command
-from longtake.plugins.bench.harness import PEAK, Row, TableOptions, exit_code, inputs_on_gpu, measure
+from longtake.plugins.bench.harness import Row, TableOptions, exit_code, inputs_on_gpu, measure, memory_use
 from longtake.plugins.registry import op_named
 from longtake.plugins.run import launcher_for
 
@@ -35,8 +35,7 @@ def rows() -> Iterator[Row]:
         op, dims = op_named(name), {"T": frames, "Y": height, "X": width, "C": channels, "F": PAST}
         row = measure(op, dims, launcher_for(op, dims), inputs_on_gpu(op, dims, lambda values, *_: values), 50)
         frame = 2 * height * width * channels
-        row["gb_s"] = (2 * (frames + PAST) + min(frames, PAST)) * frame / row["ms"] / 1e6
-        row["of_peak"] = row["gb_s"] * 1e9 / PEAK
+        row |= memory_use((2 * (frames + PAST) + min(frames, PAST)) * frame / row["ms"] / 1e6)
         yield {"op": name, "shape": f"{frames}x{height}x{width}x{channels}", "count": count, **row}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from longtake.dtypes import stored_bytes
 from longtake.formats.recipe import Recipe
+from longtake.machine.memory_rate import memory_rate
 from longtake.training.models.presets import Preset, VAEConfig
 
 # Best library rates measured on one H100 SXM, FLOP/s (docs/benchmark.md says how): GEMM 7040x3072x3072 through
@@ -22,7 +23,6 @@ HOPPER_RATES = {
     "attention": {"bf16": 667e12, "fp8": 1056e12},
     "convolution": {"bf16": 764e12, "fp8": 1431e12, "int8": 1628e12, "calibrated": 1628e12},
 }
-HBM_BYTES_PER_S = {"H100": 3.35e12, "H200": 4.8e12}  # the vendor's figures
 GEMM_IN = {"bf16": "bf16", "w4a16": "bf16", "fp8": "fp8", "nvfp4": "fp8"}
 
 
@@ -111,7 +111,7 @@ def chunk_work(recipe: Recipe, steps: int) -> dict[str, Work]:
 
 def floor_seconds(work: Work, recipe: Recipe, gpu: str | None) -> float | None:
     """Least time of `work` on `gpu` at the recipe's arithmetic; None for a GPU whose rates were not measured."""
-    bandwidth = next((rate for name, rate in HBM_BYTES_PER_S.items() if name in (gpu or "")), None)
+    bandwidth = memory_rate(gpu)
     if bandwidth is None:
         return None
     compute = (

@@ -15,7 +15,7 @@
     python tests/gpu_visits/realtime.py w4a16        # 4-bit weights beside compiled bf16 in the same run
 
 JSON goes to docs/measurements, or to --out. `windows` is before and after of one card in one visit. `--tiny` takes the small
-model's recipes, to try the parts out; on a CPU no figure is the product's. Not run yet: build with two ranks, build_world, ranks, write, world,
+model's recipes, to try the parts out; on a CPU no figure is the product's. Not run yet: build with two ranks, build_world, ranks, world,
 world_tiny.
 """
 

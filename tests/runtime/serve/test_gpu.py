@@ -62,7 +62,8 @@ def chunk_frames(report: dict[str, Any]) -> int:
 
 def test_two_tiny_sessions_equal_each_alone(tmp_path: Path) -> None:
     settings = Settings(store=tmp_path, slots=2, limits=Limits(user_sessions=2))
-    server = Served(lambda: Generator.from_engines(engines_of("tiny_w4a16_sm90")), tmp_path, settings)
+    engines = engines_of("tiny_w4a16_sm90")  # building takes longer than a server is waited for
+    server = Served(lambda: Generator.from_engines(engines), tmp_path, settings)
 
     def film(live: Any) -> bytes:
         live.until("session.done")
