@@ -42,7 +42,7 @@ EPILOG = """examples:
   longtake train --config tiny_own_vae --data my_clips          (my_clips/a.mp4 beside a.txt; docs/training.md)
   longtake train --stage dit --data my_clips --init runs/dit --steps 2000 --out runs/mine
   longtake train --resume --out runs/mine
-  longtake train --stage dit --init runs/part1 --continued --seed 2 --out runs/part2         (weights only; docs/training.md)
+  longtake train --stage dit --init runs/part1 --continued --seed 2 --out runs/part2         (weights only; docs/teacher-forcing.md)
   tensorboard --logdir runs
 """
 
