@@ -41,7 +41,7 @@ export function onFrame(second, at) {
 
 export function tick() {
   const index = player.at(now());
-  if (take() && link.open && index > state.acked && state.phase === "live" && $("video").readyState >= 2) {
+  if (take() && link.open && index > state.acked && ["live", "moved"].includes(state.phase) && $("video").readyState >= 2) {
     state.acked = index;
     if (index + WINDOW >= player.film.length && !state.paused) meters.go(index + WINDOW);
     link.send({ type: "session.ack", chunk: index, ...meters.stalled() });

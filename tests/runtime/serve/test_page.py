@@ -209,6 +209,23 @@ def test_a_film_goes_on_by_itself_once_there_is_a_worker_again(visit: Open) -> N
     assert len(refused) == 1 and page.locator(".notice").count() == 0
 
 
+def test_what_is_seen_while_the_session_moves_is_acknowledged(visit: Open) -> None:
+    """Else the page waits for the next worker's chunk, and the worker for the page."""
+    page = visit()
+    start(page)
+    until(page, shown(1))
+    page.evaluate(
+        "Object.defineProperty(video, 'readyState', { get: () => 0, configurable: true })"
+    )  # nothing is acknowledged
+    until(
+        page, "import('/static/live.js').then((live) => live.player.film.length === live.state.acked + 1 + live.WINDOW)"
+    )
+    made = len(blocks(page))  # as many as the server makes ahead of what is acknowledged
+    page.evaluate("import('/static/live.js').then((live) => { live.state.phase = 'moved'; delete video.readyState; })")
+    until(page, f"document.querySelectorAll('#timeline [data-chunk][data-real]').length > {made}", 30)
+    page.click("#stop")
+
+
 def test_everything_by_keyboard(visit: Open) -> None:
     page = visit()
     until(page, "!document.querySelector('#start').disabled && document.querySelector('#model').textContent")
