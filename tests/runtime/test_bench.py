@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from engines_here import on_engines
 from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.commands.main import main
@@ -383,7 +384,7 @@ def test_a_skeleton_with_random_weights_computes_what_plain_pytorch_does(tmp_pat
     assert float((torch.from_numpy(got)[0] - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.gpu
+@on_engines
 @pytest.mark.slow
 def test_the_whole_benchmark_runs_on_a_gpu(tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() != (9, 0):

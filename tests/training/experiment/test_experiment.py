@@ -184,6 +184,7 @@ def test_everything_at_toy_size(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it may take its budget
 def test_everything_at_toy_size_on_a_gpu(tmp_path: Path) -> None:
     arguments = ["--quick", "--devices", "cuda:0", "--jobs-per-device", "3", "--out", str(tmp_path)]
     assert longtake(["experiment", *arguments, "--budget-seconds", "400"]) == 0
