@@ -198,16 +198,12 @@ RECIPES = ("tiny_w4a16_sm90", "tiny_bf16_sm90", "tiny_fp8_sm90")
 
 @pytest.fixture(scope="module", params=RECIPES)
 def pair(request: pytest.FixtureRequest) -> Any:
-    """(segmented backend, oracle) of one recipe; PyTorch where ONNX Runtime is missing."""
+    """(segmented backend, oracle) of one recipe."""
     from longtake.runtime.backends.reference import ReferenceBackend
-    from longtake.runtime.backends.torch_oracle import TorchBackend
     from longtake.runtime.backends.trt.open import backend_from_engines
 
     segmented = backend_from_engines("segmented", engines_of(request.param), reason="test")
-    if importlib.util.find_spec("onnxruntime"):
-        yield segmented, ReferenceBackend(segmented.bundle.onnx, segmented.recipe)
-    else:
-        yield segmented, TorchBackend(segmented.recipe)
+    yield segmented, ReferenceBackend(segmented.bundle.onnx, segmented.recipe)
     segmented.close()
 
 
