@@ -390,6 +390,7 @@ def test_the_whole_benchmark_runs_on_a_gpu(tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the recipe is for compute capability 9.0")
     words = ["bench", "--recipe", "tiny_bf16_sm90", "--quick", "--against", "torch", "--out", str(tmp_path / "out")]
+    words += ["--seconds", "1500"]  # of which export and build take minutes beside other work
     assert main([*words, "--onnx", str(tmp_path / "onnx"), "--engines", str(tmp_path / "engines")]) == 0
     report = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert report["backend"] == "segmented" and report["product_figures"] and report["peak_gb"] > 0.3
