@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from failures_kept import keep_failures
 from longest import LONGEST
 
 from longtake.files import write_json
@@ -26,9 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
-    """Undo ignored signals, which commands under test, and processes that they start, would inherit; and what tests
-    export and compile stays in the checkout."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Undo ignored signals, which commands under test, and processes that they start, would inherit; what tests export and
+    compile stays in the checkout; failures are kept where the environment says."""
+    keep_failures(config)
     os.environ.setdefault("LONGTAKE_HOME", str(Path(__file__).resolve().parents[1] / "build"))
     if threading.current_thread() is threading.main_thread():
         for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

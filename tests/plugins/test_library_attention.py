@@ -19,6 +19,7 @@ from longtake.plugins.sink_attention.hopper import HopperSinkAttention
 from longtake.plugins.sink_attention.library import CudnnSinkAttention, TorchSinkAttention
 from longtake.plugins.sink_attention.reference import attention_fp8, dequantize_kv
 from longtake.plugins.sink_attention.window import WindowedAttention, addresses
+from longtake.runtime.backends.trt.engine import device_bytes_used
 
 gpu = pytest.mark.gpu
 # E4M3 keeps 4 bits of q, k, v and of the probabilities; the reference rounds nothing.
@@ -151,13 +152,13 @@ def test_a_captured_graph_follows_table_and_cache_and_allocates_nothing(method: 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    allocated, free = torch.cuda.memory_stats()["allocation.all.allocated"], torch.cuda.mem_get_info()[0]
+    allocated, used = torch.cuda.memory_stats()["allocation.all.allocated"], device_bytes_used(workspace.device)
     for _ in range(20):
         graph.replay()
         work()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
-    assert torch.cuda.mem_get_info()[0] == free
+    assert device_bytes_used(workspace.device) == used
     for entries in ((3, -1, 1), (0, 2, 3)):
         table.copy_(torch.tensor(entries, dtype=torch.int32))
         case.q.mul_(0.9)

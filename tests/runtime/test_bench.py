@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from engines_here import on_engines
 from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.commands.main import main
@@ -383,12 +384,13 @@ def test_a_skeleton_with_random_weights_computes_what_plain_pytorch_does(tmp_pat
     assert float((torch.from_numpy(got)[0] - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.gpu
+@on_engines
 @pytest.mark.slow
 def test_the_whole_benchmark_runs_on_a_gpu(tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the recipe is for compute capability 9.0")
     words = ["bench", "--recipe", "tiny_bf16_sm90", "--quick", "--against", "torch", "--out", str(tmp_path / "out")]
+    words += ["--seconds", "1500"]  # of which export and build take minutes beside other work
     assert main([*words, "--onnx", str(tmp_path / "onnx"), "--engines", str(tmp_path / "engines")]) == 0
     report = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert report["backend"] == "segmented" and report["product_figures"] and report["peak_gb"] > 0.3

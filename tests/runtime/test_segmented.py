@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines_here import engines_of
+from engines_here import engines_of, on_engines
 from onnx import numpy_helper
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from longtake.formats.onnx_file import constants_of
 from longtake.formats.segmented_graph import SegmentedGraph, Step
 from longtake.runtime.backends.segments.arena import Piece, aliases_of, memory_layout, placed, storage_bytes
 from longtake.runtime.backends.segments.network import SegmentedNetwork
-from longtake.runtime.backends.trt.engine import Scratch
+from longtake.runtime.backends.trt.engine import Scratch, device_bytes_used
 from longtake.runtime.video_model import VideoModel
 
 _spec = importlib.util.spec_from_file_location("miniature", Path(__file__).parents[1] / "engines" / "miniature.py")
@@ -198,16 +198,12 @@ RECIPES = ("tiny_w4a16_sm90", "tiny_bf16_sm90", "tiny_fp8_sm90")
 
 @pytest.fixture(scope="module", params=RECIPES)
 def pair(request: pytest.FixtureRequest) -> Any:
-    """(segmented backend, oracle) of one recipe; PyTorch where ONNX Runtime is missing."""
+    """(segmented backend, oracle) of one recipe."""
     from longtake.runtime.backends.reference import ReferenceBackend
-    from longtake.runtime.backends.torch_oracle import TorchBackend
     from longtake.runtime.backends.trt.open import backend_from_engines
 
     segmented = backend_from_engines("segmented", engines_of(request.param), reason="test")
-    if importlib.util.find_spec("onnxruntime"):
-        yield segmented, ReferenceBackend(segmented.bundle.onnx, segmented.recipe)
-    else:
-        yield segmented, TorchBackend(segmented.recipe)
+    yield segmented, ReferenceBackend(segmented.bundle.onnx, segmented.recipe)
     segmented.close()
 
 
@@ -261,7 +257,7 @@ def slot_values(backend: Any, parts: tuple[Tensor, ...], slot: int) -> Tensor:
     return dequantize(packed, order="longlive")
 
 
-@pytest.mark.gpu
+@on_engines
 @pytest.mark.parametrize("graphs", [True, False])
 def test_windows_of_every_length_equal_the_reference(pair: Any, graphs: bool) -> None:
     """Four blocks: each is denoised (no write), then written, and read by the next ones."""
@@ -287,7 +283,7 @@ def test_windows_of_every_length_equal_the_reference(pair: Any, graphs: bool) ->
     assert bool(segmented.passes.graphs) == graphs
 
 
-@pytest.mark.gpu
+@on_engines
 def test_graph_replay_is_bit_identical_to_launching(pair: Any) -> None:
     segmented, _ = pair
     context, results = context_of(segmented), []
@@ -301,7 +297,7 @@ def test_graph_replay_is_bit_identical_to_launching(pair: Any) -> None:
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.gpu
+@on_engines
 def test_decoding_equals_the_reference_and_can_be_resumed(pair: Any) -> None:
     segmented, reference = pair
     generator = torch.Generator().manual_seed(3)
@@ -317,7 +313,7 @@ def test_decoding_equals_the_reference_and_can_be_resumed(pair: Any) -> None:
             assert torch.equal(resumed.decode(latent.to(segmented.device)), got)
 
 
-@pytest.mark.gpu
+@on_engines
 def test_steady_loop_allocates_nothing_and_keeps_one_set_of_vae_caches(pair: Any) -> None:
     segmented, _ = pair
     segmented.passes.cuda_graphs = True
@@ -335,17 +331,17 @@ def test_steady_loop_allocates_nothing_and_keeps_one_set_of_vae_caches(pair: Any
     for _ in range(3):
         chunk()
     torch.cuda.synchronize()
-    counted, free = torch.cuda.memory_stats()["allocation.all.allocated"], torch.cuda.mem_get_info()[0]
+    counted, used = torch.cuda.memory_stats()["allocation.all.allocated"], device_bytes_used(segmented.device)
     for _ in range(10):
         chunk()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == counted
-    assert torch.cuda.mem_get_info()[0] == free
+    assert device_bytes_used(segmented.device) == used
     if segmented.recipe.vae_ops == "library":  # our op writes them in place; a plan does where the trial shows it can
         assert not segmented._twice
 
 
-@pytest.mark.gpu
+@on_engines
 def test_decoder_on_a_second_gpu(pair: Any) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -361,7 +357,7 @@ def test_decoder_on_a_second_gpu(pair: Any) -> None:
     two.close()
 
 
-@pytest.mark.gpu
+@on_engines
 def test_weights_stay_four_bit_on_the_device(pair: Any) -> None:
     segmented, _ = pair
     if segmented.recipe.precision != "w4a16":
@@ -372,7 +368,7 @@ def test_weights_stay_four_bit_on_the_device(pair: Any) -> None:
     assert bits / sum(2 * network._fixed[f"{n}.values"].numel() for n in linears) == 4.5
 
 
-@pytest.mark.gpu
+@on_engines
 def test_a_second_start_finds_its_compiled_kernels(pair: Any) -> None:
     segmented, _ = pair
     host = segmented.networks["dit"].engines["dit_seg1"].host
@@ -381,7 +377,7 @@ def test_a_second_start_finds_its_compiled_kernels(pair: Any) -> None:
         assert kept.is_file() and kept.with_suffix(".json").is_file()
 
 
-@pytest.mark.gpu
+@on_engines
 def test_every_step_is_profiled(pair: Any) -> None:
     """A cut network by CUDA events, a whole one through TensorRT's profiler, both in trtexec's format."""
     from longtake.runtime.profile.gpu import backend_profile

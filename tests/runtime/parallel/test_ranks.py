@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines_here import BUILDS
 
 from longtake.chain import HowToExport, add_ranks, build, export
 from longtake.engines.build import require_buildable
@@ -24,11 +25,14 @@ RUNS = {
     "2 ranks": ((2, "cpu"), [pytest.mark.slow]),
     "4 ranks": ((4, "cpu"), [pytest.mark.slow]),
     "2 GPUs": ((2, "cuda"), [pytest.mark.gpu, pytest.mark.slow]),
-    "2 GPUs on engines": ((2, "tiny_w4a16_sm90"), [pytest.mark.gpu, pytest.mark.slow]),
-    "2 GPUs on engines, by rows": ((2, f"{LIBRARY}/tiny_fp8_library_sm90.yaml"), [pytest.mark.gpu, pytest.mark.slow]),
+    "2 GPUs on engines": ((2, "tiny_w4a16_sm90"), [pytest.mark.gpu, pytest.mark.slow, BUILDS]),
+    "2 GPUs on engines, by rows": (
+        (2, f"{LIBRARY}/tiny_fp8_library_sm90.yaml"),
+        [pytest.mark.gpu, pytest.mark.slow, BUILDS],
+    ),
     "2 GPUs on engines, codes by rows": (
         (2, f"{LIBRARY}/tiny_fp8_conv8_sm90.yaml"),
-        [pytest.mark.gpu, pytest.mark.slow],
+        [pytest.mark.gpu, pytest.mark.slow, BUILDS],
     ),
 }
 PARAMS = [pytest.param(run, marks=marks, id=name) for name, (run, marks) in RUNS.items()]

@@ -184,9 +184,10 @@ def test_everything_at_toy_size(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # as above
 def test_everything_at_toy_size_on_a_gpu(tmp_path: Path) -> None:
     arguments = ["--quick", "--devices", "cuda:0", "--jobs-per-device", "3", "--out", str(tmp_path)]
-    assert longtake(["experiment", *arguments, "--budget-seconds", "400"]) == 0
+    assert longtake(["experiment", *arguments, "--budget-seconds", "1200"]) == 0
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["complete"] and "distill-4" in result["units"]
     logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
