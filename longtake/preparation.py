@@ -116,8 +116,8 @@ def _make(model: Model, recipe: Recipe, folder: Path, flavour: Any, force: bool)
         from longtake.chain import HowToExport, build, export  # it loads for a second: not for what is there already
 
         claim(model)
-        say = _say if sys.stderr.isatty() else log.info
-        say(f"preparing {model.name} for {recipe.name} in {folder}: once, then it is found there")
+        say = _say if sys.stderr.isatty() else log.warning  # which scripts show, too: what follows takes minutes
+        say(f"preparing {model.name} for {recipe.name} in {folder}: minutes, once; then it is found there")
         if not _is_current(folder / "onnx", model):
             try:
                 export(recipe, model.checkpoints, folder / "onnx", HowToExport(model=model.name, say=log.info))

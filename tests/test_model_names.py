@@ -132,6 +132,8 @@ def test_own_and_shipped_models_stand_side_by_side(own: Path) -> None:
         LongtakeError, match="(?s)nothing is built for model tiny-4step.*longtake export --model tiny-4step"
     ):
         source_from_name("tiny-4step")
+    assert main(["budget", "--recipe", RECIPE.name]) == 0, "what a recipe takes does not depend on the model"
+    assert main(["budget", "--engines", f"mine@{RECIPE.name}"]) == 0
 
 
 def test_what_to_do_about_a_folder_names_the_folder(own: Path) -> None:

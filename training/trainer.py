@@ -219,7 +219,7 @@ class Trainer:
                 self.history.add_samples(self.step, self.stage.samples())
         self.history.add("held_out", self.step, metrics)
         self.history.save()
-        self.bar.write(f"step {self.step}: held out " + ", ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
+        self.bar.write(f"step {self.step}: evaluation: " + ", ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
         return metrics
 
     def save_resume_point(self) -> None:

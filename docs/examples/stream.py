@@ -9,6 +9,8 @@ import av
 
 from longtake import Generator
 
+if sys.stdout.isatty():
+    sys.exit("this writes a film: python stream.py | mpv -")
 prompt = sys.argv[1] if len(sys.argv) > 1 else "a green seven drifts left over a dark blue background, soft light"
 with Generator.from_pretrained("tiny-4step") as generator, generator.session(prompt, seed=7, chunks=2) as session:
     with av.open(sys.stdout.buffer, "w", format="matroska", options={"flush_packets": "1"}) as pipe:

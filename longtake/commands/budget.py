@@ -12,6 +12,7 @@ import torch
 from longtake.devices import torch_device
 from longtake.errors import LongtakeError
 from longtake.formats.memory import Use, budget_table
+from longtake.formats.model_name import models_with
 from longtake.formats.recipe import Recipe, recipe_named
 from longtake.options import Bounds, Command, check, option
 from longtake.runtime.budget.check import check_memory, check_ranks
@@ -39,7 +40,7 @@ class BudgetOptions:
     recipe: str | None = option(None, metavar="NAME")
     """a shipped recipe or a .yaml file (default: that of --engines)"""
     engines: Path | None = option(None, metavar="FOLDER")
-    """engines or exported networks (default: the recipe's)"""
+    """engines or exported networks, or MODEL@RECIPE (default: what the only model with the recipe has)"""
     guidance: float | None = option(None, metavar="S")
     """guidance scale (default: as the export records, else the preset's)"""
     image: bool = option(False)
@@ -107,7 +108,7 @@ def _guidance(asked: float | None, recipe: Recipe, recorded: SamplingConfig | No
 def _recipe(options: BudgetOptions) -> tuple[Recipe, Source | None]:
     """The recipe, and what is built or exported of it, if anything is."""
     if options.engines is not None:
-        known = options.engines.is_dir()
+        known = options.engines.is_dir() or "@" in options.engines.name  # else the folder is missed by its name
         source = source_from_name(options.engines) if known else source_from_bundle(options.engines)
         asked = source.recipe if options.recipe is None else recipe_named(options.recipe)
         source.recipe.require_same(asked, options.engines)
@@ -123,7 +124,7 @@ def _recipe(options: BudgetOptions) -> tuple[Recipe, Source | None]:
             fix="longtake budget --recipe wan2.2-ti2v-5b_fp8_sm90",
         )
     recipe = recipe_named(options.recipe)
-    return recipe, source_of_recipe(recipe)
+    return recipe, source_of_recipe(recipe) if len(models_with(recipe.name)) == 1 else None
 
 
 def cuda_device(name: str) -> torch.device:

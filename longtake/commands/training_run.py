@@ -54,4 +54,4 @@ def conclude(files: Iterable[Path], metrics: Mapping[str, float], note: str = ""
     for path in files:
         write_name(path.parent, name)
         print(f"wrote {path}{note}")
-    print("held out: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
+    print("evaluation: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))

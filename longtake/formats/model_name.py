@@ -145,14 +145,19 @@ def _digests(weights: Mapping[str, str]) -> str:
     return ", ".join(f"{kind} {digest[:12]}" for kind, digest in weights.items())
 
 
+def models_with(recipe: str) -> list[str]:
+    """The models of which something was made by `recipe`, skeletons aside."""
+    names = [path.parent.name for path in sorted(home().glob(f"*/{recipe}")) if made_by(path)]
+    return [name for name in names if name != "skeleton"]
+
+
 def only_name_with(recipe: str, fix: str) -> str | None:
-    """The model of which something was made by `recipe`, skeletons aside; None if there is none.
+    """The only one of `models_with(recipe)`; None if there is none.
 
     Raises:
         LongtakeError: there are several; `fix` comes before the name of one.
     """
-    names = [path.parent.name for path in sorted(home().glob(f"*/{recipe}")) if made_by(path)]
-    names = [name for name in names if name != "skeleton"]
+    names = models_with(recipe)
     if len(names) > 1:
         what, fix = f"several models are there for recipe {recipe}", f"{fix} {names[0]}@{recipe}"
         raise LongtakeError(what, got=", ".join(names), expected="one of them", fix=fix)

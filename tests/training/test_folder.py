@@ -226,7 +226,7 @@ def test_the_dit_trains_on_a_folder(
 ) -> None:
     text = train(capsys, clips_folder, "--stage", "dit", "--vae", str(vae_folder), "--steps", "2", "--stories", "2",
                  "--chunks", "1..2", "--max-chunks-per-shot", "2", "--out", str(tmp_path / "dit"))  # fmt: skip
-    assert "held out: " in text
+    assert "evaluation: " in text
     meta = read_json(tmp_path / "dit" / "dit.json")
     assert meta["step"] == 2 and meta["max_chunks_per_shot"] == 2
     DiTStage(StageOptions(small_preset, init=tmp_path / "dit", vae=vae_folder))  # the checkpoint loads
