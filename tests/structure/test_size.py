@@ -7,7 +7,7 @@ import subprocess
 import tree
 
 MOST_BYTES = 50_000_000  # of what git tracks: the tree travels whole to where it runs
-MOST_LINES = 61_527
+MOST_LINES = 61_535
 MOST_FILES_OVER_350_LINES = 0
 MOST_FUNCTIONS_OVER_60_LINES = 0
 MOST_HAND_LAID_LINES = 47
