@@ -101,6 +101,24 @@ def test_a_mistyped_folder_is_said_to_be_none(own: Path) -> None:
         model_in(own)
 
 
+def test_a_copied_link_names_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(STUDENT, tmp_path / "copy", symlinks=True)
+    words = "--precision bf16 --data digits --steps 1 --out".split()
+    for command in (
+        ["export", "--model", str(copy), "--no-parity"],
+        ["generate", "--model", str(copy), "--prompt", "x"],
+        ["train", "--stage", "dit", "--vae", str(copy), *words, str(tmp_path / "run")],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "is a link to a file that is not there" in said and "got: ../tiny/vae." in said, said
+        assert "cp -rL" in said
+    (copy / "vae.safetensors").unlink()
+    (copy / "vae.json").unlink()
+    shutil.copytree(STUDENT, copy, dirs_exist_ok=True)  # as `cp -rL` does
+    assert model_in(copy).weights == model_in(STUDENT).weights
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-4step"])
 def test_shipped_names_are_reserved(name: str, own: Path) -> None:
     with pytest.raises(LongtakeError, match=f"(?s)the name {name} is that of a shipped model.*--name my-{name}"):

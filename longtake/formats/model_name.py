@@ -21,7 +21,7 @@ from longtake.leftovers import locked
 from longtake.paths import REPOSITORY
 from longtake.record import Kind
 from longtake.settings import settings_from_environment
-from longtake.training.models.checkpoint import side_file, weights_digests
+from longtake.training.models.checkpoint import require_targets, side_file, weights_digests
 from longtake.training.models.side_file import SideFile
 
 KIND = Kind("a model's card", "`longtake export`", "run `longtake export` again")
@@ -93,8 +93,9 @@ def model_in(folder: Path, name: str | None = None) -> Model:
     """The model in a folder of checkpoints. name: what it is called, if not as its dit.json or its folder is.
 
     Raises:
-        LongtakeError: there is no DiT, or it cannot be called so.
+        LongtakeError: there is no DiT, a link is to nothing, or it cannot be called so.
     """
+    require_targets(folder)
     path = side_file(folder / "dit.safetensors")
     if not path.is_file():
         what, got = f"{folder} holds no model", f"no {path.name}" if folder.is_dir() else "no such folder"
