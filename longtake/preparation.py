@@ -16,7 +16,7 @@ from longtake.errors import GateError, LongtakeError, UnavailableError
 from longtake.export.lower import CALIBRATED
 from longtake.files import read_json, sha256, write_json
 from longtake.formats.exported import FAILED, Export
-from longtake.formats.model_name import HUB_ID, Model, asked_for, claim, home, hub_error, model_in, parts_of
+from longtake.formats.model_name import HUB_ID, Model, asked_for, claimed, home, hub_error, model_in, parts_of
 from longtake.formats.recipe import Recipe, recipe_for, recipe_named, recipe_names
 from longtake.leftovers import locked
 from longtake.machine.flavour import flavour_for
@@ -50,12 +50,9 @@ def model_and_recipe(name_or_folder: str | Path, recipe: str | None = None) -> t
         short = name.split("/")[-1] if HUB_ID.fullmatch(name) else folder.resolve().name
         return _converted(folder, short), recipe_named(chosen) if chosen else None
     if folder.is_dir() and not (folder / "dit.safetensors").is_file() and name not in ("tiny", "tiny-4step"):
-        raise LongtakeError(
-            f"{folder} holds no model",
-            got="neither dit.safetensors nor model_index.json",
-            expected="a checkpoint folder of longtake's, or of diffusers' save_pretrained",
-            fix="pass the folder that has one of them",
-        )
+        what, got = f"{folder} holds no model", "neither dit.safetensors nor model_index.json"
+        expected = "a checkpoint folder of longtake's, or of diffusers' save_pretrained"
+        raise LongtakeError(what, got=got, expected=expected, fix="pass the folder that has one of them")
     asked = asked_for(f"{name}@{chosen}" if chosen else name)
     if asked.model is None:
         what, got = "this names a recipe, not a model", repr(text)
@@ -75,12 +72,8 @@ def best_recipe(model: Model, on_cpu: bool = False) -> Recipe:
     fitting = [r for r in others if r.compute_capability == machine] or others
     if not fitting:
         return first
-    log.warning(
-        "%s is not calibrated for %s; taking %s (longtake convert --calibrate measures what is missing)",
-        model.name,
-        first.name,
-        fitting[0].name,
-    )
+    said = "%s is not calibrated for %s; taking %s (longtake convert --calibrate measures what is missing)"
+    log.warning(said, model.name, first.name, fitting[0].name)
     return fitting[0]
 
 
@@ -110,12 +103,11 @@ def prepared(model: Model, recipe: Recipe, on_cpu: bool = False, force: bool = F
 
 def _make(model: Model, recipe: Recipe, folder: Path, flavour: Any, force: bool) -> None:
     target = folder / ("onnx" if flavour is None else "engines")
-    with locked(folder):
+    with claimed(model), locked(folder):  # in the order of `longtake export`
         if _is_current(target, model):  # another process made it meanwhile
             return
         from longtake.chain import HowToExport, build, export  # it loads for a second: not for what is there already
 
-        claim(model)
         say = _say if sys.stderr.isatty() else log.warning  # which scripts show, too: what follows takes minutes
         say(f"preparing {model.name} for {recipe.name} in {folder}: minutes, once; then it is found there")
         if not _is_current(folder / "onnx", model):
@@ -204,12 +196,10 @@ def _converted_from(folder: Path, out: Path) -> bool:
     if kept["stamps"] == stamps:
         return True
     if kept["digests"] != {name: sha256(folder / name) for name in stamps}:
-        raise LongtakeError(
-            f"two different models are called {out.parent.name}",
-            got=f"{folder}, whose files differ",
-            expected=f"what {out} was converted from, {kept['folder']}",
-            fix=f"rename one of the folders, or delete {out.parent}",
-        )
+        what, got = f"two different models are called {out.parent.name}", f"{folder}, whose files differ"
+        expected = f"what {out} was converted from, {kept['folder']}"
+        fix = f"rename one of the folders, or delete {out.parent}"
+        raise LongtakeError(what, got=got, expected=expected, fix=fix)
     write_json(out / SOURCE, {**kept, "stamps": stamps})  # the same files, copied or moved
     return True
 
@@ -223,19 +213,12 @@ def _stamps(folder: Path) -> dict[str, list[int]]:
 def _preset_of(folder: Path) -> Preset:
     """The preset whose sizes a diffusers transformer has."""
     told = read_json(folder / "transformer" / "config.json")
-    sizes = {
-        "layers": told.get("num_layers"),
-        "heads": told.get("num_attention_heads"),
-        "ffn_dim": told.get("ffn_dim"),
-        "channels": told.get("in_channels"),
-    }
+    keys = {"layers": "num_layers", "heads": "num_attention_heads", "ffn_dim": "ffn_dim", "channels": "in_channels"}
+    sizes = {ours: told.get(theirs) for ours, theirs in keys.items()}
     for name in PRESETS:
         dit = preset_named(name).dit
         if all(getattr(dit, key) == value for key, value in sizes.items()):
             return preset_named(name)
-    raise LongtakeError(
-        f"no preset fits the transformer in {folder}",
-        got=str(sizes),
-        expected=" | ".join(PRESETS),
-        fix="write a preset (docs/add-a-recipe.md) and convert it: longtake convert --preset FILE",
-    )
+    what, expected = f"no preset fits the transformer in {folder}", " | ".join(PRESETS)
+    fix = "write a preset (docs/add-a-recipe.md) and convert it: longtake convert --preset FILE"
+    raise LongtakeError(what, got=str(sizes), expected=expected, fix=fix)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import shlex
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeout
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +19,16 @@ from longtake.commands.main import main, parsed
 from longtake.errors import GateError, LongtakeError
 from longtake.formats import model_name
 from longtake.formats.exported import KIND, UNRECORDED, Checked, Export
-from longtake.formats.model_name import asked_for, card_of, checked_name, claim, model_in, write_name
+from longtake.formats.model_name import (
+    asked_for,
+    card_of,
+    checked_name,
+    claim,
+    claimed,
+    known_names,
+    model_in,
+    write_name,
+)
 from longtake.formats.recipe import recipe_named
 from longtake.preparation import model_and_recipe, prepared
 from longtake.runtime.generator import Generator
@@ -89,6 +101,24 @@ def test_a_mistyped_folder_is_said_to_be_none(own: Path) -> None:
         model_in(own)
 
 
+def test_a_copied_link_names_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(STUDENT, tmp_path / "copy", symlinks=True)
+    words = "--precision bf16 --data digits --steps 1 --out".split()
+    for command in (
+        ["export", "--model", str(copy), "--no-parity"],
+        ["generate", "--model", str(copy), "--prompt", "x"],
+        ["train", "--stage", "dit", "--vae", str(copy), *words, str(tmp_path / "run")],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "is a link to a file that is not there" in said and "got: ../tiny/vae." in said, said
+        assert "cp -rL" in said
+    (copy / "vae.safetensors").unlink()
+    (copy / "vae.json").unlink()
+    shutil.copytree(STUDENT, copy, dirs_exist_ok=True)  # as `cp -rL` does
+    assert model_in(copy).weights == model_in(STUDENT).weights
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-4step"])
 def test_shipped_names_are_reserved(name: str, own: Path) -> None:
     with pytest.raises(LongtakeError, match=f"(?s)the name {name} is that of a shipped model.*--name my-{name}"):
@@ -116,6 +146,48 @@ def test_two_checkpoints_under_one_name(own: Path, home: Path) -> None:
     assert kept.is_dir()
     claim(model_in(own), replaced=True)
     assert card_of("mine") == model_in(own) and not kept.exists()
+
+
+def other(own: Path) -> model_name.Model:
+    """The model in `own`, trained further."""
+    SideFile("dit", "tiny", sha256="b" * 64).write(side_file(own / "dit.safetensors"))
+    return model_in(own)
+
+
+def test_a_name_is_taken_once_something_was_made_of_it(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", "--checkpoints", str(own), "--recipe", "tiny_bf16_sm90", "--name", "again", "--no-parity"]
+    said = []
+    for _ in range(2):
+        assert main(words) == 2  # there is a DiT alone
+        said.append(capsys.readouterr().err)
+        assert "again" not in known_names()
+        other(own)
+    assert said[0] == said[1] and "text_encoder" in said[1]
+    made("again")
+    assert "again" in known_names()
+    SideFile("dit", "tiny", sha256="c" * 64).write(side_file(own / "dit.safetensors"))
+    assert main(words) == 2 and "two different checkpoints are called again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_wants_a_name_under_which_something_is_made_waits(own: Path, fails: bool) -> None:
+    first, second = model_in(own), other(own)
+    with ThreadPoolExecutor() as pool, suppress(InterruptedError):
+        with claimed(first), claimed(first):  # the same model for two recipes: nobody waits
+            waiting = pool.submit(lambda: claimed(second).__enter__())
+            with pytest.raises(FuturesTimeout):
+                waiting.result(0.3)
+            assert card_of("mine") == first
+            if fails:
+                raise InterruptedError
+            made("mine")
+    if fails:
+        waiting.result(5)
+        assert card_of("mine") == second
+    else:
+        with pytest.raises(LongtakeError, match="two different checkpoints are called mine"):
+            waiting.result(5)
+        assert card_of("mine") == first
 
 
 def test_own_and_shipped_models_stand_side_by_side(own: Path) -> None:

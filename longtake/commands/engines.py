@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from longtake.commands.export import default_model
 from longtake.engines.build import PlanResult, require_buildable
 from longtake.errors import UnavailableError
 from longtake.formats.exported import Export
-from longtake.formats.model_name import Model, asked_for, claim, folder_of, only_name_with
+from longtake.formats.model_name import Model, asked_for, claimed, folder_of, only_name_with
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_for, recipe_named, recipe_names
 from longtake.machine.flavour import Flavour, flavour_for, gpu_compute_capability
 from longtake.options import Bounds, Command, check, option
@@ -79,10 +80,9 @@ def prepared(options: EngineOptions, recipe: Recipe, model: Model | None) -> tup
     out = home / "engines" if options.out is None else options.out / recipe.name
     if not Export.is_in(onnx):
         print(f"  {onnx} is not exported yet; exporting {found.name} first")
-        if options.onnx is None and not options.skeleton:
-            claim(found)
         how = HowToExport(parity=not options.skeleton, skeleton=options.skeleton, model=found.name, say=print)
-        export(recipe, None if options.skeleton else found.checkpoints, onnx, how)
+        with claimed(found) if options.onnx is None and not options.skeleton else nullcontext():
+            export(recipe, None if options.skeleton else found.checkpoints, onnx, how)
     return onnx, out
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from longtake.chain import Graphs, HowToExport, export
 from longtake.errors import LongtakeError
 from longtake.formats.exported import Export
-from longtake.formats.model_name import Model, asked_for, claim, model_in
+from longtake.formats.model_name import Model, asked_for, claimed, model_in
 from longtake.formats.recipe import DEFAULT_PRESET, Recipe, recipe_for, recipe_named, recipe_names
 from longtake.machine.machine import machine_here
 from longtake.options import Command, option
@@ -41,11 +42,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if self.model is not None and self.checkpoints is not None:
-            raise LongtakeError(
-                "--model and --checkpoints both name what is exported",
-                got=f"{self.model} and {self.checkpoints}",
-                fix="leave one out",
-            )
+            what, got = "--model and --checkpoints both name what is exported", f"{self.model} and {self.checkpoints}"
+            raise LongtakeError(what, got=got, fix="leave one out")
 
 
 def run(options: ExportOptions) -> int:
@@ -56,9 +54,9 @@ def run(options: ExportOptions) -> int:
         folder = model.folder(recipe) / "onnx" if options.out is None else options.out / onnx_name
         parity = options.parity and not options.skeleton
         how = HowToExport(options.force, parity, options.skeleton, model.name, print, graphs)
-        if options.out is None and not options.skeleton:
-            claim(model, options.replace)
-        exported = export(recipe, None if options.skeleton else model.checkpoints, folder, how)
+        named = options.out is None and not options.skeleton
+        with claimed(model, options.replace) if named else nullcontext():
+            exported = export(recipe, None if options.skeleton else model.checkpoints, folder, how)
         print_sizes(folder, exported)
     return 0
 
@@ -99,12 +97,9 @@ def distinct(recipes: Sequence[Recipe]) -> list[Recipe]:
         one = kept.setdefault(recipe.onnx_name, recipe)
         one.require_same(recipe, recipe.onnx_name)
         if one.cache != recipe.cache:
-            raise LongtakeError(
-                f"recipes {one.name} and {recipe.name} would share {recipe.onnx_name} with different caches",
-                got=f"{one.cache}, {recipe.cache}",
-                expected="the same cache",
-                fix="give one of them another preset or precision",
-            )
+            what = f"recipes {one.name} and {recipe.name} would share {recipe.onnx_name} with different caches"
+            expected, fix = "the same cache", "give one of them another preset or precision"
+            raise LongtakeError(what, got=f"{one.cache}, {recipe.cache}", expected=expected, fix=fix)
     return list(kept.values())
 
 

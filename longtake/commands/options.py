@@ -37,8 +37,11 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(words)
         if unknown:
             word = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(word, self._option_string_actions, n=1)
-            fix = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+            known = {name.strip("-"): name for name in self._option_string_actions}  # all begin alike: no likeness
+            near = difflib.get_close_matches(word.strip("-"), known, n=1, cutoff=0.7)
+            fix = f"did you mean {known[near[0]]}?" if near else f"see {self.prog} --help"
+            if word == "--recipe" and "model" in known:
+                fix = "pass --model NAME@RECIPE"
             if word in self.renamed:
                 fix = f"it is called {self.renamed[word]} now"
             raise LongtakeError("unknown argument", got=" ".join(unknown), expected=f"options of {self.prog}", fix=fix)

@@ -7,21 +7,21 @@ models/NAME/model.json (whose weights these are), and models/NAME/RECIPE/{onnx,e
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from longtake.errors import LongtakeError
+from longtake.errors import LongtakeError, nearest
 from longtake.formats.exported import Export
 from longtake.formats.recipe import Recipe, recipe_named, recipe_names
+from longtake.leftovers import locked
 from longtake.paths import REPOSITORY
 from longtake.record import Kind
 from longtake.settings import settings_from_environment
-from longtake.training.models.checkpoint import side_file, weights_digests
+from longtake.training.models.checkpoint import require_targets, side_file, weights_digests
 from longtake.training.models.side_file import SideFile
 
 KIND = Kind("a model's card", "`longtake export`", "run `longtake export` again")
@@ -93,16 +93,14 @@ def model_in(folder: Path, name: str | None = None) -> Model:
     """The model in a folder of checkpoints. name: what it is called, if not as its dit.json or its folder is.
 
     Raises:
-        LongtakeError: there is no DiT, or it cannot be called so.
+        LongtakeError: there is no DiT, a link is to nothing, or it cannot be called so.
     """
+    require_targets(folder)
     path = side_file(folder / "dit.safetensors")
     if not path.is_file():
-        raise LongtakeError(
-            f"{folder} holds no model",
-            got=f"no {path.name}" if folder.is_dir() else "no such folder",
-            expected="dit.safetensors and dit.json, as training and `longtake convert` write them",
-            fix="pass the folder that has them",
-        )
+        what, got = f"{folder} holds no model", f"no {path.name}" if folder.is_dir() else "no such folder"
+        expected = "dit.safetensors and dit.json, as training and `longtake convert` write them"
+        raise LongtakeError(what, got=got, expected=expected, fix="pass the folder that has them")
     side, resolved = SideFile.read(path), folder.resolve()
     called = name or str(side.facts.get("name") or resolved.name)
     own = shipped().get(called)
@@ -115,30 +113,50 @@ def card_of(name: str) -> Model | None:
     """What is recorded of an own model, or the shipped one of that name."""
     if name in shipped():
         return model_in(shipped()[name])
-    path = home() / name / CARD
-    return KIND.read(Model, path) if NAME.fullmatch(name) and path.is_file() else None
+    return _recorded(name) if NAME.fullmatch(name) else None
+
+
+@contextmanager
+def claimed(model: Model, replaced: bool = False) -> Iterator[None]:
+    """`claim` a model's name, and hold it while something is made of it: a claim of another model waits for that."""
+    folder = home() / model.name
+    while True:
+        with locked(folder, reads=True):
+            if _recorded(model.name) == model:
+                yield
+                return
+        with locked(folder):
+            claim(model, replaced)
 
 
 def claim(model: Model, replaced: bool = False) -> None:
-    """Record a model under its name. replaced: what another one of that name left is removed.
+    """Record a model under its name. replaced: what was made of another one of that name is removed.
 
     Raises:
-        LongtakeError: another checkpoint has that name.
+        LongtakeError: something was made of another checkpoint of that name.
     """
-    path = home() / model.name / CARD
-    known = KIND.read(Model, path) if path.is_file() else None
-    if known is not None and known.weights != model.weights:
+    known, made = _recorded(model.name), _made_of(model.name)
+    if made and known is not None and known.weights != model.weights:
         if not replaced:
+            got = f"{_digests(model.weights)} in {model.checkpoints}"
+            expected = f"{_digests(known.weights)}, exported before from {known.checkpoints}"
+            fix = "pass --name for another name, or --replace, which removes what was made of the other one"
             raise LongtakeError(
-                f"two different checkpoints are called {model.name}",
-                got=f"{_digests(model.weights)} in {model.checkpoints}",
-                expected=f"{_digests(known.weights)}, exported before from {known.checkpoints}",
-                fix="pass --name for another name, or --replace, which removes what was made of the other one",
+                f"two different checkpoints are called {model.name}", got=got, expected=expected, fix=fix
             )
-        shutil.rmtree(path.parent)
-    told = {**vars(model), "checkpoints": str(model.checkpoints)}
+        for folder in made:
+            shutil.rmtree(folder)
     if known != model:
-        KIND.write(told, path)
+        KIND.write({**vars(model), "checkpoints": str(model.checkpoints)}, home() / model.name / CARD)
+
+
+def _recorded(name: str) -> Model | None:
+    path = home() / name / CARD
+    return KIND.read(Model, path) if path.is_file() else None
+
+
+def _made_of(name: str) -> list[Path]:
+    return [folder for folder in (home() / name).glob("*") if made_by(folder)]
 
 
 def _digests(weights: Mapping[str, str]) -> str:
@@ -218,20 +236,17 @@ def asked_for(text: str) -> Asked:
 
 def _fitting(recipe: Recipe | None, model: Model) -> Recipe | None:
     if recipe is not None and recipe.preset != model.preset:
-        raise LongtakeError(
-            f"recipe {recipe.name} is not for model {model.name}",
-            got=f"preset {recipe.preset}",
-            expected=f"a recipe of preset {model.preset}",
-            fix=", ".join(recipe_names(model.preset)) or "write one: docs/add-a-recipe.md",
-        )
+        what, expected = f"recipe {recipe.name} is not for model {model.name}", f"a recipe of preset {model.preset}"
+        fix = ", ".join(recipe_names(model.preset)) or "write one: docs/add-a-recipe.md"
+        raise LongtakeError(what, got=f"preset {recipe.preset}", expected=expected, fix=fix)
     return recipe
 
 
 def known_names() -> list[str]:
-    """All models there are: shipped, and exported."""
+    """All models there are: shipped, and those of which something was made."""
     own: list[str] = []
     with suppress(OSError):
-        own = [path.parent.name for path in sorted(home().glob(f"*/{CARD}"))]
+        own = [path.parent.name for path in sorted(home().glob(f"*/{CARD}")) if _made_of(path.parent.name)]
     return list(dict.fromkeys([*shipped(), *own]))
 
 
@@ -249,12 +264,7 @@ def hub_error(name: str) -> LongtakeError:
 
 def _unknown(name: str) -> LongtakeError:
     models, recipes = known_names(), recipe_names()
-    near = difflib.get_close_matches(name, [*models, *recipes], n=1)
-    return LongtakeError(
-        "there is no such model or recipe",
-        got=repr(name),
-        expected=f"a model ({', '.join(models)}), MODEL@RECIPE, a recipe ({', '.join(recipes)}) or a folder",
-        fix=f"did you mean {near[0]!r}?"
-        if near
-        else "longtake doctor lists the recipes; a model of your own: longtake export --checkpoints FOLDER",
-    )
+    expected = f"a model ({', '.join(models)}), MODEL@RECIPE, a recipe ({', '.join(recipes)}) or a folder"
+    other = "longtake doctor lists the recipes; a model of your own: longtake export --checkpoints FOLDER"
+    fix = nearest(name, [*models, *recipes], other)
+    return LongtakeError("there is no such model or recipe", got=repr(name), expected=expected, fix=fix)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import pytest
 
+from longtake.commands.main import main
 from longtake.commands.options import Command, instances, parser_of
 from longtake.errors import LongtakeError
 from longtake.options import FREE, Bounds, OneOf, Text, check, option, recorded, settings_of
@@ -88,12 +89,30 @@ def test_defaults_and_what_is_given() -> None:
         ("--inner-capacity 0", ["bad --inner-capacity", "1 or more"]),
         ("--knid plain", ["unknown argument", "got: --knid plain", "did you mean --kind?"]),
         ("--internal 3", ["unknown argument"]),
+        ("--kinds plain", ["did you mean --kind?"]),
+        ("--share-all", ["unknown argument"]),
     ],
 )
 def test_a_mistake_is_one_message(words: str, says: list[str]) -> None:
     with pytest.raises(LongtakeError) as caught:
         some(*words.split())
     assert all(part in str(caught.value) for part in says) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("generate --recipe X", "pass --model NAME@RECIPE"),
+        ("check --prompt x", "see longtake check --help"),  # as near to --report as any two that begin alike
+        ("budget --model x", "see longtake budget --help"),
+        ("generate --promts x", "did you mean --prompt?"),
+        ("train --recipe x", "it is called --config now"),
+    ],
+)
+def test_only_what_is_near_is_a_hint(words: str, fix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert "unknown argument" in said and said.endswith(f"fix: {fix}\n")
 
 
 def test_help_shows_groups_and_defaults() -> None:

@@ -64,6 +64,14 @@ def weights_digests(folder: Path) -> dict[str, str]:
     return {kind: SideFile.read(path).sha256 for kind, path in sides.items() if path.is_file()}
 
 
+def require_targets(folder: Path) -> None:
+    """Raise LongtakeError if a link among the files of a folder of checkpoints is to one that is not there."""
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        if path.is_symlink() and not path.exists():
+            what, fix = f"{path} is a link to a file that is not there", "copy the folder with `cp -rL`"
+            raise LongtakeError(what, got=os.readlink(path), expected="a file, or a link to one", fix=fix)
+
+
 def pending_side_file(path: Path) -> Path:
     """Where a checkpoint's new side file waits until its tensors are in place."""
     return path.with_name(f".{path.stem}.json.pending")
@@ -96,6 +104,7 @@ def read_side_file(path: Path, *, kind: str, preset: str | Preset) -> SideFile:
     """
     name = preset if isinstance(preset, str) else preset.name
     if not path.is_file():
+        require_targets(path.parent)
         fix = _train_fix(kind, preset, path.parent)
         raise LongtakeError(f"checkpoint {path} does not exist", expected=f"a {kind} checkpoint", fix=fix)
     refuse_pickle(path)
