@@ -385,5 +385,5 @@ def test_a_home_that_cannot_be_written_to_is_said_in_words(
         prepared(model, recipe_named("tiny_nvfp4_sm120"), on_cpu=True)
     assert "LONGTAKE_HOME" in str(caught.value.fix)
     with pytest.raises(PermissionError):  # of something else: as it is
-        monkeypatch.setattr("longtake.preparation.locked", lambda folder: refused(Path("/elsewhere")))
+        monkeypatch.setattr("longtake.preparation.claimed", lambda model: refused(Path("/elsewhere")))
         prepared(model, recipe_named("tiny_nvfp4_sm120"), on_cpu=True)
