@@ -61,9 +61,9 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_deadline_asks_and_reports(tmp_path: Path) -> None:
-    made = scheduler_of(tmp_path, [unit("long"), unit("a")], devices=2, seconds=1.5)
+    made = scheduler_of(tmp_path, [unit("long"), unit("a")], devices=2, seconds=5)
     began = time.monotonic()
-    assert not made.run() and time.monotonic() - began < 8
+    assert not made.run() and time.monotonic() - began < 20
     assert made.missing() == {"long": "the time was over"} and (tmp_path / "asked").read_text() == "long"
     assert json.loads((tmp_path / "progress.json").read_text())["left"] == ["long"]
 
